@@ -1,0 +1,106 @@
+"""The MONAI Label app: reads ``--conf`` once, builds the tasks, hands them to MONAI Label."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+# MONAI Label imports this file by path and takes the app's folder off sys.path again afterwards.
+REPOSITORY = str(Path(__file__).resolve().parents[2])
+if REPOSITORY not in sys.path:
+    sys.path.insert(0, REPOSITORY)
+
+from monailabel.interfaces.app import MONAILabelApp  # noqa: E402
+from monailabel.interfaces.datastore import Datastore  # noqa: E402
+from monailabel.interfaces.tasks.infer_v2 import InferTask  # noqa: E402
+from monailabel.interfaces.tasks.scoring import ScoringMethod  # noqa: E402
+from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
+from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
+
+from lib.activelearning.insight import Insight  # noqa: E402
+from lib.activelearning.score_store import ScoreStore  # noqa: E402
+from lib.activelearning.task import check_passes, make_scoring_methods, make_strategies  # noqa: E402
+from lib.configs.settings import Settings  # noqa: E402
+from lib.datastore.series import open_datastore  # noqa: E402
+from lib.infers.cache import ResultCache  # noqa: E402
+from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
+from lib.infers.plan import Planner  # noqa: E402
+from lib.infers.task import UnetrInferTask  # noqa: E402
+from lib.infers.weights import WeightsLocator  # noqa: E402
+from lib.trainers.pretraining.task import UnetrPretraining  # noqa: E402
+from lib.trainers.task import UnetrTrainTask  # noqa: E402
+
+
+class UnetrRadiologyApp(MONAILabelApp):
+    """Segmentation, active learning and retraining with UNETR."""
+
+    def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
+        self.settings = Settings.from_conf(conf)
+        self.presets = self.settings.load_presets()
+        self.locators = {
+            name: WeightsLocator(
+                self.settings.weights_folder(preset), self.settings.pretrained_for(name, len(self.presets))
+            )
+            for name, preset in self.presets.items()
+        }
+        self._studies = studies.strip()
+        self.results = ResultCache(self.settings.result_cache_mib)
+        self.insights = {
+            name: Insight(preset, self.locators[name], ScoreStore(self.locators[name].folder))
+            for name, preset in self.presets.items()
+        }
+        super().__init__(
+            app_dir=app_dir,
+            studies=self._studies,
+            conf=dict(conf),
+            name="UNETR Radiology",
+            description="Segments, learns from corrections and retrains with UNETR",
+            version="0.1.0",
+        )
+
+    def init_datastore(self) -> Datastore:
+        """Files and DICOM series side by side, of a folder or a DICOMweb server, with a history of their labels."""
+        store = open_datastore(self._studies, {preset.modality for preset in self.presets.values()})
+        store.configure(
+            self.settings.lease_minutes, self.settings.quarantine_limit_mib, self.settings.predictions_limit_mib
+        )
+        store.volumes.limit_mib = self.settings.volumes_limit_mib
+        return store
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """One inference task a preset."""
+        device, precision, results = self.settings.device, self.settings.precision, self.results
+        book = CostBook(self.settings.model_dir / COSTS_FILE)
+        planner = Planner(self.settings.memory_budget, book, self.settings.cuda_graphs)
+        return {
+            n: UnetrInferTask(p, self.locators[n], device, precision, results, planner) for n, p in self.presets.items()
+        }
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """One training task a preset."""
+        settings, costs = self.settings, self.settings.model_dir / COSTS_FILE
+        return {
+            n: UnetrTrainTask(p, self.locators[n], settings.device, settings, settings.memory_budget, costs)
+            for n, p in self.presets.items()
+        }
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """Ways to choose the next case; the one of ``--conf strategy`` first, where clients find their default."""
+        return make_strategies(self.insights, self.settings.cold_start_labels, self.settings.strategy)
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """What the strategies choose by, and what learns from all images without labels."""
+        settings = self.settings
+        check_passes(settings.passes, self.presets)
+        pretraining = {
+            f"pretrain_{n}": UnetrPretraining(p, self.locators[n].folder, settings.device)
+            for n, p in self.presets.items()
+        }
+        return pretraining | make_scoring_methods(
+            self.insights,
+            device=settings.device,
+            precision=settings.precision,
+            passes=settings.passes,
+            minutes=settings.scoring_minutes,
+        )

@@ -1,0 +1,168 @@
+"""All scores of one case, from one look at it: what the background scoring keeps, and the simulation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lib.activelearning import scores
+from lib.activelearning.embedding import AnyUnetr, FloatArray, embed, tile_starts, window_at
+from lib.activelearning.passes import Passes
+from lib.configs.preset import Preset
+from lib.networks.precision import autocast
+
+REGIONS = ("foreground", "volume", "patches")
+MAP_MEASURES = ("entropy", "margin", "bald")
+"""Measures that are a map, averaged over each region."""
+CASE_MEASURES = ("class_balanced_entropy", "dice_disagreement")
+"""Measures that are one number of the case as a whole."""
+MEASURES = (*MAP_MEASURES, *CASE_MEASURES)
+NEED_PASSES = ("bald", "dice_disagreement")
+MOST_WINDOWS_FOR_PASSES = 8
+"""Windows that are looked at more than once: those with the most uncertainty about a label."""
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """What a model makes of an unlabelled case.
+
+    Attributes:
+        values: ``measure/region`` for the measures that are maps, ``measure`` for the others.
+        foreground_voxels: voxels predicted to be any label, at the preset's spacing.
+        embedding: shape (hidden_size,).
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    foreground_voxels: float = float("nan")
+    embedding: FloatArray | None = None
+
+
+def score_name(measure: str, region: str) -> str:
+    """The name under which a measure is kept.
+
+    >>> score_name("entropy", "foreground"), score_name("dice_disagreement", "foreground")
+    ('entropy/foreground', 'dice_disagreement')
+    """
+    return f"{measure}/{region}" if measure in MAP_MEASURES else measure
+
+
+def score_case(
+    network: AnyUnetr,
+    image: torch.Tensor,
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    passes: Passes | None = None,
+) -> CaseScores:
+    """Score a preprocessed image.
+
+    Windows lie side by side instead of overlapping as in a segmentation, and only a few are looked at more than once:
+    a pool of thousands is to be ranked, which needs no perfect mask.
+
+    Args:
+        network: in evaluation mode on ``device``.
+        image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
+        preset: the task.
+        device: where it is computed.
+        dtype: number format of the computation.
+        passes: for the measures that compare several predictions; without them, these are left out.
+    """
+    look = _Look(network, image, preset, device, dtype)
+    look.once()
+    if passes is not None:
+        look.again(passes)
+    embedding = embed(network, image, preset, device, dtype)
+    return CaseScores(look.values(), float(int((look.labels > 0).sum())), embedding)
+
+
+class _Look:
+    """Maps of one case, filled window by window."""
+
+    def __init__(
+        self, network: AnyUnetr, image: torch.Tensor, preset: Preset, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._network, self._preset, self._device, self._dtype = network, preset, device, dtype
+        self._image = image.as_subclass(torch.Tensor)
+        shape = tuple(image.shape[1:])
+        self._tiles = [_Tile(start, preset.roi_size) for start in tile_starts(shape, preset.roi_size)]
+        self._settle_overlaps()
+        self.labels = torch.zeros(shape, dtype=torch.uint8)
+        self._maps = {name: torch.zeros(shape) for name in ("entropy", "margin")}
+        self._class_sums = torch.zeros(2, preset.out_channels)
+        self._interest: list[float] = []
+        self._disagreement = float("nan")
+        self._seen_again: torch.Tensor | None = None
+
+    def once(self) -> None:
+        """The maps that need one prediction."""
+        for tile in self._tiles:
+            with torch.inference_mode(), autocast(self._device, self._dtype):
+                logits = self._network(self._window(tile))
+            probs = torch.softmax(logits[0].float(), dim=0)[tile.own(1)]
+            entropy = scores.predictive_entropy(probs)
+            self._maps["entropy"][tile.place] = entropy.cpu()
+            self._maps["margin"][tile.place] = scores.margin(probs).cpu()
+            self.labels[tile.place] = probs.argmax(dim=0).to(torch.uint8).cpu()
+            self._class_sums += scores.class_entropy_sums(probs).cpu()
+            self._interest.append(float((entropy * (1 - probs[0])).sum()))
+
+    def again(self, passes: Passes) -> None:
+        """The maps that need several predictions, of the windows that promise most."""
+        order = np.argsort(self._interest)[::-1][:MOST_WINDOWS_FOR_PASSES]
+        self._maps["bald"] = torch.zeros(self.labels.shape)
+        self._seen_again = torch.zeros(self.labels.shape, dtype=torch.bool)
+        votes = []
+        for tile in (self._tiles[i] for i in order):
+            with torch.inference_mode(), autocast(self._device, self._dtype):
+                logits = torch.stack([one[0] for one in passes(self._window(tile))])
+            probs = torch.softmax(logits.float(), dim=1)[tile.own(2)]
+            self._maps["bald"][tile.place] = scores.mutual_information(probs).cpu()
+            self._seen_again[tile.place] = True
+            votes.append(probs.argmax(dim=1).flatten(1).cpu())
+        self._disagreement = scores.pairwise_dice_disagreement(torch.cat(votes, dim=1), self._preset.out_channels)
+
+    def values(self) -> dict[str, float]:
+        """Every measure in every region."""
+        region = scores.foreground_region(self.labels)
+        found = {"class_balanced_entropy": scores.class_balanced_entropy(self._class_sums)}
+        for name, uncertainty in self._maps.items():
+            seen = region if name != "bald" or self._seen_again is None else region & self._seen_again
+            found[score_name(name, "foreground")] = scores.mean_over_foreground(uncertainty, seen)
+            found[score_name(name, "volume")] = scores.mean_over_volume(uncertainty)
+            found[score_name(name, "patches")] = scores.top_k_patches(uncertainty)
+        if self._seen_again is not None:
+            found["dice_disagreement"] = self._disagreement
+        return found
+
+    def _window(self, tile: _Tile) -> torch.Tensor:
+        window = window_at(self._image, tile.start, self._preset.roi_size)[None].to(self._device)
+        return window.contiguous(memory_format=torch.channels_last_3d)
+
+    def _settle_overlaps(self) -> None:
+        """The last window of an axis lies partly on the one before it: each voxel is counted in one of them only."""
+        edges = [sorted({tile.start[axis] for tile in self._tiles}) for axis in range(3)]
+        for tile in self._tiles:
+            for axis, roi in enumerate(self._preset.roi_size):
+                position = edges[axis].index(tile.start[axis])
+                if position:
+                    tile.skip[axis] = max(0, edges[axis][position - 1] + roi - tile.start[axis])
+
+
+class _Tile:
+    """A window, and the part of it that is its own."""
+
+    def __init__(self, start: tuple[int, ...], roi: tuple[int, ...]) -> None:
+        self.start, self._roi, self.skip = start, roi, [0, 0, 0]
+
+    def own(self, leading: int) -> tuple[slice, ...]:
+        """Within the window, after so many other axes."""
+        return (slice(None),) * leading + tuple(slice(skipped, None) for skipped in self.skip)
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Within the volume."""
+        parts = zip(self.start, self.skip, self._roi, strict=True)
+        return tuple(slice(first + skipped, first + edge) for first, skipped, edge in parts)

@@ -1,0 +1,66 @@
+"""A case as one vector: the tokens of the UNETR's encoder, pooled. A transformer gives it for nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.configs.preset import Preset
+from lib.infers.predictor import window_starts
+from lib.networks.inference import InferenceNetwork
+from lib.networks.precision import autocast
+from lib.networks.unetr import Unetr
+
+FloatArray = npt.NDArray[np.float32]
+AnyUnetr = Unetr | InferenceNetwork
+"""As it is trained, or made ready for inference."""
+MOST_WINDOWS = 8
+"""Windows that an embedding looks at; evenly spread over larger volumes."""
+
+
+def embed(
+    network: AnyUnetr, image: torch.Tensor, preset: Preset, device: torch.device, dtype: torch.dtype
+) -> FloatArray:
+    """Pool the ViT's last tokens over a preprocessed image.
+
+    Args:
+        network: in evaluation mode on ``device``. Random weights give an embedding too: a random projection of the
+            image's patches, enough to tell cases apart before there is anything trained.
+        image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
+        preset: the task.
+        device: where it is computed.
+        dtype: number format of the computation.
+
+    Returns:
+        Shape (hidden_size,), of length 1, so that distances compare directions.
+    """
+    starts = tile_starts(image.shape[1:], preset.roi_size)
+    if len(starts) > MOST_WINDOWS:
+        starts = [starts[i] for i in np.linspace(0, len(starts) - 1, MOST_WINDOWS).round().astype(int)]
+    pooled = []
+    plain = image.as_subclass(torch.Tensor)
+    with torch.inference_mode():
+        for start in starts:
+            window = window_at(plain, start, preset.roi_size)[None].to(device)
+            with autocast(device, dtype):
+                tokens, _ = network.vit(window)
+            pooled.append(tokens.float().mean(dim=1)[0].cpu())
+    mean = torch.stack(pooled).mean(dim=0)
+    vector: FloatArray = (mean / mean.norm().clamp_min(1e-12)).numpy()
+    return vector
+
+
+def tile_starts(shape: Sequence[int], roi: Sequence[int]) -> list[tuple[int, ...]]:
+    """First voxels of windows that cover a volume with as little overlap as there can be."""
+    return list(itertools.product(*(window_starts(size, edge, 0.0) for size, edge in zip(shape, roi, strict=True))))
+
+
+def window_at(image: torch.Tensor, start: Sequence[int], roi: Sequence[int]) -> torch.Tensor:
+    """The window of (channels, X, Y, Z) that begins at ``start``."""
+    box = [slice(None), *(slice(first, first + edge) for first, edge in zip(start, roi, strict=True))]
+    window: torch.Tensor = image[tuple(box)]
+    return window

@@ -1,0 +1,90 @@
+"""What is known of a preset's cases, and by which version: the bridge between kept scores and selections."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.activelearning.score_store import UNTRAINED, Look, ScoreStore
+from lib.activelearning.selection import Candidate, Pool
+from lib.configs.preset import Preset
+from lib.errors import CheckpointError
+from lib.infers.weights import WeightsFile, WeightsLocator
+
+logger = logging.getLogger("unetr.scoring")
+
+
+@dataclass(frozen=True)
+class Insight:
+    """A preset's scores.
+
+    Attributes:
+        preset: the task.
+        locator: where its weights are.
+        store: where scores are kept.
+    """
+
+    preset: Preset
+    locator: WeightsLocator
+    store: ScoreStore
+
+    def version(self) -> str:
+        """The version that is served now, as scores are kept under it."""
+        try:
+            return version_key(self.locator.find())
+        except CheckpointError as error:
+            logger.warning("the next case is chosen without the model of %r: %s", self.preset.name, error)
+            return UNTRAINED
+
+    def looks(self) -> tuple[str, Mapping[str, Look]]:
+        """What the served version made of the cases; until it has looked at any, what the one before it made of them.
+
+        Returns:
+            The version that it comes from, and what it made of each image.
+        """
+        current = self.version()
+        looks = self.store.looks(current)
+        if any(not look.problem for look in looks.values()):
+            return current, looks
+        before = self.store.latest()
+        return (before, self.store.looks(before)) if before is not None else (current, looks)
+
+    def pool(self, unlabelled: Iterable[str], labelled: Iterable[str]) -> tuple[Pool, str]:
+        """The pool of these cases, and the version that the scores in it come from."""
+        version, looks = self.looks()
+        candidates = [_candidate(image, looks.get(image)) for image in unlabelled]
+        vectors = [
+            v for i in labelled if (look := looks.get(i)) is not None and (v := look.found.embedding) is not None
+        ]
+        return Pool(candidates, np.array(vectors) if vectors else None), version
+
+
+def version_key(file: WeightsFile | None) -> str:
+    """A name under which a version's scores are kept; other weights have another one.
+
+    A published version's is its own. Files from elsewhere can be replaced, so that theirs holds a stamp.
+    """
+    if file is None:
+        return UNTRAINED
+    if file.origin == "published":
+        return file.version
+    return f"{file.version}-{hashlib.sha256(repr(file.stamp).encode()).hexdigest()[:8]}"
+
+
+def version_name(key: str) -> str:
+    """What people call a version.
+
+    >>> version_name("shipped-1a2b3c4d"), version_name("v0007")
+    ('shipped', 'v0007')
+    """
+    return key.partition("-")[0]
+
+
+def _candidate(image: str, look: Look | None) -> Candidate:
+    if look is None:
+        return Candidate(image)
+    return Candidate(image, look.found.values, look.found.embedding, look.found.foreground_voxels)

@@ -1,0 +1,185 @@
+"""What models made of the cases, kept by the version that said it: scores, embeddings, and doubts about labels.
+
+One SQLite file a preset. The scoring process writes, one case at a time, so that it can be ended at any moment and goes
+on where it was; the server reads what is new at each question.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lib.activelearning.case_scores import CaseScores
+from lib.activelearning.embedding import FloatArray
+
+logger = logging.getLogger("unetr.scoring")
+
+SCORES_FILE = "scores.sqlite"
+UNTRAINED = "untrained"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS looks(
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL, image_id TEXT NOT NULL, at REAL NOT NULL,
+    scores TEXT, foreground REAL, embedding BLOB, problem TEXT, UNIQUE(version, image_id));
+CREATE TABLE IF NOT EXISTS doubts(
+    version TEXT NOT NULL, image_id TEXT NOT NULL, label TEXT NOT NULL, at REAL NOT NULL,
+    dice TEXT NOT NULL, suspicion REAL NOT NULL, PRIMARY KEY(version, image_id));
+"""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a version made of a case.
+
+    Attributes:
+        found: embedding, and scores where it has come to them.
+        scored: whether it has; an image that cannot be read counts, or it would be tried for ever.
+        problem: why there are none.
+    """
+
+    found: CaseScores
+    scored: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """How far a version is from a case's label.
+
+    Attributes:
+        image_id: the case.
+        label: the label's SHA-256 or stamp; another one is another label.
+        dice: of each label that either of both has; empty for one that cannot be compared.
+        suspicion: 0 (they agree) to 1.
+    """
+
+    image_id: str
+    label: str
+    dice: Mapping[str, float]
+    suspicion: float
+
+
+@dataclass
+class _Version:
+    """What has been read of a version."""
+
+    last: int = 0
+    looks: dict[str, Look] = field(default_factory=dict)
+
+
+class ScoreStore:
+    """Scores of one preset's cases.
+
+    A file that is damaged is put aside: what is in it can be computed again.
+
+    Args:
+        folder: ``model/<preset>``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SCORES_FILE
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._known: dict[str, _Version] = {}
+
+    def looks(self, version: str) -> Mapping[str, Look]:
+        """What a version made of each case so far, by image."""
+        with self._lock:
+            known = self._known.setdefault(version, _Version())
+            query = "SELECT * FROM looks WHERE version = ? AND sequence > ? ORDER BY sequence"
+            for row in self._open().execute(query, (version, known.last)):
+                known.looks[row["image_id"]] = _look(row)
+                known.last = row["sequence"]
+            return dict(known.looks)
+
+    def latest(self) -> str | None:
+        """The version that looked last."""
+        with self._lock:
+            row = self._open().execute("SELECT version FROM looks ORDER BY sequence DESC LIMIT 1").fetchone()
+            return row["version"] if row else None
+
+    def keep(self, version: str, image_id: str, look: Look) -> None:
+        """Keep what a version made of a case; it replaces what it made before."""
+        found = look.found
+        embedding = None if found.embedding is None else found.embedding.astype(np.float32).tobytes()
+        scores = json.dumps(dict(found.values)) if look.scored else None
+        foreground = None if math.isnan(found.foreground_voxels) else found.foreground_voxels
+        row = (version, image_id, time.time(), scores, foreground, embedding, look.problem or None)
+        with self._lock, self._open() as db:
+            columns = "version, image_id, at, scores, foreground, embedding, problem"
+            db.execute(f"INSERT OR REPLACE INTO looks({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def doubts(self, version: str) -> dict[str, Doubt]:
+        """A version's doubts about labels, by image."""
+        with self._lock:
+            rows = self._open().execute("SELECT * FROM doubts WHERE version = ?", (version,)).fetchall()
+        return {r["image_id"]: Doubt(r["image_id"], r["label"], json.loads(r["dice"]), r["suspicion"]) for r in rows}
+
+    def keep_doubt(self, version: str, doubt: Doubt) -> None:
+        """Keep how far a version is from a label; it replaces what it said of the case before."""
+        row = (version, doubt.image_id, doubt.label, time.time(), json.dumps(dict(doubt.dice)), doubt.suspicion)
+        with self._lock, self._open() as db:
+            db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def prune(self, keep: int) -> None:
+        """Forget all versions but those that looked at cases last.
+
+        Args:
+            keep: how many versions stay.
+        """
+        query = "SELECT version FROM looks GROUP BY version ORDER BY MAX(sequence) DESC LIMIT ?"
+        with self._lock, self._open() as db:
+            kept = [row["version"] for row in db.execute(query, (keep,))]
+            for table in ("looks", "doubts"):
+                db.execute(f"DELETE FROM {table} WHERE version NOT IN ({', '.join('?' * len(kept))})", kept)
+            self._known = {version: known for version, known in self._known.items() if version in kept}
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._db is None:
+            try:
+                self._db = _connect(self._path)
+            except sqlite3.DatabaseError as error:
+                aside = self._path.with_suffix(f".damaged-{int(time.time())}")
+                logger.warning("%s is damaged (%s) and put aside as %s", self._path.name, error, aside.name)
+                self._path.rename(aside)
+                self._db = _connect(self._path)
+        return self._db
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path, timeout=30, check_same_thread=False)
+    try:
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.executescript(SCHEMA)
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
+    return db
+
+
+def _look(row: sqlite3.Row) -> Look:
+    values = json.loads(row["scores"]) if row["scores"] else {}
+    embedding: FloatArray | None = None
+    if row["embedding"] is not None:
+        embedding = np.frombuffer(row["embedding"], dtype=np.float32)
+    foreground = math.nan if row["foreground"] is None else float(row["foreground"])
+    done = row["scores"] is not None or row["problem"] is not None
+    return Look(CaseScores(values, foreground, embedding), done, row["problem"] or "")

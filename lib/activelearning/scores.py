@@ -1,0 +1,158 @@
+"""How much a case would teach: pure functions over class probabilities, passes and maps of them.
+
+A *map* says how uncertain the model is at each voxel; a *region* says where that is averaged. All maps are 0 (certain)
+to 1, so that presets with few and with many labels compare.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch.nn import functional as F
+
+TOP_PATCHES = 4
+PATCH_VOXELS = 16
+FOREGROUND_MARGIN_VOXELS = 2
+
+
+def predictive_entropy(probs_cdhw: torch.Tensor) -> torch.Tensor:
+    """Entropy of each voxel's class probabilities (Shannon 1948), as a share of the largest possible.
+
+    Args:
+        probs_cdhw: probabilities, shape (classes, ...), at least two classes.
+
+    Returns:
+        Shape (...), 0 to 1.
+    """
+    entropy: torch.Tensor = torch.special.entr(probs_cdhw).sum(dim=0) / math.log(len(probs_cdhw))
+    return entropy
+
+
+def mutual_information(passes: torch.Tensor) -> torch.Tensor:
+    """What the passes disagree about (BALD, Houlsby 2011, arXiv 1112.5745).
+
+    It is the entropy of their mean less the mean of their entropies: high where each pass is sure of something else,
+    near 0 where all are unsure alike, as along a blurred edge.
+
+    Args:
+        passes: probabilities, shape (passes, classes, ...).
+
+    Returns:
+        Shape (...), 0 to 1.
+    """
+    entropies = torch.stack([predictive_entropy(probs) for probs in passes])
+    return (predictive_entropy(passes.mean(dim=0)) - entropies.mean(dim=0)).clamp_min(0)
+
+
+def margin(probs_cdhw: torch.Tensor) -> torch.Tensor:
+    """How close the two likeliest classes are (Scheffer 2001): 1 less the difference of their probabilities.
+
+    Args:
+        probs_cdhw: probabilities, shape (classes, ...), at least two classes.
+
+    Returns:
+        Shape (...), 0 to 1.
+    """
+    first, second = probs_cdhw.topk(2, dim=0).values
+    closeness: torch.Tensor = 1 - (first - second)
+    return closeness
+
+
+def pairwise_dice_disagreement(labels: torch.Tensor, classes: int) -> float:
+    """How little the passes' masks overlap (Nath 2020, arXiv 2101.02323).
+
+    It is 1 less the mean Dice over all pairs of passes and all labels that either of a pair has.
+
+    Args:
+        labels: label values, shape (passes, ...), at least two passes.
+        classes: number of classes with background, which does not count.
+
+    Returns:
+        0 to 1; 0 where no pass has any label.
+    """
+    masks = F.one_hot(labels.long().flatten(1), classes)[..., 1:].float()  # (passes, voxels, labels)
+    sizes = masks.sum(dim=1)
+    disagreements = []
+    for a, b in itertools.combinations(range(len(masks)), 2):
+        total = sizes[a] + sizes[b]
+        dice = 2 * (masks[a] * masks[b]).sum(dim=0) / total.clamp_min(1)
+        disagreements.append((1 - dice)[total > 0])
+    found = torch.cat(disagreements)
+    return float(found.mean()) if found.numel() else 0.0
+
+
+def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:
+    """What :func:`class_balanced_entropy` is made of, so that a volume's windows can be added up.
+
+    Args:
+        probs_cdhw: probabilities, shape (classes, ...).
+
+    Returns:
+        Shape (2, classes): the sums over all voxels of entropy x p(class), and of p(class).
+    """
+    flat = probs_cdhw.flatten(1)
+    return torch.stack([(flat * predictive_entropy(flat)).sum(dim=1), flat.sum(dim=1)])
+
+
+def class_balanced_entropy(sums: torch.Tensor) -> float:
+    """Mean over the labels of each one's own entropy, in which a small organ counts as much as a large one.
+
+    A label's score weighs each voxel's entropy with that label's probability, after the class-stratified queries of
+    ClaSP PE (Lüth 2026, arXiv 2601.13677).
+
+    Args:
+        sums: of :func:`class_entropy_sums`; background does not count.
+
+    Returns:
+        0 to 1; 0 where no label has any probability.
+    """
+    weighted, mass = sums[:, 1:]
+    per_label = weighted[mass > 0] / mass[mass > 0]
+    return float(per_label.mean()) if per_label.numel() else 0.0
+
+
+def mean_over_volume(uncertainty: torch.Tensor) -> float:
+    """Mean of a map, shape (X, Y, Z)."""
+    return float(uncertainty.mean())
+
+
+def mean_over_foreground(uncertainty: torch.Tensor, region: torch.Tensor) -> float:
+    """Mean of a map over a region; over the whole volume where the region is empty.
+
+    Background is most of a volume and nearly certain: its mean says how large the image is, not how hard the case is.
+
+    Args:
+        uncertainty: shape (X, Y, Z).
+        region: of :func:`foreground_region`.
+    """
+    inside = uncertainty[region]
+    return float(inside.mean()) if inside.numel() else mean_over_volume(uncertainty)
+
+
+def foreground_region(labels: torch.Tensor, margin_voxels: int = FOREGROUND_MARGIN_VOXELS) -> torch.Tensor:
+    """What is predicted to be a label, with a margin: what the model missed lies just outside of what it found.
+
+    Args:
+        labels: label values, shape (X, Y, Z).
+        margin_voxels: width of the margin along each axis.
+
+    Returns:
+        Booleans of shape (X, Y, Z).
+    """
+    mask = (labels > 0)[None, None].float()
+    width = 2 * margin_voxels + 1
+    return F.max_pool3d(mask, width, stride=1, padding=margin_voxels)[0, 0] > 0
+
+
+def top_k_patches(uncertainty: torch.Tensor, k: int = TOP_PATCHES, patch_voxels: int = PATCH_VOXELS) -> float:
+    """Mean of the ``k`` most uncertain cubes: one hard place counts, however large the rest is.
+
+    Args:
+        uncertainty: map of shape (X, Y, Z).
+        k: how many cubes; all where there are fewer.
+        patch_voxels: edge of a cube. Cubes at the far edges may be smaller.
+    """
+    means = F.avg_pool3d(uncertainty[None, None], patch_voxels, ceil_mode=True, count_include_pad=False).flatten()
+    return float(means.topk(min(k, means.numel())).values.mean())

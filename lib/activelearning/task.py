@@ -1,0 +1,254 @@
+"""MONAI Label's strategies (which case to label next) and scoring methods (what they choose by)."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
+
+from lib.activelearning.case_scores import MEASURES, REGIONS
+from lib.activelearning.insight import Insight, version_name
+from lib.activelearning.passes import MonteCarloDropout, has_dropout, no_dropout
+from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, newest_first
+from lib.activelearning.score_store import UNTRAINED
+from lib.activelearning.selection import MEASURE_OF, STRATEGIES, Pick, select
+from lib.configs.preset import Preset
+from lib.errors import ConfigError, NotFoundError, ParameterError
+from lib.networks.precision import resolve_device
+from lib.trainers.cases import Case
+
+logger = logging.getLogger("unetr.scoring")
+
+COLD_START = "typical"
+WITHOUT_MODEL = ("random", "first")
+DEFAULT_MINUTES = 30.0
+KEPT_VERSIONS = 3
+NEXT_LIKELY = 2
+"""Cases besides the chosen one whose predictions are worth having."""
+
+DESCRIPTIONS = {
+    "random": "A random unlabelled case",
+    "random_foreground": "A random unlabelled case, the likelier the more of the labels the model sees in it",
+    "first": "The first unlabelled case by name",
+    "entropy": "The unlabelled case of whose labels the model is least sure (predictive entropy)",
+    "class_balanced_entropy": "As entropy, with every label counting alike, however small",
+    "margin": "The unlabelled case where two labels are closest to each other",
+    "bald": "The unlabelled case about which several passes of the model disagree most (mutual information)",
+    "dice_disagreement": "The unlabelled case where the masks of several passes overlap least",
+    "power_entropy": "As entropy, with noise, so that cases in a row are not all alike",
+    "power_bald": "As bald, with noise, so that cases in a row are not all alike",
+    "core_set": "The unlabelled case least like those that are labelled (core-set)",
+    "typical": "The most typical unlabelled case of a group without labels (TypiClust)",
+    "hybrid": "Of the most uncertain unlabelled cases, the one least like those that are labelled",
+}
+
+FINAL = DefaultLabelTag.FINAL.value
+ALL_SCORES, EMBEDDING, LABELS = "all", "embedding", "labels"
+
+
+class PoolStrategy(Strategy):
+    """One of ``selection.STRATEGIES`` over the studies.
+
+    Args:
+        name: which.
+        insights: what is known of each preset's cases, by preset; the first is meant where a client names none.
+        cold_start_labels: with fewer labels than this, or without weights, a strategy that needs a model chooses
+            typical cases instead.
+    """
+
+    def __init__(self, name: str, insights: Mapping[str, Insight], cold_start_labels: int = 5) -> None:
+        super().__init__(DESCRIPTIONS[name])
+        self._name, self._insights, self._cold_start_labels = name, insights, cold_start_labels
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Choose among the datastore's unlabelled images.
+
+        Args:
+            request: ``seed`` makes the choice repeatable; ``model`` says for which preset; ``region`` where
+                uncertainty is averaged (``foreground``, ``volume`` or ``patches``).
+            datastore: the studies; without the cases that somebody else works on.
+
+        Returns:
+            The chosen image's ``id``, the ``reason``, the ``model`` that it was chosen for, and ``next``, the ids
+            that are likely to come after it; None when everything is labelled.
+
+        Raises:
+            ParameterError: for a seed that is no whole number, or an unknown region.
+            NotFoundError: for a model that there is not.
+        """
+        insight, seed, region = self._parse(request)
+        unlabelled = datastore.get_unlabeled_images()
+        if not unlabelled:
+            return None
+        labelled = datastore.get_labeled_images()
+        pool, version = insight.pool(unlabelled, labelled)
+        name, why = self._name, ""
+        if name in MEASURE_OF and (version == UNTRAINED or len(labelled) < self._cold_start_labels):
+            name, why = COLD_START, self._cold(version, len(labelled))
+        picks = select(name, pool, 1 + NEXT_LIKELY, seed, region)
+        return {
+            "id": picks[0].case_id,
+            "reason": why + _reason(picks[0], name, version),
+            "model": insight.preset.name,
+            "next": [pick.case_id for pick in picks[1:]],
+            "next_reasons": [why + _reason(pick, name, version) for pick in picks[1:]],
+        }
+
+    def _parse(self, request: Mapping[str, Any]) -> tuple[Insight, int, str]:
+        seed, region = request.get("seed"), request.get("region", REGIONS[0])
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise ParameterError("seed", seed, "a whole number from 0")
+        if region not in REGIONS:
+            raise ParameterError("region", region, ", ".join(REGIONS))
+        model = request.get("model") or next(iter(self._insights))
+        if model not in self._insights:
+            raise NotFoundError("model", str(model)[:200], list(self._insights))
+        return self._insights[model], secrets.randbelow(2**32) if seed is None else seed, region
+
+    def _cold(self, version: str, labels: int) -> str:
+        if version == UNTRAINED:
+            return f"no model to be {self._name} by yet: "
+        return f"{labels} labelled so far, {self._name} begins at {self._cold_start_labels}: "
+
+
+class PoolScoring(ScoringMethod):
+    """Looks at the studies' images with the newest weights, in the background, and keeps what it finds.
+
+    Args:
+        name: a measure, ``embedding``, ``labels`` (doubts about labels), or ``all``.
+        insights: as :class:`PoolStrategy`.
+        device: where to compute; the best there is if empty.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        passes: how several opinions are made.
+        minutes: longest time; half an hour where it is 0, which only means that none starts by itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        insights: Mapping[str, Insight],
+        device: str = "",
+        precision: str = "auto",
+        passes: str = "auto",
+        minutes: float = DEFAULT_MINUTES,
+    ) -> None:
+        super().__init__(_scoring_description(name))
+        self._name, self._insights, self._passes = name, insights, passes
+        self._device, self._precision, self._minutes = device, precision, minutes or DEFAULT_MINUTES
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Look at what has not been looked at.
+
+        Args:
+            request: ``model`` for one preset (all otherwise), ``minutes`` for another longest time.
+            datastore: the studies.
+
+        Returns:
+            By preset: the version, and how many images (and labels) were done, known, failed and left.
+
+        Raises:
+            NotFoundError: for a model that there is not.
+            ParameterError: for a time that is none, or passes that a preset cannot make.
+            CheckpointError: when weights cannot be used.
+        """
+        minutes = request.get("minutes") or self._minutes
+        if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes < 0:
+            raise ParameterError("minutes", minutes, "a number from 0")
+        model = request.get("model")
+        if model and model not in self._insights:
+            raise NotFoundError("model", str(model)[:200], list(self._insights))
+        chosen = [self._insights[model]] if model else list(self._insights.values())
+        return {insight.preset.name: self._score(insight, datastore, float(minutes)) for insight in chosen}
+
+    def _score(self, insight: Insight, datastore: Datastore, minutes: float) -> dict[str, Any]:
+        device = resolve_device(self._device)
+        scorer = PoolScorer(insight, device, self._precision, self._passes, minutes)
+        said: dict[str, Any] = {"version": scorer.version}
+        if self._name != LABELS:
+            unlabelled = newest_first(datastore.get_unlabeled_images(), lambda image: _added_at(datastore, image))
+
+            def file_of(image: str) -> Path:
+                return Path(datastore.get_image_uri(image))
+
+            # the labelled ones only need a place among the others
+            everything = [*unlabelled, *datastore.get_labeled_images()]
+            said["embedded"] = scorer.look_at(everything, file_of, "embedding")
+            if self._name != EMBEDDING:
+                said["scored"] = scorer.look_at(unlabelled, file_of)
+        if self._name in (LABELS, ALL_SCORES):
+            labels = label_stamps(datastore, insight.preset.name)
+            said["compared"] = scorer.doubt(labels, lambda image: labelled_case(datastore, image))
+        insight.store.prune(KEPT_VERSIONS)
+        logger.info("%s: %s", insight.preset.name, said)
+        return said
+
+
+def make_strategies(insights: Mapping[str, Insight], cold_start_labels: int, default: str) -> dict[str, Strategy]:
+    """All strategies, by the names that clients list; ``default`` is the first of them.
+
+    Raises:
+        ConfigError: when there is no strategy of that name.
+    """
+    if default not in STRATEGIES:
+        raise ConfigError(f"--conf strategy is {default!r}; valid: {', '.join(STRATEGIES)}")
+    names = [default, *(name for name in STRATEGIES if name != default)]
+    return {name: PoolStrategy(name, insights, cold_start_labels) for name in names}
+
+
+def check_passes(passes: str, presets: Mapping[str, Preset]) -> None:
+    """Refuse dropout for presets without any, when the server starts and not when it scores.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    without = [name for name, preset in presets.items() if not has_dropout(preset)]
+    if passes == MonteCarloDropout.name and without:
+        raise ConfigError(f"--conf passes: {no_dropout(presets[without[0]])}; valid: auto, tta, ensemble")
+
+
+def make_scoring_methods(insights: Mapping[str, Insight], **options: Any) -> dict[str, ScoringMethod]:
+    """All scoring methods, by name; options as those of :class:`PoolScoring`."""
+    return {name: PoolScoring(name, insights, **options) for name in (ALL_SCORES, EMBEDDING, LABELS, *MEASURES)}
+
+
+def label_stamps(datastore: Datastore, preset: str) -> dict[str, str]:
+    """The images with a final label of a preset, and what changes with the label; no image is touched."""
+    stamps = {}
+    for image in datastore.get_labeled_images():
+        info = datastore.get_label_info(image, FINAL) or {}
+        if info.get("preset", preset) == preset:
+            status = Path(datastore.get_label_uri(image, FINAL)).stat()
+            stamps[image] = f"{status.st_size}-{status.st_mtime_ns}"
+    return stamps
+
+
+def labelled_case(datastore: Datastore, image: str) -> LabelledCase:
+    """An image with its final label, and the names of which that does not speak."""
+    info = datastore.get_label_info(image, FINAL) or {}
+    label = Path(datastore.get_label_uri(image, FINAL))
+    case = Case(image, Path(datastore.get_image_uri(image)), label)
+    return LabelledCase(case, frozenset(info.get("missing_labels", ())))
+
+
+def _added_at(datastore: Datastore, image: str) -> float:
+    """Seconds since 1970; 0 where that is not known."""
+    return float(datastore.get_image_info(image).get("ts", 0))
+
+
+def _reason(pick: Pick, name: str, version: str) -> str:
+    return pick.reason if name in WITHOUT_MODEL else f"{pick.reason}, model {version_name(version)}"
+
+
+def _scoring_description(name: str) -> str:
+    special = {
+        ALL_SCORES: "Embedding and all scores of the unlabelled images, then doubts about labels",
+        EMBEDDING: "Where each image lies among the others (pooled tokens of the encoder)",
+        LABELS: "How far the newest model is from each label",
+    }
+    return special.get(name, f"{name.replace('_', ' ')} of the unlabelled images, with all other scores")

@@ -1,0 +1,1 @@
+"""Presets and settings: immutable, checked when made."""

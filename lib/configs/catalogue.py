@@ -1,0 +1,62 @@
+"""Finding presets: the ones that come with the project, and a user's own YAML files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.configs.preset import Preset, parse_preset
+from lib.errors import ConfigError
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+
+
+def shipped_preset_names() -> list[str]:
+    """Names of the presets that come with the project."""
+    return sorted(path.stem for path in PRESETS_FOLDER.glob("*.yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Load a preset that comes with the project.
+
+    Raises:
+        ConfigError: when there is none of that name.
+    """
+    path = PRESETS_FOLDER / f"{name}.yaml"
+    if name not in shipped_preset_names():
+        raise ConfigError(f"there is no preset {name!r}; valid: {', '.join(shipped_preset_names())}, or all")
+    return read_preset(path)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name, or of that YAML file.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    return read_preset(Path(name)) if name.endswith((".yaml", ".yml")) else load_preset(name)
+
+
+def read_preset(path: Path) -> Preset:
+    """Read a preset from a YAML file; its name is the file's stem where the file gives none.
+
+    Raises:
+        ConfigError: when the file cannot be read, is not YAML, or describes an invalid preset.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"preset file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"preset file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"preset file {str(path)!r} holds {type(data).__name__}; valid: a mapping of preset keys")
+    return parse_preset({"name": path.stem} | data, source=f"preset file {str(path)!r}")
+
+
+def write_preset(path: Path, preset: Preset) -> None:
+    """Write a preset as the YAML file that :func:`read_preset` reads."""
+    data = preset.model_dump(mode="json", exclude_none=True)
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")

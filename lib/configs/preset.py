@@ -1,0 +1,338 @@
+"""A preset: everything that makes one segmentation task, as immutable data.
+
+A preset travels inside every checkpoint, so that weights are never run with another spacing, window or label order
+than the one that they were trained with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lib.errors import ConfigError
+
+MIN_ROI_VOXELS = 16
+"""Of a window: the decoder's norms need more than one voxel at the coarsest resolution."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def canonical_name(name: str) -> str:
+    """Return ``name`` as names are compared: lower case, with ``_`` for runs of anything but letters and digits.
+
+    Letters of any script count, so that two Japanese names are two names.
+
+    >>> canonical_name("Right  Kidney")
+    'right_kidney'
+    """
+    return re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
+
+
+class Model(BaseModel):
+    """Base of the configuration records: immutable, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Code(Model):
+    """A coded concept (PS3.3, 8.8), of SNOMED CT unless ``scheme`` names another terminology."""
+
+    value: Annotated[str, Field(min_length=1, max_length=16)]
+    meaning: Annotated[str, Field(min_length=1, max_length=64)]
+    scheme: Annotated[str, Field(min_length=1, max_length=16)] = "SCT"
+
+
+class Label(Model):
+    """One structure: its value in the mask, its name, its colour, and other names that mean the same.
+
+    ``code`` says in a terminology what it is, for DICOM SEG, and ``modifier`` which one (left or right, say).
+    """
+
+    index: Annotated[int, Field(ge=1, le=255)]
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    color: tuple[Annotated[int, Field(ge=0, le=255)], ...] = Field((255, 0, 0), min_length=3, max_length=3)
+    aliases: tuple[str, ...] = ()
+    code: Code | None = None
+    modifier: Code | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not canonical_name(name):
+            raise ValueError("valid: a name with a letter or a digit in it")
+        return name
+
+    @model_validator(mode="after")
+    def _check_modifier(self) -> Label:
+        if self.modifier and not self.code:
+            raise ValueError("modifier needs a code that it modifies")
+        return self
+
+    def names(self) -> set[str]:
+        """Every name of this label in canonical form."""
+        return {canonical_name(name) for name in (self.name, *self.aliases)}
+
+
+class Window(Model):
+    """Fixed intensity window, for CT: [lower, upper] in HU becomes [0, 1], clipped."""
+
+    kind: Literal["window"]
+    lower: Annotated[float, Field(allow_inf_nan=False)]
+    upper: Annotated[float, Field(allow_inf_nan=False)]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Window:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
+        return self
+
+
+class ZScore(Model):
+    """Normalisation of each case by itself, for MR: clipped to two percentiles, then mean 0 and deviation 1."""
+
+    kind: Literal["zscore"]
+    lower_percentile: Annotated[float, Field(ge=0, lt=50)] = 0.5
+    upper_percentile: Annotated[float, Field(gt=50, le=100)] = 99.5
+
+
+class Network(Model):
+    """Size of the UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504), in the terms of ``monai.networks.nets.UNETR``.
+
+    Attributes:
+        patch_size: edge in voxels of the cubic patch that becomes one token: 16 as in the paper, or 8.
+        norm_name: of the decoder; ``instance_affine`` also scales and shifts its result, as batch norm does.
+    """
+
+    patch_size: Literal[8, 16] = 16
+    feature_size: PositiveInt = 16
+    hidden_size: PositiveInt = 768
+    mlp_dim: PositiveInt = 3072
+    num_heads: PositiveInt = 12
+    proj_type: Literal["perceptron", "conv"] = "perceptron"
+    norm_name: Literal["instance", "instance_affine", "batch"] = "instance"
+    res_block: bool = True
+    conv_block: bool = True
+    qkv_bias: bool = False
+    dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Network:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; "
+                f"valid: a multiple, such as {self.num_heads * max(1, self.hidden_size // self.num_heads)}"
+            )
+        return self
+
+
+class Augmentation(Model):
+    """Random changes to a training crop; every one is off at 0. Angles in degrees, shifts in voxels."""
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    translation_voxels: Annotated[float, Field(ge=0)] = 0.0
+    spatial_probability: Fraction = 0.5
+    elastic_probability: Fraction = 0.0
+    noise_std: Annotated[float, Field(ge=0)] = 0.05
+    noise_probability: Fraction = 0.2
+    blur_probability: Fraction = 0.0
+    gamma_probability: Fraction = 0.0
+    intensity_scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    intensity_shift: Annotated[float, Field(ge=0)] = 0.1
+    intensity_probability: Fraction = 0.5
+
+
+class Training(Model):
+    """The training recipe. A request may override the fields that MONAI Label's clients know.
+
+    ``activation_checkpointing`` recomputes the transformer's activations always; without it, where memory asks for it.
+    """
+
+    max_epochs: PositiveInt = 50
+    batch_size: PositiveInt = 1
+    crops_per_case: PositiveInt = 2
+    foreground_ratio: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    warmup_fraction: Fraction = 0.04
+    gradient_clip_norm: PositiveFloat = 2.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    dice_weight: Fraction = 0.7
+    cross_entropy_weight: Fraction = 0.3
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
+    early_stop_patience: Annotated[int, Field(ge=0)] = 0
+    val_interval: PositiveInt = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Training:
+        if self.dice_weight + self.cross_entropy_weight == 0:
+            raise ValueError("dice_weight and cross_entropy_weight are both 0; valid: at least one above 0")
+        return self
+
+
+class Inference(Model):
+    """How a volume is segmented.
+
+    Attributes:
+        overlap: share of a window that its neighbour sees again.
+        window_batch_size: most windows that go through the network at once.
+        largest_component: whether only the largest connected component of each label is kept.
+        skip_air: whether what holds nothing but air is background without being looked at. Air is the lowest value
+            after clipping; false where a label can lie in it.
+    """
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    window_batch_size: PositiveInt = 1
+    largest_component: bool = False
+    skip_air: bool = True
+
+
+class Preset(Model):
+    """One segmentation task.
+
+    Attributes:
+        labels: the structures, with values 1 to n without gaps; 0 is background.
+        axcodes: anatomical directions of the axes that the network sees, in nibabel's letters.
+        spacing_mm: voxel size that the network sees, in the order of ``axcodes``.
+        roi_size: window of the network in voxels; multiples of ``network.patch_size``, of which each is a token.
+        mirror_axes: axes along which a training crop may be mirrored. Empty where left and right differ in name.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")]
+    description: str = ""
+    modality: Literal["MR", "CT", "PT", "US", "OT"]
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=255)]
+    ignore_unknown_labels: bool = False
+    axcodes: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] = "RAS"
+    spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    roi_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    intensity: Annotated[Window | ZScore, Field(discriminator="kind")]
+    padding: Literal["constant", "edge"] = "constant"
+    mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
+    network: Network = Network()
+    inference: Inference = Inference()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _check_roi(self) -> Preset:
+        patch, roi = self.network.patch_size, self.roi_size
+        if any(edge % patch or edge < MIN_ROI_VOXELS for edge in roi):
+            valid = [max(MIN_ROI_VOXELS, round(edge / patch) * patch) for edge in roi]
+            raise ValueError(
+                f"'roi_size' is {list(roi)}: every edge must be a multiple of {patch} voxels (network.patch_size), and "
+                f"at least {MIN_ROI_VOXELS}; valid: for example {valid}"
+            )
+        return self
+
+    @field_validator("axcodes")
+    @classmethod
+    def _check_axcodes(cls, axcodes: str) -> str:
+        axes = {frozenset("RL"): 0, frozenset("AP"): 0, frozenset("SI"): 0}
+        for letter in axcodes:
+            axes[next(pair for pair in axes if letter in pair)] += 1
+        if set(axes.values()) != {1}:
+            raise ValueError("needs one letter of each pair R/L, A/P, S/I; valid: for example RAS")
+        return axcodes
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: tuple[Label, ...]) -> tuple[Label, ...]:
+        indices = sorted(label.index for label in labels)
+        if indices != list(range(1, len(labels) + 1)):
+            raise ValueError(f"indices are {indices}; valid: 1 to {len(labels)}, each once")
+        owner: dict[str, str] = {}
+        for label in labels:
+            for name in label.names():
+                if name in owner:
+                    raise ValueError(f"labels {owner[name]!r} and {label.name!r} share the name {name!r}")
+                owner[name] = label.name
+        return tuple(sorted(labels, key=lambda label: label.index))
+
+    @property
+    def out_channels(self) -> int:
+        """Classes of the network: the labels and background."""
+        return len(self.labels) + 1
+
+    @property
+    def label_indices(self) -> dict[str, int]:
+        """Name to mask value, as MONAI Label's clients expect it."""
+        return {label.name: label.index for label in self.labels}
+
+    def find_label(self, name: str) -> Label | None:
+        """Return the label of that name or alias; case, spaces and ``_`` do not matter."""
+        wanted = canonical_name(name)
+        return next((label for label in self.labels if wanted in label.names()), None)
+
+    def with_labels(self, names: list[str]) -> Preset:
+        """Return this task for other structures: ``names`` become 1 to n; known ones keep colour and aliases.
+
+        The result has no trained weights of its own, and mirroring is off, since nothing is known of the sides.
+        """
+        labels = []
+        for index, name in enumerate(names, start=1):
+            known = self.find_label(name)
+            fields = known.model_dump() | {"index": index} if known else {"index": index, "name": name}
+            labels.append(fields)
+        return parse_preset(self.model_dump() | {"labels": labels, "mirror_axes": ()}, source=f"labels {names}")
+
+
+def parse_preset(data: Mapping[str, Any], source: str) -> Preset:
+    """Make a preset from plain data, or say which key is wrong.
+
+    Args:
+        data: keys of :class:`Preset`.
+        source: where the data came from, for the error's text.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be valid.
+    """
+    try:
+        return Preset.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe_validation_error(error, Preset)}") from error
+
+
+def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in words what a record refused: the key, the value, and what would be valid."""
+    problems = []
+    found = error.errors(include_url=False)
+    for problem in found:
+        depth = len(problem["loc"])
+        if any(len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in found):
+            continue  # what is wrong is inside, and said there
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(_known_keys(model, problem["loc"][:-1])))
+            problems.append(f"unknown key {key!r}; valid: {known}")
+        elif problem["type"] == "missing":
+            problems.append(f"key {key!r} is missing")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{key!r} is {problem['input']!r}: {text}" if key else text)
+    return "; ".join(problems)
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
+    """Field names of the record at ``path`` inside ``model``."""
+    candidates = [model]
+    for part in map(str, path):
+        fields = [c.model_fields[part] for c in candidates if part in c.model_fields]
+        tagged = [c for c in candidates if c.__name__.lower() == part]
+        candidates = tagged or [m for field in fields for m in _models_in(field.annotation)] or candidates
+    return set(candidates[0].model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The record types that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,1 @@
+"""What clinicians submit: label names, grids, the store."""

@@ -1,0 +1,199 @@
+"""The index of a label history: an SQLite file that may be lost, since the files that it tells of hold all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+IN_MEMORY = Path(":memory:")
+SECONDS_TO_WAIT_FOR_OTHERS = 30.0
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS versions(
+    sequence INTEGER PRIMARY KEY, version_id TEXT UNIQUE NOT NULL, image_id TEXT NOT NULL, tag TEXT NOT NULL,
+    removal INTEGER NOT NULL, record TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS by_image ON versions(image_id, tag, sequence);
+CREATE TABLE IF NOT EXISTS published(
+    image_id TEXT NOT NULL, tag TEXT NOT NULL, sequence INTEGER NOT NULL, suffix TEXT NOT NULL,
+    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, PRIMARY KEY(image_id, tag));
+CREATE TABLE IF NOT EXISTS infos(
+    image_id TEXT NOT NULL, tag TEXT NOT NULL, info TEXT NOT NULL, PRIMARY KEY(image_id, tag));
+"""
+NEWEST = "sequence IN (SELECT max(sequence) FROM versions WHERE tag = ? GROUP BY image_id)"
+
+
+def open_database(path: Path, schema: str) -> tuple[sqlite3.Connection, str]:
+    """Open an SQLite file in WAL mode; it is made when it is not there, and anew when it is damaged.
+
+    Commits do not wait for the disk (``synchronous=NORMAL``): they outlive the process, and what a power cut takes is
+    found again by whoever keeps the files that it tells of.
+
+    Returns:
+        The connection, in autocommit mode and for all threads (one at a time), and a sentence on what had to be done.
+
+    Raises:
+        OSError, sqlite3.OperationalError: when the folder cannot be written to.
+    """
+    try:
+        return _open(path, schema), ""
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        os.replace(path, aside)
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        return _open(path, schema), f"{path.name} was damaged ({error}); it is kept as {aside.name} and made anew"
+
+
+class VersionIndex:
+    """Versions by image and time, what lies in ``labels/<tag>``, and what clients added to images and labels.
+
+    Args:
+        path: the file; :data:`IN_MEMORY` for a store that can only be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db, self.opened_with = open_database(path, SCHEMA)
+        self._lock = threading.RLock()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it or nothing."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    # ------------------------------------------------------------------------------------------------ versions
+
+    def insert(self, record: Mapping[str, Any]) -> None:
+        """Add a version's record."""
+        removal = int(bool(record.get("removal")))
+        identity = (record["sequence"], record["version_id"], record["image_id"], record["tag"])
+        self._execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", *identity, removal, json.dumps(record))
+
+    def drop(self, sequence: int) -> None:
+        """Take a version's record out."""
+        self._execute("DELETE FROM versions WHERE sequence = ?", sequence)
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """All records by sequence, removals among them."""
+        return {row["sequence"]: json.loads(row["record"]) for row in self._execute("SELECT * FROM versions")}
+
+    def newest(self, image_id: str, tag: str) -> dict[str, Any] | None:
+        """The newest record of an image's label, which may be a removal."""
+        found = self._select("image_id = ? AND tag = ? ORDER BY sequence DESC LIMIT 1", image_id, tag)
+        return found[0] if found else None
+
+    def all_newest(self, tag: str) -> list[dict[str, Any]]:
+        """The newest record of each image that has a label."""
+        return self._select(f"removal = 0 AND {NEWEST} ORDER BY sequence", tag)
+
+    def of_image(self, image_id: str, tag: str) -> list[dict[str, Any]]:
+        """All records of an image's label but removals, the oldest first."""
+        return self._select("removal = 0 AND image_id = ? AND tag = ? ORDER BY sequence", image_id, tag)
+
+    def since(self, sequence: int) -> list[dict[str, Any]]:
+        """All records after that one, the oldest first, removals among them."""
+        return self._select("sequence > ? ORDER BY sequence", sequence)
+
+    def find(self, version_id: str) -> dict[str, Any] | None:
+        """The record of that id, unless it is a removal."""
+        found = self._select("removal = 0 AND version_id = ?", version_id)
+        return found[0] if found else None
+
+    def tags(self) -> list[str]:
+        """All tags that a label ever had."""
+        return [row["tag"] for row in self._execute("SELECT DISTINCT tag FROM versions ORDER BY tag")]
+
+    def count(self) -> int:
+        """How many versions there are."""
+        return int(self._execute("SELECT count(*) AS n FROM versions WHERE removal = 0")[0]["n"])
+
+    def last_sequence(self) -> int:
+        """The newest sequence of all; 0 for none."""
+        return int(self._execute("SELECT coalesce(max(sequence), 0) AS n FROM versions")[0]["n"])
+
+    # --------------------------------------------------------------------------------- what lies in labels/<tag>
+
+    def note_published(self, image_id: str, tag: str, sequence: int, suffix: str, size: int, mtime_ns: int) -> None:
+        """Remember what was put into ``labels/<tag>``, so that it is known again by its size and time."""
+        values = (image_id, tag, sequence, suffix, size, mtime_ns)
+        self._execute("INSERT OR REPLACE INTO published VALUES (?, ?, ?, ?, ?, ?)", *values)
+
+    def forget_published(self, image_id: str, tag: str) -> None:
+        """Nothing of it lies there any longer."""
+        self._execute("DELETE FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
+
+    def published(self, image_id: str, tag: str) -> sqlite3.Row | None:
+        """What was put there last."""
+        found = self._execute("SELECT * FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
+        return found[0] if found else None
+
+    def newest_and_published(self) -> list[sqlite3.Row]:
+        """Of each label that there is: image, tag, newest sequence, and what was put into ``labels/<tag>`` last."""
+        return self._execute(
+            "SELECT v.image_id, v.tag, v.sequence, p.sequence AS published, p.suffix, p.size, p.mtime_ns "
+            "FROM versions v LEFT JOIN published p ON p.image_id = v.image_id AND p.tag = v.tag WHERE v.removal = 0 "
+            "AND v.sequence IN (SELECT max(sequence) FROM versions GROUP BY image_id, tag) ORDER BY v.sequence"
+        )
+
+    # ------------------------------------------------------------------- what clients added to images and labels
+
+    def infos(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """By image and tag; the tag is empty for the image itself."""
+        rows = self._execute("SELECT * FROM infos")
+        return {(row["image_id"], row["tag"]): json.loads(row["info"]) for row in rows}
+
+    def keep_info(self, image_id: str, tag: str, info: Mapping[str, Any]) -> None:
+        """Keep or replace it."""
+        text = json.dumps(info, default=str)
+        self._execute("INSERT OR REPLACE INTO infos VALUES (?, ?, ?)", image_id, tag, text)
+
+    def forget_info(self, image_id: str, tag: str) -> None:
+        """Forget it."""
+        self._execute("DELETE FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
+
+    def _select(self, where: str, *values: object) -> list[dict[str, Any]]:
+        return [
+            json.loads(row["record"]) for row in self._execute(f"SELECT record FROM versions WHERE {where}", *values)
+        ]
+
+    def _execute(self, statement: str, *values: object) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(statement, values).fetchall()
+
+
+def _open(path: Path, schema: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=SECONDS_TO_WAIT_FOR_OTHERS, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.row_factory = sqlite3.Row
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found).splitlines()[0])
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(schema)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

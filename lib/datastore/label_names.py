@@ -1,0 +1,192 @@
+"""What the values of a submitted mask mean: by the names that came with it, never by their order.
+
+3D Slicer numbers a user's segments in the order in which they stand in its list, and sends the names in ``label_info``:
+``[{"name": "spleen", "idx": 1}, ...]``, also of segments in which nothing has been drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from lib.configs.preset import Preset, canonical_name
+from lib.errors import LabelError
+
+BACKGROUND = "background"
+LARGEST_VALUE = 65535
+MOST_NAMES = 1000
+LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """How a mask's values become the preset's.
+
+    Attributes:
+        values: value in the mask that came to value in the one that is kept; background stays 0.
+        label_map: name to value in the mask that is kept: the preset's labels that it speaks of, and unknown ones.
+        missing: the preset's labels that the mask does not speak of.
+        notes: what was done, in sentences.
+    """
+
+    values: Mapping[int, int]
+    label_map: Mapping[str, int]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Which labels a mask speaks of, as far as the client says so itself.
+
+    Attributes:
+        complete: labels of which nothing is drawn are not in the image, instead of not having been drawn.
+        missing: labels that are in the image but were not drawn, or not wholly.
+    """
+
+    complete: bool = False
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, info: Mapping[str, Any]) -> Completeness:
+        """Read ``complete`` (true or false) and ``missing_labels`` (names) of a submission.
+
+        Raises:
+            LabelError: for anything else.
+        """
+        complete, missing = info.get("complete", False), info.get("missing_labels", [])
+        if not isinstance(complete, bool):
+            raise LabelError(f"complete is {complete!r:.100}; valid: true, false")
+        if not isinstance(missing, list) or not all(isinstance(name, str) for name in missing):
+            raise LabelError(f"missing_labels is {missing!r:.100}; valid: a list of names")
+        return cls(complete, tuple(missing))
+
+
+def parse_label_info(info: Any) -> dict[int, str] | None:
+    """Value to name from ``label_info``; None where a client sends none.
+
+    Raises:
+        LabelError: when it is no list of ``{"name": text, "idx": whole number}``, or gives a value two names.
+    """
+    if info is None or info == []:
+        return None
+    if not isinstance(info, list) or len(info) > MOST_NAMES:
+        raise LabelError(f'label_info is not a list of up to {MOST_NAMES} of {{"name": text, "idx": whole number}}')
+    names: dict[int, str] = {}
+    for entry in info:
+        name, value = _parse_entry(entry)
+        if value in names and canonical_name(names[value]) != canonical_name(name):
+            raise LabelError(f"label_info calls the value {value} both {names[value]!r} and {name!r}")
+        names[value] = name
+    return {value: name for value, name in names.items() if value != 0}
+
+
+def map_values(
+    present: Set[int],
+    names: Mapping[int, str] | None,
+    preset: Preset,
+    completeness: Completeness | None = None,
+) -> Mapped:
+    """Map a mask's values to the preset's.
+
+    A label of the preset is missing where no voxel of it is in the mask: whoever did not draw an organ did not say that
+    there is none. ``complete`` says just that.
+
+    Args:
+        present: the values in the mask, without 0.
+        names: value to name, as from :func:`parse_label_info`; None: the values are the preset's own.
+        preset: the task.
+        completeness: what the client says of it.
+
+    Raises:
+        LabelError: for values without a name, and for names that are not the preset's where it does not allow them.
+    """
+    said = completeness or Completeness()
+    by_value = _own_names(preset) if names is None else names
+    unexplained = sorted(present - by_value.keys())
+    if unexplained:
+        raise LabelError(_unexplained(unexplained, names, preset))
+    known, unknown = _sort_by_preset({value: by_value[value] for value in sorted(present)}, preset)
+    if unknown and not preset.ignore_unknown_labels:
+        raise LabelError(
+            f"{_listing(unknown.values())} are no labels of {preset.name!r}; known: {', '.join(preset.label_indices)}"
+        )
+    extra = _number_unknown(unknown, preset)
+    values = known | {value: extra[canonical_name(name)] for value, name in unknown.items()}
+    drawn = {name for name, index in preset.label_indices.items() if index in set(known.values())}
+    missing = _missing(drawn, preset, said)
+    label_map = {n: index for n, index in preset.label_indices.items() if n in drawn or n not in missing}
+    label_map |= {name: extra[canonical_name(name)] for name in unknown.values()}
+    return Mapped(values, label_map, missing, _notes(values, unknown, preset))
+
+
+def _parse_entry(entry: Any) -> tuple[str, int]:
+    name, value = (entry.get("name"), entry.get("idx")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not canonical_name(name) or len(name) > LONGEST_NAME:
+        raise LabelError(f'label_info has the entry {entry!r:.100}; valid: {{"name": text, "idx": whole number}}')
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST_VALUE:
+        raise LabelError(
+            f"label_info gives {name!r} the idx {value!r:.50}; valid: a whole number up to {LARGEST_VALUE}"
+        )
+    return name, value
+
+
+def _own_names(preset: Preset) -> dict[int, str]:
+    return {index: name for name, index in preset.label_indices.items()}
+
+
+def _sort_by_preset(names: Mapping[int, str], preset: Preset) -> tuple[dict[int, int], dict[int, str]]:
+    """Values of the preset's labels with their index there, and values with names that it does not have."""
+    known, unknown = {}, {}
+    for value, name in names.items():
+        label = preset.find_label(name)
+        if label is not None:
+            known[value] = label.index
+        elif canonical_name(name) == BACKGROUND:
+            known[value] = 0
+        else:
+            unknown[value] = name
+    return known, unknown
+
+
+def _number_unknown(unknown: Mapping[int, str], preset: Preset) -> dict[str, int]:
+    """Values above the preset's for names that it does not have, the same for the same name."""
+    distinct = sorted({canonical_name(name) for name in unknown.values()})
+    return {name: len(preset.labels) + position for position, name in enumerate(distinct, start=1)}
+
+
+def _missing(drawn: Set[str], preset: Preset, said: Completeness) -> tuple[str, ...]:
+    named = set()
+    for name in said.missing:
+        label = preset.find_label(name)
+        if label is None:
+            raise LabelError(f"missing_labels names {name[:100]!r}; known: {', '.join(preset.label_indices)}")
+        named.add(label.name)
+    not_drawn = set() if said.complete else preset.label_indices.keys() - drawn
+    return tuple(name for name in preset.label_indices if name in named | not_drawn)
+
+
+def _notes(values: Mapping[int, int], unknown: Mapping[int, str], preset: Preset) -> tuple[str, ...]:
+    notes = []
+    if any(value != index for value, index in values.items()):
+        notes.append(f"the values were mapped to those of {preset.name!r} by name")
+    if unknown:
+        notes.append(f"{_listing(unknown.values())} are kept, and left out of training")
+    return tuple(notes)
+
+
+def _unexplained(values: Sequence[int], names: Mapping[int, str] | None, preset: Preset) -> str:
+    shown = ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
+    if names is None:
+        return f"the mask has the values {shown}, and no label_info to explain them; valid: {preset.label_indices}"
+    return f"the mask has the values {shown}, which label_info does not name; it names {_shown_names(names)}"
+
+
+def _shown_names(names: Mapping[int, str]) -> str:
+    return ", ".join(f"{value}: {name}" for value, name in list(names.items())[:20])
+
+
+def _listing(names: Any) -> str:
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(repr(name) for name in distinct[:8]) + (f" and {len(distinct) - 8} more" if distinct[8:] else "")

@@ -1,0 +1,137 @@
+"""The predictions that clients were given, so that a correction can say what it started from and what it changed.
+
+The latest of each client and image is kept, compressed, up to a limit on disk. Writing happens in a thread of its own:
+the client does not wait for it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.datastore.validation import MaskArray
+from lib.disk import MIB, make_room
+from lib.errors import ImageError
+from lib.transforms.volume import read_volume
+
+logger = logging.getLogger("unetr.datastore")
+
+DEFAULT_LIMIT_MIB = 1024
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a client was given.
+
+    Attributes:
+        client: who.
+        image_id: for which image.
+        preset: by which model.
+        model_version: the version of its weights.
+        extension: kind of the mask's file.
+        at: when, in seconds since 1970.
+    """
+
+    client: str
+    image_id: str
+    preset: str
+    model_version: str
+    extension: str
+    at: float
+
+
+class Predictions:
+    """The predictions of one store.
+
+    Args:
+        folder: made with the first of them.
+        limit_mib: when there is more than this, the oldest are removed.
+    """
+
+    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
+        self.folder = folder
+        self.limit_mib = limit_mib
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="predictions")
+        self._latest: Future[None] | None = None
+
+    def remember(self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes) -> None:
+        """Keep a mask that a client is being given; ``name`` is its file's. Returns at once."""
+        suffix = next((s for s in (".nii.gz", ".nii", ".nrrd") if name.endswith(s)), ".nii.gz")
+        prediction = Prediction(client, image_id, preset, version, suffix, time.time())
+        self._latest = self._writer.submit(self._write, prediction, mask)
+
+    def find(self, client: str, image_id: str) -> Prediction | None:
+        """The latest prediction that a client was given for an image; None where there is none any more."""
+        self._wait()
+        side_car = self._side_car(client, image_id)
+        try:
+            return Prediction(**json.loads(side_car.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("prediction %s cannot be read: %s", side_car.name, error)
+            return None
+
+    def voxels_changed(self, prediction: Prediction, label: MaskArray, folder: Path) -> int | None:
+        """How many voxels of a label differ from a prediction; None where the two cannot be compared.
+
+        Args:
+            prediction: as from :meth:`find`.
+            label: the preset's values on the image's grid.
+            folder: for a temporary file.
+        """
+        packed = self._mask(prediction)
+        unpacked = folder / f"prediction{prediction.extension}"
+        try:
+            content = packed.read_bytes()
+            unpacked.write_bytes(content if prediction.extension == ".nii.gz" else gzip.decompress(content))
+            predicted = read_volume(unpacked).voxels
+        except (OSError, EOFError, ImageError) as error:
+            logger.warning("prediction %s cannot be compared: %s", packed.name, error)
+            return None
+        finally:
+            unpacked.unlink(missing_ok=True)
+        return int(np.count_nonzero(predicted != label)) if predicted.shape == label.shape else None
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        self._writer.shutdown(wait=True)
+
+    def _wait(self) -> None:
+        if self._latest is not None:
+            self._latest.result()
+
+    def _write(self, prediction: Prediction, mask: bytes) -> None:
+        side_car, packed = self._side_car(prediction.client, prediction.image_id), self._mask(prediction)
+        content = mask if prediction.extension == ".nii.gz" else gzip.compress(mask, compresslevel=1, mtime=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path, data in ((packed, content), (side_car, json.dumps(asdict(prediction)).encode())):
+                part = path.with_name(f".{path.name}.part")
+                part.write_bytes(data)
+                os.replace(part, path)
+            self._make_room()
+        except OSError as error:
+            logger.warning("a prediction for %r was not remembered: %s", prediction.image_id, error)
+            packed.unlink(missing_ok=True)
+            side_car.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        masks = sorted(self.folder.glob("*.mask"), key=lambda path: path.stat().st_mtime)
+        make_room([(mask.with_suffix(".json"), mask) for mask in masks], self.limit_mib * MIB)
+
+    def _side_car(self, client: str, image_id: str) -> Path:
+        key = json.dumps([client, image_id]).encode()
+        return self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
+
+    def _mask(self, prediction: Prediction) -> Path:
+        return self._side_car(prediction.client, prediction.image_id).with_suffix(".mask")

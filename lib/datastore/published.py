@@ -1,0 +1,90 @@
+"""``labels/<tag>/<image>.nii.gz``: copies of the newest versions, where MONAI Label and other tools look for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lib.datastore.files import read_blocks, sha256_of, stage
+from lib.datastore.index import VersionIndex
+from lib.datastore.records import LABEL_SUFFIXES, LabelVersion, suffix_of
+
+
+class PublishedLabels:
+    """The folder of the newest labels. Copies and not links: a tool that writes into one must not change a version.
+
+    Args:
+        folder: with one folder a tag.
+        index: remembers what was put there.
+    """
+
+    def __init__(self, folder: Path, index: VersionIndex) -> None:
+        self.folder = folder
+        self._index = index
+
+    def stage(self, version: LabelVersion, content: Path | None = None) -> Path:
+        """Write a copy that only has to be renamed, so that a full disk is noticed before anything has changed."""
+        folder = self.folder / version.tag
+        folder.mkdir(parents=True, exist_ok=True)
+        # The version itself is durable: a copy that a power cut took or tore is put right at the next start.
+        return stage(read_blocks(content or version.file), folder, durable=False).path
+
+    def note(self, version: LabelVersion, staged: Path) -> None:
+        """Remember the copy's size and time."""
+        status = staged.stat()
+        self._index.note_published(
+            version.image_id, version.tag, version.sequence, version.suffix, status.st_size, status.st_mtime_ns
+        )
+
+    def put(self, version: LabelVersion, staged: Path) -> None:
+        """Give the copy its name, and take away those of other kinds."""
+        target = self.folder / version.tag / f"{version.image_id}{version.suffix}"
+        os.replace(staged, target)
+        for other in self.files(version.image_id, version.tag):
+            if other != target:
+                other.unlink(missing_ok=True)
+
+    def take_away(self, image_id: str, tag: str) -> None:
+        """Remove an image's label."""
+        for file in self.files(image_id, tag):
+            file.unlink(missing_ok=True)
+        self._index.forget_published(image_id, tag)
+
+    def files(self, image_id: str, tag: str) -> list[Path]:
+        """The files of an image's label, of whatever kind."""
+        row = self._index.published(image_id, tag)
+        suffixes = {*LABEL_SUFFIXES, *((row["suffix"],) if row else ())}
+        paths = [self.folder / tag / f"{image_id}{suffix}" for suffix in sorted(suffixes)]
+        return [path for path in paths if path.is_file()]
+
+    def is_ours(self, image_id: str, tag: str, file: Path) -> bool:
+        """Whether a file is as it was put there, going by its size and time."""
+        row, status = self._index.published(image_id, tag), file.stat()
+        return row is not None and (row["suffix"], row["size"], row["mtime_ns"]) == (
+            suffix_of(file), status.st_size, status.st_mtime_ns,
+        )  # fmt: skip
+
+    def note_if_right(self, version: LabelVersion) -> bool:
+        """Whether the newest version lies there already and only was not remembered; it is now."""
+        found = self.files(version.image_id, version.tag)
+        if len(found) != 1 or suffix_of(found[0]) != version.suffix or sha256_of(found[0]) != version.sha256:
+            return False
+        self.note(version, found[0])
+        return True
+
+    def astray(self) -> list[tuple[str, str]]:
+        """Image and tag of the newest versions that do not lie there as they were put."""
+        rows = self._index.newest_and_published()
+        return [
+            (row["image_id"], row["tag"])
+            for row in rows
+            if row["published"] != row["sequence"] or not self._lies_there(row["image_id"], row["tag"], row)
+        ]
+
+    def _lies_there(self, image_id: str, tag: str, row: object) -> bool:
+        suffix, size, mtime_ns = (row[name] for name in ("suffix", "size", "mtime_ns"))  # type: ignore[index]
+        try:
+            status = os.stat(self.folder / tag / f"{image_id}{suffix}")
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (size, mtime_ns)

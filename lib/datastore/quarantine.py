@@ -1,0 +1,121 @@
+"""What could not be taken in, with the reason beside it: nobody's work is thrown away because it was wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lib.datastore.files import as_json, read_blocks, stage, sync_folder, write_durably
+from lib.datastore.records import suffix_of
+from lib.disk import MIB, make_room
+from lib.errors import NotFoundError
+
+logger = logging.getLogger("unetr.datastore")
+
+DEFAULT_LIMIT_MIB = 2048
+_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{8}")
+_SUFFIX = re.compile(r"(\.[A-Za-z0-9]{1,8}){0,2}")
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """Something that was refused.
+
+    Attributes:
+        name: its name here.
+        file: its bytes, as they came.
+        reason: the sentence with which it was refused.
+        details: who sent it, when, for which image, and what else is known.
+    """
+
+    name: str
+    file: Path
+    reason: str
+    details: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a client."""
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        return self.details | {"name": self.name, "file": self.file.name, "size": size, "reason": self.reason}
+
+
+class Quarantine:
+    """A folder of refused files.
+
+    Args:
+        folder: made with the first of them.
+        limit_mib: when there is more than this, the oldest are removed.
+    """
+
+    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
+        self.folder = folder
+        self.limit_mib = limit_mib
+        self._lock = threading.Lock()
+
+    def keep(self, file: Path, reason: str, details: Mapping[str, Any]) -> Quarantined:
+        """Copy a file here, with the reason beside it.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.now(timezone.utc)
+        name = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:8]}"
+        suffix = suffix_of(file)
+        target = self.folder / f"{name}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
+        staged = stage(read_blocks(file), self.folder)
+        os.replace(staged.path, target)
+        told = {**details, "file": target.name, "sha256": staged.sha256, "at": now.isoformat(timespec="seconds")}
+        write_durably(self.folder / f"{name}.json", as_json(told | {"reason": reason}))
+        sync_folder(self.folder)
+        self._make_room()
+        return Quarantined(name, target, reason, told)
+
+    def all(self) -> list[Quarantined]:
+        """Everything here, the newest first."""
+        found = [self._read(path) for path in sorted(self._side_cars(), reverse=True)]
+        return [one for one in found if one is not None]
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._side_cars())
+
+    def get(self, name: str) -> Quarantined:
+        """One of them.
+
+        Raises:
+            NotFoundError: when there is none of that name.
+        """
+        path = self.folder / f"{name}.json"
+        found = self._read(path) if _NAME.fullmatch(name) and path.is_file() else None
+        if found is None:
+            raise NotFoundError("quarantined label", name[:200])
+        return found
+
+    def _side_cars(self) -> list[Path]:
+        return list(self.folder.glob("*.json"))
+
+    def _read(self, side_car: Path) -> Quarantined | None:
+        try:
+            details = json.loads(side_car.read_text(encoding="utf-8"))
+            file = self.folder / Path(details["file"]).name
+            return Quarantined(side_car.stem, file, str(details.pop("reason")), details)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("quarantine: %s cannot be read: %s", side_car.name, error)
+            return None
+
+    def _make_room(self) -> None:
+        with self._lock:
+            files = sorted(path for path in self.folder.iterdir() if path.is_file())
+            newest = sum(path.stat().st_size for path in files[-2:])  # it and its reason always stay
+            for path in make_room([(path,) for path in files[:-2]], self.limit_mib * MIB - newest):
+                logger.warning("quarantine: %s removed, since there is more than %d MiB", path.name, self.limit_mib)

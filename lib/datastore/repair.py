@@ -1,0 +1,209 @@
+"""What is on disk after a crash, a full disk or somebody's hand, made consistent again, and what was done in sentences.
+
+The files are the truth and the index follows them. Everything here runs while nobody else writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lib.datastore.files import as_json, remove_left_over, sha256_of, write_durably
+from lib.datastore.index import VersionIndex
+from lib.datastore.quarantine import Quarantine
+from lib.datastore.records import (
+    FINAL,
+    LABEL_SUFFIXES,
+    VERSIONS_A_FOLDER,
+    LabelVersion,
+    from_record,
+    parse_stem,
+    suffix_of,
+    to_record,
+)
+
+MOST_SENTENCES_OF_A_KIND = 10
+
+
+@dataclass
+class _Found:
+    """A version's files."""
+
+    stem: Path
+    label: Path | None = None
+    side_car: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Store:
+    """What is repaired, and whether it may be."""
+
+    versions: Path
+    labels: Path
+    index: VersionIndex
+    quarantine: Quarantine
+    read_only: bool
+
+
+def repair(
+    versions: Path, labels: Path, index: VersionIndex, quarantine: Quarantine, read_only: bool = False
+) -> list[str]:
+    """Make the index agree with the files.
+
+    Args:
+        versions: folder of the versions.
+        labels: folder of the published labels, where half-written copies may lie.
+        index: what follows the files.
+        quarantine: where goes what is no version and could be somebody's work.
+        read_only: change nothing on disk.
+
+    Returns:
+        A sentence for each thing that was done.
+    """
+    done = [] if read_only else _clear_left_over(versions, labels)
+    store, on_disk, indexed = _Store(versions, labels, index, quarantine, read_only), _scan(versions), index.records()
+    with index.transaction():
+        for sequence in sorted(on_disk.keys() | indexed.keys()):
+            sentence = _settle(store, sequence, on_disk.get(sequence), indexed.get(sequence))
+            done += [sentence] if sentence else []
+    return shorten(done)
+
+
+def _clear_left_over(versions: Path, labels: Path) -> list[str]:
+    folders = [versions, *_folders_in(versions), *_folders_in(labels)]
+    removed = [path for folder in folders for path in remove_left_over(folder)]
+    return [f"{len(removed)} half-written temporary files were removed"] if removed else []
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _scan(folder: Path) -> dict[int, _Found]:
+    found: dict[int, _Found] = {}
+    for shard in sorted(_folders_in(folder)):
+        for path in shard.iterdir():
+            suffix = next((s for s in (*LABEL_SUFFIXES, ".json") if path.name.endswith(s)), None)
+            stem = path.name.removesuffix(suffix) if suffix else ""
+            parsed = parse_stem(stem)
+            if parsed is None:
+                continue
+            version = found.setdefault(parsed[0], _Found(shard / stem))
+            if suffix == ".json":
+                version.side_car = path
+            else:
+                version.label = path
+    return found
+
+
+def _settle(store: _Store, sequence: int, found: _Found | None, indexed: Mapping[str, Any] | None) -> str:
+    """Bring one version in order; returns a sentence, or nothing where it was."""
+    removal = indexed is not None and indexed.get("removal", False)
+    if found is not None and found.label is not None:
+        if indexed is None:
+            return _take_in(store, found, found.label)
+        if found.side_car is None and not store.read_only:
+            write_durably(_side_car(found), as_json(indexed))
+            return f"the lost side-car of version {sequence} was written again"
+        return ""
+    if indexed is not None and not removal:
+        if _put_back(store, indexed, found):
+            return f"the lost file of version {sequence} was written again from its copy in labels/{indexed['tag']}"
+        store.index.drop(sequence)
+        return f"version {sequence} is gone: somebody removed its file ({indexed['file']})"
+    return _take_in_removal(store, found, found.side_car) if indexed is None and found and found.side_car else ""
+
+
+def _put_back(store: _Store, record: Mapping[str, Any], found: _Found | None) -> bool:
+    """Write a lost version again, where the copy in ``labels/<tag>`` is still the same."""
+    suffix = suffix_of(Path(record["file"]))
+    copy = store.labels / record["tag"] / f"{record['image_id']}{suffix}"
+    if store.read_only or not copy.is_file() or sha256_of(copy) != record["sha256"]:
+        return False
+    folder = store.versions / f"{record['sequence'] // VERSIONS_A_FOLDER:05d}"
+    folder.mkdir(exist_ok=True)
+    if found is None or found.side_car is None:
+        write_durably(folder / f"{Path(record['file']).name.removesuffix(suffix)}.json", as_json(record))
+    write_durably(folder / record["file"], copy.read_bytes())
+    return True
+
+
+def _take_in(store: _Store, found: _Found, label: Path) -> str:
+    """Put a version into the index that is only on disk."""
+    version, problem = _read_side_car(found, label)
+    if version is None:
+        return _recover(store, found, label, problem)
+    if version.size != label.stat().st_size:
+        return _quarantine(store, found, label, f"it has {label.stat().st_size} bytes instead of {version.size}")
+    store.index.insert(to_record(version))
+    return f"version {version.version_id} of {version.image_id!r} was taken into the index"
+
+
+def _read_side_car(found: _Found, label: Path) -> tuple[LabelVersion | None, str]:
+    if found.side_car is None:
+        return None, "its side-car was lost"
+    try:
+        version = from_record(json.loads(found.side_car.read_text(encoding="utf-8")), label.parent)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"its side-car was damaged ({error})"
+    told = parse_stem(found.stem.name)
+    matches = version.file.name == label.name and told is not None and told[0] == version.sequence
+    return (version, "") if matches else (None, "its side-car was another version's")
+
+
+def _recover(store: _Store, found: _Found, label: Path, problem: str) -> str:
+    """A label whose side-car is of no use: its name says what it is, and what else was known of it is lost."""
+    sequence, tag, image_id = parse_stem(found.stem.name) or (0, "", "")
+    if not image_id:
+        return _quarantine(store, found, label, f"{problem}, and its name does not say which image it belongs to")
+    digest, status = sha256_of(label), label.stat()
+    saved_at = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(timespec="milliseconds")
+    version = LabelVersion(
+        image_id=image_id, tag=tag or FINAL, source="recovered", notes=(problem,), sequence=sequence,
+        version_id=f"{sequence:08d}-{digest[:8]}", file=label, size=status.st_size, sha256=digest, saved_at=saved_at,
+    )  # fmt: skip
+    if not store.read_only:
+        if found.side_car is not None:
+            store.quarantine.keep(found.side_car, problem, {"image_id": image_id, "version": version.version_id})
+        write_durably(_side_car(found), as_json(to_record(version)))
+    store.index.insert(to_record(version))
+    return f"version {version.version_id} of {image_id!r} was recovered: {problem}"
+
+
+def _take_in_removal(store: _Store, found: _Found, side_car: Path) -> str:
+    """A side-car without a label is a removal, or a save that never got as far as its label."""
+    try:
+        record: Mapping[str, Any] = json.loads(side_car.read_text(encoding="utf-8"))
+        if record.get("removal"):
+            from_record(record, side_car.parent)
+            store.index.insert(record)
+            return f"the removal {record['version_id']} of {record['image_id']!r} was taken into the index"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    if not store.read_only:
+        side_car.unlink()
+    return f"a save of {found.stem.name!r} that was not finished was cleared away"
+
+
+def _quarantine(store: _Store, found: _Found, label: Path, problem: str) -> str:
+    if not store.read_only:
+        store.quarantine.keep(label, problem, {"version": found.stem.name})
+        label.unlink()
+        if found.side_car is not None:
+            found.side_car.unlink()
+    return f"version {found.stem.name!r} was put into quarantine: {problem}"
+
+
+def _side_car(found: _Found) -> Path:
+    return found.stem.with_name(found.stem.name + ".json")
+
+
+def shorten(sentences: list[str]) -> list[str]:
+    """The first ten sentences, and how many more there are."""
+    kept = sentences[:MOST_SENTENCES_OF_A_KIND]
+    more = len(sentences) - len(kept)
+    return [*kept, f"... and {more} more"] if more else kept

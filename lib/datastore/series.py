@@ -1,0 +1,204 @@
+"""A datastore whose images are files and DICOM series side by side; a series' id is its Series Instance UID.
+
+Labels lie in the folder with their history, whether the series come from there or from a PACS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from monailabel.config import settings
+from monailabel.datastore.local import DataModel, ImageLabelModel
+
+from lib.datastore.task import VersionedDatastore
+from lib.dicom.index import DicomIndex
+from lib.dicom.series import Series
+from lib.dicom.sources import FolderSource, RemoteSource, SeriesInfo, SeriesSource, connect
+from lib.dicom.volumes import VolumeCache
+from lib.errors import ImageError, ParameterError
+
+logger = logging.getLogger("unetr.datastore")
+
+HIDDEN = ".dicom"
+"""Folder of the index and of converted series, beside the labels."""
+NOT_SCANNED = ("labels", "history", "references")
+"""Folders beside the images in which no DICOM is looked for."""
+
+
+class SeriesDatastore(VersionedDatastore):
+    """Images of a folder, and series of a source.
+
+    Args:
+        folder: of the images that are files, and of the labels.
+        source: of the series.
+        options: of :class:`VersionedDatastore`.
+    """
+
+    def __init__(self, folder: Path, source: SeriesSource, **options: Any) -> None:
+        self.source = source
+        self.volumes = VolumeCache(source, folder / HIDDEN / "volumes", super().get_labeled_images)
+        super().__init__(str(folder), **options)
+
+    def series(self) -> dict[str, SeriesInfo]:
+        """The series that there are now, by UID; each gets its entry beside the files.
+
+        Raises:
+            UpstreamError: when a PACS does not answer.
+        """
+        known = self.source.series()
+        if not known.keys() <= self._datastore.objects.keys():
+            with self._objects_lock:
+                self._admit([info for uid, info in known.items() if uid not in self._datastore.objects])
+        return known
+
+    def read_series(self, uid: str, folder: Path) -> Series:
+        """A series with its headers; what is fetched for it goes into ``folder``.
+
+        Raises:
+            NotFoundError, UpstreamError, ImageError: when it cannot be had or is no volume.
+        """
+        return self.volumes.read_series(uid, folder)
+
+    def is_series(self, image_id: str) -> bool:
+        """Whether an image is a DICOM series."""
+        self.series()
+        entry = self._datastore.objects.get(image_id)
+        return entry is not None and not entry.image.ext
+
+    def has_image(self, image_id: str) -> bool:
+        """Whether there is an image of that id now."""
+        known = self.series()
+        return super().has_image(image_id) and (image_id in known or not self.is_series(image_id))
+
+    def list_images(self) -> list[str]:
+        """Files, then the series that there are now."""
+        known = self.series()
+        files = [image for image, entry in list(self._datastore.objects.items()) if entry.image.ext]
+        return [*files, *known]
+
+    def get_image_uri(self, image_id: str) -> str:
+        """A file; a series as the NIfTI file that it is converted to.
+
+        Raises:
+            NotFoundError, UpstreamError, ImageError: when a series cannot be had or is no volume.
+        """
+        if self.is_series(image_id):
+            return str(self.volumes.get(image_id))
+        uri: str = super().get_image_uri(image_id)
+        return uri
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """What is known of an image; of a series its UIDs, patient, date and modality too, as OHIF shows them."""
+        series = self.series().get(image_id)
+        info: dict[str, Any] = super().get_image_info(image_id)
+        if series is None:
+            return info
+        notes = self.volumes.notes(image_id)
+        return {**info, **series.attributes, **({"notes": notes} if notes else {})}
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Images with a final label, without series that are gone."""
+        there = set(self.list_images())
+        return [image for image in super().get_labeled_images(label_tag, labels) if image in there]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Images without a final label, without series that are gone."""
+        there = set(self.list_images())
+        return [image for image in super().get_unlabeled_images(label_tag, labels) if image in there]
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """Pairs for training, of images that are there; series are converted now if need be."""
+        broken = set()
+        for image in self.get_labeled_images():
+            if self.is_series(image):
+                try:
+                    self.volumes.get(image)
+                except ImageError as error:
+                    logger.warning("labelled series %s is left out of the training: %s", image, error)
+                    broken.add(str(self.volumes.file(image).resolve()))
+        pairs = super().datalist(full_path)
+        return [pair for pair in pairs if os.path.exists(pair["image"]) and pair["image"] not in broken]
+
+    def remove_image(self, image_id: str) -> None:
+        """Remove an image that is a file.
+
+        Raises:
+            ParameterError: for a series: its files are the folder's or the PACS's.
+        """
+        if self.is_series(image_id):
+            raise ParameterError("id", image_id, "an image that is a file; remove a DICOM series in its folder or PACS")
+        super().remove_image(image_id)
+
+    def status(self) -> dict[str, Any]:
+        """Counts of images, and how far the index is."""
+        return {**super().status(), "dicom": self.source.status()}
+
+    def json(self) -> dict[str, Any]:
+        """All that is known."""
+        self.series()
+        return super().json()
+
+    def _admit(self, found: list[SeriesInfo]) -> None:
+        """Make entries for series, with the labels and the information that were kept of them."""
+        infos = self.history.index.infos()
+        for info in found:
+            kept = {**info.attributes, **infos.get((info.uid, ""), {})}
+            self._datastore.objects[info.uid] = ImageLabelModel(image=DataModel(info=kept))
+            for tag in self.history.index.tags():
+                version = self.history.latest(info.uid, tag)
+                if version is not None:
+                    self._set_label(version, infos.get((info.uid, tag), {}))
+
+    def _entry(self, image_id: str) -> ImageLabelModel:
+        self.series()
+        return super()._entry(image_id)
+
+    def _find_images(self) -> int:
+        """Files that came or went. Entries of series stay: their files are only made when they are asked for."""
+        objects = self._datastore.objects
+        series = {image: objects.pop(image) for image, entry in list(objects.items()) if not entry.image.ext}
+        try:
+            return super()._find_images()
+        finally:
+            objects.update(series)
+
+    def _filename(self, id: str, ext: str) -> str:
+        """A series has no extension: its file is the converted one."""
+        return f"{id}{ext}" if ext else os.path.join(HIDDEN, "volumes", f"{id}.nii")
+
+
+def open_datastore(studies: str, modalities: Collection[str]) -> SeriesDatastore:
+    """The datastore of a folder, or of a DICOMweb server by its address, as MONAI Label's settings have it.
+
+    Nothing is downloaded and no folder is scanned yet.
+    """
+    if studies.startswith(("http://", "https://")):
+        user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
+        prefixes = {
+            "qido": settings.MONAI_LABEL_QIDO_PREFIX,
+            "wado": settings.MONAI_LABEL_WADO_PREFIX,
+            "stow": settings.MONAI_LABEL_STOW_PREFIX,
+        }
+        folder = _cache_folder() / hashlib.sha256(studies.rstrip("/").encode()).hexdigest()[:16]
+        source: SeriesSource = RemoteSource(connect(studies, user, password, prefixes), modalities)
+    else:
+        folder = Path(studies)
+        source = FolderSource(DicomIndex(folder, folder / HIDDEN / "index.sqlite", NOT_SCANNED), modalities)
+    return SeriesDatastore(
+        folder,
+        source,
+        extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
+        auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+        read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+    )
+
+
+def _cache_folder() -> Path:
+    """Where labels and converted series of a DICOMweb server are kept."""
+    given = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
+    return Path(given) if given else Path.home() / ".cache" / "monailabel" / "dicom"

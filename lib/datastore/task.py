@@ -1,0 +1,438 @@
+"""MONAI Label's local datastore, with a history of every label, and files that survive whatever ends the process.
+
+What stock keeps in one JSON file that each save writes anew lies in the history here; ``datastore_v2.json`` is written
+for other tools, a little later and in the background, so that a save costs the same whatever the number of cases.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
+from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
+
+from lib.datastore.background import Deferred
+from lib.datastore.files import read_blocks, stage, sync_folder
+from lib.datastore.history import LabelHistory
+from lib.datastore.index import IN_MEMORY
+from lib.datastore.label_names import parse_label_info
+from lib.datastore.leases import DEFAULT_MINUTES, Leases
+from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB
+from lib.datastore.predictions import Predictions
+from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
+from lib.datastore.records import LabelVersion, Submission
+from lib.errors import ConfigError, LabelError, StorageError
+
+logger = logging.getLogger("unetr.datastore")
+
+HISTORY_FOLDER = "history"
+SECONDS_BEFORE_EXPORT = 2.0
+SECONDS_BEFORE_REFRESH = 1.0
+# A file that changed just now may still be on its way into the folder.
+SECONDS_TO_SETTLE = 1.0
+
+
+class VersionedDatastore(LocalDatastore):
+    """A local datastore whose labels are versions.
+
+    A subclass of another of MONAI Label's datastores gets the same by naming both:
+    ``class VersionedDicomWeb(DICOMWebDatastore, VersionedDatastore)``.
+
+    Attributes:
+        history: all versions of all labels.
+        leases: who works on which case.
+        predictions: what clients were given, to tell what they changed.
+    """
+
+    def __init__(self, datastore_path: str, **options: Any) -> None:
+        folder = Path(datastore_path)
+        self._objects_lock = threading.RLock()
+        self._seen: int | None = None  # sequence of the newest version that is shown
+        self._config_read = False
+        self._export = Deferred(self._write_export, SECONDS_BEFORE_EXPORT, "datastore-export")
+        self._look_again = Deferred(self.refresh, SECONDS_BEFORE_REFRESH, "datastore-refresh")
+        self._follow = Deferred(self.follow_history, SECONDS_BEFORE_REFRESH, "datastore-history")
+        self.history = LabelHistory(folder / HISTORY_FOLDER, folder / "labels")
+        read_only = self.history.read_only
+        self.leases = Leases(IN_MEMORY if read_only else self.history.folder / "leases.sqlite")
+        self.predictions = Predictions(self.history.folder / "predictions")
+        if self.leases.repaired:
+            logger.warning("label store: %s", self.leases.repaired)
+        try:
+            super().__init__(datastore_path=datastore_path, **options)
+        except OSError as error:
+            raise ConfigError(f"the studies folder {datastore_path!r} cannot be used: {error.strerror}") from error
+        self._export.flush()
+        if self._auto_reload:
+            self._handler.on_moved = self._on_moved_event
+
+    def configure(
+        self,
+        lease_minutes: float = DEFAULT_MINUTES,
+        quarantine_limit_mib: int = QUARANTINE_MIB,
+        predictions_limit_mib: int = PREDICTIONS_MIB,
+    ) -> None:
+        """Set the limits that an administrator chooses."""
+        self.leases.seconds = lease_minutes * 60
+        self.history.quarantine.limit_mib = quarantine_limit_mib
+        self.predictions.limit_mib = predictions_limit_mib
+
+    def close(self) -> None:
+        """Write what is still to be written, and close the files."""
+        self._look_again.close()
+        self._follow.close()
+        self._export.close()
+        self.predictions.close()
+        self.leases.close()
+        self.history.close()
+
+    # ------------------------------------------------------------------------------------------------ images
+
+    def has_image(self, image_id: str) -> bool:
+        """Whether there is an image of that id."""
+        return image_id in self._datastore.objects
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Add an image durably; returns its id.
+
+        Raises:
+            StorageError: when it cannot be written; then nothing has changed.
+        """
+        own_id, ext = self._to_id(os.path.basename(image_filename))
+        image_id = image_id or own_id
+        name = self._filename(image_id, ext)
+        folder = Path(self._datastore.image_path())
+        try:
+            staged = stage(read_blocks(Path(image_filename)), folder)
+            os.replace(staged.path, folder / name)
+            sync_folder(folder)
+        except OSError as error:
+            raise StorageError(
+                f"the image {image_id!r} was not kept: {(error.strerror or str(error)).lower()}"
+            ) from error
+        info = {**(image_info or {}), "ts": int(time.time()), "name": name}
+        with self._objects_lock:
+            self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=ext))
+        self.history.keep_info(image_id, "", info)
+        self._export.ask()
+        return image_id
+
+    def remove_image(self, image_id: str) -> None:
+        """Remove an image, and its labels from ``labels/``; their versions stay in the history.
+
+        Raises:
+            ImageNotFoundException: when there is none of that id.
+        """
+        entry = self._entry(image_id)
+        for tag in list(entry.labels):
+            self.remove_label(image_id, tag)
+        Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).unlink(missing_ok=True)
+        with self._objects_lock:
+            self._datastore.objects.pop(image_id, None)
+        self.leases.release(image_id)
+        self._export.ask()
+
+    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
+        """Add to what is known of an image.
+
+        Raises:
+            ImageNotFoundException: when there is none of that id.
+        """
+        entry = self._entry(image_id)
+        with self._objects_lock:
+            entry.image.info.update(info)
+            known = copy.deepcopy(entry.image.info)
+        self.history.keep_info(image_id, "", known)
+        self._export.ask()
+
+    # ------------------------------------------------------------------------------------------------ labels
+
+    def save_version(self, file: Path, submission: Submission) -> LabelVersion:
+        """Keep a label as the newest version of its image's.
+
+        Raises:
+            ImageNotFoundException: when there is no such image.
+            StorageError: when it cannot be kept; then nothing has changed.
+        """
+        self._entry(submission.image_id)
+        version = self.history.append(file, submission)
+        self._show(version)
+        return version
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """As MONAI Label's tasks save the masks that they made; what clients send goes through ``lib.server``."""
+        self.save_version(Path(label_filename), submission_of(image_id, plain(label_tag), label_info or {}))
+        return image_id
+
+    def restore_version(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
+        """Make a copy of an older version the newest one.
+
+        Raises:
+            NotFoundError, StorageError: as :meth:`LabelHistory.restore`.
+        """
+        self._entry(self.history.get(version_id).image_id)
+        version = self.history.restore(version_id, user, client_id)
+        self._show(version)
+        return version
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Take a label out of ``labels/<tag>``; its versions stay in the history."""
+        tag = plain(label_tag)
+        self.history.remove(label_id, tag)
+        with self._objects_lock:
+            entry = self._datastore.objects.get(label_id)
+            if entry is not None:
+                entry.labels.pop(tag, None)
+        self._export.ask()
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        """Add to what is known of a label; its version stays as it is.
+
+        Raises:
+            LabelNotFoundException: when there is none.
+        """
+        tag = plain(label_tag)
+        label = self._datastore.label(label_id, tag)
+        if label is None:
+            raise LabelNotFoundException(f"Label: {label_id} Tag: {tag} not found")
+        with self._objects_lock:
+            label.info.update(info)
+            known = copy.deepcopy(label.info)
+        self.history.keep_info(label_id, tag, known)
+        self._export.ask()
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """Pairs of image and label files."""
+        with self._objects_lock:
+            pairs: list[dict[str, Any]] = super().datalist(full_path)
+        return pairs
+
+    def status(self) -> dict[str, Any]:
+        """Counts of images and labels."""
+        with self._objects_lock:
+            counts: dict[str, Any] = super().status()
+        return counts
+
+    def json(self) -> dict[str, Any]:
+        """All that is known, as in ``datastore_v2.json``."""
+        with self._objects_lock:
+            known: dict[str, Any] = super().json()
+        return known
+
+    # ------------------------------------------------------------------------- what others put into the folders
+
+    def _reconcile_datastore(self) -> None:
+        """Make what is known agree with the images on disk and with the history."""
+        with self._objects_lock:
+            changed = self._find_images()
+            infos = self.history.index.infos() if self._seen is None else {}
+            for (image_id, tag), info in infos.items():
+                if tag == "" and image_id in self._datastore.objects:
+                    self._datastore.objects[image_id].image.info.update(info)
+            changed += self._find_labels()
+            changed += self._read_history(infos)
+        if changed:
+            logger.info("the studies changed in %d places", changed)
+            self._export.ask()
+
+    def follow_history(self) -> None:
+        """Show the versions that other processes have saved; costs what is new, however much there is."""
+        with self._objects_lock:
+            if self._read_history({}):
+                self._export.ask()
+
+    def _find_images(self) -> int:
+        folder = Path(self._datastore.image_path())
+        files = dict(map(self._to_id, self._list_files(folder, self._extensions)))
+        known = self._datastore.objects
+        gone = [key for key, entry in known.items() if not (folder / self._filename(key, entry.image.ext)).exists()]
+        for image_id in gone:
+            logger.info("image %s is no longer there", image_id)
+            del known[image_id]
+        new = files.keys() - known.keys()
+        for image_id in sorted(new):
+            info = {"ts": int(time.time()), "name": self._filename(image_id, files[image_id])}
+            known[image_id] = ImageLabelModel(image=DataModel(info=info, ext=files[image_id]))
+        return len(gone) + len(new)
+
+    def _find_labels(self) -> int:
+        """Take in labels that somebody put into ``labels/``."""
+        if self.history.read_only:
+            return 0
+        for sentence in self.history.put_right() if self._seen is not None else ():
+            logger.warning("label store: %s", sentence)
+        found = [one for folder in self._label_folders() for one in self._strange_labels(folder)]
+        first = [(f, s) for f, s in found if not self.history.versions(s.image_id, s.tag)]
+        changed = [(f, s) for f, s in found if self.history.versions(s.image_id, s.tag)]
+        taken = len(self.history.adopt_all(first))
+        taken += sum(self.history.adopt(file, submission) is not None for file, submission in changed)
+        if taken:
+            logger.info("%d labels were taken in from their folders", taken)
+        return taken
+
+    def _label_folders(self) -> list[Path]:
+        return sorted(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir())
+
+    def _strange_labels(self, folder: Path) -> Iterator[tuple[Path, Submission]]:
+        """Files in ``labels/<tag>`` that were not put there by this store, for images that there are."""
+        for name in sorted(self._list_files(folder, self._extensions)):
+            file, (image_id, _) = folder / name, self._to_id(name)
+            entry = self._datastore.objects.get(image_id)
+            if entry is None or self.history.published.is_ours(image_id, folder.name, file):
+                continue
+            if self._seen is not None and time.time() - file.stat().st_mtime < SECONDS_TO_SETTLE:
+                self._look_again.ask()
+                continue
+            known = entry.labels.get(folder.name)
+            yield file, submission_of_file(image_id, folder.name, known.info if known else {})
+
+    def _read_history(self, infos: Mapping[tuple[str, str], Mapping[str, Any]]) -> int:
+        """Show the versions that have not been seen yet, other processes' among them."""
+        index, count = self.history.index, 0
+        last = index.last_sequence()
+        if self._seen is None:
+            for entry in self._datastore.objects.values():
+                entry.labels.clear()
+            for tag in index.tags():
+                for version in self.history.all_latest(tag):
+                    count += self._set_label(version, infos.get((version.image_id, tag), {}))
+        else:
+            for image_id, tag in {(record["image_id"], record["tag"]) for record in index.since(self._seen)}:
+                count += self._follow_label(image_id, tag)
+        self._seen = last
+        return count
+
+    def _follow_label(self, image_id: str, tag: str) -> int:
+        """Show the newest version of a label, or none where it has been removed."""
+        version = self.history.latest(image_id, tag)
+        if version is not None:
+            return self._set_label(version, {})
+        entry = self._datastore.objects.get(image_id)
+        return int(entry is not None and entry.labels.pop(tag, None) is not None)
+
+    def _show(self, version: LabelVersion) -> None:
+        with self._objects_lock:
+            self._set_label(version, {})
+        self._export.ask()
+
+    def _set_label(self, version: LabelVersion, info: Mapping[str, Any]) -> bool:
+        entry = self._datastore.objects.get(version.image_id)
+        shown = entry.labels.get(version.tag) if entry is not None else None
+        if entry is None or (shown is not None and shown.info.get("sequence", 0) > version.sequence):
+            return False
+        entry.labels[version.tag] = DataModel(ext=version.suffix, info={**info_of(version), **info})
+        return True
+
+    def _on_any_event(self, event: Any) -> None:
+        self._look_again.ask()
+
+    def _on_moved_event(self, event: Any) -> None:
+        # A label that gets its name: this store's own, or another process's through the history.
+        self._follow.ask()
+
+    def _on_modify_event(self, event: Any) -> None:
+        if event.src_path != self._datastore_config_path:
+            self._look_again.ask()
+
+    # ------------------------------------------------------------------------------------------------ the export
+
+    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
+        """Read ``datastore_v2.json`` once, at the start; a damaged one is kept aside: all of it is known elsewhere."""
+        if self._config_read or not os.path.exists(self._datastore_config_path):
+            return
+        path = Path(self._datastore_config_path)
+        try:
+            self._datastore = LocalDatastoreModel.model_validate_json(path.read_bytes())
+        except ValueError:
+            aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+            if not self.history.read_only:
+                os.replace(path, aside)
+            logger.warning("label store: %s was damaged; it is kept as %s and made anew", path.name, aside.name)
+        self._datastore.base_path = self._datastore_path
+        self._config_read = True
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        self._export.ask()
+
+    def _write_export(self) -> None:
+        """Write ``datastore_v2.json`` in one step, one line an image."""
+        if self.history.read_only:
+            return
+        with self._objects_lock:
+            head = self._datastore.model_dump(exclude={"base_path", "objects"})
+            keys = list(self._datastore.objects)
+        staged = stage(self._export_blocks(head, keys), Path(self._datastore_path))
+        os.replace(staged.path, self._datastore_config_path)
+
+    def _export_blocks(self, head: Mapping[str, Any], keys: list[str]) -> Iterable[bytes]:
+        yield json.dumps(head)[:-1].encode() + b', "objects": {'
+        separator = b"\n"
+        for key in keys:
+            with self._objects_lock:
+                entry = self._datastore.objects.get(key)
+                text = json.dumps(entry.model_dump(), default=str) if entry is not None else ""
+            if text:
+                yield separator + f"{json.dumps(key)}: {text}".encode()
+                separator = b",\n"
+        yield b"\n}}\n"
+
+    def _entry(self, image_id: str) -> ImageLabelModel:
+        entry = self._datastore.objects.get(image_id)
+        if entry is None:
+            raise ImageNotFoundException(f"Image {image_id} not found")
+        return entry
+
+
+def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submission:
+    """A submission from what MONAI Label's tasks pass along: ``model`` and the answer's ``params``."""
+    params: Mapping[str, Any] = info["params"] if isinstance(info.get("params"), dict) else {}
+    model = params.get("model", {})
+    return Submission(
+        image_id=image_id,
+        tag=tag,
+        user=str(info.get("user", "")),
+        client_id=str(info.get("client_id", "")),
+        preset=str(info.get("model") or ""),
+        model_version=str(model.get("version", "")) if isinstance(model, dict) else "",
+        label_map={str(name): int(value) for name, value in (params.get("label_names") or {}).items()},
+        source="inference" if params else "",
+        info=dict(info),
+    )
+
+
+def submission_of_file(image_id: str, tag: str, info: Mapping[str, Any]) -> Submission:
+    """A submission of a label that lay in the folder, with what MONAI Label's own server knew of it.
+
+    That server kept Slicer's values as they came, and the names beside them.
+    """
+    try:
+        names = parse_label_info(info.get("label_info")) or {}
+    except LabelError as error:
+        logger.warning("label %s of %s: %s; its values are taken for the preset's own", tag, image_id, error)
+        names = {}
+    label_map = {name: value for value, name in names.items()}
+    preset = str(info.get("preset") or info.get("model") or "")
+    return Submission(image_id=image_id, tag=tag, preset=preset, label_map=label_map, source="folder", info=dict(info))
+
+
+def info_of(version: LabelVersion) -> dict[str, Any]:
+    """What is told of a label: what came with it, and what the history knows."""
+    told = {
+        name: value for name, value in version.describe().items() if name not in ("info", "file", "image_id", "tag")
+    }
+    saved = datetime.fromisoformat(version.saved_at).timestamp()
+    return {**version.info, **told, "ts": int(saved), "name": f"{version.image_id}{version.suffix}"}
+
+
+def plain(tag: Any) -> str:
+    """A tag's text; MONAI Label passes members of an enumeration too."""
+    return str(getattr(tag, "value", tag))

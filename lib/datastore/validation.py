@@ -1,0 +1,159 @@
+"""A submitted mask is read, held against its image's grid, and its values turned into the preset's."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from lib.configs.preset import Preset
+from lib.datastore.label_names import LARGEST_VALUE, Completeness, Mapped, map_values, parse_label_info
+from lib.errors import ImageError, LabelError
+from lib.transforms.volume import Grid, Volume, apart_mm, read_volume
+
+MaskArray = npt.NDArray[np.uint8 | np.uint16]
+MOST_VALUES = 1000
+
+
+@dataclass(frozen=True)
+class CheckedLabel:
+    """A label that belongs to its image and to the preset.
+
+    Attributes:
+        voxels: the preset's values on the image's grid, shape (X, Y, Z).
+        file: the file that came where it says just that already, otherwise a new one.
+        mapped: what the values mean.
+        notes: what was done to it, in sentences.
+    """
+
+    voxels: MaskArray
+    file: Path
+    mapped: Mapped
+    notes: tuple[str, ...]
+
+
+def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any], folder: Path) -> CheckedLabel:
+    """Check a label and bring it into the preset's values on its image's grid.
+
+    Args:
+        file: the mask as it came.
+        image: its image's grid.
+        preset: the task that its names belong to.
+        info: what came with it: ``label_info``, ``complete``, ``missing_labels``.
+        folder: where a new file is written if one is needed.
+
+    Raises:
+        LabelError: when it cannot be read, lies on another grid, is not integer-valued, or has values that nothing
+            explains; the sentence says which.
+    """
+    names, said = parse_label_info(info.get("label_info")), Completeness.parse(info)
+    volume = _read(file)
+    volume, reoriented = to_grid(volume, image)
+    voxels = _whole_numbers(volume.voxels)
+    mapped = map_values(_values_in(voxels), names, preset, said)
+    changed = any(value != index for value, index in mapped.values.items())
+    kept = _apply(voxels, mapped.values) if changed else voxels
+    notes = ((reoriented,) if reoriented else ()) + mapped.notes
+    if changed or reoriented or not file.name.endswith(".nii.gz"):
+        file = write_label(kept, image.affine_ras, folder / "kept.nii.gz")
+    return CheckedLabel(kept, file, mapped, notes)
+
+
+def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
+    """Bring a mask onto its image's grid where only the order or direction of its axes differ: no voxel is resampled.
+
+    Returns:
+        The mask and a sentence on what was done; an empty one where it lay there already.
+
+    Raises:
+        LabelError: when it lies on another grid.
+    """
+    if label.voxels.shape == image.shape and apart_mm(label.grid, image) <= image.tolerance_mm:
+        return label, ""
+    turned = _turn(label, image)
+    if turned is not None and turned.voxels.shape == image.shape and apart_mm(turned.grid, image) <= image.tolerance_mm:
+        before, after = (_axcodes(affine) for affine in (label.affine_ras, image.affine_ras))
+        return turned, f"the mask came in the orientation {before} and was turned to its image's, {after}"
+    if sorted(label.voxels.shape) != sorted(image.shape):
+        raise LabelError(f"the label has shape {label.voxels.shape}; valid: its image's {image.shape}")
+    apart = apart_mm(turned.grid if turned and turned.voxels.shape == image.shape else label.grid, image)
+    raise LabelError(f"the label lies up to {apart:.3g} mm away from its image: their affines differ")
+
+
+def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Path) -> Path:
+    """Write a mask as ``.nii.gz``."""
+    image = nib.Nifti1Image(voxels, affine_ras)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine_ras, code="scanner")
+    image.set_sform(affine_ras, code="scanner")
+    # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    return path
+
+
+def _read(file: Path) -> Volume:
+    try:
+        return read_volume(file)
+    except ImageError as error:
+        raise LabelError(f"the label cannot be read: {str(error).removeprefix('image ')}") from error
+
+
+def _turn(label: Volume, image: Grid) -> Volume | None:
+    """The mask with its axes in the image's order and direction; None where they are not parallel to the image's."""
+    steps = np.linalg.inv(image.affine_ras[:3, :3]) @ label.affine_ras[:3, :3]
+    axis = np.abs(steps).argmax(axis=0)
+    if sorted(axis) != [0, 1, 2]:
+        return None
+    orientation = np.stack([axis, np.sign(steps[axis, range(3)])], axis=1)
+    voxels = nib.orientations.apply_orientation(label.voxels, orientation)
+    return Volume(voxels, label.affine_ras @ nib.orientations.inv_ornt_aff(orientation, label.voxels.shape))
+
+
+def _whole_numbers(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The voxels as whole numbers.
+
+    Raises:
+        LabelError: naming one that is none.
+    """
+    low, high = float(voxels.min()), float(voxels.max())
+    if not np.isfinite([low, high]).all():
+        raise LabelError("the label has values that are not finite numbers")
+    if low < 0 or high > LARGEST_VALUE:
+        raise LabelError(f"the label has the value {low if low < 0 else high:g}; valid: 0 to {LARGEST_VALUE}")
+    whole = voxels.astype(np.uint16)
+    broken = whole != voxels
+    if broken.any():
+        raise LabelError(f"the label has values that are no whole numbers, such as {voxels[broken][0]:g}")
+    return whole
+
+
+def _values_in(voxels: npt.NDArray[np.uint16]) -> set[int]:
+    """The values but 0.
+
+    Raises:
+        LabelError: when there are more than any task has labels.
+    """
+    counts = np.zeros(LARGEST_VALUE + 1, dtype=bool)
+    counts[voxels.ravel()] = True
+    values = np.flatnonzero(counts[1:]) + 1
+    if len(values) > MOST_VALUES:
+        raise LabelError(f"the label has {len(values)} different values; valid: at most {MOST_VALUES}")
+    return {int(value) for value in values}
+
+
+def _apply(voxels: npt.NDArray[np.uint16], values: Mapping[int, int]) -> MaskArray:
+    highest = max((0, *values.values()))
+    table: MaskArray = np.zeros(LARGEST_VALUE + 1, dtype=np.uint8 if highest <= 255 else np.uint16)
+    for value, index in values.items():
+        table[value] = index
+    return table[voxels]
+
+
+def _axcodes(affine_ras: npt.NDArray[np.float64]) -> str:
+    return "".join(nib.aff2axcodes(affine_ras))

@@ -1,0 +1,161 @@
+"""DICOM JSON (PS3.18, F): what is told of studies, series and instances, and what matches a query (PS3.4, C.2.2.2)."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+
+Json = dict[str, Any]
+Level = Literal["studies", "series", "instances"]
+LARGEST_BINARY_BYTES = 1024
+"""Longer binary values, which are private most of the time, are left out of the metadata; pixels always are."""
+
+
+def tag_of(keyword: str) -> str:
+    """A tag as eight hexadecimal digits.
+
+    >>> tag_of("PatientID")
+    '00100020'
+    """
+    return f"{tag_for_keyword(keyword):08X}"
+
+
+STUDY_ATTRIBUTES = tuple(
+    map(
+        tag_of,
+        (
+            *("SpecificCharacterSet", "StudyDate", "StudyTime", "AccessionNumber", "TimezoneOffsetFromUTC"),
+            *(
+                "ReferringPhysicianName",
+                "PatientName",
+                "PatientID",
+                "PatientBirthDate",
+                "PatientSex",
+                "IssuerOfPatientID",
+            ),
+            *("StudyInstanceUID", "StudyID", "StudyDescription"),
+        ),
+    )
+)
+SERIES_ATTRIBUTES = tuple(
+    map(
+        tag_of,
+        (
+            *("Modality", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "SeriesDate", "SeriesTime"),
+            *("BodyPartExamined", "ProtocolName", "Manufacturer", "FrameOfReferenceUID"),
+            *("PerformedProcedureStepStartDate", "PerformedProcedureStepStartTime", "RequestAttributesSequence"),
+        ),
+    )
+)
+INSTANCE_ATTRIBUTES = tuple(
+    map(
+        tag_of,
+        (
+            *("SOPClassUID", "SOPInstanceUID", "InstanceNumber", "Rows", "Columns", "BitsAllocated"),
+            *("NumberOfFrames", "ContentDate", "ContentTime"),
+        ),
+    )
+)
+SUMMARY = frozenset((*STUDY_ATTRIBUTES, *SERIES_ATTRIBUTES, *INSTANCE_ATTRIBUTES))
+OF_LEVEL: dict[Level, tuple[str, ...]] = {
+    "studies": STUDY_ATTRIBUTES,
+    "series": (tag_of("StudyInstanceUID"), *SERIES_ATTRIBUTES),
+    "instances": (tag_of("StudyInstanceUID"), tag_of("SeriesInstanceUID"), tag_of("Modality"), *INSTANCE_ATTRIBUTES),
+}
+
+
+def to_json(instance: Dataset) -> Json:
+    """All attributes of an instance but pixels and long binary values."""
+    kept = Dataset()
+    for element in instance:
+        if not _is_long_binary(element):
+            kept.add(element)
+    data: Json = kept.to_json_dict(suppress_invalid_tags=True)
+    return data
+
+
+def _is_long_binary(element: DataElement) -> bool:
+    if element.VR in ("OB", "OW", "OD", "OF", "OL", "OV", "UN", "OB or OW"):
+        return element.tag.group == 0x7FE0 or len(element.value or b"") > LARGEST_BINARY_BYTES
+    return False
+
+
+def summarize(metadata: Json) -> Json:
+    """What is looked for and listed most, of one instance."""
+    return {tag: metadata[tag] for tag in SUMMARY & metadata.keys()}
+
+
+def first_value(metadata: Mapping[str, Any], keyword: str) -> str:
+    """An attribute's first value as text; "" where there is none."""
+    values = metadata.get(tag_of(keyword), {}).get("Value") or [""]
+    return _as_text(values[0])
+
+
+def element(keyword: str, *values: Any) -> Json:
+    """One element as a dictionary that can be merged into DICOM JSON."""
+    tag = tag_of(keyword)
+    return {tag: {"vr": dictionary_VR(int(tag, 16)), "Value": list(values)}}
+
+
+def parse_tag(text: str) -> str | None:
+    """An attribute in a query, by keyword or tag, as eight digits; the last of a path of them; None for neither."""
+    last = text.split(".")[-1]
+    if re.fullmatch(r"[0-9A-Fa-f]{8}", last):
+        return last.upper()
+    number = tag_for_keyword(last)
+    return None if number is None else f"{number:08X}"
+
+
+def matches(metadata: Mapping[str, Any], tag: str, wanted: str, fuzzy: bool = False) -> bool:
+    """Whether an attribute matches a query's value: single value, list of UIDs, range of dates or times, wildcard."""
+    if wanted in ("", "*", '""'):
+        return True
+    item = metadata.get(tag, {})
+    found = [_as_text(value) for value in item.get("Value") or []]
+    vr = item.get("vr", "")
+    if vr == "UI":
+        return bool(set(re.split(r"[\\,]", wanted)) & set(found))
+    if vr in ("DA", "TM", "DT") and "-" in wanted:
+        low, high = wanted.split("-", 1)
+        return any((not low or value >= low) and (not high or value[: len(high)] <= high) for value in found)
+    if vr == "PN":
+        return any(_matches_name(value, wanted, fuzzy) for value in found)
+    # several modalities, as a study list sends them
+    return any(fnmatch.fnmatchcase(value, part) for value in found for part in re.split(r"[\\,]", wanted))
+
+
+def _matches_name(name: str, wanted: str, fuzzy: bool) -> bool:
+    name, wanted = name.casefold(), wanted.casefold()
+    if not fuzzy:
+        return fnmatch.fnmatchcase(name, wanted)
+    words = re.split(r"[\^= ,]+", name)
+    return all(any(word.startswith(part) for word in words) for part in re.split(r"[\^= ,*]+", wanted) if part)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Mapping):  # a person's name
+        return str(value.get("Alphabetic", ""))
+    return str(value)
+
+
+def dump(data: Sequence[Json] | Json) -> bytes:
+    """JSON as bytes; what is not a finite number is null, which JSON has and NaN is not in it."""
+    try:
+        return json.dumps(data, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_without_nan(data)).encode()
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))) else data

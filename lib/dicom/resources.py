@@ -1,0 +1,130 @@
+"""Addresses of DICOMweb (PS3.18): which there are, what they name, and in which form a client wants the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lib.errors import ParameterError
+
+View = Literal["query", "instances", "metadata", "frames", "rendered", "thumbnail"]
+
+_UID = r"[0-9]{1,64}(?:\.[0-9]{1,64})*"
+_PATTERNS: tuple[tuple[View, str], ...] = (
+    ("query", r"(?:studies|series|instances)"),
+    ("query", r"studies/(?P<study>UID)/(?:series|instances)"),
+    ("query", r"studies/(?P<study>UID)/series/(?P<series>UID)/instances"),
+    ("instances", r"studies/(?P<study>UID)"),
+    ("instances", r"studies/(?P<study>UID)/series/(?P<series>UID)"),
+    ("instances", r"studies/(?P<study>UID)/series/(?P<series>UID)/instances/(?P<sop>UID)"),
+    ("metadata", r"studies/(?P<study>UID)(?:/series/(?P<series>UID)(?:/instances/(?P<sop>UID))?)?/metadata"),
+    ("rendered", r"studies/(?P<study>UID)(?:/series/(?P<series>UID)(?:/instances/(?P<sop>UID))?)?/rendered"),
+    ("thumbnail", r"studies/(?P<study>UID)(?:/series/(?P<series>UID)(?:/instances/(?P<sop>UID))?)?/thumbnail"),
+    ("frames", r"studies/(?P<study>UID)/series/(?P<series>UID)/instances/(?P<sop>UID)/frames/(?P<frames>FRAMES)"),
+    (
+        "rendered",
+        r"studies/(?P<study>UID)/series/(?P<series>UID)/instances/(?P<sop>UID)/frames/(?P<frames>FRAMES)/rendered",
+    ),
+)
+_COMPILED = [
+    (view, re.compile(p.replace("UID", _UID).replace("FRAMES", r"[0-9]{1,9}(?:,[0-9]{1,9})*"))) for view, p in _PATTERNS
+]
+LONGEST_PATH = 600
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What an address names.
+
+    Attributes:
+        view: what is asked of it.
+        level: ``studies``, ``series`` or ``instances``, of a query.
+        study: Study Instance UID; "" for all. The same with ``series`` and ``sop``.
+        frames: numbers from 1; empty for all.
+    """
+
+    view: View
+    level: str
+    study: str = ""
+    series: str = ""
+    sop: str = ""
+    frames: tuple[int, ...] = ()
+
+
+def parse_path(path: str) -> Resource:
+    """What a path below the root of a DICOMweb server names. Nothing else passes, however it is written.
+
+    Raises:
+        ParameterError: for a path that is not DICOMweb's.
+
+    >>> parse_path("studies/1.2/series").level
+    'series'
+    """
+    trimmed = path[: LONGEST_PATH + 1].removesuffix("/")
+    for view, pattern in _COMPILED:
+        match = pattern.fullmatch(trimmed)
+        if match and len(path) <= LONGEST_PATH:
+            groups = match.groupdict()
+            names = {name: groups.get(name) or "" for name in ("study", "series", "sop")}
+            frames = tuple(int(number) for number in (groups.get("frames") or "").split(",") if number)
+            return Resource(view, trimmed.split("/")[-1], **names, frames=frames)
+    raise ParameterError("path", path[:200], "a DICOMweb path that begins with studies, series or instances")
+
+
+@dataclass(frozen=True)
+class MediaType:
+    """One entry of an Accept header.
+
+    Attributes:
+        name: of what is in the parts, for ``multipart/related``, or of the whole.
+        multipart: whether it is wanted as ``multipart/related``.
+        syntax: transfer syntax; ``*`` for whatever is there, "" for the default.
+    """
+
+    name: str
+    multipart: bool
+    syntax: str = ""
+
+
+def parse_accept(header: str | None) -> list[MediaType]:
+    """The entries of an Accept header in the order of their weight; anything, if there is none.
+
+    >>> parse_accept('multipart/related; type="image/jp2"; transfer-syntax=*')
+    [MediaType(name='image/jp2', multipart=True, syntax='*')]
+    """
+    entries = []
+    for text in re.split(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)""", header or "*/*"):
+        name, *rest = [part.strip() for part in text.split(";")]
+        options = {
+            key.strip().lower(): value.strip().strip('"') for key, _, value in (part.partition("=") for part in rest)
+        }
+        weight = _weight(options.get("q", "1"))
+        syntax = options.get("transfer-syntax", "")
+        if name.lower() == "multipart/related":
+            entries.append((weight, MediaType(options.get("type", "*/*").lower(), True, syntax)))
+        elif name:
+            entries.append((weight, MediaType(name.lower(), False, syntax)))
+    return [entry for weight, entry in sorted(entries, key=lambda e: -e[0]) if weight > 0]
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def parse_number(query: Mapping[str, str], name: str, default: int, valid: str) -> int:
+    """A whole number from 0 in a query.
+
+    Raises:
+        ParameterError: for anything else.
+    """
+    text = query.get(name)
+    if text is None or text == "":
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ParameterError(name, text[:50], valid)
+    return int(text)

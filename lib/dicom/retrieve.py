@@ -1,0 +1,259 @@
+"""WADO-RS (PS3.18, 10.4) over an index: instances, frames and pictures, in the form that a client accepts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydicom import dcmread
+from pydicom.dataset import FileDataset
+from pydicom.encaps import generate_pixel_data_frame
+from pydicom.uid import ExplicitVRLittleEndian
+
+from lib.dicom.index import Instance
+from lib.dicom.resources import MediaType, Resource
+from lib.dicom.series import DECODING_ERRORS, describe
+from lib.errors import ImageError, NotFoundError, ParameterError, UnetrError
+
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
+COMPRESSED_TYPES = {
+    "1.2.840.10008.1.2.4.50": "image/jpeg",
+    "1.2.840.10008.1.2.4.51": "image/jpeg",
+    "1.2.840.10008.1.2.4.57": "image/jpeg",
+    "1.2.840.10008.1.2.4.70": "image/jpeg",
+    "1.2.840.10008.1.2.4.80": "image/jls",
+    "1.2.840.10008.1.2.4.81": "image/jls",
+    "1.2.840.10008.1.2.4.90": "image/jp2",
+    "1.2.840.10008.1.2.4.91": "image/jp2",
+    "1.2.840.10008.1.2.5": "image/dicom-rle",
+}
+PICTURES = {"image/jpeg": "JPEG", "image/png": "PNG"}
+THUMBNAIL_PIXELS = 128
+
+
+class NotAcceptableError(UnetrError):
+    """Nothing of what a client accepts can be made of what it asks for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an answer."""
+
+    media_type: str
+    content: bytes
+
+
+def instance_parts(instances: Sequence[Instance], accepted: Sequence[MediaType]) -> Iterator[Part]:
+    """Files as PS3.10 has them; uncompressed where the client does not accept how they are stored.
+
+    Raises:
+        NotAcceptableError: when the client wants something else.
+    """
+    wanted = next((entry for entry in accepted if entry.name in ("application/dicom", "application/*", "*/*")), None)
+    if wanted is None:
+        raise NotAcceptableError("instances are sent as application/dicom, which the client does not accept")
+    return (_instance_part(instance, wanted) for instance in instances)
+
+
+def _instance_part(instance: Instance, wanted: MediaType) -> Part:
+    as_stored = wanted.syntax in ("*", instance.syntax) or (not wanted.syntax and instance.syntax in NATIVE)
+    if not as_stored and wanted.syntax not in ("", ExplicitVRLittleEndian):
+        raise NotAcceptableError(
+            f"instance {instance.sop} is stored as {instance.syntax} and can be sent as that or as "
+            f"{ExplicitVRLittleEndian}, not as {wanted.syntax}"
+        )
+    content = instance.file.read_bytes() if as_stored else _uncompressed(instance)
+    syntax = instance.syntax if as_stored else ExplicitVRLittleEndian
+    return Part(f"application/dicom; transfer-syntax={syntax}", content)
+
+
+def _uncompressed(instance: Instance) -> bytes:
+    dataset = _read(instance)
+    try:
+        if instance.syntax not in NATIVE:
+            _decompress(dataset)
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.is_little_endian, dataset.is_implicit_VR = True, False
+        buffer = io.BytesIO()
+        dataset.save_as(buffer, write_like_original=False)
+    except DECODING_ERRORS as error:
+        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
+    return buffer.getvalue()
+
+
+def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[MediaType]) -> list[Part]:
+    """Frames, compressed as they are stored where the client accepts that, otherwise as little-endian numbers.
+
+    Raises:
+        NotAcceptableError: when the client wants something else.
+        ParameterError: for a frame that there is not.
+        ImageError: when the pixels cannot be decoded.
+    """
+    dataset = _read(instance)
+    total = int(dataset.get("NumberOfFrames") or 1)
+    for number in numbers:
+        if not 1 <= number <= total:
+            raise ParameterError("frames", number, f"1 to {total}")
+    media_type = _frame_type(instance, accepted)
+    try:
+        if instance.syntax not in NATIVE and instance.syntax in media_type:
+            frames = list(generate_pixel_data_frame(dataset.PixelData, total))
+            return [Part(media_type, frames[number - 1]) for number in numbers]
+        return [Part(media_type, content) for content in _native_frames(dataset, numbers, total)]
+    except DECODING_ERRORS as error:
+        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
+
+
+def _frame_type(instance: Instance, accepted: Sequence[MediaType]) -> str:
+    """Content type of the frames of an instance."""
+    compressed = COMPRESSED_TYPES.get(instance.syntax, "")
+    raw = f"application/octet-stream; transfer-syntax={ExplicitVRLittleEndian}"
+    for entry in accepted:
+        any_of = entry.name in ("*/*", "application/octet-stream")
+        if compressed and entry.name in (compressed, "image/*", "*/*") and entry.syntax in ("", "*", instance.syntax):
+            return f"{compressed}; transfer-syntax={instance.syntax}"
+        if compressed and any_of and entry.syntax in ("*", instance.syntax):
+            return f"application/octet-stream; transfer-syntax={instance.syntax}"
+        if any_of and entry.syntax in ("", "*", ExplicitVRLittleEndian):
+            return raw
+    raise NotAcceptableError(
+        f"frames of instance {instance.sop} are sent as application/octet-stream"
+        f"{f' or {compressed} ({instance.syntax})' if compressed else ''}, which the client does not accept"
+    )
+
+
+def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> Iterator[bytes]:
+    if int(dataset.BitsAllocated) == 1:
+        pixels = dataset.pixel_array.reshape(total, -1)
+        yield from (np.packbits(pixels[number - 1], bitorder="little").tobytes() for number in numbers)
+        return
+    if dataset.file_meta.TransferSyntaxUID not in NATIVE:
+        _decompress(dataset)
+    content = dataset.PixelData
+    if not dataset.is_little_endian:
+        content = np.frombuffer(content, f">u{int(dataset.BitsAllocated) // 8}").byteswap().tobytes()
+    size = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * int(dataset.BitsAllocated) // 8
+    if len(content) < size * total:
+        raise ValueError(f"{len(content)} bytes of pixels where {size * total} are needed")
+    yield from (content[(number - 1) * size : number * size] for number in numbers)
+
+
+def _decompress(dataset: FileDataset) -> None:
+    """Put numbers in place of compressed pixels, in little-endian order."""
+    pixels = dataset.pixel_array
+    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    dataset["PixelData"].is_undefined_length = False
+    dataset["PixelData"].VR = "OW"
+    if pixels.ndim > 2 and int(dataset.SamplesPerPixel) > 1:
+        dataset.PlanarConfiguration = 0
+
+
+def picture(instance: Instance, resource: Resource, query: Mapping[str, str], accepted: Sequence[MediaType]) -> Part:
+    """A frame as a picture (PS3.18, 8.3.5), with the window of the image or of the query.
+
+    Raises:
+        NotAcceptableError: when the client wants neither JPEG nor PNG.
+        ParameterError: for a window, a size or a frame that is none.
+        ImageError: when the pixels cannot be decoded.
+    """
+    media_type = _picture_type(accepted)
+    dataset = _read(instance)
+    total = int(dataset.get("NumberOfFrames") or 1)
+    number = resource.frames[0] if resource.frames else (total + 1) // 2
+    if not 1 <= number <= total:
+        raise ParameterError("frames", number, f"1 to {total}")
+    try:
+        pixels = dataset.pixel_array
+    except DECODING_ERRORS as error:
+        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
+    frame = pixels[number - 1] if total > 1 else pixels
+    image = Image.fromarray(frame if frame.ndim == 3 else _windowed(frame, dataset, query))
+    size = _viewport(query) or ((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS) if resource.view == "thumbnail" else None)
+    if size:
+        image.thumbnail(size)
+    buffer = io.BytesIO()
+    image.save(buffer, PICTURES[media_type], quality=90)
+    return Part(media_type, buffer.getvalue())
+
+
+def _picture_type(accepted: Sequence[MediaType]) -> str:
+    for entry in accepted:
+        if entry.name in PICTURES:
+            return entry.name
+        if entry.name in ("*/*", "image/*"):
+            return "image/jpeg"
+    raise NotAcceptableError(f"pictures are sent as {' or '.join(PICTURES)}, which the client does not accept")
+
+
+def _windowed(frame: npt.NDArray[np.generic], dataset: FileDataset, query: Mapping[str, str]) -> npt.NDArray[np.uint8]:
+    """Grey values from 0 to 255 (PS3.3, C.11.2.1.2)."""
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    values = frame.astype(np.float64) * float(1 if slope is None else slope)
+    values += float(0 if intercept is None else intercept)
+    center, width = _window(values, dataset, query)
+    grey = np.clip((values - (center - 0.5)) / max(width - 1, 1e-6) + 0.5, 0, 1) * 255
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        grey = 255 - grey
+    picture: npt.NDArray[np.uint8] = np.rint(grey).astype(np.uint8)
+    return picture
+
+
+def _window(values: npt.NDArray[np.float64], dataset: FileDataset, query: Mapping[str, str]) -> tuple[float, float]:
+    if query.get("window"):
+        try:
+            center, width, *_ = (float(text) for text in query["window"].split(",")[:2])
+            if np.isfinite([center, width]).all() and width >= 1:
+                return center, width
+        except ValueError:
+            pass
+        raise ParameterError("window", query["window"][:50], "center,width,function with a width of at least 1")
+    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    first = [
+        value[0] if hasattr(value, "__iter__") and not isinstance(value, str) else value for value in (center, width)
+    ]
+    if None not in first and float(first[1]) >= 1:
+        return float(first[0]), float(first[1])
+    low, high = float(values.min()), float(values.max())
+    return (low + high + 1) / 2, max(high - low + 1, 1)
+
+
+def _viewport(query: Mapping[str, str]) -> tuple[int, int] | None:
+    text = query.get("viewport")
+    if not text:
+        return None
+    try:
+        width, height = (int(part) for part in text.split(",")[:2])
+    except ValueError:
+        width = height = 0
+    if not (1 <= width <= 8192 and 1 <= height <= 8192):
+        raise ParameterError("viewport", text[:50], "width,height of 1 to 8192 pixels")
+    return width, height
+
+
+def _read(instance: Instance) -> FileDataset:
+    """The file of an instance.
+
+    Raises:
+        NotFoundError: when it is gone since it was indexed.
+        ImageError: when it cannot be read any more.
+    """
+    try:
+        return dcmread(instance.file)
+    except FileNotFoundError as error:
+        raise NotFoundError("file of instance", instance.sop) from error
+    except DECODING_ERRORS as error:
+        raise ImageError(f"instance {instance.sop} cannot be read: {describe(error)}") from error
+
+
+def multipart(parts: Iterator[Part] | Sequence[Part], boundary: str) -> Iterator[bytes]:
+    """The body of a ``multipart/related`` answer, part by part."""
+    for part in parts:
+        yield f"--{boundary}\r\nContent-Type: {part.media_type}\r\n".encode()
+        yield f"Content-Length: {len(part.content)}\r\n\r\n".encode()
+        yield part.content
+        yield b"\r\n"
+    yield f"--{boundary}--\r\n".encode()

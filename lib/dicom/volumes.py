@@ -1,0 +1,123 @@
+"""Series as NIfTI files, made when one is first asked for and kept until the series changes or room is needed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from lib.dicom.series import Series, read_series
+from lib.dicom.sources import SeriesSource
+from lib.disk import MIB, make_room
+
+DEFAULT_LIMIT_MIB = 20_480
+SECONDS_IN_USE = 600.0
+"""A volume that was asked for so lately may still be about to be read."""
+
+
+class VolumeCache:
+    """The folder of converted series.
+
+    Args:
+        source: of the series.
+        folder: for the files, ``<Series Instance UID>.nii``.
+        kept: the series that stay whatever their size, since a training may read them.
+        limit_mib: when there is more than this, those that nobody asked for lately go first.
+    """
+
+    def __init__(
+        self,
+        source: SeriesSource,
+        folder: Path,
+        kept: Callable[[], Collection[str]] = tuple,
+        limit_mib: int = DEFAULT_LIMIT_MIB,
+    ) -> None:
+        self.limit_mib = limit_mib
+        self._source = source
+        self._folder = folder
+        self._kept = kept
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def file(self, uid: str) -> Path:
+        """Where a series' volume is or will be."""
+        return self._folder / f"{uid}.nii"
+
+    def get(self, uid: str) -> Path:
+        """A series' volume, converted now if need be; what was left out of it is in ``notes``.
+
+        Raises:
+            NotFoundError, UpstreamError: when the series cannot be had.
+            ImageError: when it is no volume.
+        """
+        with self._locks[uid]:
+            stamp = self._source.stamp(uid)
+            stamped, file = self._folder / f"{uid}.stamp", self.file(uid)
+            if not file.is_file() or not stamped.is_file() or stamped.read_text().split("\n")[0] != stamp:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stamped.unlink(missing_ok=True)
+                with tempfile.TemporaryDirectory(dir=self._folder, prefix=".fetch-") as fetched:
+                    series = read_series(self._source.fetch(uid, Path(fetched)), f"series {uid}")
+                    write_volume(series, file)
+                stamped.write_text("\n".join([stamp, *series.notes]))
+                self._make_room()
+            else:
+                os.utime(stamped)
+            return file
+
+    def _make_room(self) -> None:
+        """Remove volumes beyond the limit, but none that is kept or was asked for lately."""
+        kept, lately = set(self._kept()), time.time() - SECONDS_IN_USE
+        used = {path: path.stat().st_mtime for path in self._folder.glob("*.stamp") if path.stem not in kept}
+        old = [path for path in sorted(used, key=used.__getitem__) if used[path] < lately]
+        leaving = {path.stem for path in old}
+        staying = sum(file.stat().st_size for file in self._folder.glob("*.nii") if file.stem not in leaving)
+        make_room([(path, self.file(path.stem)) for path in old], self.limit_mib * MIB - staying)
+
+    def notes(self, uid: str) -> list[str]:
+        """What was left out of a series that has been converted, one sentence each."""
+        stamped = self._folder / f"{uid}.stamp"
+        return stamped.read_text().split("\n")[1:] if stamped.is_file() else []
+
+    def read_series(self, uid: str, folder: Path) -> Series:
+        """A series with its headers.
+
+        Args:
+            uid: which.
+            folder: for files that have to be fetched; the series is of no use once they are gone.
+
+        Raises:
+            NotFoundError, UpstreamError, ImageError: as ``get``.
+        """
+        return read_series(self._source.fetch(uid, folder), f"series {uid}")
+
+
+def write_volume(series: Series, file: Path) -> None:
+    """Write a series as NIfTI, at once or not at all; 16-bit where that says every value exactly.
+
+    Raises:
+        ImageError: when an instance cannot be decoded.
+    """
+    image = nib.Nifti1Image(_smallest(series.read_voxels()), series.affine_ras)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(series.affine_ras, code="scanner")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(image.to_bytes())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _smallest(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:
+    short = np.iinfo(np.int16)
+    if short.min <= voxels.min() and voxels.max() <= short.max and np.array_equal(voxels, np.rint(voxels)):
+        return voxels.astype(np.int16)
+    return voxels

@@ -1,0 +1,1 @@
+"""Segmenting a volume on request."""

@@ -1,0 +1,108 @@
+"""Blending of overlapping windows, slab by slab: all classes exist only for the planes that windows still touch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+LabelArray = npt.NDArray[np.uint8]
+HalfArray = npt.NDArray[np.float16]
+
+# Planes are decided a few at a time, so that probabilities need little memory beside the sums.
+CHUNK_NUMBERS = 4_000_000
+
+
+class SlabBlender:
+    """Sums of weighted logits for the planes that windows still touch, and the answer for those that none does.
+
+    Voxels lie with their classes side by side, as a network in the layout ``channels_last_3d`` writes them: adding a
+    window and finding the largest class take a third of the time that they take with the classes outside.
+
+    Args:
+        shape: (X, Y, Z) of the volume.
+        axis: along which windows come in order.
+        weights: of a window's voxels, shape of the window, on the device where sums are kept.
+        classes: channels of the network's output.
+        entropy: whether the entropy of the blended probabilities is wanted too.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], axis: int, weights: torch.Tensor, classes: int, entropy: bool = False
+    ) -> None:
+        self._axis, self._depth, self._position = axis, weights.shape[axis], 0
+        self._weights = weights.movedim(axis, 0)
+        cross_section = [size for i, size in enumerate(shape) if i != axis]
+        self._sums = torch.zeros((self._depth, *cross_section, classes), device=weights.device)
+        self._labels = np.zeros((shape[axis], *cross_section), dtype=np.uint8)
+        # The sum of weights cancels in the largest class, but not in a probability.
+        self._total = torch.zeros((self._depth, *cross_section), device=weights.device) if entropy else None
+        self._entropy = np.zeros(self._labels.shape, dtype=np.float16) if entropy else None
+
+    def advance(self, position: int) -> None:
+        """Decide the planes before ``position`` and make room for as many new ones."""
+        done = position - self._position
+        if done == 0:
+            return
+        self._decide(done)
+        for planes in (self._sums, self._total):
+            if planes is not None:
+                _shift(planes, done)
+        self._position = position
+
+    def add(self, start: Sequence[int], logits: torch.Tensor) -> None:
+        """Add a window.
+
+        Args:
+            start: its first voxel; along the slabs' axis that is the position of the last :meth:`advance`.
+            logits: shape (classes, X, Y, Z) of the window, of any floating-point type.
+        """
+        window = logits.movedim(0, -1).movedim(self._axis, 0)
+        origin = [s for i, s in enumerate(start) if i != self._axis]
+        rows, columns = (slice(s, s + edge) for s, edge in zip(origin, window.shape[1:3], strict=True))
+        self._sums[:, rows, columns].addcmul_(window, self._weights[..., None])
+        if self._total is not None:
+            self._total[:, rows, columns] += self._weights
+
+    def finish(self) -> tuple[LabelArray, HalfArray | None]:
+        """Decide the last planes; labels, and the entropy from 0 to 1 where it was wanted, of shape (X, Y, Z)."""
+        self._decide(len(self._labels) - self._position)
+        labels = np.moveaxis(self._labels, 0, self._axis)
+        return labels, None if self._entropy is None else np.moveaxis(self._entropy, 0, self._axis)
+
+    def _decide(self, planes: int) -> None:
+        planes = min(planes, self._depth)
+        step = max(1, CHUNK_NUMBERS // self._sums[0].numel())
+        for first in range(0, planes, step):
+            chunk = slice(first, min(first + step, planes))
+            place = slice(self._position + chunk.start, self._position + chunk.stop)
+            self._labels[place] = self._sums[chunk].argmax(dim=-1).to(torch.uint8).cpu().numpy()
+            if self._total is not None and self._entropy is not None:
+                self._entropy[place] = normalized_entropy(self._sums[chunk], self._total[chunk]).cpu().numpy()
+
+
+def normalized_entropy(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Entropy of the softmax of blended logits, as a share of the largest that there is (Shannon 1948).
+
+    Args:
+        sums: weighted sums of logits, classes last.
+        total: sums of the weights, without the last axis; 0 where no window was: certain.
+
+    Returns:
+        From 0 (certain) to 1 (all classes alike), shape of ``total``.
+    """
+    logits = sums / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1) / math.log(sums.shape[-1])
+    return entropy.clamp(0, 1) * (total > 0)
+
+
+def _shift(planes: torch.Tensor, done: int) -> None:
+    """Move the planes that stay to the front, one by one (no second slab is needed for it), and empty the rest."""
+    kept = max(0, len(planes) - done)
+    for plane in range(kept):
+        planes[plane] = planes[plane + done]
+    planes[kept:] = 0

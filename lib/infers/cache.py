@@ -1,0 +1,153 @@
+"""Answers that are ready: masks that were computed already, or ahead, in a bounded part of memory."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.transforms.volume import Affine
+
+MIB = 1 << 20
+Stamp = tuple[object, ...]
+MOST_CHECKSUMS = 10_000
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What an answer depends on.
+
+    Attributes:
+        image: SHA-256 of the image's content.
+        preset: the task.
+        model: changes with the weights.
+        options: those of the request that change the mask.
+    """
+
+    image: str
+    preset: str
+    model: Stamp
+    options: Stamp
+
+
+class CachedMask:
+    """A mask with what is said about it, packed: masks are mostly background.
+
+    Args:
+        labels: shape (X, Y, Z).
+        affine_ras: 4x4, voxel indices to millimetres in RAS.
+        said: plain data of the answer, without its timings.
+    """
+
+    def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, said: Mapping[str, Any]) -> None:
+        self._packed, self._shape = zlib.compress(labels.tobytes(), 1), labels.shape
+        self.affine_ras, self.said = affine_ras, dict(said)
+
+    @property
+    def labels(self) -> npt.NDArray[np.uint8]:
+        """Shape (X, Y, Z)."""
+        return np.frombuffer(zlib.decompress(self._packed), dtype=np.uint8).reshape(self._shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it takes, about."""
+        return len(self._packed) + 4096
+
+
+class ResultCache:
+    """Masks by key; those used longest ago leave first.
+
+    Args:
+        limit_mib: memory that they may take; 0 keeps none.
+    """
+
+    def __init__(self, limit_mib: int) -> None:
+        self._limit_bytes = limit_mib * MIB
+        self._kept: OrderedDict[CacheKey, CachedMask] = OrderedDict()
+        self._size_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: CacheKey) -> CachedMask | None:
+        """The mask of that key, where it is kept. What other weights of the preset said leaves at the same time."""
+        with self._lock:
+            self._forget_other_models(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: CacheKey, mask: CachedMask) -> None:
+        """Keep a mask, where it fits at all."""
+        with self._lock:
+            self._forget_other_models(key)
+            self._forget(key)
+            if mask.size_bytes > self._limit_bytes:
+                return
+            self._kept[key] = mask
+            self._size_bytes += mask.size_bytes
+            while self._size_bytes > self._limit_bytes:
+                self._forget(next(iter(self._kept)))
+
+    def __contains__(self, key: CacheKey) -> bool:
+        with self._lock:
+            return key in self._kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that all of them take, about."""
+        return self._size_bytes
+
+    def _forget_other_models(self, key: CacheKey) -> None:
+        stale = [k for k in self._kept if k.preset == key.preset and k.model != key.model]
+        for old in stale:
+            self._forget(old)
+
+    def _forget(self, key: CacheKey) -> None:
+        mask = self._kept.pop(key, None)
+        self._size_bytes -= 0 if mask is None else mask.size_bytes
+
+
+class Checksums:
+    """SHA-256 of images, remembered for as long as size and time of the files do not change."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[Stamp, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, image: Path) -> str:
+        """Checksum of a file, or of all files of a DICOM folder.
+
+        Raises:
+            OSError: when it cannot be read.
+        """
+        files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+        stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
+        with self._lock:
+            known = self._known.get(image)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        digest = _sha256(files)
+        with self._lock:
+            self._known[image] = (stamp, digest)
+            while len(self._known) > MOST_CHECKSUMS:
+                self._known.popitem(last=False)
+        return digest
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(MIB):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""What a window costs on this machine: measured at first use, and kept in a file for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.infers.memory import PeakMemory
+from lib.networks.precision import autocast
+
+logger = logging.getLogger(__name__)
+
+COSTS_FILE = "costs.json"
+"""Name of the book in the folder of models."""
+
+SECONDS_TO_REMEMBER = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class WindowCost:
+    """One batch of windows, or of a training's crops: bytes on the device beside weights and input, and seconds."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may not ask for again for a while, since memory ran out on it.
+
+    Attributes:
+        window_batch: the largest batch, of windows or of a training's crops; 0: no limit.
+        on_host: stitch on the host.
+        bands: at least so many.
+        recompute: a training recomputes the transformer's activations.
+        until: seconds since 1970 at which the limits end.
+    """
+
+    window_batch: int = 0
+    on_host: bool = False
+    bands: int = 1
+    recompute: bool = False
+    until: float = 0.0
+
+
+class CostBook:
+    """Costs and limits by device, network and number format.
+
+    Args:
+        file: JSON file to keep them in; they are kept in memory only without one, or where it cannot be written.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._entries: dict[str, dict[str, Any]] | None = None
+
+    def cost(self, key: str, batch: int) -> WindowCost | None:
+        """What was measured for a batch."""
+        found = self._read().get(key, {}).get(str(batch))
+        return WindowCost(int(found["bytes"]), float(found["seconds"])) if found else None
+
+    def keep(self, key: str, batch: int, cost: WindowCost) -> None:
+        """Keep what was measured."""
+        self._change(key, {str(batch): asdict(cost)})
+
+    def limits(self, key: str) -> Limits:
+        """What memory ran out on within the last day; no limits otherwise."""
+        found = self._read().get(key, {}).get("limits")
+        limits = Limits(**found) if found else Limits()
+        return limits if limits.until > time.time() else Limits()
+
+    def limit(self, key: str, limits: Limits) -> None:
+        """Remember for a day."""
+        self._change(key, {"limits": asdict(replace(limits, until=time.time() + SECONDS_TO_REMEMBER))})
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if self._entries is None:
+            self._entries = _parse(self._file) if self._file is not None and self._file.is_file() else {}
+        return self._entries
+
+    def _change(self, key: str, values: Mapping[str, Any]) -> None:
+        entries = self._read()
+        if self._file is not None and self._file.is_file():
+            # a training measures in a process of its own, into the same file
+            entries |= {name: {**found, **entries.get(name, {})} for name, found in _parse(self._file).items()}
+        entries[key] = {**entries.get(key, {}), **values}
+        if self._file is None:
+            return
+        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self._file)
+        except OSError as error:
+            logger.warning("measured costs are not kept in %s: %s", self._file, error.strerror or error)
+
+
+def cost_key(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
+    """What a cost depends on: the device, the number format, PyTorch, and the network's shape."""
+    shape = preset.model_dump_json(include={"roi_size", "network"}) + str(preset.out_channels)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+    network = hashlib.sha256(shape.encode()).hexdigest()[:12]
+    return f"{name} {str(dtype).removeprefix('torch.')} torch-{torch.__version__} {network}"
+
+
+def measure_windows(
+    network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int
+) -> WindowCost:
+    """Run one batch of noise twice: the first run pays for what is made only once, the second is timed.
+
+    Raises:
+        RuntimeError, MemoryError: when the batch does not fit.
+    """
+    windows = torch.randn((batch, 1, *preset.roi_size), device=device)
+    with torch.inference_mode(), autocast(device, dtype):
+        with PeakMemory(device) as peak:
+            network(windows)
+        start = time.perf_counter()
+        network(windows).sum().item()  # waits for a GPU
+        seconds = time.perf_counter() - start
+    return WindowCost(peak.bytes, round(seconds, 5))
+
+
+def _parse(file: Path) -> dict[str, dict[str, Any]]:
+    """The book's entries; a damaged file only means that everything is measured again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        logger.warning("measured costs in %s cannot be read, and are measured again: %s", file, error)
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}

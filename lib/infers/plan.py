@@ -1,0 +1,283 @@
+"""What a request will need, chosen so that it fits: batch of windows, place of stitching, number of bands.
+
+The bytes of tensors are counted from their shapes; the bytes and seconds of a window in the network are measured. A
+request that cannot fit in any way is refused before it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.errors import MemoryBudgetError
+from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
+from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory
+from lib.infers.predictor import Stitching, window_starts
+from lib.transforms.preprocess import network_shape
+from lib.transforms.volume import Volume
+
+logger = logging.getLogger("unetr.plan")
+
+MOST_BANDS = 16
+# A GPU is idle between small batches; a CPU is not.
+GPU_BATCH_FACTOR = 8
+FLOAT_BYTES = 4
+# Resident memory is looked at from outside: between two looks there may have been more.
+MEASUREMENT_MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is computed, and what it should take.
+
+    Attributes:
+        device: where windows are computed.
+        precision: number format of the network.
+        stitching: batch, place and bands.
+        windows: how many there are at most; air is skipped.
+        host_bytes: peak beyond the loaded image and weights.
+        device_bytes: the same on a GPU; 0 on the CPU.
+        host_left: bytes that the host may give.
+        device_left: bytes that the GPU may give.
+        seconds: of the network, from its measured windows.
+        image_on_device: whether the image is preprocessed on the GPU and stays there.
+        given_up: what did not fit when it was tried, in words.
+    """
+
+    device: str
+    precision: str
+    stitching: Stitching
+    windows: int
+    host_bytes: int
+    device_bytes: int
+    host_left: int
+    device_left: int
+    seconds: float
+    image_on_device: bool = False
+    given_up: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether what it needs is there."""
+        return self.host_bytes <= self.host_left and self.device_bytes <= self.device_left
+
+    def explain(self) -> str:
+        """One line for the log and for people."""
+        where = "the device" if self.stitching.on_device else "the host"
+        bands = f" in {self.stitching.bands} bands" if self.stitching.bands > 1 else ""
+        gpu = f", {_gib(self.device_bytes)} of {_gib(self.device_left)} GiB on it" if self.device_left else ""
+        gpu += " with the image" if self.image_on_device else ""
+        batch, host = self.stitching.window_batch, f"{_gib(self.host_bytes)} of {_gib(self.host_left)} GiB of memory"
+        return (
+            f"{self.windows} windows on {self.device} in {self.precision}, {batch} at a time{gpu}; "
+            f"stitched slab by slab on {where}{bands}, {host}; about {self.seconds:.1f} s"
+            + "".join(f"; gave up: {what}" for what in self.given_up)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for an answer."""
+        stitching = asdict(self.stitching)
+        own = {key: value for key, value in asdict(self).items() if key not in ("stitching", "seconds")}
+        return {**own, **stitching, "seconds": round(self.seconds, 2), "text": self.explain()}
+
+
+class Planner:
+    """Plans requests within a budget.
+
+    Args:
+        budget: bytes that this process may use on the host; all that is free, less a reserve, if not given.
+        book: where measured costs are kept.
+        cuda_graphs: whether GPUs replay recorded kernels.
+    """
+
+    def __init__(self, budget: int | None = None, book: CostBook | None = None, cuda_graphs: bool = False) -> None:
+        self.budget, self.cuda_graphs = budget, cuda_graphs
+        self.book = book or CostBook()
+
+    def plan(
+        self,
+        network: nn.Module,
+        preset: Preset,
+        device: torch.device,
+        dtype: torch.dtype,
+        volume: Volume,
+        entropy: bool = False,
+        name: str = "image",
+    ) -> Plan:
+        """Choose how to segment ``volume``.
+
+        Raises:
+            MemoryBudgetError: when nothing fits, with what it takes and what there is.
+        """
+        key, host_left = cost_key(preset, device, dtype), host_bytes_left(self.budget)
+        limits, most = self.book.limits(key), preset.inference.window_batch_size
+        sizes = _halvings(most * GPU_BATCH_FACTOR if device.type == "cuda" else most)
+        if limits.window_batch:
+            sizes = [size for size in sizes if size <= limits.window_batch] or [1]
+        costs = {size: cost for size in sizes if (cost := self._cost(key, network, preset, device, dtype, size))}
+        if not costs:
+            raise MemoryBudgetError(f"not even one window of {preset.name!r} fits into the memory of {device}")
+        need = _Need(preset, volume, entropy)
+        best: Plan | None = None
+        for stitching in _choices(costs, device, limits):
+            best = need.plan(stitching, costs[stitching.window_batch], device, dtype, host_left)
+            if best.fits:
+                return best
+        assert best is not None
+        raise MemoryBudgetError(
+            f"image {name!r} ({'x'.join(map(str, volume.voxels.shape))} voxels, {'x'.join(map(str, need.shape))} for "
+            f"{preset.name!r}) needs {_gib(best.host_bytes)} GiB of memory on the host"
+            + (f" and {_gib(best.device_bytes)} GiB on {device}" if best.device_left else "")
+            + f"; there are {_gib(best.host_left)} GiB"
+            + (f" and {_gib(best.device_left)} GiB" if best.device_left else "")
+            + "; valid: a smaller image, or a larger --conf memory_budget"
+        )
+
+    def _cost(
+        self, key: str, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int
+    ) -> WindowCost | None:
+        """The kept or measured cost; None for a batch that does not fit."""
+        known = self.book.cost(key, batch)
+        if known is not None:
+            return known
+        try:
+            cost = measure_windows(network, preset, device, dtype, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        self.book.keep(key, batch, cost)
+        logger.info("measured %s, batch %d: %.0f MiB, %.3f s", key, batch, cost.bytes / MIB, cost.seconds)
+        return cost
+
+    def step_down(self, plan: Plan, preset: Preset, device: torch.device, dtype: torch.dtype) -> Plan | None:
+        """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left.
+
+        Less at once comes first, since it costs next to nothing; bands compute some windows twice.
+        """
+        old = plan.stitching
+        if old.window_batch > 1:
+            new, what = replace(old, window_batch=old.window_batch // 2), f"a batch of {old.window_batch} windows"
+        elif plan.image_on_device:
+            return replace(plan, image_on_device=False, given_up=(*plan.given_up, f"the image on {plan.device}"))
+        elif old.on_device:
+            new, what = replace(old, on_device=False), f"stitching on {plan.device}"
+        elif old.bands < MOST_BANDS:
+            new, what = replace(old, bands=old.bands * 2), f"{old.bands} band{'s' * (old.bands > 1)} a slab"
+        else:
+            return None
+        limits = Limits(new.window_batch, not new.on_device, new.bands)
+        self.book.limit(cost_key(preset, device, dtype), limits)
+        return replace(plan, stitching=new, given_up=(*plan.given_up, what))
+
+
+class _Need:
+    """Bytes and windows that segmenting one volume takes."""
+
+    def __init__(self, preset: Preset, volume: Volume, entropy: bool) -> None:
+        self._preset, self._entropy = preset, entropy
+        self.shape = network_shape(volume.voxels.shape, volume.affine_ras, preset)
+        self._image, self._seen = volume.voxels.size, math.prod(self.shape)
+
+    def plan(
+        self, stitching: Stitching, cost: WindowCost, device: torch.device, dtype: torch.dtype, host_left: int
+    ) -> Plan:
+        """What these choices come to."""
+        windows, slab = self._windows(stitching.bands), self._slab_bytes(stitching.bands)
+        batch = stitching.window_batch
+        network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * math.prod(self._preset.roi_size) * FLOAT_BYTES
+        on_gpu, gpu, left = device.type == "cuda", 0, 0
+        preprocessing, with_image = self._preprocessing_bytes(), False
+        host = slab * (not stitching.on_device) + network * (not on_gpu)
+        if on_gpu:
+            left, gpu = free_bytes(device), network + self._logits_bytes(batch) + slab * stitching.on_device
+            there = max(preprocessing, FLOAT_BYTES * self._seen + gpu)
+            if with_image := there <= left:
+                gpu, preprocessing = there, FLOAT_BYTES * self._image
+        return Plan(
+            device=str(device),
+            precision=str(dtype).removeprefix("torch."),
+            stitching=stitching,
+            windows=windows,
+            host_bytes=max(preprocessing, self._stitching_bytes() + host, self._restoring_bytes()),
+            device_bytes=gpu,
+            host_left=host_left,
+            device_left=left,
+            seconds=windows / batch * cost.seconds,
+            image_on_device=with_image,
+        )
+
+    def _preprocessing_bytes(self) -> int:
+        """The image in the order of the axes, turned, and interpolated along one axis after the other; then scaled."""
+        between = max(self._image, self._seen)
+        return FLOAT_BYTES * (2 * self._image + between + self._seen)
+
+    def _logits_bytes(self, batch: int) -> int:
+        """The logits of a batch that is fetched while the next is computed."""
+        return batch * self._preset.out_channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
+
+    def _stitching_bytes(self) -> int:
+        """The network's image and the answer on its grid, beside slab and windows."""
+        return self._seen * (FLOAT_BYTES + 1 + 2 * self._entropy)
+
+    def _restoring_bytes(self) -> int:
+        """The answer on both grids and in the image's order of axes; largest components count in 32 bits."""
+        labels = self._seen + 2 * self._image
+        components = 7 * self._image if self._preset.inference.largest_component else 0
+        entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._entropy else 0
+        return labels + max(components, 0) + entropy
+
+    def _slab_bytes(self, bands: int) -> int:
+        """Sums of all classes for the planes of a window, over the rows that a band's windows cover."""
+        axis, across, along = self._axes()
+        roi = self._preset.roi_size
+        rows = min(self.shape[across], math.ceil(self.shape[across] / bands) + 2 * roi[across])
+        rows = self.shape[across] if bands == 1 else rows
+        plane = rows * self.shape[along]
+        classes = self._preset.out_channels + self._entropy
+        return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (1 + 2 * self._entropy))
+
+    def _windows(self, bands: int) -> int:
+        starts = [
+            window_starts(size, edge, self._preset.inference.overlap)
+            for size, edge in zip(self.shape, self._preset.roi_size, strict=True)
+        ]
+        counts = [len(s) for s in starts]
+        _, across, _ = self._axes()
+        edge, size = self._preset.roi_size[across], self.shape[across]
+        cuts = [round(size * band / bands) for band in range(1, bands)]
+        twice = sum(start < cut < start + edge for cut in cuts for start in starts[across])
+        return (counts[across] + twice) * math.prod(counts) // counts[across]
+
+    def _axes(self) -> tuple[int, int, int]:
+        """The slabs' axis, that of the bands, and the third: from the longest to the shortest."""
+        long, middle, short = sorted(range(3), key=lambda axis: -self.shape[axis])
+        return long, middle, short
+
+
+def _choices(costs: dict[int, WindowCost], device: torch.device, limits: Limits) -> list[Stitching]:
+    """Ways to stitch, fastest first: on the device before the host, one band before many, cheapest windows first."""
+    batches = sorted(costs, key=lambda size: costs[size].seconds / size)
+    # The smallest batch is the last resort, whatever its speed.
+    batches = batches[: batches.index(1) + 1] if 1 in batches else batches
+    places = [True, False] if device.type == "cuda" and not limits.on_host else [False]
+    bands = [count for count in _doublings(MOST_BANDS) if count >= limits.bands]
+    return [Stitching(batch, place, count) for count in bands for place in places for batch in batches]
+
+
+def _halvings(most: int) -> list[int]:
+    return [most, *_halvings(most // 2)] if most > 1 else [1]
+
+
+def _doublings(most: int) -> list[int]:
+    return [2**power for power in range(most.bit_length())]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,258 @@
+"""From what the network sees to labels: sliding windows over the body, blended slab by slab.
+
+The usual way blends all windows into one tensor of (classes, X, Y, Z): 14 classes of a 512x512x600 CT are 8.8 GB.
+Here the windows are visited in order along one axis. A plane that no later window touches is decided at once, so that
+only as many planes as a window is thick exist for all classes. The labels are those of the whole-volume way. Where
+even a slab is too large, the volume is cut across it into bands, each decided by all windows that reach into it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.data.utils import compute_importance_map
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.infers.blender import HalfArray, LabelArray, SlabBlender
+from lib.infers.transfer import Fetched, batches_ahead, send
+from lib.networks.precision import autocast
+
+Start = tuple[int, ...]
+Box = tuple[slice, slice, slice]
+
+# Air around the body that its outermost windows still see, in voxels: less where that saves a row of windows.
+BODY_MARGIN_VOXELS = 8
+LEAST_MARGIN_VOXELS = 2
+
+
+@dataclass(frozen=True)
+class Stitching:
+    """How windows are computed and put together; what it costs differs, the answer does not.
+
+    Attributes:
+        window_batch: windows that go through the network at once.
+        on_device: whether sums are kept where the network computes; on the host otherwise.
+        bands: parts that each slab is cut into, one after the other.
+    """
+
+    window_batch: int = 1
+    on_device: bool = False
+    bands: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the windows say.
+
+    Attributes:
+        labels: shape (X, Y, Z).
+        entropy: of the blended probabilities, 0 (certain) to 1; None where it was not asked for.
+        windows: how many went through the network.
+        skipped: how many did not, since they hold nothing but air.
+    """
+
+    labels: LabelArray
+    entropy: HalfArray | None
+    windows: int
+    skipped: int
+
+
+def predict_labels(
+    network: nn.Module,
+    image: torch.Tensor,
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    overlap: float | None = None,
+) -> LabelArray:
+    """Only the labels of :func:`predict`, with the preset's own window batch."""
+    stitching = Stitching(preset.inference.window_batch_size)
+    return predict(network, image, preset, device, dtype, stitching, overlap).labels
+
+
+def predict(
+    network: nn.Module,
+    image: torch.Tensor,
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    stitching: Stitching | None = None,
+    overlap: float | None = None,
+    entropy: bool = False,
+) -> Prediction:
+    """Segment one preprocessed image.
+
+    Windows are blended with Gaussian weights, so that a voxel is decided by the windows in which it lies centrally.
+    They are placed over the body; what lies around it, and windows without any of it, are background, unless the
+    preset says that air matters.
+
+    Args:
+        network: a UNETR of the preset, in evaluation mode on ``device``.
+        image: shape (1, X, Y, Z), at least as large as the preset's window on every axis; on any device.
+        preset: the task.
+        device: where windows are computed.
+        dtype: number format of the computation.
+        stitching: how windows are put together; one by one on the host if not given.
+        overlap: share of a window that its neighbour sees again; the preset's if not given.
+        entropy: whether to tell the entropy of each voxel too.
+    """
+    plain = image.as_subclass(torch.Tensor)
+    labels = np.zeros(plain.shape[1:], dtype=np.uint8)
+    certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
+    air = float(plain.min()) if preset.inference.skip_air else None
+    overlap = preset.inference.overlap if overlap is None else overlap
+    body = _whole(labels.shape) if air is None else body_box(plain[0], air, preset.roi_size, overlap)
+    inside = (slice(None), *body)
+    walk = _Walk(network, plain[inside], preset, device, dtype, stitching or Stitching(), air)
+    walk.place(overlap)
+    with torch.inference_mode():
+        for band, (found, uncertainty) in walk.bands(entropy):
+            labels[body][band] = found
+            if certain is not None and uncertainty is not None:
+                certain[body][band] = uncertainty
+    return Prediction(labels, certain, walk.computed, walk.skipped)
+
+
+def window_starts(size: int, edge: int, overlap: float) -> list[int]:
+    """First voxels of the windows along one axis, as MONAI's sliding window places them.
+
+    >>> window_starts(size=100, edge=48, overlap=0.25)
+    [0, 36, 52]
+    """
+    interval = max(1, int(edge * (1 - overlap)))
+    starts = [0]
+    while starts[-1] + edge < size:
+        starts.append(min(starts[-1] + interval, size - edge))
+    return starts
+
+
+def body_box(image: torch.Tensor, air: float, roi: Sequence[int], overlap: float) -> Box:
+    """The box around all that is not air, with a margin, and at least as large as a window.
+
+    Args:
+        image: shape (X, Y, Z), at least as large as ``roi``.
+        air: the value of air; the lowest that there is after clipping to the preset's window.
+        roi: shape of a window.
+        overlap: share of a window that its neighbour sees again.
+    """
+    along_x = torch.tensor([bool((plane > air).any()) for plane in image])
+    seen_yz = torch.zeros(image.shape[1:], dtype=torch.bool, device=image.device)
+    for plane in image:
+        seen_yz |= plane > air
+    sides = (along_x, seen_yz.any(1), seen_yz.any(0))
+    x, y, z = (_reach(side, edge, overlap) for side, edge in zip(sides, roi, strict=True))
+    return x, y, z
+
+
+def _reach(occupied: torch.Tensor, edge: int, overlap: float) -> slice:
+    """From the first to the last occupied place with the margin that takes the fewest windows."""
+    margins = range(BODY_MARGIN_VOXELS, LEAST_MARGIN_VOXELS - 1, -1)
+    reaches = [_reach_with(occupied, edge, margin) for margin in margins]
+    return min(reaches, key=lambda reach: len(window_starts(reach.stop - reach.start, edge, overlap)))
+
+
+def _reach_with(occupied: torch.Tensor, edge: int, margin: int) -> slice:
+    """From the first to the last occupied place with a margin; moved and widened to ``edge`` places."""
+    places = occupied.nonzero().flatten()
+    if len(places) == 0:
+        return slice(0, edge)
+    first = max(0, int(places[0]) - margin)
+    last = min(len(occupied), int(places[-1]) + 1 + margin)
+    missing = max(0, edge - (last - first))
+    first = min(max(0, first - missing // 2), len(occupied) - max(edge, last - first))
+    return slice(first, max(last, first + edge))
+
+
+class _Walk:
+    """The way of the windows over one image, band by band and slab by slab."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        image: torch.Tensor,
+        preset: Preset,
+        device: torch.device,
+        dtype: torch.dtype,
+        stitching: Stitching,
+        air: float | None,
+    ) -> None:
+        self._network, self._image, self._preset = network, image, preset
+        self._device, self._dtype, self._stitching, self._air = device, dtype, stitching, air
+        self._shape, self._roi = tuple(image.shape[1:]), preset.roi_size
+        # Along the longest axis the slab's cross-section is smallest; bands divide the longer of its sides.
+        self._axis, self._across = (int(axis) for axis in np.argsort(self._shape, kind="stable")[::-1][:2])
+        kept_on = device if stitching.on_device else torch.device("cpu")
+        self._weights = compute_importance_map(self._roi, mode="gaussian", device=kept_on)
+        self._starts: list[list[int]] = []
+        self.computed, self.skipped = 0, 0
+
+    def place(self, overlap: float) -> None:
+        """Decide where the windows are."""
+        self._starts = [window_starts(size, edge, overlap) for size, edge in zip(self._shape, self._roi, strict=True)]
+
+    def bands(self, entropy: bool) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None]]]:
+        """Each band's place and answer."""
+        edges = np.linspace(0, self._shape[self._across], self._stitching.bands + 1).astype(int).tolist()
+        for first, last in itertools.pairwise(edges):
+            yield self._band(first, last, entropy)
+
+    def _band(self, first: int, last: int, entropy: bool) -> tuple[Box, tuple[LabelArray, HalfArray | None]]:
+        """Decide the planes ``first`` to ``last`` across the slabs, with all windows that reach into them."""
+        edge = self._roi[self._across]
+        reaching = [start for start in self._starts[self._across] if start < last and start + edge > first]
+        # The windows' own extent, of which only the band is kept, so that no window has to be cut.
+        low, high = reaching[0], reaching[-1] + edge
+        shape = [high - low if axis == self._across else size for axis, size in enumerate(self._shape)]
+        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy)
+        for position in self._starts[self._axis]:
+            blender.advance(position)
+            sides = {self._axis: [position], self._across: reaching}
+            todo = [s for s in itertools.product(*(sides.get(i, self._starts[i]) for i in range(3))) if self._look(s)]
+            for start, logits in self._compute(todo):
+                blender.add([s - low if axis == self._across else s for axis, s in enumerate(start)], logits)
+        labels, uncertainty = blender.finish()
+        inside, place = list(_whole(shape)), list(_whole(self._shape))
+        inside[self._across], place[self._across] = slice(first - low, last - low), slice(first, last)
+        kept = tuple(inside)
+        answer = labels[kept], None if uncertainty is None else uncertainty[kept]
+        return (place[0], place[1], place[2]), answer
+
+    def _look(self, start: Start) -> bool:
+        """Whether there is anything but air in a window."""
+        if self._air is None or bool((self._image[self._box(start)] > self._air).any()):
+            return True
+        self.skipped += 1
+        return False
+
+    def _compute(self, starts: Sequence[Start]) -> Iterator[tuple[Start, torch.Tensor]]:
+        """The logits of each window, where its sums are kept."""
+        size, ahead = self._stitching.window_batch, batches_ahead(self._device)
+        coming: deque[tuple[Sequence[Start], Fetched]] = deque()
+        for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
+            windows = send(torch.stack([self._image[self._box(start)] for start in batch]), self._device)
+            with autocast(self._device, self._dtype):
+                logits = self._network(windows.contiguous(memory_format=torch.channels_last_3d))
+            self.computed += len(batch)
+            coming.append((batch, Fetched(logits, self._weights.device)))
+            if len(coming) > ahead:
+                yield from _logits_of(*coming.popleft())
+        while coming:
+            yield from _logits_of(*coming.popleft())
+
+    def _box(self, start: Start) -> tuple[slice, ...]:
+        return (slice(None), *(slice(s, s + edge) for s, edge in zip(start, self._roi, strict=True)))
+
+
+def _logits_of(starts: Sequence[Start], logits: Fetched) -> Iterator[tuple[Start, torch.Tensor]]:
+    return zip(starts, logits.wait(), strict=True)
+
+
+def _whole(shape: Sequence[int]) -> Box:
+    x, y, z = (slice(0, size) for size in shape)
+    return x, y, z

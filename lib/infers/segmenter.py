@@ -1,0 +1,234 @@
+"""A network with its preset, as one thing that segments volumes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.errors import MemoryBudgetError
+from lib.infers.interruption import check_before_each_window
+from lib.infers.memory import is_out_of_memory, release_memory
+from lib.infers.plan import Plan, Planner
+from lib.infers.predictor import Prediction, Stitching, predict
+from lib.networks.checkpoint import Checkpoint, load_weights
+from lib.networks.inference import InferenceNetwork
+from lib.networks.precision import place, resolve_precision
+from lib.networks.unetr import build_unetr
+from lib.transforms.postprocess import interpolate_to_grid, keep_largest_components, restore_to_grid
+from lib.transforms.preprocess import preprocess_volume
+from lib.transforms.volume import FloatArray, Volume, check_segmentable
+
+logger = logging.getLogger("unetr.plan")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found, on the image's own grid.
+
+    Attributes:
+        labels: shape (X, Y, Z).
+        entropy: of the blended probabilities, from 0 (certain) to 1 (all classes alike), shape (X, Y, Z); None where
+            it was not asked for.
+        latencies_ms: milliseconds of each stage.
+        plan: how it was computed, and what was given up on the way.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    plan: Plan
+    entropy: FloatArray | None = None
+    latencies_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Segmenter:
+    """Segments volumes with one network.
+
+    Args:
+        network: a UNETR of ``preset``.
+        preset: the task.
+        device: where it computes.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        planner: chooses what fits into memory; by what is free if not given.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preset: Preset,
+        device: torch.device,
+        precision: str = "auto",
+        planner: Planner | None = None,
+    ) -> None:
+        self.preset = preset
+        self.device = device
+        self.dtype = resolve_precision(precision, device)
+        self.network = place(network, device).eval()
+        check_before_each_window(self.network)
+        self.planner = planner or Planner()
+        self._home = (self.device, self.dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        preset: Preset,
+        device: torch.device,
+        precision: str = "auto",
+        planner: Planner | None = None,
+    ) -> Segmenter:
+        """Build the preset's network and load ``checkpoint`` into it, strictly.
+
+        Raises:
+            CheckpointError: when the weights do not fit.
+        """
+        network = build_unetr(preset)
+        load_weights(network, checkpoint.model)
+        graphs = planner is not None and planner.cuda_graphs
+        ready = InferenceNetwork(network, device, resolve_precision(precision, device), graphs)
+        return cls(ready, preset, device, precision, planner)
+
+    def plan(self, volume: Volume, name: str = "image", entropy: bool = False) -> Plan:
+        """How :meth:`segment` would go about a volume; the first plan on a device measures it.
+
+        Raises:
+            ImageError: when the volume cannot be segmented.
+            MemoryBudgetError: when it does not fit into memory.
+        """
+        check_segmentable(volume, self.preset, name)
+        self._return_home()
+        return self.planner.plan(self.network, self.preset, self.device, self.dtype, volume, entropy, name)
+
+    def segment(
+        self, volume: Volume, largest_component: bool | None = None, name: str = "image", entropy: bool = False
+    ) -> Segmentation:
+        """Segment a volume.
+
+        Args:
+            volume: the image, on any grid.
+            largest_component: keep only the largest component of each label; the preset's choice if not given.
+            name: what to call the image in an error.
+            entropy: tell each voxel's entropy too.
+
+        Raises:
+            ImageError: when the volume cannot be segmented.
+            MemoryBudgetError: when it does not fit into memory.
+        """
+        clock = _Clock()
+        with clock.stage("plan"):
+            plan = self.plan(volume, name, entropy)
+        with _refusing(name, plan):
+            with clock.stage("preprocess"):
+                image, plan = self._preprocess(volume, plan)
+                affine = image.affine.cpu().numpy()
+            with clock.stage("network"):
+                found, plan = self._predict(image, plan, name, entropy)
+                del image  # its memory is needed for what follows
+            with clock.stage("restore"):
+                grid = (affine, volume.voxels.shape, volume.affine_ras)
+                labels = restore_to_grid(found.labels, *grid)
+                uncertainty = None if found.entropy is None else interpolate_to_grid(found.entropy, *grid)
+            with clock.stage("postprocess"):
+                if self.preset.inference.largest_component if largest_component is None else largest_component:
+                    labels = keep_largest_components(labels)
+        logger.info("%s: %s", name, plan.explain())
+        return Segmentation(labels, plan, uncertainty, clock.milliseconds)
+
+    def _preprocess(self, volume: Volume, plan: Plan) -> tuple[MetaTensor, Plan]:
+        """What the network sees, on the GPU where the plan has room for it there, or else on the host."""
+        if plan.image_on_device:
+            try:
+                return preprocess_volume(volume, self.preset, self.device), plan
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            release_memory(self.device)
+            what = f"preprocessing on {self.device}"
+            plan = replace(plan, image_on_device=False, given_up=(*plan.given_up, what))
+        return preprocess_volume(volume, self.preset), plan
+
+    def _predict(self, image: torch.Tensor, plan: Plan, name: str, entropy: bool) -> tuple[Prediction, Plan]:
+        """Predict as planned; where memory runs out, by smaller and smaller plans, and in the end on the CPU."""
+        while True:
+            try:
+                stitching = plan.stitching
+                found = predict(self.network, image, self.preset, self.device, self.dtype, stitching, entropy=entropy)
+                return found, plan
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the clause: the error's traceback holds on to what is to be let go.
+            plan = self._smaller(plan, name)
+            image = image if plan.image_on_device else image.cpu()
+
+    def _smaller(self, plan: Plan, name: str) -> Plan:
+        """The next rung of the ladder."""
+        release_memory(self.device)
+        smaller = self.planner.step_down(plan, self.preset, self.device, self.dtype)
+        if smaller is None and self.device.type == "cuda":
+            cpu = torch.device("cpu")
+            smaller = replace(
+                plan,
+                device="cpu",
+                stitching=Stitching(),
+                image_on_device=False,
+                given_up=(*plan.given_up, str(self.device)),
+            )
+            self._move(cpu, resolve_precision("auto", cpu))
+        if smaller is None:
+            raise MemoryBudgetError(
+                f"memory ran out on image {name!r}, however little was done at once: {plan.explain()}"
+            )
+        logger.warning("memory ran out on %s; gave up %s", name, smaller.given_up[-1])
+        return smaller
+
+    def _move(self, device: torch.device, dtype: torch.dtype) -> None:
+        if isinstance(self.network, InferenceNetwork):
+            self.network.move(device, dtype)
+        else:
+            place(self.network, device)
+        self.device, self.dtype = device, dtype
+
+    def _return_home(self) -> None:
+        """Back to the GPU after a request that it had no memory for, if it has some now."""
+        if (self.device, self.dtype) == self._home:
+            return
+        away = (self.device, self.dtype)
+        try:
+            self._move(*self._home)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._move(*away)
+
+
+@contextmanager
+def _refusing(name: str, plan: Plan) -> Iterator[None]:
+    """Say with numbers what did not fit, where memory runs out outside of the network."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(f"memory ran out on image {name!r}; the plan was: {plan.explain()}") from error
+
+
+class _Clock:
+    """Milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.milliseconds[name] = round((time.perf_counter() - start) * 1000, 1)

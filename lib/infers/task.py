@@ -1,0 +1,284 @@
+"""MONAI Label's inference task for a preset."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.utils.others.generic import device_list
+
+from lib.configs.preset import Preset
+from lib.errors import ParameterError
+from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
+from lib.infers.plan import Planner
+from lib.infers.quality import foreground_uncertainty
+from lib.infers.segmenter import Segmentation
+from lib.infers.weights import LoadedModel, ModelCache, WeightsLocator
+from lib.infers.writer import DTYPES, EXTENSIONS, write_map, write_mask
+from lib.networks.precision import resolve_device
+from lib.transforms.postprocess import measure_labels
+from lib.transforms.volume import Volume, read_volume
+
+logger = logging.getLogger(__name__)
+
+# One computation at a time in this process: two on one device are slower than one after the other, and need twice
+# the memory. The server's queue decides who waits and for how long.
+COMPUTING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A request's parameters, cast and checked."""
+
+    image: Path
+    device: torch.device
+    extension: str
+    dtype: str = "uint8"
+    compress: bool = False
+    largest_component: bool | None = None
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """What changes the mask itself, and not only how it is written."""
+        return str(self.device), self.largest_component
+
+    @classmethod
+    def parse(cls, request: Mapping[str, Any], default_device: str) -> InferRequest:
+        """Cast the fields that are ours; clients send others too, which are none of our business.
+
+        Raises:
+            ParameterError: naming the parameter, its value and what would be valid.
+        """
+        image = request.get("image")
+        if not isinstance(image, str | Path) or not str(image):
+            raise ParameterError("image", image, "an image id or a file")
+        device = request.get("device")
+        device = device[0] if isinstance(device, list) and device else device
+        return cls(
+            image=Path(image),
+            device=resolve_device(str(device) if device else default_device),
+            extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
+            dtype=_choice("result_dtype", request, DTYPES, "uint8"),
+            compress=bool(_boolean("result_compress", request, False)),
+            largest_component=_boolean("largest_component", request, None),
+        )
+
+
+class UnetrInferTask(InferTask):
+    """Segments an image with a preset's newest weights.
+
+    Args:
+        preset: the task.
+        locator: where its weights are.
+        device: default device; the best there is if empty.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        cache: where masks are kept for those who ask again, or were not the first to ask.
+        planner: chooses what fits into memory; by what is free if not given.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        locator: WeightsLocator,
+        device: str = "",
+        precision: str = "auto",
+        cache: ResultCache | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        options = {"device": device_list(), "largest_component": preset.inference.largest_component}
+        super().__init__(InferType.SEGMENTATION, preset.label_indices, 3, preset.description, options)
+        self.preset = preset
+        self._locator = locator
+        self._device = device
+        self._models = ModelCache(preset, locator, precision, planner)
+        self._cache = cache if cache is not None else ResultCache(0)
+        self._checksums = Checksums()
+
+    def is_valid(self) -> bool:
+        """Whether there are weights to answer with; a model without any is not offered."""
+        return self._locator.is_known()
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """The weights in use; with ``validate`` false, the folder of the preset's versions."""
+        file = self._locator.find() if validate else None
+        return str(file.path) if file else None if validate else str(self._locator.folder)
+
+    def load(self) -> dict[str, str]:
+        """Load the newest weights on the default device, and say what they are; they stay loaded.
+
+        Raises:
+            ModelNotReadyError, CheckpointError: when there are no usable weights.
+        """
+        return self._models.get(resolve_device(self._device)).describe()
+
+    def validate_request(self, request: Mapping[str, Any]) -> None:
+        """Check a request's parameters without running it.
+
+        Raises:
+            ParameterError: naming the parameter, its value and what would be valid.
+        """
+        InferRequest.parse(request, self._device)
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Segment ``request["image"]``.
+
+        Returns:
+            The mask's file, to be removed by the caller, and the answer's JSON.
+
+        Raises:
+            ImageError: when the image cannot be segmented.
+            MemoryBudgetError: when it does not fit into memory.
+            ParameterError: when a parameter is not valid.
+            ModelNotReadyError, CheckpointError: when there are no usable weights.
+        """
+        asked = InferRequest.parse(request, self._device)
+        start = time.perf_counter()
+        if (known := self._recall(asked, start)) is not None:
+            return known
+        volume = read_volume(asked.image)
+        read = time.perf_counter()
+        with COMPUTING:
+            waited = time.perf_counter()
+            model = self._models.get(asked.device)
+            loaded = time.perf_counter()
+            unsure = model.calibration is not None
+            result = model.segmenter.segment(volume, asked.largest_component, asked.image.name, entropy=unsure)
+        computed = time.perf_counter()
+        path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
+        done = time.perf_counter()
+        timings = {"read": read - start, "wait": waited - read, "load": loaded - waited, "write": done - computed}
+        stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
+        stages["total"] = round((done - start) * 1000, 1)
+        logger.info("segmented %s with %s in %s ms", asked.image.name, model.describe(), stages)
+        said = describe_result(result, volume, model, stages)
+        if (key := self._key(asked, model.stamp)) is not None:
+            self._cache.put(key, CachedMask(result.labels, volume.affine_ras, said))
+        return str(path), said | {"cache": {"hit": False}}
+
+    def map_uncertainty(self, request: Mapping[str, Any]) -> Path:
+        """Write how unsure the model is at each voxel of ``request["image"]``, as NIfTI on the image's own grid.
+
+        Returns:
+            A file of the entropies, 0 (certain) to 1 (all classes alike), to be removed by the caller.
+
+        Raises:
+            As :meth:`__call__`.
+        """
+        asked = InferRequest.parse(request, self._device)
+        volume = read_volume(asked.image)
+        with COMPUTING:
+            segmenter = self._models.get(asked.device).segmenter
+            result = segmenter.segment(volume, name=asked.image.name, entropy=True)
+        assert result.entropy is not None
+        return write_map(result.entropy, volume.affine_ras)
+
+    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        """The answer, where it is kept: nothing is computed, and nobody waits for a device.
+
+        Raises:
+            ParameterError: when a parameter is not valid.
+        """
+        return self._recall(InferRequest.parse(request, self._device), time.perf_counter())
+
+    def is_kept(self, request: Mapping[str, Any]) -> bool:
+        """Whether :meth:`recall` would answer."""
+        key = self._key(InferRequest.parse(request, self._device))
+        return key is not None and key in self._cache
+
+    def _recall(self, asked: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:
+        key = self._key(asked)
+        kept = self._cache.get(key) if key is not None else None
+        if kept is None:
+            return None
+        found = time.perf_counter()
+        path = write_mask(kept.labels, kept.affine_ras, self.preset, asked.extension, asked.dtype, asked.compress)
+        done = time.perf_counter()
+        stages = dict.fromkeys(STOCK_LATENCIES.values(), 0.0)
+        stages |= {"read": round((found - start) * 1000, 1), "write": round((done - found) * 1000, 1)}
+        stages["total"] = round((done - start) * 1000, 1)
+        logger.info("segmented %s before: %s ms", asked.image.name, stages["total"])
+        hit = {"hit": True, "computed_in_ms": kept.said["latencies_ms"]["total"]}
+        return str(path), kept.said | describe_latencies(stages) | {"cache": hit}
+
+    def _key(self, asked: InferRequest, stamp: tuple[object, ...] | None = None) -> CacheKey | None:
+        """Under what the answer is kept; None where it cannot be: no weights yet, or no image."""
+        file = self._locator.find() if stamp is None else None
+        stamp = file.stamp if file is not None else stamp
+        if stamp is None or not asked.image.exists():
+            return None
+        return CacheKey(self._checksums.of(asked.image), self.preset.name, stamp, asked.options)
+
+
+def describe_result(
+    result: Segmentation, volume: Volume, model: LoadedModel, stages: Mapping[str, float]
+) -> dict[str, Any]:
+    """The answer's JSON: names, colours, centroids, volumes, the model and the milliseconds of each stage.
+
+    ``label_names``, ``centroids`` and ``latencies`` (seconds) have the form that MONAI Label's clients read.
+    """
+    preset = model.preset
+    measures = measure_labels(result.labels, volume.affine_ras, preset)
+    centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
+    return {
+        "label_names": preset.label_indices,
+        "label_colors": {label.name: list(label.color) for label in preset.labels},
+        "centroids": {name: [str(round(c)) for c in centroid] for name, centroid in centroids.items()},
+        "label_statistics": measures,
+        "model": model.describe(),
+        "quality": estimate_quality(result, model),
+        **describe_latencies(stages),
+        "plan": result.plan.as_json(),
+    }
+
+
+def estimate_quality(result: Segmentation, model: LoadedModel) -> dict[str, Any] | None:
+    """The mask's probable Dice, with its error; None for weights that were never calibrated, and empty masks."""
+    if model.calibration is None or result.entropy is None:
+        return None
+    return model.calibration.estimate(foreground_uncertainty(result.entropy, result.labels))
+
+
+def describe_latencies(stages: Mapping[str, float]) -> dict[str, Any]:
+    """The milliseconds of each stage, and the same in seconds under the names that MONAI Label's clients read."""
+    seconds = {name: round(stages[ours] / 1000, 3) for name, ours in STOCK_LATENCIES.items()}
+    return {"latencies": seconds, "latencies_ms": dict(stages)}
+
+
+STOCK_LATENCIES = {
+    "pre": "preprocess",
+    "infer": "network",
+    "invert": "restore",
+    "post": "postprocess",
+    "write": "write",
+    "total": "total",
+}
+
+
+def _extension_of(image: Path) -> str:
+    """The image's own kind, where masks can be of it; NIfTI for DICOM."""
+    name = image.name.lower()
+    return next((e for e in (".nii.gz", ".nii", ".nrrd") if name.endswith(e)), ".nii.gz")
+
+
+def _choice(name: str, request: Mapping[str, Any], valid: tuple[str, ...], default: str) -> str:
+    value = request.get(name) or default
+    if value not in valid:
+        raise ParameterError(name, value, ", ".join(valid))
+    return str(value)
+
+
+def _boolean(name: str, request: Mapping[str, Any], default: bool | None) -> bool | None:
+    value = request.get(name, default)
+    if value is None or isinstance(value, bool):
+        return value
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in words:
+        raise ParameterError(name, value, "true, false")
+    return words[str(value).lower()]

@@ -1,0 +1,1 @@
+"""The UNETR, its activation checkpointing, and its checkpoints."""

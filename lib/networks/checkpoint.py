@@ -1,0 +1,169 @@
+"""Reading and writing checkpoints: weights together with the preset that they belong to.
+
+A file of ours is a dictionary of ``format``, ``preset`` (plain data), ``model`` (state dict) and ``info`` (plain data:
+version, metrics, recipe). Files of others are read too, as bare state dicts or under a usual key. Everything is read
+with ``weights_only=True``: a checkpoint is data, never code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.configs.preset import Preset, parse_preset
+from lib.errors import CheckpointError, ConfigError
+from lib.networks.layouts import StateDict, to_current_layout
+
+FORMAT = "unetr_radiology/1"
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "net", "network")
+
+# UNETR's research code keeps its best accuracy as a NumPy number beside the weights. A number is data too.
+_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
+torch.serialization.add_safe_globals(
+    [
+        (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+        (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and what they are.
+
+    Attributes:
+        model: state dict.
+        preset: what the weights were trained for; None for a file that was not written by this project.
+        info: plain data about the training.
+    """
+
+    model: StateDict
+    preset: Preset | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, holds code instead of tensors, or holds no weights.
+    """
+    try:
+        data: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path.name!r} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file ends in any of a dozen kinds, struct.error and IndexError among them
+        raise CheckpointError(f"checkpoint {path.name!r} {_why_unreadable(error)}") from error
+    state = _find_state(data)
+    if state is None:
+        valid = f"a state dict, bare or as {', '.join(STATE_KEYS)}"
+        raise CheckpointError(f"checkpoint {path.name!r} holds no weights; valid: {valid}")
+    if data.get("format") != FORMAT:
+        return Checkpoint(state)
+    try:
+        preset = parse_preset(data["preset"], source=f"checkpoint {path.name!r}")
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the preset in checkpoint {path.name!r} cannot be used: {error}") from error
+    return Checkpoint(state, preset, data.get("info", {}))
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> None:
+    """Write a checkpoint so that no reader ever sees half of it.
+
+    Args:
+        path: the file; its folder is made.
+        checkpoint: what to write; its preset is needed.
+        half: keep floating-point weights in fp16 (half the size; about three decimal digits).
+    """
+    if checkpoint.preset is None:
+        raise CheckpointError("a checkpoint without its preset would be run with the wrong one; give the preset")
+    state = {key: _to_storage(value, half) for key, value in checkpoint.model.items()}
+    data = {
+        "format": FORMAT,
+        "preset": checkpoint.preset.model_dump(mode="json"),
+        "model": state,
+        "info": dict(checkpoint.info),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load weights of any known layout into ``network``, strictly.
+
+    Raises:
+        CheckpointError: naming the keys that are missing, left over, or of another shape.
+    """
+    reference = network.state_dict()
+    current = to_current_layout(state, reference)
+    problems = _describe_mismatch(current, reference)
+    if problems:
+        raise CheckpointError(f"the weights do not fit the network: {problems}")
+    network.load_state_dict(current, strict=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _why_unreadable(error: Exception) -> str:
+    """The end of a sentence on a file that could not be loaded."""
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"holds code ({code[1]}), which is never run; valid: tensors, numbers and text"
+    lines = str(error).splitlines()
+    return f"is damaged or no checkpoint: {lines[0][:200] if lines else type(error).__name__}"
+
+
+def _find_state(data: Any) -> StateDict | None:
+    if not isinstance(data, Mapping):
+        return None
+    for candidate in (*(data.get(key) for key in STATE_KEYS), data):
+        if isinstance(candidate, Mapping) and candidate and all(torch.is_tensor(v) for v in candidate.values()):
+            return dict(candidate)
+    return None
+
+
+def _to_storage(value: torch.Tensor, half: bool) -> torch.Tensor:
+    value = value.detach().cpu()
+    return value.half() if half and value.is_floating_point() else value.clone()
+
+
+def _describe_mismatch(state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> str:
+    missing = [key for key in reference if key not in state]
+    left_over = [key for key in state if key not in reference]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(reference[key].shape)}"
+        for key in reference
+        if key in state and state[key].shape != reference[key].shape
+    ]
+    parts = [("missing", missing), ("left over", left_over), ("of another shape", shapes)]
+    return "; ".join(f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in parts if keys)
+
+
+def _shorten(keys: list[str], most: int = 6) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest

@@ -1,0 +1,71 @@
+"""A network made ready to segment: weights in the number format of the computation, layouts without copies.
+
+What it costs elsewhere: MONAI's UNETR under autocast converts its 93 M weights for every batch of windows, and its
+instance norms change the layout (``lib.networks.norms``). Names and values of the weights stay those of the network.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks.selfattention import SABlock
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib.networks.graphs import GraphedForward
+from lib.networks.norms import ChannelsLastInstanceNorm, keep_channels_last
+
+
+class InferenceNetwork(nn.Module):
+    """A network for inference only, which takes images of any floating-point type.
+
+    Args:
+        network: a UNETR; it is changed and must not be trained any more.
+        device: where it computes.
+        dtype: number format of weights and activations.
+        cuda_graphs: replay recorded kernels, where it computes on a GPU.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
+        super().__init__()
+        keep_channels_last(network)
+        _fuse_attention(network)
+        self.network = network
+        self._cuda_graphs = cuda_graphs
+        self.requires_grad_(False).eval()
+        self.move(device, dtype)
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compute elsewhere, or in another number format, from now on."""
+        self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        _keep_statistics_in_fp32(self.network)
+        self._dtype = dtype
+        # a recording holds the addresses of the weights
+        recorded = self._cuda_graphs and device.type == "cuda"
+        self._graphed = GraphedForward(self.network) if recorded else None
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Logits of (batch, classes, X, Y, Z)."""
+        typed = windows.to(dtype=self._dtype, memory_format=torch.channels_last_3d)
+        logits: torch.Tensor = self.network(typed) if self._graphed is None else self._graphed(typed)
+        return logits
+
+    def vit(self, windows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The encoder alone: its last tokens of (batch, tokens, hidden size), and those of each block."""
+        encoded: tuple[torch.Tensor, list[torch.Tensor]] = self.network.get_submodule("vit")(
+            windows.to(dtype=self._dtype)
+        )
+        return encoded
+
+
+def _fuse_attention(module: nn.Module) -> None:
+    """Fused attention, without dropout only: MONAI's call of it would drop weights in evaluation mode too."""
+    for block in module.modules():
+        if isinstance(block, SABlock) and block.dropout_rate == 0 and not block.save_attn:
+            block.use_flash_attention = True
+
+
+def _keep_statistics_in_fp32(module: nn.Module) -> None:
+    """A batch norm's running variance spans more than bf16 tells apart; both kinds mix with half-precision maps."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) or (isinstance(norm, ChannelsLastInstanceNorm) and norm.affine):
+            norm.float()

@@ -1,0 +1,80 @@
+"""A masked autoencoder (He et al. 2022, arXiv 2111.06377) whose encoder is that of a preset's UNETR."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from monai.networks.nets import MaskedAutoEncoderViT
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.errors import TrainingError
+from lib.networks.layouts import StateDict
+from lib.networks.unetr import ENCODER
+
+LAYERS = 12
+MASKED_SHARE = 0.75
+
+
+class MaskedAutoencoder(nn.Module):
+    """MONAI's masked autoencoder around the preset's encoder.
+
+    Its loss is the squared error on hidden patches, each normalised by itself: what is to be learned is structure, and
+    not how bright a patch is.
+
+    Raises:
+        TrainingError: when the preset's window is a single patch.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        size = preset.network
+        width = 48 * max(2, round(size.hidden_size / 96))
+        self.patch_size = size.patch_size
+        tokens = math.prod(edge // size.patch_size for edge in preset.roi_size)
+        if tokens < 2:
+            raise TrainingError(f"the window of {preset.name!r} is a single patch: there is nothing to hide in it")
+        self.autoencoder = MaskedAutoEncoderViT(
+            in_channels=1,
+            img_size=preset.roi_size,
+            patch_size=size.patch_size,
+            hidden_size=size.hidden_size,
+            mlp_dim=size.mlp_dim,
+            num_layers=LAYERS,
+            num_heads=size.num_heads,
+            masking_ratio=min(MASKED_SHARE, 1 - 1 / tokens),  # at least one patch is shown
+            decoder_hidden_size=width,
+            decoder_mlp_dim=2 * width,
+            decoder_num_layers=2,
+            decoder_num_heads=width // 24,
+            proj_type=size.proj_type,
+            pos_embed_type="learnable",
+            decoder_pos_embed_type="learnable",
+            qkv_bias=size.qkv_bias,
+        )
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the hidden patches of windows of shape (batch, 1, X, Y, Z)."""
+        drawn, hidden = self.autoencoder(windows)
+        error = (drawn.float() - self._targets(windows)).square().mean(dim=-1)
+        loss: torch.Tensor = (error * hidden).sum() / hidden.sum()
+        return loss
+
+    def encoder(self) -> StateDict:
+        """The encoder's weights as a UNETR names them."""
+        renamed = {}
+        for key, value in self.autoencoder.state_dict().items():
+            if key.startswith(("blocks.", "patch_embedding.")):
+                # its last norm is one more block to MONAI's autoencoder
+                name = key.replace(f"blocks.{LAYERS}.", "norm.")
+                renamed[ENCODER + name] = value.detach().cpu().clone()
+        return renamed
+
+    def _targets(self, windows: torch.Tensor) -> torch.Tensor:
+        """Patches in the order of the tokens, (batch, tokens, voxels), each with mean 0 and deviation 1."""
+        edge = self.patch_size
+        cut = windows[:, 0].unfold(1, edge, edge).unfold(2, edge, edge).unfold(3, edge, edge)
+        patches = cut.flatten(1, 3).flatten(2)
+        mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()

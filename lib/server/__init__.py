@@ -1,0 +1,1 @@
+"""The FastAPI app around MONAI Label's own."""

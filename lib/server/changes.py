@@ -1,0 +1,136 @@
+"""What has changed on the server, told to whoever listens: pages that move while one looks at them.
+
+Routes and jobs mark a topic from any thread; each listener gets the topics that were marked since it last looked, so
+that a slow one misses nothing and a busy topic costs no more than a quiet one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+TOPICS = ("pool", "next", "job", "models", "activity", "system")
+CASES = ("pool", "next", "activity")
+TOPICS_OF_ADDRESSES = {
+    "datastore": CASES,
+    "activelearning": CASES,
+    "leases": CASES,
+    "batch": CASES,
+    "model": ("next", "models"),
+    "train": ("job",),
+    "infer": ("next", "system"),
+}
+"""What a request that changes something changes, by the first part of its address."""
+SECONDS_BETWEEN_TELLINGS = 0.5
+"""A training prints many lines; a page need not be drawn anew for each."""
+
+
+def topics_of(route: str) -> tuple[str, ...]:
+    """What a successful request to a route changes, if it is not only a reading one.
+
+    >>> topics_of("/train/{model}")
+    ('job',)
+    """
+    return TOPICS_OF_ADDRESSES.get(route.strip("/").split("/")[0], ())
+
+
+class Changes:
+    """The topics that change, and those who listen."""
+
+    def __init__(self) -> None:
+        self._listeners: set[_Listener] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def mark(self, *topics: str) -> None:
+        """Say that topics have changed; from any thread.
+
+        Raises:
+            ValueError: for a topic that there is not.
+        """
+        unknown = set(topics) - set(TOPICS)
+        if unknown:
+            raise ValueError(f"topics {sorted(unknown)} are unknown; valid: {', '.join(TOPICS)}")
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener.tell(topics)
+
+    def close(self) -> None:
+        """End all listening, so that open connections do not hold up the server's stop."""
+        self._closed = True
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener.tell(())
+
+    async def listen(self) -> AsyncIterator[list[str]]:
+        """The topics that were marked, in the order of ``TOPICS``, whenever there are any; ends with the server."""
+        listener = _Listener(asyncio.get_running_loop())
+        with self._lock:
+            self._listeners.add(listener)
+        try:
+            while not self._closed:
+                await listener.woken.wait()
+                if not self._closed:
+                    await asyncio.sleep(SECONDS_BETWEEN_TELLINGS)
+                topics = listener.take()
+                if topics:
+                    yield topics
+        finally:
+            with self._lock:
+                self._listeners.discard(listener)
+
+
+class _Listener:
+    """One who listens; everything but ``tell`` happens on the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._topics: set[str] = set()
+        self.woken = asyncio.Event()
+
+    def tell(self, topics: tuple[str, ...]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._wake, topics)
+        except RuntimeError:  # the loop has ended, and with it the connection
+            return
+
+    def take(self) -> list[str]:
+        self.woken.clear()
+        topics, self._topics = self._topics, set()
+        return [topic for topic in TOPICS if topic in topics]
+
+    def _wake(self, topics: tuple[str, ...]) -> None:
+        self._topics.update(topics)
+        self.woken.set()
+
+
+@contextmanager
+def closed_by_signals(changes: Changes) -> Iterator[None]:
+    """While this lasts, SIGTERM and SIGINT end the listening first and then do what they did.
+
+    uvicorn waits for open connections before it tells the app that it stops, and these never end by themselves.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        changes.close()
+        if callable(before[number]):
+            before[number](number, frame)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The pages of the app: server-rendered, every asset local."""

@@ -1,0 +1,206 @@
+"""The case page: an image's slices with prediction, labels and uncertainty, and who did what to its label."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from lib.configs.preset import Preset
+from lib.datastore.records import LabelVersion
+from lib.errors import InputError, UnetrError
+from lib.server.pages.pool_view import ohif_path
+from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, turn
+from lib.server.services import Services
+from lib.trainers.metrics import dice_per_label, mean_known
+from lib.transforms.volume import read_volume
+
+Kept = TypeVar("Kept")
+MOST_KEPT_BYTES = 512 * 2**20
+MOST_AGREEMENTS = 20
+"""Of the newest versions: each is a mask to be read."""
+
+
+@dataclass(frozen=True)
+class PlaneView:
+    """A plane of the case: how many slices, and on which one to begin."""
+
+    name: Plane
+    count: int
+    start: int
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """A version of the label. ``agreement`` is its mean Dice against the version before it."""
+
+    version: LabelVersion
+    agreement: float | None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.version, name)
+
+    @property
+    def restore_path(self) -> str:
+        """Where to send the wish to make it the newest again."""
+        return f"/datastore/label/versions/{quote(self.version.version_id, safe='')}/restore"
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """All that the page shows beside the pictures."""
+
+    id: str
+    model: str
+    model_version: str
+    estimate: Mapping[str, float] | None
+    ohif: str | None
+    colors: Mapping[str, str]
+    planes: tuple[PlaneView, ...]
+    versions: tuple[VersionRow, ...]
+
+
+class Volumes:
+    """Volumes and masks that pictures were drawn from lately, in a bounded part of memory."""
+
+    def __init__(self, most_bytes: int = MOST_KEPT_BYTES) -> None:
+        self._most = most_bytes
+        self._kept: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def peek(self, key: Hashable) -> Any:
+        """What is kept under a key; None where nothing is."""
+        with self._lock:
+            return self._kept[key][0] if key in self._kept else None
+
+    def get(self, key: Hashable, make: Callable[[], Kept], size: Callable[[Kept], int]) -> Kept:
+        """What is kept under a key; made where it is not."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                found: Kept = self._kept[key][0]  # type: ignore[assignment]
+                return found
+        made = make()
+        with self._lock:
+            self._kept[key] = (made, size(made))
+            while len(self._kept) > 1 and sum(bytes_ for _, bytes_ in self._kept.values()) > self._most:
+                self._kept.popitem(last=False)
+        return made
+
+
+def stack_of(volumes: Volumes, path: Path) -> Stack:
+    """Read an image, unless it is kept.
+
+    Raises:
+        ImageError: when it cannot be read.
+    """
+
+    def read() -> Stack:
+        volume = read_volume(path)
+        return Stack.of(volume.voxels, volume.affine_ras)
+
+    return volumes.get(("image", path, stamp_of(path)), read, lambda stack: stack.voxels.nbytes)
+
+
+def mask_of(volumes: Volumes, path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Read a mask and turn it as its image is turned.
+
+    Raises:
+        InputError: when it is not on its image's grid.
+    """
+
+    def read() -> npt.NDArray[np.uint8]:
+        volume = read_volume(path)
+        turned = turn(volume.voxels.astype(np.uint8), volume.affine_ras).astype(np.uint8)
+        if turned.shape != shape:
+            raise InputError(f"mask {path.name!r} has shape {turned.shape}, its image {shape}")
+        return turned
+
+    return volumes.get(("mask", path, stamp_of(path)), read, lambda mask: mask.nbytes)
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def model_for(parts: Services, version: LabelVersion | None) -> str:
+    """The model whose prediction is shown: the label's own, or else the first with weights; empty for none."""
+    ready = [name for name, task in parts.instance._infers.items() if task.is_valid()]
+    wanted = version.preset if version is not None else ""
+    return wanted if wanted in ready else next(iter(sorted(ready)), "")
+
+
+def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> CaseView:
+    """What the page of an image shows."""
+    versions = list(reversed(parts.store.history.versions(image)))
+    newest = versions[0] if versions else None
+    stack = stack_of(volumes, path)
+    shape = stack.voxels.shape
+    masks = [_read_or_none(volumes, version, shape) for version in versions[: MOST_AGREEMENTS + 1]]
+    model = model_for(parts, newest)
+    preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
+    return CaseView(
+        id=image,
+        model=model,
+        model_version=parts.train_task(model).served_version() if model else "",
+        estimate=estimate_of(parts, model, path) if model else None,
+        ohif=ohif_path(parts, image),
+        colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},
+        planes=tuple(_plane(stack, plane, masks[0] if masks else None) for plane in PLANES),
+        versions=tuple(
+            VersionRow(version, _agreement(masks, position, version)) for position, version in enumerate(versions)
+        ),
+    )
+
+
+def estimate_of(parts: Services, model: str, path: Path) -> Mapping[str, float] | None:
+    """The prediction's probable Dice and its error, where the prediction is ready and its weights are calibrated."""
+    found = parts.infer_task(model).recall({"image": str(path), "device": parts.settings.device})
+    if found is None:
+        return None
+    Path(found[0]).unlink(missing_ok=True)
+    quality: Mapping[str, float] | None = found[1].get("quality")
+    return quality
+
+
+def _plane(stack: Stack, plane: Plane, mask: npt.NDArray[np.uint8] | None) -> PlaneView:
+    middle = middle_of(mask, plane) if mask is not None else None
+    return PlaneView(plane, stack.count(plane), stack.count(plane) // 2 if middle is None else middle)
+
+
+def _agreement(masks: list[npt.NDArray[np.uint8] | None], position: int, version: LabelVersion) -> float | None:
+    if position + 1 >= len(masks):
+        return None
+    newer, older = masks[position], masks[position + 1]
+    if newer is None or older is None:
+        return None
+    mean = mean_known(dice_per_label(newer, older, dict(version.label_map)).values())
+    return None if np.isnan(mean) else mean
+
+
+def _read_or_none(volumes: Volumes, version: LabelVersion, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
+    """A version's mask; None where its file is gone or damaged, which the page's other parts need not suffer from."""
+    try:
+        return mask_of(volumes, version.file, shape)
+    except (UnetrError, OSError):
+        return None
+
+
+def _hex(color: tuple[int, ...]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def as_mask(path: Path, dtype: type = np.uint8) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
+    """Voxels and affine of a NIfTI file that our own server has just written."""
+    image = nib.load(path)
+    return np.asarray(image.dataobj).astype(dtype), image.affine

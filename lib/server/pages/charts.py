@@ -1,0 +1,97 @@
+"""Line charts as inline SVG, which take their colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
+
+HEIGHT = 180
+"""Pixels; the width is the page's. Positions across are in percent, so that text and marks keep their size."""
+MOST_POINTS = 400
+REJECTED = "rejected"
+TICKS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a line: where, which mark (``champion``, ``rejected``, ``plain``, or none), and what it says."""
+
+    x: float
+    y: float
+    mark: str = ""
+    text: str = ""
+
+
+def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) -> str:
+    """A chart of one line, which passes rejected points by; empty text where there is no point to draw.
+
+    Args:
+        points: in the order of x; points that are not finite are left out.
+        title: what the chart shows, for those who cannot see it.
+        x_title: what the horizontal axis is, with its unit.
+        y_title: the same for the vertical one.
+    """
+    drawn = thin_out([point for point in points if math.isfinite(point.x) and math.isfinite(point.y)])
+    if not drawn:
+        return ""
+    x_range = _range([point.x for point in drawn])
+    y_range = _range([point.y for point in drawn], margin=0.08)
+    places = [(_place(point.x, x_range, 0, 100), _place(point.y, y_range, HEIGHT, 0)) for point in drawn]
+    parts = [f'<svg class="chart" height="{HEIGHT}" role="img" aria-label={quoteattr(title)}>', *_grid(y_range)]
+    joined = [place for point, place in zip(drawn, places, strict=True) if point.mark != REJECTED]
+    if len(joined) > 1:
+        line = " ".join(f"{x:.2f},{y:.1f}" for x, y in joined)
+        parts.append(f'<svg viewBox="0 0 100 {HEIGHT}" preserveAspectRatio="none"><polyline points="{line}"/></svg>')
+    parts += [_mark(point, *place) for point, place in zip(drawn, places, strict=True) if point.mark]
+    texts = (f"{y_title}: {_number(drawn[-1].y)}", f"{x_title}: {drawn[0].x:g} ... {drawn[-1].x:g}")
+    axes = "".join(f"<span>{escape(text)}</span>" for text in texts)
+    return "".join([*parts, f'</svg><p class="small quiet axes">{axes}</p>'])
+
+
+def thin_out(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most so many points: each stands for the mean of its neighbours; marked points all stay."""
+    if len(points) <= most or any(point.mark for point in points):
+        return list(points)
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [Point(_mean([p.x for p in group]), _mean([p.y for p in group])) for group in groups]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _range(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = (high - low) * margin or (abs(high) * 0.05 or 0.5 if high == low else 0.0)
+    return low - room, high + room
+
+
+def _place(value: float, limits: tuple[float, float], start: float, end: float) -> float:
+    return start + (value - limits[0]) / (limits[1] - limits[0]) * (end - start)
+
+
+def _grid(limits: tuple[float, float]) -> list[str]:
+    lines = []
+    for step in range(TICKS + 1):
+        value = limits[0] + (limits[1] - limits[0]) * step / TICKS
+        y = _place(value, limits, HEIGHT, 0)
+        lines.append(f'<line x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        lines.append(f'<text x="-8" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _mark(point: Point, x: float, y: float) -> str:
+    """A circle, a filled one, or a cross: told apart by shape, not by colour alone."""
+    title = f"<title>{escape(point.text)}</title>"
+    if point.mark == REJECTED:
+        shape = '<path d="M-5 -5l10 10m0 -10l-10 10"/>'
+    else:
+        shape = f'<circle r="{6 if point.mark == "champion" else 4}"/>'
+    return f'<svg class="mark {point.mark}" x="{x:.2f}%" y="{y:.1f}">{title}{shape}</svg>'

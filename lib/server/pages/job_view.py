@@ -1,0 +1,88 @@
+"""What the page says of the training: the run that goes on, or how the last one ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.server.jobs import Job
+from lib.server.pages.charts import Point, line_chart
+from lib.server.pages.language import Language
+from lib.server.services import Services
+from lib.trainers.progress import PROGRESS_FILE, format_seconds, read_curve
+from lib.trainers.runs import read_json
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A training; without ``state``, there has been none since the server was started."""
+
+    models: tuple[str, ...]
+    state: str = ""
+    model: str = ""
+    ended: str = ""
+    lines: tuple[str, ...] = ()
+    policy: Mapping[str, str] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def open(self) -> bool:
+        """Whether it runs or waits."""
+        return self.state in ("SUBMITTED", "RUNNING")
+
+    @property
+    def eta(self) -> str:
+        """The time that is left, in words."""
+        seconds = self.progress.get("eta_seconds")
+        return format_seconds(math.inf) if seconds is None else format_seconds(float(seconds))
+
+    def __getattr__(self, name: str) -> Any:
+        """The figures of the progress; 0 for counts and None for others that are not known yet."""
+        if name in ("epoch", "max_epochs", "step", "total_steps"):
+            return self.progress.get(name, 0)
+        if name in ("loss", "dice"):
+            return self.progress.get(name)
+        raise AttributeError(name)
+
+    def chart(self, t: Language) -> str:
+        """The loss by step."""
+        points = [Point(step, loss) for step, loss in self.curve]
+        return line_chart(points, t("job.curve"), t("job.step"), t("job.loss"))
+
+
+def job_view(parts: Services, policy: Mapping[str, str]) -> JobView:
+    """The training that runs, or else the last one.
+
+    Args:
+        parts: the server's.
+        policy: what the retrain policy thinks of each model, in words.
+    """
+    models = tuple(sorted(parts.instance._trainers))
+    jobs = parts.jobs.of("train")
+    job = parts.jobs.current("train") or (jobs[-1] if jobs else None)
+    if job is None:
+        return JobView(models, policy=policy)
+    model = str(job.request.get("model", ""))
+    run = run_folder(parts, job)
+    return JobView(
+        models=models,
+        state=job.status,
+        model=model,
+        ended=job.end_ts or "",
+        lines=tuple(job.details),
+        policy=policy,
+        progress=read_json(run / PROGRESS_FILE) if run is not None else {},
+        curve=tuple(read_curve(run)) if run is not None else (),
+    )
+
+
+def run_folder(parts: Services, job: Job) -> Path | None:
+    """Where a training writes how far it is."""
+    model = str(job.request.get("model", ""))
+    if model not in parts.instance._trainers:
+        return None
+    return parts.train_task(model).runs / job.id

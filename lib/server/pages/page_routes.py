@@ -1,0 +1,71 @@
+"""``/``: the whole loop on one page, its parts, and the events that say which of them have changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, StreamingResponse
+
+from lib.errors import NotFoundError
+from lib.server.auth import User
+from lib.server.pages.drawing import draw, environment
+from lib.server.pages.job_view import job_view
+from lib.server.pages.models_view import models_view
+from lib.server.pages.pool_view import activity_view, next_view, pool_view
+from lib.server.pages.sign_in import PageUser
+from lib.server.pages.system_view import system_view
+from lib.server.retraining import Retrainer
+from lib.server.run_routes import Policy
+from lib.server.services import Parts, Services
+
+router = APIRouter(include_in_schema=False)
+
+VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
+    "pool": lambda parts, _user, _policy: pool_view(parts),
+    "next": lambda parts, _user, _policy: next_view(parts),
+    "job": lambda parts, _user, policy: job_view(parts, policy.words()),
+    "models": lambda parts, _user, _policy: models_view(parts),
+    "activity": lambda parts, user, _policy: activity_view(parts, user),
+    "system": lambda parts, _user, _policy: system_view(parts),
+}
+
+
+def prepare(parts: Services) -> None:
+    """Load what the first visit would wait for: the templates, and what the models made of the cases.
+
+    The studies are not asked: a PACS that is down must not keep the server from starting.
+    """
+    environment()
+    for insight in parts.instance.insights.values():
+        insight.looks()
+
+
+@router.get("/")
+def overview(request: Request, parts: Parts, policy: Policy, user: PageUser) -> HTMLResponse:
+    """The page as it is now."""
+    return draw(request, "overview.html", user, **{name: view(parts, user, policy) for name, view in VIEWS.items()})
+
+
+@router.get("/page/events")
+async def events(parts: Parts, user: PageUser) -> StreamingResponse:
+    """Server-sent events ``changed``, each a list of the parts that have."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(tell(parts), media_type="text/event-stream", headers=headers)
+
+
+@router.get("/page/{section}")
+def part(request: Request, parts: Parts, policy: Policy, user: PageUser, section: str) -> HTMLResponse:
+    """One part of the page."""
+    if section not in VIEWS:
+        raise NotFoundError("part of the page", section[:200], list(VIEWS))
+    return draw(request, f"{section}.html", user, **{section: VIEWS[section](parts, user, policy)})
+
+
+async def tell(parts: Services) -> AsyncIterator[str]:
+    """The stream's text (WHATWG HTML, server-sent events)."""
+    yield ": listening\n\n"
+    async for topics in parts.changes.listen():
+        yield f"event: changed\ndata: {json.dumps(topics)}\n\n"

@@ -1,0 +1,166 @@
+"""What the page says of the cases: how many are in which state, which come next, and what happened lately."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from lib.datastore.open_cases import OpenCases
+from lib.datastore.quarantine import Quarantined
+from lib.datastore.records import LabelVersion
+from lib.errors import UnetrError
+from lib.server.auth import Role, User
+from lib.server.services import Services
+
+logger = logging.getLogger("unetr.server")
+
+MOST_NEXT = 6
+MOST_SHOWN = 20
+KINDS = ("labelled", "leased", "open", "skipped", "quarantined")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A kind's part of the bar, in percent."""
+
+    kind: str
+    start: float
+    width: float
+
+
+@dataclass(frozen=True)
+class PoolView:
+    """How many cases are in which state. Refused labels count beside the cases."""
+
+    total: int
+    labelled: int
+    leased: int
+    open: int
+    skipped: int
+    quarantined: int
+
+    @property
+    def shares(self) -> Iterator[Share]:
+        """The bar, from left to right."""
+        start = 0.0
+        for kind in KINDS[:4]:
+            width = 100 * getattr(self, kind) / max(1, self.total)
+            yield Share(kind, start, width)
+            start += width
+
+
+@dataclass(frozen=True)
+class NextCase:
+    """A case that will be handed out soon. ``stamp`` changes with the model, so that its picture is drawn anew."""
+
+    id: str
+    reason: str
+    stamp: str
+    ohif: str | None
+
+
+@dataclass(frozen=True)
+class NextView:
+    """The next cases, as the default strategy would choose them now."""
+
+    strategy: str
+    cases: tuple[NextCase, ...]
+
+
+@dataclass(frozen=True)
+class LeaseView:
+    """A case in a client's hands."""
+
+    image_id: str
+    client: str
+    until: str
+    may_release: bool
+
+    @property
+    def release_path(self) -> str:
+        """Where to send the wish to end it."""
+        return f"/leases/?image={quote(self.image_id, safe='')}"
+
+
+@dataclass(frozen=True)
+class ActivityView:
+    """What happened lately, the newest first."""
+
+    labels: tuple[LabelVersion, ...]
+    leases: tuple[LeaseView, ...]
+    skips: tuple[Any, ...]
+    quarantine: tuple[Quarantined, ...]
+
+
+def pool_view(parts: Services) -> PoolView:
+    """Count the cases."""
+    images = set(parts.datastore.list_images())
+    unlabelled = set(parts.datastore.get_unlabeled_images())
+    leased = parts.store.leases.active().keys() & unlabelled
+    skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
+    return PoolView(
+        total=len(images),
+        labelled=len(images) - len(unlabelled),
+        leased=len(leased),
+        open=len(unlabelled) - len(leased) - len(skipped),
+        skipped=len(skipped),
+        quarantined=parts.store.history.quarantine.count(),
+    )
+
+
+def next_view(parts: Services) -> NextView:
+    """Ask the default strategy, without handing anything out."""
+    name = parts.settings.strategy
+    leases = parts.store.leases
+    closed = leases.active().keys() | leases.skipped().keys()
+    try:
+        chosen = parts.instance._strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
+    except UnetrError as error:
+        logger.info("the page cannot say what comes next: %s", error)
+        chosen = None
+    if not chosen:
+        return NextView(name, ())
+    stamp = _stamp(parts, chosen["model"])
+    images, reasons = [chosen["id"], *chosen["next"]], [chosen["reason"], *chosen["next_reasons"]]
+    pairs = list(zip(images, reasons, strict=True))[:MOST_NEXT]
+    return NextView(name, tuple(NextCase(image, reason, stamp, ohif_path(parts, image)) for image, reason in pairs))
+
+
+def activity_view(parts: Services, user: User) -> ActivityView:
+    """What happened lately; refused labels are for reviewers."""
+    history, leases = parts.store.history, parts.store.leases
+    own = user.client("")
+    held = sorted(leases.active().values(), key=lambda lease: -lease.since)[:MOST_SHOWN]
+    return ActivityView(
+        labels=tuple(reversed(history.since(max(0, history.index.last_sequence() - MOST_SHOWN)))),
+        leases=tuple(
+            LeaseView(
+                lease.image_id,
+                lease.client,
+                clock(lease.until),
+                user.role >= Role.REVIEWER or (user.role >= Role.ANNOTATOR and lease.client == own),
+            )
+            for lease in held
+        ),
+        skips=tuple(sorted(leases.skipped().values(), key=lambda skip: -skip.at)[:MOST_SHOWN]),
+        quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
+    )
+
+
+def ohif_path(parts: Services, image: str) -> str | None:
+    """Where OHIF shows an image; None for one that is no DICOM."""
+    study = (parts.datastore.get_image_info(image) or {}).get("StudyInstanceUID")
+    return f"/ohif/monai-label?StudyInstanceUIDs={quote(str(study))}" if study else None
+
+
+def clock(seconds: float) -> str:
+    """A time as the server's clock shows it."""
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def _stamp(parts: Services, model: str) -> str:
+    return parts.train_task(model).served_version() if model in parts.instance._trainers else ""

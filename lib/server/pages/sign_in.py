@@ -1,0 +1,65 @@
+"""Signing in with a browser: the token goes into a cookie, which no script can read and no other site can send."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Form, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from starlette.exceptions import HTTPException
+
+from lib.server.auth import COOKIE, User, current_user
+from lib.server.errors import UnauthorizedError
+from lib.server.pages.drawing import base_of, draw
+from lib.server.services import Parts
+
+router = APIRouter(prefix="/page", include_in_schema=False)
+
+SECONDS_SIGNED_IN = 12 * 3600
+LONGEST_TOKEN = 4096
+
+
+@router.get("/login")
+def login_page(request: Request) -> HTMLResponse:
+    """Where the token is asked for."""
+    return draw(request, "login.html", None, refused=False)
+
+
+@router.post("/login")
+def login(request: Request, parts: Parts, token: Annotated[str, Form(max_length=LONGEST_TOKEN)]) -> Response:
+    """Keep a valid token in a cookie and go to the first page."""
+    try:
+        parts.authenticator.identify_token(token.strip())
+    except UnauthorizedError:
+        page = draw(request, "login.html", None, refused=True)
+        page.status_code = 401
+        return page
+    answer = RedirectResponse(f"{base_of(request)}/", 303)
+    secure = request.url.scheme == "https"
+    answer.set_cookie(
+        COOKIE, token.strip(), SECONDS_SIGNED_IN, path="/", httponly=True, samesite="strict", secure=secure
+    )
+    return answer
+
+
+@router.get("/logout")
+def logout(request: Request) -> RedirectResponse:
+    """Forget the token."""
+    answer = RedirectResponse(f"{base_of(request)}/page/login", 303)
+    answer.delete_cookie(COOKIE, path="/")
+    return answer
+
+
+def page_user(request: Request) -> User:
+    """Who looks at a page; whoever is not known is sent to the sign-in.
+
+    Raises:
+        HTTPException: 303, to the sign-in.
+    """
+    try:
+        return current_user(request)
+    except UnauthorizedError as error:
+        raise HTTPException(303, "sign in first", {"Location": f"{base_of(request)}/page/login"}) from error
+
+
+PageUser = Annotated[User, Depends(page_user)]

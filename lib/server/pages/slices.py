@@ -1,0 +1,150 @@
+"""Slices of volumes as PNG pictures, drawn on the server: the image, masks as contours, uncertainty as an overlay.
+
+A mask's contour is solid, dashed or dotted, so that whose it is can be told without its colour.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+
+Voxel = TypeVar("Voxel", bound=np.generic)
+Plane = Literal["axial", "coronal", "sagittal"]
+Line = Literal["solid", "dashed", "dotted"]
+
+PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""The array axis that a plane looks along, once axes run to right, anterior, superior."""
+WINDOW_PERCENTILES = (0.5, 99.5)
+DASHES: dict[Line, tuple[int, int]] = {"solid": (1, 1), "dashed": (10, 6), "dotted": (4, 2)}
+"""Period and drawn part of a line in pixels."""
+OVERLAY_RGB = (240, 228, 66)
+"""Yellow of Okabe and Ito's palette, which colour-blind readers can tell from the grey below it."""
+LEAST_SHOWN = 0.05
+"""Uncertainty below this is not drawn."""
+
+
+@dataclass(frozen=True)
+class Contour:
+    """A mask to outline: values, shape (X, Y, Z), the colour of each value, and how the line is drawn."""
+
+    mask: npt.NDArray[np.uint8]
+    colors: Mapping[int, tuple[int, ...]]
+    line: Line = "solid"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A volume turned so that its axes run to right, anterior and superior, as far as whole turns can do that.
+
+    Attributes:
+        voxels: intensities, shape (R, A, S).
+        spacing_mm: of these axes.
+        window: intensities that are drawn black and white.
+    """
+
+    voxels: npt.NDArray[np.float32]
+    spacing_mm: tuple[float, float, float]
+    window: tuple[float, float] = field(default=(0.0, 1.0))
+
+    @classmethod
+    def of(cls, voxels: npt.NDArray[np.float32], affine_ras: npt.NDArray[np.float64]) -> Stack:
+        """Turn a volume of shape (X, Y, Z) with its 4x4 affine."""
+        turned = turn(voxels, affine_ras)
+        axes = nib.io_orientation(affine_ras)[:, 0].astype(int)
+        sizes = np.linalg.norm(affine_ras[:3, :3], axis=0)
+        spacing = [float(sizes[list(axes).index(axis)]) for axis in range(3)]
+        low, high = (float(value) for value in np.percentile(turned, WINDOW_PERCENTILES))
+        return cls(turned, (spacing[0], spacing[1], spacing[2]), (low, high if high > low else low + 1))
+
+    def count(self, plane: Plane) -> int:
+        """How many slices a plane has."""
+        return int(self.voxels.shape[AXES[plane]])
+
+
+def turn(volume: npt.NDArray[Voxel], affine_ras: npt.NDArray[np.float64]) -> npt.NDArray[Voxel]:
+    """A volume of shape (X, Y, Z) with its axes running to right, anterior and superior."""
+    turned: npt.NDArray[Voxel] = nib.orientations.apply_orientation(volume, nib.io_orientation(affine_ras))
+    return turned
+
+
+def draw_slice(
+    stack: Stack,
+    plane: Plane,
+    index: int,
+    contours: Sequence[Contour] = (),
+    uncertainty: npt.NDArray[np.float32] | None = None,
+    height: int = 384,
+) -> bytes:
+    """One slice as a PNG, seen as radiologists do: the patient's right on the left, anterior or superior on top.
+
+    Args:
+        stack: the image.
+        plane: which way it is cut.
+        index: of the slice, 0 to ``stack.count(plane) - 1``; clipped to that.
+        contours: masks on the same axes as ``stack.voxels``.
+        uncertainty: 0 to 1, on the same axes.
+        height: of the picture in pixels; its width follows from the spacing.
+    """
+    axis = AXES[plane]
+    at = int(np.clip(index, 0, stack.count(plane) - 1))
+    low, high = stack.window
+    grey = np.clip((_cut(stack.voxels, axis, at) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    size = _size(grey.shape, stack.spacing_mm, axis, height)
+    picture = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")).astype(np.float32)
+    if uncertainty is not None:
+        _lay_over(picture, _cut(uncertainty, axis, at), size)
+    for contour in contours:
+        _outline(picture, contour, _cut(contour.mask, axis, at), size)
+    buffer = io.BytesIO()
+    Image.fromarray(picture.astype(np.uint8)).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def middle_of(mask: npt.NDArray[np.uint8], plane: Plane) -> int | None:
+    """The slice on which most of a mask is seen; None for an empty one."""
+    others = tuple(axis for axis in range(3) if axis != AXES[plane])
+    seen = np.count_nonzero(mask, axis=others)
+    return int(seen.argmax()) if seen.any() else None
+
+
+def _cut(volume: npt.NDArray[Voxel], axis: int, index: int) -> npt.NDArray[Voxel]:
+    """A slice as rows from top to bottom and columns from the patient's right (or front) to the left (or back)."""
+    cut: npt.NDArray[Voxel] = np.take(volume, index, axis=axis).T[::-1, ::-1]
+    return cut
+
+
+def _size(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], axis: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels such that a millimetre is as long in both directions."""
+    across, down = (spacing for i, spacing in enumerate(spacing_mm) if i != axis)
+    width = shape[1] * across / (shape[0] * down) * height
+    return max(1, round(min(width, 4 * height))), height
+
+
+def _lay_over(picture: npt.NDArray[np.float32], values: npt.NDArray[np.generic], size: tuple[int, int]) -> None:
+    scaled = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).resize(size, Image.Resampling.BILINEAR)
+    share = np.clip(np.asarray(scaled), 0, 1)
+    share = np.where(share < LEAST_SHOWN, 0, share)[..., None] * 0.8
+    picture *= 1 - share
+    picture += share * np.array(OVERLAY_RGB, dtype=np.float32)
+
+
+def _outline(
+    picture: npt.NDArray[np.float32], contour: Contour, values: npt.NDArray[np.generic], size: tuple[int, int]
+) -> None:
+    enlarged = np.asarray(Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.NEAREST))
+    rows, columns = np.indices(enlarged.shape)
+    period, drawn = DASHES[contour.line]
+    shown = (rows + columns) % period < drawn
+    for value, color in contour.colors.items():
+        inside = enlarged == value
+        edge = inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=1)
+        picture[edge & shown] = color

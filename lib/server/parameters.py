@@ -1,0 +1,88 @@
+"""JSON that clients send: strictly parsed, and harmless to send back."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+from fastapi import Request
+
+from lib.errors import ParameterError
+
+DEEPEST = 20
+LARGEST_INFO = 64 * 1024
+KEPT_BY_SERVER = ("path", "name", "ts", "strategy")
+"""What the datastore and the strategies keep beside an image; a client's own value would break them."""
+JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
+"""What OpenAPI says of routes that read their body with :func:`json_body`."""
+
+
+def parse_object(text: str, name: str = "params") -> dict[str, Any]:
+    """Parse a JSON object; empty text is an empty object.
+
+    Raises:
+        ParameterError: for anything else, for NaN and infinities, and for text that UTF-8 cannot hold.
+    """
+    if not text.strip():
+        return {}
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(name, _shorten(text), f"a JSON object ({error})") from error
+    if not isinstance(data, dict):
+        raise ParameterError(name, _shorten(text), "a JSON object")
+    _check_plain(data, name, DEEPEST)
+    return data
+
+
+def parse_info(text: str, name: str = "info") -> dict[str, Any]:
+    """Parse what a client wants kept beside an image or label.
+
+    Raises:
+        ParameterError: as :func:`parse_object`; for more than 64 KiB, and for names that the server itself keeps.
+    """
+    if len(text) > LARGEST_INFO:
+        raise ParameterError(name, _shorten(text), f"at most {LARGEST_INFO} characters")
+    info = parse_object(text, name)
+    taken = sorted(set(info) & set(KEPT_BY_SERVER))
+    if taken:
+        raise ParameterError(name, ", ".join(taken), f"other names than {', '.join(KEPT_BY_SERVER)}")
+    return info
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    """The request's body as a JSON object; no body is an empty one.
+
+    Raises:
+        ParameterError: as :func:`parse_object`.
+    """
+    body = await request.body()
+    try:
+        return parse_object(body.decode("utf-8"), "body")
+    except UnicodeDecodeError as error:
+        raise ParameterError("body", _shorten(repr(body)), "a JSON object in UTF-8") from error
+
+
+def _check_plain(value: Any, name: str, levels: int) -> None:
+    if levels == 0:
+        raise ParameterError(name, "...", f"at most {DEEPEST} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, name, levels - 1)
+            _check_plain(item, f"{name}.{_shorten(key, 40)}", levels - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, name, levels - 1)
+    elif isinstance(value, float) and not math.isfinite(value):  # 1e999
+        raise ParameterError(name, value, "finite numbers")
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ParameterError(name, _shorten(value), "Unicode text")
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _shorten(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[:most] + "..."

@@ -1,0 +1,205 @@
+"""What the routes work with: the app instance and the server's own parts, made once when the server starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from fastapi import Depends, Request
+from monailabel.config import settings as stock_settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+
+from lib.configs.preset import Preset
+from lib.configs.settings import Settings
+from lib.datastore.records import LabelVersion
+from lib.datastore.task import VersionedDatastore
+from lib.errors import NotFoundError
+from lib.infers.task import UnetrInferTask
+from lib.server.auth import Authenticator
+from lib.server.changes import TOPICS, Changes
+from lib.server.jobs import KINDS, Job, Jobs
+from lib.server.journal import Journal
+from lib.server.metrics import Metrics
+from lib.server.names import find_image
+from lib.server.pause import Pause
+from lib.server.prefetch import Prefetcher
+from lib.server.queue import InferenceQueue
+from lib.server.scoring import BackgroundScoring
+from lib.server.tokens import TokenFile
+from lib.trainers.task import UnetrTrainTask
+
+logger = logging.getLogger("unetr.server")
+
+# How many uploaded images are read at the same time to see whether they can be; each takes its size in memory.
+CHECKS_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of a running server.
+
+    Attributes:
+        label_hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
+    """
+
+    instance: MONAILabelApp
+    settings: Settings
+    inferences: InferenceQueue
+    jobs: Jobs
+    authenticator: Authenticator
+    checks: anyio.CapacityLimiter
+    metrics: Metrics
+    prefetcher: Prefetcher
+    scoring: BackgroundScoring
+    changes: Changes
+    pause: Pause
+    journal: Journal
+    label_hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, instance: MONAILabelApp) -> Services:
+        """Build the parts around an app instance that has ``settings``.
+
+        Raises:
+            ConfigError: when the token file is not valid.
+        """
+        settings: Settings = instance.settings
+        tokens = TokenFile.read(settings.tokens) if settings.tokens else None
+        metrics, changes = Metrics(), Changes()
+
+        def on_end(job: Job) -> None:
+            metrics.count_job(job.kind, job.status)
+            changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
+
+        pause = Pause()
+        folders = {name: task.runs for name, task in instance._trainers.items()}
+        journal = Journal(folders, str(instance.studies))
+        jobs = Jobs(
+            on_end,
+            partial(_see_new_labels, instance),
+            on_output=lambda job: changes.mark("job"),
+            on_change=journal.write,
+            steps_of=journal.steps,
+        )
+        inferences = InferenceQueue(settings.queue_size, lambda busy: jobs.hold("scoring", busy), pause)
+        prefetcher = Prefetcher(
+            lambda model: _known(instance._infers, "model", model),
+            lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
+            inferences,
+            metrics,
+            settings.device,
+            enabled=settings.result_cache_mib > 0,
+        )
+        _watch(metrics, instance, inferences, jobs)
+        metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
+        metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)
+        return cls(
+            instance=instance,
+            settings=settings,
+            inferences=inferences,
+            jobs=jobs,
+            authenticator=Authenticator(tokens, bool(stock_settings.MONAI_LABEL_AUTH_ENABLE)),
+            checks=anyio.CapacityLimiter(CHECKS_AT_ONCE),
+            metrics=metrics,
+            prefetcher=prefetcher,
+            scoring=BackgroundScoring(instance, jobs, inferences, settings.scoring_minutes),
+            changes=changes,
+            pause=pause,
+            journal=journal,
+        )
+
+    @property
+    def datastore(self) -> Datastore:
+        """Where images and labels are."""
+        return self.instance.datastore()
+
+    @property
+    def store(self) -> VersionedDatastore:
+        """The same, as what keeps a history of labels."""
+        store: VersionedDatastore = self.instance.datastore()
+        return store
+
+    @property
+    def presets(self) -> Mapping[str, Preset]:
+        """The tasks that are served, by name."""
+        presets: Mapping[str, Preset] = self.instance.presets
+        return presets
+
+    def on_label_saved(self, version: LabelVersion) -> None:
+        """Tell everybody who asked to hear of saved labels; what goes wrong there does not undo the save."""
+        for hook in self.label_hooks:
+            try:
+                hook(version)
+            except Exception:
+                logger.exception("after the save of %s, %r failed", version.version_id, hook)
+
+    def infer_task(self, model: str) -> UnetrInferTask:
+        """The inference task of that name.
+
+        Raises:
+            NotFoundError: with the known ones.
+        """
+        task: UnetrInferTask = _known(self.instance._infers, "model", model)
+        return task
+
+    def train_task(self, model: str) -> UnetrTrainTask:
+        """The training task of that name.
+
+        Raises:
+            NotFoundError: with the known ones.
+        """
+        task: UnetrTrainTask = _known(self.instance._trainers, "model to train", model)
+        return task
+
+    def image_file(self, image_id: str) -> Path:
+        """The file or folder of an image.
+
+        Raises:
+            NotFoundError, ForbiddenError: as :func:`lib.server.names.find_image`.
+        """
+        return find_image(self.datastore, image_id, self.instance.studies, self.settings.image_roots)
+
+
+def get_services(request: Request) -> Services:
+    """The dependency of every route that does something."""
+    services: Services = request.app.state.services
+    return services
+
+
+Parts = Annotated[Services, Depends(get_services)]
+
+
+def _known(tasks: dict[str, Any], kind: str, name: str) -> Any:
+    if name not in tasks:
+        raise NotFoundError(kind, name[:200], list(tasks))
+    return tasks[name]
+
+
+def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:
+    """The labels that a batch inference saved in its own process are there as soon as it has ended."""
+    if job.kind != "batch_infer":
+        return
+    try:
+        instance.datastore().refresh()
+    except Exception:
+        logger.exception("the labels of batch inference %s are seen later", job.id)
+
+
+def _watch(metrics: Metrics, instance: MONAILabelApp, inferences: InferenceQueue, jobs: Jobs) -> None:
+    """The figures that are read when they are asked for."""
+    metrics.watch("unetr_inferences_waiting", "Inferences that wait for a device", lambda: inferences.waiting)
+    for kind in KINDS:
+        metrics.watch(f"unetr_{kind}_open", f"Jobs ({kind}) that run or wait", partial(jobs.open, kind))
+    studies = str(instance.studies)
+    folder = None if studies.startswith(("http://", "https://")) else Path(studies)
+    store: VersionedDatastore = instance.datastore()
+    metrics.watch("unetr_label_versions", "Versions of labels in the store", store.history.index.count)
+    metrics.watch("unetr_labels_in_quarantine", "Refused labels that are kept", store.history.quarantine.count)
+    metrics.watch("unetr_leases", "Cases in clients' hands", lambda: len(store.leases.active()))
+    metrics.watch_studies(instance.datastore().status, folder)

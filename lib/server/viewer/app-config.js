@@ -1,0 +1,197 @@
+/* Configuration of the OHIF viewer inside MONAI Label's package, and what this server adds to it:
+ *   - brush, eraser and the list of segments in the MONAI Label mode, so that a prediction can be corrected,
+ *   - Submit, which sends the segmentation back as the label of the series that it was made of,
+ *   - the series that "Next Sample" named, where the viewer itself would open the first one of its study.
+ * OHIF joins `extensions` to its own when it starts; docs: https://docs.ohif.org/configuration/configurationFiles */
+(function () {
+  'use strict';
+
+  const MONAI_LABEL_MODE = 'monai-label';
+  const TOOL_GROUPS = ['default', 'mpr', 'SRToolGroup'];
+  const SEGMENTATION_PANEL = '@ohif/extension-cornerstone.panelModule.panelSegmentationWithTools';
+  const ELEMENT_TYPES = { Uint8Array: 'uint8', Uint16Array: 'uint16', Int16Array: 'int16', Float32Array: 'float' };
+
+  const isLabelMode = () => window.location.pathname.split('/').includes(MONAI_LABEL_MODE);
+
+  /** What the viewer reads when it starts: its panel talks to the server that it comes from, on whatever port. */
+  async function prepare() {
+    document.cookie = 'MONAILABEL_SERVER_URL=' + encodeURIComponent(window.location.origin + '/');
+    const style = document.createElement('style'); // the panel writes its progress in white on white
+    style.textContent = '.monaiLabelPanel .w3-center { color: #04225b; text-align: center; }';
+    document.head.append(style);
+    await openNamedSeries();
+  }
+
+  /** Add to the address the series that was handed out last in the study that it names. */
+  async function openNamedSeries() {
+    const address = new URL(window.location.href);
+    const study = address.searchParams.get('StudyInstanceUIDs');
+    if (!isLabelMode() || !study || address.searchParams.has('SeriesInstanceUIDs')) {
+      return;
+    }
+    const answer = await fetch('/ohif/series?study=' + encodeURIComponent(study));
+    const named = answer.ok ? (await answer.json()).SeriesInstanceUID : '';
+    if (named) {
+      address.searchParams.set('SeriesInstanceUIDs', named);
+      window.history.replaceState(null, '', address);
+    }
+  }
+
+  const paintTool = (id, icon, label, toolName) => ({
+    id,
+    uiType: 'ohif.radioGroup',
+    props: {
+      icon,
+      label,
+      commands: { commandName: 'setToolActiveToolbar', commandOptions: { toolName, toolGroupIds: TOOL_GROUPS } },
+      evaluate: {
+        name: 'evaluate.cornerstone.segmentation',
+        toolNames: [toolName],
+        disabledText: 'Connect to MONAI Label first, or open a segmentation.',
+      },
+    },
+  });
+
+  const BUTTONS = [
+    paintTool('UnetrBrush', 'icon-tool-brush', 'Brush', 'CircularBrush'),
+    paintTool('UnetrEraser', 'icon-tool-eraser', 'Eraser', 'CircularEraser'),
+    {
+      id: 'UnetrSubmit',
+      uiType: 'ohif.radioGroup',
+      props: {
+        icon: 'icon-upload',
+        label: 'Submit the segmentation as label',
+        commands: 'submitLabel',
+        evaluate: 'evaluate.action',
+      },
+    },
+  ];
+
+  /** The segmentation that is active in the active viewport, or else the only one. */
+  function activeSegmentation(services) {
+    const { viewportGridService, segmentationService } = services;
+    const viewport = viewportGridService.getActiveViewportId();
+    const active = segmentationService.getActiveSegmentation(viewport);
+    return active || segmentationService.getSegmentations()[0];
+  }
+
+  /** The series that a segmentation was made of, by the image that its first labelmap image refers to. */
+  function seriesOf(services, volume) {
+    const { displaySetService, viewportGridService } = services;
+    const sets = displaySetService.getActiveDisplaySets();
+    const id = String(volume.referencedVolumeId || '');
+    const named = sets.find(set => set.instances && id.includes(set.displaySetInstanceUID));
+    if (named) {
+      return named.SeriesInstanceUID;
+    }
+    const { viewports, activeViewportId } = viewportGridService.getState();
+    const shown = viewports.get(activeViewportId).displaySetInstanceUIDs.map(uid => displaySetService.getDisplaySetByUID(uid));
+    const image = shown.find(set => set && set.Modality !== 'SEG') || shown[0];
+    return image.SeriesInstanceUID;
+  }
+
+  /** A labelmap as NRRD with a raw body, in the patient's coordinates. */
+  function asNrrd(volume) {
+    const voxels = volume.voxelManager.getCompleteScalarDataArray();
+    const type = ELEMENT_TYPES[voxels.constructor.name];
+    const axis = number => volume.direction.slice(3 * number, 3 * number + 3).map(part => part * volume.spacing[number]);
+    const vector = parts => '(' + Array.from(parts).join(',') + ')';
+    const header = [
+      'NRRD0004',
+      'type: ' + type,
+      'dimension: 3',
+      'space: left-posterior-superior',
+      'sizes: ' + Array.from(volume.dimensions).join(' '),
+      'space directions: ' + [0, 1, 2].map(number => vector(axis(number))).join(' '),
+      'kinds: domain domain domain',
+      'endian: little',
+      'encoding: raw',
+      'space origin: ' + vector(volume.origin),
+    ].join('\n');
+    return new Blob([header, '\n\n', voxels], { type: 'application/octet-stream' });
+  }
+
+  /** Send the active segmentation as the final label of its series; the server's own sentence says what was wrong. */
+  async function submitLabel(services) {
+    const say = (message, type) =>
+      services.uiNotificationService.show({ title: 'Submit label', message, type, duration: 8000 });
+    try {
+      const segmentation = activeSegmentation(services);
+      if (!segmentation) {
+        throw new Error('There is no segmentation yet: press Run, or open one.');
+      }
+      const volume = services.segmentationService.getLabelmapVolume(segmentation.segmentationId);
+      const series = seriesOf(services, volume);
+      const segments = Object.values(segmentation.segments).filter(Boolean);
+      const info = segments.map(segment => ({ name: segment.label, idx: segment.segmentIndex }));
+      const form = new FormData();
+      form.append('params', JSON.stringify({ label_info: info }));
+      form.append('label', asNrrd(volume), 'label.nrrd');
+      const address = '/datastore/label?tag=final&image=' + encodeURIComponent(series);
+      const answer = await fetch(address, { method: 'PUT', body: form });
+      const told = await answer.json();
+      if (!answer.ok) {
+        throw new Error(told.detail || 'The server answered ' + answer.status);
+      }
+      say('The segmentation is now the label of this series.', 'success');
+      return told;
+    } catch (error) {
+      say(String(error.message || error), 'error');
+      return undefined;
+    }
+  }
+
+  const extension = {
+    id: 'monailabel-unetr',
+    preRegistration: prepare,
+    getCommandsModule: ({ servicesManager }) => ({
+      definitions: { submitLabel: { commandFn: () => submitLabel(servicesManager.services) } },
+      defaultContext: 'DEFAULT',
+    }),
+    onModeEnter: ({ servicesManager }) => {
+      if (!isLabelMode()) {
+        return;
+      }
+      const { toolbarService, panelService } = servicesManager.services;
+      toolbarService.addButtons(BUTTONS);
+      toolbarService.createButtonSection('primary', BUTTONS.map(button => button.id));
+      // the mode adds its own panel when its layout is drawn, after this
+      setTimeout(() => panelService.addPanel('right', SEGMENTATION_PANEL), 0);
+    },
+  };
+
+  window.config = {
+    routerBasename: '/ohif/',
+    showStudyList: true,
+    extensions: [extension],
+    modes: [],
+    showWarningMessageForCrossOrigin: true,
+    showCPUFallbackMessage: true,
+    showLoadingIndicator: true,
+    strictZSpacingForVolumeViewport: true,
+    useSharedArrayBuffer: 'FALSE',
+    defaultDataSourceName: 'dicomweb',
+    dataSources: [
+      {
+        namespace: '@ohif/extension-default.dataSourcesModule.dicomweb',
+        sourceName: 'dicomweb',
+        configuration: {
+          friendlyName: 'Studies of this server',
+          name: 'studies',
+          wadoUriRoot: '/dicom-web',
+          qidoRoot: '/dicom-web',
+          wadoRoot: '/dicom-web',
+          qidoSupportsIncludeField: true,
+          supportsReject: false,
+          imageRendering: 'wadors',
+          thumbnailRendering: 'wadors',
+          enableStudyLazyLoad: true,
+          supportsFuzzyMatching: true,
+          supportsWildcard: true,
+          dicomUploadEnabled: true,
+          bulkDataURI: { enabled: false },
+        },
+      },
+    ],
+  };
+})();

@@ -1,0 +1,285 @@
+"""Training and evaluating from the command line.
+
+python -m lib.trainers.cli split    --images DIR --labels DIR --out split.json
+python -m lib.trainers.cli train    --preset hippocampus_mr --images DIR --labels DIR --split split.json --out FILE
+python -m lib.trainers.cli evaluate --weights FILE --images DIR --labels DIR --split split.json
+python -m lib.trainers.cli task     --folder Task09_Spleen --preset abdomen_ct --out DIR   all of it
+
+torchrun --nproc-per-node 4 --max-restarts 3 -m lib.trainers.cli train ...    trains in several processes
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+from lib.configs.catalogue import find_preset, shipped_preset_names, write_preset
+from lib.configs.preset import Preset, parse_preset
+from lib.errors import ConfigError, UnetrError
+from lib.infers.quality import calibration_file
+from lib.infers.segmenter import Segmenter
+from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
+from lib.networks.precision import resolve_device
+from lib.networks.unetr import build_unetr, parameter_count
+from lib.trainers.cases import Case, find_cases
+from lib.trainers.decathlon import read_task
+from lib.trainers.evaluate import Evaluation, evaluate
+from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.parallel import joined_processes, rank_and_world_size
+from lib.trainers.progress import without_nan, write_json
+from lib.trainers.split import SUBJECT_RULES, Split, extend_split, read_split, subject_until, write_split
+
+logger = logging.getLogger("unetr.cli")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it succeeded, 2 with a sentence when the input was wrong."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        options.run(options)
+    except UnetrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.trainers.cli", description="Train and evaluate a preset.")
+    commands = parser.add_subparsers(required=True)
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--images", type=Path, required=True, help="folder of NIfTI images")
+    data.add_argument("--labels", type=Path, required=True, help="folder of NIfTI labels of the same names")
+    data.add_argument("--label-values", type=Path, help="JSON file: name to value in the label files, mapped by name")
+    data.add_argument("--split", type=Path, help="persisted split (JSON)")
+    data.add_argument("--device", help="cpu, cuda, cuda:1 ...; the best there is by default")
+    data.add_argument("--threads", type=int, help="CPU threads; PyTorch's default if not given")
+
+    split = commands.add_parser("split", parents=[data], help="assign cases to training and validation by subject")
+    split.add_argument("--validation-share", type=float, default=0.2)
+    split.add_argument("--subjects", choices=sorted(SUBJECT_RULES), default="stem", help="what makes a subject")
+    split.add_argument("--test-share", type=float, default=0.0, help="from 50 cases on")
+    split.add_argument("--subject-separator", default="", help="what stands before it in a stem names the subject")
+    split.add_argument("--out", type=Path, required=True)
+    split.set_defaults(run=_split)
+
+    train = commands.add_parser("train", parents=[data], help="train, evaluate on the held-out cases, write weights")
+    train.add_argument("--preset", required=True, help=f"{', '.join(shipped_preset_names())}, or a YAML file")
+    train.add_argument("--out", type=Path, required=True, help="weights file; a JSON side-car is written beside it")
+    train.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="recipe override")
+    train.add_argument("--start", type=Path, help="weights to start from; random if not given")
+    train.add_argument(
+        "--encoder", type=Path, help="pretrained encoder to start from (python -m lib.trainers.pretraining)"
+    )
+    train.add_argument("--run-dir", type=Path, help="progress, TensorBoard and cache; runs/<preset> by default")
+    train.add_argument("--dataset", default="PersistentDataset")
+    train.add_argument("--max-steps", type=int)
+    train.add_argument("--resume", action="store_true", help="go on with a run that was interrupted in --run-dir")
+    train.add_argument("--state-seconds", type=float, default=30.0, help="time between two states of the run on disk")
+    train.add_argument("--data-name", default="", help="name of the data, for the side-car")
+    train.add_argument("--data-licence", default="", help="licence of the data, for the side-car")
+    train.set_defaults(run=_train)
+
+    task = commands.add_parser("task", help="from a Decathlon or BTCV folder to a trained and evaluated preset")
+    task.add_argument("--folder", type=Path, required=True, help="with dataset.json, or with img and label (BTCV)")
+    task.add_argument("--preset", default="abdomen_ct", help="whose spacing, window, network and recipe are taken")
+    task.add_argument(
+        "--out", type=Path, required=True, help="folder of preset.yaml, split.json, weights.pt, weights.json"
+    )
+    task.add_argument("--validation-share", type=float, default=0.2)
+    task.add_argument("--subjects", choices=sorted(SUBJECT_RULES), default="stem", help="what makes a subject")
+    task.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="recipe override")
+    task.add_argument("--encoder", type=Path, help="pretrained encoder to start from")
+    task.add_argument("--max-steps", type=int)
+    task.add_argument("--device", help="cpu, cuda, cuda:1 ...; the best there is by default")
+    task.add_argument("--threads", type=int, help="CPU threads; PyTorch's default if not given")
+    task.set_defaults(run=_task)
+
+    score = commands.add_parser("evaluate", parents=[data], help="score weights on a split's held-out cases, or on all")
+    score.add_argument("--weights", type=Path, required=True)
+    score.add_argument("--json", type=Path, help="write the scores of every case here")
+    score.add_argument("--calibrate", action="store_true", help="write beside the weights what Dice is estimated with")
+    score.set_defaults(run=_evaluate)
+    return parser
+
+
+def _split(options: argparse.Namespace) -> None:
+    ids = [case.case_id for case in find_cases(options.images, options.labels)]
+    separator = options.subject_separator
+    subject_of = subject_until(separator) if separator else SUBJECT_RULES[options.subjects]
+    split = extend_split(Split((), ()), ids, options.validation_share, subject_of, options.test_share)
+    rule = f"stem up to {separator!r}" if separator else options.subjects
+    how = f"hash of the subject ({rule}), {options.validation_share:g} of the subjects held out"
+    write_split(options.out, split, how)
+    print(f"{len(split.train)} training and {len(split.validation)} validation cases -> {options.out}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    preset = _preset_with_recipe(options.preset, options.set)
+    train_cases, validation_cases = _cases(options, preset)
+    with joined_processes(resolve_device(options.device)) as joined:
+        plan = TrainingPlan(
+            preset=preset,
+            train_cases=tuple(train_cases),
+            validation_cases=tuple(validation_cases),
+            run_dir=options.run_dir or Path("runs") / preset.name,
+            device=joined.device,
+            start=read_checkpoint(options.start).model if options.start else None,
+            encoder=read_checkpoint(options.encoder).model if options.encoder else None,
+            dataset=options.dataset,
+            max_steps=options.max_steps,
+            resume=options.resume or joined.restarted,
+            state_seconds=options.state_seconds,
+        )
+        result = run_training(plan)
+        if rank_and_world_size()[0] == 0:
+            _write(options, plan, result)
+
+
+def _task(options: argparse.Namespace) -> None:
+    """Write preset and split once, train (or go on training), and write scored weights."""
+    found = read_task(options.folder)
+    preset = found.preset(_preset_with_recipe(options.preset, options.set))
+    cases = found.cases(preset)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_preset(options.out / "preset.yaml", preset)
+    options.split = options.out / "split.json"
+    known = read_split(options.split) if options.split.is_file() else Split((), ())
+    ids = [case.case_id for case in cases]
+    split = extend_split(known, ids, options.validation_share, SUBJECT_RULES[options.subjects])
+    write_split(
+        options.split, split, f"hash of the subject ({options.subjects}), {options.validation_share:g} held out"
+    )
+    with joined_processes(resolve_device(options.device)) as joined:
+        plan = TrainingPlan(
+            preset=preset,
+            train_cases=tuple(case for case in cases if case.case_id in split.train),
+            validation_cases=tuple(case for case in cases if case.case_id in split.validation),
+            run_dir=options.out / "run",
+            device=joined.device,
+            encoder=read_checkpoint(options.encoder).model if options.encoder else None,
+            max_steps=options.max_steps,
+            resume=True,
+        )
+        result = run_training(plan)
+        if rank_and_world_size()[0] == 0:
+            options.out, options.data_name, options.data_licence = options.out / "weights.pt", found.name, found.licence
+            _write(options, plan, result)
+
+
+def _write(options: argparse.Namespace, plan: TrainingPlan, result: TrainingResult) -> None:
+    """Write weights and side-car, scored as written, and say how good they are."""
+    info = {"version": "shipped", "created": datetime.date.today().isoformat()}
+    write_checkpoint(options.out, Checkpoint(result.weights, plan.preset, info), half=True)
+    # In half precision and from file to mask: what is promised is what is served.
+    scores = _score(options.out, plan.preset, plan.validation_cases, options)
+    write_json(options.out.with_suffix(".json"), _side_car(options, plan, result, scores))
+    print(json.dumps(without_nan(scores.summary()), indent=1))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(options.weights)
+    if checkpoint.preset is None:
+        raise UnetrError(f"{options.weights.name!r} does not say its preset; train or publish it with this project")
+    train_cases, held_out = _cases(options, checkpoint.preset)
+    cases = held_out if options.split else train_cases
+    scores = _score(options.weights, checkpoint.preset, cases, options)
+    if options.calibrate:
+        calibration = scores.calibration()
+        if calibration is None:
+            raise UnetrError(f"{len(cases)} cases are too few to calibrate on, or all alike")
+        calibration_file(options.weights).write_text(calibration.to_json(), encoding="utf-8")
+    if options.json:
+        write_json(options.json, scores.summary() | {"per_case": [asdict(case) for case in scores.cases]})
+    print(json.dumps(without_nan(scores.summary()), indent=1))
+
+
+def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Preset:
+    """The named preset with ``training.<key>`` replaced; the values are cast by the preset's own checks."""
+    data = find_preset(name).model_dump()
+    for key, value in overrides:
+        target = data["training"]
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                groups = ", ".join(name for name, part in target.items() if isinstance(part, dict)) or "none"
+                raise ConfigError(f"--set {key}: there is no group {parent!r} in the recipe; valid: {groups}")
+            target = target[parent]
+        target[leaf] = value
+    return parse_preset(data, source="--set")
+
+
+def _cases(options: argparse.Namespace, preset: Preset) -> tuple[list[Case], list[Case]]:
+    """Training and held-out cases; without a split, nothing is held out."""
+    values = _label_values(options.label_values, preset)
+    cases = find_cases(options.images, options.labels, values)
+    everything = Split(tuple(case.case_id for case in cases), ())
+    split = read_split(options.split) if options.split else everything
+    train = [case for case in cases if case.case_id in split.train]
+    validation = [case for case in cases if case.case_id in split.validation]
+    return train, validation
+
+
+def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:
+    """Value in the files to value of the preset, by name; names that the preset lacks become background."""
+    if path is None:
+        return None
+    try:
+        named = {str(name): int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--label-values {str(path)!r} is no JSON file of names and values: {error}") from error
+    found = {value: preset.find_label(name) for name, value in named.items()}
+    return {value: label.index if label else 0 for value, label in found.items()}
+
+
+def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argparse.Namespace) -> Evaluation:
+    segmenter = Segmenter.from_checkpoint(read_checkpoint(weights), preset, resolve_device(options.device))
+    return evaluate(segmenter, cases)
+
+
+def _side_car(
+    options: argparse.Namespace, plan: TrainingPlan, result: TrainingResult, scores: Evaluation
+) -> dict[str, Any]:
+    """What the weights are, in plain data."""
+    return {
+        "preset": plan.preset.model_dump(mode="json"),
+        "labels": plan.preset.label_indices,
+        "parameters": parameter_count(build_unetr(plan.preset)),
+        "sha256": file_sha256(options.out),
+        "bytes": options.out.stat().st_size,
+        "held_out": scores.summary(),
+        "data": {
+            "name": options.data_name,
+            "licence": options.data_licence,
+            "training_cases": len(plan.train_cases),
+            "validation_cases": len(plan.validation_cases),
+            "split": options.split.name if options.split else None,
+        },
+        "training": {
+            "steps": len(result.losses),
+            "best_epoch": result.best_epoch,
+            "seconds": round(result.seconds),
+            "device": str(plan.device),
+            "torch": torch.__version__.split("+")[0],
+            "monai": monai.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Datasets whose memory is bounded, under the names that MONAI Label's train request uses."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, SmartCacheDataset
+from monai.transforms import Compose, EnsureTyped
+from torch.utils.data import Dataset as TorchDataset
+
+from lib.configs.preset import Preset
+from lib.errors import ParameterError
+from lib.trainers.cases import Case, ReadCased
+from lib.trainers.parallel import ResumableSampler
+from lib.trainers.prefetch import PrefetchingLoader
+from lib.transforms.augment import build_augmentation
+from lib.transforms.preprocess import IMAGE, LABEL, build_preprocessing
+
+logger = logging.getLogger(__name__)
+
+DATASET_KINDS = ("PersistentDataset", "CacheDataset", "SmartCacheDataset", "Dataset")
+LOADER_KINDS = ("ThreadDataLoader", "DataLoader")
+DISK_SHARE_FOR_CACHE = 0.5
+
+
+class BoundedPersistentDataset(PersistentDataset):
+    """MONAI's persistent dataset that never fills the disk.
+
+    It takes up to half of the space that is free at its start; beyond that, cases are preprocessed each time.
+    """
+
+    def __init__(self, data: Sequence[Any], transform: Compose, cache_dir: Path) -> None:
+        super().__init__(data, transform, cache_dir=cache_dir)
+        self._remaining_bytes = int(shutil.disk_usage(cache_dir).free * DISK_SHARE_FOR_CACHE)
+
+    def _cachecheck(self, item_transformed: Any) -> Any:
+        name = self.hash_func(item_transformed).decode("utf-8") + self.transform_hash
+        file = Path(self.cache_dir or "") / f"{name}.pt"
+        if file.is_file():
+            return super()._cachecheck(item_transformed)
+        if self._remaining_bytes <= 0:
+            return self._pre_transform(deepcopy(item_transformed))
+        kept = super()._cachecheck(item_transformed)
+        self._remaining_bytes -= file.stat().st_size if file.is_file() else 0
+        return kept
+
+
+class SeededItems(TorchDataset[Any]):
+    """A dataset whose random changes to an item follow from the seed, the epoch and the item's place.
+
+    So it does not matter which of several processes reads it, or whether the run was interrupted before.
+
+    Args:
+        items: the dataset.
+        changes: the random part of its transform.
+        seed: the run's.
+    """
+
+    def __init__(self, items: Dataset, changes: Compose, seed: int) -> None:
+        self.items = items
+        self.epoch = 1
+        self._changes, self._seed = changes, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        seed = np.random.SeedSequence((self._seed, self.epoch, index)).generate_state(1)[0]
+        self._changes.set_random_state(seed=int(seed))
+        return self.items[index]
+
+
+def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int = 0) -> Dataset:
+    """Build a dataset of preprocessed whole cases.
+
+    Args:
+        cases: what to read.
+        preset: the task.
+        kind: ``PersistentDataset`` keeps preprocessed cases on disk, up to half of what is free there; the two
+            caches keep as many as fit into ``cache_bytes`` of memory, at least one; ``Dataset`` keeps nothing.
+        cache_dir: folder of the persistent dataset.
+        cache_bytes: memory for cases.
+
+    Raises:
+        ParameterError: for a kind that there is not.
+    """
+    return _build_items(cases, preset, kind, cache_dir, cache_bytes, [])
+
+
+def build_crops(
+    cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, crops_per_case: int, cache_bytes: int = 0
+) -> SeededItems:
+    """Build a dataset of random crops for training; arguments as those of :func:`build_dataset`.
+
+    Args:
+        crops_per_case: crops that an item is a list of.
+
+    Raises:
+        ParameterError: for a kind that there is not.
+    """
+    changes = build_augmentation(preset, crops_per_case)
+    items = _build_items(cases, preset, kind, cache_dir, cache_bytes, [changes])
+    return SeededItems(items, changes, preset.training.seed)
+
+
+def _build_items(
+    cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int, changes: list[Any]
+) -> Dataset:
+    if kind not in DATASET_KINDS:
+        raise ParameterError("dataset", kind, ", ".join(DATASET_KINDS))
+    fixed: list[Any] = [
+        ReadCased(preset),
+        *build_preprocessing(preset, (IMAGE, LABEL)).transforms,
+        EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False),
+        EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),
+    ]
+    items, transform = [case.as_item() for case in cases], Compose([*fixed, *changes])
+    if kind == "PersistentDataset":
+        return BoundedPersistentDataset(items, transform, cache_dir=cache_dir / preprocessing_digest(preset))
+    if kind == "Dataset":
+        return Dataset(items, transform)
+    count = min(len(items), _cases_that_fit(items[0], fixed, cache_bytes))
+    logger.info("%s keeps %d of %d cases in memory", kind, count, len(items))
+    if kind == "CacheDataset" or count == len(items):
+        return CacheDataset(items, transform, cache_num=count, progress=False)
+    return SmartCacheDataset(items, transform, cache_num=count, replace_rate=0.25, progress=False, shuffle=False)
+
+
+def build_loader(
+    dataset: TorchDataset[Any], kind: str, batch_size: int, sampler: ResumableSampler | None = None
+) -> DataLoader:
+    """Build the loader: prefetching in a thread (``ThreadDataLoader``), or plain (``DataLoader``).
+
+    Args:
+        dataset: what to read.
+        kind: one of ``LOADER_KINDS``.
+        batch_size: items of this process in a batch.
+        sampler: the order; that of the dataset if not given.
+
+    Raises:
+        ParameterError: for a kind that there is not.
+    """
+    if kind not in LOADER_KINDS:
+        raise ParameterError("dataloader", kind, ", ".join(LOADER_KINDS))
+    options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
+    if kind == "DataLoader":
+        return DataLoader(dataset, num_workers=0, **options)
+    return PrefetchingLoader(dataset, num_workers=0, **options)
+
+
+def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int) -> int:
+    """How many preprocessed cases like the first one fit into the cache."""
+    first = Compose(fixed)(item)
+    size_bytes: int = sum(first[key].element_size() * first[key].nelement() for key in (IMAGE, LABEL))
+    return max(1, cache_bytes // size_bytes)
+
+
+def preprocessing_digest(preset: Preset) -> str:
+    """Name of a preset's cache: cases preprocessed for another spacing or window must not be taken for these."""
+    relevant = preset.model_dump_json(include={"axcodes", "spacing_mm", "roi_size", "intensity", "padding", "labels"})
+    return hashlib.sha256(relevant.encode()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Scoring a model as a clinician meets it: from file to mask on the image's own grid."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lib.infers.quality import Calibration, fit, foreground_uncertainty
+from lib.infers.segmenter import Segmenter
+from lib.trainers.cases import Case, read_case
+from lib.trainers.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label, without_missing
+
+logger = logging.getLogger("unetr.evaluate")
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """One case's Dice, HD95 (mm) and normalised surface distance by label, and how unsure the model was of its mask."""
+
+    case_id: str
+    dice: dict[str, float]
+    hd95_mm: dict[str, float]
+    nsd: dict[str, float]
+    uncertainty: float = math.nan
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean Dice over the labels; NaN where no label can be said of."""
+        return mean_known(self.dice.values())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of several cases."""
+
+    cases: tuple[CaseScore, ...]
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Mean Dice by label."""
+        return mean_per_label([case.dice for case in self.cases])
+
+    @property
+    def hd95_mm(self) -> dict[str, float]:
+        """Mean HD95 by label in millimetres, over the cases where both masks have the label."""
+        return mean_per_label([case.hd95_mm for case in self.cases])
+
+    @property
+    def nsd(self) -> dict[str, float]:
+        """Mean normalised surface distance by label."""
+        return mean_per_label([case.nsd for case in self.cases])
+
+    @property
+    def mean_dice(self) -> float:
+        """Mean over labels of the mean Dice."""
+        return mean_known(self.dice.values())
+
+    def calibration(self) -> Calibration | None:
+        """From the model's uncertainty to Dice; None where there are too few cases."""
+        return fit([(case.uncertainty, case.mean_dice) for case in self.cases])
+
+    def summary(self) -> dict[str, object]:
+        """Plain data for a side-car; ``per_case`` is each case's mean Dice over labels."""
+        return {
+            "cases": len(self.cases),
+            "mean_dice": round(self.mean_dice, 4),
+            "dice": {name: round(value, 4) for name, value in self.dice.items()},
+            "hd95_mm": {name: round(value, 3) for name, value in self.hd95_mm.items()},
+            "nsd": {name: round(value, 4) for name, value in self.nsd.items()},
+            "per_case": {case.case_id: round(case.mean_dice, 4) for case in self.cases},
+        }
+
+
+def evaluate(segmenter: Segmenter, cases: Iterable[Case]) -> Evaluation:
+    """Segment and score each case; the surface may be off by the network's coarsest voxel edge.
+
+    Raises:
+        InputError: when a case cannot be read.
+    """
+    scores = []
+    for case in cases:
+        volume, reference = read_case(case, segmenter.preset)
+        found = segmenter.segment(volume, name=case.case_id, entropy=True)
+        predicted = found.labels
+        indices = segmenter.preset.label_indices
+        dice = dice_per_label(predicted, reference, indices)
+        hd95, nsd = surface_per_label(
+            predicted, reference, indices, volume.spacing_mm, max(segmenter.preset.spacing_mm)
+        )
+        dice, hd95, nsd = (without_missing(score, indices, case.missing) for score in (dice, hd95, nsd))
+        assert found.entropy is not None
+        scores.append(CaseScore(case.case_id, dice, hd95, nsd, foreground_uncertainty(found.entropy, predicted)))
+        logger.info("%s dice %s", case.case_id, {k: round(v, 3) for k, v in dice.items()})
+    return Evaluation(tuple(scores))

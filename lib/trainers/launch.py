@@ -1,0 +1,172 @@
+"""Running a training plan in this process, or in one process a GPU under PyTorch's elastic launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lib.errors import ParameterError, TrainingError, UnetrError
+from lib.infers.memory import is_out_of_memory, release_memory
+from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.parallel import joined_processes
+
+logger = logging.getLogger("unetr.train")
+
+RESTARTS = 3
+
+
+def launch(plan: TrainingPlan, multi_gpu: bool = False, gpus: str = "all") -> TrainingResult:
+    """Train on one device, or on several GPUs with DistributedDataParallel where that is asked for and possible.
+
+    A run that is out of memory, however little it does at once, goes on from its state on the CPU.
+
+    Args:
+        plan: what to train.
+        multi_gpu: whether several GPUs may be used.
+        gpus: ``all``, or comma-separated indices.
+
+    Raises:
+        ParameterError: for a GPU that there is not.
+        TrainingError: when there is not enough memory either way.
+    """
+    devices = _gpu_indices(gpus) if multi_gpu and plan.device.type == "cuda" else []
+    if len(devices) > 1:
+        return _within_memory(plan, lambda p: launch_processes(p, [torch.device("cuda", index) for index in devices]))
+    chosen = torch.device("cuda", devices[0]) if devices else plan.device
+    return _within_memory(replace(plan, device=chosen), run_training)
+
+
+def launch_processes(plan: TrainingPlan, devices: list[torch.device]) -> TrainingResult:
+    """Train in one process a device; rank 0 validates and keeps the weights and the state.
+
+    When a process dies, all of them are started again and go on from the state, up to three times.
+
+    Args:
+        plan: what to train; its batch size is that of each process.
+        devices: all CUDA (NCCL), or all CPU (Gloo).
+
+    Raises:
+        TrainingError: when a process says why it cannot go on, or they have died too often.
+    """
+    logger.info("training in %d processes on %s", len(devices), [str(device) for device in devices])
+    with tempfile.TemporaryDirectory(prefix="unetr-train-") as folder:
+        for restart in range(RESTARTS + 1):
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=len(devices),
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,  # it cannot tell a process that died from one that says why it ends; we can
+                monitor_interval=0.5,
+                start_method="spawn",
+            )
+            try:
+                with _own_signals():
+                    elastic_launch(config, _work)(plan, [str(device) for device in devices], folder)
+                # Written by our own rank 0 a moment ago, in a folder that only this user can read.
+                result: TrainingResult = torch.load(Path(folder) / "result.pt", weights_only=False)
+                return result
+            except ChildFailedError as error:
+                reason = _reason_of(error)
+                _raise_what_was_said(folder, len(devices))
+            logger.warning("a process has died (%s); restart %d of %d", reason, restart + 1, RESTARTS)
+            plan = replace(plan, resume=True)
+    raise TrainingError(f"training in {len(devices)} processes failed: {reason}")
+
+
+def _work(plan: TrainingPlan, devices: list[str], folder: str) -> None:
+    """One of the processes; what it says on purpose is written down, so that it is not taken for a crash."""
+    with joined_processes(torch.device(devices[0])) as joined:
+        rank = dist.get_rank()
+        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {rank}] %(message)s", force=True)
+        try:
+            chosen = torch.device(devices[rank]) if joined.device.type == "cuda" else joined.device
+            result = run_training(replace(plan, device=chosen))
+        except (UnetrError, torch.OutOfMemoryError) as error:
+            said = {"kind": type(error).__name__, "text": str(error)}
+            (Path(folder) / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+            raise
+        if rank == 0:
+            torch.save(result, Path(folder) / "result.pt")
+
+
+def _within_memory(plan: TrainingPlan, train: Callable[[TrainingPlan], TrainingResult]) -> TrainingResult:
+    """Train; where memory does not suffice however little is done at once, go on from the state with less.
+
+    Several processes shrink together: with activation checkpointing. A GPU gives way to the CPU.
+
+    Raises:
+        TrainingError: when memory does not suffice then either.
+    """
+    try:
+        return train(plan)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    release_memory(plan.device)
+    recipe = plan.preset.training
+    if train is not run_training and not recipe.activation_checkpointing:
+        logger.warning("out of memory (%s): going on with activation_checkpointing", reason)
+        thrifty = recipe.model_copy(update={"activation_checkpointing": True})
+        return _within_memory(
+            replace(plan, preset=plan.preset.model_copy(update={"training": thrifty}), resume=True), train
+        )
+    if plan.device.type == "cuda":
+        logger.warning("out of memory (%s): going on on the CPU", reason)
+        return _within_memory(replace(plan, device=torch.device("cpu"), resume=True), run_training)
+    raise TrainingError(
+        f"out of memory on {plan.device} ({reason}); lower train_batch_size ({recipe.batch_size}) or "
+        f"crops_per_case ({recipe.crops_per_case})"
+    )
+
+
+def _raise_what_was_said(folder: str, count: int) -> None:
+    """Raise what one of the processes said on purpose, if one did."""
+    for path in sorted(Path(folder).glob("said-*.json")):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+        if said["kind"] == "OutOfMemoryError":
+            raise torch.OutOfMemoryError(said["text"])
+        raise TrainingError(f"training in {count} processes failed: {said['text']}")
+
+
+def _reason_of(error: ChildFailedError) -> str:
+    failures = [f"rank {rank} ended with exit code {failure.exitcode}" for rank, failure in error.failures.items()]
+    return "; ".join(failures) or str(error).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """The launcher handles signals its own way, and leaves that behind."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _gpu_indices(gpus: str) -> list[int]:
+    count = torch.cuda.device_count()
+    if gpus == "all":
+        return list(range(count))
+    wanted = [part.strip() for part in gpus.split(",") if part.strip()]
+    if not wanted or any(not part.isdigit() or int(part) >= count for part in wanted):
+        raise ParameterError("gpus", gpus, f"all, or indices from 0 to {count - 1}, separated by commas")
+    return [int(part) for part in wanted]

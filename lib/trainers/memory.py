@@ -1,0 +1,89 @@
+"""What a training step keeps in memory: counted from shapes, measured on the device, and bounded by doing it in parts.
+
+A part is one or more crops whose activations are dropped after the forward pass and computed again in the backward
+pass (Chen et al. 2016, arXiv 1604.06174), so that only one part's activations exist at a time. Unlike the usual
+accumulation of gradients the loss still sees all crops at once: the Dice of a batch is no mean of its parts' Dices.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.configs.preset import Preset
+from lib.infers.costs import WindowCost
+from lib.infers.memory import PeakMemory, release_memory
+from lib.networks.precision import autocast, place_for_training
+from lib.networks.unetr import build_unetr
+from lib.trainers.optimization import build_loss
+
+FLOAT_BYTES = 4
+
+
+@lru_cache(maxsize=16)
+def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
+    """Bytes of fp32 activations that one crop keeps for the backward pass, and bytes of the weights.
+
+    The network runs on PyTorch's ``meta`` device: shapes only, no memory and no time.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_unetr(preset, checkpointing).train()
+        crop = torch.zeros(1, 1, *preset.roi_size)
+    own = {id(parameter) for parameter in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
+            # a view of a tensor that is kept already takes nothing more
+            kept[id(tensor if tensor._base is None else tensor._base)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(crop)
+    weights = sum(parameter.numel() * FLOAT_BYTES for parameter in network.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values()), weights
+
+
+def measure_step(
+    preset: Preset, crops: int, checkpointing: bool, device: torch.device, dtype: torch.dtype
+) -> WindowCost:
+    """Bytes beside the weights, and seconds, of the forward and backward pass of a network with random weights.
+
+    Only the first pass tells what it takes from outside: later ones find memory that the process has kept.
+
+    Raises:
+        RuntimeError, MemoryError: when it does not fit.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        network, loss_of = build_unetr(preset, checkpointing).train(), build_loss(preset.training)
+        place_for_training(network, device)
+        image = torch.randn(crops, 1, *preset.roi_size, device=device)
+        label = torch.zeros(crops, 1, *preset.roi_size, device=device)
+        release_memory(device)
+        start = time.perf_counter()
+        with PeakMemory(device) as peak:
+            with autocast(device, dtype):
+                logits = network(image.contiguous(memory_format=torch.channels_last_3d))
+            loss_of(logits.float(), label).backward()
+        seconds = time.perf_counter() - start
+    del network, image, label, logits
+    release_memory(device)
+    return WindowCost(peak.bytes, round(seconds, 4))
+
+
+def forward_in_parts(network: nn.Module, image: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Logits of all crops; in parts of ``at_once`` whose activations are recomputed, where that is fewer than all.
+
+    Args:
+        network: in training mode.
+        image: shape (crops, channels, X, Y, Z).
+        at_once: crops of a part.
+    """
+    if at_once >= len(image):
+        whole: torch.Tensor = network(image)
+        return whole
+    return torch.cat([checkpoint(network, part, use_reentrant=False) for part in image.split(at_once)])

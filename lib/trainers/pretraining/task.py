@@ -1,0 +1,79 @@
+"""Pretraining as a task of the server, in the background before the first label arrives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+
+from lib.configs.preset import Preset
+from lib.errors import ParameterError
+from lib.networks.precision import resolve_device
+from lib.trainers.cases import case_id
+from lib.trainers.pretraining.loop import ENCODER_FILE, PretrainingPlan, pretrain, usable_images, write_encoder
+from lib.trainers.resume import remove_state
+from lib.trainers.split import known_split
+
+logger = logging.getLogger("unetr.pretrain")
+
+STEPS = 2000
+RUN_FOLDER = "pretraining"
+
+
+class UnetrPretraining(ScoringMethod):
+    """Learns a preset's encoder from all images of the studies, labelled or not.
+
+    To MONAI Label it is a scoring method, since those are what runs over all images in a process of low priority that
+    stands aside for whoever infers. Trainings that start from nothing start from its encoder then.
+
+    Args:
+        preset: the task.
+        folder: ``model/<preset>``, where the encoder is written.
+        device: where it computes; the best there is if empty.
+    """
+
+    def __init__(self, preset: Preset, folder: Path, device: str = "") -> None:
+        super().__init__(f"Learn the encoder of {preset.name} from all images, labelled or not")
+        self._preset, self._folder, self._device = preset, folder, device
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Pretrain, or go on where a run of the same images was interrupted.
+
+        Images of held-out subjects are not looked at, so that what is judged on them stays honest.
+
+        Args:
+            request: ``steps``, of 8 windows each.
+            datastore: the studies.
+
+        Returns:
+            How many images and steps there were, and the loss.
+
+        Raises:
+            ParameterError: for steps that are none.
+            TrainingError: when there is no image that the preset can look at.
+        """
+        steps = request.get("steps", STEPS)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ParameterError("steps", steps, "a whole number from 1")
+        split = known_split(self._folder)
+        held_out = {*split.validation, *split.test}
+        paths = [Path(datastore.get_image_uri(image)) for image in sorted(datastore.list_images())]
+        seen = [path for path in paths if case_id(path) not in held_out]
+        plan = PretrainingPlan(
+            preset=self._preset,
+            images=usable_images(seen, self._preset),
+            run_dir=self._folder / RUN_FOLDER,
+            device=resolve_device(self._device),
+            steps=steps,
+            resume=True,
+        )
+        result = pretrain(plan)
+        write_encoder(self._folder / ENCODER_FILE, plan, result)
+        remove_state(plan.run_dir)
+        said = {"images": len(plan.images), "steps": steps, "loss": round(result.losses[-1], 4)}
+        logger.info("%s: %s", self._preset.name, said)
+        return said

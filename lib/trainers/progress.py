@@ -1,0 +1,142 @@
+"""What a training run says while it runs: log lines, a JSON file, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from lib.trainers.tracking import Tracking
+
+logger = logging.getLogger("unetr.train")
+
+PROGRESS_FILE = "progress.json"
+CURVE_FILE = "curve.csv"
+SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_FILES = 1.0
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is. Dice values are those of the last validation; memory in MiB. NaN is written as null.
+
+    ``plan`` says how steps are computed, and what was given up when memory ran out.
+    """
+
+    epoch: int
+    max_epochs: int
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    eta_seconds: float
+    dice: Mapping[str, float] = field(default_factory=dict)
+    best_mean_dice: float | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
+    plan: str = ""
+
+    def describe(self) -> str:
+        """One line for people."""
+        dice = " ".join(f"{name} {value:.3f}" for name, value in self.dice.items())
+        return (
+            f"epoch {self.epoch}/{self.max_epochs} step {self.step}/{self.total_steps} loss {self.loss:.4f}"
+            f" {'dice ' + dice + ' ' if dice else ''}eta {format_seconds(self.eta_seconds)}"
+        )
+
+
+class ProgressReporter:
+    """Writes progress where people look: the log (which MONAI Label shows), a JSON file, TensorBoard and MLflow."""
+
+    def __init__(self, run_dir: Path, tracking: Tracking | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file, self._curve = run_dir / PROGRESS_FILE, run_dir / CURVE_FILE
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._tracking = tracking or Tracking("", "", {})
+        self._last_line = self._last_file = 0.0
+
+    def step(self, progress: Progress) -> None:
+        """Report a training step; the log is spared between lines, TensorBoard gets every one."""
+        self._board.add_scalar("train/loss", progress.loss, progress.step)
+        self._board.add_scalar("train/learning_rate", progress.learning_rate, progress.step)
+        now, last = time.monotonic(), progress.step == progress.total_steps
+        if last or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._say(progress)
+        elif now - self._last_file >= SECONDS_BETWEEN_FILES:
+            self._write(progress)
+
+    def validation(self, progress: Progress) -> None:
+        """Report a validation."""
+        for name, value in progress.dice.items():
+            self._board.add_scalar(f"validation/dice_{name}", value, progress.step)
+        self._tracking.log({f"dice_{name}": value for name, value in progress.dice.items()}, progress.step)
+        self._say(progress)
+
+    def close(self) -> None:
+        """Flush TensorBoard, and end the run in MLflow."""
+        self._board.close()
+        self._tracking.close()
+
+    def _say(self, progress: Progress) -> None:
+        self._last_line = time.monotonic()
+        logger.info("%s", progress.describe())
+        self._tracking.log({"loss": progress.loss, "learning_rate": progress.learning_rate}, progress.step)
+        self._write(progress)
+
+    def _write(self, progress: Progress) -> None:
+        self._last_file = time.monotonic()
+        write_json(self._file, asdict(progress))
+        with self._curve.open("a", encoding="utf-8") as file:
+            file.write(f"{progress.step},{progress.loss:.6g}\n")
+
+
+def read_curve(run_dir: Path) -> list[tuple[int, float]]:
+    """Step and loss, about one a second of the run; what was done twice, after a resume, counts as it was last."""
+    path = run_dir / CURVE_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    pairs = [line.split(",") for line in lines if line.count(",") == 1]
+    return sorted({int(step): float(loss) for step, loss in pairs if step.isdigit()}.items())
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Memory of this process in MiB: resident, and on its GPU the most that its tensors have taken."""
+    used = {"resident_mib": psutil.Process().memory_info().rss / MIB}
+    if device.type == "cuda":
+        used["gpu_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+    return {name: round(value, 1) for name, value in used.items()}
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write plain data so that no reader sees half of it; numbers that are not finite become null."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(without_nan(data), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def without_nan(data: object) -> object:
+    """Return plain data with numbers that are not finite as None: JSON has no NaN."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    if isinstance(data, Mapping):
+        return {str(key): without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [without_nan(value) for value in data]
+    return data
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as 1h02m, 3m05s or 12s."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

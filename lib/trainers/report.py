@@ -1,0 +1,193 @@
+"""A run's report: one HTML file that needs nothing else, and the same as JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lib.infers.segmenter import Segmenter
+from lib.trainers.cases import Case, read_case
+from lib.trainers.evaluate import CaseScore, Evaluation
+from lib.trainers.loop import TrainingResult
+from lib.trainers.metrics import mean_known
+from lib.trainers.picture import draw_slice
+from lib.trainers.progress import format_seconds, without_nan
+
+WORST = 3
+POINTS = 400
+WIDTH, HEIGHT, BORDER = 640, 220, 40
+COLORS = ("#c4572b", "#2b6cc4", "#3a8f3a", "#8b3ac4", "#c4a32b", "#2bb5c4", "#777777")
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:.5rem 0}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.5rem}svg{background:#fafafa}"
+)
+
+
+def report_data(
+    details: Mapping[str, Any],
+    scores: Evaluation,
+    before: Evaluation | None,
+    tested: Evaluation | None,
+    result: TrainingResult,
+) -> dict[str, Any]:
+    """The report as plain data: what the version says, and every score and curve.
+
+    Args:
+        details: as in ``version.json``, with ``status``, ``reason``, ``comparison`` and what was trained on.
+        scores: the new weights on the validation cases.
+        before: the served weights on the same; None where there were none.
+        tested: the new weights on the test cases; None where there are none.
+        result: how the training went.
+    """  # fmt: skip
+    curves = {
+        "loss": thin([(step, loss) for step, loss in enumerate(result.losses, start=1)]),
+        "dice": {name: [(v.step, v.dice[name]) for v in result.validations] for name in result.dice},
+    }
+    evaluations = {"new": scores, "served": before, "test": tested}
+    cases = {name: [_row(case) for case in evaluation.cases] for name, evaluation in evaluations.items() if evaluation}
+    run = {"seconds": round(result.seconds, 1), "steps": len(result.losses), "best_epoch": result.best_epoch}
+    return dict(details) | {"training": run, "curves": curves, "cases": cases}
+
+
+def worst_cases(segmenter: Segmenter, cases: Sequence[Case], scores: Evaluation) -> list[tuple[str, float, str]]:
+    """Id, mean Dice and picture of the cases that the new weights do worst on."""
+    by_id = {case.case_id: case for case in cases}
+    known = [(mean_known(s.dice.values()), s.case_id) for s in scores.cases]
+    drawn = []
+    for dice, name in sorted(pair for pair in known if not math.isnan(pair[0]))[:WORST]:
+        volume, reference = read_case(by_id[name], segmenter.preset)
+        predicted = segmenter.segment(volume, name=name).labels
+        colors = {label.index: label.color for label in segmenter.preset.labels}
+        drawn.append((name, dice, draw_slice(volume.voxels, reference, predicted, colors)))
+    return drawn
+
+
+def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, str]]) -> str:
+    """The report as one HTML page without scripts or links."""
+    title = f"{data['model']} {data['version']}: {data['status']}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1><p><b>{html.escape(str(data['reason']))}</b></p>",
+        f"<p>{html.escape(_in_short(data))}</p>",
+        "<h2>Learning curves</h2>",
+        draw_curves("loss", {"loss": data["curves"]["loss"]}),
+        draw_curves("Dice on the validation cases", data["curves"]["dice"]) if data["curves"]["dice"] else "",
+        "<h2>Served and new weights on the same cases</h2>",
+        _comparison(data),
+        "<h2>Worst cases</h2>" if pictures else "",
+        *(_figure(name, dice, picture) for name, dice, picture in pictures),
+        *_case_tables(data),
+        "<h2>Data</h2>",
+        _data(data),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """The report as JSON; numbers that are not known are null."""
+    return json.dumps(without_nan(data), indent=1) + "\n"
+
+
+def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Curves of (step, value) as an inline SVG with a frame, its limits and a legend."""
+    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    if not points:
+        return ""
+    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    wide, high = max(x1 - x0, 1), max(y1 - y0, 1e-6)
+
+    def place(x: float, y: float) -> str:
+        across = BORDER + (x - x0) / wide * (WIDTH - 2 * BORDER)
+        return f"{across:.1f},{HEIGHT - BORDER - (y - y0) / high * (HEIGHT - 2 * BORDER):.1f}"
+
+    drawn = [
+        f'<text x="{BORDER}" y="20">{html.escape(name)}</text>',
+        f'<rect x="{BORDER}" y="{BORDER}" width="{WIDTH - 2 * BORDER}" height="{HEIGHT - 2 * BORDER}" fill="none" '
+        'stroke="#bbb"/>',
+        f'<text x="2" y="{BORDER + 4}">{y1:.3f}</text><text x="2" y="{HEIGHT - BORDER}">{y0:.3f}</text>',
+        f'<text x="{BORDER}" y="{HEIGHT - 22}">{x0:g}</text>',
+        f'<text x="{WIDTH - BORDER}" y="{HEIGHT - 22}" text-anchor="end">step {x1:g}</text>',
+    ]
+    for number, (label, curve) in enumerate(curves.items()):
+        color = COLORS[number % len(COLORS)]
+        line = " ".join(place(x, y) for x, y in curve if math.isfinite(y))
+        drawn.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        if len(curves) > 1:
+            x = BORDER + 110 * number
+            drawn.append(f'<text x="{x}" y="{HEIGHT - 6}" fill="{color}">{html.escape(label)}</text>')
+    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>{"".join(drawn)}</svg>'
+
+
+def thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A long curve as the means of at most 400 stretches."""
+    size = math.ceil(len(curve) / POINTS)
+    stretches = [curve[start : start + size] for start in range(0, len(curve), max(1, size))]
+    return [(stretch[-1][0], mean_known(value for _, value in stretch)) for stretch in stretches]
+
+
+def _row(case: CaseScore) -> dict[str, Any]:
+    return {"case": case.case_id, "dice": case.dice, "nsd": case.nsd, "hd95_mm": case.hd95_mm}
+
+
+def _in_short(data: Mapping[str, Any]) -> str:
+    run, split = data["training"], data["split"]
+    plan = f"; {data['memory_plan']['text']}" if data.get("memory_plan") else ""
+    return (
+        f"{run['steps']} steps in {format_seconds(run['seconds'])}, best epoch {run['best_epoch']}; trained on "
+        f"{len(split['train'])} cases, judged on {len(split['validation'])}, tested on {len(split['test'])}; "
+        f"started from {data['started_from'] or 'nothing'}; served before: {data['parent'] or 'nothing'}{plan}"
+    )
+
+
+def _comparison(data: Mapping[str, Any]) -> str:
+    found = data.get("comparison")
+    if not found:
+        return "<p>There was nothing to compare with, or nothing to compare on.</p>"
+    rows = [("mean Dice", found["mean_dice"])]
+    rows += [(f"Dice, {label}", row) for label, row in found["dice"].items()]
+    rows += [(f"surface distance (normalised), {label}", row) for label, row in found["nsd"].items()]
+    cells = [[name, *(row[side] for side in ("champion", "challenger", "difference"))] for name, row in rows]
+    return _table(("", "served", "new", "difference"), cells)
+
+
+def _case_tables(data: Mapping[str, Any]) -> Iterable[str]:
+    names = {"new": "New weights on the validation cases", "served": "Served weights on the validation cases",
+             "test": "New weights on the test cases"}  # fmt: skip
+    for key, rows in data["cases"].items():
+        labels = list(rows[0]["dice"]) if rows else []
+        head = ("case", *(f"{kind} {label}" for label in labels for kind in ("Dice", "surface", "HD95 mm")))
+        cells = [
+            [row["case"], *(row[k][label] for label in labels for k in ("dice", "nsd", "hd95_mm"))] for row in rows
+        ]
+        yield f"<h2>{names[key]}</h2>" + _table(head, cells)
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    trained = [[row["image"], row["times"], row["label_sha256"][:12]] for row in data["trained_on"]]
+    left_out = [[name, reason] for name, reason in (data.get("left_out") or {}).items()]
+    said = _table(("trained on", "times an epoch", "label's SHA-256"), trained)
+    return said + (f"<h3>Left out</h3>{_table(('case', 'why'), left_out)}" if left_out else "")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if math.isfinite(value) else "-"
+    return html.escape(str(value))
+
+
+def _figure(name: str, dice: float, picture: str) -> str:
+    caption = f"{html.escape(name)}: mean Dice {dice:.3f}; in colour the new weights, dashed the label"
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"

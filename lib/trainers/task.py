@@ -1,0 +1,424 @@
+"""MONAI Label's training task for a preset."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.utils.others.generic import device_list
+from pydantic import ValidationError
+
+from lib.configs.preset import Preset
+from lib.configs.retraining import Retraining
+from lib.datastore.records import LabelVersion
+from lib.errors import CheckpointError, InputError, ParameterError, TrainingError
+from lib.infers.costs import CostBook
+from lib.infers.plan import Planner
+from lib.infers.quality import CALIBRATION_FILE
+from lib.infers.segmenter import Segmenter
+from lib.infers.weights import WeightsLocator, preset_for
+from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lib.networks.layouts import StateDict
+from lib.networks.precision import resolve_device
+from lib.networks.unetr import build_unetr, load_encoder
+from lib.trainers.cases import Case, case_id, read_case
+from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
+from lib.trainers.evaluate import Evaluation, evaluate
+from lib.trainers.gate import Rules, Verdict, judge
+from lib.trainers.launch import launch
+from lib.trainers.loop import TrainingPlan, TrainingResult
+from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
+from lib.trainers.pretraining.loop import ENCODER_FILE
+from lib.trainers.progress import format_seconds, write_json
+from lib.trainers.provenance import code_version, label_digests, trained_on
+from lib.trainers.report import as_json, render_html, report_data, worst_cases
+from lib.trainers.request import TrainRequest
+from lib.trainers.resume import remove_state
+from lib.trainers.runs import prune_runs, read_json
+from lib.trainers.split import RUNS_FOLDER, SPLIT_FILE, Split, extend_split, known_split, read_split, write_split
+from lib.trainers.studies import corrected_ids, subject_rule
+from lib.trainers.versions import Files, Version, VersionStore
+
+logger = logging.getLogger("unetr.train")
+
+STATS_FILE = "stats.json"
+
+
+@dataclass(frozen=True)
+class _Champion:
+    """The weights that are served.
+
+    Attributes:
+        version: its name.
+        checkpoint: the weights.
+        familiar: validation cases that it was judged on.
+        promised: mean Dice that it was measured at; NaN where that is not known.
+    """
+
+    version: str
+    checkpoint: Checkpoint
+    familiar: frozenset[str]
+    promised: float
+
+
+class UnetrTrainTask(TrainTask):
+    """Trains a preset on the datastore's final labels and publishes the weights if they are better.
+
+    Args:
+        preset: the task.
+        locator: where its weights are, and where they are published.
+        device: default device; the best there is if empty.
+        settings: the gate's rules, and what is kept.
+        memory_budget: bytes of the host's memory that a training may use; what is free if not given.
+        costs: file of measured costs.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        locator: WeightsLocator,
+        device: str = "",
+        settings: Retraining | None = None,
+        memory_budget: int | None = None,
+        costs: Path | None = None,
+    ) -> None:
+        super().__init__(f"Train {preset.description or preset.name}")
+        self.preset = preset
+        self.versions = VersionStore(locator.folder)
+        self._locator = locator
+        self._settings = settings or Retraining()
+        self.runs = locator.folder / RUNS_FOLDER
+        self._device = device
+        self._memory_budget, self._costs = memory_budget, costs
+        self._planner = Planner(memory_budget, CostBook(costs))
+
+    def config(self) -> dict[str, Any]:
+        """The fields that clients offer for editing, with their defaults."""
+        recipe = self.preset.training
+        return {
+            "name": "train_01",
+            "pretrained": True,
+            "device": device_list(),
+            "max_epochs": recipe.max_epochs,
+            "early_stop_patience": recipe.early_stop_patience or -1,
+            "val_split": 0.2,
+            "train_batch_size": recipe.batch_size,
+            "val_batch_size": 1,
+            "multi_gpu": True,
+            "gpus": "all",
+            "dataset": list(DATASET_KINDS),
+            "dataloader": list(LOADER_KINDS),
+            "learning_rate": recipe.learning_rate,
+            "crops_per_case": recipe.crops_per_case,
+            "activation_checkpointing": recipe.activation_checkpointing,
+            "precision": [recipe.precision, *(p for p in ("auto", "fp32", "bf16", "fp16") if p != recipe.precision)],
+            "seed": recipe.seed,
+        }
+
+    def info(self) -> dict[str, Any]:
+        """Description, fields and labels."""
+        info: dict[str, Any] = super().info()
+        return info | {"labels": self.preset.label_indices}
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the last run that ended, in the form that MONAI Label's clients read."""
+        path = self.runs / STATS_FILE
+        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return stats
+
+    def validate_request(self, request: Mapping[str, Any]) -> TrainRequest:
+        """Cast and check a request without running it.
+
+        Raises:
+            ParameterError: naming the field, its value and what would be valid.
+        """
+        try:
+            asked = TrainRequest.model_validate(self.config() | {k: v for k, v in request.items() if v is not None})
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in problem["loc"])
+            raise ParameterError(name, problem["input"], problem["msg"]) from error
+        resolve_device(asked.device or self._device)
+        return asked
+
+    def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train, compare with the served weights, and publish if better.
+
+        A run that was interrupted (``resume``) goes on with the cases and the state that it had.
+
+        Returns:
+            The run's figures.
+
+        Raises:
+            ParameterError: when a field is not valid.
+            TrainingError: when there is nothing to train on, or the run cannot go on.
+        """
+        asked = self.validate_request(request)
+        started, run_dir = time.time(), self.runs / asked.run_id
+        if asked.resume and (made := self._version_of(asked.run_id)):
+            logger.info("the run had ended with %s already", made.name)
+            write_json(self.runs / STATS_FILE, dict(made.details) | {"decision": made.details["reason"]})
+            return self.stats()
+        material = self._gather(datastore, asked, run_dir)
+        champion = self._read_champion() if asked.pretrained else None
+        # Weights go on in the network that they were trained in, also where the preset has another one by now.
+        preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
+        plan = TrainingPlan(
+            preset=preset.model_copy(update={"training": asked.recipe(self.preset)}),
+            train_cases=material.train,
+            validation_cases=material.validation,
+            run_dir=run_dir,
+            device=resolve_device(asked.device or self._device),
+            start=champion.checkpoint.model if champion is not None else None,
+            encoder=self._read_encoder() if champion is None else None,
+            dataset=asked.dataset,
+            dataloader=asked.dataloader,
+            cache_dir=self.runs / "cache",
+            max_steps=asked.max_steps,
+            resume=asked.resume,
+            pause_file=asked.pause_file,
+            tracking=self._settings.mlflow,
+            memory_budget=self._memory_budget,
+            costs=self._costs,
+        )
+        result = launch(plan, asked.multi_gpu, asked.gpus)
+        origin = {"run": asked.run_id, "started_from": champion.version if champion else "", "why": asked.why}
+        return self._conclude(plan, result, material, origin, started)
+
+    def _conclude(
+        self, plan: TrainingPlan, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
+    ) -> dict[str, Any]:
+        """Compare on the same validation cases, publish if better, and keep the figures and the report."""
+        checkpoint = Checkpoint(result.weights, plan.preset)
+        new = Segmenter.from_checkpoint(checkpoint, plan.preset, plan.device, planner=self._planner)
+        scores = evaluate(new, plan.validation_cases)
+        champion, before, verdict = self._pass_gate(scores, plan)
+        logger.info("%s", verdict.reason)
+        tested = evaluate(new, material.test) if material.test else None
+        details = origin | {
+            "parent": champion.version if champion else "",
+            "status": "published" if verdict.publish else "rejected",
+            "reason": verdict.reason,
+            "compared": verdict.compared,
+            "comparison": verdict.comparison or None,
+            "held_out": scores.summary(),
+            "held_out_before": before.summary() if before else None,
+            "tested": tested.summary() if tested else None,
+            "recipe": plan.preset.training.model_dump(mode="json"),
+            "memory_plan": result.step_plan.as_json() if result.step_plan else None,
+            "split": {side: ids_of(getattr(material, side)) for side in ("train", "validation", "test")},
+            "replayed": list(material.replayed),
+            "left_out": dict(material.left_out or {}),
+            "trained_on": trained_on(material.train),
+            "label_digests": dict(material.labels),
+            "code": code_version(),
+        }
+        report = report_data(details | {"model": self.preset.name}, scores, before, tested, result)
+        pictures = worst_cases(new, plan.validation_cases, scores)
+        files: Files = {
+            "report.html": lambda name: render_html(report | {"version": name}, pictures),
+            "report.json": lambda name: as_json(report | {"version": name}),
+        }
+        keep = self.versions.publish if verdict.publish else self.versions.reject
+        if calibration := scores.calibration():
+            text = calibration.to_json()
+            files = {**files, CALIBRATION_FILE: lambda _: text}
+        version = keep(result.weights, plan.preset, details, files)
+        for name in ("report.html", "report.json"):
+            shutil.copyfile(version.folder / name, plan.run_dir / name)
+        return self._tidy(plan, details | {"version": version.name}, _stock_stats(plan, result, scores, started))
+
+    def _tidy(self, plan: TrainingPlan, figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+        """Keep the figures for clients, and remove what is no longer needed."""
+        write_json(self.runs / STATS_FILE, {"decision": figures["reason"]} | figures | stock)
+        remove_state(plan.run_dir)
+        self.versions.prune(self._settings.keep_versions)
+        prune_runs(self.runs, self._settings.keep_runs)
+        return self.stats()
+
+    def _version_of(self, run: str) -> Version | None:
+        return next((version for version in self.versions.list() if version.details.get("run") == run), None)
+
+    def served_version(self) -> str:
+        """Name of the version that is served now; empty for none."""
+        file = self._locator.find()
+        return "" if file is None else file.version
+
+    def _pass_gate(self, scores: Evaluation, plan: TrainingPlan) -> tuple[_Champion | None, Evaluation | None, Verdict]:
+        """Judge new weights against those that are served now; somebody may have published while they trained."""
+        rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
+        while True:
+            champion = self._read_champion()
+            before = self._score(champion.checkpoint, plan) if champion and plan.validation_cases else None
+            verdict = (
+                judge(scores, before, rules, champion.familiar, champion.promised)
+                if champion
+                else judge(scores, None, rules)
+            )
+            still = self._read_champion()
+            if (still and still.version) == (champion and champion.version):
+                return champion, before, verdict
+
+    def _score(self, checkpoint: Checkpoint, plan: TrainingPlan) -> Evaluation:
+        preset = preset_for(checkpoint, self.preset)
+        segmenter = Segmenter.from_checkpoint(checkpoint, preset, plan.device, planner=self._planner)
+        return evaluate(segmenter, plan.validation_cases)
+
+    def _read_champion(self) -> _Champion | None:
+        """The weights that are served now; None where there are none, or none that this preset can be compared with."""
+        try:
+            file = self._locator.find()
+            if file is None:
+                return None
+            checkpoint = read_checkpoint(file.path)
+            load_weights(build_unetr(preset_for(checkpoint, self.preset)), checkpoint.model)
+        except CheckpointError as error:
+            logger.warning("the served weights cannot be compared with: %s", error)
+            return None
+        details = read_json(file.side_car)
+        familiar = (details.get("split") or {}).get("validation", ()) if file.origin == "published" else ()
+        if file.origin == "shipped" and (self._locator.folder / SPLIT_FILE).is_file():
+            familiar = read_split(self._locator.folder / SPLIT_FILE).validation
+        promised = (details.get("held_out") or {}).get("mean_dice")
+        return _Champion(
+            file.version, checkpoint, frozenset(familiar), math.nan if promised is None else float(promised)
+        )
+
+    def _read_encoder(self) -> StateDict | None:
+        """The pretrained encoder; None where there is none that fits."""
+        path = self._locator.folder / ENCODER_FILE
+        if not path.is_file():
+            return None
+        try:
+            encoder = read_checkpoint(path).model
+            load_encoder(build_unetr(self.preset), encoder)
+        except CheckpointError as error:
+            logger.warning("the training does not start from %s: %s", ENCODER_FILE, error)
+            return None
+        logger.info("the training starts from %s", ENCODER_FILE)
+        return encoder
+
+    def _gather(self, datastore: Datastore, asked: TrainRequest, run_dir: Path) -> Material:
+        """What to train on and to judge on; a run that goes on has what it had."""
+        labelled = self.labelled_cases(datastore)
+        usable, left_out = self._usable(labelled)
+        for name, reason in left_out.items():
+            logger.warning("left out %s: %s", name, reason)
+        if not usable:
+            why = f"; {len(left_out)} labels cannot be used: {next(iter(left_out.values()))}" if left_out else ""
+            raise TrainingError(f"there is no usable labelled case for {self.preset.name!r}{why}")
+        split = self._extend_split(datastore, usable, asked.val_split)
+        material = divide(usable, split)
+        if not material.train:
+            raise TrainingError(
+                f"all {len(usable)} labelled cases of {self.preset.name!r} are held out ({SPLIT_FILE}); "
+                "label another one to train on"
+            )
+        logger.info("%d training, %d validation, %d test cases", *map(len, (material.train, material.validation,
+                                                                             material.test)))  # fmt: skip
+        replay = self._replay(split)
+        corrected = corrected_ids(datastore, ids_of(material.train))
+        train = weigh(material.train, corrected, replay, self._settings.oversample)
+        replayed = tuple(sorted(set(ids_of(train)) - set(ids_of(material.train))))
+        material = replace(material, train=train, replayed=replayed, left_out=left_out, labels=label_digests(labelled))
+        kept = kept_cases(run_dir) if asked.resume else None
+        if kept is not None:
+            return material.narrowed(kept)
+        keep_cases(run_dir, material)
+        return material
+
+    def _replay(self, split: Split) -> list[Case]:
+        if self._settings.replay is None:
+            return []
+        shipped = self._locator.folder / SPLIT_FILE
+        held_out = {*split.validation, *split.test}
+        return read_replay(self._settings.replay, read_split(shipped) if shipped.is_file() else None, held_out)
+
+    def _extend_split(self, datastore: Datastore, cases: Sequence[Case], validation_share: float) -> Split:
+        """Assign new cases, starting from the split that the shipped weights were trained with."""
+        known = known_split(self._locator.folder)
+        subject_of = subject_rule(datastore, cases, self._settings.subject_separator)
+        split = extend_split(known, ids_of(cases), validation_share, subject_of, self._settings.test_share)
+        write_split(
+            self.runs / SPLIT_FILE,
+            split,
+            f"hash of the subject, {validation_share:g} of new subjects held out; append-only",
+        )
+        return split
+
+    def labelled_cases(self, datastore: Datastore) -> list[Case]:
+        """The datastore's final labels, without those that were saved for another preset.
+
+        The version's own file is read and not its copy: a label that is submitted meanwhile does not change the run.
+        """
+        history = getattr(datastore, "history", None)
+        versions = {version.image_id: version for version in history.all_latest()} if history else {}
+        cases = []
+        for item in datastore.datalist():
+            image, name = Path(item["image"]), case_id(Path(item["image"]))
+            version = versions.get(name)
+            if version is None:
+                cases.append(Case(name, image, Path(item["label"])))
+            elif version.preset in ("", self.preset.name):
+                cases.append(case_of_version(version, image, self.preset))
+        return cases
+
+    def _usable(self, cases: Sequence[Case]) -> tuple[list[Case], dict[str, str]]:
+        """Read every case once: one bad label among a thousand must not end a run at night."""
+        usable, left_out = [], {}
+        for case in cases:
+            if len(case.missing) == len(self.preset.labels):
+                left_out[case.case_id] = f"label of {case.case_id!r} speaks of none of the labels"
+                continue
+            try:
+                read_case(case, self.preset)
+            except InputError as error:
+                left_out[case.case_id] = str(error)
+            else:
+                usable.append(case)
+        return usable, left_out
+
+
+def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
+    """A version as a case: its values by name, and what it does not speak of.
+
+    Names that the preset does not have are left out of training. A version without names has the preset's own numbers.
+    """
+    if not version.label_map and not version.missing_labels:
+        return Case(version.image_id, image, version.file)
+    found = {name: label.index for name in version.label_map if (label := preset.find_label(name)) is not None}
+    values = {value: found[name] for name, value in version.label_map.items() if name in found}
+    not_said = {label.index for name in version.missing_labels if (label := preset.find_label(name)) is not None}
+    missing = tuple(sorted(set(preset.label_indices.values()) - set(found.values()) | not_said))
+    return Case(version.image_id, image, version.file, values, missing)
+
+
+def _stock_stats(plan: TrainingPlan, result: TrainingResult, scores: Evaluation, started: float) -> dict[str, Any]:
+    """The figures under the names that MONAI Label's clients show."""
+    best = None if not plan.validation_cases else scores.mean_dice
+    metrics = {"loss": result.losses[-1], "first_loss": result.losses[0]}
+    return {
+        "epoch": plan.preset.training.max_epochs,
+        "max_epochs": plan.preset.training.max_epochs,
+        "start_ts": int(started),
+        "end": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "total_time": format_seconds(time.time() - started),
+        "best_metric": best,
+        "best_epoch": result.best_epoch,
+        "steps": len(result.losses),
+        "device": str(plan.device),
+        "gpu": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None,
+        "train": {"metrics": metrics},
+        "eval": {"metrics": {"mean_dice": best, **scores.dice}, "key_metric_name": "mean_dice", "best_metric": best},
+    }

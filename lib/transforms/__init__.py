@@ -1,0 +1,1 @@
+"""From a file to what the network sees, and back."""

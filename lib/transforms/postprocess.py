@@ -1,0 +1,168 @@
+"""From the network's label volume back to the image's own grid, and what is said about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+
+from lib.configs.preset import Preset
+from lib.transforms.resample import interpolate_axis
+from lib.transforms.volume import Affine, FloatArray
+
+LabelArray = npt.NDArray[np.uint8]
+
+EDGE_TOLERANCE_VOXELS = 1e-3
+
+
+def restore_to_grid(
+    labels: LabelArray, affine_labels: Affine, shape: tuple[int, ...], affine_image: Affine
+) -> LabelArray:
+    """Bring a label volume onto another grid by nearest neighbour.
+
+    Orientation, spacing and padding permute, flip and scale axes but never mix them, so that each output index along
+    an axis comes from one input index: three look-ups instead of a resampling of the volume. Only a sheared grid, as
+    a CT with a tilted gantry has, needs the latter.
+
+    Args:
+        labels: shape (I, J, K).
+        affine_labels: 4x4, from its voxels to millimetres in RAS.
+        shape: shape of the wanted grid.
+        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
+
+    Returns:
+        Labels of shape ``shape``; 0 outside the given volume.
+    """
+    image_to_labels = np.linalg.inv(affine_labels) @ affine_image
+    source_axes = _source_axes(image_to_labels)
+    if source_axes is None:
+        return _resample(labels, image_to_labels, shape)
+    lookups, inside = [], []
+    for axis in range(3):
+        position = _positions(image_to_labels, axis, source_axes, shape)
+        inside.append(_is_inside(position, labels.shape[axis]))
+        lookups.append(np.rint(position).astype(np.int64).clip(0, labels.shape[axis] - 1))
+    found: LabelArray = labels[np.ix_(*lookups)]
+    _clear_outside(found, inside)
+    return np.ascontiguousarray(found.transpose(np.argsort(source_axes)))
+
+
+def interpolate_to_grid(
+    values: npt.NDArray[np.float16], affine_values: Affine, shape: tuple[int, ...], affine_image: Affine
+) -> FloatArray:
+    """Bring a map of the network's grid onto another grid by linear interpolation.
+
+    Args:
+        values: shape (I, J, K).
+        affine_values: 4x4, from its voxels to millimetres in RAS.
+        shape: shape of the wanted grid.
+        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
+
+    Returns:
+        float32 of shape ``shape``; 0 outside the given volume.
+    """
+    image_to_values = np.linalg.inv(affine_values) @ affine_image
+    source_axes = _source_axes(image_to_values)
+    if source_axes is None:
+        matrix, offset = image_to_values[:3, :3], image_to_values[:3, 3]
+        single = values.astype(np.float32)
+        sheared: FloatArray = ndimage.affine_transform(
+            single, matrix, offset, shape, order=1, mode="grid-constant", cval=0
+        )
+        return sheared
+    found, inside = torch.from_numpy(values).float(), []
+    for axis in range(3):
+        position = _positions(image_to_values, axis, source_axes, shape)
+        inside.append(_is_inside(position, values.shape[axis]))
+        found = interpolate_axis(found, axis, torch.from_numpy(position))
+    array: FloatArray = found.numpy()
+    _clear_outside(array, inside)
+    return np.ascontiguousarray(array.transpose(np.argsort(source_axes)))
+
+
+def keep_largest_components(labels: LabelArray) -> LabelArray:
+    """Keep the largest connected component (26 neighbours) of each label; the rest becomes background.
+
+    Args:
+        labels: shape (X, Y, Z).
+    """
+    result = labels.copy()
+    neighbours = np.ones((3, 3, 3), dtype=bool)
+    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        mask = labels[box] == index
+        components, count = ndimage.label(mask, structure=neighbours)
+        if count > 1:
+            largest = np.bincount(components.ravel())[1:].argmax() + 1
+            result[box][mask & (components != largest)] = 0
+    return result
+
+
+def measure_labels(labels: LabelArray, affine_ras: Affine, preset: Preset) -> dict[str, dict[str, object]]:
+    """Voxels, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present."""
+    voxel_ml = abs(float(np.linalg.det(affine_ras[:3, :3]))) / 1000
+    measures: dict[str, dict[str, object]] = {}
+    boxes = ndimage.find_objects(labels, max_label=len(preset.labels))
+    for label in preset.labels:
+        box = boxes[label.index - 1]
+        if box is None:
+            continue
+        indices = np.argwhere(labels[box] == label.index) + [part.start for part in box]
+        centroid = indices.mean(axis=0)
+        centroid_mm = affine_ras[:3, :3] @ centroid + affine_ras[:3, 3]
+        measures[label.name] = {
+            "voxels": len(indices),
+            "volume_ml": round(len(indices) * voxel_ml, 4),
+            "centroid_voxels": [round(float(c), 2) for c in centroid],
+            "centroid_ras_mm": [round(float(c), 2) for c in centroid_mm],
+        }
+    return measures
+
+
+def _resample(labels: LabelArray, image_to_labels: Affine, shape: tuple[int, ...]) -> LabelArray:
+    """Nearest neighbour for grids of any position to each other."""
+    matrix, offset = image_to_labels[:3, :3], image_to_labels[:3, 3]
+    found: LabelArray = ndimage.affine_transform(labels, matrix, offset, shape, order=0, mode="grid-constant", cval=0)
+    return found
+
+
+def _source_axes(image_to_labels: Affine) -> npt.NDArray[np.int64] | None:
+    """Which axis of the wanted grid runs along each axis of the given one; None for a sheared grid."""
+    source_axes: npt.NDArray[np.int64] = np.abs(image_to_labels[:3, :3]).argmax(axis=1)
+    permutes = sorted(source_axes) == [0, 1, 2] and _only(image_to_labels[:3, :3], source_axes)
+    return source_axes if permutes else None
+
+
+def _positions(
+    image_to_labels: Affine, axis: int, source_axes: npt.NDArray[np.int64], shape: tuple[int, ...]
+) -> npt.NDArray[np.float64]:
+    """Where the wanted grid's planes lie along an axis of the given grid, in its voxels."""
+    along_image = np.arange(shape[source_axes[axis]])
+    position: npt.NDArray[np.float64] = (
+        image_to_labels[axis, source_axes[axis]] * along_image + image_to_labels[axis, 3]
+    )
+    return position
+
+
+def _is_inside(position: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.bool_]:
+    """By position, not by rounded index: at twice the spacing, the last voxel lies exactly half a voxel outside."""
+    reach = 0.5 + EDGE_TOLERANCE_VOXELS
+    inside: npt.NDArray[np.bool_] = (position >= -reach) & (position <= size - 1 + reach)
+    return inside
+
+
+def _clear_outside(found: npt.NDArray[Any], inside: list[npt.NDArray[np.bool_]]) -> None:
+    for axis in range(3):
+        if not inside[axis].all():
+            found[(slice(None),) * axis + (~inside[axis],)] = 0
+
+
+def _only(matrix: npt.NDArray[np.float64], source_axes: npt.NDArray[np.int64]) -> bool:
+    """Whether each row of ``matrix`` has nothing but the entry at its source axis."""
+    rest = matrix.copy()
+    rest[np.arange(3), source_axes] = 0
+    return bool(np.abs(rest).max() < 1e-3)

@@ -1,0 +1,97 @@
+"""The one chain from a volume to what the network sees, for inference, training and validation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    ClipIntensityPercentilesd,
+    Compose,
+    EnsureTyped,
+    NormalizeIntensityd,
+    Orientationd,
+    SpatialPadd,
+    Transform,
+)
+
+from lib.configs.preset import Preset, Window
+from lib.transforms.resample import Resampled, Windowed, resampled_size
+from lib.transforms.volume import Affine, Volume
+
+IMAGE = "image"
+LABEL = "label"
+
+
+def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compose:
+    """Build the deterministic chain: orientation, spacing, intensity, padding to the window.
+
+    Args:
+        preset: the task.
+        keys: ``("image",)``, or ``("image", "label")`` for training.
+
+    Returns:
+        A transform of dictionaries whose ``keys`` are MetaTensors of shape (1, X, Y, Z) with an affine; the image
+        comes out as float32, the label with the values that it had.
+    """
+    modes = ["bilinear" if key == IMAGE else "nearest" for key in keys]
+    padding = ["edge" if preset.padding == "edge" and key == IMAGE else "constant" for key in keys]
+    return Compose(
+        [
+            Orientationd(keys=keys, axcodes=preset.axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Resampled(keys, preset.spacing_mm, modes),
+            *_intensity(preset),
+            SpatialPadd(keys=keys, spatial_size=preset.roi_size, mode=padding),
+            EnsureTyped(keys=IMAGE, dtype=torch.float32),
+        ]
+    )
+
+
+def as_meta_tensor(
+    voxels: npt.NDArray[np.generic], affine_ras: Affine, device: torch.device | None = None
+) -> MetaTensor:
+    """Wrap an array of shape (X, Y, Z) as the (1, X, Y, Z) MetaTensor that the chain takes, on the host if not told."""
+    tensor = torch.from_numpy(np.ascontiguousarray(voxels))[None]
+    return MetaTensor(tensor if device is None else tensor.to(device), affine=torch.from_numpy(affine_ras))
+
+
+def preprocess_volume(volume: Volume, preset: Preset, device: torch.device | None = None) -> MetaTensor:
+    """Return what the network sees of ``volume``: (1, X, Y, Z), float32, with its own affine.
+
+    Args:
+        volume: the image.
+        preset: the task.
+        device: where it is computed and stays; the host if not given.
+    """
+    image = as_meta_tensor(volume.voxels, volume.affine_ras, device)
+    data: dict[Hashable, MetaTensor] = {IMAGE: image}
+    result: MetaTensor = build_preprocessing(preset)(data)[IMAGE]
+    return result
+
+
+def network_shape(shape: Sequence[int], affine_ras: Affine, preset: Preset) -> tuple[int, int, int]:
+    """The (X, Y, Z) of what :func:`preprocess_volume` returns for such a volume, without making it."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(affine_ras), nib.orientations.axcodes2ornt(tuple(preset.axcodes))
+    )
+    spacing_mm = np.linalg.norm(affine_ras[:3, :3], axis=0)
+    sizes = list(preset.roi_size)
+    for axis, (target, _) in enumerate(turn.astype(int)):
+        resampled = resampled_size(shape[axis], float(spacing_mm[axis]), preset.spacing_mm[target])
+        sizes[target] = max(preset.roi_size[target], resampled)
+    x, y, z = sizes
+    return x, y, z
+
+
+def _intensity(preset: Preset) -> list[Transform]:
+    intensity = preset.intensity
+    if isinstance(intensity, Window):
+        return [Windowed((IMAGE,), intensity.lower, intensity.upper)]
+    return [
+        ClipIntensityPercentilesd(IMAGE, lower=intensity.lower_percentile, upper=intensity.upper_percentile),
+        NormalizeIntensityd(IMAGE),
+    ]

@@ -1,0 +1,127 @@
+"""Voxel sizes and intensity windows, without copies that a large volume has no room for.
+
+Linear interpolation goes axis by axis: that is what a resampling is when grids are not turned against each other.
+A trilinear weight is the product of three linear ones, so that three one-dimensional interpolations give the same
+voxels as MONAI's ``Spacing``, without a grid of coordinates (three float64 numbers a voxel) and without a float64 copy
+of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+# Numbers that are interpolated at a time: what is held beside the input and the output is some tens of megabytes.
+CHUNK_NUMBERS = 8_000_000
+
+TOLERANCE_MM = 1e-3
+
+
+def interpolate_axis(volume: torch.Tensor, axis: int, position: torch.Tensor) -> torch.Tensor:
+    """Interpolate along one axis.
+
+    Args:
+        volume: floating-point, any shape.
+        axis: the axis.
+        position: where to look along it, in voxels, in any order; beyond an end its voxel is repeated.
+
+    Returns:
+        As ``volume``, with ``len(position)`` places along ``axis``.
+
+    >>> interpolate_axis(torch.tensor([0.0, 10.0, 30.0]), 0, torch.tensor([0.5, 2.0, 9.0])).tolist()
+    [5.0, 30.0, 30.0]
+    """
+    size = volume.shape[axis]
+    if len(position) == size and torch.equal(position.double(), torch.arange(size, dtype=torch.float64)):
+        return volume
+    held = position.double().clamp(0, size - 1).to(volume.device)
+    below = held.floor().long().clamp(max=max(0, size - 2))
+    above = (below + 1).clamp(max=size - 1)
+    share = (held - below).to(volume.dtype)
+    shape = [*volume.shape[:axis], len(position), *volume.shape[axis + 1 :]]
+    result = volume.new_empty(shape)
+    across = volume.numel() // max(1, size)
+    step = max(1, CHUNK_NUMBERS // max(1, across))
+    ones = [1] * (volume.ndim - axis - 1)
+    for first in range(0, len(position), step):
+        part = slice(first, first + step)
+        low, high = volume.index_select(axis, below[part]), volume.index_select(axis, above[part])
+        result.narrow(axis, first, low.shape[axis]).copy_(low.lerp_(high, share[part].reshape(-1, *ones)))
+    return result
+
+
+class Resampled(MapTransform):
+    """Brings MetaTensors of shape (1, X, Y, Z) to another voxel size; the first voxel stays where it is.
+
+    An axis whose voxels have the wanted size within a micrometre is left alone.
+
+    Args:
+        keys: of the dictionary.
+        spacing_mm: wanted distance of voxels along each axis.
+        modes: ``bilinear`` or ``nearest`` for each key.
+    """
+
+    def __init__(self, keys: Sequence[str], spacing_mm: Sequence[float], modes: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.spacing_mm, self.modes = tuple(spacing_mm), tuple(modes)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Resample each key."""
+        changed = dict(data)
+        for key, mode in self.key_iterator(changed, self.modes):
+            changed[key] = self._resample(changed[key], mode)
+        return changed
+
+    def _resample(self, image: MetaTensor, mode: str) -> MetaTensor:
+        affine, volume = image.affine.double().cpu().clone(), image.as_subclass(torch.Tensor)
+        spacing = affine[:3, :3].norm(dim=0).tolist()
+        # The axis that loses most comes first: what follows has less to do.
+        for axis in sorted(range(3), key=lambda axis: spacing[axis] / self.spacing_mm[axis]):
+            have, wanted = spacing[axis], self.spacing_mm[axis]
+            if abs(wanted - have) < TOLERANCE_MM:
+                continue
+            size = resampled_size(volume.shape[1 + axis], have, wanted)
+            position = torch.arange(size, dtype=torch.float64) * (wanted / have)
+            volume = _along(volume, 1 + axis, position, mode)
+            affine[:3, axis] *= wanted / have
+        return MetaTensor(volume, affine=affine)
+
+
+def resampled_size(size: int, have_mm: float, wanted_mm: float) -> int:
+    """Voxels along an axis whose voxels become ``wanted_mm`` long: the last lies nearest to the old last."""
+    if abs(wanted_mm - have_mm) < TOLERANCE_MM:
+        return size
+    return round((size - 1) * have_mm / wanted_mm + 1)
+
+
+def _along(volume: torch.Tensor, axis: int, position: torch.Tensor, mode: str) -> torch.Tensor:
+    if mode == "bilinear":
+        return interpolate_axis(volume, axis, position)
+    return volume.index_select(axis, position.round().long().clamp(0, volume.shape[axis] - 1).to(volume.device))
+
+
+class Windowed(MapTransform):
+    """Scales an intensity window to [0, 1], with one copy of the image and no more.
+
+    Args:
+        keys: of the dictionary.
+        lower: becomes 0, as all that is below.
+        upper: becomes 1, as all that is above.
+    """
+
+    def __init__(self, keys: Sequence[str], lower: float, upper: float) -> None:
+        super().__init__(keys)
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Scale each key."""
+        changed = dict(data)
+        for key in self.key_iterator(changed):
+            image: MetaTensor = changed[key]
+            scaled = image.as_subclass(torch.Tensor) - self.lower
+            changed[key] = MetaTensor(scaled.div_(self.upper - self.lower).clamp_(0, 1), affine=image.affine)
+        return changed

@@ -1,0 +1,94 @@
+"""Work in the background waits for whoever infers, and keeps what it has done when it is ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lib.activelearning import pool_scoring
+from lib.activelearning.case_scores import CaseScores
+from lib.activelearning.pool_scoring import MAY_COMPUTE, newest_first
+from lib.activelearning.score_store import SCORES_FILE, Doubt, Look, ScoreStore
+from lib.infers import interruption
+
+
+@pytest.fixture(autouse=True)
+def _go_on_afterwards():
+    yield
+    MAY_COMPUTE.set()
+
+
+def test_work_waits_before_its_next_window_while_it_is_held() -> None:
+    windows: list[float] = []
+
+    def work(one: str) -> None:
+        for _ in range(3):
+            interruption._ask(None, None)  # as a network does before each window
+            windows.append(time.monotonic())
+            if len(windows) == 2:
+                MAY_COMPUTE.clear()
+
+    thread = threading.Thread(target=pool_scoring._each, args=(["a"], time.monotonic() + 60, "test", work))
+    thread.start()
+    time.sleep(0.3)
+    assert len(windows) == 2, "held"
+    MAY_COMPUTE.set()
+    thread.join(10)
+    assert len(windows) == 3
+
+
+def test_work_that_is_held_ends_when_its_time_is_up() -> None:
+    MAY_COMPUTE.clear()
+    start = time.monotonic()
+    assert pool_scoring._each(["a", "b"], start + 0.2, "test", lambda one: pytest.fail("held")) == 0
+    assert time.monotonic() - start < 5
+
+
+def test_work_in_the_middle_of_a_case_ends_when_its_time_is_up() -> None:
+    done: list[str] = []
+
+    def work(one: str) -> None:
+        while one == "endless":
+            time.sleep(0.01)
+            interruption._ask(None, None)
+        done.append(one)
+
+    assert pool_scoring._each(["a", "endless", "c"], time.monotonic() + 0.3, "test", work) == 1
+    assert done == ["a"]
+
+
+def test_newest_come_first() -> None:
+    times = {"old": 1.0, "b": 5.0, "a": 5.0, "new": 9.0}
+    assert newest_first(times, times.__getitem__) == ["new", "a", "b", "old"]
+
+
+def test_store_keeps_versions_apart_and_reads_what_another_process_wrote(tmp_path: Path) -> None:
+    writer, reader = ScoreStore(tmp_path), ScoreStore(tmp_path)
+    assert reader.looks("v0001") == {} and reader.latest() is None
+    writer.keep("v0001", "a", Look(CaseScores({"entropy/volume": 0.5}, 7.0), scored=True))
+    assert reader.looks("v0001")["a"].found.values == {"entropy/volume": 0.5}
+    writer.keep("v0001", "a", Look(CaseScores({"entropy/volume": 0.7}, 7.0), scored=True))
+    writer.keep("v0002", "b", Look(CaseScores(), scored=False))
+    assert reader.looks("v0001")["a"].found.values == {"entropy/volume": 0.7}
+    assert list(reader.looks("v0002")) == ["b"] and reader.latest() == "v0002"
+    writer.keep_doubt("v0001", Doubt("a", "stamp", {"left": 0.5}, 0.5))
+    assert reader.doubts("v0001")["a"].dice == {"left": 0.5} and reader.doubts("v0002") == {}
+    writer.prune(1)
+    writer.close()
+    reader.close()
+    again = ScoreStore(tmp_path)
+    assert again.looks("v0001") == {} and again.doubts("v0001") == {} and list(again.looks("v0002")) == ["b"]
+    again.close()
+
+
+def test_damaged_store_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / SCORES_FILE).write_bytes(b"not a database, but long enough to be looked at as one" * 100)
+    store = ScoreStore(tmp_path)
+    assert store.looks("v0001") == {}
+    store.keep("v0001", "a", Look(CaseScores(), scored=True))
+    assert list(store.looks("v0001")) == ["a"]
+    store.close()
+    assert len(list(tmp_path.glob("scores.damaged-*"))) == 1

@@ -1,0 +1,167 @@
+"""The rules of the house, read from the imports: who knows MONAI Label, and which way the arrows point.
+
+server, main -> task -> parts -> transforms, networks -> dicom -> configs -> errors
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A room imports rooms of lower levels only.
+LEVELS = {
+    "errors": 0,
+    "disk": 0,
+    "configs": 1,
+    "dicom": 2,
+    "transforms": 3,
+    "networks": 3,
+    "datastore": 4,
+    "infers": 5,
+    "trainers": 6,
+    "activelearning": 7,
+    "server": 8,
+}
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("lib", "apps")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+    # MONAI Label makes model, lib, logs and bin folders inside the app's.
+    if not {"logs", "bin", "model"} & set(path.relative_to(REPOSITORY).parts)
+}
+LIBRARY = [name for name in MODULES if name.startswith("lib")]
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"), filename=module)
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Full names of what a module imports, also inside its functions."""
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def _may_know_monai_label(module: str) -> bool:
+    if module.startswith("apps."):
+        return module.endswith(".main")
+    return _is_task(module) or _room(module) == "server"
+
+
+def _is_task(module: str) -> bool:
+    """What subclasses MONAI Label's own; the datastore room has two, of which one builds on the other."""
+    return module.endswith(".task") or module == "lib.datastore.series"
+
+
+def test_modules_are_found() -> None:
+    assert "lib.configs.preset" in MODULES
+    assert "apps.unetr_radiology.main" in MODULES
+    assert len(LIBRARY) > 30
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_monai_label_is_known_to_the_tasks_the_app_and_the_server_only(module: str) -> None:
+    knows = [name for name in _imports(module) if name.split(".")[0] == "monailabel"]
+    assert not knows or _may_know_monai_label(module), f"{module} imports {knows}"
+
+
+def test_every_room_has_its_level() -> None:
+    rooms = {_room(module) for module in LIBRARY} - {""}
+    assert rooms <= LEVELS.keys(), "give a new room its level here"
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_arrows_point_one_way(module: str) -> None:
+    own = _room(module)
+    for name in _imports(module):
+        if not name.startswith("lib") or not own:
+            continue
+        other = _room(name)
+        assert other == own or LEVELS[other] < LEVELS[own], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in LIBRARY if _room(m) != "server" and m != "lib.datastore.series"])
+def test_parts_do_not_know_their_task(module: str) -> None:
+    assert not [name for name in _imports(module) if name.startswith("lib.") and _is_task(name)]
+
+
+def test_modules_of_a_room_do_not_import_in_circles() -> None:
+    graph = {module: {name for name in _imports(module) if name in MODULES} for module in LIBRARY}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for name in sorted(graph[module]):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in LIBRARY:
+        visit(module, ())
+
+
+def test_no_module_is_called_utils() -> None:
+    vague = {"utils", "util", "helpers", "common", "misc"}
+    assert not [name for name in MODULES if vague & set(name.split("."))]
+
+
+def _is_program(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_library_raises_instead_of_ending_the_process(module: str) -> None:
+    tree = _tree(module)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ends = [f"line {node.lineno}" for node in calls if ast.unparse(node.func) in {"exit", "quit", "sys.exit"}]
+    assert not ends or _is_program(tree)
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_library_has_no_bare_except(module: str) -> None:
+    handlers = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.ExceptHandler)]
+    assert not [f"line {node.lineno}" for node in handlers if node.type is None]
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_library_asserts_only_what_the_type_checker_cannot_see(module: str) -> None:
+    """``assert x is not None`` tells mypy what is known; input is checked by raising, which python -O keeps."""
+    asserts = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
+    assert not [f"line {node.lineno}" for node in asserts if not ast.unparse(node.test).endswith("is not None")]
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_module_and_public_names_say_what_they_are(module: str) -> None:
+    tree = _tree(module)
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+    ]
+    assert not [node.name for node in public if not ast.get_docstring(node)]
+
+
+def test_parts_run_without_monai_label() -> None:
+    """In a notebook, say: everything but the tasks and the server, imported in a fresh process."""
+    parts = [m for m in LIBRARY if not _may_know_monai_label(m) and not m.endswith("__main__")]
+    code = f"import sys, {', '.join(parts)}; sys.exit('monailabel' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr

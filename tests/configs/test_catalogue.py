@@ -1,0 +1,112 @@
+"""Presets that come with the project, and those of a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lib.configs.catalogue import load_preset, read_preset, shipped_preset_names
+from lib.configs.preset import Window, ZScore
+from lib.errors import ConfigError
+
+MY_TASK = """
+modality: CT
+labels:
+  - {index: 1, name: left ventricle, color: [10, 20, 30]}
+  - {index: 2, name: myocardium, aliases: [wall]}
+spacing_mm: [1.25, 1.25, 2.5]
+roi_size: [64, 64, 32]
+intensity: {kind: window, lower: -100, upper: 400}
+network: {feature_size: 8, hidden_size: 96, mlp_dim: 192, num_heads: 6, proj_type: conv}
+training: {learning_rate: 1e-3}
+"""
+
+
+def test_shipped_presets_are_valid_and_named_as_their_files() -> None:
+    names = shipped_preset_names()
+    assert {"abdomen_ct", "hippocampus_mr"} <= set(names)
+    assert [load_preset(name).name for name in names] == names
+
+
+def test_abdomen_preset_is_the_published_btcv_task() -> None:
+    preset = load_preset("abdomen_ct")
+    assert [label.name for label in preset.labels] == [
+        "spleen",
+        "right_kidney",
+        "left_kidney",
+        "gallbladder",
+        "esophagus",
+        "liver",
+        "stomach",
+        "aorta",
+        "inferior_vena_cava",
+        "portal_and_splenic_veins",
+        "pancreas",
+        "right_adrenal_gland",
+        "left_adrenal_gland",
+    ]
+    assert preset.spacing_mm == (1.5, 1.5, 2.0)
+    assert preset.roi_size == (96, 96, 96)
+    assert preset.axcodes == "RAS"
+    assert isinstance(preset.intensity, Window)
+    size = preset.network
+    assert (size.feature_size, size.hidden_size, size.mlp_dim, size.num_heads) == (16, 768, 3072, 12)
+    assert preset.out_channels == 14
+    assert preset.mirror_axes == (), "a mirrored right kidney is a left one"
+
+
+def test_hippocampus_preset_normalises_each_case() -> None:
+    preset = load_preset("hippocampus_mr")
+    assert preset.label_indices == {"anterior": 1, "posterior": 2}
+    assert isinstance(preset.intensity, ZScore)
+
+
+def test_load_preset_of_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"no preset 'brain'; valid: abdomen_ct, hippocampus_mr, or all"):
+        load_preset("brain")
+
+
+@pytest.mark.parametrize("name", ["../presets/abdomen_ct", "", "abdomen_ct.yaml"])
+def test_load_preset_takes_names_and_no_paths(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no preset"):
+        load_preset(name)
+
+
+def test_read_preset_of_a_user_takes_everything_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "my_task.yaml"
+    path.write_text(MY_TASK, encoding="utf-8")
+    preset = read_preset(path)
+    assert preset.name == "my_task"
+    assert preset.label_indices == {"left ventricle": 1, "myocardium": 2}
+    assert preset.labels[0].color == (10, 20, 30)
+    assert preset.spacing_mm == (1.25, 1.25, 2.5)
+    assert preset.roi_size == (64, 64, 32)
+    assert preset.network.proj_type == "conv"
+    assert preset.training.learning_rate == 1e-3, "YAML reads 1e-3 as text"
+    assert isinstance(preset.intensity, Window)
+    assert (preset.intensity.lower, preset.intensity.upper) == (-100, 400)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"labels: [1, 2", "is not YAML"),
+        (b"\xff\xfe\x00bad", "is not YAML"),
+        (b"- a\n- b\n", "holds list; valid: a mapping of preset keys"),
+        (b"", "holds NoneType; valid: a mapping"),
+        (b"!!python/object/apply:os.system ['true']", "is not YAML"),
+        (MY_TASK.replace("[64, 64, 32]", "[64, 64, 30]").encode(), "'roi_size' is"),
+    ],
+)
+def test_read_preset_of_a_bad_file_says_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "my_task.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"my_task\.yaml") as refused:
+        read_preset(path)
+    assert message in str(refused.value)
+
+
+def test_read_preset_of_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.yaml' cannot be read: No such file"):
+        read_preset(tmp_path / "none.yaml")

@@ -1,0 +1,65 @@
+"""Fixtures for the tiny task of ``tests.tiny``, and the way to real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.configs.preset import Preset
+from lib.trainers.cases import Case
+from lib.transforms.volume import Volume
+from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors are slower on several threads, and sums differ in their last bits."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def preset() -> Preset:
+    """The tiny task."""
+    return tiny_preset()
+
+
+@pytest.fixture
+def volume() -> Volume:
+    """An image of the tiny task on an oblique grid, 20x18x16 voxels."""
+    return Volume(boxes()[0], oblique_affine())
+
+
+@pytest.fixture
+def make_cases(tmp_path: Path) -> Callable[..., tuple[Case, ...]]:
+    """Write cases of the tiny task as NIfTI: ``make_cases(count)``."""
+
+    def make(count: int, shape: tuple[int, int, int] = (20, 18, 16), first: int = 1) -> tuple[Case, ...]:
+        cases = []
+        for number in range(first, first + count):
+            image, label = boxes(shape, seed=number)
+            name = f"case_{number:03d}"
+            cases.append(
+                Case(
+                    name,
+                    write_nifti(tmp_path / "images" / f"{name}.nii.gz", image),
+                    write_nifti(tmp_path / "labels" / f"{name}.nii.gz", label),
+                )
+            )
+        return tuple(cases)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data that is not part of the project: ``UNETR_DATA``, or ``../shared/data``."""
+    folder = Path(os.environ.get("UNETR_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("needs the real data: set UNETR_DATA to its folder")
+    return folder

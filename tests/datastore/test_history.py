@@ -1,0 +1,253 @@
+"""The history of labels: nothing is lost, nothing is overwritten, and what a crash leaves is put right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.datastore.files import sha256_of
+from lib.datastore.history import LabelHistory
+from lib.datastore.records import LabelVersion, Submission
+from lib.errors import NotFoundError, StorageError
+
+Open = Callable[[], LabelHistory]
+
+
+@pytest.fixture
+def reopen(tmp_path: Path) -> Iterator[Open]:
+    """Opens the history of ``tmp_path`` anew, as after a restart."""
+    opened: list[LabelHistory] = []
+
+    def open_again() -> LabelHistory:
+        for history in opened:
+            history.close()
+        opened[:] = [LabelHistory(tmp_path / "history", tmp_path / "labels")]
+        return opened[0]
+
+    yield open_again
+    for history in opened:
+        history.close()
+
+
+def mask(folder: Path, content: bytes) -> Path:
+    path = folder / "sent.nii.gz"
+    path.write_bytes(content)
+    return path
+
+
+def save(history: LabelHistory, image: str, content: bytes, **fields: object) -> LabelVersion:
+    return history.append(mask(history.folder.parent, content), Submission(image_id=image, **fields))  # type: ignore[arg-type]
+
+
+def published(history: LabelHistory, image: str, tag: str = "final") -> bytes:
+    return (history.published.folder / tag / f"{image}.nii.gz").read_bytes()
+
+
+def test_versions_are_kept_and_the_newest_is_published(reopen: Open) -> None:
+    history = reopen()
+    first = save(history, "a", b"one", user="anna", client_id="slicer", model_version="v3", voxels_changed=17)
+    other = save(history, "b", b"two")
+    second = save(history, "a", b"three", label_map={"liver": 6}, missing_labels=("spleen",))
+    assert [v.sequence for v in (first, other, second)] == [1, 2, 3]
+    assert history.versions("a") == [first, second]
+    assert history.latest("a") == second and history.latest("c") is None
+    assert history.all_latest() == [other, second]
+    assert history.since(1) == [other, second]
+    assert history.get(first.version_id).file.read_bytes() == b"one"
+    assert published(history, "a") == b"three"
+    assert first.sha256 == sha256_of(first.file) and first.saved_at.endswith("+00:00")
+    side_car = json.loads(first.file.with_name("00000001.final.a.json").read_text())
+    assert (side_car["user"], side_car["model_version"], side_car["voxels_changed"]) == ("anna", "v3", 17)
+    history = reopen()
+    assert history.versions("a") == [first, second] and history.repairs == []
+    with pytest.raises(NotFoundError):
+        history.get("00000009-00000000")
+
+
+def test_tags_are_apart(reopen: Open) -> None:
+    history = reopen()
+    save(history, "a", b"drawn")
+    save(history, "a", b"predicted", tag="original")
+    assert (published(history, "a"), published(history, "a", "original")) == (b"drawn", b"predicted")
+    assert len(history.versions("a")) == len(history.versions("a", "original")) == 1
+
+
+def test_restore_makes_a_copy_the_newest(reopen: Open) -> None:
+    history = reopen()
+    old = save(history, "a", b"good", user="anna", label_map={"liver": 1}, missing_labels=("spleen",))
+    save(history, "a", b"bad")
+    restored = history.restore(old.version_id, "rita")
+    assert (restored.restored_from, restored.user, restored.sequence) == (old.version_id, "rita", 3)
+    assert (restored.label_map, restored.missing_labels) == ({"liver": 1}, ("spleen",))
+    assert published(history, "a") == b"good"
+    assert len(history.versions("a")) == 3
+
+
+def test_damaged_version_is_not_restored(reopen: Open) -> None:
+    history = reopen()
+    old = save(history, "a", b"good")
+    save(history, "a", b"better")
+    old.file.write_bytes(b"g00d")
+    with pytest.raises(StorageError, match="not what was saved"):
+        history.restore(old.version_id, "rita")
+    assert published(history, "a") == b"better"
+
+
+def test_removal_stays_removed_and_can_be_undone(reopen: Open) -> None:
+    history = reopen()
+    version = save(history, "a", b"one")
+    history.remove("a", "final", "root")
+    assert history.latest("a") is None and history.all_latest() == []
+    assert history.versions("a") == [version]
+    (history.folder / "index.sqlite").unlink()
+    history = reopen()
+    assert history.latest("a") is None and not (history.published.folder / "final" / "a.nii.gz").exists()
+    assert history.restore(version.version_id, "rita").sequence == 3
+    assert published(history, "a") == b"one"
+
+
+def damage_truncate(index: Path) -> None:
+    os.truncate(index, index.stat().st_size // 2)
+
+
+def damage_overwrite(index: Path) -> None:
+    index.write_bytes(b"this is no database" * 400)
+
+
+def damage_middle(index: Path) -> None:
+    content = bytearray(index.read_bytes())
+    content[4096:12288] = os.urandom(8192)
+    index.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, damage_truncate, damage_overwrite, damage_middle, lambda index: os.truncate(index, 0)]
+)
+def test_index_is_made_anew_from_the_files(reopen: Open, damage: Callable[[Path], None]) -> None:
+    history = reopen()
+    saved = [save(history, f"case_{n % 7}", f"mask {n}".encode(), user=f"user {n}") for n in range(40)]
+    history.remove("case_0", "final")
+    history.close()
+    damage(history.folder / "index.sqlite")
+    history = reopen()
+    assert history.repairs, "nothing was said"
+    assert history.since(0) == saved
+    assert history.latest("case_0") is None
+    assert published(history, "case_4") == b"mask 39"
+    assert reopen().repairs == []
+
+
+def test_lost_side_car_is_written_again(reopen: Open) -> None:
+    history = reopen()
+    version = save(history, "a", b"one", user="anna")
+    side_car = version.file.with_name("00000001.final.a.json")
+    side_car.unlink()
+    assert "side-car" in reopen().repairs[0]
+    assert json.loads(side_car.read_text())["user"] == "anna"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sequence": 1}', b"\xff\xfe\x00"])
+def test_version_with_damaged_side_car_is_recovered_without_the_index(reopen: Open, content: bytes) -> None:
+    history = reopen()
+    version = save(history, "case.7", b"one", user="anna")
+    version.file.with_name("00000001.final.case.7.json").write_bytes(content)
+    (history.folder / "index.sqlite").unlink()
+    history = reopen()
+    found = history.latest("case.7")
+    assert found is not None and found.file.read_bytes() == b"one"
+    assert (found.version_id, found.source) == (version.version_id, "recovered")
+    assert "damaged" in history.repairs[0]
+    assert reopen().repairs == []
+
+
+def test_unfinished_saves_are_cleared_away(reopen: Open) -> None:
+    history = reopen()
+    save(history, "a", b"one")
+    shard = history.shard(1)
+    shutil.copy(shard / "00000001.final.a.json", shard / "00000002.final.a.json")
+    left = history.published.folder / "final" / ".99999999-abc.part"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    said = reopen().repairs
+    assert any("not finished" in line for line in said) and any("half-written" in line for line in said)
+    assert not left.exists() and sorted(p.name for p in shard.iterdir()) == [
+        "00000001.final.a.json", "00000001.final.a.nii.gz",
+    ]  # fmt: skip
+
+
+def test_version_of_another_size_goes_into_quarantine(reopen: Open) -> None:
+    history = reopen()
+    version = save(history, "a", b"whole label")
+    version.file.write_bytes(b"half")
+    (history.folder / "index.sqlite").unlink()
+    history = reopen()
+    assert history.latest("a") is None
+    refused = history.quarantine.all()[0]
+    assert refused.file.read_bytes() == b"half" and "4 bytes instead of 11" in refused.reason
+
+
+def test_lost_version_is_said(reopen: Open) -> None:
+    history = reopen()
+    save(history, "a", b"one")
+    version = save(history, "a", b"two")
+    version.file.unlink()
+    history = reopen()
+    assert "lost file of version 2 was written again" in history.repairs[0]
+    assert version.file.read_bytes() == published(history, "a") == b"two"
+    version.file.unlink()
+    (history.published.folder / "final" / "a.nii.gz").unlink()
+    history = reopen()
+    assert "version 2 is gone" in history.repairs[0]
+    assert published(history, "a") == b"one"
+    assert [v.sequence for v in history.versions("a")] == [1]
+
+
+def test_published_label_that_was_removed_or_changed_by_hand(reopen: Open) -> None:
+    history = reopen()
+    save(history, "a", b"one")
+    save(history, "b", b"two")
+    final = history.published.folder / "final"
+    (final / "a.nii.gz").unlink()
+    (final / "b.nii.gz").write_bytes(b"edited by a tool")
+    history = reopen()
+    assert published(history, "a") == b"one"
+    assert [v.source for v in history.versions("b")] == ["", "folder"]
+    assert history.versions("b")[0].file.read_bytes() == b"two"
+    assert published(history, "b") == b"edited by a tool"
+
+
+def test_files_that_the_index_was_not_told_of_are_not_overwritten(reopen: Open) -> None:
+    history = reopen()
+    stray = history.shard(1)
+    stray.mkdir()
+    (stray / "00000001.final.a.nii.gz").write_bytes(b"another process's")
+    assert save(history, "a", b"mine").sequence == 2
+    assert (stray / "00000001.final.a.nii.gz").read_bytes() == b"another process's"
+
+
+def test_failing_disk_changes_nothing(reopen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = reopen()
+    kept = save(history, "a", b"good")
+    before = {p: p.read_bytes() for p in history.folder.parent.rglob("*") if p.is_file() and "sqlite" not in p.name}
+
+    class FullDisk(sqlite3.OperationalError):
+        pass
+
+    def full(*_: object) -> None:
+        raise FullDisk("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history.index, "insert", full)
+        with pytest.raises(StorageError, match="the label of 'a' was not kept: database or disk is full"):
+            save(history, "a", b"next")
+    after = {p: p.read_bytes() for p in history.folder.parent.rglob("*") if p.is_file() and "sqlite" not in p.name}
+    sent = history.folder.parent / "sent.nii.gz"
+    assert {p: c for p, c in after.items() if p != sent} == {p: c for p, c in before.items() if p != sent}
+    assert history.latest("a") == kept
+    assert save(history, "a", b"next").sequence == 2

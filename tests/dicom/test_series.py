@@ -1,0 +1,191 @@
+"""Series: the voxels and the place of good ones, and what is told of odd ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gdcm
+import highdicom as hd
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
+
+from lib.dicom.series import Series, read_series
+from lib.errors import ImageError
+from tests.dicom.conftest import AFFINES, draw_volume, edit, transcode
+
+Make = Callable[..., list[Path]]
+LOSSLESS = {
+    "jpeg 2000": gdcm.TransferSyntax.JPEG2000Lossless,
+    "jpeg-ls": gdcm.TransferSyntax.JPEGLSLossless,
+    "jpeg lossless": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+    "rle": gdcm.TransferSyntax.RLELossless,
+}
+
+
+def assert_is_volume(series: Series, volume: np.ndarray, affine_ras: np.ndarray) -> None:
+    """Every voxel has its value at its place, whatever the order of the axes."""
+    indices = np.argwhere(np.ones(volume.shape, dtype=bool))
+    millimetres = indices @ affine_ras[:3, :3].T + affine_ras[:3, 3]
+    found = (millimetres - series.affine_ras[:3, 3]) @ np.linalg.inv(series.affine_ras[:3, :3]).T
+    nearest = np.rint(found).astype(int)
+    assert np.abs(found - nearest).max() < 1e-3
+    np.testing.assert_array_equal(series.read_voxels()[tuple(nearest.T)], volume[tuple(indices.T)])
+
+
+@pytest.mark.parametrize("plane", list(AFFINES))
+def test_series_is_the_volume_where_it_was_in_any_order_of_files(make_series: Make, plane: str) -> None:
+    files = make_series(plane)
+    order = np.random.default_rng(0).permutation(len(files))
+    series = read_series([files[index] for index in order])
+    assert series.notes == ()
+    assert_is_volume(series, draw_volume(), AFFINES[plane])
+
+
+@pytest.mark.parametrize("plane", list(AFFINES))
+def test_series_has_the_grid_that_itk_reads(make_series: Make, plane: str) -> None:
+    files = make_series(plane)
+    series = read_series(files)
+    image = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(files[0].parent)))
+    np.testing.assert_array_equal(series.read_voxels(), sitk.GetArrayFromImage(image).T)
+    directions = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    np.testing.assert_allclose(series.affine_lps[:3], np.c_[directions, image.GetOrigin()], atol=1e-4)
+
+
+@pytest.mark.parametrize("syntax", list(LOSSLESS))
+def test_compressed_series_is_the_same_volume(make_series: Make, syntax: str) -> None:
+    files = make_series()
+    for file in files:
+        transcode(file, LOSSLESS[syntax])
+    assert dcmread(files[0]).file_meta.TransferSyntaxUID.is_compressed
+    assert_is_volume(read_series(files), draw_volume(), AFFINES["axial"])
+
+
+def test_deflated_series_is_the_same_volume(make_series: Make) -> None:
+    files = make_series()
+    for file in files:
+        dataset = dcmread(file)
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        dataset.save_as(file)
+    assert_is_volume(read_series(files), draw_volume(), AFFINES["axial"])
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_enhanced_multi_frame_image_is_the_same_volume(make_series: Make, tmp_path: Path, modality: str) -> None:
+    assert_is_volume(
+        read_series([make_enhanced(make_series, tmp_path, modality)]), draw_volume(modality), AFFINES["oblique"]
+    )
+
+
+def make_enhanced(make_series: Make, folder: Path, modality: str) -> Path:
+    """One multi-frame file, its frames in reverse."""
+    kind = {"CT": hd.legacy.LegacyConvertedEnhancedCTImage, "MR": hd.legacy.LegacyConvertedEnhancedMRImage}[modality]
+    instances = [dcmread(file) for file in make_series("oblique", modality)][::-1]
+    image = kind(instances, str(generate_uid()), 2, str(generate_uid()), 1)
+    image.save_as(folder / "enhanced.dcm")
+    return folder / "enhanced.dcm"
+
+
+def test_rescale_is_applied_slice_by_slice(make_series: Make) -> None:
+    files = make_series()
+    edit(files[2], RescaleSlope=0.5, RescaleIntercept=-7)
+    stored = dcmread(files[2]).pixel_array
+    series = read_series(files)
+    index = [frame.file for frame in series.frames].index(files[2])
+    np.testing.assert_array_equal(series.read_voxels()[:, :, index], stored.T * 0.5 - 7)
+
+
+def test_missing_slice_is_told_with_its_neighbours(make_series: Make) -> None:
+    files = make_series()
+    before, after = (dcmread(files[index]).SOPInstanceUID for index in (3, 5))
+    with pytest.raises(ImageError, match=rf"2\.5 to 5 mm apart.*{before} and {after}; valid: evenly spaced"):
+        read_series(files[:4] + files[5:])
+
+
+def test_instance_that_is_there_twice_counts_once(make_series: Make) -> None:
+    files = make_series()
+    copy = shutil.copy(files[1], files[1].with_name("copy.dcm"))
+    series = read_series([*files, Path(copy)])
+    assert len(series.frames) == len(files)
+    assert "is there twice" in series.notes[0]
+    assert str(dcmread(files[1]).SOPInstanceUID) in series.notes[0]
+
+
+def test_second_slice_at_a_place_is_left_out_and_told(make_series: Make) -> None:
+    files = make_series()
+    again = Path(shutil.copy(files[1], files[1].with_name("again.dcm")))
+    edit(again, SOPInstanceUID="1.2.3.4", InstanceNumber=99)
+    series = read_series([again, *files])
+    assert series.notes == ("instance 1.2.3.4 left out, which lies where another slice does",)
+    assert_is_volume(series, draw_volume(), AFFINES["axial"])
+
+
+def test_several_volumes_in_one_series_are_refused(make_series: Make) -> None:
+    files = make_series()
+    for file in list(files):
+        again = Path(shutil.copy(file, file.with_name(f"later-{file.name}")))
+        edit(again, SOPInstanceUID=str(generate_uid()))
+        files.append(again)
+    with pytest.raises(ImageError, match="22 slices at 11 places, about 2 volumes"):
+        read_series(files)
+
+
+def test_localizers_and_other_orientations_are_left_out_and_told(make_series: Make) -> None:
+    files = make_series()
+    for name, changed in {
+        "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "turned": {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]},
+        "coarse": {"PixelSpacing": [2, 2]},
+    }.items():
+        other = Path(shutil.copy(files[0], files[0].with_name(f"{name}.dcm")))
+        edit(other, SOPInstanceUID=f"1.2.{len(files)}", **changed)
+        files.append(other)
+    series = read_series(files)
+    assert [note.split(", ")[1] for note in series.notes] == [
+        "which is a localizer",
+        "of another size or orientation",
+        "of another size or orientation",
+    ]
+    assert_is_volume(series, draw_volume(), AFFINES["axial"])
+
+
+def test_two_stacks_of_one_size_are_refused(make_series: Make) -> None:
+    files = make_series()
+    for file in files[:5]:
+        edit(file, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+    for file in files[5:10]:
+        edit(file, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    with pytest.raises(ImageError, match="3 stacks of different size or orientation"):
+        read_series(files)
+
+
+def test_broken_pixels_are_told_by_their_instance(make_series: Make) -> None:
+    files = make_series()
+    uid = dcmread(files[4]).SOPInstanceUID
+    files[4].write_bytes(files[4].read_bytes()[:-100])
+    with pytest.raises(ImageError, match=f"instance {uid} cannot be decoded"):
+        read_series(files).read_voxels()
+
+
+def test_broken_header_is_told_and_what_is_no_image_is_left_out(make_series: Make, tmp_path: Path) -> None:
+    files = make_series()
+    (tmp_path / "notes.txt").write_text("no DICOM")
+    assert "notes.txt" in read_series([*files, tmp_path / "notes.txt"]).notes[0]
+    edit(files[0], ImagePositionPatient=None)
+    with pytest.raises(ImageError, match=f"instance {dcmread(files[0]).SOPInstanceUID} does not say where it lies"):
+        read_series(files)
+
+
+def test_colours_and_single_slices_are_refused(make_series: Make) -> None:
+    files = make_series()
+    with pytest.raises(ImageError, match="at least 2 slices"):
+        read_series(files[:1])
+    edit(files[0], SamplesPerPixel=3)
+    with pytest.raises(ImageError, match="3 values a pixel"):
+        read_series(files)
+    with pytest.raises(ImageError, match="the selection holds no DICOM series"):
+        read_series([])

@@ -1,0 +1,52 @@
+"""Sums of windows and what they say, plane by plane."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lib.infers.blender import SlabBlender, normalized_entropy
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "expected"),
+    [((0.25, 0.25, 0.25, 0.25), 1.0), ((0.5, 0.5, 0.0, 0.0), 0.5), ((1.0, 0.0, 0.0, 0.0), 0.0)],
+)
+def test_entropy_is_a_share_of_the_largest(probabilities: tuple[float, ...], expected: float) -> None:
+    weight = torch.tensor([3.0])
+    logits = torch.tensor(probabilities).clamp_min(1e-30).log()
+    assert normalized_entropy(logits[None] * weight, weight).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_entropy_where_no_window_was_is_none() -> None:
+    assert normalized_entropy(torch.zeros(1, 4), torch.zeros(1)).item() == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_two_windows_are_averaged_where_they_overlap(axis: int) -> None:
+    shape = [4, 4, 4]
+    shape[axis] = 6
+    blender = SlabBlender(shape, axis, torch.ones(4, 4, 4), classes=2, entropy=True)
+    first, second = torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4)
+    first[1], second[0] = 1.0, 3.0
+    blender.add([0, 0, 0], first)
+    start = [0, 0, 0]
+    start[axis] = 2
+    blender.advance(2)
+    blender.add(start, second)
+    labels, entropy = blender.finish()
+    assert labels.shape == tuple(shape)
+    assert np.moveaxis(labels, axis, 0)[:, 0, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert entropy is not None
+    p = 1 / (1 + np.exp(-np.array([1.0, 1.0, 1.0, 1.0, 3.0, 3.0])))  # logits 0 and 1; (3, 1) / 2; 3 and 0
+    expected = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    np.testing.assert_allclose(np.moveaxis(entropy, axis, 0)[:, 1, 2], expected, atol=1e-3)
+
+
+def test_labels_up_to_255_are_kept() -> None:
+    blender = SlabBlender((2, 2, 2), 0, torch.ones(2, 2, 2), classes=256)
+    logits = torch.zeros(256, 2, 2, 2)
+    logits[255] = 1
+    blender.add([0, 0, 0], logits)
+    assert np.unique(blender.finish()[0]).tolist() == [255]

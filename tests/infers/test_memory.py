@@ -1,0 +1,73 @@
+"""What there is, what something took, and what an error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from lib.infers import memory
+from lib.infers.memory import MIB, PeakMemory, free_bytes, host_bytes_left, is_out_of_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_errors_of_memory_are_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory")])
+def test_other_errors_are_not_taken_for_them(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_an_allocation_that_cannot_be_is_an_error_of_memory() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert is_out_of_memory(raised.value)
+
+
+def test_peak_is_what_was_taken_at_most() -> None:
+    with PeakMemory(CPU) as peak:
+        for size in (20, 60, 10):
+            assert np.ones(size * MIB, dtype=np.uint8).all()
+    assert 55 * MIB < peak.bytes < 140 * MIB
+
+
+def test_budget_counts_what_the_process_has_taken_already() -> None:
+    used = psutil.Process().memory_info().rss
+    assert host_bytes_left(used + 100 * MIB) <= 101 * MIB
+    assert host_bytes_left(MIB) == 0
+    assert host_bytes_left(None) == pytest.approx(free_bytes(CPU), rel=0.2)
+
+
+def test_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    reserve = int(memory.RESERVE_SHARE * psutil.virtual_memory().total)
+    (tmp_path / "memory.max").write_text(f"{reserve + 500}\n")
+    (tmp_path / "memory.current").write_text("200\n")
+    assert free_bytes(CPU) == pytest.approx(300, abs=1)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) > 1000
+
+
+@pytest.mark.gpu
+def test_peak_on_a_gpu_is_what_was_taken_at_most() -> None:
+    device = torch.device("cuda")
+    with PeakMemory(device) as peak:
+        torch.ones(60 * MIB, dtype=torch.uint8, device=device)
+    assert 60 * MIB <= peak.bytes < 64 * MIB
+    assert free_bytes(device) > 0

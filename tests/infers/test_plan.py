@@ -1,0 +1,317 @@
+"""Plans fit into what there is, say what they take, and shrink when memory runs out all the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.errors import MemoryBudgetError
+from lib.infers import plan as plan_module
+from lib.infers import segmenter as segmenter_module
+from lib.infers.costs import CostBook, WindowCost, cost_key
+from lib.infers.memory import GIB, MIB
+from lib.infers.plan import Plan, Planner
+from lib.infers.segmenter import Segmenter
+from lib.networks.inference import InferenceNetwork
+from lib.networks.unetr import build_unetr
+from lib.transforms.preprocess import network_shape, preprocess_volume
+from lib.transforms.volume import Volume
+from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Never(nn.Module):
+    """A network whose costs are known already."""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+
+def _volume(*shape: int, spacing_mm: tuple[float, float, float] = (1, 1, 1)) -> Volume:
+    """A volume that takes no memory."""
+    return Volume(np.broadcast_to(np.float32(0), shape), axis_affine("LPS", spacing_mm))
+
+
+def _plan(
+    monkeypatch: pytest.MonkeyPatch,
+    volume: Volume,
+    free: int,
+    preset: Preset | None = None,
+    costs: dict[int, WindowCost] | None = None,
+    book: CostBook | None = None,
+) -> Plan:
+    preset, book = preset or tiny_preset(), book or CostBook()
+    for batch, cost in (costs or {1: WindowCost(MIB, 1.0)}).items():
+        book.keep(cost_key(preset, CPU, FP32), batch, cost)
+    monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: free)
+    return Planner(None, book).plan(Never(), preset, CPU, FP32, volume, name="scan")
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPI", "SAR"])
+@pytest.mark.parametrize("shape", [(20, 18, 17), (40, 5, 33)])
+def test_network_shape_is_known_before_preprocessing(shape: tuple[int, int, int], axcodes: str) -> None:
+    preset = tiny_preset(spacing_mm=[1.1, 1.0, 0.8])
+    image = np.random.default_rng(0).random(shape).astype(np.float32)
+    for affine in (oblique_affine(axcodes, (0.7, 1.3, 2.1)), axis_affine(axcodes, (1.1, 1.1, 0.8))):
+        expected = tuple(preprocess_volume(Volume(image, affine), preset).shape[1:])
+        assert network_shape(shape, affine, preset) == expected
+
+
+def test_plan_takes_the_batch_whose_windows_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = tiny_preset(inference={"window_batch_size": 4})
+    costs = {1: WindowCost(MIB, 1.0), 2: WindowCost(2 * MIB, 1.5), 4: WindowCost(4 * MIB, 4.4)}
+    found = _plan(monkeypatch, _volume(64, 64, 64), GIB, preset, costs)
+    assert (found.stitching.window_batch, found.stitching.bands) == (2, 1)
+    assert found.windows == 5**3
+    assert found.seconds == pytest.approx(5**3 / 2 * 1.5)
+    assert found.fits
+
+
+def test_plan_cuts_into_bands_only_where_a_slab_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = _volume(200, 200, 200)
+    labels = [{"index": number, "name": f"label {number}"} for number in range(1, 61)]
+    preset = tiny_preset(roi_size=[64, 16, 16], labels=labels)
+    whole = _plan(monkeypatch, volume, 10 * GIB, preset)
+    assert whole.stitching.bands == 1
+    tight = _plan(monkeypatch, volume, whole.host_bytes - 1, preset)
+    assert tight.stitching.bands > 1
+    assert tight.host_bytes < whole.host_bytes
+    assert tight.windows > whole.windows
+
+
+def test_image_that_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"'scan' \(512x512x1500 voxels, .*needs \d+\.\d\d GiB.*are 1\.00 GiB"):
+        _plan(monkeypatch, _volume(512, 512, 1500), GIB)
+
+
+def test_plan_explains_itself_in_one_line_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _plan(monkeypatch, _volume(64, 64, 64), GIB)
+    text = found.explain()
+    assert "\n" not in text
+    assert "125 windows on cpu in float32, 1 at a time; stitched slab by slab on the host, 0.0" in text
+    data = json.loads(json.dumps(found.as_json()))
+    assert (data["window_batch"], data["bands"], data["text"]) == (1, 1, text)
+
+
+def test_costs_are_measured_once(tmp_path: Path) -> None:
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            calls.append(len(windows))
+            return torch.zeros(len(windows), 3, *windows.shape[2:])
+
+    preset, volume = tiny_preset(inference={"window_batch_size": 2}), _volume(20, 20, 20)
+    for _ in range(2):
+        planner = Planner(None, CostBook(tmp_path / "costs.json"))
+        planner.plan(Counting(), preset, CPU, FP32, volume)
+        assert calls == [2, 2, 1, 1]
+
+
+PROMISE = """
+import numpy as np, torch
+from lib.infers.memory import PeakMemory
+from lib.infers.segmenter import Segmenter
+from lib.networks.unetr import build_unetr
+from lib.transforms.volume import Volume
+from tests.tiny import tiny_preset
+torch.set_num_threads(1)
+preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
+segmenter = Segmenter(build_unetr(preset), preset, torch.device("cpu"), "fp32")
+volume = Volume(np.random.default_rng(0).random((80, 70, 64)).astype(np.float32), np.eye(4))
+promised = segmenter.plan(volume)
+with PeakMemory(torch.device("cpu")) as peak:
+    segmenter.segment(volume)
+print(peak.bytes / promised.host_bytes)
+"""
+
+
+def test_plan_holds_what_it_promises() -> None:
+    """A window larger than all else: the peak of a real run lies below the plan's, and not far.
+
+    In a process of its own: one that has computed before has memory in hand, which a run takes without asking for it.
+    """
+    ran = subprocess.run([sys.executable, "-c", PROMISE], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert 0.2 < float(ran.stdout) < 1.3
+
+
+# ---------------------------------------------------------------------------------------------- the ladder
+
+
+class Hungry(nn.Module):
+    """Runs out of memory for batches of more than one, and so many more times."""
+
+    def __init__(self, error: Callable[[], Exception], failures: int = 0) -> None:
+        super().__init__()
+        self.error, self.failures, self.measured = error, failures, 0
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        if self.measured < 4:  # the planner measures two batches, each twice
+            self.measured += 1
+        elif len(windows) > 1 or self.failures > 0:
+            self.failures -= len(windows) == 1
+            raise self.error()
+        return -(windows - torch.arange(3).reshape(1, 3, 1, 1, 1)).abs()
+
+
+ERRORS = [MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_request_succeeds_with_less_at_once_and_says_so(
+    error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    preset = tiny_preset(intensity={"kind": "window", "lower": 0, "upper": 1}, inference={"window_batch_size": 2})
+    image = np.random.default_rng(0).integers(0, 2, (40, 20, 18)).astype(np.float32)
+    # twice as fast a window: the plan begins with two at a time
+    monkeypatch.setattr(plan_module, "measure_windows", lambda n, p, d, t, batch: WindowCost(MIB, 1.0))
+    network = Hungry(error, failures=2)
+    network.measured = 4
+    segmenter = Segmenter(network, preset, CPU, "fp32")
+    found = segmenter.segment(Volume(image, np.eye(4)), name="scan")
+    np.testing.assert_array_equal(found.labels, image)
+    assert found.plan.given_up == ("a batch of 2 windows", "1 band a slab", "2 bands a slab")
+    assert "memory ran out on scan; gave up a batch of 2 windows" in caplog.text
+    again = segmenter.plan(Volume(image, np.eye(4)))
+    assert (again.stitching.window_batch, again.stitching.bands, again.given_up) == (1, 4, ())
+
+
+def test_request_that_fits_in_no_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "measure_windows", lambda n, p, d, t, batch: WindowCost(MIB, 1.0))
+    network = Hungry(MemoryError, failures=100)
+    network.measured = 4
+    segmenter = Segmenter(network, tiny_preset(), CPU, "fp32")
+    with pytest.raises(MemoryBudgetError, match="'scan', however little was done at once"):
+        segmenter.segment(Volume(boxes()[0], np.eye(4)), name="scan")
+
+
+def test_other_errors_of_a_network_are_not_swallowed() -> None:
+    segmenter = Segmenter(Hungry(lambda: RuntimeError("shapes"), failures=1), tiny_preset(), CPU, "fp32")
+    segmenter.network.measured = 2
+    with pytest.raises(RuntimeError, match="shapes"):
+        segmenter.segment(Volume(boxes()[0], np.eye(4)))
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, torch
+from torch import nn
+from lib.infers import plan
+from lib.infers.costs import WindowCost
+from lib.infers.segmenter import Segmenter
+from lib.transforms.volume import Volume
+from tests.tiny import tiny_preset
+
+class Large(nn.Module):
+    def forward(self, windows):
+        torch.ones(len(windows) * 2**26)  # 256 MiB a window
+        return -(windows - torch.arange(3).reshape(1, 3, 1, 1, 1)).abs()
+
+torch.set_num_threads(1)
+plan.measure_windows = lambda *_: WindowCost(2**20, 1.0)
+preset = tiny_preset(intensity={"kind": "window", "lower": 0, "upper": 1}, inference={"window_batch_size": 4})
+image = np.random.default_rng(0).integers(0, 2, (40, 20, 18)).astype(np.float32)
+segmenter = Segmenter(Large(), preset, torch.device("cpu"), "fp32")
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 400 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+found = segmenter.segment(Volume(image, np.eye(4)))
+assert (found.labels == image).all()
+print(found.plan.stitching.window_batch, *found.plan.given_up, sep="|")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_request_succeeds_under_a_real_limit_of_the_process() -> None:
+    """A network that takes 256 MiB for each window, in a process that may take 400 more."""
+    ended = subprocess.run([sys.executable, "-c", LIMITED], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == "1|a batch of 4 windows|a batch of 2 windows"
+
+
+def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 1 MiB a window: 20 MB of voxels, with what preprocessing takes beside them."""
+    device, preset, volume = torch.device("cuda"), tiny_preset(), _volume(200, 200, 125)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: GIB)
+    book = CostBook()
+    for batch in (1, 2, 4, 8):
+        book.keep(cost_key(preset, device, FP32), batch, WindowCost(batch * MIB, 1.0))
+    plans = []
+    for free in (100 * MIB, 60 * MIB, 2 * MIB):
+        monkeypatch.setattr(plan_module, "free_bytes", lambda _, free=free: free)
+        plans.append(Planner(None, book).plan(Never(), preset, device, FP32, volume))
+    assert [(plan.image_on_device, plan.stitching.on_device) for plan in plans] == [
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
+    assert plans[0].device_bytes == 4 * 4 * 200 * 200 * 125, "preprocessing is the peak"
+    assert "GiB on it with the image" in plans[0].explain()
+    one_by_one = replace(plans[0], stitching=replace(plans[0].stitching, window_batch=1))
+    given_up = Planner(None, book).step_down(one_by_one, preset, device, FP32)
+    assert given_up is not None and not given_up.image_on_device and given_up.given_up == ("the image on cuda",)
+
+
+def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preset, where = tiny_preset(), []
+    segmenter = Segmenter(InferenceNetwork(build_unetr(preset), CPU, FP32), preset, CPU, "fp32")
+    volume = Volume(boxes()[0], np.eye(4))
+    plan = replace(segmenter.plan(volume), image_on_device=True)
+    monkeypatch.setattr(segmenter, "plan", lambda *_: plan)
+
+    def full(volume: Volume, preset: Preset, device: torch.device | None = None) -> torch.Tensor:
+        where.append(device)
+        if device is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return preprocess_volume(volume, preset)
+
+    monkeypatch.setattr(segmenter_module, "preprocess_volume", full)
+    found = segmenter.segment(volume)
+    assert where == [CPU, None]
+    assert found.plan.given_up == ("preprocessing on cpu",)
+
+
+# ------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_plan_on_a_gpu_stitches_there_and_the_ladder_ends_on_the_cpu() -> None:
+    preset, device = tiny_preset(inference={"window_batch_size": 2}), torch.device("cuda")
+    torch.manual_seed(0)
+    state = build_unetr(preset).state_dict()
+
+    def build(where: torch.device) -> Segmenter:
+        network = build_unetr(preset)
+        network.load_state_dict(state)
+        return Segmenter(InferenceNetwork(network, where, FP32), preset, where, "fp32")
+
+    volume = Volume(boxes((60, 50, 40))[0], oblique_affine())
+    expected = build(CPU).segment(volume).labels
+    on_gpu = build(device)
+    found = on_gpu.segment(volume, entropy=True)
+    assert found.plan.stitching.on_device
+    assert (found.labels == expected).mean() > 0.999
+    plan: Plan | None = found.plan
+    while plan is not None:
+        last, plan = plan, on_gpu.planner.step_down(plan, preset, device, FP32)
+    assert on_gpu._smaller(last, "scan").device == "cpu"
+    assert on_gpu.device == CPU
+    again = on_gpu.segment(volume)  # comes back
+    assert again.plan.device == "cuda"
+    assert not again.plan.stitching.on_device
+    assert (again.labels == expected).mean() > 0.999

@@ -1,0 +1,114 @@
+"""From an image on any grid to a mask on the same grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib.configs.preset import Preset
+from lib.errors import CheckpointError, ImageError
+from lib.infers.segmenter import Segmenter
+from lib.networks.checkpoint import Checkpoint
+from lib.networks.unetr import build_unetr
+from lib.transforms.volume import Volume
+from tests.tiny import boxes, oblique_affine, tiny_preset
+
+CPU = torch.device("cpu")
+HALVES = {"kind": "window", "lower": 0, "upper": 200}
+
+
+class Threshold(nn.Module):
+    """Intensities of the network's scale 0, 0.5 and 1 are background, label 1 and label 2."""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        return -(windows * 2 - torch.arange(3).reshape(1, 3, 1, 1, 1)).abs()
+
+
+def _segmenter(**changes: object) -> Segmenter:
+    return Segmenter(Threshold(), tiny_preset(intensity=HALVES, **changes), CPU, "fp32")
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR", "IPL"])
+@pytest.mark.parametrize("shape", [(20, 18, 17), (8, 18, 30), (5, 16, 16)])
+def test_mask_is_on_the_images_own_grid_to_the_voxel(shape: tuple[int, int, int], axcodes: str) -> None:
+    label = np.random.default_rng(0).integers(0, 3, shape).astype(np.uint8)
+    volume = Volume(label.astype(np.float32) * 100, oblique_affine(axcodes))
+    np.testing.assert_array_equal(_segmenter().segment(volume).labels, label)
+
+
+def test_mask_of_an_anisotropic_oblique_image_overlaps_what_is_there() -> None:
+    image = np.zeros((50, 40, 20), dtype=np.float32)
+    image[10:40, 10:30, 5:15], image[20:30, 15:25, 8:12] = 100, 200
+    volume = Volume(image, oblique_affine("PIL", (0.7, 0.9, 2.5)))
+    found = _segmenter(spacing_mm=[1.0, 1.2, 1.1]).segment(volume).labels
+    assert found.shape == image.shape
+    for index in (1, 2):
+        expected = image == index * 100
+        overlap = 2 * ((found == index) & expected).sum() / ((found == index).sum() + expected.sum())
+        assert overlap > 0.85
+
+
+def test_largest_component_is_the_presets_choice_unless_asked() -> None:
+    image = np.zeros((30, 20, 20), dtype=np.float32)
+    image[2:10, 5:15, 5:15], image[25, 5, 5] = 100, 100
+    volume = Volume(image, np.eye(4))
+    keeping = _segmenter(inference={"largest_component": False})
+    cleaning = _segmenter(inference={"largest_component": True})
+    assert [int((s.segment(volume).labels == 1).sum()) for s in (keeping, cleaning)] == [801, 800]
+    assert int((keeping.segment(volume, largest_component=True).labels == 1).sum()) == 800
+    assert int((cleaning.segment(volume, largest_component=False).labels == 1).sum()) == 801
+
+
+def test_latencies_are_told_for_each_stage() -> None:
+    found = _segmenter().segment(Volume(boxes()[0], np.eye(4)))
+    assert list(found.latencies_ms) == ["plan", "preprocess", "network", "restore", "postprocess"]
+    assert all(value >= 0 for value in found.latencies_ms.values())
+
+
+def test_image_that_cannot_be_segmented_is_refused_before_anything_is_computed() -> None:
+    class Never(nn.Module):
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
+    segmenter = Segmenter(Never(), tiny_preset(), CPU)
+    with pytest.raises(ImageError, match="'scan' is constant"):
+        segmenter.segment(Volume(np.zeros((20, 20, 20), dtype=np.float32), np.eye(4)), name="scan")
+
+
+def test_segmenter_from_a_checkpoint_is_deterministic_and_in_evaluation_mode(preset: Preset) -> None:
+    dropping = preset.model_copy(update={"network": preset.network.model_copy(update={"dropout_rate": 0.5})})
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(dict(build_unetr(dropping).state_dict()), dropping)
+    volume = Volume(boxes()[0], oblique_affine())
+    first, second = (Segmenter.from_checkpoint(checkpoint, dropping, CPU, "fp32") for _ in range(2))
+    assert not first.network.training
+    np.testing.assert_array_equal(first.segment(volume).labels, second.segment(volume).labels)
+    np.testing.assert_array_equal(first.segment(volume).labels, first.segment(volume).labels)
+
+
+def test_segmenter_from_weights_of_another_size_names_the_keys(preset: Preset) -> None:
+    other = tiny_preset(roi_size=[32, 16, 16])
+    checkpoint = Checkpoint(dict(build_unetr(other).state_dict()), other)
+    with pytest.raises(CheckpointError, match=r"position_embeddings \(1, 2, 48\) instead of \(1, 1, 48\)"):
+        Segmenter.from_checkpoint(checkpoint, preset, CPU)
+
+
+def test_entropy_is_on_the_images_own_grid_where_asked() -> None:
+    class Unsure(nn.Module):
+        """The more intensity, the less certain."""
+
+        def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            sure = 20 * (1 - windows)
+            return torch.cat([sure, torch.zeros_like(sure), torch.zeros_like(sure)], dim=1)
+
+    image = np.zeros((40, 24, 20), dtype=np.float32)
+    image[10:30, 6:18, 5:15] = 200
+    segmenter = Segmenter(Unsure(), tiny_preset(intensity=HALVES, spacing_mm=[1.0, 1.0, 1.0]), CPU, "fp32")
+    found = segmenter.segment(Volume(image, oblique_affine("PIL", (0.5, 1.0, 1.0))), entropy=True)
+    assert found.entropy is not None
+    assert (found.entropy.shape, found.entropy.dtype) == (image.shape, np.float32)
+    assert found.entropy[14:26, 8:16, 7:13].min() > 0.99
+    assert found.entropy[:8].max() < 0.01
+    assert segmenter.segment(Volume(image, np.eye(4))).entropy is None

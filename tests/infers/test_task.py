@@ -1,0 +1,233 @@
+"""MONAI Label's inference task: parameters refused by name, an answer that clients can read."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import ImageError, ModelNotReadyError, ParameterError
+from lib.infers import task as task_module
+from lib.infers.cache import ResultCache
+from lib.infers.quality import Calibration, calibration_file, foreground_uncertainty
+from lib.infers.segmenter import Segmentation, Segmenter
+from lib.infers.task import InferRequest, UnetrInferTask
+from lib.infers.weights import WeightsLocator
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.unetr import build_unetr
+from lib.transforms.volume import Volume, read_volume
+from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UnetrInferTask:
+    """A task with random weights; its results go to the test's folder."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "results"))
+    preset = tiny_preset()
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(dict(build_unetr(preset).state_dict()), preset, {"version": "shipped"})
+    write_checkpoint(tmp_path / "model" / "shipped.pt", checkpoint)
+    return UnetrInferTask(preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return write_nifti(tmp_path / "scan.nii.gz", boxes()[0], oblique_affine("LPS"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"image": None}, "'image' is None; valid: an image id or a file"),
+        ({"image": ""}, "'image' is ''"),
+        ({"image": ["a"]}, r"'image' is \['a'\]"),
+        ({"device": "cuda:99"}, "'device' is 'cuda:99'; valid: cpu"),
+        ({"device": ["tpu"]}, "'device' is 'tpu'"),
+        ({"result_extension": ".jpg"}, r"'result_extension' is '.jpg'; valid: .nrrd"),
+        ({"result_extension": [".nrrd"]}, "'result_extension' is"),
+        ({"result_dtype": "complex64"}, "'result_dtype' is 'complex64'; valid: uint8"),
+        ({"result_compress": "maybe"}, "'result_compress' is 'maybe'; valid: true, false"),
+        ({"result_compress": 2}, "'result_compress' is 2; valid: true, false"),
+        ({"largest_component": "some"}, "'largest_component' is 'some'; valid: true, false"),
+    ],
+)
+def test_bad_parameter_is_refused_by_name(
+    task: UnetrInferTask, image: Path, tmp_path: Path, parameters: dict[str, Any], message: str
+) -> None:
+    request = {"image": str(image)} | parameters
+    with pytest.raises(ParameterError, match=message):
+        task.validate_request(request)
+    with pytest.raises(ParameterError, match=message):
+        task(request)
+    assert not list((tmp_path / "results").iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"),
+    [("a.nii.gz", ".nii.gz"), ("a.NII", ".nii"), ("a.seg.nrrd", ".nrrd"), ("a.mha", ".nii.gz"), ("series", ".nii.gz")],
+)
+def test_result_is_of_the_images_kind_where_none_is_asked_for(name: str, extension: str) -> None:
+    assert InferRequest.parse({"image": name}, "cpu").extension == extension
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, True), ("TRUE", True), ("0", False), (False, False)])
+def test_request_flags_are_cast(value: object, expected: bool) -> None:
+    request = {"image": "a.nii", "largest_component": value, "result_compress": value}
+    parsed = InferRequest.parse(request, "cpu")
+    assert (parsed.largest_component, parsed.compress) == (expected, expected)
+
+
+def test_request_as_slicer_sends_it_is_understood() -> None:
+    request = {
+        "image": "a.nii.gz",
+        "client_id": "user-xyz",
+        "result_extension": ".nrrd",
+        "result_dtype": "uint8",
+        "session_id": "",
+        "model": "tiny",
+        "device": ["cpu", "cuda"],
+    }
+    parsed = InferRequest.parse(request, "")
+    assert (parsed.extension, parsed.dtype, parsed.device.type) == (".nrrd", "uint8", "cpu")
+
+
+def test_answer_is_a_mask_on_the_images_grid_and_what_is_in_it(task: UnetrInferTask, image: Path) -> None:
+    file, answer = task({"image": str(image), "result_extension": ".nii.gz"})
+    assert file is not None
+    mask, scan = nib.load(file), nib.load(image)
+    labels = np.asarray(mask.dataobj)
+    assert mask.shape == scan.shape
+    np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-6)
+
+    assert answer["label_names"] == {"Left Box": 1, "core": 2}
+    assert answer["label_colors"]["Left Box"] == [255, 128, 0]
+    assert answer["model"] == {"preset": "tiny", "version": "shipped", "origin": "shipped"}
+    for name, index in answer["label_names"].items():
+        count = int((labels == index).sum())
+        assert (name in answer["label_statistics"]) == (count > 0)
+        if count:
+            assert answer["label_statistics"][name]["voxels"] == count
+            centroid = np.argwhere(labels == index).mean(axis=0)
+            assert answer["centroids"][name] == [str(round(c)) for c in centroid.round(2)]
+            expected = (scan.affine @ [*centroid, 1])[:3]
+            np.testing.assert_allclose(answer["label_statistics"][name]["centroid_ras_mm"], expected, atol=0.01)
+    assert answer["label_statistics"], "random weights find something"
+    stages = {"read", "wait", "load", "plan", "preprocess", "network", "restore", "postprocess", "write", "total"}
+    assert set(answer["latencies_ms"]) == stages
+    assert answer["plan"]["windows"] >= 1
+    assert "windows on cpu in float32" in answer["plan"]["text"]
+    parts = sum(value for name, value in answer["latencies_ms"].items() if name != "total")
+    assert parts <= answer["latencies_ms"]["total"] + 1
+    assert set(answer["latencies"]) == {"pre", "infer", "invert", "post", "write", "total"}
+
+
+def test_task_without_weights_is_not_offered_and_says_why(tmp_path: Path, image: Path) -> None:
+    task = UnetrInferTask(tiny_preset(), WeightsLocator(tmp_path / "none"), "cpu")
+    assert not task.is_valid()
+    assert task.get_path() is None
+    assert task.get_path(validate=False) == str(tmp_path / "none")
+    with pytest.raises(ModelNotReadyError):
+        task({"image": str(image)})
+
+
+def test_task_with_weights_is_offered_with_its_labels(task: UnetrInferTask, tmp_path: Path) -> None:
+    assert task.is_valid()
+    assert task.get_path() == str(tmp_path / "model" / "shipped.pt")
+    info = task.info()
+    assert info["labels"] == {"Left Box": 1, "core": 2}
+    assert info["type"] == "segmentation"
+    assert info["dimension"] == 3
+    assert info["config"]["largest_component"] is False
+
+
+def test_image_that_cannot_be_read_leaves_no_file(task: UnetrInferTask, tmp_path: Path) -> None:
+    (tmp_path / "bad.nii.gz").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"'bad\.nii\.gz' is damaged"):
+        task({"image": str(tmp_path / "bad.nii.gz")})
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_second_answer_comes_from_the_cache_in_any_format(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+    cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", ResultCache(16))
+    assert cached.recall({"image": str(image)}) is None and not cached.is_kept({"image": str(image)})
+    first, said = cached({"image": str(image), "result_extension": ".nii.gz"})
+    assert said["cache"] == {"hit": False}
+    assert cached.is_kept({"image": str(image), "result_extension": ".nrrd"})
+    second, again = cached({"image": str(image), "result_extension": ".nii", "result_dtype": "int16"})
+    assert again["cache"] == {"hit": True, "computed_in_ms": said["latencies_ms"]["total"]}
+    np.testing.assert_array_equal(nib.load(first).dataobj, nib.load(second).dataobj)
+    np.testing.assert_allclose(nib.load(first).affine, nib.load(second).affine, atol=1e-6)
+    assert nib.load(second).get_data_dtype() == np.int16
+    same = ("label_names", "label_colors", "centroids", "label_statistics", "model", "quality")
+    assert {key: again[key] for key in same} == {key: said[key] for key in same}
+    assert again["latencies"]["infer"] == 0
+    assert cached.recall({"image": str(image), "largest_component": True}) is None, "another option, another mask"
+
+
+def test_cache_forgets_with_new_weights(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+    results = ResultCache(16)
+    cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", results)
+    cached({"image": str(image)})
+    torch.manual_seed(1)
+    other = Checkpoint(dict(build_unetr(task.preset).state_dict()), task.preset, {"version": "other"})
+    write_checkpoint(tmp_path / "model" / "shipped.pt", other)
+    _, said = cached({"image": str(image)})
+    assert said["cache"] == {"hit": False} and said["model"]["version"] == "other"
+    assert len(results) == 1
+
+
+def test_uncertainty_map_lies_on_the_image(task: UnetrInferTask, image: Path) -> None:
+    picture = nib.load(task.map_uncertainty({"image": str(image)}))
+    entropy, source = np.asarray(picture.dataobj), nib.load(image)
+    assert entropy.shape == source.shape and entropy.dtype == np.float32
+    np.testing.assert_allclose(picture.affine, source.affine, atol=1e-5)
+    assert 0.5 < entropy.max() <= 1, "random weights are sure of nothing"
+
+
+def test_quality_is_estimated_where_the_weights_are_calibrated(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    _, said = task({"image": str(image)})
+    assert said["quality"] is None
+    line = Calibration(0.95, -0.1, 0.04, 12)
+    calibration_file(tmp_path / "model" / "shipped.pt").write_text(line.to_json(), encoding="utf-8")
+    calibrated = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32")
+    _, said = calibrated({"image": str(image), "largest_component": False})
+    entropy = np.asarray(nib.load(calibrated.map_uncertainty({"image": str(image)})).dataobj)
+    labels = np.asarray(nib.load(calibrated({"image": str(image)})[0]).dataobj)
+    assert said["quality"] == line.estimate(foreground_uncertainty(entropy, labels))
+
+
+def test_next_image_is_read_while_one_is_computed(
+    task: UnetrInferTask, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a batch inference with two workers: the first waits in its computation for the second to have read."""
+    other = write_nifti(tmp_path / "other.nii.gz", boxes(seed=1)[0])
+    task.load()
+    both_read, reads = threading.Event(), []
+    segment = Segmenter.segment
+
+    def read(path: Path) -> Volume:
+        volume = read_volume(path)
+        reads.append(path.name)
+        if len(reads) == 2:
+            both_read.set()
+        return volume
+
+    def waiting(self: Segmenter, *arguments: Any, **options: Any) -> Segmentation:
+        assert both_read.wait(60), "nothing was read meanwhile"
+        return segment(self, *arguments, **options)
+
+    monkeypatch.setattr(task_module, "read_volume", read)
+    monkeypatch.setattr(Segmenter, "segment", waiting)
+    with ThreadPoolExecutor(2) as workers:
+        answers = list(workers.map(lambda path: task({"image": str(path)})[0], (image, other)))
+    assert sorted(reads) == ["other.nii.gz", "scan.nii.gz"]
+    assert all(answer is not None and Path(answer).is_file() for answer in answers)

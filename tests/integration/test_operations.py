@@ -1,0 +1,166 @@
+"""What whoever runs the server sees: start, health, figures, a full queue, and no 5xx whatever is sent."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_hippocampus import SyntheticCase
+
+from tests.integration.conftest import prepare
+from tests.integration.server import Server
+
+
+def figures(server: Server) -> dict[str, float]:
+    lines = [line for line in server.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_health_and_readiness(server: Server) -> None:
+    assert server.get("/healthz").json() == {"status": "ok"}
+    ready = server.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json() == {
+        "status": "ready", "problems": [], "models": {"hippocampus_mr": "shipped", "tiny": "untrained"},
+    }  # fmt: skip
+
+
+def test_damaged_weights_make_the_server_not_ready(server: Server) -> None:
+    file = server.models / "tiny" / "shipped.pt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"half a file")
+    try:
+        answer = server.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["problems"][0].startswith("model 'tiny': checkpoint 'shipped.pt'")
+        refused = server.infer("tiny", "case_0")
+        assert (refused.status_code, refused.json()["error"]) == (409, "ModelNotReadyError")
+    finally:
+        file.unlink()
+    assert server.get("/readyz").status_code == 200
+
+
+def test_metrics_count_requests_inferences_and_labels(server: Server, cases: dict[str, SyntheticCase]) -> None:
+    before = figures(server)
+    assert server.infer("hippocampus_mr", "case_0").status_code == 200
+    assert server.infer("hippocampus_mr", "nope").status_code == 404
+    assert server.post("/infer/hippocampus_mr", files={"file": ("a.nii.gz", b"")}).status_code == 422
+    after = figures(server)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    route = 'unetr_requests_total{method="POST",route="/infer/{model}",status="%d"}'
+    assert [grown(route % status) for status in (200, 404, 422)] == [1, 1, 1]
+    ready = 'unetr_result_cache_total{model="hippocampus_mr",ready="%s"}'
+    computed, known = grown(ready % "miss") if ready % "miss" in after else 0, after.get(ready % "hit", 0)
+    assert computed + known - before.get(ready % "hit", 0) == 1
+    assert grown('unetr_inference_seconds_count{model="hippocampus_mr",stage="network"}') == computed
+    assert grown('unetr_inference_failures_total{error="ImageError",model="hippocampus_mr"}') == 1
+    assert after["unetr_images"] == len(cases)
+    assert after["unetr_inferences_waiting"] == 0
+    assert after["unetr_disk_free_bytes"] > 0
+    # no label holds what a client made up
+    assert not any("nope" in name for name in after)
+
+
+def test_full_queue_is_answered_503_and_others_go_on(cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
+    server = prepare(Server(tmp_path / "server", {"queue_size": "2", "result_cache_mib": "0"}), cases).start()
+    try:
+        assert server.infer("hippocampus_mr", "case_0").status_code == 200
+        answers = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(server.infer("hippocampus_mr", "case_0"))) for _ in range(12)
+        ]
+        for thread in threads:
+            thread.start()
+        waits = []
+        while any(thread.is_alive() for thread in threads):
+            start = time.monotonic()
+            assert server.get("/healthz").status_code == 200
+            waits.append(time.monotonic() - start)
+        statuses = sorted(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 503} and statuses.count(200) >= 3
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"] == "BusyError"
+        assert len(waits) > 5, "other requests waited for inferences"
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("conf", "sentence"),
+    [
+        ({"nope": "1"}, "unknown key 'nope'"),
+        ({"queue_size": "-1"}, "queue_size"),
+        ({"tokens": "none.yaml"}, "'none.yaml' cannot be read"),
+    ],
+)
+def test_wrong_setting_ends_the_start_with_a_sentence(tmp_path: Path, conf: dict[str, str], sentence: str) -> None:
+    server = Server(tmp_path / "server", conf)
+    assert server.launch().wait(60) != 0
+    said = server.log.read_text()
+    assert re.search(rf"The server does not start: .*{re.escape(sentence)}", said)
+    assert "Traceback" not in said
+
+
+JUNK = ("", "x", "-1", "1e999", "..", "../x", "a" * 3000, "%00", "\u00e4\u6f22", "null", "[]", '{"a": 1}', "true")
+# these would start long work, which has tests of its own
+LONG_WORK = {("post", "/train/"), ("post", "/train/{model}"), ("post", "/batch/infer/{model}")}
+
+
+def calls(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Every operation of the document with junk in each of its parameters, body fields and files."""
+    made = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if (method, path) in LONG_WORK:
+                continue
+            for junk in JUNK:
+                places = re.sub(r"\{\w+\}", lambda _, junk=junk: junk.replace("/", "%2f") or "x", path)
+                query = {p["name"]: junk for p in operation.get("parameters", []) if p["in"] == "query"}
+                content = operation.get("requestBody", {}).get("content", {})
+                options: dict[str, Any] = {"params": query}
+                if "multipart/form-data" in content:
+                    options |= {"files": {name: ("a.nii.gz", junk.encode()) for name in ("file", "files", "label")}}
+                    options |= {"data": {"params": junk, "info": junk}}
+                elif "application/x-www-form-urlencoded" in content:
+                    options |= {"data": {name: junk for name in ("params", "info", "username", "password")}}
+                elif content:
+                    options |= {"data": junk.encode()}
+                made.append((method.upper(), places, options))
+    return made
+
+
+def test_no_junk_in_any_documented_call_is_answered_5xx(server: Server) -> None:
+    document = server.get("/openapi.json").json()
+    sent = calls(document)
+    assert len(sent) > 400
+    failed = []
+    for method, path, options in sent:
+        answer = server.request(method, path, **options)
+        if answer.status_code >= 500:
+            failed.append((method, path, options["params"], answer.text[:200]))
+        if method != "HEAD" and answer.status_code >= 400:
+            assert set(answer.json()) == {"detail", "error", "request_id"}, (method, path)
+    assert failed == []
+
+
+def test_ids_of_refusals_are_all_different(server: Server) -> None:
+    ids = [server.get("/nope").json()["request_id"] for _ in range(20)]
+    assert all(a != b for a, b in itertools.combinations(ids, 2))
+
+
+def test_answers_are_strict_json(server: Server) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for path in ("/info/", "/datastore/", "/datastore/?output=all", "/datastore/?output=train", "/readyz"):
+        json.loads(server.get(path).text, parse_constant=refuse)

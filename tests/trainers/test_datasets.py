@@ -1,0 +1,178 @@
+"""Datasets of every kind give the same cases, within their bounds, and notice a new label."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset, PersistentDataset, SmartCacheDataset
+
+from lib.errors import ParameterError
+from lib.trainers import datasets
+from lib.trainers.cases import Case
+from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS, build_crops, build_dataset, build_loader
+from lib.trainers.parallel import ResumableSampler
+from lib.transforms.preprocess import IMAGE, LABEL, preprocess_volume
+from lib.transforms.volume import read_volume
+from tests.tiny import boxes, preset_data, tiny_preset, write_nifti
+
+MakeCases = Callable[..., tuple[Case, ...]]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of the cases that are read from their files, in order."""
+    ids: list[str] = []
+    original = datasets.ReadCased.__call__
+
+    def read(self: datasets.ReadCased, data: dict) -> dict:
+        ids.append(data["case"]["id"])
+        return original(self, data)
+
+    monkeypatch.setattr(datasets.ReadCased, "__call__", read)
+    return ids
+
+
+@pytest.mark.parametrize("kind", DATASET_KINDS)
+def test_dataset_of_every_kind_gives_what_inference_sees(make_cases: MakeCases, tmp_path: Path, kind: str) -> None:
+    cases, preset = make_cases(3), tiny_preset(spacing_mm=[1.2, 0.9, 1.0])
+    dataset = build_dataset(cases, preset, kind, tmp_path / "cache", cache_bytes=10**6)
+    for case, item in zip(cases, dataset, strict=True):
+        expected = preprocess_volume(read_volume(case.image), preset).as_tensor()
+        torch.testing.assert_close(item[IMAGE], expected, rtol=0, atol=0)
+        assert (item[IMAGE].dtype, item[LABEL].dtype) == (torch.float32, torch.uint8)
+        assert item[LABEL].unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", DATASET_KINDS)
+def test_dataset_for_training_draws_new_crops_each_time(make_cases: MakeCases, tmp_path: Path, kind: str) -> None:
+    dataset = build_crops(make_cases(1, (40, 40, 40)), tiny_preset(), kind, tmp_path, 3)
+    first = dataset[0]
+    dataset.epoch += 1
+    second = dataset[0]
+    assert [tuple(crop[IMAGE].shape) for crop in first] == [(1, 16, 16, 16)] * 3
+    assert not torch.equal(first[0][IMAGE], second[0][IMAGE])
+
+
+def test_persistent_dataset_reads_a_case_once(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
+    cases = make_cases(2)
+    for _ in range(2):  # another run finds what this one left
+        dataset = build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path / "cache")
+        _ = [dataset[i] for i in (0, 1, 0, 1)]
+    assert sorted(reads) == ["case_001", "case_002"]
+
+
+def test_persistent_dataset_notices_a_changed_label(make_cases: MakeCases, tmp_path: Path) -> None:
+    (case,) = make_cases(1)
+
+    def voxels() -> int:
+        dataset = build_dataset([case], tiny_preset(), "PersistentDataset", tmp_path / "cache")
+        return int((dataset[0][LABEL] > 0).sum())
+
+    assert voxels() == 1000
+    corrected = boxes(seed=1)[1]
+    corrected[0] = 1
+    write_nifti(case.label, corrected)
+    assert voxels() == int((corrected > 0).sum())
+
+
+def test_persistent_dataset_of_another_spacing_has_a_cache_of_its_own(make_cases: MakeCases, tmp_path: Path) -> None:
+    cases = make_cases(1)
+    first = build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path)[0]
+    second = build_dataset(cases, tiny_preset(spacing_mm=[0.5, 1, 1]), "PersistentDataset", tmp_path)[0]
+    assert second[IMAGE].shape[1] > first[IMAGE].shape[1]
+
+
+def test_persistent_dataset_leaves_a_full_disk_alone(
+    make_cases: MakeCases, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 2))
+    dataset = build_dataset(make_cases(3), tiny_preset(), "PersistentDataset", tmp_path / "cache")
+    seen = [float(dataset[i][IMAGE].sum()) for i in (0, 1, 2, 0, 1, 2)]
+    assert seen[:3] == seen[3:]
+    assert len(list((tmp_path / "cache").rglob("*.pt"))) == 1, "one case fits, and then no more"
+    assert reads.count("case_001") == 1
+    assert reads.count("case_002") == reads.count("case_003") == 2
+
+
+def _memory_for(cases: int) -> int:
+    """As many bytes as caching this many tiny cases of 20x18x16 takes, and half a case more."""
+    return int((cases + 0.5) * 20 * 18 * 16 * (4 + 1))
+
+
+def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
+    dataset = build_dataset(make_cases(4), tiny_preset(), "CacheDataset", tmp_path, _memory_for(2))
+    assert isinstance(dataset, CacheDataset)
+    assert dataset.cache_num == 2
+    reads.clear()
+    _ = [dataset[i] for i in range(4)]
+    assert reads == ["case_003", "case_004"], "the two that are kept are not read again"
+
+
+def test_smart_cache_dataset_comes_round_to_every_case(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
+    dataset = build_dataset(make_cases(4), tiny_preset(), "SmartCacheDataset", tmp_path, _memory_for(2))
+    assert isinstance(dataset, SmartCacheDataset)
+    assert len(dataset) == 2
+    dataset.start()
+    for _ in range(4):
+        dataset.update_cache()
+    dataset.shutdown()
+    assert set(reads) == {f"case_{i:03d}" for i in range(1, 5)}
+
+
+def test_smart_cache_dataset_that_holds_everything_is_a_plain_cache(make_cases: MakeCases, tmp_path: Path) -> None:
+    dataset = build_dataset(make_cases(2), tiny_preset(), "SmartCacheDataset", tmp_path, _memory_for(2))
+    assert isinstance(dataset, CacheDataset)
+    assert not isinstance(dataset, SmartCacheDataset)
+
+
+def test_unknown_kinds_are_refused_with_the_known(make_cases: MakeCases, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="'dataset' is 'Zip'; valid: PersistentDataset, CacheDataset"):
+        build_dataset(make_cases(1), tiny_preset(), "Zip", tmp_path)
+    dataset = build_dataset(make_cases(1), tiny_preset(), "Dataset", tmp_path)
+    with pytest.raises(ParameterError, match="'dataloader' is 'Fast'; valid: ThreadDataLoader, DataLoader"):
+        build_loader(dataset, "Fast", 1)
+
+
+@pytest.mark.parametrize("kind", LOADER_KINDS)
+def test_loader_gives_the_same_batches_for_the_same_seed(make_cases: MakeCases, tmp_path: Path, kind: str) -> None:
+    cases = make_cases(4, (24, 24, 24))
+
+    def epochs(seed: int, order: tuple[int, ...] = (1, 2)) -> dict[int, torch.Tensor]:
+        preset = tiny_preset(training=preset_data()["training"] | {"seed": seed})
+        dataset = build_crops(cases, preset, "PersistentDataset", tmp_path, 2)
+        sampler = ResumableSampler(dataset, seed)
+        loader, drawn = build_loader(dataset, kind, 2, sampler), {}
+        for dataset.epoch in order:
+            sampler.begin(dataset.epoch)
+            drawn[dataset.epoch] = torch.cat([batch[IMAGE] for batch in loader])
+        return drawn
+
+    first = epochs(3)
+    assert first[1].shape == (8, 1, 16, 16, 16)
+    torch.testing.assert_close(epochs(3), first, rtol=0, atol=0)
+    assert not torch.equal(first[1], first[2])
+    assert not torch.equal(epochs(4)[1], first[1])
+    torch.testing.assert_close(epochs(3, (2,))[2], first[2], rtol=0, atol=0, msg="whatever was drawn before")
+
+
+def test_sampler_begins_in_the_middle_of_an_epoch() -> None:
+    sampler = ResumableSampler(list(range(7)), seed=5)  # type: ignore[arg-type]
+    sampler.begin(2)
+    whole = list(sampler)
+    assert sorted(whole) == list(range(7))
+    sampler.begin(2, skipped=4)
+    assert list(sampler) == whole[4:]
+    sampler.begin(3)
+    assert list(sampler) != whole
+
+
+def test_persistent_dataset_is_a_persistent_dataset(make_cases: MakeCases, tmp_path: Path) -> None:
+    dataset = build_dataset(make_cases(1), tiny_preset(), "PersistentDataset", tmp_path)
+    assert isinstance(dataset, PersistentDataset)
+    assert np.isfinite(dataset[0][IMAGE].numpy()).all()

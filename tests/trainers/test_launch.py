@@ -1,0 +1,135 @@
+"""One process or several: the same plan, the same weights on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.errors import ParameterError, TrainingError
+from lib.networks.checkpoint import read_checkpoint
+from lib.trainers import launch as module
+from lib.trainers.cases import Case
+from lib.trainers.launch import launch, launch_processes
+from lib.trainers.loop import BEST_FILE, TrainingPlan, TrainingResult, run_training
+from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
+
+MakeCases = Callable[..., tuple[Case, ...]]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RESULT = TrainingResult({}, 1, {}, (0.5,))
+
+
+@pytest.fixture
+def plan(make_cases: MakeCases, tmp_path: Path) -> TrainingPlan:
+    recipe = {"max_epochs": 4, "learning_rate": 4e-3, "precision": "fp32", "augmentation": QUIET_AUGMENTATION}
+    cases = make_cases(5)
+    return TrainingPlan(tiny_preset(training=recipe), cases[:4], cases[4:], tmp_path / "run", CPU)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Devices of each launch on a machine with three GPUs; nothing is trained."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(module, "run_training", lambda plan: calls.append([str(plan.device)]) or RESULT)
+    monkeypatch.setattr(
+        module, "launch_processes", lambda _, devices: calls.append([str(d) for d in devices]) or RESULT
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("device", "multi_gpu", "gpus", "expected"),
+    [
+        (CPU, True, "all", ["cpu"]),
+        (CUDA, False, "all", ["cuda"]),
+        (CUDA, True, "all", ["cuda:0", "cuda:1", "cuda:2"]),
+        (CUDA, True, "0, 2", ["cuda:0", "cuda:2"]),
+        (CUDA, True, "1", ["cuda:1"]),
+    ],
+)
+def test_launch_uses_the_gpus_that_it_may(
+    plan: TrainingPlan, launched: list[list[str]], device: torch.device, multi_gpu: bool, gpus: str, expected: list[str]
+) -> None:
+    assert launch(replace(plan, device=device), multi_gpu, gpus) is RESULT
+    assert launched == [expected]
+
+
+@pytest.mark.parametrize("gpus", ["3", "0,x", "-1", ",", ""])
+def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingPlan, launched: list[list[str]], gpus: str) -> None:
+    with pytest.raises(ParameterError, match=r"'gpus' is .*; valid: all, or indices from 0 to 2"):
+        launch(replace(plan, device=CUDA), True, gpus)
+    assert not launched
+
+
+def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: TrainingPlan) -> None:
+    several = launch_processes(plan, [CPU, CPU])
+    recipe = plan.preset.training.model_copy(update={"batch_size": 2})
+    alone = run_training(replace(plan, preset=plan.preset.model_copy(update={"training": recipe}),
+                                 run_dir=plan.run_dir / "alone"))  # fmt: skip
+    assert len(several.losses) == 4 * 2
+    assert several.losses == pytest.approx(alone.losses, abs=1e-4)
+    assert several.losses[-1] < several.losses[0] - 0.05
+    assert several.dice == pytest.approx(alone.dice, abs=2e-3)
+    # AdamW moves a weight whose gradient is about zero by the learning rate, up or down by the last bit of a sum: most
+    # weights must be alike, and none may be further away than all steps together
+    apart = torch.cat([(several.weights[key] - alone.weights[key]).abs().flatten() for key in alone.weights])
+    assert apart.mean() < 1e-4 and apart.max() < 2e-3 * len(alone.losses)
+    torch.testing.assert_close(read_checkpoint(plan.run_dir / BEST_FILE).model, several.weights, rtol=0, atol=0)
+    assert not any(key.startswith("module.") for key in several.weights)
+
+
+def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingPlan) -> None:
+    write_nifti(plan.train_cases[2].label, boxes()[1][:-1])
+    with pytest.raises(TrainingError, match=r"training in 2 processes failed: .*label of 'case_003' has shape"):
+        launch_processes(plan, [CPU, CPU])
+
+
+@pytest.fixture
+def memories(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Device and checkpointing of each try; none finds enough memory on a GPU."""
+    tried: list[str] = []
+
+    def train(plan: TrainingPlan, devices: object = None) -> TrainingResult:
+        recomputed = plan.preset.training.activation_checkpointing
+        tried.append(f"{plan.device}{' recomputed' * recomputed}{' resumed' * plan.resume}")
+        if plan.device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return RESULT
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module, "run_training", train)
+    monkeypatch.setattr(module, "launch_processes", train)
+    monkeypatch.setattr(module, "release_memory", lambda device: None)
+    return tried
+
+
+def test_run_that_is_out_of_memory_on_a_gpu_goes_on_on_the_cpu(plan: TrainingPlan, memories: list[str]) -> None:
+    assert launch(replace(plan, device=CUDA)) is RESULT
+    assert memories == ["cuda", "cpu resumed"]
+
+
+def test_processes_that_are_out_of_memory_shrink_together_first(plan: TrainingPlan, memories: list[str]) -> None:
+    assert launch(replace(plan, device=CUDA), multi_gpu=True) is RESULT
+    assert memories == ["cuda", "cuda recomputed resumed", "cpu recomputed resumed"]
+
+
+def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_: TrainingPlan) -> TrainingResult:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(module, "run_training", train)
+    with pytest.raises(TrainingError, match=r"out of memory on cpu .*; lower train_batch_size \(1\) or crops_per_case"):
+        launch(plan)
+
+
+def test_other_errors_are_not_taken_for_memory(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_: TrainingPlan) -> TrainingResult:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(module, "run_training", train)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        launch(plan)

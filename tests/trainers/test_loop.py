@@ -1,0 +1,405 @@
+"""The training loop: it learns, repeats itself by seed, keeps the best, and stops when it should."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lib.errors import LabelError, TrainingError
+from lib.networks.checkpoint import read_checkpoint
+from lib.networks.unetr import build_unetr
+from lib.trainers import loop
+from lib.trainers.cases import Case
+from lib.trainers.loop import BEST_FILE, TrainingPlan, run_training
+from lib.trainers.pause import is_paused, wait_while_paused
+from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
+
+MakeCases = Callable[..., tuple[Case, ...]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_plan(make_cases: MakeCases, tmp_path: Path) -> Callable[..., TrainingPlan]:
+    """A plan on tiny cases: ``make_plan(train, validation, **recipe)``."""
+
+    def make(train: int = 2, validation: int = 0, network: dict[str, Any] | None = None, **recipe: Any) -> TrainingPlan:
+        cases = make_cases(train + validation)
+        quiet = {"precision": "fp32", "augmentation": QUIET_AUGMENTATION, "crops_per_case": 1, "max_epochs": 1}
+        size = {"feature_size": 4, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4} | (network or {})
+        preset = tiny_preset(training=quiet | recipe, network=size)
+        return TrainingPlan(preset, cases[:train], cases[train:], tmp_path / "run", CPU)
+
+    return make
+
+
+def test_training_on_blobs_learns_them(make_plan: Callable[..., TrainingPlan]) -> None:
+    recipe = {"max_epochs": 20, "batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1, "val_interval": 5}
+    plan = make_plan(4, 2, **recipe)
+    result = run_training(plan)
+    assert len(result.losses) == 40
+    # One minus the Dice of guessing plus the cross-entropy of three classes: where any run of the recipe starts.
+    assert result.losses[0] == pytest.approx(0.97, abs=0.05)
+    assert sum(result.losses[-4:]) / 4 < 0.55
+    assert result.dice["Left Box"] > 0.8
+    assert result.dice["core"] > 0.6
+    assert result.mean_dice == pytest.approx(sum(result.dice.values()) / 2)
+    kept = read_checkpoint(plan.run_dir / BEST_FILE)
+    assert kept.preset == plan.preset
+    assert kept.info["epoch"] == result.best_epoch
+    torch.testing.assert_close(kept.model, result.weights, rtol=0, atol=0)
+    progress = json.loads((plan.run_dir / "progress.json").read_text(encoding="utf-8"))
+    assert (progress["step"], progress["total_steps"], progress["epoch"]) == (40, 40, 20)
+    assert progress["dice"] == pytest.approx(result.dice)
+
+
+def test_same_seed_trains_the_same_weights_and_another_seed_others(make_plan: Callable[..., TrainingPlan]) -> None:
+    noisy = {"spatial_probability": 1, "rotation_degrees": 10, "noise_probability": 1, "elastic_probability": 0.5}
+    plan = make_plan(3, 1, max_epochs=2, batch_size=2, crops_per_case=2, augmentation=noisy)
+    other = plan.preset.training.model_copy(update={"seed": 1})
+    first, second = run_training(plan), run_training(plan)
+    third = run_training(replace(plan, preset=plan.preset.model_copy(update={"training": other})))
+    assert first.losses == second.losses
+    torch.testing.assert_close(first.weights, second.weights, rtol=0, atol=0)
+    assert first.losses != third.losses
+
+
+class KilledError(Exception):
+    """Stands for a signal."""
+
+
+def _kill_at(step: int) -> Callable[[int], None]:
+    def on_step(now: int) -> None:
+        if now == step:
+            raise KilledError
+
+    return on_step
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 6])
+def test_run_that_was_killed_goes_on_as_if_nothing_had_happened(
+    make_plan: Callable[..., TrainingPlan], killed_at: int
+) -> None:
+    noisy = {"spatial_probability": 1, "rotation_degrees": 10, "noise_probability": 1}
+    plan = make_plan(4, 1, max_epochs=4, batch_size=2, network={"dropout_rate": 0.2}, augmentation=noisy)
+    whole = run_training(plan)
+    plan = replace(plan, run_dir=plan.run_dir / "again", state_seconds=0)
+    with pytest.raises(KilledError):
+        run_training(plan, _kill_at(killed_at))
+    steps: list[int] = []
+    resumed = run_training(replace(plan, resume=True), steps.append)
+    assert steps[0] == killed_at, "the step in which it was killed is taken again"
+    assert resumed.losses == whole.losses
+    assert (resumed.best_epoch, resumed.dice, resumed.validations) == (whole.best_epoch, whole.dice, whole.validations)
+    torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=0)
+    again = run_training(replace(plan, resume=True), steps.append)
+    assert (again.losses, steps[-1]) == (whole.losses, 8), "what has ended is not trained again"
+    torch.testing.assert_close(again.weights, whole.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["damaged", "other cases", "other recipe", "none"])
+def test_state_that_is_not_of_this_run_is_not_resumed(
+    make_plan: Callable[..., TrainingPlan], what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = replace(make_plan(3, max_epochs=2), state_seconds=0, resume=True)
+    with pytest.raises(KilledError):
+        run_training(plan, _kill_at(4))
+    state = plan.run_dir / "state.pt"
+    if what == "damaged":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif what == "none":
+        state.unlink()
+    elif what == "other cases":
+        plan = replace(plan, train_cases=plan.train_cases[:2])
+    else:
+        recipe = plan.preset.training.model_copy(update={"learning_rate": 1e-5})
+        plan = replace(plan, preset=plan.preset.model_copy(update={"training": recipe}))
+    steps: list[int] = []
+    run_training(plan, steps.append)
+    assert steps[0] == 1
+    assert ("starting anew" in caplog.text) == (what != "none")
+
+
+def test_full_disk_does_not_end_a_run(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lib.trainers import resume
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    plan = replace(make_plan(2, max_epochs=2), state_seconds=0, dataset="Dataset")
+    monkeypatch.setattr(resume.torch, "save", disk_full)
+    assert len(run_training(plan).losses) == 4
+    assert "could not be written, and the run goes on without: [Errno 28]" in caplog.text
+    assert not list(plan.run_dir.glob("*.pt*")), "half a file is not left"
+
+
+def test_run_stands_still_while_requests_wait(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = replace(make_plan(3, max_epochs=3), pause_file=make_plan(1).run_dir.parent / "pause")
+    assert plan.pause_file is not None
+    pause, times = plan.pause_file, list[float]()
+
+    def on_step(step: int) -> None:
+        times.append(time.monotonic())
+        if step == 4:
+            pause.touch()
+            threading.Timer(0.6, pause.unlink).start()
+
+    assert len(run_training(plan, on_step).losses) == 9
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert gaps[3] >= 0.55
+    assert max(gaps[:3] + gaps[4:]) < 0.55
+
+
+def test_pause_of_a_server_that_died_ends_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "pause"
+    file.touch()
+    assert is_paused(file)
+    os.utime(file, (time.time() - 6, time.time() - 6))
+    assert not is_paused(file)
+    assert wait_while_paused(file) < 1
+    assert not is_paused(tmp_path / "none")
+
+
+def test_dropout_is_repeatable_too(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = make_plan(4, max_epochs=2, network={"dropout_rate": 0.3})
+    assert run_training(plan).losses == run_training(plan).losses
+
+
+def test_run_that_runs_out_of_memory_goes_on_with_less_and_learns_the_same(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(2, max_epochs=3, batch_size=2)
+    roomy = run_training(plan)
+    whole = loop.forward_in_parts
+
+    def tight(network: nn.Module, image: torch.Tensor, at_once: int) -> torch.Tensor:
+        if at_once > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole(network, image, at_once)
+
+    monkeypatch.setattr(loop, "forward_in_parts", tight)
+    found = run_training(replace(plan, costs=plan.run_dir / "costs.json"))
+    assert found.losses == pytest.approx(roomy.losses, abs=1e-4)
+    assert roomy.step_plan is not None and (roomy.step_plan.at_once, roomy.step_plan.given_up) == (2, ())
+    assert found.step_plan is not None and found.step_plan.given_up == ("2 crops at a time",)
+    progress = json.loads((plan.run_dir / "progress.json").read_text(encoding="utf-8"))
+    assert progress["plan"].endswith("gave up: 2 crops at a time")
+
+
+def test_activation_checkpointing_trains_the_same(make_plan: Callable[..., TrainingPlan]) -> None:
+    plain, checkpointed = (make_plan(2, max_epochs=3, activation_checkpointing=on) for on in (False, True))
+    assert run_training(plain).losses == pytest.approx(run_training(checkpointed).losses, abs=1e-6)
+
+
+def test_start_weights_are_where_it_starts(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = make_plan(2, learning_rate=1e-12, weight_decay=0)
+    torch.manual_seed(99)
+    start = {f"module.{key}": value for key, value in build_unetr(plan.preset).state_dict().items()}
+    result = run_training(replace(plan, start=start))
+    for key, value in result.weights.items():
+        torch.testing.assert_close(value, start[f"module.{key}"], rtol=0, atol=1e-6)
+
+
+def test_best_epoch_is_kept_when_later_ones_are_worse(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.3, 0.8, 0.5, 0.8])
+    monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
+    kept: list[dict[str, torch.Tensor]] = []
+    original = loop._Run._averaged_weights
+    monkeypatch.setattr(loop._Run, "_averaged_weights", lambda self: kept.append(original(self)) or kept[-1])
+    result = run_training(make_plan(1, 1, max_epochs=4))
+    assert (result.best_epoch, result.dice) == (2, {"core": 0.8})
+    assert result.weights is kept[1]
+    assert len(kept) == 2, "an epoch that is no better is not even copied"
+
+
+def test_validation_comes_every_interval_and_at_the_end(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = []
+    monkeypatch.setattr(loop._Run, "_validate", lambda self, _: epochs.append(self.epoch) or {"core": 0.5})
+    run_training(make_plan(1, 1, max_epochs=5, val_interval=2))
+    assert epochs == [2, 4, 5]
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.3, 0.8, 0.7, 0.8, 0.9])
+    monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
+    result = run_training(make_plan(1, 1, max_epochs=50, early_stop_patience=2))
+    assert len(result.losses) == 4, "two epochs after the best, of which the last equals it"
+    assert result.best_epoch == 2
+
+
+def test_validation_is_of_the_averaged_weights_on_whole_cases(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    original = loop.predict_labels
+
+    def predict(network: nn.Module, image: torch.Tensor, *rest: Any) -> Any:
+        shown.append((tuple(image.shape), network.training))
+        return original(network, image, *rest)
+
+    monkeypatch.setattr(loop, "predict_labels", predict)
+    run_training(make_plan(1, 2))
+    assert shown == [((1, 20, 18, 16), False)] * 2
+
+
+def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = make_plan(2, 0, max_epochs=3)
+    result = run_training(plan)
+    assert result.best_epoch == 3
+    assert result.dice == {}
+    assert math.isnan(result.mean_dice)
+    assert not (plan.run_dir / BEST_FILE).exists()
+
+
+def test_validation_case_without_a_label_does_not_count_for_it(make_plan: Callable[..., TrainingPlan]) -> None:
+    plan = make_plan(1, 2)
+    image, label = boxes(seed=7)
+    label[label == 2] = 1
+    write_nifti(plan.validation_cases[0].label, label)
+    write_nifti(plan.validation_cases[0].image, image)
+    assert set(run_training(plan).dice) == {"Left Box", "core"}
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(make_plan: Callable[..., TrainingPlan]) -> None:
+    result = run_training(replace(make_plan(4, 1, max_epochs=10, batch_size=1), max_steps=6))
+    assert len(result.losses) == 6
+    assert result.best_epoch == 2, "what was learned is validated"
+
+
+def test_on_step_is_told_each_step_and_can_end_the_run(make_plan: Callable[..., TrainingPlan]) -> None:
+    class StopError(Exception):
+        pass
+
+    steps = []
+
+    def on_step(step: int) -> None:
+        steps.append(step)
+        if step == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run_training(make_plan(2, max_epochs=9), on_step)
+    assert steps == [1, 2, 3]
+
+
+class _Spoiling(nn.Module):
+    """A loss whose value or gradient is not finite on some steps."""
+
+    def __init__(self, loss: nn.Module, bad_steps: set[int], spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.loss, self.bad_steps, self.spoil, self.step = loss, bad_steps, spoil, 0
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        self.step += 1
+        loss = self.loss(logits, label)
+        if self.step not in self.bad_steps:
+            return loss
+        return loss + self.spoil(logits)
+
+
+def _nan_loss(logits: torch.Tensor) -> torch.Tensor:
+    return (logits * math.nan).sum()
+
+
+def _infinite_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """0 with an infinite slope."""
+    return (logits - logits.detach()).abs().sqrt().sum()
+
+
+@pytest.mark.parametrize("spoil", [_nan_loss, _infinite_gradient])
+def test_step_without_finite_gradients_changes_nothing_and_the_run_goes_on(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, spoil: Any
+) -> None:
+    original = loop.build_loss
+    monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), {2, 5}, spoil))
+    result = run_training(make_plan(2, max_epochs=4))
+    assert len(result.losses) == 8
+    assert all(torch.isfinite(value).all() for value in result.weights.values())
+    assert math.isnan(result.losses[1]) == (spoil is _nan_loss)
+    assert math.isfinite(result.losses[-1])
+
+
+def test_run_whose_gradients_stay_infinite_ends_with_advice(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.build_loss
+    monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), set(range(99)), _nan_loss))
+    with pytest.raises(TrainingError, match=r"not finite for 20 steps; lower learning_rate \(0.0001\)"):
+        run_training(make_plan(5, max_epochs=50))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(make_plan: Callable[..., TrainingPlan], precision: str) -> None:
+    result = run_training(make_plan(2, 1, max_epochs=6, learning_rate=5e-3, precision=precision))
+    assert all(math.isfinite(loss) for loss in result.losses)
+    assert result.losses[-1] < result.losses[0] - 0.05
+    assert {value.dtype for value in result.weights.values()} == {torch.float32}
+
+
+def test_batch_norm_trains_and_its_counters_are_averaged_along(make_plan: Callable[..., TrainingPlan]) -> None:
+    result = run_training(make_plan(2, 0, max_epochs=2, network={"norm_name": "batch"}))
+    counters = [int(value) for key, value in result.weights.items() if key.endswith("num_batches_tracked")]
+    assert counters
+    assert set(counters) == {4}
+
+
+@pytest.mark.parametrize("dataset", ["CacheDataset", "SmartCacheDataset", "Dataset"])
+@pytest.mark.parametrize("dataloader", ["DataLoader", "ThreadDataLoader"])
+def test_every_dataset_and_loader_trains(make_plan: Callable[..., TrainingPlan], dataset: str, dataloader: str) -> None:
+    plan = replace(make_plan(3, 1, max_epochs=2, batch_size=2), dataset=dataset, dataloader=dataloader)
+    assert len(run_training(plan).losses) == 4
+
+
+def test_smart_cache_with_little_memory_sees_new_cases_each_epoch(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib.trainers import datasets
+
+    monkeypatch.setattr(datasets, "_cases_that_fit", lambda *_: 2)
+    read: list[str] = []
+    original = datasets.ReadCased.__call__
+    monkeypatch.setattr(
+        datasets.ReadCased, "__call__", lambda self, data: read.append(data["case"]["id"]) or original(self, data)
+    )
+    result = run_training(replace(make_plan(4, max_epochs=5), dataset="SmartCacheDataset"))
+    assert len(result.losses) == 10, "two cases an epoch"
+    assert len(set(read)) == 4
+
+
+def test_batch_larger_than_the_data_is_what_there_is(make_plan: Callable[..., TrainingPlan]) -> None:
+    assert len(run_training(make_plan(2, batch_size=64)).losses) == 1
+
+
+@pytest.mark.parametrize("dataset", ["PersistentDataset", "CacheDataset"])
+@pytest.mark.parametrize("dataloader", ["DataLoader", "ThreadDataLoader"])
+def test_unusable_case_ends_the_run_and_names_itself(
+    make_plan: Callable[..., TrainingPlan], dataset: str, dataloader: str
+) -> None:
+    plan = replace(make_plan(3), dataset=dataset, dataloader=dataloader)
+    write_nifti(plan.train_cases[1].label, boxes()[1][:-1])
+    with pytest.raises(LabelError, match=r"^label of 'case_002' has shape \(19, 18, 16\)"):
+        run_training(plan)
+
+
+def test_plan_without_cases_is_refused() -> None:
+    with pytest.raises(TrainingError, match="no labelled case to train on; save at least one label first"):
+        TrainingPlan(tiny_preset(), (), (), Path("run"), CPU)

@@ -1,0 +1,219 @@
+"""Training plans fit, fastest first; what memory ran out on is given up, told and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.configs.catalogue import load_preset
+from lib.configs.preset import Preset
+from lib.errors import TrainingError
+from lib.infers.costs import CostBook, WindowCost
+from lib.infers.memory import GIB
+from lib.networks.unetr import CheckpointedBlocks, build_unetr
+from lib.trainers import plan as module
+from lib.trainers.memory import count_kept_bytes
+from lib.trainers.plan import StepLadder, TrainingPlanner, count_step_bytes, step_key
+from tests.tiny import preset_data, tiny_preset
+
+CPU, CUDA, FP32 = torch.device("cpu"), torch.device("cuda"), torch.float32
+
+
+def _base(**recipe: object) -> Preset:
+    """The base network with a recipe of its own; in fp32 on every machine."""
+    preset = load_preset("abdomen_ct")
+    return preset.model_copy(update={"training": preset.training.model_copy(update={"precision": "fp32", **recipe})})
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``free(gib)``: so much is free on every device; nothing is measured."""
+    monkeypatch.setattr(module, "measure_step", lambda *_: pytest.fail("measured"))
+
+    def set_free(gib: float) -> None:
+        monkeypatch.setattr(module, "host_bytes_left", lambda budget: int(gib * GIB))
+        monkeypatch.setattr(module, "free_bytes", lambda device: int(gib * GIB))
+
+    return set_free
+
+
+@pytest.fixture
+def book() -> CostBook:
+    """Measured costs of the base network: 2 GiB a crop; recomputed, 1.2."""
+    book, key = CostBook(), step_key(_base(), CPU, FP32)
+    for way, gib, seconds in (("kept", 2.0, 3.0), ("recomputed", 1.2, 4.0)):
+        book.keep(f"{key} {way}", 1, WindowCost(int(gib * GIB), seconds))
+        book.keep(f"{key} {way}", 2, WindowCost(int(2 * gib * GIB), 2 * seconds))
+    return book
+
+
+WEIGHTS_GIB = 4 * 92.8e6 * 4 / GIB
+LOGITS_GIB = 3 * 14 * 96**3 * 4 / GIB
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "at_once", "checkpointing", "passes_gib", "seconds"),
+    [
+        (24, 4, False, 1.25 * 8, 12),
+        (8, 4, True, 1.25 * 4.8, 16),
+        (7, 2, False, 1.25 * 4 + 2 * LOGITS_GIB, 16),
+        (5, 1, False, 1.25 * 2 + 3 * LOGITS_GIB, 16),
+        (4, 1, True, 1.25 * 1.2 + 3 * LOGITS_GIB, 21.3),
+    ],
+)
+def test_plan_is_the_fastest_that_fits(
+    free_gib: float,
+    at_once: int,
+    checkpointing: bool,
+    passes_gib: float,
+    seconds: float,
+    free: Callable[[float], None],
+    book: CostBook,
+) -> None:
+    free(free_gib)
+    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    assert (plan.at_once, plan.checkpointing, plan.crops) == (at_once, checkpointing, 4)
+    assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + passes_gib, abs=0.01)
+    assert plan.seconds == pytest.approx(seconds, rel=0.01)
+    assert plan.cache_bytes == (plan.free_bytes - plan.needed_bytes) // 4
+    assert f"1 case x {at_once} crops at a time" in plan.explain()
+    assert ("parts a step" in plan.explain()) == (at_once < 4)
+
+
+def test_crop_more_takes_at_least_what_is_counted(free: Callable[[float], None], book: CostBook) -> None:
+    free(24)
+    book.keep(f"{step_key(_base(), CPU, FP32)} kept", 2, WindowCost(int(2.1 * GIB), 6.0))
+    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    counted = count_kept_bytes(_base(), False)[0] / GIB + LOGITS_GIB
+    assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + 1.25 * (2 + 3 * counted), abs=0.01)
+
+
+def test_step_that_cannot_fit_is_refused_with_the_numbers(free: Callable[[float], None], book: CostBook) -> None:
+    free(2.0)
+    with pytest.raises(
+        TrainingError, match=r"\(1 crop of 96x96x96 at a time\) needs 3.30 GiB of memory; there are 2.00"
+    ):
+        TrainingPlanner(book=book).plan(_base(), 10, CPU)
+
+
+def test_gpu_without_room_gives_way_to_the_cpu(
+    free: Callable[[float], None], book: CostBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(24)
+    monkeypatch.setattr(module, "free_bytes", lambda device: GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(module, "measure_step", lambda *_: pytest.fail("measured what does not fit"))
+    plan = TrainingPlanner(book=book).plan(_base(), 10, CUDA)
+    assert (plan.device, plan.at_once) == ("cpu", 4)
+    assert "; gave up: cuda (" in plan.explain()
+
+
+def test_recipe_that_asks_for_checkpointing_gets_it(free: Callable[[float], None], book: CostBook) -> None:
+    free(24)
+    plan = TrainingPlanner(book=book).plan(_base(activation_checkpointing=True), 10, CPU)
+    assert (plan.at_once, plan.checkpointing) == (4, True)
+
+
+def test_batch_has_no_more_cases_than_there_are(free: Callable[[float], None], book: CostBook) -> None:
+    free(100)
+    plan = TrainingPlanner(book=book).plan(_base(batch_size=3), 2, CPU)
+    assert plan.crops == 8
+    assert "2 cases x 4 crops at a time" in plan.explain()
+
+
+def test_processes_that_train_together_do_not_shrink_alone(free: Callable[[float], None], book: CostBook) -> None:
+    free(0.5)
+    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU, whole=True)
+    assert (plan.at_once, plan.checkpointing, plan.fits) == (4, True, False)
+
+
+def test_count_grows_with_crops_and_falls_with_checkpointing() -> None:
+    preset = load_preset("abdomen_ct")
+    one, two, recomputed = (
+        count_step_bytes(preset, crops, recompute, FP32) / GIB
+        for crops, recompute in ((1, False), (2, False), (2, True))
+    )
+    assert two - one == pytest.approx(1.6 * 1.31 + LOGITS_GIB, abs=0.05), "activations of a crop, and its logits"
+    assert 0.8 < two - recomputed < 1.5
+    assert count_step_bytes(preset, 2, False, torch.bfloat16) / GIB == pytest.approx(1.38 + 1.6 * 1.31 + 0.46, abs=0.1)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(preset: Preset, crops: int, checkpointing: bool, device: object, dtype: object) -> WindowCost:
+        measured.append((crops, checkpointing))
+        return WindowCost(crops * 1000, 0.5)
+
+    monkeypatch.setattr(module, "measure_step", measure)
+    preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 3})
+    for _ in range(2):
+        plan = TrainingPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU, always_measure=True)
+        assert plan.seconds == pytest.approx(0.75)
+    assert measured == [(1, False), (2, False)]
+
+
+def test_step_that_fits_many_times_over_is_not_measured(free: Callable[[float], None]) -> None:
+    free(4)
+    plan = TrainingPlanner().plan(tiny_preset(), 9, CPU)
+    assert "(counted)" in plan.explain()
+
+
+def test_step_is_measured_where_it_decides(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    free(4)
+    counted = TrainingPlanner().plan(tiny_preset(), 9, CPU).needed_bytes
+    monkeypatch.setattr(module, "measure_step", lambda *_: WindowCost(1000, 0.5))
+    free(2 * counted / GIB)
+    assert "(measured; about 0.5 s a step)" in TrainingPlanner().plan(tiny_preset(), 9, CPU).explain()
+
+
+@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("can't allocate memory")])
+def test_ladder_goes_down_to_one_recomputed_crop(
+    error: Callable[[], Exception], free: Callable[[float], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free(24)
+    preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 4})
+    planner, network, calls = TrainingPlanner(book=CostBook(tmp_path / "costs.json")), build_unetr(preset), []
+
+    def step(at_once: int) -> torch.Tensor:
+        recomputed = isinstance(network.vit.blocks, CheckpointedBlocks)
+        calls.append((at_once, recomputed))
+        if not recomputed:
+            raise error()
+        return torch.tensor(0.5)
+
+    ladder = StepLadder(planner.plan(preset, 9, CPU), planner, preset, network)
+    assert ladder.run(step) == 0.5
+    assert ladder.run(step) == 0.5
+    assert calls == [(4, False), (2, False), (1, False), (1, True), (1, True)]
+    assert "gave up: 4 crops at a time; gave up: 2 crops at a time; gave up: keeping the transformer's" in caplog.text
+    again = TrainingPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU)
+    assert (again.at_once, again.checkpointing) == (1, True), "the next run remembers"
+
+
+def test_step_whose_only_crop_does_not_fit_fails(free: Callable[[float], None]) -> None:
+    free(24)
+    preset, planner = tiny_preset(), TrainingPlanner()
+    plan = replace(planner.plan(preset, 9, CPU), at_once=1, checkpointing=True)
+
+    def step(at_once: int) -> torch.Tensor:
+        raise MemoryError
+
+    for may_shrink in (True, False):
+        with pytest.raises(MemoryError):
+            StepLadder(plan, planner, preset, build_unetr(preset), may_shrink).run(step)
+
+
+def test_other_errors_go_through(free: Callable[[float], None]) -> None:
+    free(24)
+    preset, planner = tiny_preset(), TrainingPlanner()
+
+    def step(at_once: int) -> torch.Tensor:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        StepLadder(planner.plan(preset, 9, CPU), planner, preset, build_unetr(preset)).run(step)

@@ -1,0 +1,375 @@
+"""MONAI Label's training task: from a datastore's labels to weights that are served."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import ParameterError, TrainingError
+from lib.infers.weights import ModelCache, WeightsLocator
+from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
+from lib.networks.unetr import build_unetr
+from lib.trainers.cases import Case
+from lib.trainers.launch import launch
+from lib.trainers.pretraining.loop import ENCODER_FILE
+from lib.trainers.progress import write_json
+from lib.trainers.split import Split, read_split, write_split
+from lib.trainers.task import UnetrTrainTask
+from lib.trainers.versions import VersionStore
+from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
+
+MakeCases = Callable[..., tuple[Case, ...]]
+CPU = torch.device("cpu")
+RECIPE = {"batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1, "augmentation": QUIET_AUGMENTATION}
+QUICK = {"max_epochs": 1, "max_steps": 2, "multi_gpu": False, "precision": "fp32", "crops_per_case": 1}
+
+
+class FakeDatastore:
+    """What the task asks MONAI Label's datastore."""
+
+    def __init__(self, cases: tuple[Case, ...], presets: dict[str, str] | None = None) -> None:
+        self.cases = cases
+        self.images: dict[str, dict[str, Any]] = {}
+        versions = [
+            SimpleNamespace(image_id=case.case_id, preset=presets[case.case_id], label_map={}, missing_labels=(),
+                            file=case.label, voxels_changed=None)
+            for case in cases if presets and case.case_id in presets
+        ]  # fmt: skip
+        self.history = SimpleNamespace(all_latest=lambda tag="final": versions)
+
+    def datalist(self) -> list[dict[str, str]]:
+        return [{"image": str(case.image), "label": str(case.label)} for case in self.cases]
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        return self.images.get(image_id, {})
+
+
+@pytest.fixture
+def locator(tmp_path: Path) -> WeightsLocator:
+    return WeightsLocator(tmp_path / "model" / "tiny")
+
+
+@pytest.fixture
+def task(locator: WeightsLocator) -> UnetrTrainTask:
+    return UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu")
+
+
+def _publish_random(locator: WeightsLocator, **changes: Any) -> Path:
+    preset = tiny_preset(**changes)
+    torch.manual_seed(5)
+    return VersionStore(locator.folder).publish(dict(build_unetr(preset).state_dict()), preset, {}).weights
+
+
+def _damage(weights: Path) -> None:
+    weights.chmod(0o644)
+    weights.write_bytes(b"half of a file")
+
+
+def _served(locator: WeightsLocator) -> Path:
+    file = locator.find()
+    assert file is not None
+    return file.path
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "name", "value"),
+    [
+        ({"max_epochs": 0}, "max_epochs", "0"),
+        ({"max_epochs": "many"}, "max_epochs", "'many'"),
+        ({"val_split": 1}, "val_split", "1"),
+        ({"val_split": -0.1}, "val_split", "-0.1"),
+        ({"train_batch_size": 0}, "train_batch_size", "0"),
+        ({"dataset": "Zip"}, "dataset", "'Zip'"),
+        ({"dataloader": ["Fast"]}, "dataloader", "'Fast'"),
+        ({"device": "cuda:42"}, "device", "'cuda:42'"),
+        ({"learning_rate": "nan"}, "learning_rate", "'nan'"),
+        ({"precision": "fp8"}, "precision", "'fp8'"),
+        ({"name": "../../evil"}, "name", "'../../evil'"),
+        ({"seed": -1}, "seed", "-1"),
+        ({"max_steps": 0}, "max_steps", "0"),
+        ({"multi_gpu": "perhaps"}, "multi_gpu", "'perhaps'"),
+    ],
+)
+def test_bad_field_is_refused_by_name_before_anything_starts(
+    task: UnetrTrainTask, locator: WeightsLocator, request_fields: dict[str, Any], name: str, value: str
+) -> None:
+    with pytest.raises(ParameterError) as refused:
+        task.validate_request(request_fields)
+    assert str(refused.value).startswith(f"parameter {name!r} is {value}; valid: ")
+    with pytest.raises(ParameterError):
+        task(request_fields, FakeDatastore(()))
+    assert not locator.folder.exists()
+
+
+def test_request_as_slicer_sends_it_is_understood(task: UnetrTrainTask) -> None:
+    request = task.config() | {"model": "tiny", "client_id": "user-xyz", "max_epochs": "3", "device": ["cpu"]}
+    asked = task.validate_request(request)
+    assert (asked.max_epochs, asked.device, asked.dataset) == (3, "cpu", "PersistentDataset")
+    recipe = asked.recipe(task.preset)
+    assert (recipe.max_epochs, recipe.batch_size, recipe.early_stop_patience) == (3, 2, 0)
+    assert recipe.augmentation == task.preset.training.augmentation
+
+
+def test_empty_request_means_the_presets_recipe(task: UnetrTrainTask) -> None:
+    assert task.validate_request({}).recipe(task.preset) == task.preset.training
+
+
+def test_info_offers_fields_and_labels(task: UnetrTrainTask) -> None:
+    info = task.info()
+    assert info["labels"] == {"Left Box": 1, "core": 2}
+    fields = {"max_epochs", "val_split", "train_batch_size", "dataset", "device", "multi_gpu", "pretrained", "name"}
+    assert fields <= info["config"].keys()
+    assert task.stats() == {}
+    json.dumps(info)
+
+
+def test_run_publishes_weights_that_are_served(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    cases = make_cases(6)
+    request = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "name": "first"}
+    stats = task(request, FakeDatastore(cases))
+
+    assert (stats["version"], stats["status"]) == ("v0001", "published")
+    served = ModelCache(task.preset, locator, "fp32").get(CPU)
+    assert served.describe() == {"preset": "tiny", "version": "v0001", "origin": "published"}
+    details = task.versions.get("v0001").details
+    assert details["sha256"] == file_sha256(_served(locator))
+    assert (details["parent"], details["reason"]) == ("", stats["decision"])
+    assert details["recipe"]["max_epochs"] == 15
+    assert details["memory_plan"]["at_once"] == details["memory_plan"]["crops"] and details["memory_plan"]["text"]
+    assert len(details["code"]["source_sha256"]) == 64
+    labels = {case.case_id: file_sha256(case.label) for case in cases}
+    assert {row["image"]: row["label_sha256"] for row in details["trained_on"]} == {
+        name: labels[name] for name in stats["split"]["train"]
+    }
+    assert sorted(stats["split"]["train"] + stats["split"]["validation"]) == [case.case_id for case in cases]
+    split = read_split(locator.folder / "runs" / "split.json")
+    assert list(split.validation) == stats["split"]["validation"]
+    assert stats["held_out"]["mean_dice"] > 0.5
+    assert stats["best_metric"] == pytest.approx(stats["held_out"]["mean_dice"], abs=1e-4)
+    assert stats["eval"]["metrics"]["core"] > 0.3
+    assert stats["train"]["metrics"]["loss"] < stats["train"]["metrics"]["first_loss"]
+    assert stats["decision"].startswith("published: mean Dice")
+    assert task.stats() == stats
+    assert (locator.folder / "runs" / "first" / "best.pt").is_file()
+
+
+def test_cache_serves_the_new_version_after_a_run(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    cache = ModelCache(task.preset, locator, "fp32")
+    datastore = FakeDatastore(make_cases(2))
+    versions = []
+    for seed in (1, 2):
+        task(QUICK | {"seed": seed}, datastore)
+        versions.append(cache.get(CPU).version)
+    assert versions == ["v0001", "v0002"]
+
+
+def test_gate_keeps_weights_that_are_worse_from_being_served(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    datastore = FakeDatastore(make_cases(6))
+    task(QUICK | {"max_epochs": 15, "max_steps": None}, datastore)
+    before = _served(locator)
+    stats = task(QUICK | {"pretrained": False, "learning_rate": 1e-9, "name": "second"}, datastore)
+    assert stats["decision"].startswith("rejected: ")
+    assert (stats["version"], stats["status"], stats["parent"]) == ("v0002", "rejected", "v0001")
+    assert stats["comparison"]["mean_dice"]["difference"] < 0
+    assert task.versions.get("v0002").details["comparison"] == stats["comparison"]
+    assert stats["held_out_before"]["mean_dice"] > stats["held_out"]["mean_dice"]
+    assert _served(locator) == before
+
+
+def test_run_starts_from_the_served_weights_unless_told_otherwise(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    served = read_checkpoint(_publish_random(locator)).model
+    datastore = FakeDatastore(make_cases(2))
+    still = QUICK | {"learning_rate": 1e-12}
+    task(still, datastore)
+    kept = read_checkpoint(_served(locator))
+    assert kept.info["version"] == "v0002"
+    torch.testing.assert_close(kept.model, served, rtol=0, atol=1e-6)
+    task(still | {"pretrained": False}, datastore)
+    fresh = read_checkpoint(_served(locator)).model["vit.blocks.0.attn.qkv.weight"]
+    assert not torch.allclose(fresh, served["vit.blocks.0.attn.qkv.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda locator: _publish_random(locator, labels=[{"index": 1, "name": "other"}]),
+        lambda locator: _damage(_publish_random(locator)),
+        lambda locator: VersionStore(locator.folder).publish({"a": torch.ones(1)}, tiny_preset(), {}),
+    ],
+    ids=["other labels", "damaged", "other network"],
+)
+def test_served_weights_that_cannot_be_compared_do_not_end_a_run(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases, break_it: Callable[[WeightsLocator], object]
+) -> None:
+    break_it(locator)
+    stats = task(QUICK | {"pretrained": False}, FakeDatastore(make_cases(6)))
+    assert "nothing was served before" in stats["decision"]
+    assert ModelCache(task.preset, locator, "fp32").get(CPU).version == stats["version"]
+
+
+def test_bad_label_is_left_out_with_its_reason(
+    task: UnetrTrainTask, make_cases: MakeCases, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = make_cases(3)
+    write_nifti(cases[0].label, boxes()[1][:-1])
+    cases[1].label.write_bytes(b"garbage")
+    stats = task(QUICK, FakeDatastore(cases))
+    assert stats["split"]["train"] == ["case_003"]
+    assert set(stats["left_out"]) == {"case_001", "case_002"}
+    assert stats["left_out"]["case_001"].startswith("label of 'case_001' has shape (19, 18, 16); valid: its image's")
+    assert "is damaged" in stats["left_out"]["case_002"]
+    assert "left out case_001" in caplog.text
+
+
+def test_run_without_labels_says_what_is_missing(task: UnetrTrainTask, locator: WeightsLocator) -> None:
+    with pytest.raises(TrainingError, match=r"there is no usable labelled case for 'tiny'$"):
+        task(QUICK, FakeDatastore(()))
+    assert locator.find() is None
+
+
+def test_run_with_bad_labels_only_quotes_the_first_reason(task: UnetrTrainTask, make_cases: MakeCases) -> None:
+    cases = make_cases(1)
+    cases[0].label.write_bytes(b"garbage")
+    with pytest.raises(TrainingError, match="1 labels cannot be used: label of 'case_001'"):
+        task(QUICK, FakeDatastore(cases))
+
+
+def test_labels_saved_for_another_preset_are_not_trained_on(task: UnetrTrainTask, make_cases: MakeCases) -> None:
+    presets = {"case_001": "tiny", "case_002": "abdomen_ct"}
+    stats = task(QUICK, FakeDatastore(make_cases(3), presets))
+    assert stats["split"]["train"] == ["case_001", "case_003"]
+
+
+def test_run_keeps_to_the_split_of_the_shipped_weights(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    shipped = Split(("case_001", "case_003"), ("case_002",))
+    write_split(locator.folder / "split.json", shipped, "shipped")
+    stats = task(QUICK, FakeDatastore(make_cases(3)))
+    assert (stats["split"]["train"], stats["split"]["validation"]) == (["case_001", "case_003"], ["case_002"])
+    assert read_split(locator.folder / "split.json") == shipped, "the shipped file is left as it is"
+
+
+def test_run_whose_cases_are_all_held_out_says_so(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    write_split(locator.folder / "split.json", Split(("a",), ("case_001", "case_002")), "shipped")
+    with pytest.raises(TrainingError, match=r"all 2 labelled cases of 'tiny' are held out"):
+        task(QUICK, FakeDatastore(make_cases(2)))
+
+
+def test_runs_grow_the_split_without_moving_anybody(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    cases = make_cases(9)
+    task(QUICK, FakeDatastore(cases[:6]))
+    first = read_split(locator.folder / "runs" / "split.json")
+    task(QUICK, FakeDatastore(cases))
+    second = read_split(locator.folder / "runs" / "split.json")
+    assert set(first.train) <= set(second.train)
+    assert set(first.validation) <= set(second.validation)
+    assert len(second.train) + len(second.validation) == 9
+
+
+def _shift(label: np.ndarray) -> np.ndarray:
+    return np.roll(label, 6, axis=0)
+
+
+def _swap(label: np.ndarray) -> np.ndarray:
+    return np.array([0, 2, 1], dtype=np.uint8)[label]
+
+
+@pytest.mark.parametrize("poison", [_shift, _swap])
+def test_poisoned_batch_is_not_published_and_the_report_says_why(
+    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases, poison: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
+    cases = make_cases(14)
+    first = task(recipe, FakeDatastore(cases[:8]))
+    assert first["held_out"]["mean_dice"] > 0.6
+    for number, case in enumerate(cases[8:], start=9):
+        write_nifti(case.label, poison(boxes(seed=number)[1]))
+    stats = task(recipe | {"name": "poisoned"}, FakeDatastore(cases))
+    assert (stats["status"], stats["version"], stats["parent"]) == ("rejected", "v0002", "v0001")
+    assert _served(locator).parent.name == "v0001"
+    report = (task.versions.get("v0002").folder / "report.html").read_text(encoding="utf-8")
+    assert "rejected: " in report
+    assert html.escape(stats["decision"]) in report
+
+
+@pytest.mark.parametrize("poison", [_shift, _swap])
+def test_poisoned_first_batch_is_not_published_over_weights_that_came_with_their_figures(
+    tmp_path: Path,
+    task: UnetrTrainTask,
+    locator: WeightsLocator,
+    make_cases: MakeCases,
+    poison: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """No validation case is familiar then, and the new ones are all wrong; what was measured before tells."""
+    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
+    cases = make_cases(14)
+    first = task(recipe, FakeDatastore(cases[:8]))
+    delivered = WeightsLocator(tmp_path / "delivered" / "tiny")
+    delivered.folder.mkdir(parents=True)
+    shutil.copy(_served(locator), delivered.shipped)
+    write_json(delivered.shipped.with_suffix(".json"), {"held_out": first["held_out"]})
+    for number, case in enumerate(cases[8:], start=9):
+        write_nifti(case.label, poison(boxes(seed=number)[1]))
+    again = UnetrTrainTask(tiny_preset(training=RECIPE), delivered, "cpu")
+    stats = again(recipe, FakeDatastore(cases[8:]))
+    assert (stats["status"], stats["parent"]) == ("rejected", "shipped")
+    assert stats["comparison"]["mean_dice"]["difference"] > 0, "it has learned the wrong labels"
+    assert "it gains only on labels that the served weights contradict" in stats["decision"]
+    assert _served(delivered) == delivered.shipped
+
+
+def test_weights_of_another_network_go_on_in_their_own(make_cases: MakeCases, locator: WeightsLocator) -> None:
+    """A version published before the preset got another network is retrained, and compared, as what it is."""
+    _publish_random(locator)
+    fine = {"patch_size": 8, "feature_size": 4, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
+    task = UnetrTrainTask(tiny_preset(training=RECIPE, network=fine), locator, "cpu")
+    datastore = FakeDatastore(make_cases(6))
+    task(QUICK, datastore)
+    kept = [read_checkpoint(version.weights).preset for version in VersionStore(locator.folder).list()]
+    assert [preset.network.patch_size for preset in kept if preset] == [16, 16]
+    task(QUICK | {"pretrained": False}, datastore)
+    new = read_checkpoint(VersionStore(locator.folder).list()[-1].weights).preset
+    assert new is not None and new.network.patch_size == 8
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_training_from_nothing_starts_from_a_pretrained_encoder_that_fits(
+    make_cases: MakeCases, locator: WeightsLocator, monkeypatch: pytest.MonkeyPatch, fits: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    changes = {} if fits else {"network": {"feature_size": 4, "hidden_size": 96, "mlp_dim": 64, "num_heads": 4}}
+    preset = tiny_preset(**changes)
+    torch.manual_seed(3)
+    encoder = {key: value for key, value in build_unetr(preset).state_dict().items() if key.startswith("vit.")}
+    write_checkpoint(locator.folder / ENCODER_FILE, Checkpoint(encoder, preset))
+    plans = []
+    monkeypatch.setattr("lib.trainers.task.launch", lambda plan, *rest: (plans.append(plan), launch(plan, *rest))[1])
+    task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu")
+    datastore = FakeDatastore(make_cases(6))
+    task(QUICK, datastore)
+    assert (plans[0].encoder is not None) == fits
+    assert fits or "does not start from encoder.pt: the weights do not fit" in caplog.text
+    task(QUICK, datastore)
+    assert plans[1].encoder is None and plans[1].start is not None, "what is served knows more"

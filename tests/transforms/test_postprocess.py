@@ -1,0 +1,179 @@
+"""Masks come back to the image's own grid, and are measured there."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lib.transforms.postprocess import (
+    interpolate_to_grid,
+    keep_largest_components,
+    measure_labels,
+    restore_to_grid,
+)
+from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, build_preprocessing, preprocess_volume
+from lib.transforms.volume import Volume
+from tests.tiny import axis_affine, oblique_affine, tiny_preset
+
+PAIRS = ("RL", "AP", "SI")
+ORIENTATIONS = ["".join(letters) for order in itertools.permutations(PAIRS) for letters in itertools.product(*order)]
+SHEAR = np.array([[1, 0, 0.2, 0], [0, 1, 0.1, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def _grid(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """World position of every voxel, shape (X, Y, Z, 3)."""
+    indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return indices @ affine[:3, :3].T + affine[:3, 3]
+
+
+def test_orientations_are_all_48() -> None:
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("axcodes", ORIENTATIONS)
+@pytest.mark.parametrize("network_axcodes", ["RAS", "PIL"])
+def test_round_trip_at_equal_spacing_is_exact_in_every_orientation(axcodes: str, network_axcodes: str) -> None:
+    preset = tiny_preset(axcodes=network_axcodes)
+    labels = np.random.default_rng(0).integers(0, 3, (9, 18, 21)).astype(np.uint8)  # 9 is padded to 16
+    for affine in (axis_affine(axcodes, origin=(3.5, -40, 5)), oblique_affine(axcodes)):
+        chain = build_preprocessing(preset, (IMAGE, LABEL))
+        seen = chain({IMAGE: as_meta_tensor(labels.astype(np.float32), affine), LABEL: as_meta_tensor(labels, affine)})
+        assert seen[LABEL].shape == seen[IMAGE].shape
+        restored = restore_to_grid(
+            seen[LABEL][0].numpy().astype(np.uint8), seen[IMAGE].affine.numpy(), labels.shape, affine
+        )
+        np.testing.assert_array_equal(restored, labels)
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        axis_affine("PIR", (0.7, 1.3, 2.1), (3, 4, 5)),
+        axis_affine("LPS", (0.5, 0.5, 5.0)),
+        oblique_affine("PIR", (0.7, 1.3, 2.1)),
+        oblique_affine("ASL", (0.9, 0.8, 1.6), degrees=(40, 30, -44)),
+        oblique_affine("RAS", (0.7, 1.3, 2.1)) @ SHEAR,
+    ],
+    ids=["axes", "thick slices", "oblique", "far oblique", "sheared"],
+)
+def test_round_trip_at_another_spacing_moves_no_voxel_by_more_than_half(affine: np.ndarray) -> None:
+    preset = tiny_preset(spacing_mm=[1.1, 0.9, 1.6], axcodes="LPS", roi_size=[32, 32, 32])
+    shape = (24, 20, 14)
+    image = Volume(np.random.default_rng(0).normal(size=shape).astype(np.float32), affine)
+    seen = preprocess_volume(image, preset)
+    seen_affine, seen_shape = seen.affine.numpy(), seen.shape[1:]
+    exact = (_grid(shape, affine) - seen_affine[:3, 3]) @ np.linalg.inv(seen_affine[:3, :3]).T
+    for axis in range(3):
+        index_along_axis = np.indices(seen_shape, dtype=np.uint8)[axis]
+        restored = restore_to_grid(index_along_axis, seen_affine, shape, affine)
+        assert np.abs(restored - exact[..., axis]).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("spacing_mm", [0.6, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("size", [60, 61, 62, 63])
+def test_round_trip_leaves_no_plane_of_the_image_outside(spacing_mm: float, size: int) -> None:
+    preset = tiny_preset(spacing_mm=[spacing_mm] * 3, intensity={"kind": "window", "lower": -1, "upper": 1})
+    shape, affine = (size, 20, 17), oblique_affine("LPS")
+    seen = preprocess_volume(Volume(np.zeros(shape, dtype=np.float32), affine), preset)
+    everywhere = np.ones(seen.shape[1:], dtype=np.uint8)
+    assert restore_to_grid(everywhere, seen.affine.numpy(), shape, affine).all()
+
+
+def test_restore_of_a_smaller_volume_is_background_outside_it() -> None:
+    labels = np.full((2, 3, 4), 7, dtype=np.uint8)
+    restored = restore_to_grid(labels, axis_affine("RAS", origin=(1, 1, 1)), (5, 5, 6), np.eye(4))
+    expected = np.zeros((5, 5, 6), dtype=np.uint8)
+    expected[1:3, 1:4, 1:5] = 7
+    np.testing.assert_array_equal(restored, expected)
+
+
+def test_largest_component_counts_corner_neighbours_as_connected() -> None:
+    labels = np.zeros((8, 8, 8), dtype=np.uint8)
+    labels[0, 0, 0] = labels[1, 1, 1] = labels[2, 2, 2] = 1  # three voxels that touch at corners
+    labels[6, 6, 5:7] = 1
+    kept = keep_largest_components(labels)
+    assert kept.sum() == 3
+    assert kept[0, 0, 0] == kept[1, 1, 1] == kept[2, 2, 2] == 1
+
+
+def test_largest_component_is_chosen_for_each_label_by_itself() -> None:
+    labels = np.zeros((10, 4, 4), dtype=np.uint8)
+    labels[0:3], labels[3:5], labels[7], labels[9] = 1, 2, 1, 2
+    kept = keep_largest_components(labels)
+    expected = labels.copy()
+    expected[7], expected[9] = 0, 0
+    np.testing.assert_array_equal(kept, expected)
+    assert labels[7].all(), "the given volume is left as it was"
+
+
+def test_largest_component_of_a_label_inside_anothers_box_is_not_lost() -> None:
+    labels = np.zeros((9, 9, 3), dtype=np.uint8)
+    labels[0], labels[8], labels[0:9, 0] = 1, 1, 1  # a U around label 3; there is no label 2
+    labels[3:6, 3:6] = 3
+    np.testing.assert_array_equal(keep_largest_components(labels), labels)
+
+
+def test_largest_component_of_an_empty_mask_is_empty() -> None:
+    assert not keep_largest_components(np.zeros((3, 3, 3), dtype=np.uint8)).any()
+
+
+def test_measures_are_those_of_a_hand_calculation() -> None:
+    labels = np.zeros((10, 10, 10), dtype=np.uint8)
+    labels[2:4, 5, 6:9] = 1
+    affine = axis_affine("LPS", (0.5, 2.0, 3.0), origin=(100, 50, -20))
+    measures = measure_labels(labels, affine, tiny_preset())
+    assert list(measures) == ["Left Box"], "a label that is not there is not measured"
+    assert measures["Left Box"] == {
+        "voxels": 6,
+        "volume_ml": 0.018,  # 6 voxels of 0.5 * 2 * 3 mm
+        "centroid_voxels": [2.5, 5.0, 7.0],
+        # L and P are the negative directions of RAS
+        "centroid_ras_mm": [100 - 2.5 * 0.5, 50 - 5 * 2.0, -20 + 7 * 3.0],
+    }
+
+
+def test_centroid_of_an_oblique_image_is_turned_with_it() -> None:
+    labels = np.zeros((10, 10, 10), dtype=np.uint8)
+    labels[4, 5, 6] = 2
+    affine = oblique_affine(spacing_mm=(1, 2, 3))
+    centroid = measure_labels(labels, affine, tiny_preset())["core"]["centroid_ras_mm"]
+    np.testing.assert_allclose(centroid, (affine @ [4, 5, 6, 1])[:3], atol=0.005)
+
+
+def test_landmark_comes_back_where_it_was() -> None:
+    """The whole way of a label: a blob's centre in millimetres before and after the network's grid."""
+    preset = tiny_preset(spacing_mm=[1.5, 1.5, 2.0], roi_size=[32, 32, 32])
+    affine, shape = oblique_affine("LIA", (0.8, 1.1, 2.5)), (60, 44, 30)
+    centre = affine[:3, :3] @ [30, 20, 14] + affine[:3, 3]
+    blob = (np.linalg.norm(_grid(shape, affine) - centre, axis=-1) < 9).astype(np.uint8)
+    chain = build_preprocessing(preset, (IMAGE, LABEL))
+    seen = chain({IMAGE: as_meta_tensor(blob.astype(np.float32), affine), LABEL: as_meta_tensor(blob, affine)})
+    restored = restore_to_grid(seen[LABEL][0].numpy().astype(np.uint8), seen[LABEL].affine.numpy(), shape, affine)
+    moved = np.linalg.norm(_grid(shape, affine)[restored == 1].mean(0) - _grid(shape, affine)[blob == 1].mean(0))
+    assert moved < 0.5
+    overlap = 2 * (restored & blob).sum() / (restored.sum() + blob.sum())
+    assert overlap > 0.9
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [
+        axis_affine("PIR", (0.7, 1.3, 2.1), (3, 4, 5)),
+        oblique_affine("ASL", (0.9, 0.8, 1.6), degrees=(40, 30, -44)),
+        oblique_affine("RAS", (0.7, 1.3, 2.1)) @ SHEAR,
+    ],
+    ids=["axes", "far oblique", "sheared"],
+)
+def test_interpolated_map_keeps_a_plane_of_values_where_it_is(affine: np.ndarray) -> None:
+    preset = tiny_preset(spacing_mm=[1.1, 1.0, 0.9])
+    shape = (40, 30, 24)
+    seen = preprocess_volume(Volume(np.random.default_rng(0).random(shape).astype(np.float32), affine), preset)
+    slope, network_affine = np.array([0.003, -0.002, 0.004]), seen.affine.numpy()
+    values = (_grid(tuple(seen.shape[1:]), network_affine) @ slope + 0.5).astype(np.float16)
+    found = interpolate_to_grid(values, network_affine, shape, affine)
+    expected = _grid(shape, affine) @ slope + 0.5
+    assert (found.shape, found.dtype) == (shape, np.float32)
+    inner = (slice(4, -4),) * 3
+    np.testing.assert_allclose(found[inner], expected[inner], atol=2e-3)
