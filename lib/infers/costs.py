@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lib.configs.preset import Preset
-from lib.infers.memory import PeakMemory
+from lib.infers.memory import PeakMemory, release_memory
 from lib.networks.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ def measure_windows(
     Raises:
         RuntimeError, MemoryError: when the batch does not fit.
     """
+    release_memory(device)  # what is kept in hand would be taken again unseen
     windows = torch.randn((batch, 1, *preset.roi_size), device=device)
     with torch.inference_mode(), autocast(device, dtype):
         with PeakMemory(device) as peak:

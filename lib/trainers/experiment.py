@@ -4,7 +4,8 @@ python -m lib.trainers.experiment docs/experiments/NAME.yaml --images DIR --labe
     --out docs/experiments
 
 Every arm trains with the ordinary loop, on the same cases, for the same budget, and is judged on the same subjects. A
-run that has ended is kept beside the others and never repeated; one that was killed goes on where it was.
+run that has ended is kept beside the others and never repeated; one that was killed goes on where it was. Several
+processes with the same command share the runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from lib.configs.catalogue import find_preset
@@ -151,13 +153,18 @@ def run_experiment(experiment: Experiment, bench: Bench) -> list[Outcome]:
     if max(counts) > len(bench.train):
         raise ConfigError(f"'labels' asks for {max(counts)} cases; valid: up to {len(bench.train)}, or all")
     presets = {name: _preset_of(experiment, name) for name in experiment.arms}
-    outcomes = []
-    for seed in experiment.seeds:
-        for count in counts:
-            for name, arm in experiment.arms.items():
-                run = _Run(name, arm, presets[name], count, seed, experiment.budget, bench)
-                outcomes.append(run.outcome())
-    return outcomes
+    runs = [
+        _Run(name, arm, presets[name], count, seed, experiment.budget, bench)
+        for seed in experiment.seeds
+        for count in counts
+        for name, arm in experiment.arms.items()
+    ]
+    for run in runs:
+        try:
+            run.outcome(wait=False)
+        except Timeout:
+            logger.info("%s is another process's", run.name)
+    return [run.outcome(wait=True) for run in runs]
 
 
 def draw_cases(cases: Sequence[Case], count: int, seed: int) -> tuple[Case, ...]:
@@ -183,6 +190,12 @@ def _merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def _only_one(file: Path, wait: bool) -> FileLock:
+    """For making a file that several processes may want to make."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file.with_suffix(".lock"), blocking=wait)
+
+
 class _Run:
     """One arm with one seed and one number of labels."""
 
@@ -197,15 +210,21 @@ class _Run:
         self.encoder = read_checkpoint(arm.encoder).model if arm.encoder else None
         self._what = [arm.model_dump(mode="json"), budget.model_dump(), [c.case_id for c in bench.judged]]
 
-    def outcome(self) -> Outcome:
-        """What came of it; trained and judged if that has not been done."""
+    def outcome(self, wait: bool) -> Outcome:
+        """What came of it; trained and judged if that has not been done.
+
+        Args:
+            wait: for another process that is at it.
+
+        Raises:
+            Timeout: when another process is at it and ``wait`` is false.
+        """
         kept = self.bench.folder / f"{self.name}-{self.count}-{self.seed}-{self._digest(self.cases)}.json"
-        if kept.is_file():
+        with _only_one(kept, wait):
+            if not kept.is_file():
+                logger.info("%s, %d labels, seed %d", self.name, self.count, self.seed)
+                write_json(kept, self._train(kept.with_suffix(".run"), self._steps()).__dict__)
             return Outcome(**json.loads(kept.read_text(encoding="utf-8")))
-        logger.info("%s, %d labels, seed %d", self.name, self.count, self.seed)
-        outcome = self._train(kept.with_suffix(".run"), self._steps())
-        write_json(kept, outcome.__dict__)
-        return outcome
 
     def _train(self, run_dir: Path, steps: int) -> Outcome:
         started = time.process_time()
@@ -247,11 +266,12 @@ class _Run:
         if self._budget.steps is not None:
             return self._budget.steps
         file = self.bench.folder / f"{self.name}-{self._digest(self.bench.train)}.steps.json"
-        if not file.is_file():
-            assert self._budget.cpu_minutes is not None
-            steps = max(1, int(60 * self._budget.cpu_minutes / self._seconds_of_a_step()))
-            write_json(file, {"steps": steps})
-        return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+        with _only_one(file, wait=True):
+            if not file.is_file():
+                assert self._budget.cpu_minutes is not None
+                steps = max(1, int(60 * self._budget.cpu_minutes / self._seconds_of_a_step()))
+                write_json(file, {"steps": steps})
+            return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
 
     def _seconds_of_a_step(self) -> float:
         """CPU seconds of a step, with all that happens beside it."""

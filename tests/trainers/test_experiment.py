@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from lib.errors import CheckpointError, ConfigError
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
@@ -102,6 +105,29 @@ def test_run_that_was_killed_goes_on(bench: Bench, tmp_path: Path, monkeypatch: 
     resumed = run_experiment(Experiment.model_validate(data), bench)
     assert resumed[0].dice == whole[0].dice
     assert len(losses[0].losses) == 4
+
+
+def test_run_that_another_process_is_at_comes_last_and_is_waited_for(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment.model_validate(_data(tmp_path))
+    whole = run_experiment(experiment, bench)
+    kept = {name: next(bench.folder.glob(f"{name}-2-0-*.json")) for name in ("unetr", "cnn")}
+    for file in kept.values():
+        file.unlink()
+    plans = _spied(monkeypatch)
+    with ThreadPoolExecutor() as pool:
+        lock = FileLock(kept["unetr"].with_suffix(".lock"))
+        lock.acquire()
+        outcomes = pool.submit(run_experiment, experiment, bench)
+        while not (kept["cnn"].is_file() or outcomes.done()):
+            time.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            outcomes.result(timeout=0.3)
+        kept["unetr"].write_text(json.dumps(whole[0].__dict__), encoding="utf-8")  # the other one ends
+        lock.release()
+        again = outcomes.result(timeout=60)
+    assert len(plans) == 1 and again[0] == whole[0] and again[1].dice == whole[1].dice
 
 
 def test_fewer_labels_are_part_of_more_and_seeds_differ(make_cases: MakeCases) -> None:
