@@ -11,6 +11,7 @@ from monai.networks.blocks.selfattention import SABlock
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib.networks.convolutions import convolve_with_onednn
 from lib.networks.graphs import GraphedForward
 from lib.networks.norms import ChannelsLastInstanceNorm, keep_channels_last
 
@@ -28,6 +29,7 @@ class InferenceNetwork(nn.Module):
     def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
         super().__init__()
         keep_channels_last(network)
+        convolve_with_onednn(network)
         _fuse_attention(network)
         self.network = network
         self._cuda_graphs = cuda_graphs

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.networks.replacement import replace_modules
+
 
 class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
     """The batch norm of a single sample, in training mode, is its instance norm; gradients are the same too."""
@@ -23,11 +25,11 @@ class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
 
 
 def keep_channels_last(module: nn.Module) -> None:
-    """Put it in the place of each instance norm; names and values of the weights stay."""
-    for name, child in module.named_children():
-        if type(child) is nn.InstanceNorm3d and not child.track_running_stats:
-            norm = ChannelsLastInstanceNorm(child.num_features, child.eps, affine=child.affine)
-            norm.load_state_dict(child.state_dict())
-            setattr(module, name, norm)
-        else:
-            keep_channels_last(child)
+    """Put it in the place of each instance norm."""
+    replace_modules(module, _to_channels_last)
+
+
+def _to_channels_last(module: nn.Module) -> nn.Module | None:
+    if type(module) is not nn.InstanceNorm3d or module.track_running_stats:
+        return None
+    return ChannelsLastInstanceNorm(module.num_features, module.eps, affine=module.affine)

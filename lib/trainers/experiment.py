@@ -208,7 +208,7 @@ class _Run:
         self.preset = preset.model_copy(update={"training": recipe})
         self.build: Builder = functools.partial(build_dynunet, filters=arm.dynunet) if arm.dynunet else build_unetr
         self.encoder = read_checkpoint(arm.encoder).model if arm.encoder else None
-        self._what = [arm.model_dump(mode="json"), budget.model_dump(), [c.case_id for c in bench.judged]]
+        self._arm, self._judged = arm, [case.case_id for case in bench.judged]
 
     def outcome(self, wait: bool) -> Outcome:
         """What came of it; trained and judged if that has not been done.
@@ -219,7 +219,9 @@ class _Run:
         Raises:
             Timeout: when another process is at it and ``wait`` is false.
         """
-        kept = self.bench.folder / f"{self.name}-{self.count}-{self.seed}-{self._digest(self.cases)}.json"
+        arm, budget = self._arm.model_dump(mode="json"), self._budget.model_dump()
+        digest = self._digest([arm, budget, self._judged], self.cases)
+        kept = self.bench.folder / f"{self.name}-{self.count}-{self.seed}-{digest}.json"
         with _only_one(kept, wait):
             if not kept.is_file():
                 logger.info("%s, %d labels, seed %d", self.name, self.count, self.seed)
@@ -262,10 +264,11 @@ class _Run:
         )
 
     def _steps(self) -> int:
-        """Steps of the budget; measured once an arm, so that all of its runs have the same."""
+        """Steps of the budget; measured once a network and recipe, so that runs that differ in less have the same."""
         if self._budget.steps is not None:
             return self._budget.steps
-        file = self.bench.folder / f"{self.name}-{self._digest(self.bench.train)}.steps.json"
+        digest = self._digest([self._arm.dynunet, self._budget.model_dump()], self.bench.train)
+        file = self.bench.folder / f"{digest}.steps.json"
         with _only_one(file, wait=True):
             if not file.is_file():
                 assert self._budget.cpu_minutes is not None
@@ -281,10 +284,11 @@ class _Run:
             run_training(plan, lambda _: marks.append(time.process_time()))
         return (marks[-1] - marks[WARM_UP_STEPS]) / (len(marks) - 1 - WARM_UP_STEPS)
 
-    def _digest(self, cases: Sequence[Case]) -> str:
+    def _digest(self, what: Sequence[Any], cases: Sequence[Case]) -> str:
+        """Of the recipe, of what else there is to tell, and of the cases that are trained on."""
         recipe = self.preset.model_dump(mode="json")
         recipe["training"].pop("seed")
-        told = json.dumps([recipe, self._what, [case.case_id for case in cases]], sort_keys=True)
+        told = json.dumps([recipe, what, [case.case_id for case in cases]], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 

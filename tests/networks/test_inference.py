@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib.networks.convolutions import OneDNNConv3d
 from lib.networks.graphs import WARM_UP_PASSES, GraphedForward
 from lib.networks.inference import InferenceNetwork
 from lib.networks.norms import ChannelsLastInstanceNorm
@@ -55,6 +56,21 @@ def test_channels_last_instance_norm_is_pytorchs_and_keeps_the_layout() -> None:
     found = ours(maps)
     torch.testing.assert_close(found, plain(maps), rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_convolutions_of_one_small_window_are_onednns() -> None:
+    """PyTorch's own choice for a single window is ten of its slow kernels."""
+    network, window = _network(**FINE), torch.randn(1, 1, 32, 32, 32)
+    with torch.inference_mode(), torch.profiler.profile() as plain:
+        network(window)
+    prepared = InferenceNetwork(network, CPU, torch.float32)
+    with torch.inference_mode(), torch.profiler.profile() as ours:
+        prepared(window)
+    slow = "aten::slow_conv3d_forward"
+    assert slow in {event.key for event in plain.key_averages()}
+    counts = {event.key: event.count for event in ours.key_averages()}
+    convolutions = sum(type(module) is OneDNNConv3d for module in prepared.modules())
+    assert convolutions >= 15 and counts["aten::mkldnn_convolution"] == convolutions and slow not in counts
 
 
 def test_weights_keep_their_names_and_are_held_in_the_computations_format() -> None:

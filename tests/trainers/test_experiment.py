@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock
 
 from lib.errors import CheckpointError, ConfigError
-from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers import experiment as room
 from lib.trainers.cases import Case
@@ -40,6 +40,13 @@ def _data(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "seeds": [0],
         "budget": {"steps": 2},
     } | changes
+
+
+def _encoder(tmp_path: Path) -> Path:
+    torch.manual_seed(7)
+    state = {key: value for key, value in build_unetr(tiny_preset()).state_dict().items() if key.startswith("vit.")}
+    write_checkpoint(tmp_path / "encoder.pt", Checkpoint(state, tiny_preset()))
+    return tmp_path / "encoder.pt"
 
 
 @pytest.fixture
@@ -137,26 +144,26 @@ def test_fewer_labels_are_part_of_more_and_seeds_differ(make_cases: MakeCases) -
     assert len({draw_cases(cases, 3, seed) for seed in range(6)}) > 1
 
 
-def test_budget_of_cpu_minutes_is_measured_once_an_arm(
+def test_budget_of_cpu_minutes_is_measured_once_a_network(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = _data(tmp_path, labels=[1, 2], arms={"unetr": {}}, budget={"cpu_minutes": 0.01})
+    arms = {"unetr": {}, "pretrained": {"encoder": str(_encoder(tmp_path))}}
+    data = _data(tmp_path, labels=[1, 2], arms=arms, budget={"cpu_minutes": 0.01})
     plans = _spied(monkeypatch)
     outcomes = run_experiment(Experiment.model_validate(data), bench)
     assert [plan.max_steps for plan in plans].count(room.TRIAL_STEPS) >= 1
-    assert len(plans) == 3
-    assert outcomes[0].steps == outcomes[1].steps >= 1
+    assert len(plans) == 5
+    assert len({outcome.steps for outcome in outcomes}) == 1 and outcomes[0].steps >= 1
 
 
 def test_arm_starts_from_a_pretrained_encoder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(7)
-    state = {key: value for key, value in build_unetr(tiny_preset()).state_dict().items() if key.startswith("vit.")}
-    file = tmp_path / "encoder.pt"
-    write_checkpoint(file, Checkpoint(state, tiny_preset()))
+    file = _encoder(tmp_path)
     plans = _spied(monkeypatch)
     run_experiment(Experiment.model_validate(_data(tmp_path, arms={"unetr": {"encoder": str(file)}})), bench)
     assert plans[0].encoder is not None
-    torch.testing.assert_close(plans[0].encoder["vit.norm.weight"], state["vit.norm.weight"])
+    torch.testing.assert_close(
+        plans[0].encoder["vit.norm.weight"], read_checkpoint(file).model["vit.norm.weight"], rtol=0, atol=0
+    )
     network = {"feature_size": 4, "hidden_size": 96, "mlp_dim": 64, "num_heads": 4}
     other = _data(tmp_path, arms={"unetr": {"encoder": str(file), "preset": {"network": network}}})
     with pytest.raises(CheckpointError, match="of another shape: vit"):

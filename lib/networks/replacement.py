@@ -1,0 +1,18 @@
+"""Other modules in the place of some of a network's, with the same weights under the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def replace_modules(module: nn.Module, successor_of: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Replace each module below ``module`` that has a successor; None keeps it."""
+    for name, child in module.named_children():
+        successor = successor_of(child)
+        if successor is None:
+            replace_modules(child, successor_of)
+        else:
+            successor.load_state_dict(child.state_dict())
+            setattr(module, name, successor)
