@@ -7,6 +7,7 @@ python -m lib.activelearning.simulate --studies DIR --split split.json --strateg
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,8 +24,9 @@ from tqdm import tqdm
 from lib.activelearning.report import draw, table
 from lib.activelearning.selection import STRATEGIES
 from lib.activelearning.simulation import Plan, Round, Simulation, summarise
+from lib.commandline import run_command
 from lib.configs.catalogue import find_preset, shipped_preset_names
-from lib.errors import ParameterError, UnetrError
+from lib.errors import ParameterError
 from lib.networks.precision import resolve_device
 from lib.trainers.cases import find_cases
 from lib.trainers.progress import write_json
@@ -36,15 +38,7 @@ DEFAULT_STRATEGIES = "random,random_foreground,entropy,bald,core_set,typical,hyb
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play, and write table, picture and JSON; 0 when it succeeded, 2 with a sentence when the input was wrong."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    try:
-        plan, strategies = make_plan(options)
-        rounds = play_all(plan, strategies, options.seeds, options.processes, options.threads)
-        print(write_results(options.out, rounds, strategies, options.dice))
-    except UnetrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(functools.partial(_play_and_write, options), level=logging.WARNING)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
     return parser
+
+
+def _play_and_write(options: argparse.Namespace) -> None:
+    plan, strategies = make_plan(options)
+    rounds = play_all(plan, strategies, options.seeds, options.processes, options.threads)
+    print(write_results(options.out, rounds, strategies, options.dice))
 
 
 def make_plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:

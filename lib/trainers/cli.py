@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import logging
 import platform
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import monai
 import torch
 
+from lib.commandline import run_command
 from lib.configs.catalogue import find_preset, shipped_preset_names, write_preset
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, UnetrError
@@ -40,21 +40,13 @@ from lib.trainers.parallel import joined_processes, rank_and_world_size
 from lib.trainers.progress import without_nan, write_json
 from lib.trainers.split import SUBJECT_RULES, Split, extend_split, read_split, subject_until, write_split
 
-logger = logging.getLogger("unetr.cli")
+Sides = tuple[tuple[Case, ...], tuple[Case, ...]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it succeeded, 2 with a sentence when the input was wrong."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        options.run(options)
-    except UnetrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: options.run(options), options.threads)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,24 +122,10 @@ def _split(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     preset = _preset_with_recipe(options.preset, options.set)
-    train_cases, validation_cases = _cases(options, preset)
-    with joined_processes(resolve_device(options.device)) as joined:
-        plan = TrainingPlan(
-            preset=preset,
-            train_cases=tuple(train_cases),
-            validation_cases=tuple(validation_cases),
-            run_dir=options.run_dir or Path("runs") / preset.name,
-            device=joined.device,
-            start=read_checkpoint(options.start).model if options.start else None,
-            encoder=read_checkpoint(options.encoder).model if options.encoder else None,
-            dataset=options.dataset,
-            max_steps=options.max_steps,
-            resume=options.resume or joined.restarted,
-            state_seconds=options.state_seconds,
-        )
-        result = run_training(plan)
-        if rank_and_world_size()[0] == 0:
-            _write(options, plan, result)
+    start = read_checkpoint(options.start).model if options.start else None
+    more = {"start": start, "dataset": options.dataset, "state_seconds": options.state_seconds}
+    run_dir = options.run_dir or Path("runs") / preset.name
+    _train_and_write(options, preset, _cases(options, preset), run_dir, options.resume, **more)
 
 
 def _task(options: argparse.Namespace) -> None:
@@ -155,29 +133,37 @@ def _task(options: argparse.Namespace) -> None:
     found = read_task(options.folder)
     preset = found.preset(_preset_with_recipe(options.preset, options.set))
     cases = found.cases(preset)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_preset(options.out / "preset.yaml", preset)
-    options.split = options.out / "split.json"
+    folder = options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    write_preset(folder / "preset.yaml", preset)
+    options.split = folder / "split.json"
     known = read_split(options.split) if options.split.is_file() else Split((), ())
     ids = [case.case_id for case in cases]
     split = extend_split(known, ids, options.validation_share, SUBJECT_RULES[options.subjects])
-    write_split(
-        options.split, split, f"hash of the subject ({options.subjects}), {options.validation_share:g} held out"
-    )
+    how = f"hash of the subject ({options.subjects}), {options.validation_share:g} held out"
+    write_split(options.split, split, how)
+    options.out, options.data_name, options.data_licence = folder / "weights.pt", found.name, found.licence
+    _train_and_write(options, preset, _sides(cases, split), folder / "run", resume=True)
+
+
+def _train_and_write(
+    options: argparse.Namespace, preset: Preset, sides: Sides, run_dir: Path, resume: bool, **more: Any
+) -> None:
+    """Train, in as many processes as were started, and write the weights once."""
     with joined_processes(resolve_device(options.device)) as joined:
         plan = TrainingPlan(
             preset=preset,
-            train_cases=tuple(case for case in cases if case.case_id in split.train),
-            validation_cases=tuple(case for case in cases if case.case_id in split.validation),
-            run_dir=options.out / "run",
+            train_cases=sides[0],
+            validation_cases=sides[1],
+            run_dir=run_dir,
             device=joined.device,
             encoder=read_checkpoint(options.encoder).model if options.encoder else None,
             max_steps=options.max_steps,
-            resume=True,
+            resume=resume or joined.restarted,
+            **more,
         )
         result = run_training(plan)
         if rank_and_world_size()[0] == 0:
-            options.out, options.data_name, options.data_licence = options.out / "weights.pt", found.name, found.licence
             _write(options, plan, result)
 
 
@@ -223,15 +209,18 @@ def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Pres
     return parse_preset(data, source="--set")
 
 
-def _cases(options: argparse.Namespace, preset: Preset) -> tuple[list[Case], list[Case]]:
+def _cases(options: argparse.Namespace, preset: Preset) -> Sides:
     """Training and held-out cases; without a split, nothing is held out."""
     values = _label_values(options.label_values, preset)
     cases = find_cases(options.images, options.labels, values)
     everything = Split(tuple(case.case_id for case in cases), ())
-    split = read_split(options.split) if options.split else everything
-    train = [case for case in cases if case.case_id in split.train]
-    validation = [case for case in cases if case.case_id in split.validation]
-    return train, validation
+    return _sides(cases, read_split(options.split) if options.split else everything)
+
+
+def _sides(cases: Sequence[Case], split: Split) -> Sides:
+    """Training and held-out cases."""
+    train = tuple(case for case in cases if case.case_id in split.train)
+    return train, tuple(case for case in cases if case.case_id in split.validation)
 
 
 def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:

@@ -29,9 +29,10 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
+from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
 from lib.configs.preset import Model, PositiveFloat, PositiveInt, Preset, describe_validation_error, parse_preset
-from lib.errors import ConfigError, TrainingError, UnetrError
+from lib.errors import ConfigError, TrainingError
 from lib.infers.segmenter import Segmenter
 from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.dynunet import build_dynunet
@@ -295,21 +296,7 @@ class _Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run an experiment and write its results; 0 when it succeeded, 2 with a sentence when the input was wrong."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    torch.set_num_threads(options.threads)
-    try:
-        experiment = read_experiment(options.experiment)
-        bench = _bench(options, experiment)
-        outcomes = run_experiment(experiment, bench)
-        folder = options.out
-        text = write_report(
-            folder / experiment.name, experiment.question, experiment.baseline, outcomes, bench.subject_of
-        )
-        print(text)
-    except UnetrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(functools.partial(_compare, options), options.threads)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -326,6 +313,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; the best there is by default")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
     return parser
+
+
+def _compare(options: argparse.Namespace) -> None:
+    experiment = read_experiment(options.experiment)
+    bench = _bench(options, experiment)
+    outcomes = run_experiment(experiment, bench)
+    file = options.out / experiment.name
+    print(write_report(file, experiment.question, experiment.baseline, outcomes, bench.subject_of))
 
 
 def _bench(options: argparse.Namespace, experiment: Experiment) -> Bench:

@@ -6,16 +6,15 @@ python -m lib.trainers.pretraining --preset hippocampus_mr --images DIR --leave-
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
-from lib.errors import UnetrError
 from lib.networks.precision import resolve_device
 from lib.trainers.cases import case_id
 from lib.trainers.pretraining.loop import PretrainingPlan, find_images, pretrain, usable_images, write_encoder
@@ -30,19 +29,7 @@ SECONDS_BETWEEN_LINES = 5.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Pretrain and write the encoder; 0 when it succeeded, 2 with a sentence when the input was wrong."""
     options = build_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        plan = _plan(options)
-        result = pretrain(plan, _Lines(plan.steps))
-        write_encoder(options.out, plan, result)
-        remove_state(plan.run_dir)
-        print(f"{len(plan.images)} images, {plan.steps} steps, loss {result.losses[-1]:.3f} -> {options.out}")
-    except UnetrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(functools.partial(_pretrain, options), options.threads)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; the best there is by default")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's default if not given")
     return parser
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    plan = _plan(options)
+    result = pretrain(plan, _Lines(plan.steps))
+    write_encoder(options.out, plan, result)
+    remove_state(plan.run_dir)
+    print(f"{len(plan.images)} images, {plan.steps} steps, loss {result.losses[-1]:.3f} -> {options.out}")
 
 
 def _plan(options: argparse.Namespace) -> PretrainingPlan:
