@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lib.errors import ParameterError
+from lib.networks.convolutions import multiply_pointwise
 from lib.networks.norms import keep_channels_last
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,9 +56,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def place_for_training(network: nn.Module, device: torch.device) -> None:
-    """As :func:`place`; on a CPU with norms that keep the layout."""
+    """As :func:`place`; on a CPU with norms and convolutions of single voxels that keep the layout."""
     if device.type == "cpu":
         keep_channels_last(network)
+        multiply_pointwise(network)
     place(network, device)
 
 

@@ -1,4 +1,4 @@
-"""Other modules in the place of some of a network's, with the same weights under the same names."""
+"""Other modules in the place of some of a network's, with the same parameters under the same names."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ def replace_modules(module: nn.Module, successor_of: Callable[[nn.Module], nn.Mo
         if successor is None:
             replace_modules(child, successor_of)
         else:
-            successor.load_state_dict(child.state_dict())
-            setattr(module, name, successor)
+            for key, parameter in child.named_parameters(recurse=False):
+                successor.register_parameter(key, parameter)
+            setattr(module, name, successor.train(child.training))
