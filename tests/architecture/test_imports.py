@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = {
     "errors": 0,
     "disk": 0,
+    "commandline": 1,
     "configs": 1,
     "dicom": 2,
     "transforms": 3,
