@@ -77,9 +77,9 @@ def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: 
     assert several.losses[-1] < several.losses[0] - 0.05
     assert several.dice == pytest.approx(alone.dice, abs=1e-2)
     # AdamW moves a weight whose gradient is about zero by the learning rate, up or down by the last bit of a sum: most
-    # weights must be alike, and none may be further away than all steps together
+    # weights must be alike, and none may be further away than all steps of both
     apart = torch.cat([(several.weights[key] - alone.weights[key]).abs().flatten() for key in alone.weights])
-    assert apart.mean() < 1e-3 and apart.max() < 2e-3 * len(alone.losses)
+    assert apart.mean() < 1e-3 and apart.max() < 4e-3 * len(alone.losses)
     torch.testing.assert_close(read_checkpoint(plan.run_dir / BEST_FILE).model, several.weights, rtol=0, atol=0)
     assert not any(key.startswith("module.") for key in several.weights)
 
