@@ -131,7 +131,7 @@ def ask(
 ) -> dict[str, Any]:
     """One request in a process of its own."""
     files = ["--weights", str(weights), "--image", str(image), "--out", str(mask)]
-    extra = ["--overlap", overlap] if overlap else []
+    extra = ["--overlap", overlap] * bool(overlap) + ["--pytorch"] * options.pytorch
     return run_worker(
         "inference.py",
         [
@@ -166,21 +166,26 @@ def work(options: argparse.Namespace) -> None:
 
 
 def ours(preset: Preset, options: argparse.Namespace, image: Path) -> tuple[float, dict[str, Any]]:
-    """The task that the server runs. Costs are measured once for all turns, as a server measures them once."""
+    """The task that the server runs, compiled as it is there soon after the start; costs are measured once for all."""
     from lib.infers.costs import CostBook
     from lib.infers.plan import Planner
     from lib.infers.task import UnetrInferTask
     from lib.infers.weights import WeightsLocator
 
     locator = WeightsLocator(options.out.parent / "none", str(options.weights))
-    task = UnetrInferTask(preset, locator, planner=Planner(book=CostBook(options.costs)))
+    task = UnetrInferTask(preset, locator, planner=Planner(book=CostBook(options.costs)), compiles=not options.pytorch)
     task.load()
+    task.settle()
     for _ in range(options.warm + 1):
         start = time.perf_counter()
         mask, answer = task({"image": str(image), "result_extension": ".nii.gz"})
         seconds = time.perf_counter() - start
         shutil.move(str(mask), options.out)
-    return seconds, {"stages_ms": answer["latencies_ms"], "windows": answer["plan"]["windows"]}
+    return seconds, {
+        "stages_ms": answer["latencies_ms"],
+        "windows": answer["plan"]["windows"],
+        "engine": answer["plan"]["engine"],
+    }
 
 
 def stock(preset: Preset, options: argparse.Namespace, image: Path) -> float:
@@ -315,6 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=int, default=0, help="requests before the timed one, in each process")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--overlap", type=float, nargs="+")
+    parser.add_argument("--pytorch", action="store_true", help="ours without OpenVINO")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "inference.json")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=Path, help=argparse.SUPPRESS)

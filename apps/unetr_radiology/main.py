@@ -70,11 +70,12 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_infers(self) -> dict[str, InferTask]:
         """One inference task a preset."""
-        device, precision, results = self.settings.device, self.settings.precision, self.results
-        book = CostBook(self.settings.model_dir / COSTS_FILE)
-        planner = Planner(self.settings.memory_budget, book, self.settings.cuda_graphs)
+        settings, book = self.settings, CostBook(self.settings.model_dir / COSTS_FILE)
+        planner = Planner(settings.memory_budget, book, settings.cuda_graphs)
+        compiles = settings.engine == "auto"
         return {
-            n: UnetrInferTask(p, self.locators[n], device, precision, results, planner) for n, p in self.presets.items()
+            n: UnetrInferTask(p, self.locators[n], settings.device, settings.precision, self.results, planner, compiles)
+            for n, p in self.presets.items()
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:

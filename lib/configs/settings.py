@@ -34,6 +34,7 @@ class Settings(Retraining):
         device: where to compute; the best there is by default.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         memory_budget: memory of the host that the server's process may use, such as ``6GiB``; what is free by default.
+        engine: what computes windows on a CPU: ``auto``, OpenVINO where it was measured to be faster, or ``pytorch``.
         cuda_graphs: whether a GPU replays the recorded kernels of a window.
         strategy: the strategy for clients that name none.
         cold_start_labels: with fewer labels than this, strategies that need a model choose typical cases instead.
@@ -62,6 +63,7 @@ class Settings(Retraining):
     device: str = ""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_budget: Annotated[ByteSize, Field(gt=0)] | None = None
+    engine: Literal["auto", "pytorch"] = "auto"
     cuda_graphs: bool = False
     strategy: str = "typical"
     cold_start_labels: Annotated[int, Field(ge=0)] = 5

@@ -17,6 +17,7 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.infers.memory import PeakMemory, release_memory
+from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -106,12 +107,13 @@ class CostBook:
             logger.warning("measured costs are not kept in %s: %s", self._file, error.strerror or error)
 
 
-def cost_key(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
-    """What a cost depends on: the device, the number format, PyTorch, and the network's shape."""
+def cost_key(preset: Preset, device: torch.device, dtype: torch.dtype, engine: str = "pytorch") -> str:
+    """What a cost depends on: the device, the number format, what computes, PyTorch, and the network's shape."""
     shape = preset.model_dump_json(include={"roi_size", "network"}) + str(preset.out_channels)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     network = hashlib.sha256(shape.encode()).hexdigest()[:12]
-    return f"{name} {str(dtype).removeprefix('torch.')} torch-{torch.__version__} {network}"
+    computing = "" if engine == "pytorch" else f" {engine}"
+    return f"{name} {str(dtype).removeprefix('torch.')}{computing} torch-{torch.__version__} {network}"
 
 
 def measure_windows(
@@ -122,6 +124,8 @@ def measure_windows(
     Raises:
         RuntimeError, MemoryError: when the batch does not fit.
     """
+    if isinstance(network, InferenceNetwork):
+        network.release_memory()
     release_memory(device)  # what is kept in hand would be taken again unseen
     windows = torch.randn((batch, 1, *preset.roi_size), device=device)
     with torch.inference_mode(), autocast(device, dtype):

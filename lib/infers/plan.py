@@ -19,6 +19,7 @@ from lib.errors import MemoryBudgetError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
 from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory
 from lib.infers.predictor import Stitching, window_starts
+from lib.networks.inference import InferenceNetwork
 from lib.transforms.preprocess import network_shape
 from lib.transforms.volume import Volume
 
@@ -48,6 +49,7 @@ class Plan:
         seconds: of the network, from its measured windows.
         image_on_device: whether the image is preprocessed on the GPU and stays there.
         given_up: what did not fit when it was tried, in words.
+        engine: what computes the windows, ``pytorch`` or ``openvino``.
     """
 
     device: str
@@ -61,6 +63,7 @@ class Plan:
     seconds: float
     image_on_device: bool = False
     given_up: tuple[str, ...] = ()
+    engine: str = "pytorch"
 
     @property
     def fits(self) -> bool:
@@ -75,7 +78,7 @@ class Plan:
         gpu += " with the image" if self.image_on_device else ""
         batch, host = self.stitching.window_batch, f"{_gib(self.host_bytes)} of {_gib(self.host_left)} GiB of memory"
         return (
-            f"{self.windows} windows on {self.device} in {self.precision}, {batch} at a time{gpu}; "
+            f"{self.windows} windows on {self.device} in {self.precision} by {self.engine}, {batch} at a time{gpu}; "
             f"stitched slab by slab on {where}{bands}, {host}; about {self.seconds:.1f} s"
             + "".join(f"; gave up: {what}" for what in self.given_up)
         )
@@ -115,18 +118,21 @@ class Planner:
         Raises:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.
         """
-        key, host_left = cost_key(preset, device, dtype), host_bytes_left(self.budget)
-        limits, most = self.book.limits(key), preset.inference.window_batch_size
+        engine, host_left = engine_of(network), host_bytes_left(self.budget)
+        limits = self.book.limits(cost_key(preset, device, dtype, engine))
+        # OpenVINO takes a batch's windows one by one
+        most = 1 if engine == "openvino" else preset.inference.window_batch_size
         sizes = _halvings(most * GPU_BATCH_FACTOR if device.type == "cuda" else most)
         if limits.window_batch:
             sizes = [size for size in sizes if size <= limits.window_batch] or [1]
-        costs = {size: cost for size in sizes if (cost := self._cost(key, network, preset, device, dtype, size))}
+        costs = {size: cost for size in sizes if (cost := self.cost(network, preset, device, dtype, size))}
         if not costs:
             raise MemoryBudgetError(f"not even one window of {preset.name!r} fits into the memory of {device}")
         need = _Need(preset, volume, entropy)
         best: Plan | None = None
         for stitching in _choices(costs, device, limits):
             best = need.plan(stitching, costs[stitching.window_batch], device, dtype, host_left)
+            best = replace(best, engine=engine)
             if best.fits:
                 return best
         assert best is not None
@@ -139,10 +145,11 @@ class Planner:
             + "; valid: a smaller image, or a larger --conf memory_budget"
         )
 
-    def _cost(
-        self, key: str, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int
+    def cost(
+        self, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int = 1
     ) -> WindowCost | None:
-        """The kept or measured cost; None for a batch that does not fit."""
+        """The kept or measured cost of a batch of windows; None for one that does not fit."""
+        key = cost_key(preset, device, dtype, engine_of(network))
         known = self.book.cost(key, batch)
         if known is not None:
             return known
@@ -173,8 +180,13 @@ class Planner:
         else:
             return None
         limits = Limits(new.window_batch, not new.on_device, new.bands)
-        self.book.limit(cost_key(preset, device, dtype), limits)
+        self.book.limit(cost_key(preset, device, dtype, plan.engine), limits)
         return replace(plan, stitching=new, given_up=(*plan.given_up, what))
+
+
+def engine_of(network: nn.Module) -> str:
+    """What computes a network's windows."""
+    return network.engine if isinstance(network, InferenceNetwork) else "pytorch"
 
 
 class _Need:

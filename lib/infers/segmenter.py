@@ -132,6 +132,8 @@ class Segmenter:
             with clock.stage("network"):
                 found, plan = self._predict(image, plan, name, entropy)
                 del image  # its memory is needed for what follows
+                if isinstance(self.network, InferenceNetwork):
+                    self.network.release_memory()
             with clock.stage("restore"):
                 grid = (affine, volume.voxels.shape, volume.affine_ras)
                 labels = restore_to_grid(found.labels, *grid)

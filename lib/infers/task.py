@@ -81,6 +81,7 @@ class UnetrInferTask(InferTask):
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         cache: where masks are kept for those who ask again, or were not the first to ask.
         planner: chooses what fits into memory; by what is free if not given.
+        compiles: whether models on the CPU are compiled in the background, and used so where that is faster.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class UnetrInferTask(InferTask):
         precision: str = "auto",
         cache: ResultCache | None = None,
         planner: Planner | None = None,
+        compiles: bool = False,
     ) -> None:
         options = {"device": device_list(), "largest_component": preset.inference.largest_component}
         super().__init__(InferType.SEGMENTATION, preset.label_indices, 3, preset.description, options)
         self.preset = preset
         self._locator = locator
         self._device = device
-        self._models = ModelCache(preset, locator, precision, planner)
+        self._models = ModelCache(preset, locator, precision, planner, COMPUTING if compiles else None)
         self._cache = cache if cache is not None else ResultCache(0)
         self._checksums = Checksums()
 
@@ -117,6 +119,10 @@ class UnetrInferTask(InferTask):
             ModelNotReadyError, CheckpointError: when there are no usable weights.
         """
         return self._models.get(resolve_device(self._device)).describe()
+
+    def settle(self) -> None:
+        """Wait for what is prepared in the background."""
+        self._models.settle()
 
     def validate_request(self, request: Mapping[str, Any]) -> None:
         """Check a request's parameters without running it.

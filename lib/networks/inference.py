@@ -6,11 +6,14 @@ instance norms change the layout (``lib.networks.norms``). Names and values of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.networks.blocks.selfattention import SABlock
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lib.networks.compiled import CompiledForward
 from lib.networks.convolutions import convolve_with_onednn
 from lib.networks.graphs import GraphedForward
 from lib.networks.norms import ChannelsLastInstanceNorm, keep_channels_last
@@ -44,9 +47,37 @@ class InferenceNetwork(nn.Module):
         # a recording holds the addresses of the weights
         recorded = self._cuda_graphs and device.type == "cuda"
         self._graphed = GraphedForward(self.network) if recorded else None
+        self._compiled: CompiledForward | None = None
+
+    @property
+    def engine(self) -> str:
+        """What computes the windows: ``pytorch`` or ``openvino``."""
+        return "pytorch" if self._compiled is None else "openvino"
+
+    def compile(self, shape: Sequence[int]) -> CompiledForward:  # type: ignore[override]
+        """Make a forward pass for :meth:`use`, which takes seconds; the network goes on as it is meanwhile.
+
+        Args:
+            shape: (channels, X, Y, Z) of a window.
+
+        Raises:
+            As :class:`CompiledForward`.
+        """
+        return CompiledForward(self.network, shape, self._dtype)
+
+    def use(self, compiled: CompiledForward | None) -> None:
+        """Compute with it from now on, until the network moves; with PyTorch again without one."""
+        self._compiled = compiled
+
+    def release_memory(self) -> None:
+        """Give back what is kept between windows."""
+        if self._compiled is not None:
+            self._compiled.release_memory()
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Logits of (batch, classes, X, Y, Z)."""
+        if self._compiled is not None:
+            return self._compiled(windows)
         typed = windows.to(dtype=self._dtype, memory_format=torch.channels_last_3d)
         logits: torch.Tensor = self.network(typed) if self._graphed is None else self._graphed(typed)
         return logits

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,8 +31,10 @@ from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
 from lib.errors import UnetrError
+from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook
 from lib.infers.plan import Planner
+from lib.infers.segmenter import Segmenter
 from lib.infers.weights import WeightsFile, WeightsLocator
 from lib.networks.checkpoint import file_sha256
 from lib.networks.inference import InferenceNetwork
@@ -214,7 +217,9 @@ def check_plan(name: str, image: Path | None, memory_budget: str = "") -> Findin
         dtype = resolve_precision("auto", device)
         network = InferenceNetwork(build_unetr(preset), device, dtype)
         planner = Planner(budget, CostBook(Settings().model_dir / COSTS_FILE))
-        return Finding("ok", f"{name}, {what}: {planner.plan(network, preset, device, dtype, volume).explain()}")
+        segmenter = Segmenter(network, preset, device, planner=planner)
+        compile_if_faster(segmenter, threading.Lock())
+        return Finding("ok", f"{name}, {what}: {segmenter.plan(volume, what).explain()}")
     except UnetrError as error:
         return Finding("FAIL", str(error), "nothing was planned")
 

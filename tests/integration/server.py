@@ -32,7 +32,7 @@ class Server:
 
     Args:
         folder: for its temporary files, sessions and log; studies and weights are in it too unless given.
-        conf: ``--conf`` settings; nothing is scored in the background unless they say so.
+        conf: ``--conf`` settings; nothing is scored or compiled in the background unless they say so.
         uvicorn_app: ours, or MONAI Label's own for comparison.
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
@@ -58,7 +58,7 @@ class Server:
         self._command = [sys.executable, "-m", "monailabel.main", "start_server"]
         self._command += ["--app", str(run.APP), "--studies", dicomweb or str(self.studies)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn_app", uvicorn_app]
-        quiet = {"model_dir": str(self.models), "scoring_minutes": "0", "retrain": "off"}
+        quiet = {"model_dir": str(self.models), "scoring_minutes": "0", "retrain": "off", "engine": "pytorch"}
         for key, value in (quiet | dict(conf or {})).items():
             self._command += ["--conf", key, value]
         self.process: subprocess.Popen[bytes] | None = None

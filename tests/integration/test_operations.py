@@ -14,7 +14,7 @@ import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from tests.integration.conftest import prepare
-from tests.integration.server import Server
+from tests.integration.server import Server, parse_multipart, wait_until
 
 
 def figures(server: Server) -> dict[str, float]:
@@ -44,6 +44,26 @@ def test_damaged_weights_make_the_server_not_ready(server: Server) -> None:
     finally:
         file.unlink()
     assert server.get("/readyz").status_code == 200
+
+
+def test_server_that_compiles_answers_meanwhile_and_the_same_after(
+    tmp_path: Path, cases: dict[str, SyntheticCase]
+) -> None:
+    """Which of the two computes in the end depends on the machine; that it is the one of the log does not."""
+    server = prepare(Server(tmp_path, {"engine": "auto", "precision": "fp32", "result_cache_mib": "0"}), cases).start()
+    try:
+        first = server.infer("hippocampus_mr", "case_0")
+        chosen = re.compile(r"hippocampus_mr: windows by (\w+); OpenVINO takes [\d.]+ s for one")
+        wait_until(lambda: chosen.search(server.log.read_text(encoding="utf-8")))
+        second = server.infer("hippocampus_mr", "case_0")
+    finally:
+        assert server.stop() in (0, -15)
+    assert first.status_code == second.status_code == 200
+    found = chosen.search(server.log.read_text(encoding="utf-8"))
+    parts = [parse_multipart(answer) for answer in (first, second)]
+    engines = [json.loads(part["params"][1])["plan"]["engine"] for part in parts]
+    assert found is not None and engines == ["pytorch", found[1]]
+    assert parts[0]["image"][1] == parts[1]["image"][1]
 
 
 def test_metrics_count_requests_inferences_and_labels(server: Server, cases: dict[str, SyntheticCase]) -> None:

@@ -1,0 +1,236 @@
+"""OpenVINO takes over where it says the same in less time, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib.configs.settings import Settings
+from lib.infers import compiling as module
+from lib.infers.compiling import compile_if_faster
+from lib.infers.costs import CostBook, WindowCost, cost_key
+from lib.infers.memory import MIB
+from lib.infers.plan import Planner
+from lib.infers.segmenter import Segmenter
+from lib.infers.task import COMPUTING, UnetrInferTask
+from lib.infers.weights import ModelCache, WeightsLocator
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.compiled import has_openvino
+from lib.networks.inference import InferenceNetwork
+from lib.networks.unetr import build_unetr
+from lib.transforms.volume import Volume
+from tests.tiny import axis_affine, boxes, tiny_preset
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+ENGINES = ("pytorch", "openvino")
+needs_openvino = pytest.mark.skipif(not has_openvino(), reason="there is no OpenVINO for this machine")
+
+
+class Instead:
+    """In OpenVINO's place: the network itself, and what is added to its logits."""
+
+    def __init__(self, network: nn.Module, added: float) -> None:
+        self._network, self._added = network, added
+
+    def __call__(self, windows: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._network(windows)
+        return logits + self._added * torch.arange(logits.shape[1])[:, None, None, None]
+
+    def release_memory(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not use OpenVINO itself is tested without it too."""
+    monkeypatch.setattr(module, "has_openvino", lambda: True)
+
+
+def _book(pytorch: float, openvino: float) -> CostBook:
+    """Seconds of a window, as if measured before."""
+    book = CostBook()
+    for engine, seconds in (("pytorch", pytorch), ("openvino", openvino)):
+        for batch in (1, 2, 4):
+            book.keep(cost_key(tiny_preset(), CPU, FP32, engine), batch, WindowCost(MIB, seconds))
+    return book
+
+
+def _segmenter(book: CostBook, budget: int | None = None) -> Segmenter:
+    torch.manual_seed(0)
+    network = InferenceNetwork(build_unetr(tiny_preset()), CPU, FP32)
+    return Segmenter(network, tiny_preset(), CPU, "fp32", Planner(budget, book))
+
+
+def _instead(monkeypatch: pytest.MonkeyPatch, added: float = 0.0) -> None:
+    monkeypatch.setattr(InferenceNetwork, "compile", lambda self, shape: Instead(self.network, added))
+
+
+def _engine(segmenter: Segmenter) -> str:
+    assert isinstance(segmenter.network, InferenceNetwork)
+    return segmenter.network.engine
+
+
+@needs_openvino
+def test_compiled_network_segments_the_same_and_says_who_computed() -> None:
+    segmenter, volume = _segmenter(_book(2.0, 1.0)), Volume(boxes()[0], axis_affine("LPS", (1, 1, 1)))
+    before = segmenter.segment(volume)
+    compile_if_faster(segmenter, threading.Lock())
+    after = segmenter.segment(volume)
+    assert before.plan.engine == "pytorch" and before.plan.seconds == pytest.approx(2.0 * before.plan.windows)
+    assert after.plan.engine == "openvino" and after.plan.seconds == pytest.approx(1.0 * after.plan.windows)
+    assert (
+        after.plan.as_json()["engine"] == "openvino" and "in float32 by openvino, 1 at a time" in after.plan.explain()
+    )
+    assert len(np.unique(before.labels)) > 1
+    np.testing.assert_array_equal(after.labels, before.labels)
+
+
+@needs_openvino
+def test_both_ways_are_measured_once_and_the_figures_kept(tmp_path: Path) -> None:
+    book = CostBook(tmp_path / "costs.json")
+    compile_if_faster(_segmenter(book), threading.Lock())
+    costs = [CostBook(tmp_path / "costs.json").cost(cost_key(tiny_preset(), CPU, FP32, e), 1) for e in ENGINES]
+    assert all(cost is not None and 0 < cost.seconds < 60 for cost in costs)
+    written = (tmp_path / "costs.json").read_bytes()
+    compile_if_faster(_segmenter(CostBook(tmp_path / "costs.json")), threading.Lock())
+    assert (tmp_path / "costs.json").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("pytorch", "openvino", "added", "expected"),
+    [
+        (2.0, 1.0, 0.0, "openvino"),
+        (1.0, 1.0, 0.0, "pytorch"),
+        (1.0, 2.0, 0.0, "pytorch"),
+        (2.0, 1.0, 1e-6, "openvino"),
+        (2.0, 1.0, 0.01, "pytorch"),
+        (2.0, 1.0, float("nan"), "pytorch"),
+    ],
+)
+def test_it_takes_over_where_it_is_faster_and_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, pytorch: float, openvino: float, added: float, expected: str
+) -> None:
+    _instead(monkeypatch, added)
+    segmenter = _segmenter(_book(pytorch, openvino))
+    compile_if_faster(segmenter, threading.Lock())
+    assert _engine(segmenter) == expected
+
+
+def test_network_that_cannot_be_compiled_stays_as_it_is_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: InferenceNetwork, shape: object) -> None:
+        raise TypeError("no rule for aten::fold")
+
+    monkeypatch.setattr(InferenceNetwork, "compile", refuse)
+    segmenter = _segmenter(_book(2.0, 1.0))
+    compile_if_faster(segmenter, threading.Lock())
+    assert _engine(segmenter) == "pytorch"
+    assert "tiny stays with PyTorch: OpenVINO cannot compile it" in caplog.text and "aten::fold" in caplog.text
+
+
+def test_memory_that_requests_need_is_not_spent_on_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three times the weights may be a quarter of what is left, and no more."""
+    caplog.set_level(logging.INFO, "unetr.plan")
+    _instead(monkeypatch)
+    segmenter = _segmenter(_book(2.0, 1.0))
+    weights = sum(parameter.nbytes for parameter in segmenter.network.parameters())
+    monkeypatch.setattr(module, "host_bytes_left", lambda budget: 12 * weights - 1)
+    compile_if_faster(segmenter, threading.Lock())
+    assert _engine(segmenter) == "pytorch" and "are too few for OpenVINO" in caplog.text
+    monkeypatch.setattr(module, "host_bytes_left", lambda budget: 12 * weights)
+    compile_if_faster(segmenter, threading.Lock())
+    assert _engine(segmenter) == "openvino"
+
+
+def test_requests_are_answered_while_it_compiles_and_none_while_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    computing, seen = threading.Lock(), list[tuple[str, bool]]()
+
+    def compile_network(self: InferenceNetwork, shape: object) -> Instead:
+        seen.append(("compile", computing.locked()))
+        return Instead(self.network, 0.0)
+
+    def look(network: nn.Module, inputs: object) -> None:
+        seen.append(("window", computing.locked()))
+
+    monkeypatch.setattr(InferenceNetwork, "compile", compile_network)
+    segmenter = _segmenter(_book(2.0, 1.0))
+    segmenter.network.register_forward_pre_hook(look)
+    compile_if_faster(segmenter, computing)
+    assert seen == [("window", True), ("compile", False), ("window", True)]
+    assert not computing.locked()
+
+
+@pytest.mark.parametrize("why", ["no OpenVINO", "a GPU", "another kind of network"])
+def test_where_it_has_no_place_nothing_is_tried(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    monkeypatch.setattr(InferenceNetwork, "compile", lambda self, shape: pytest.fail("compiled"))
+    monkeypatch.setattr(module, "has_openvino", lambda: why != "no OpenVINO")
+    segmenter = _segmenter(_book(2.0, 1.0))
+    if why == "a GPU":
+        segmenter.device = torch.device("cuda")
+    if why == "another kind of network":
+        segmenter.network = build_unetr(tiny_preset())
+    compile_if_faster(segmenter, threading.Lock())
+
+
+def _weights(folder: Path, seed: int) -> WeightsLocator:
+    torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
+    write_checkpoint(folder / "shipped.pt", Checkpoint(dict(build_unetr(tiny_preset()).state_dict()), tiny_preset()))
+    return WeightsLocator(folder)
+
+
+@needs_openvino
+def test_task_answers_at_once_and_later_with_what_was_compiled(tmp_path: Path) -> None:
+    image = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(boxes()[0], axis_affine("LPS", (1, 1, 1))), image)
+    planner = Planner(book=_book(2.0, 1.0))
+    task = UnetrInferTask(tiny_preset(), _weights(tmp_path, 0), precision="fp32", planner=planner, compiles=True)
+    with COMPUTING:  # nothing can have been compared yet
+        task.load()
+        assert task._models.get(CPU).segmenter.plan(Volume(boxes()[0], np.eye(4))).engine == "pytorch"
+    task.settle()
+    mask, answer = task({"image": str(image), "device": "cpu", "result_extension": ".nii.gz"})
+    Path(str(mask)).unlink()
+    assert answer["plan"]["engine"] == "openvino"
+
+
+def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, going, waiting = list[Segmenter](), threading.Event(), threading.Event()
+
+    def compile_slowly(segmenter: Segmenter, computing: threading.Lock) -> None:
+        compiled.append(segmenter)
+        waiting.set()
+        assert going.wait(60)
+
+    monkeypatch.setattr("lib.infers.weights.compile_if_faster", compile_slowly)
+    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", computing=threading.Lock())
+    first = models.get(CPU).segmenter
+    assert waiting.wait(60)
+    _weights(tmp_path, 1)
+    second = models.get(CPU).segmenter
+    _weights(tmp_path, 2)
+    third = models.get(CPU).segmenter
+    going.set()
+    models.settle()
+    assert compiled[0] is first and compiled[-1] is third and second not in compiled
+
+
+def test_cache_that_was_not_told_to_compile_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.infers.weights.compile_if_faster", lambda *_: pytest.fail("compiled"))
+    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32")
+    models.get(CPU)
+    models.settle()
+
+
+def test_setting_says_who_computes() -> None:
+    assert Settings.from_conf({}).engine == "auto" and Settings.from_conf({"engine": "pytorch"}).engine == "pytorch"
