@@ -100,7 +100,7 @@ def test_plan_explains_itself_in_one_line_and_as_json(monkeypatch: pytest.Monkey
     found = _plan(monkeypatch, _volume(64, 64, 64), GIB)
     text = found.explain()
     assert "\n" not in text
-    assert "125 windows on cpu in float32, 1 at a time; stitched slab by slab on the host, 0.0" in text
+    assert "125 windows on cpu in float32 by pytorch, 1 at a time; stitched slab by slab on the host, 0.0" in text
     data = json.loads(json.dumps(found.as_json()))
     assert (data["window_batch"], data["bands"], data["text"]) == (1, 1, text)
 

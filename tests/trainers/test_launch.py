@@ -71,15 +71,16 @@ def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: 
     alone = run_training(replace(plan, preset=plan.preset.model_copy(update={"training": recipe}),
                                  run_dir=plan.run_dir / "alone"))  # fmt: skip
     assert len(several.losses) == 4 * 2
-    # on one CPU (fp32, AVX2) the two are 4e-4 apart after six steps
-    assert several.losses[:6] == pytest.approx(alone.losses[:6], abs=1e-4)
-    assert several.losses == pytest.approx(alone.losses, abs=1e-3)
+    # AdamW moves a weight whose gradient is about zero by the learning rate, up or down by the last bit of a sum. Each
+    # bound is about three times what that came to on a CPU in fp32; without averaged gradients the losses were up to
+    # 0.0037 apart at the second step, 0.010 at the fourth, and the weights 0.0069.
+    assert several.losses[0] == pytest.approx(alone.losses[0], abs=1e-5)
+    assert several.losses[:4] == pytest.approx(alone.losses[:4], abs=5e-4)
+    assert several.losses == pytest.approx(alone.losses, abs=4e-3)
     assert several.losses[-1] < several.losses[0] - 0.05
-    assert several.dice == pytest.approx(alone.dice, abs=1e-2)
-    # AdamW moves a weight whose gradient is about zero by the learning rate, up or down by the last bit of a sum: most
-    # weights must be alike, and none may be further away than all steps of both
+    assert several.dice == pytest.approx(alone.dice, abs=2e-2)
     apart = torch.cat([(several.weights[key] - alone.weights[key]).abs().flatten() for key in alone.weights])
-    assert apart.mean() < 1e-3 and apart.max() < 4e-3 * len(alone.losses)
+    assert apart.mean() < 2.5e-3
     torch.testing.assert_close(read_checkpoint(plan.run_dir / BEST_FILE).model, several.weights, rtol=0, atol=0)
     assert not any(key.startswith("module.") for key in several.weights)
 
