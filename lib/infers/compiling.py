@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ logger = logging.getLogger("unetr.plan")
 # Root mean square of the difference between two ways to compute logits, in standard deviations of the logits. In bf16
 # PyTorch itself is about 0.01 away from fp32.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+TRIES = 3
 # The weights once more, and what is in between; of what is left, requests keep at least three quarters.
 COPIES_OF_WEIGHTS = 3
 LARGEST_SHARE = 1 / 4
@@ -28,12 +30,11 @@ LARGEST_SHARE = 1 / 4
 def compile_if_faster(segmenter: Segmenter, computing: threading.Lock) -> None:
     """Have OpenVINO compute a segmenter's windows on the CPU, where it says the same in less time.
 
-    Whatever OpenVINO cannot do stays with PyTorch, and the log says why. Seconds of both are measured once for each
-    machine and shape of network, and kept in the planner's book.
+    Whatever OpenVINO cannot do stays with PyTorch, and the log says why.
 
     Args:
         segmenter: it may be in use, and stays in use.
-        computing: held by whoever computes; taken for a few windows at the end.
+        computing: held by whoever computes; taken for a few windows before, and again after it is compiled.
     """
     network = segmenter.network
     if not isinstance(network, InferenceNetwork) or segmenter.device.type != "cpu" or not has_openvino():
@@ -65,7 +66,7 @@ def compile_if_faster(segmenter: Segmenter, computing: threading.Lock) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a window of noise takes, and what the network says to it; no seconds will do if it did not fit."""
+    """What a window of noise takes, and what the network says to it."""
 
     seconds: float
     logits: torch.Tensor
@@ -76,18 +77,15 @@ class _Trial:
 
 
 def _try_out(segmenter: Segmenter, network: InferenceNetwork, compiled: CompiledForward | None) -> _Trial:
-    """Compute a window in this way, and go on so."""
+    """Compute a window in this way, and go on so. The fastest of several counts: what disturbs only slows down."""
     network.use(compiled)
-    cost = segmenter.planner.cost(network, segmenter.preset, segmenter.device, segmenter.dtype)
-    logits = _logits_of_noise(segmenter)
+    noise = torch.randn(1, 1, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0))
+    fastest = math.inf
+    with torch.inference_mode(), autocast(segmenter.device, segmenter.dtype):
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            logits = network(noise)
+            fastest = min(fastest, time.perf_counter() - start)
     network.release_memory()
     release_memory(segmenter.device)
-    return _Trial(math.inf if cost is None else cost.seconds, logits)
-
-
-def _logits_of_noise(segmenter: Segmenter) -> torch.Tensor:
-    """What the network says to a window of noise, the same each time."""
-    noise = torch.randn(1, 1, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), autocast(segmenter.device, segmenter.dtype):
-        logits: torch.Tensor = segmenter.network(noise)
-    return logits.float()
+    return _Trial(fastest, logits.float())
