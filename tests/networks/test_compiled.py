@@ -111,7 +111,7 @@ def test_logits_in_bf16_are_close_to_those_in_fp32(network: nn.Module) -> None:
     with torch.inference_mode():
         expected = network(windows)
     found = ready.compile(SHAPE)(windows)
-    assert (found - expected).abs().mean() / expected.std() < 0.02
+    assert (found - expected).square().mean().sqrt() / expected.std() < 0.05
 
 
 @pytest.mark.skipif(cpu_computes_bf16(), reason="this CPU computes in bf16")
