@@ -45,22 +45,29 @@ def compile_if_faster(segmenter: Segmenter, computing: threading.Lock) -> None:
     if COPIES_OF_WEIGHTS * weights > LARGEST_SHARE * left:
         logger.info("%s stays with PyTorch: %.2f GiB of memory are too few for OpenVINO", name, left / GIB)
         return
+    try:
+        logger.info("%s: %s", name, _compile_and_choose(segmenter, network, computing))
+    except Exception:  # OpenVINO raises whatever the tracer, NumPy or C++ raised
+        logger.warning("%s stays with PyTorch: OpenVINO cannot compute it", name, exc_info=True)
+
+
+def _compile_and_choose(segmenter: Segmenter, network: InferenceNetwork, computing: threading.Lock) -> str:
+    """Say what was chosen, and why."""
     with computing:
         pytorch = _try_out(segmenter, network, None)
-    try:
-        compiled = network.compile((1, *segmenter.preset.roi_size))
-    except Exception:  # its frontend raises whatever the tracer, NumPy or C++ raised
-        logger.warning("%s stays with PyTorch: OpenVINO cannot compile it", name, exc_info=True)
-        return
+    compiled = network.compile_windows((1, *segmenter.preset.roi_size))
     release_memory(segmenter.device)
     with computing:
-        openvino = _try_out(segmenter, network, compiled)
-        apart = openvino.distance(pytorch)
-        if not (apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < pytorch.seconds):
+        try:
+            openvino = _try_out(segmenter, network, compiled)
+        finally:
             network.use(None)
-    logger.info(
-        "%s: windows by %s; OpenVINO takes %.3f s for one, PyTorch %.3f s; their logits are %.1e apart",
-        *(name, network.engine, openvino.seconds, pytorch.seconds, apart),
+        apart = openvino.distance(pytorch)
+        if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < pytorch.seconds:
+            network.use(compiled)
+    return (
+        f"windows by {network.engine}; OpenVINO takes {openvino.seconds:.3f} s for one, PyTorch {pytorch.seconds:.3f} s; "
+        f"their logits are {apart:.1e} apart"
     )
 
 
@@ -77,7 +84,7 @@ class _Trial:
 
 
 def _try_out(segmenter: Segmenter, network: InferenceNetwork, compiled: CompiledForward | None) -> _Trial:
-    """Compute a window in this way, and go on so. The fastest of several counts: what disturbs only slows down."""
+    """Compute a window in this way, and go on so. The fastest of several counts: a disturbance only slows down."""
     network.use(compiled)
     noise = torch.randn(1, 1, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0))
     fastest = math.inf

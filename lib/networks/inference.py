@@ -54,7 +54,7 @@ class InferenceNetwork(nn.Module):
         """What computes the windows: ``pytorch`` or ``openvino``."""
         return "pytorch" if self._compiled is None else "openvino"
 
-    def compile(self, shape: Sequence[int]) -> CompiledForward:  # type: ignore[override]
+    def compile_windows(self, shape: Sequence[int]) -> CompiledForward:
         """Make a forward pass for :meth:`use`, which takes seconds; the network goes on as it is meanwhile.
 
         Args:

@@ -77,7 +77,7 @@ def _segmenter(pytorch: float = 0.5) -> Segmenter:
 
 
 def _instead(monkeypatch: pytest.MonkeyPatch, added: float = 0.0, seconds: float = 0.0) -> None:
-    monkeypatch.setattr(InferenceNetwork, "compile", lambda self, shape: Instead(self.network, added, seconds))
+    monkeypatch.setattr(InferenceNetwork, "compile_windows", lambda self, shape: Instead(self.network, added, seconds))
 
 
 def _engine(segmenter: Segmenter) -> str:
@@ -125,11 +125,26 @@ def test_network_that_cannot_be_compiled_stays_as_it_is_and_the_log_says_why(
     def refuse(self: InferenceNetwork, shape: object) -> None:
         raise TypeError("no rule for aten::fold")
 
-    monkeypatch.setattr(InferenceNetwork, "compile", refuse)
+    monkeypatch.setattr(InferenceNetwork, "compile_windows", refuse)
     segmenter = _segmenter()
     compile_if_faster(segmenter, threading.Lock())
     assert _engine(segmenter) == "pytorch"
-    assert "tiny stays with PyTorch: OpenVINO cannot compile it" in caplog.text and "aten::fold" in caplog.text
+    assert "tiny stays with PyTorch: OpenVINO cannot compute it" in caplog.text and "aten::fold" in caplog.text
+
+
+def test_network_that_fails_once_it_is_compiled_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Instead, windows: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    _instead(monkeypatch)
+    monkeypatch.setattr(Instead, "__call__", fail)
+    segmenter, computing = _segmenter(), threading.Lock()
+    compile_if_faster(segmenter, computing)
+    assert _engine(segmenter) == "pytorch" and not computing.locked()
+    assert "could not create a primitive" in caplog.text
+    assert segmenter.segment(Volume(boxes()[0], np.eye(4))).plan.engine == "pytorch"
 
 
 def test_memory_that_requests_need_is_not_spent_on_it(
@@ -158,7 +173,7 @@ def test_requests_are_answered_while_it_compiles_and_none_while_it_compares(monk
     def look(network: nn.Module, inputs: object) -> None:
         seen.append(("window", computing.locked()))
 
-    monkeypatch.setattr(InferenceNetwork, "compile", compile_network)
+    monkeypatch.setattr(InferenceNetwork, "compile_windows", compile_network)
     segmenter = _segmenter()
     segmenter.network.register_forward_pre_hook(look)
     compile_if_faster(segmenter, computing)
@@ -168,7 +183,7 @@ def test_requests_are_answered_while_it_compiles_and_none_while_it_compares(monk
 
 @pytest.mark.parametrize("why", ["no OpenVINO", "a GPU", "another kind of network"])
 def test_where_it_has_no_place_nothing_is_tried(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    monkeypatch.setattr(InferenceNetwork, "compile", lambda self, shape: pytest.fail("compiled"))
+    monkeypatch.setattr(InferenceNetwork, "compile_windows", lambda self, shape: pytest.fail("compiled"))
     monkeypatch.setattr(module, "has_openvino", lambda: why != "no OpenVINO")
     segmenter = _segmenter()
     if why == "a GPU":

@@ -59,7 +59,7 @@ def test_logits_are_those_of_the_network(options: dict[str, object]) -> None:
     """Compiled from the network as it is made ready, whose convolutions and norms OpenVINO does not know."""
     network, windows = _network(**options), torch.randn(3, *SHAPE)
     ready = InferenceNetwork(copy.deepcopy(network), CPU, FP32)
-    ready.use(ready.compile(SHAPE))
+    ready.use(ready.compile_windows(SHAPE))
     with torch.inference_mode():
         expected, found = network(windows), ready(windows)
     assert ready.engine == "openvino"
@@ -110,7 +110,7 @@ def test_logits_in_bf16_are_close_to_those_in_fp32(network: nn.Module) -> None:
     ready, windows = InferenceNetwork(copy.deepcopy(network), CPU, BF16), torch.randn(2, *SHAPE)
     with torch.inference_mode():
         expected = network(windows)
-    found = ready.compile(SHAPE)(windows)
+    found = ready.compile_windows(SHAPE)(windows)
     assert (found - expected).square().mean().sqrt() / expected.std() < 0.05
 
 
