@@ -66,8 +66,8 @@ def _compile_and_choose(segmenter: Segmenter, network: InferenceNetwork, computi
         if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < pytorch.seconds:
             network.use(compiled)
     return (
-        f"windows by {network.engine}; OpenVINO takes {openvino.seconds:.3f} s for one, PyTorch {pytorch.seconds:.3f} s; "
-        f"their logits are {apart:.1e} apart"
+        f"windows by {network.engine}; OpenVINO takes {openvino.seconds:.3f} s for one, "
+        f"PyTorch {pytorch.seconds:.3f} s; their logits are {apart:.1e} apart"
     )
 
 
