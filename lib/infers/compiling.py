@@ -65,6 +65,9 @@ def _compile_and_choose(segmenter: Segmenter, network: InferenceNetwork, computi
         apart = openvino.distance(pytorch)
         if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < pytorch.seconds:
             network.use(compiled)
+            # measured once for a machine: here rather than in the next request
+            segmenter.planner.cost(network, segmenter.preset, segmenter.device, segmenter.dtype)
+            network.release_memory()
     return (
         f"windows by {network.engine}; OpenVINO takes {openvino.seconds:.3f} s for one, "
         f"PyTorch {pytorch.seconds:.3f} s; their logits are {apart:.1e} apart"

@@ -100,6 +100,16 @@ def test_compiled_network_segments_the_same_and_says_who_computed() -> None:
     np.testing.assert_array_equal(after.labels, before.labels)
 
 
+def test_cost_of_a_window_is_measured_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    _instead(monkeypatch)
+    segmenter, key = _segmenter(), cost_key(tiny_preset(), CPU, FP32, "openvino")
+    segmenter.planner = Planner(None, CostBook())
+    compile_if_faster(segmenter, threading.Lock())
+    assert segmenter.planner.book.cost(key, 1) is not None
+    monkeypatch.setattr("lib.infers.plan.measure_windows", lambda *_: pytest.fail("measured again"))
+    assert segmenter.plan(Volume(boxes()[0], np.eye(4))).engine == "openvino"
+
+
 @pytest.mark.parametrize(
     ("pytorch", "openvino", "added", "expected"),
     [
