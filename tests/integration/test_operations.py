@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from tests.integration.conftest import prepare
 from tests.integration.server import Server, parse_multipart, wait_until
+from tests.integration.test_slicer_session import read_nrrd
 
 
 def figures(server: Server) -> dict[str, float]:
@@ -63,7 +65,8 @@ def test_server_that_compiles_answers_meanwhile_and_the_same_after(
     parts = [parse_multipart(answer) for answer in (first, second)]
     engines = [json.loads(part["params"][1])["plan"]["engine"] for part in parts]
     assert found is not None and engines == ["pytorch", found[1]]
-    assert parts[0]["image"][1] == parts[1]["image"][1]
+    masks = [read_nrrd(part["image"][1], tmp_path)[0] for part in parts]
+    np.testing.assert_array_equal(masks[0], masks[1])
 
 
 def test_metrics_count_requests_inferences_and_labels(server: Server, cases: dict[str, SyntheticCase]) -> None:
