@@ -108,7 +108,7 @@ def test_plan_of_an_image_is_told(
     file = write_nifti(tmp_path / "scan.nii.gz", boxes((40, 50, 40))[0])
     assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)]) == 0
     assert "ok    hippocampus_mr, scan.nii.gz: " in (line := capsys.readouterr().out)
-    assert re.search(r"\d+ windows on (cpu|cuda).* in \w+, \d at a time; stitched slab by slab on the", line)
+    assert re.search(r"\d+ windows on (cpu|cuda).* in \w+ by \w+, \d at a time; stitched slab by slab on the", line)
     assert (tmp_path / "costs.json").is_file()
 
 
