@@ -749,8 +749,8 @@ def run_tests(options: argparse.Namespace) -> int:
 def run_and_keep_last_line(command: Sequence[str]) -> tuple[int, str]:
     """Run a check from the project's folder, showing what it prints; returns its exit code and its last line."""
     last = ""
-    # a test of several processes takes six times as long beside other work where waiting threads spin
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
+    waiting = {"OMP_WAIT_POLICY": SERVER_ENVIRONMENT["OMP_WAIT_POLICY"]}
+    environment = {**waiting, **os.environ, "PYTHONUNBUFFERED": "1"}
     with started(command, cwd=ROOT, env=environment) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

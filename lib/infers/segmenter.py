@@ -132,8 +132,7 @@ class Segmenter:
             with clock.stage("network"):
                 found, plan = self._predict(image, plan, name, entropy)
                 del image  # its memory is needed for what follows
-                if isinstance(self.network, InferenceNetwork):
-                    self.network.release_memory()
+                self._release_network()
             with clock.stage("restore"):
                 grid = (affine, volume.voxels.shape, volume.affine_ras)
                 labels = restore_to_grid(found.labels, *grid)
@@ -173,6 +172,7 @@ class Segmenter:
 
     def _smaller(self, plan: Plan, name: str) -> Plan:
         """The next rung of the ladder."""
+        self._release_network()
         release_memory(self.device)
         smaller = self.planner.step_down(plan, self.preset, self.device, self.dtype)
         if smaller is None and self.device.type == "cuda":
@@ -191,6 +191,11 @@ class Segmenter:
             )
         logger.warning("memory ran out on %s; gave up %s", name, smaller.given_up[-1])
         return smaller
+
+    def _release_network(self) -> None:
+        """What the network keeps between windows is not kept between requests, nor between rungs."""
+        if isinstance(self.network, InferenceNetwork):
+            self.network.release_memory()
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         if isinstance(self.network, InferenceNetwork):

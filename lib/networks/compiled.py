@@ -1,8 +1,8 @@
 """A forward pass that OpenVINO compiled for this CPU: one window at a time, in memory that is planned for all its maps.
 
 PyTorch computes operation by operation, each into memory of its own. OpenVINO keeps feature maps in blocks of channels,
-as its convolutions read them, and joins to a convolution what follows it. It sends nothing anywhere: what would, the
-command-line converter that it comes with, is not used.
+as its convolutions read them, and joins to a convolution what follows it. Its converter has telemetry, and is not used;
+the frontend alone, which is, opens no connection.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class CompiledForward:
         with self._lock:
             if self._request is None:
                 self._request = self._compiled.create_infer_request()
-            return torch.cat([self._infer(window) for window in windows.float().split(1)])
+            logits = [self._infer(window) for window in windows.float().split(1)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def release_memory(self) -> None:
         """Give the feature maps' memory back until the next window."""
@@ -75,7 +76,7 @@ def _compile(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> An
         raise RuntimeError(f"OpenVINO does not compute in {precision} on this CPU")
     example = torch.zeros(*shape)
     with torch.no_grad(), warnings.catch_warnings():
-        # Shapes become constants, as they shall; and OpenVINO takes three times as long for what torch.export makes.
+        # Shapes become constants, as they shall; and what torch.export makes takes several times as long to convert.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(network, example, check_trace=False)

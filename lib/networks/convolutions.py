@@ -32,9 +32,9 @@ class OneDNNConv3d(nn.Conv3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve; shape (batch, channels, X, Y, Z)."""
-        if input.device.type != "cpu" or input.dtype is not torch.float32 or isinstance(self.padding, str):
-            return super().forward(input)
-        if torch.jit.is_tracing():  # for somebody else to compute
+        # what is traced is for somebody else to compute
+        elsewhere = input.device.type != "cpu" or input.dtype is not torch.float32 or torch.jit.is_tracing()
+        if elsewhere or isinstance(self.padding, str):
             return super().forward(input)
         return torch.mkldnn_convolution(
             input, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups

@@ -17,8 +17,8 @@ class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise each channel of each sample; shape (batch, channels, X, Y, Z)."""
-        if torch.jit.is_tracing():  # for somebody else to compute; statistics are in fp32 everywhere
-            return F.instance_norm(input.float(), weight=self.weight, bias=self.bias, eps=self.eps).to(input.dtype)
+        if torch.jit.is_tracing():  # what is traced is for somebody else to compute
+            return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
         samples = [
             F.batch_norm(sample, None, None, self.weight, self.bias, training=True, eps=self.eps)
             for sample in input.split(1)

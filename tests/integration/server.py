@@ -15,6 +15,8 @@ from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
+import nrrd
+import numpy as np
 import psutil
 import requests
 
@@ -162,6 +164,14 @@ def parse_multipart(response: requests.Response) -> dict[str, tuple[str | None, 
         name = part.get_param("name", header="content-disposition")
         parts[name] = (part.get_filename(), part.get_payload(decode=True))
     return parts
+
+
+def read_nrrd(content: bytes, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Voxels and header of an answer's mask, by way of a file in ``folder``."""
+    path = folder / "answer.nrrd"
+    path.write_bytes(content)
+    voxels, header = nrrd.read(str(path))
+    return voxels, header
 
 
 def fingerprint(*folders: Path) -> dict[str, str]:

@@ -15,8 +15,7 @@ import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from tests.integration.conftest import prepare
-from tests.integration.server import Server, parse_multipart, wait_until
-from tests.integration.test_slicer_session import read_nrrd
+from tests.integration.server import Server, parse_multipart, read_nrrd, wait_until
 
 
 def figures(server: Server) -> dict[str, float]:

@@ -8,26 +8,19 @@ import json
 from pathlib import Path
 
 import nibabel as nib
-import nrrd
 import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from lib.trainers.metrics import dice_per_label, mean_known
 from tests.integration.conftest import encode
-from tests.integration.server import Server, parse_multipart
+from tests.integration.server import Server, parse_multipart, read_nrrd
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
 def mean_dice(mask: np.ndarray, reference: np.ndarray) -> float:
     return mean_known(dice_per_label(mask, reference, {"anterior": 1, "posterior": 2}).values())
-
-
-def read_nrrd(content: bytes, folder: Path) -> tuple[np.ndarray, dict]:
-    path = folder / "answer.nrrd"
-    path.write_bytes(content)
-    return nrrd.read(str(path))
 
 
 def test_info_lists_models_trainers_labels_and_strategies(server: Server) -> None:
