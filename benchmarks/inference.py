@@ -4,9 +4,10 @@
     python benchmarks/inference.py --preset abdomen_ct --torso 512 512 200 --rounds 3
 
 The ways take turns, each request in a process of its own, with the weights loaded before the clock starts. Prints
-seconds, peak memory of the process, the median and spread of the ratio within a turn, and the Dice against the plain
-fp32 answer (and against ``--labels``). ``--warm`` requests go before the timed one in each process. ``--overlap`` gives
-a table of overlaps instead, ours only.
+seconds, peak memory of the process on the host and of PyTorch on the GPU, the median and spread of the ratio within a
+turn, and the Dice against the plain fp32 answer (and against ``--labels``). ``--warm`` requests go before the timed one
+in each process. ``--overlap`` gives a table of overlaps instead, ours only. Where there is a GPU, all compute on it;
+only the plain way without TF32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from measuring import REPOSITORY, describe_machine, middle, peak_mib, run_worker, show, tell, write_json
+from measuring import (
+    REPOSITORY,
+    describe_machine,
+    gpu_peak_mib,
+    middle,
+    peak_mib,
+    run_worker,
+    show,
+    tell,
+    write_json,
+)
 from monai.networks.nets import UNETR
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
@@ -90,12 +101,14 @@ def report(runs: list[dict[str, Any]], ways: list[str]) -> None:
                 way,
                 middle([run["seconds"] for run in own]),
                 middle([run["peak_mib"] / 1024 for run in own]),
+                middle([run["gpu_peak_mib"] / 1024 for run in own]),
                 middle(ratios) if ratios else "",
                 f"{statistics.mean(agreement):.4f}" if agreement else "",
                 f"{statistics.mean(dice):.4f}" if dice else "",
             )
         )
-    show(("way", "seconds", "peak GiB", "times as long as ours", "Dice to fp32", "Dice to the labels"), rows)
+    measures = ("peak GiB", "GPU peak GiB", "times as long as ours", "Dice to fp32", "Dice to the labels")
+    show(("way", "seconds", *measures), rows)
 
 
 def compare_overlaps(options: argparse.Namespace, weights: Path, images: list[Path], folder: Path) -> dict[str, Any]:
@@ -162,7 +175,7 @@ def work(options: argparse.Namespace) -> None:
         seconds = stock(preset, options, image)
     else:
         seconds = plain(preset, options, image)
-    tell({"seconds": round(seconds, 3), "peak_mib": peak_mib(), **extra})
+    tell({"seconds": round(seconds, 3), "peak_mib": peak_mib(), "gpu_peak_mib": gpu_peak_mib(), **extra})
 
 
 def ours(preset: Preset, options: argparse.Namespace, image: Path) -> tuple[float, dict[str, Any]]:
@@ -202,11 +215,13 @@ def stock(preset: Preset, options: argparse.Namespace, image: Path) -> float:
 
 
 def plain(preset: Preset, options: argparse.Namespace, image: Path) -> float:
-    """MONAI's sliding windows in fp32."""
+    """MONAI's sliding windows in fp32, which is not to be TF32."""
     from stock import plain_monai
 
+    torch.backends.cudnn.allow_tf32 = False
     network = build_unetr(preset).eval()
     load_weights(network, read_checkpoint(options.weights).model)
+    network.to(device())
     for _ in range(options.warm + 1):
         start = time.perf_counter()
         plain_monai(preset, network, image, options.out)

@@ -44,6 +44,11 @@ def peak_mib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
+def gpu_peak_mib() -> float:
+    """The most of the GPU's memory that PyTorch has taken for this process; 0 without a GPU."""
+    return round(torch.cuda.max_memory_reserved() / 2**20, 1) if torch.cuda.is_available() else 0.0
+
+
 def tell(result: Mapping[str, Any]) -> None:
     """What a worker reports to the process that started it."""
     print(RESULT + json.dumps(result), flush=True)
@@ -56,7 +61,8 @@ def run_worker(script: str, arguments: Sequence[str], environment: Mapping[str, 
         RuntimeError: with the end of its output, when it fails.
     """
     command = [sys.executable, str(REPOSITORY / "benchmarks" / script), *arguments]
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "sample-data")])
+    given = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "sample-data"), *([given] if given else [])])
     # the waiting of run.py's server, for every way alike
     defaults = {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
     ended = subprocess.run(

@@ -8,7 +8,7 @@ network. ``--network point`` takes a single 1x1x1 convolution in its place, wher
 no time. The image is noise in a body of half the field of view's width on each side. ``--whole`` adds MONAI's sliding
 window over the whole volume with the same network, and says in how many voxels the labels differ. Prints a table with
 the peak above the loaded image and what the plan had promised, and straight lines through time and memory against the
-voxels and the classes, with their R^2.
+voxels and the classes, with their R^2. Where there is a GPU, windows are computed on it, and their peak there is told.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lib.configs.preset import Preset, parse_preset  # noqa: E402
 from lib.infers.memory import PeakMemory  # noqa: E402
 from lib.infers.segmenter import Segmenter  # noqa: E402
 from lib.networks.inference import InferenceNetwork  # noqa: E402
+from lib.networks.precision import resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.transforms.preprocess import preprocess_volume  # noqa: E402
 from lib.transforms.volume import Volume  # noqa: E402
@@ -82,7 +84,18 @@ def ways(options: argparse.Namespace) -> list[str]:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table, and the fits."""
-    names = ("shape", "classes", "way", "seconds", "above_image_gib", "planned_gib", "process_gib", "differing", "plan")
+    names = (
+        "shape",
+        "classes",
+        "way",
+        "seconds",
+        "above_image_gib",
+        "planned_gib",
+        "gpu_gib",
+        "process_gib",
+        "differing",
+        "plan",
+    )
     show(names, [[row.get(name, "") for name in names] for row in rows])
     ours = [row for row in rows if row["way"] == "ours"]
     for classes in sorted({row["classes"] for row in ours}):
@@ -114,15 +127,15 @@ def work(options: argparse.Namespace) -> None:
     shape = tuple(int(edge) for edge in options.shapes[0].split("x"))
     preset, labels = make_preset(options.classes[0], options.skip_air), Path(options.folder) / "labels.npy"
     torch.manual_seed(0)
-    device = torch.device("cpu")
+    device, host = resolve_device(None), torch.device("cpu")
     plain = build_unetr(preset) if options.network == "unetr" else nn.Conv3d(1, preset.out_channels, 1)
     network = InferenceNetwork(plain, device, torch.float32)
     volume = make_volume(shape)
     segmenter = Segmenter(network, preset, device, "fp32")
     segmenter.plan(volume)  # measures
     start = time.perf_counter()
-    with PeakMemory(device) as peak:
-        found = whole(network, volume, preset) if options.worker == "whole" else segmenter.segment(volume)
+    with PeakMemory(host) as peak, PeakMemory(device) if device != host else nullcontext() as gpu_peak:
+        found = whole(network, volume, preset, device) if options.worker == "whole" else segmenter.segment(volume)
     result: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2)}
     if options.worker == "whole":
         np.save(labels, found)
@@ -133,15 +146,23 @@ def work(options: argparse.Namespace) -> None:
             labels.unlink()
     swapped = psutil.swap_memory().used
     above, process = round(peak.bytes / GIB, 3), round(peak_mib() / 1024, 2)
-    tell({**result, "above_image_gib": above, "process_gib": process, "swap_bytes": swapped})
+    on_gpu = round(gpu_peak.bytes / GIB, 3) if gpu_peak else 0.0
+    tell({**result, "above_image_gib": above, "gpu_gib": on_gpu, "process_gib": process, "swap_bytes": swapped})
 
 
-def whole(network: torch.nn.Module, volume: Volume, preset: Preset) -> np.ndarray:
-    """MONAI's sliding window with the logits of all classes for the whole volume."""
+def whole(network: torch.nn.Module, volume: Volume, preset: Preset, device: torch.device) -> np.ndarray:
+    """MONAI's sliding window with the logits of all classes for the whole volume, on the host."""
     image = preprocess_volume(volume, preset).as_subclass(torch.Tensor)
     with torch.inference_mode():
         logits = sliding_window_inference(
-            image[None], preset.roi_size, 1, network, overlap=preset.inference.overlap, mode="gaussian"
+            image[None],
+            preset.roi_size,
+            1,
+            network,
+            overlap=preset.inference.overlap,
+            mode="gaussian",
+            sw_device=device,
+            device="cpu",
         )
     return logits[0].argmax(0).to(torch.uint8).numpy()
 

@@ -219,6 +219,8 @@ def plain_monai(preset: Preset, network: torch.nn.Module, image: Path, out: Path
             network,
             overlap=options.overlap,
             mode="gaussian",
+            sw_device=next(network.parameters()).device,
+            device="cpu",
         )
     data["pred"] = logits[0].argmax(0, keepdim=True).to(torch.uint8)
     back = [Invertd("pred", chain, "image", nearest_interp=True, to_tensor=True)]

@@ -5,14 +5,15 @@
     python benchmarks/training.py fits [--budgets 8 12 16 24] [--measure 128 160]
     python benchmarks/training.py throughput [--preset hippocampus_mr] [--steps 40] [--rounds 2] [--data FOLDER]
 
-``steps`` runs forward, loss, backward and AdamW on random crops of the preset's window, each setting in a process of
-its own: activations kept, recomputed in the transformer, or one crop at a time; fp32, or bf16 under autocast. Prints
-seconds a step, the process's peak beyond what PyTorch and the weights take, and what the planner had counted.
+``steps`` runs forward, loss, backward, AdamW and the average on random crops of the preset's window, on a CPU each
+setting in a process of its own: activations kept, recomputed in the transformer, or one crop at a time; fp32, or bf16
+under autocast. Prints seconds a step, the peak beyond what PyTorch and the weights take, and what the planner counts.
 
 ``cases`` trains a tiny network for one epoch on so many small synthetic cases, each number in a process of its own.
 
 ``fits`` asks the planner's count for the largest cubic window (one crop) and the most crops of the preset's window that
-fit devices of so many GiB, less the reserve of a twentieth, and measures some windows to hold the count against.
+fit devices of so many GiB, less the reserve of a twentieth, and measures some windows to hold the count against. On a
+GPU it also says what really trains, with AdamW, when PyTorch gets no more than that.
 
 ``throughput`` takes turns between MONAI Label's BasicTrainTask and this project's loop: same starting weights, cases
 (synthetic ones, or ``--data`` with ``images`` and ``labels``), crops, loss, optimiser and schedule. Prints crops a
@@ -29,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from measuring import REPOSITORY, describe_machine, middle, peak_mib, run_worker, show, tell, write_json
+from measuring import (
+    REPOSITORY,
+    describe_machine,
+    gpu_peak_mib,
+    middle,
+    peak_mib,
+    run_worker,
+    show,
+    tell,
+    write_json,
+)
 from monai.utils import set_determinism
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
@@ -46,17 +58,18 @@ from torso_phantom import draw_torso, grid_affine, render  # noqa: E402
 
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
-from lib.infers.memory import GIB, RESERVE_SHARE, PeakMemory  # noqa: E402
+from lib.infers.memory import GIB, RESERVE_SHARE, PeakMemory, is_out_of_memory, release_memory  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import autocast, place_for_training  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.cases import Case, find_cases  # noqa: E402
 from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
 from lib.trainers.memory import count_kept_bytes, forward_in_parts, measure_step  # noqa: E402
-from lib.trainers.optimization import build_loss, build_optimizer  # noqa: E402
+from lib.trainers.optimization import build_average, build_loss, build_optimizer  # noqa: E402
 from lib.trainers.plan import COPIES_OF_WEIGHTS, count_step_bytes  # noqa: E402
 
 WAYS = ("kept", "recomputed", "one at a time")
+WINDOWS = range(64, 336, 16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -70,8 +83,8 @@ def main() -> int:
         return 0
     print(describe_machine())
     rows = measure(options)
-    names = list(rows[0])
-    show(names, [[row[name] for name in names] for row in rows])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    show(names, [[row.get(name, "") for name in names] for row in rows])
     write_json(options.out, {"what": options.what, "rows": rows})
     return 0
 
@@ -83,7 +96,11 @@ def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
         for way in WAYS if crops > 1 else WAYS[:2]:
             for dtype in DTYPES:
                 setting = ["--crops", str(crops), "--way", way, "--dtype", dtype, "--steps", str(options.steps)]
-                found = run_worker("training.py", ["steps", "--worker", "--preset", options.preset, *setting])
+                arguments = ["steps", "--worker", "--preset", options.preset, *setting]
+                if torch.cuda.is_available():  # whose allocator counts each setting for itself
+                    found = work_step(parse(arguments))
+                else:
+                    found = run_worker("training.py", arguments)
                 rows.append({"crops": crops, "activations": way, "precision": dtype, **found})
                 print(rows[-1], flush=True)
     return rows
@@ -124,17 +141,53 @@ def search_fits(options: argparse.Namespace) -> list[dict[str, Any]]:
             given = ["--preset", options.preset, "--measure", str(edge), "--way", way, "--dtype", "bf16"]
             print(run_worker("training.py", ["fits", "--worker", *given]), flush=True)
     preset, rows = load_preset(options.preset), []
-    for dtype in DTYPES:
-        for way in WAYS[:2]:
+    for way in WAYS[:2]:
+        for dtype in DTYPES:
+            windows = {edge: takes(with_roi(preset, edge), 1, way != "kept", dtype) for edge in WINDOWS}
+            batches = {crops: takes(preset, crops, way != "kept", dtype) for crops in range(1, 65)}
             for budget in options.budgets:
-                free, recompute = int(budget * GIB * (1 - RESERVE_SHARE)), way != "kept"
-                edges = [
-                    edge for edge in range(32, 400, 16) if takes(with_roi(preset, edge), 1, recompute, dtype) <= free
-                ]
-                crops = [crops for crops in range(1, 65) if takes(preset, crops, recompute, dtype) <= free]
+                free = int(budget * GIB * (1 - RESERVE_SHARE))
+                edges = [edge for edge, size in windows.items() if size <= free]
+                crops = [number for number, size in batches.items() if size <= free]
                 found = {"largest_window": max(edges, default=0), "most_crops": max(crops, default=0)}
+                if torch.cuda.is_available() and dtype == "bf16":  # as a GPU trains
+                    found |= try_on_gpu(preset, way, dtype, budget, found)
                 rows.append({"precision": dtype, "activations": way, "budget_gib": budget, **found})
+                print(rows[-1], flush=True)
     return rows
+
+
+def try_on_gpu(preset: Preset, way: str, dtype: str, budget: float, counted: dict[str, int]) -> dict[str, int]:
+    """What really trains on a GPU of so many GiB, upwards from what was counted, or downwards where that fails."""
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(budget * (1 - RESERVE_SHARE) * GIB / total)
+    setting = ["steps", "--way", way, "--dtype", dtype, "--steps", "1"]
+
+    def trains(roi: Preset, crops: int) -> bool:
+        release_memory(torch.device("cuda"))
+        try:
+            work_step(parse([*setting, "--crops", str(crops)]), roi)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    window = climb(counted["largest_window"], 16, lambda edge: trains(with_roi(preset, edge), 1))
+    crops = climb(counted["most_crops"], 1, lambda number: trains(preset, number))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"window_that_trains": window, "crops_that_train": crops}
+
+
+def climb(start: int, step: int, works: Callable[[int], bool]) -> int:
+    """The largest number that works, in steps up from ``start``, or down; 0 where none does."""
+    if works(start):
+        while works(start + step):
+            start += step
+        return start
+    while start > 0 and not works(start):
+        start -= step
+    return max(0, start)
 
 
 def takes(preset: Preset, crops: int, recompute: bool, dtype: str) -> int:
@@ -164,14 +217,16 @@ def draw_cases_of(preset: str, folder: Path) -> Path:
     return folder
 
 
-def work_step(options: argparse.Namespace) -> dict[str, Any]:
+def work_step(options: argparse.Namespace, preset: Preset | None = None) -> dict[str, Any]:
     """One setting: a step to begin with, then timed ones."""
-    preset, dtype, crops = load_preset(options.preset), DTYPES[options.dtype], options.crops[0]
+    preset, dtype, crops = preset or load_preset(options.preset), DTYPES[options.dtype], options.crops[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    network = build_unetr(preset, options.way != "kept").train()
+    with device:
+        network = build_unetr(preset, options.way != "kept").train()
     place_for_training(network, device)
     optimizer, loss_of = build_optimizer(network, preset.training), build_loss(preset.training)
+    average = build_average(network, preset.training)
     image = torch.randn(crops, 1, *preset.roi_size, device=device)
     label = torch.randint(0, preset.out_channels, (crops, 1, *preset.roi_size), device=device).float()
     seconds = []
@@ -184,11 +239,14 @@ def work_step(options: argparse.Namespace) -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            average.update_parameters(network)
             loss.item()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
+    del network, optimizer, average, image, label, logits, loss
+    release_memory(device)
     kept, weights = count_kept_bytes(preset, options.way != "kept")
     return {
-        "seconds": round(min(seconds[1:]), 2),
+        "seconds": round(min(seconds[1:]), 4),
         "peak_gib": round(peak.bytes / GIB, 2),
         "weights_gib": round(weights / GIB, 2),
         "counted_gib_a_crop_fp32": round(kept / GIB, 2),
@@ -248,6 +306,7 @@ def work_throughput(options: argparse.Namespace) -> dict[str, Any]:
         "crops_a_second": round(crops * (len(ends) - 1) / wall, 3),
         "cpu_seconds_a_crop": round(cpu / crops / (len(ends) - 1), 3),
         "peak_gib": round(peak_mib() / 1024, 2),
+        "gpu_peak_gib": round(gpu_peak_mib() / 1024, 2),
         "loss_first": round(statistics.mean(losses[:quarter]), 4),
         "loss_last": round(statistics.mean(losses[-quarter:]), 4),
     }
@@ -299,7 +358,7 @@ COMMANDS = {
 }
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(COMMANDS))
@@ -319,7 +378,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--way", choices=(*WAYS, "stock", "ours"), default="kept", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lib.configs.preset import Preset
+from lib.infers.memory import release_memory
 from lib.trainers.cases import Case
 from lib.transforms.volume import Volume
 from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
@@ -54,6 +55,19 @@ def make_cases(tmp_path: Path) -> Callable[..., tuple[Case, ...]]:
         return tuple(cases)
 
     return make
+
+
+@pytest.fixture
+def limit_gpu() -> Iterator[Callable[[int], None]]:
+    """``limit_gpu(more)``: this process gets so many bytes of the GPU beyond what it holds, whatever is free."""
+
+    def limit(more_bytes: int) -> None:
+        release_memory(torch.device("cuda"))
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more_bytes) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture(scope="session")

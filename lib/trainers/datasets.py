@@ -56,11 +56,11 @@ class BoundedPersistentDataset(PersistentDataset):
 class SeededItems(TorchDataset[Any]):
     """A dataset whose random changes to an item follow from the seed, the epoch and the item's place.
 
-    So it does not matter which of several processes reads it, or whether the run was interrupted before.
+    So it does not matter which of several processes or threads reads it, or whether the run was interrupted before.
 
     Args:
         items: the dataset.
-        changes: the random part of its transform.
+        changes: the random part; each item is changed by a copy of its own.
         seed: the run's.
     """
 
@@ -74,8 +74,8 @@ class SeededItems(TorchDataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         seed = np.random.SeedSequence((self._seed, self.epoch, index)).generate_state(1)[0]
-        self._changes.set_random_state(seed=int(seed))
-        return self.items[index]
+        changes = deepcopy(self._changes).set_random_state(seed=int(seed))
+        return changes(self.items[index])
 
 
 def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int = 0) -> Dataset:
@@ -92,7 +92,24 @@ def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: P
     Raises:
         ParameterError: for a kind that there is not.
     """
-    return _build_items(cases, preset, kind, cache_dir, cache_bytes, [])
+    if kind not in DATASET_KINDS:
+        raise ParameterError("dataset", kind, ", ".join(DATASET_KINDS))
+    fixed: list[Any] = [
+        ReadCased(preset),
+        *build_preprocessing(preset, (IMAGE, LABEL)).transforms,
+        EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False),
+        EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),
+    ]
+    items, transform = [case.as_item() for case in cases], Compose(fixed)
+    if kind == "PersistentDataset":
+        return BoundedPersistentDataset(items, transform, cache_dir=cache_dir / preprocessing_digest(preset))
+    if kind == "Dataset":
+        return Dataset(items, transform)
+    count = min(len(items), _cases_that_fit(items[0], fixed, cache_bytes))
+    logger.info("%s keeps %d of %d cases in memory", kind, count, len(items))
+    if kind == "CacheDataset" or count == len(items):
+        return CacheDataset(items, transform, cache_num=count, progress=False)
+    return SmartCacheDataset(items, transform, cache_num=count, replace_rate=0.25, progress=False, shuffle=False)
 
 
 def build_crops(
@@ -106,44 +123,21 @@ def build_crops(
     Raises:
         ParameterError: for a kind that there is not.
     """
-    changes = build_augmentation(preset, crops_per_case)
-    items = _build_items(cases, preset, kind, cache_dir, cache_bytes, [changes])
-    return SeededItems(items, changes, preset.training.seed)
-
-
-def _build_items(
-    cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int, changes: list[Any]
-) -> Dataset:
-    if kind not in DATASET_KINDS:
-        raise ParameterError("dataset", kind, ", ".join(DATASET_KINDS))
-    fixed: list[Any] = [
-        ReadCased(preset),
-        *build_preprocessing(preset, (IMAGE, LABEL)).transforms,
-        EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False),
-        EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),
-    ]
-    items, transform = [case.as_item() for case in cases], Compose([*fixed, *changes])
-    if kind == "PersistentDataset":
-        return BoundedPersistentDataset(items, transform, cache_dir=cache_dir / preprocessing_digest(preset))
-    if kind == "Dataset":
-        return Dataset(items, transform)
-    count = min(len(items), _cases_that_fit(items[0], fixed, cache_bytes))
-    logger.info("%s keeps %d of %d cases in memory", kind, count, len(items))
-    if kind == "CacheDataset" or count == len(items):
-        return CacheDataset(items, transform, cache_num=count, progress=False)
-    return SmartCacheDataset(items, transform, cache_num=count, replace_rate=0.25, progress=False, shuffle=False)
+    items = build_dataset(cases, preset, kind, cache_dir, cache_bytes)
+    return SeededItems(items, build_augmentation(preset, crops_per_case), preset.training.seed)
 
 
 def build_loader(
-    dataset: TorchDataset[Any], kind: str, batch_size: int, sampler: ResumableSampler | None = None
+    dataset: TorchDataset[Any], kind: str, batch_size: int, sampler: ResumableSampler | None = None, threads: int = 1
 ) -> DataLoader:
-    """Build the loader: prefetching in a thread (``ThreadDataLoader``), or plain (``DataLoader``).
+    """Build the loader: prefetching in threads (``ThreadDataLoader``), or plain (``DataLoader``).
 
     Args:
         dataset: what to read.
         kind: one of ``LOADER_KINDS``.
         batch_size: items of this process in a batch.
         sampler: the order; that of the dataset if not given.
+        threads: that prefetch.
 
     Raises:
         ParameterError: for a kind that there is not.
@@ -153,7 +147,7 @@ def build_loader(
     options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
     if kind == "DataLoader":
         return DataLoader(dataset, num_workers=0, **options)
-    return PrefetchingLoader(dataset, num_workers=0, **options)
+    return PrefetchingLoader(dataset, threads, **options)
 
 
 def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int) -> int:

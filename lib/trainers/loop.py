@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ BEST_FILE = "best.pt"
 MAX_STEPS_WITHOUT_FINITE_GRADIENT = 20
 # The base network's state is 1.5 GB: writing takes at most a twentieth of a run's time.
 STATE_PAUSE_FACTOR = 20
+# Each holds a case in memory while it draws from it.
+MOST_LOADING_THREADS = 8
 # of a run, kept as they are
 COUNTS = ("step", "epoch", "step_of_epoch", "bad_steps", "losses", "epochs_since_best", "done")
 
@@ -153,6 +156,13 @@ def _input_error_in(error: BaseException) -> InputError | None:
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
     return cause
+
+
+def count_loading_threads(device: torch.device, processes: int) -> int:
+    """Threads that draw crops: one beside a CPU that trains; several for a GPU, which trains faster than one draws."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST_LOADING_THREADS, (os.cpu_count() or 1) // (2 * processes)))
 
 
 class _Run:
@@ -406,7 +416,8 @@ class _Run:
             crops.items.start()
         sampler = ResumableSampler(crops, self.recipe.seed)
         batch_size = min(self.recipe.batch_size, len(cases))
-        return crops, sampler, build_loader(crops, self.plan.dataloader, batch_size, sampler)
+        threads = count_loading_threads(self.device, self.world_size)
+        return crops, sampler, build_loader(crops, self.plan.dataloader, batch_size, sampler, threads)
 
     def _build_validation_loader(self) -> DataLoader | None:
         if not self.plan.validation_cases or self.rank != 0:

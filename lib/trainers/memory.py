@@ -24,7 +24,7 @@ from lib.trainers.optimization import build_loss
 FLOAT_BYTES = 4
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
     """Bytes of fp32 activations that one crop keeps for the backward pass, and bytes of the weights.
 

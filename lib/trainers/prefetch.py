@@ -1,63 +1,47 @@
-"""Preparing the next batch while this one trains."""
+"""Preparing the next batches while this one trains."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from monai.data import DataLoader
+from torch.utils.data import Dataset
 
 BATCHES_AHEAD = 2
-SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class PrefetchingLoader(DataLoader):
-    """A loader that prepares batches in a thread, and raises here what went wrong there.
+    """A loader that prepares batches in threads, in their order, and raises here what went wrong there.
 
     MONAI's ThreadDataLoader loses an error of its thread: a case that cannot be read ends the epoch without a word.
+
+    Args:
+        dataset: whose items may be asked for by several threads at once.
+        threads: that prepare a batch each; one is enough where a batch is prepared faster than one trains.
+        options: of the loader.
     """
 
+    def __init__(self, dataset: Dataset[Any], threads: int = 1, **options: Any) -> None:
+        super().__init__(dataset, num_workers=0, **options)
+        self._threads = threads
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
-        ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(BATCHES_AHEAD)
-        left = threading.Event()
-        thread = threading.Thread(target=_fill, args=(batches, ready, left), name="prefetch", daemon=True)
-        thread.start()
-        try:
-            while True:
-                batch, error = ready.get()
-                if isinstance(error, StopIteration):
-                    return
-                if error is not None:
-                    raise error
-                yield batch
-        finally:
-            left.set()
-            thread.join()
+        waiting = iter(self.batch_sampler or ())
+        coming: deque[Future[Any]] = deque()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="prefetch") as pool:
+            try:
+                for indices in itertools.islice(waiting, self._threads - 1 + BATCHES_AHEAD):
+                    coming.append(pool.submit(self._prepare, indices))
+                while coming:
+                    batch = coming.popleft().result()
+                    coming.extend(pool.submit(self._prepare, indices) for indices in itertools.islice(waiting, 1))
+                    yield batch
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-
-def _fill(batches: Iterator[Any], ready: queue.Queue[tuple[Any, BaseException | None]], left: threading.Event) -> None:
-    """Put batches into ``ready``, and in the end why there are no more, until nobody waits for them any longer."""
-    error: BaseException | None = None
-    while error is None and not left.is_set():
-        batch = None
-        try:
-            batch = next(batches)
-        except BaseException as raised:  # noqa: BLE001 - raised again in the thread that trains
-            error = raised
-        _put((batch, error), ready, left)
-
-
-def _put(
-    item: tuple[Any, BaseException | None],
-    ready: queue.Queue[tuple[Any, BaseException | None]],
-    left: threading.Event,
-) -> None:
-    while not left.is_set():
-        try:
-            ready.put(item, timeout=SECONDS_BETWEEN_LOOKS)
-        except queue.Full:
-            continue
-        return
+    def _prepare(self, indices: Sequence[int]) -> Any:
+        return self.collate_fn([self.dataset[index] for index in indices])

@@ -28,6 +28,7 @@ from lib.transforms.preprocess import network_shape, preprocess_volume
 from lib.transforms.volume import Volume
 from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
 
+WIDE_NETWORK = {"feature_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
 CPU, FP32 = torch.device("cpu"), torch.float32
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -308,6 +309,31 @@ def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_hos
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_ladder_on_a_gpu_that_is_full_ends_in_the_same_labels(limit_gpu: Callable[[int], None]) -> None:
+    """Memory really runs out: the card's free memory is there to see, and is refused when it is asked for."""
+    device = torch.device("cuda")
+    preset = tiny_preset(roi_size=[64, 64, 64], network=WIDE_NETWORK, inference={"window_batch_size": 1})
+    torch.manual_seed(0)
+    segmenter = Segmenter(InferenceNetwork(build_unetr(preset), device, FP32), preset, device, "fp32")
+    volume = Volume(boxes((150, 140, 130))[0], np.eye(4))
+    planned = segmenter.plan(volume).stitching.window_batch
+    assert planned > 1
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    expected = segmenter.segment(volume)
+    assert not expected.plan.given_up
+    taken = torch.cuda.max_memory_allocated() - before
+    limit_gpu(int(0.6 * taken))
+    found = segmenter.segment(volume)
+    assert found.plan.given_up[0] == f"a batch of {planned} windows"
+    assert found.plan.device == "cuda"
+    assert (found.labels == expected.labels).mean() > 0.999
+    again = segmenter.segment(volume).plan  # the next plan remembers
+    assert not again.given_up
+    assert again.stitching.window_batch == found.plan.stitching.window_batch
 
 
 @pytest.mark.gpu

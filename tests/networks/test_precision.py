@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.errors import ParameterError
-from lib.networks.precision import autocast, place, resolve_device, resolve_precision
+from lib.networks.precision import autocast, fall_back_to_cpu, place, resolve_device, resolve_precision
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -49,6 +49,18 @@ def test_precision_auto_is_bf16_only_where_the_cpu_computes_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_precision("auto", torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("capabilities", [{"amx_bf16": True}, {}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_come_back_from_the_cpu_as_they_went(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    away = fall_back_to_cpu(dtype)
+    torch.testing.assert_close(weights.to(away).to(dtype), weights, rtol=0, atol=0)
+    assert (away is torch.bfloat16) == (dtype is torch.bfloat16 and bool(capabilities))
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])

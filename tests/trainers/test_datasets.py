@@ -143,11 +143,13 @@ def test_unknown_kinds_are_refused_with_the_known(make_cases: MakeCases, tmp_pat
 def test_loader_gives_the_same_batches_for_the_same_seed(make_cases: MakeCases, tmp_path: Path, kind: str) -> None:
     cases = make_cases(4, (24, 24, 24))
 
-    def epochs(seed: int, order: tuple[int, ...] = (1, 2)) -> dict[int, torch.Tensor]:
-        preset = tiny_preset(training=preset_data()["training"] | {"seed": seed})
+    changing = {"spatial_probability": 1, "rotation_degrees": 10, "noise_probability": 1, "elastic_probability": 0.5}
+
+    def epochs(seed: int, order: tuple[int, ...] = (1, 2), threads: int = 1) -> dict[int, torch.Tensor]:
+        preset = tiny_preset(training=preset_data()["training"] | {"seed": seed, "augmentation": changing})
         dataset = build_crops(cases, preset, "PersistentDataset", tmp_path, 2)
         sampler = ResumableSampler(dataset, seed)
-        loader, drawn = build_loader(dataset, kind, 2, sampler), {}
+        loader, drawn = build_loader(dataset, kind, 2, sampler, threads), {}
         for dataset.epoch in order:
             sampler.begin(dataset.epoch)
             drawn[dataset.epoch] = torch.cat([batch[IMAGE] for batch in loader])
@@ -155,7 +157,7 @@ def test_loader_gives_the_same_batches_for_the_same_seed(make_cases: MakeCases, 
 
     first = epochs(3)
     assert first[1].shape == (8, 1, 16, 16, 16)
-    torch.testing.assert_close(epochs(3), first, rtol=0, atol=0)
+    torch.testing.assert_close(epochs(3, threads=3), first, rtol=0, atol=0)
     assert not torch.equal(first[1], first[2])
     assert not torch.equal(epochs(4)[1], first[1])
     torch.testing.assert_close(epochs(3, (2,))[2], first[2], rtol=0, atol=0, msg="whatever was drawn before")

@@ -199,6 +199,41 @@ def test_run_that_runs_out_of_memory_goes_on_with_less_and_learns_the_same(
     assert progress["plan"].endswith("gave up: 2 crops at a time")
 
 
+@pytest.mark.gpu
+def test_run_on_a_gpu_that_is_full_goes_on_in_parts_and_learns_the_same(
+    make_cases: MakeCases, tmp_path: Path, limit_gpu: Callable[[int], None]
+) -> None:
+    """Memory really runs out: the card's free memory is there to see, and is refused when it is asked for."""
+    recipe = {"precision": "fp32", "augmentation": QUIET_AUGMENTATION, "crops_per_case": 4, "max_epochs": 3}
+    network = {"feature_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
+    preset = tiny_preset(training=recipe, network=network, roi_size=[64, 64, 64])
+    plan = TrainingPlan(preset, make_cases(2, (70, 70, 70)), (), tmp_path / "run", torch.device("cuda"))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole = run_training(plan)
+    assert whole.step_plan is not None
+    assert whole.step_plan.at_once == 4
+    limit_gpu(int(0.6 * (torch.cuda.max_memory_allocated() - before)))
+    short = run_training(replace(plan, run_dir=tmp_path / "short"))
+    assert short.step_plan is not None
+    assert short.step_plan.given_up[0] == "4 crops at a time"
+    assert short.step_plan.device == "cuda"
+    assert len(short.losses) == 6
+    assert short.losses == pytest.approx(whole.losses, abs=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_on_a_gpu_follows_that_on_the_cpu(make_plan: Callable[..., TrainingPlan], precision: str) -> None:
+    plan = make_plan(4, 2, max_epochs=5, batch_size=2, learning_rate=8e-3, val_interval=5)
+    on_cpu = run_training(plan)
+    recipe = plan.preset.training.model_copy(update={"precision": precision})
+    preset = plan.preset.model_copy(update={"training": recipe})
+    found = run_training(replace(plan, preset=preset, device=torch.device("cuda"), run_dir=plan.run_dir / "gpu"))
+    assert found.losses == pytest.approx(on_cpu.losses, abs=0.02)
+    assert found.dice == pytest.approx(on_cpu.dice, abs=0.05)
+
+
 def test_activation_checkpointing_trains_the_same(make_plan: Callable[..., TrainingPlan]) -> None:
     plain, checkpointed = (make_plan(2, max_epochs=3, activation_checkpointing=on) for on in (False, True))
     assert run_training(plain).losses == pytest.approx(run_training(checkpointed).losses, abs=1e-6)
