@@ -240,7 +240,7 @@ class _Need:
 
     def _restoring_bytes(self) -> int:
         """The answer on both grids and in the image's order of axes; largest components count in 32 bits."""
-        labels = self._seen + 2 * self._image
+        labels = 2 * (self._seen + self._image)
         components = 7 * self._image if self._preset.inference.largest_component else 0
         entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._entropy else 0
         return labels + max(components, 0) + entropy

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from monai.data import DataLoader
 from torch.utils.data import Dataset
 
@@ -32,7 +33,7 @@ class PrefetchingLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         waiting = iter(self.batch_sampler or ())
         coming: deque[Future[Any]] = deque()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="prefetch") as pool:
+        with ThreadPoolExecutor(self._threads, "prefetch", self._begin_thread) as pool:
             try:
                 for indices in itertools.islice(waiting, self._threads - 1 + BATCHES_AHEAD):
                     coming.append(pool.submit(self._prepare, indices))
@@ -42,6 +43,11 @@ class PrefetchingLoader(DataLoader):
                     yield batch
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_thread(self) -> None:
+        """Where there are several, PyTorch is not to use all cores in each of them."""
+        if self._threads > 1:
+            torch.set_num_threads(1)
 
     def _prepare(self, indices: Sequence[int]) -> Any:
         return self.collate_fn([self.dataset[index] for index in indices])

@@ -34,20 +34,23 @@ def restore_to_grid(
         affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
 
     Returns:
-        Labels of shape ``shape``; 0 outside the given volume.
+        Labels of shape ``shape``; 0 outside the given volume. They lie in memory as files have them, in Fortran's
+        order: it is the smaller of the two volumes that is turned.
     """
     image_to_labels = np.linalg.inv(affine_labels) @ affine_image
     source_axes = _source_axes(image_to_labels)
     if source_axes is None:
         return _resample(labels, image_to_labels, shape)
     lookups, inside = [], []
-    for axis in range(3):
-        position = _positions(image_to_labels, axis, source_axes, shape)
+    axes = np.argsort(source_axes)[::-1]  # of the labels, along the image's last axis first
+    for axis in axes:
+        position = _positions(image_to_labels, int(axis), source_axes, shape)
         inside.append(_is_inside(position, labels.shape[axis]))
         lookups.append(np.rint(position).astype(np.int64).clip(0, labels.shape[axis] - 1))
-    found: LabelArray = labels[np.ix_(*lookups)]
+    turned = torch.from_numpy(labels).permute(*axes.tolist()).contiguous().numpy()
+    found: LabelArray = turned[np.ix_(*lookups)]
     _clear_outside(found, inside)
-    return np.ascontiguousarray(found.transpose(np.argsort(source_axes)))
+    return found.T
 
 
 def interpolate_to_grid(
@@ -91,7 +94,7 @@ def keep_largest_components(labels: LabelArray) -> LabelArray:
     """
     result = labels.copy()
     neighbours = np.ones((3, 3, 3), dtype=bool)
-    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+    for index, box in enumerate(_find_boxes(labels), start=1):
         if box is None:
             continue
         mask = labels[box] == index
@@ -106,7 +109,7 @@ def measure_labels(labels: LabelArray, affine_ras: Affine, preset: Preset) -> di
     """Voxels, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present."""
     voxel_ml = abs(float(np.linalg.det(affine_ras[:3, :3]))) / 1000
     measures: dict[str, dict[str, object]] = {}
-    boxes = ndimage.find_objects(labels, max_label=len(preset.labels))
+    boxes = _find_boxes(labels, len(preset.labels))
     for label in preset.labels:
         box = boxes[label.index - 1]
         if box is None:
@@ -121,6 +124,14 @@ def measure_labels(labels: LabelArray, affine_ras: Affine, preset: Preset) -> di
             "centroid_ras_mm": [round(float(c), 2) for c in centroid_mm],
         }
     return measures
+
+
+def _find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:
+    """The box of each label from 1 on, up to the highest or to ``most``; walked through as the labels lie in memory."""
+    if labels.flags.f_contiguous:
+        return [box and box[::-1] for box in ndimage.find_objects(labels.T, most)]
+    boxes: list[tuple[slice, ...] | None] = ndimage.find_objects(labels, most)
+    return boxes
 
 
 def _resample(labels: LabelArray, image_to_labels: Affine, shape: tuple[int, ...]) -> LabelArray:

@@ -54,8 +54,14 @@ def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compo
 def as_meta_tensor(
     voxels: npt.NDArray[np.generic], affine_ras: Affine, device: torch.device | None = None
 ) -> MetaTensor:
-    """Wrap an array of shape (X, Y, Z) as the (1, X, Y, Z) MetaTensor that the chain takes, on the host if not told."""
-    tensor = torch.from_numpy(np.ascontiguousarray(voxels))[None]
+    """Wrap an array of shape (X, Y, Z) as the (1, X, Y, Z) MetaTensor that the chain takes, on the host if not told.
+
+    It lies in memory as the array does: files have X side by side, and to turn a CT of 512x512x200 takes a second.
+    """
+    if voxels.flags.f_contiguous:
+        tensor = torch.from_numpy(voxels.T).permute(2, 1, 0)[None]
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(voxels))[None]
     return MetaTensor(tensor if device is None else tensor.to(device), affine=torch.from_numpy(affine_ras))
 
 

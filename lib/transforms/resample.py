@@ -57,7 +57,8 @@ def interpolate_axis(volume: torch.Tensor, axis: int, position: torch.Tensor) ->
 class Resampled(MapTransform):
     """Brings MetaTensors of shape (1, X, Y, Z) to another voxel size; the first voxel stays where it is.
 
-    An axis whose voxels have the wanted size within a micrometre is left alone.
+    An axis whose voxels have the wanted size within a micrometre is left alone. What comes out lies in memory in the
+    order of its axes, whatever went in.
 
     Args:
         keys: of the dictionary.
@@ -88,7 +89,7 @@ class Resampled(MapTransform):
             position = torch.arange(size, dtype=torch.float64) * (wanted / have)
             volume = _along(volume, 1 + axis, position, mode)
             affine[:3, axis] *= wanted / have
-        return MetaTensor(volume, affine=affine)
+        return MetaTensor(volume.contiguous(), affine=affine)
 
 
 def resampled_size(size: int, have_mm: float, wanted_mm: float) -> int:
@@ -99,6 +100,11 @@ def resampled_size(size: int, have_mm: float, wanted_mm: float) -> int:
 
 
 def _along(volume: torch.Tensor, axis: int, position: torch.Tensor, mode: str) -> torch.Tensor:
+    """Look along an axis; the result lies in memory as the volume does."""
+    order = sorted(range(volume.ndim), key=lambda axis: -volume.stride()[axis])
+    if order != list(range(volume.ndim)):
+        turned = _along(volume.permute(order), order.index(axis), position, mode)
+        return turned.permute([order.index(axis) for axis in range(volume.ndim)])
     if mode == "bilinear":
         return interpolate_axis(volume, axis, position)
     return volume.index_select(axis, position.round().long().clamp(0, volume.shape[axis] - 1).to(volume.device))
