@@ -145,6 +145,7 @@ def ask(
     """One request in a process of its own."""
     files = ["--weights", str(weights), "--image", str(image), "--out", str(mask)]
     extra = ["--overlap", overlap] * bool(overlap) + ["--pytorch"] * options.pytorch
+    extra += ["--everywhere"] * options.everywhere
     return run_worker(
         "inference.py",
         [
@@ -167,6 +168,9 @@ def work(options: argparse.Namespace) -> None:
     preset, image = load_preset(options.preset), options.image[0]
     if options.overlap:
         inference = preset.inference.model_copy(update={"overlap": options.overlap[0]})
+        preset = preset.model_copy(update={"inference": inference})
+    if options.everywhere:
+        inference = preset.inference.model_copy(update={"skip_air": False})
         preset = preset.model_copy(update={"inference": inference})
     extra: dict[str, Any] = {}
     if options.worker == "ours":
@@ -336,6 +340,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--overlap", type=float, nargs="+")
     parser.add_argument("--pytorch", action="store_true", help="ours without OpenVINO")
+    parser.add_argument("--everywhere", action="store_true", help="ours in the windows of the others, in air too")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "inference.json")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=Path, help=argparse.SUPPRESS)

@@ -22,6 +22,8 @@ logger = logging.getLogger("unetr.plan")
 # PyTorch itself is about 0.01 away from fp32.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 TRIES = 3
+# A tenth of a window's time, at least, for the memory that it takes.
+WORTH = 0.9
 # The weights once more, and what is in between; of what is left, requests keep at least three quarters.
 COPIES_OF_WEIGHTS = 3
 LARGEST_SHARE = 1 / 4
@@ -63,7 +65,7 @@ def _compile_and_choose(segmenter: Segmenter, network: InferenceNetwork, computi
         finally:
             network.use(None)
         apart = openvino.distance(pytorch)
-        if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < pytorch.seconds:
+        if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < WORTH * pytorch.seconds:
             network.use(compiled)
             # measured once for a machine: here rather than in the next request
             segmenter.planner.cost(network, segmenter.preset, segmenter.device, segmenter.dtype)

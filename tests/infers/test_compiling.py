@@ -115,12 +115,13 @@ def test_cost_of_a_window_is_measured_before_the_next_request(monkeypatch: pytes
     [
         (0.5, 0.0, 0.0, "openvino"),
         (0.0, 0.5, 0.0, "pytorch"),
+        (0.5, 0.48, 0.0, "pytorch"),
         (0.5, 0.0, 1e-6, "openvino"),
         (0.5, 0.0, 0.01, "pytorch"),
         (0.5, 0.0, float("nan"), "pytorch"),
     ],
 )
-def test_it_takes_over_where_it_is_faster_and_says_the_same(
+def test_it_takes_over_where_it_is_clearly_faster_and_says_the_same(
     monkeypatch: pytest.MonkeyPatch, pytorch: float, openvino: float, added: float, expected: str
 ) -> None:
     _instead(monkeypatch, added, openvino)
