@@ -435,6 +435,17 @@ def test_unusable_case_ends_the_run_and_names_itself(
         run_training(plan)
 
 
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "threads"),
+    [("cpu", 64, 1, 1), ("cuda", 16, 1, 8), ("cuda", 64, 1, 8), ("cuda", 64, 8, 4), ("cuda", 2, 1, 1)],
+)
+def test_crops_for_a_gpu_are_drawn_by_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr(loop.os, "cpu_count", lambda: cores)
+    assert loop.count_loading_threads(torch.device(device), processes) == threads
+
+
 def test_plan_without_cases_is_refused() -> None:
     with pytest.raises(TrainingError, match="no labelled case to train on; save at least one label first"):
         TrainingPlan(tiny_preset(), (), (), Path("run"), CPU)
