@@ -41,16 +41,13 @@ def restore_to_grid(
     source_axes = _source_axes(image_to_labels)
     if source_axes is None:
         return _resample(labels, image_to_labels, shape)
-    lookups, inside = [], []
-    axes = np.argsort(source_axes)[::-1]  # of the labels, along the image's last axis first
-    for axis in axes:
-        position = _positions(image_to_labels, int(axis), source_axes, shape)
-        inside.append(_is_inside(position, labels.shape[axis]))
-        lookups.append(np.rint(position).astype(np.int64).clip(0, labels.shape[axis] - 1))
-    turned = torch.from_numpy(labels).permute(*axes.tolist()).contiguous().numpy()
-    found: LabelArray = turned[np.ix_(*lookups)]
-    _clear_outside(found, inside)
-    return found.T
+    axes, positions = _positions(image_to_labels, source_axes, shape)
+    lookups = [
+        np.rint(position).astype(np.int64).clip(0, labels.shape[axis] - 1)
+        for axis, position in zip(axes, positions, strict=True)
+    ]
+    found: LabelArray = _turned(labels, axes).numpy()[np.ix_(*lookups)]
+    return _without_outside(found, axes, positions, labels.shape).T
 
 
 def interpolate_to_grid(
@@ -65,7 +62,7 @@ def interpolate_to_grid(
         affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
 
     Returns:
-        float32 of shape ``shape``; 0 outside the given volume.
+        float32 of shape ``shape`` in Fortran's order; 0 outside the given volume.
     """
     image_to_values = np.linalg.inv(affine_values) @ affine_image
     source_axes = _source_axes(image_to_values)
@@ -76,14 +73,12 @@ def interpolate_to_grid(
             single, matrix, offset, shape, order=1, mode="grid-constant", cval=0
         )
         return sheared
-    found, inside = torch.from_numpy(values).float(), []
-    for axis in range(3):
-        position = _positions(image_to_values, axis, source_axes, shape)
-        inside.append(_is_inside(position, values.shape[axis]))
-        found = interpolate_axis(found, axis, torch.from_numpy(position))
-    array: FloatArray = found.numpy()
-    _clear_outside(array, inside)
-    return np.ascontiguousarray(array.transpose(np.argsort(source_axes)))
+    axes, positions = _positions(image_to_values, source_axes, shape)
+    found = _turned(values, axes).float()
+    for place, position in enumerate(positions):
+        found = interpolate_axis(found, place, torch.from_numpy(position))
+    array: FloatArray = _without_outside(found.numpy(), axes, positions, values.shape).T
+    return array
 
 
 def keep_largest_components(labels: LabelArray) -> LabelArray:
@@ -92,7 +87,7 @@ def keep_largest_components(labels: LabelArray) -> LabelArray:
     Args:
         labels: shape (X, Y, Z).
     """
-    result = labels.copy()
+    result = labels.copy(order="K")
     neighbours = np.ones((3, 3, 3), dtype=bool)
     for index, box in enumerate(_find_boxes(labels), start=1):
         if box is None:
@@ -149,27 +144,35 @@ def _source_axes(image_to_labels: Affine) -> npt.NDArray[np.int64] | None:
 
 
 def _positions(
-    image_to_labels: Affine, axis: int, source_axes: npt.NDArray[np.int64], shape: tuple[int, ...]
-) -> npt.NDArray[np.float64]:
-    """Where the wanted grid's planes lie along an axis of the given grid, in its voxels."""
-    along_image = np.arange(shape[source_axes[axis]])
-    position: npt.NDArray[np.float64] = (
-        image_to_labels[axis, source_axes[axis]] * along_image + image_to_labels[axis, 3]
-    )
-    return position
+    image_to_given: Affine, source_axes: npt.NDArray[np.int64], shape: tuple[int, ...]
+) -> tuple[list[int], list[npt.NDArray[np.float64]]]:
+    """Axes of the given grid, that along the image's last axis first, and where the image's planes lie on each."""
+    axes: list[int] = np.argsort(source_axes)[::-1].tolist()
+    positions = []
+    for axis in axes:
+        source = source_axes[axis]
+        positions.append(image_to_given[axis, source] * np.arange(shape[source]) + image_to_given[axis, 3])
+    return axes, positions
 
 
-def _is_inside(position: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.bool_]:
-    """By position, not by rounded index: at twice the spacing, the last voxel lies exactly half a voxel outside."""
+def _turned(volume: npt.NDArray[Any], axes: list[int]) -> torch.Tensor:
+    """With its axes in another order, also in memory; NumPy takes twice as long."""
+    return torch.from_numpy(volume).permute(*axes).contiguous()
+
+
+def _without_outside(
+    found: npt.NDArray[Any], axes: list[int], positions: list[npt.NDArray[np.float64]], given: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """Set to 0 what does not lie in the given volume, whose axes are numbered by ``axes``.
+
+    By position, not by rounded index: at twice the spacing, the last voxel lies exactly half a voxel outside.
+    """
     reach = 0.5 + EDGE_TOLERANCE_VOXELS
-    inside: npt.NDArray[np.bool_] = (position >= -reach) & (position <= size - 1 + reach)
-    return inside
-
-
-def _clear_outside(found: npt.NDArray[Any], inside: list[npt.NDArray[np.bool_]]) -> None:
-    for axis in range(3):
-        if not inside[axis].all():
-            found[(slice(None),) * axis + (~inside[axis],)] = 0
+    for place, (axis, position) in enumerate(zip(axes, positions, strict=True)):
+        outside = (position < -reach) | (position > given[axis] - 1 + reach)
+        if outside.any():
+            found[(slice(None),) * place + (outside,)] = 0
+    return found
 
 
 def _only(matrix: npt.NDArray[np.float64], source_axes: npt.NDArray[np.int64]) -> bool:

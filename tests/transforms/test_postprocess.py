@@ -45,6 +45,7 @@ def test_round_trip_at_equal_spacing_is_exact_in_every_orientation(axcodes: str,
             seen[LABEL][0].numpy().astype(np.uint8), seen[IMAGE].affine.numpy(), labels.shape, affine
         )
         np.testing.assert_array_equal(restored, labels)
+        assert restored.flags.f_contiguous, "as files have them: else it is turned when it is written"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,22 @@ def test_training_sees_the_image_that_inference_sees(changes: dict[str, Any]) ->
     np.testing.assert_array_equal(trained_on[LABEL].affine.numpy(), served.affine.numpy())
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("spacing_mm", [[1.1, 0.9, 1.6], [0.7, 1.3, 2.1]], ids=["resampled", "as it is"])
+def test_order_of_the_voxels_in_memory_changes_nothing(order: Any, spacing_mm: list[float]) -> None:
+    preset = tiny_preset(spacing_mm=spacing_mm, axcodes="LPS", intensity=WIDE_WINDOW)
+    image, label = boxes((40, 50, 30))
+    affine, whole = oblique_affine("PIR", (0.7, 1.3, 2.1)), build_preprocessing(preset, (IMAGE, LABEL))
+    every_other = np.repeat(image, 2, axis=1)[:, ::2]  # neither order
+    expected = whole({IMAGE: as_meta_tensor(every_other, affine), LABEL: as_meta_tensor(label, affine)})
+    given = {IMAGE: np.array(image, order=order), LABEL: np.array(label, order=order)}
+    found = whole({key: as_meta_tensor(voxels, affine) for key, voxels in given.items()})
+    for key in (IMAGE, LABEL):
+        assert found[key].is_contiguous()
+        torch.testing.assert_close(found[key].as_tensor(), expected[key].as_tensor(), rtol=0, atol=0)
+    np.testing.assert_array_equal(given[IMAGE], image)
+
+
 def test_given_volume_is_left_as_it_was() -> None:
     image = boxes()[0]
     before = image.copy()
