@@ -24,17 +24,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from measuring import (
-    REPOSITORY,
-    describe_machine,
-    gpu_peak_mib,
-    middle,
-    peak_mib,
-    run_worker,
-    show,
-    tell,
-    write_json,
-)
+from measuring import REPOSITORY, describe_machine, middle, peak_mib, run_worker, show, tell, write_json
 from monai.networks.nets import UNETR
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
@@ -44,6 +34,7 @@ from torso_phantom import FIELD_OF_VIEW_MM, TorsoCase, draw_torso, grid_affine, 
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint  # noqa: E402
+from lib.networks.precision import resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.metrics import dice_per_label, mean_known  # noqa: E402
 from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, build_preprocessing  # noqa: E402
@@ -166,12 +157,9 @@ def ask(
 def work(options: argparse.Namespace) -> None:
     """The worker: load, then the clock."""
     preset, image = load_preset(options.preset), options.image[0]
-    if options.overlap:
-        inference = preset.inference.model_copy(update={"overlap": options.overlap[0]})
-        preset = preset.model_copy(update={"inference": inference})
-    if options.everywhere:
-        inference = preset.inference.model_copy(update={"skip_air": False})
-        preset = preset.model_copy(update={"inference": inference})
+    changes = {"overlap": options.overlap[0]} if options.overlap else {}
+    changes |= {"skip_air": False} if options.everywhere else {}
+    preset = preset.model_copy(update={"inference": preset.inference.model_copy(update=changes)})
     extra: dict[str, Any] = {}
     if options.worker == "ours":
         seconds, extra = ours(preset, options, image)
@@ -179,7 +167,7 @@ def work(options: argparse.Namespace) -> None:
         seconds = stock(preset, options, image)
     else:
         seconds = plain(preset, options, image)
-    tell({"seconds": round(seconds, 3), "peak_mib": peak_mib(), "gpu_peak_mib": gpu_peak_mib(), **extra})
+    tell({"seconds": round(seconds, 3), "peak_mib": peak_mib(), "gpu_peak_mib": peak_mib("gpu"), **extra})
 
 
 def ours(preset: Preset, options: argparse.Namespace, image: Path) -> tuple[float, dict[str, Any]]:
@@ -212,7 +200,7 @@ def stock(preset: Preset, options: argparse.Namespace, image: Path) -> float:
     task = StockInferTask(preset, options.weights)
     for _ in range(options.warm + 1):
         start = time.perf_counter()
-        mask, _ = task({"image": str(image), "device": str(device()), "model": "stock"})
+        mask, _ = task({"image": str(image), "device": str(resolve_device(None)), "model": "stock"})
         seconds = time.perf_counter() - start
         shutil.move(str(mask), options.out)
     return seconds
@@ -225,17 +213,12 @@ def plain(preset: Preset, options: argparse.Namespace, image: Path) -> float:
     torch.backends.cudnn.allow_tf32 = False
     network = build_unetr(preset).eval()
     load_weights(network, read_checkpoint(options.weights).model)
-    network.to(device())
+    network.to(resolve_device(None))
     for _ in range(options.warm + 1):
         start = time.perf_counter()
         plain_monai(preset, network, image, options.out)
         seconds = time.perf_counter() - start
     return seconds
-
-
-def device() -> torch.device:
-    """Where everything computes."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def score(mask: Path, image: Path, options: argparse.Namespace) -> dict[str, float | None]:

@@ -39,14 +39,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def peak_mib() -> float:
-    """The most memory that this process has held."""
+def peak_mib(where: str = "host") -> float:
+    """The most memory that this process has held on the host, or that PyTorch has taken for it on the ``gpu``."""
+    if where == "gpu":
+        return round(torch.cuda.max_memory_reserved() / 2**20, 1) if torch.cuda.is_available() else 0.0
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
-
-
-def gpu_peak_mib() -> float:
-    """The most of the GPU's memory that PyTorch has taken for this process; 0 without a GPU."""
-    return round(torch.cuda.max_memory_reserved() / 2**20, 1) if torch.cuda.is_available() else 0.0
 
 
 def tell(result: Mapping[str, Any]) -> None:

@@ -38,17 +38,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from measuring import (
-    REPOSITORY,
-    describe_machine,
-    gpu_peak_mib,
-    middle,
-    peak_mib,
-    run_worker,
-    show,
-    tell,
-    write_json,
-)
+from measuring import REPOSITORY, describe_machine, middle, peak_mib, run_worker, show, tell, write_json
 from monai.utils import set_determinism
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
@@ -60,7 +50,7 @@ from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
 from lib.infers.memory import GIB, RESERVE_SHARE, PeakMemory, is_out_of_memory, release_memory  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
-from lib.networks.precision import autocast, place_for_training  # noqa: E402
+from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.cases import Case, find_cases  # noqa: E402
 from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
@@ -173,21 +163,19 @@ def try_on_gpu(preset: Preset, way: str, dtype: str, budget: float, counted: dic
             return False
         return True
 
-    window = climb(counted["largest_window"], 16, lambda edge: trains(with_roi(preset, edge), 1))
-    crops = climb(counted["most_crops"], 1, lambda number: trains(preset, number))
+    window = climb(max(16, counted["largest_window"]), 16, lambda edge: trains(with_roi(preset, edge), 1))
+    crops = climb(max(1, counted["most_crops"]), 1, lambda number: trains(preset, number))
     torch.cuda.set_per_process_memory_fraction(1.0)
     return {"window_that_trains": window, "crops_that_train": crops}
 
 
 def climb(start: int, step: int, works: Callable[[int], bool]) -> int:
     """The largest number that works, in steps up from ``start``, or down; 0 where none does."""
-    if works(start):
-        while works(start + step):
-            start += step
-        return start
-    while start > 0 and not works(start):
-        start -= step
-    return max(0, start)
+    if not works(start):
+        return next((number for number in range(start - step, 0, -step) if works(number)), 0)
+    while works(start + step):
+        start += step
+    return start
 
 
 def takes(preset: Preset, crops: int, recompute: bool, dtype: str) -> int:
@@ -220,7 +208,7 @@ def draw_cases_of(preset: str, folder: Path) -> Path:
 def work_step(options: argparse.Namespace, preset: Preset | None = None) -> dict[str, Any]:
     """One setting: a step to begin with, then timed ones."""
     preset, dtype, crops = preset or load_preset(options.preset), DTYPES[options.dtype], options.crops[0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(None)
     torch.manual_seed(0)
     with device:
         network = build_unetr(preset, options.way != "kept").train()
@@ -273,7 +261,7 @@ def work_cases(options: argparse.Namespace) -> dict[str, Any]:
 def work_fit(options: argparse.Namespace) -> dict[str, Any]:
     """One crop of a window: the peak of forward and backward pass beside the weights, and what the planner counts."""
     preset, recompute = with_roi(load_preset(options.preset), options.measure[0]), options.way != "kept"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(None)
     _, weights = count_kept_bytes(preset, recompute)
     cost = measure_step(preset, 1, recompute, device, DTYPES[options.dtype])
     counted = takes(preset, 1, recompute, options.dtype) - COPIES_OF_WEIGHTS * weights
@@ -295,7 +283,7 @@ def work_throughput(options: argparse.Namespace) -> dict[str, Any]:
         losses = train_stock(preset, cases, folder, steps, ends)
     else:
         start = read_checkpoint(folder / "start.pt").model
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = resolve_device(None)
         plan = TrainingPlan(preset, tuple(cases), (), folder / "run", device, start, cache_dir=folder / "cache")
         losses = list(run_training(plan, lambda _: ends.append(clocks())).losses)
     crops = min(recipe.batch_size, len(cases)) * recipe.crops_per_case
@@ -306,7 +294,7 @@ def work_throughput(options: argparse.Namespace) -> dict[str, Any]:
         "crops_a_second": round(crops * (len(ends) - 1) / wall, 3),
         "cpu_seconds_a_crop": round(cpu / crops / (len(ends) - 1), 3),
         "peak_gib": round(peak_mib() / 1024, 2),
-        "gpu_peak_gib": round(gpu_peak_mib() / 1024, 2),
+        "gpu_peak_gib": round(peak_mib("gpu") / 1024, 2),
         "loss_first": round(statistics.mean(losses[:quarter]), 4),
         "loss_last": round(statistics.mean(losses[-quarter:]), 4),
     }
@@ -336,7 +324,7 @@ def train_stock(
     task = StockTrainTask(preset, folder / "stock", start, steps, on_step)
     request = {
         "name": "run",
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": resolve_device(None).type,
         "max_epochs": preset.training.max_epochs,
         "train_batch_size": preset.training.batch_size,
         "val_split": 0.0,

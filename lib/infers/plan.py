@@ -226,7 +226,7 @@ class _Need:
         )
 
     def _preprocessing_bytes(self) -> int:
-        """The image in the order of the axes, turned, and interpolated along one axis after the other; then scaled."""
+        """The image turned, and copied where its voxels lie in no order; interpolated axis by axis; then scaled."""
         between = max(self._image, self._seen)
         return FLOAT_BYTES * (2 * self._image + between + self._seen)
 
@@ -239,7 +239,7 @@ class _Need:
         return self._seen * (FLOAT_BYTES + 1 + 2 * self._entropy)
 
     def _restoring_bytes(self) -> int:
-        """The answer on both grids and in the image's order of axes; largest components count in 32 bits."""
+        """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""
         labels = 2 * (self._seen + self._image)
         components = 7 * self._image if self._preset.inference.largest_component else 0
         entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._entropy else 0

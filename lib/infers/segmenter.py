@@ -22,7 +22,7 @@ from lib.infers.plan import Plan, Planner
 from lib.infers.predictor import Prediction, Stitching, predict
 from lib.networks.checkpoint import Checkpoint, load_weights
 from lib.networks.inference import InferenceNetwork
-from lib.networks.precision import fall_back_to_cpu, place, resolve_precision
+from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.transforms.postprocess import interpolate_to_grid, keep_largest_components, restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
@@ -184,7 +184,7 @@ class Segmenter:
                 image_on_device=False,
                 given_up=(*plan.given_up, str(self.device)),
             )
-            self._move(cpu, fall_back_to_cpu(self.dtype))
+            self._move(cpu, resolve_fallback(self.dtype))
         if smaller is None:
             raise MemoryBudgetError(
                 f"memory ran out on image {name!r}, however little was done at once: {plan.explain()}"

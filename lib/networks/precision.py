@@ -44,8 +44,8 @@ def resolve_precision(asked: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu_computes_bf16() else torch.float32
 
 
-def fall_back_to_cpu(dtype: torch.dtype) -> torch.dtype:
-    """Return the number format for weights of ``dtype`` that go to the CPU for a while, and lose nothing by it.
+def resolve_fallback(dtype: torch.dtype) -> torch.dtype:
+    """Return the number format in which weights of ``dtype`` go to the CPU for a while, and lose nothing by it.
 
     fp32 stays what it is, and fp16 becomes fp32: bf16 would round both, also for when they come back.
     """

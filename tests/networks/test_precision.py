@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.errors import ParameterError
-from lib.networks.precision import autocast, fall_back_to_cpu, place, resolve_device, resolve_precision
+from lib.networks.precision import autocast, place, resolve_device, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -58,7 +58,7 @@ def test_weights_come_back_from_the_cpu_as_they_went(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    away = fall_back_to_cpu(dtype)
+    away = resolve_fallback(dtype)
     torch.testing.assert_close(weights.to(away).to(dtype), weights, rtol=0, atol=0)
     assert (away is torch.bfloat16) == (dtype is torch.bfloat16 and bool(capabilities))
 

@@ -114,6 +114,19 @@ def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_pat
     assert reads == ["case_003", "case_004"], "the two that are kept are not read again"
 
 
+def test_case_in_the_cache_stays_as_it_is_whatever_is_drawn_from_it(make_cases: MakeCases, tmp_path: Path) -> None:
+    chances = {f"{kind}_probability": 1 for kind in ("spatial", "elastic", "blur", "gamma", "intensity", "noise")}
+    sizes = {"rotation_degrees": 10, "intensity_scale": 0.2, "intensity_shift": 0.2, "noise_std": 0.1}
+    training = preset_data()["training"] | {"augmentation": chances | sizes}
+    preset = tiny_preset(mirror_axes=[0], training=training)
+    dataset = build_crops(make_cases(1, (16, 16, 16)), preset, "CacheDataset", tmp_path, 2, _memory_for(2))
+    before = {key: dataset.items[0][key].clone() for key in (IMAGE, LABEL)}
+    for dataset.epoch in range(4):
+        assert not torch.equal(dataset[0][0][IMAGE], before[IMAGE])
+    for key, kept in before.items():
+        torch.testing.assert_close(dataset.items[0][key], kept, rtol=0, atol=0)
+
+
 def test_smart_cache_dataset_comes_round_to_every_case(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
     dataset = build_dataset(make_cases(4), tiny_preset(), "SmartCacheDataset", tmp_path, _memory_for(2))
     assert isinstance(dataset, SmartCacheDataset)
