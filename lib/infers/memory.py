@@ -17,6 +17,9 @@ MIB = 2**20
 GIB = 2**30
 RESERVE_SHARE = 0.05
 SECONDS_BETWEEN_LOOKS = 0.002
+# Parameters of glibc's mallopt, and the most that they take.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MOST_BYTES = 2**31 - 1
 CGROUP = Path("/sys/fs/cgroup")
 
 # What PyTorch, oneDNN and the C++ library say; only CUDA has an exception of its own.
@@ -53,6 +56,18 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From now on glibc keeps what this process frees for what it asks for next, until :func:`release_memory`.
+
+    Each step of a training frees and takes gigabytes of activations again. By default large ones go back to the system
+    at once, which hands them out again page by page, each filled with zeros. Elsewhere than on glibc nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MOST_BYTES)
+        mallopt(M_TRIM_THRESHOLD, MOST_BYTES)
 
 
 class PeakMemory:

@@ -63,19 +63,6 @@ class Prediction:
     skipped: int
 
 
-def predict_labels(
-    network: nn.Module,
-    image: torch.Tensor,
-    preset: Preset,
-    device: torch.device,
-    dtype: torch.dtype,
-    overlap: float | None = None,
-) -> LabelArray:
-    """Only the labels of :func:`predict`, with the preset's own window batch."""
-    stitching = Stitching(preset.inference.window_batch_size)
-    return predict(network, image, preset, device, dtype, stitching, overlap).labels
-
-
 def predict(
     network: nn.Module,
     image: torch.Tensor,

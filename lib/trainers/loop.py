@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.configs.preset import Preset
 from lib.errors import InputError, TrainingError
+from lib.infers.blender import LabelArray
 from lib.infers.costs import CostBook
-from lib.infers.predictor import predict_labels
+from lib.infers.memory import is_out_of_memory, keep_freed_memory, release_memory
+from lib.infers.predictor import Stitching, predict
 from lib.networks.checkpoint import Checkpoint, load_weights, write_checkpoint
 from lib.networks.layouts import StateDict, strip_wrappers
 from lib.networks.precision import autocast, place_for_training, resolve_precision
@@ -176,12 +178,15 @@ class _Run:
         step_plan = planner.plan(self.preset, len(plan.train_cases), plan.device, whole=not alone)
         logger.info("%s", step_plan.explain())
         self.device = torch.device(step_plan.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = resolve_precision(self.recipe.precision, self.device)
         self.network = self._build_network(step_plan.checkpointing)
         self.ladder = StepLadder(step_plan, planner, self.preset, self.network, may_shrink=alone)
         self.trained = self._distribute(self.network)
         self.crops, self.sampler, self.loader = self._build_train_loader()
         self.validation = self._build_validation_loader()
+        self.windows_at_once = self.preset.inference.window_batch_size
         steps = self.recipe.max_epochs * len(self.loader)
         self.total_steps = min(steps, plan.max_steps or steps)
         self.loss = build_loss(self.recipe)
@@ -351,10 +356,23 @@ class _Run:
         rows = []
         for item in self.validation or ():
             image, label = item[IMAGE][0], item[LABEL][0, 0].numpy()
-            predicted = predict_labels(network, image, self.preset, self.device, self.dtype)
+            predicted = self._predict(network, image)
             dice = dice_per_label(predicted, label, self.preset.label_indices)
             rows.append(without_missing(dice, self.preset.label_indices, item[MISSING][0].nonzero().ravel().tolist()))
         return mean_per_label(rows)
+
+    def _predict(self, network: nn.Module, image: torch.Tensor) -> LabelArray:
+        """Labels of one image; with fewer windows at once from the first time on that memory runs out."""
+        while True:
+            try:
+                stitching = Stitching(self.windows_at_once)
+                return predict(network, image, self.preset, self.device, self.dtype, stitching).labels
+            except (RuntimeError, MemoryError) as error:
+                if self.windows_at_once == 1 or not is_out_of_memory(error):
+                    raise
+            self.windows_at_once //= 2
+            release_memory(self.device)
+            logger.warning("memory ran out in a validation; from now on: %d windows at a time", self.windows_at_once)
 
     def _result(self) -> TrainingResult:
         mean, epoch, dice, weights = self.best or (math.nan, self.epoch, {}, self._averaged_weights())

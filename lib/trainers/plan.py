@@ -302,7 +302,7 @@ def count_step_bytes(preset: Preset, crops: int, recompute: bool, dtype: torch.d
 
 def step_key(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
     """Under what a step's costs and limits are kept."""
-    return f"training {cost_key(preset, device, dtype)}"
+    return f"training, freed memory kept, {cost_key(preset, device, dtype)}"
 
 
 def _ways(crops: int, recompute: bool, most: int, whole: bool) -> list[tuple[int, bool]]:

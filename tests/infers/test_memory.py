@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from lib.infers import memory
 from lib.infers.memory import MIB, PeakMemory, free_bytes, host_bytes_left, is_out_of_memory
 
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -71,3 +76,33 @@ def test_peak_on_a_gpu_is_what_was_taken_at_most() -> None:
         torch.ones(60 * MIB, dtype=torch.uint8, device=device)
     assert 60 * MIB <= peak.bytes < 64 * MIB
     assert free_bytes(device) > 0
+
+
+PAGES_TAKEN = """
+import resource, sys
+import numpy as np, torch
+from lib.infers.memory import keep_freed_memory, release_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(256 * 2**20, dtype=np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+sys.argv[1] == "keep" and keep_freed_memory()
+found = [faults(), faults()]
+release_memory(torch.device("cpu"))
+print(*found, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_what_is_freed_is_taken_again_without_the_system_until_it_is_released() -> None:
+    def pages(mode: str) -> list[int]:
+        command = [sys.executable, "-c", PAGES_TAKEN, mode]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return [int(n) for n in subprocess.check_output(command, env=environment, text=True).split()]
+
+    first, second, third = pages("keep")
+    assert second < 100 < first
+    assert third > 100, "it was given back"
+    assert min(pages("usual")) > 100, "256 MiB by huge pages"

@@ -9,7 +9,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 
 from lib.infers import predictor
-from lib.infers.predictor import Stitching, body_box, predict, predict_labels, window_starts
+from lib.infers.predictor import Stitching, body_box, predict, window_starts
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -57,7 +57,7 @@ def test_prediction_of_one_window_is_the_direct_forward_pass() -> None:
     image = torch.randn(1, 16, 32, 16)
     with torch.inference_mode():
         direct = network(image[None])[0].argmax(0).numpy()
-    found = predict_labels(network, image, tiny_preset(roi_size=[16, 32, 16]), CPU, FP32)
+    found = predict(network, image, tiny_preset(roi_size=[16, 32, 16]), CPU, FP32).labels
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, direct)
 
@@ -68,7 +68,7 @@ def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, i
     with torch.inference_mode():
         logits = sliding_window_inference(image[None], (16, 16, 16), 1, network, overlap=overlap, mode="gaussian")
     preset = tiny_preset(inference={"overlap": overlap, "window_batch_size": 1})
-    found = predict_labels(network, image, preset, CPU, FP32)
+    found = predict(network, image, preset, CPU, FP32).labels
     expected = logits[0].argmax(0).numpy()
     # Sums in another order may decide a tie of random logits otherwise.
     assert (found == expected).mean() > 0.9999
@@ -79,7 +79,7 @@ def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, i
 def test_prediction_puts_every_window_in_its_place(shape: tuple[int, int, int], batch: int) -> None:
     classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, *shape))).float()
     preset = tiny_preset(inference={"overlap": 0.4, "window_batch_size": batch})
-    found = predict_labels(Rounded(), classes, preset, CPU, FP32)
+    found = predict(Rounded(), classes, preset, CPU, FP32).labels
     np.testing.assert_array_equal(found, classes[0].numpy())
 
 
@@ -102,7 +102,7 @@ def test_prediction_on_a_gpu_puts_every_window_in_its_place(image_on: str, on_de
 
 
 def test_prediction_of_a_constant_network_is_constant() -> None:
-    found = predict_labels(Constant(), torch.randn(1, 33, 20, 47), tiny_preset(), CPU, FP32)
+    found = predict(Constant(), torch.randn(1, 33, 20, 47), tiny_preset(), CPU, FP32).labels
     assert np.unique(found).tolist() == [2]
 
 
@@ -116,16 +116,16 @@ def test_prediction_overlap_of_a_call_goes_before_the_presets() -> None:
 
     image = torch.randn(1, 64, 16, 16)
     counting = Counting()
-    predict_labels(counting, image, tiny_preset(), CPU, FP32, overlap=0.0)
+    predict(counting, image, tiny_preset(), CPU, FP32, overlap=0.0)
     assert counting.calls == 4
-    predict_labels(counting, image, tiny_preset(), CPU, FP32)
+    predict(counting, image, tiny_preset(), CPU, FP32)
     assert counting.calls == 4 + len(window_starts(64, 16, 0.25))
 
 
 def test_prediction_in_bf16_agrees_with_fp32() -> None:
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, 16, 16, 30)
-    whole = predict_labels(network, image, tiny_preset(), CPU, FP32)
-    half = predict_labels(network, image, tiny_preset(), CPU, torch.bfloat16)
+    whole = predict(network, image, tiny_preset(), CPU, FP32).labels
+    half = predict(network, image, tiny_preset(), CPU, torch.bfloat16).labels
     assert (whole == half).mean() > 0.95
 
 

@@ -285,15 +285,48 @@ def test_validation_is_of_the_averaged_weights_on_whole_cases(
     make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = []
-    original = loop.predict_labels
+    original = loop.predict
 
     def predict(network: nn.Module, image: torch.Tensor, *rest: Any) -> Any:
         shown.append((tuple(image.shape), network.training))
         return original(network, image, *rest)
 
-    monkeypatch.setattr(loop, "predict_labels", predict)
+    monkeypatch.setattr(loop, "predict", predict)
     run_training(make_plan(1, 2))
     assert shown == [((1, 20, 18, 16), False)] * 2
+
+
+def test_validation_that_runs_out_of_memory_goes_on_with_fewer_windows_and_says_the_same(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(1, 2, max_epochs=2)
+    inference = plan.preset.inference.model_copy(update={"window_batch_size": 4})
+    plan = replace(plan, preset=plan.preset.model_copy(update={"inference": inference}))
+    roomy = run_training(plan)
+    original, tried = loop.predict, list[int]()
+
+    def tight(*arguments: Any) -> Any:
+        tried.append(arguments[-1].window_batch)
+        if tried[-1] > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "predict", tight)
+    found = run_training(plan)
+    assert found.dice == pytest.approx(roomy.dice, abs=1e-6)
+    assert found.losses == roomy.losses
+    assert tried == [4, 2, 1, 1, 1, 1], "two cases after each of two epochs"
+
+
+def test_validation_of_which_not_one_window_fits_ends_the_run(
+    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loop, "predict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_training(make_plan(1, 1))
 
 
 def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[..., TrainingPlan]) -> None:
