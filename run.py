@@ -46,6 +46,9 @@ WINDOWS = os.name == "nt"
 NEEDED_DISK_GB = 12 if sys.platform == "linux" else 6
 """On Linux the published torch is a CUDA build of several GB, and pip keeps what it downloads too."""
 
+# A test computes on one thread; a process of tests and its servers take about 3 GiB.
+TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+
 SERVER_ENVIRONMENT = {
     # MLflow no longer takes the file store that MONAI Label writes to: every training would end in an error
     "MONAI_LABEL_TRACKING_ENABLED": "false",
@@ -728,11 +731,12 @@ def as_exit_code(code: int) -> int:
 def run_tests(options: argparse.Namespace) -> int:
     """``run.py test``: every check runs, whatever the ones before it said."""
     python = str(set_up(dev=True))
+    color = ["--color=yes"] if sys.stdout.isatty() else []
     checks = {
         "ruff check": [python, "-m", "ruff", "check", "."],
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "mypy": [python, "-m", "mypy"],
-        "pytest": [python, "-m", "pytest", *(["--color=yes"] if sys.stdout.isatty() else []), *options.extra],
+        "pytest": [python, "-m", "pytest", *TEST_PROCESSES, *color, *options.extra],
     }
     codes: dict[str, int] = {}
     closing_line = ""

@@ -16,7 +16,7 @@ def test_all_checks_run_and_the_last_line_is_pytests(project: Project, capsys: p
     assert lines[-1] == CLOSING_LINE
     assert [line for line in lines if line.startswith("FAIL")] == ["FAIL  ruff check (exit code 1)"]
     assert [line for line in lines if line.startswith("ok")] == ["ok    ruff format", "ok    mypy", "ok    pytest"]
-    assert project.calls[-1] == ["-m", "pytest", "-k", "geometry"]
+    assert project.calls[-1] == ["-m", "pytest", *run.TEST_PROCESSES, "-k", "geometry"]
 
 
 def test_all_green_is_exit_code_0(project: Project) -> None:

@@ -112,6 +112,14 @@ def test_plan_of_an_image_is_told(
     assert (tmp_path / "costs.json").is_file()
 
 
+def test_plan_without_an_image_is_that_of_a_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "Settings", lambda: SimpleNamespace(model_dir=tmp_path))
+    assert doctor.main(["--plan", "hippocampus_mr"]) == 0
+    assert "ok    hippocampus_mr, a usual MR of (256, 256, 180) voxels: 324 windows on " in capsys.readouterr().out
+
+
 def test_plan_of_a_training_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -134,4 +142,4 @@ def test_plan_of_nothing_is_a_failure_with_the_reason(tmp_path: Path, capsys: py
 
 def test_usual_volumes_take_no_memory() -> None:
     assert doctor.usual_volume(load_preset("abdomen_ct")).voxels.shape == (512, 512, 300)
-    assert doctor.usual_volume(load_preset("hippocampus_mr")).voxels.strides == (0, 0, 0)
+    assert doctor.usual_volume(load_preset("hippocampus_mr")).voxels.strides == (0, 0, 4)
