@@ -47,7 +47,7 @@ NEEDED_DISK_GB = 12 if sys.platform == "linux" else 6
 """On Linux the published torch is a CUDA build of several GB, and pip keeps what it downloads too."""
 
 # A test computes on one thread; a process of tests and its servers take about 3 GiB.
-TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 SERVER_ENVIRONMENT = {
     # MLflow no longer takes the file store that MONAI Label writes to: every training would end in an error

@@ -24,6 +24,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _freed_memory_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training here would keep for its next step would hide from later tests what theirs take."""
+    monkeypatch.setattr("lib.trainers.loop.keep_freed_memory", lambda: None)
+
+
 @pytest.fixture
 def preset() -> Preset:
     """The tiny task."""

@@ -245,7 +245,7 @@ def parse_budget(text: str) -> int | None:
 
 
 def usual_volume(preset: Preset) -> Volume:
-    """A grid of the usual size for the modality: an abdominal CT, or a head in MR; its slices share one ramp, which takes no memory."""
+    """A grid of the usual size for the modality: an abdominal CT, or a head in MR; all rows share one ramp's memory."""
     shape, spacing_mm = ((512, 512, 300), (0.8, 0.8, 1.5)) if preset.modality == "CT" else ((256, 256, 180), (1, 1, 1))
     return Volume(np.broadcast_to(np.arange(shape[2], dtype=np.float32), shape), np.diag([*spacing_mm, 1.0]))
 

@@ -178,7 +178,7 @@ class _Run:
         step_plan = planner.plan(self.preset, len(plan.train_cases), plan.device, whole=not alone)
         logger.info("%s", step_plan.explain())
         self.device = torch.device(step_plan.device)
-        if self.device.type == "cpu":
+        if step_plan.keeps_freed_memory:
             keep_freed_memory()
         self.dtype = resolve_precision(self.recipe.precision, self.device)
         self.network = self._build_network(step_plan.checkpointing)

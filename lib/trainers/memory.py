@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.configs.preset import Preset
 from lib.infers.costs import WindowCost
-from lib.infers.memory import PeakMemory, keep_freed_memory, release_memory
+from lib.infers.memory import PeakMemory, release_memory
 from lib.networks.precision import autocast, place_for_training
 from lib.networks.unetr import build_unetr
 from lib.trainers.optimization import build_loss
@@ -58,8 +58,6 @@ def measure_step(
     Raises:
         RuntimeError, MemoryError: when it does not fit.
     """
-    if device.type == "cpu":  # as in a run; there are gaps in what is kept
-        keep_freed_memory()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         network, loss_of = build_unetr(preset, checkpointing).train(), build_loss(preset.training)
         place_for_training(network, device)

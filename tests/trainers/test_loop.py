@@ -173,6 +173,17 @@ def test_pause_of_a_server_that_died_ends_by_itself(tmp_path: Path) -> None:
     assert not is_paused(tmp_path / "none")
 
 
+@pytest.mark.parametrize("roomy", [True, False])
+def test_freed_memory_is_kept_as_planned(
+    roomy: bool, make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[bool]()
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr("lib.trainers.plan.KEEPING_FACTOR", 1.5 if roomy else 1e9)
+    run_training(make_plan(1))
+    assert bool(called) is roomy
+
+
 def test_dropout_is_repeatable_too(make_plan: Callable[..., TrainingPlan]) -> None:
     plan = make_plan(4, max_epochs=2, network={"dropout_rate": 0.3})
     assert run_training(plan).losses == run_training(plan).losses

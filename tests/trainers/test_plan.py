@@ -84,6 +84,17 @@ def test_plan_is_the_fastest_that_fits(
     assert ("parts a step" in plan.explain()) == (at_once < 4)
 
 
+@pytest.mark.parametrize(("free_gib", "keeps"), [(17.3, True), (16.9, False)])
+def test_freed_memory_is_kept_where_half_more_than_is_needed_is_there(
+    free_gib: float, keeps: bool, free: Callable[[float], None], book: CostBook
+) -> None:
+    free(free_gib)
+    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    assert 1.5 * plan.needed_bytes / GIB == pytest.approx(17.08, abs=0.05)
+    assert plan.keeps_freed_memory is keeps
+    assert ("freed memory is kept" in plan.explain()) is keeps
+
+
 def test_crop_more_takes_at_least_what_is_counted(free: Callable[[float], None], book: CostBook) -> None:
     free(24)
     book.keep(f"{step_key(_base(), CPU, FP32)} kept", 2, WindowCost(int(2.1 * GIB), 6.0))

@@ -17,7 +17,6 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.errors import ImageError, TrainingError
-from lib.infers.memory import keep_freed_memory
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.masked_autoencoder import MaskedAutoencoder
@@ -94,8 +93,6 @@ def pretrain(plan: PretrainingPlan, on_step: Callable[[int, float], None] | None
     """
     recipe = plan.preset.training.model_copy(update=RECIPE)
     set_determinism(recipe.seed)
-    if plan.device.type == "cpu":
-        keep_freed_memory()
     network = MaskedAutoencoder(plan.preset).to(plan.device).train()
     optimizer = build_optimizer(network, recipe)
     moving: dict[str, Any] = {
