@@ -1,6 +1,6 @@
 """Memory and time of a training step, and the memory of runs with few and with many cases.
 
-    python benchmarks/training.py steps [--crops 1 2 4] [--steps 2] [--preset abdomen_ct]
+    python benchmarks/training.py steps [--crops 1 2 4] [--steps 2] [--preset abdomen_ct] [--keep-freed]
     python benchmarks/training.py cases [--cases 50 1000]
     python benchmarks/training.py fits [--budgets 8 12 16 24] [--measure 128 160]
     python benchmarks/training.py throughput [--preset hippocampus_mr] [--steps 40] [--rounds 2] [--data FOLDER]
@@ -8,6 +8,7 @@
 ``steps`` runs forward, loss, backward, AdamW and the average on random crops of the preset's window, on a CPU each
 setting in a process of its own: activations kept, recomputed in the transformer, or one crop at a time; fp32, or bf16
 under autocast. Prints seconds a step, the peak beyond what PyTorch and the weights take, and what the planner counts.
+With ``--keep-freed`` a step finds the memory of the one before, as in a run on a CPU that has room.
 
 ``cases`` trains a tiny network for one epoch on so many small synthetic cases, each number in a process of its own.
 
@@ -48,7 +49,14 @@ from torso_phantom import draw_torso, grid_affine, render  # noqa: E402
 
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
-from lib.infers.memory import GIB, RESERVE_SHARE, PeakMemory, is_out_of_memory, release_memory  # noqa: E402
+from lib.infers.memory import (  # noqa: E402
+    GIB,
+    RESERVE_SHARE,
+    PeakMemory,
+    is_out_of_memory,
+    keep_freed_memory,
+    release_memory,
+)
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
@@ -87,6 +95,7 @@ def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             for dtype in DTYPES:
                 setting = ["--crops", str(crops), "--way", way, "--dtype", dtype, "--steps", str(options.steps)]
                 arguments = ["steps", "--worker", "--preset", options.preset, *setting]
+                arguments += ["--keep-freed"] if options.keep_freed else []
                 if torch.cuda.is_available():  # whose allocator counts each setting for itself
                     found = work_step(parse(arguments))
                 else:
@@ -209,6 +218,8 @@ def work_step(options: argparse.Namespace, preset: Preset | None = None) -> dict
     """One setting: a step to begin with, then timed ones."""
     preset, dtype, crops = preset or load_preset(options.preset), DTYPES[options.dtype], options.crops[0]
     device = resolve_device(None)
+    if options.keep_freed:
+        keep_freed_memory()
     torch.manual_seed(0)
     with device:
         network = build_unetr(preset, options.way != "kept").train()
@@ -362,6 +373,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with images and labels, for throughput")
     parser.add_argument("--cases", type=int, nargs="+", default=[50, 1000])
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "training.json")
+    parser.add_argument("--keep-freed", action="store_true", help="for steps: freed memory is kept for the next one")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=(*WAYS, "stock", "ours"), default="kept", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)
