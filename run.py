@@ -46,7 +46,7 @@ WINDOWS = os.name == "nt"
 NEEDED_DISK_GB = 12 if sys.platform == "linux" else 6
 """On Linux the published torch is a CUDA build of several GB, and pip keeps what it downloads too."""
 
-# A test computes on one thread; a process of tests and its servers take about 3 GiB.
+# A test computes on one thread. Files in their own order: by default those of a few long tests would come last.
 TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 SERVER_ENVIRONMENT = {

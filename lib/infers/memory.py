@@ -7,6 +7,7 @@ import gc
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -54,8 +55,8 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    elif malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
@@ -64,8 +65,7 @@ def keep_freed_memory() -> None:
     Each step of a training frees and takes gigabytes of activations again. By default large ones go back to the system
     at once, which hands them out again page by page, each filled with zeros. Elsewhere than on glibc nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_THRESHOLD, MOST_BYTES)
         mallopt(M_TRIM_THRESHOLD, MOST_BYTES)
 
@@ -111,6 +111,11 @@ class PeakMemory:
     def _look(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
             self._highest = max(self._highest, self._process.memory_info().rss)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """One of its own functions; None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _container_bytes() -> int:
