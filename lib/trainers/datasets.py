@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,21 @@ class BoundedPersistentDataset(PersistentDataset):
         name = self.hash_func(item_transformed).decode("utf-8") + self.transform_hash
         file = Path(self.cache_dir or "") / f"{name}.pt"
         if file.is_file():
-            return super()._cachecheck(item_transformed)
+            return self._map(file) or super()._cachecheck(item_transformed)
         if self._remaining_bytes <= 0:
             return self._pre_transform(deepcopy(item_transformed))
         kept = super()._cachecheck(item_transformed)
         self._remaining_bytes -= file.stat().st_size if file.is_file() else 0
         return kept
+
+    @staticmethod
+    def _map(file: Path) -> Any:
+        """The case, of which only what a crop touches is read; None where that cannot be, as for a broken file."""
+        try:
+            return torch.load(file, mmap=True, weights_only=True)
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            logger.warning("%s is read whole: %s", file.name, error)
+            return None
 
 
 class SeededItems(TorchDataset[Any]):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from monai.transforms import (
     Compose,
     DeleteItemsd,
     EnsureTyped,
-    Rand3DElasticd,
     RandAdjustContrastd,
-    RandAffined,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
@@ -22,7 +21,32 @@ from monai.transforms import (
 )
 
 from lib.configs.preset import Augmentation, Preset
+from lib.transforms.deform import RandDeformd
 from lib.transforms.preprocess import IMAGE, LABEL
+
+# Voxels at which a crop looks for its middle, and the least of a kind among them to choose from.
+LOOKED_AT = 4096
+ENOUGH = 32
+
+
+class RandCropBySampledLabeld(RandCropByPosNegLabeld):
+    """MONAI's crop around foreground or background, which does not list all voxels of a case for each drawing.
+
+    Some random voxels are looked at; the foreground among them is as random as one of all foreground. Where too few are
+    of a kind, all voxels are listed.
+    """
+
+    def randomize(
+        self, label: torch.Tensor | None = None, fg_indices: Any = None, bg_indices: Any = None, image: Any = None
+    ) -> None:
+        """Draw the middles of the crops of a label of shape (1, X, Y, Z)."""
+        if label is not None and fg_indices is None and bg_indices is None:
+            looked_at = torch.from_numpy(self.cropper.R.randint(label.numel(), size=LOOKED_AT))
+            foreground = torch.as_tensor(label).reshape(-1)[looked_at] > 0
+            found = looked_at[foreground], looked_at[~foreground]
+            if min(map(len, found)) >= ENOUGH:
+                fg_indices, bg_indices = found
+        super().randomize(label, fg_indices, bg_indices, image)
 
 
 def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
@@ -40,7 +64,7 @@ def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
     """
     change = preset.training.augmentation
     both = (IMAGE, LABEL)
-    crop = RandCropByPosNegLabeld(
+    crop = RandCropBySampledLabeld(
         keys=both,
         label_key=LABEL,
         spatial_size=preset.roi_size,
@@ -57,34 +81,18 @@ def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
 
 
 def _spatial(change: Augmentation) -> list[Transform]:
-    both, modes = (IMAGE, LABEL), ("bilinear", "nearest")
-    angle = math.radians(change.rotation_degrees)
-    chain: list[Transform] = []
-    if change.spatial_probability:
-        chain.append(
-            RandAffined(
-                both,
-                prob=change.spatial_probability,
-                rotate_range=(angle,) * 3,
-                scale_range=(change.zoom,) * 3,
-                translate_range=(change.translation_voxels,) * 3,
-                mode=modes,
-                padding_mode="border",
-            )
-        )
-    if change.elastic_probability:
-        # A smooth field: control displacements of up to two voxels after a Gaussian of 5 to 7 voxels.
-        chain.append(
-            Rand3DElasticd(
-                both,
-                sigma_range=(5, 7),
-                magnitude_range=(30, 90),
-                prob=change.elastic_probability,
-                mode=modes,
-                padding_mode="border",
-            )
-        )
-    return chain
+    if not (change.spatial_probability or change.elastic_probability):
+        return []
+    deform = RandDeformd(
+        (IMAGE, LABEL),
+        ("bilinear", "nearest"),
+        affine_probability=change.spatial_probability,
+        rotation_radians=math.radians(change.rotation_degrees),
+        zoom=change.zoom,
+        translation_voxels=change.translation_voxels,
+        elastic_probability=change.elastic_probability,
+    )
+    return [deform]
 
 
 def _intensity(change: Augmentation) -> list[Transform]:

@@ -80,6 +80,17 @@ def test_persistent_dataset_notices_a_changed_label(make_cases: MakeCases, tmp_p
     assert voxels() == int((corrected > 0).sum())
 
 
+def test_persistent_dataset_mends_a_broken_file(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
+    dataset = build_dataset(make_cases(1), tiny_preset(), "PersistentDataset", tmp_path / "cache")
+    whole = dataset[0][IMAGE].clone()
+    (file,) = (tmp_path / "cache").rglob("*.pt")
+    file.write_bytes(b"not a case")
+    with pytest.warns(UserWarning, match="Corrupt cache file"):
+        torch.testing.assert_close(dataset[0][IMAGE], whole, rtol=0, atol=0)
+    torch.testing.assert_close(dataset[0][IMAGE], whole, rtol=0, atol=0)
+    assert len(reads) == 2
+
+
 def test_persistent_dataset_of_another_spacing_has_a_cache_of_its_own(make_cases: MakeCases, tmp_path: Path) -> None:
     cases = make_cases(1)
     first = build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path)[0]
@@ -114,12 +125,15 @@ def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_pat
     assert reads == ["case_003", "case_004"], "the two that are kept are not read again"
 
 
-def test_case_in_the_cache_stays_as_it_is_whatever_is_drawn_from_it(make_cases: MakeCases, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["CacheDataset", "PersistentDataset"])
+def test_case_in_the_cache_stays_as_it_is_whatever_is_drawn_from_it(
+    make_cases: MakeCases, tmp_path: Path, kind: str
+) -> None:
     chances = {f"{kind}_probability": 1 for kind in ("spatial", "elastic", "blur", "gamma", "intensity", "noise")}
     sizes = {"rotation_degrees": 10, "intensity_scale": 0.2, "intensity_shift": 0.2, "noise_std": 0.1}
     training = preset_data()["training"] | {"augmentation": chances | sizes}
     preset = tiny_preset(mirror_axes=[0], training=training)
-    dataset = build_crops(make_cases(1, (16, 16, 16)), preset, "CacheDataset", tmp_path, 2, _memory_for(2))
+    dataset = build_crops(make_cases(1, (16, 16, 16)), preset, kind, tmp_path, 2, _memory_for(2))
     before = {key: dataset.items[0][key].clone() for key in (IMAGE, LABEL)}
     for dataset.epoch in range(4):
         assert not torch.equal(dataset[0][0][IMAGE], before[IMAGE])

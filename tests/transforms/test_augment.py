@@ -76,6 +76,28 @@ def test_crops_are_centred_on_foreground_as_often_as_the_recipe_says(ratio: floa
     assert abs(centred - expected) < 0.075
 
 
+def test_rare_foreground_is_found_though_few_voxels_are_looked_at() -> None:
+    """Of 216,000 voxels one is foreground: all are listed, and crops are centred on it as often as otherwise."""
+    item = _item((60, 60, 60)) | {LABEL: torch.zeros((1, 60, 60, 60), dtype=torch.uint8)}
+    item[LABEL][0, 30, 31, 32] = 1
+    recipe = {"augmentation": QUIET_AUGMENTATION, "foreground_ratio": 3.0}
+    crops = build_augmentation(tiny_preset(training=recipe), 200).set_random_state(0)(item)
+    # 200 draws of 0.75: the standard deviation is 0.031.
+    assert abs(np.mean([int(crop[LABEL][0, 8, 8, 8]) for crop in crops]) - 0.75) < 0.1
+
+
+def test_crops_come_from_all_over_the_foreground() -> None:
+    """One of two equal boxes is not preferred, and a crop's middle can be any of a box's voxels."""
+    item = _item((60, 60, 60)) | {LABEL: torch.zeros((1, 60, 60, 60), dtype=torch.uint8)}
+    item[LABEL][0, 20:30, 20:30, 20:30] = 1
+    item[LABEL][0, 34:44, 34:44, 34:44] = 2
+    recipe = {"augmentation": QUIET_AUGMENTATION, "foreground_ratio": 1e6}
+    chain = build_augmentation(tiny_preset(training=recipe), 4).set_random_state(0)
+    middles = [int(crop[LABEL][0, 8, 8, 8]) for _ in range(100) for crop in chain(item)]
+    assert set(middles) == {1, 2}
+    assert abs(np.mean(middles) - 1.5) < 0.1, "400 draws: the standard deviation is 0.025"
+
+
 def test_crops_of_a_case_without_foreground_are_drawn_from_background() -> None:
     chain = build_augmentation(tiny_preset(), 3)
     item = _item((20, 20, 20)) | {LABEL: torch.zeros((1, 20, 20, 20), dtype=torch.uint8)}
