@@ -77,11 +77,10 @@ class RandDeformd(MapTransform, Randomizable):
         """Voxels along each axis, of shape (3, X, Y, Z)."""
         cells = [-(-size // CELL_VOXELS) + 1 for size in shape]
         noise = torch.from_numpy(self.R.uniform(-1, 1, (1, 3, *cells)).astype(np.float32))
-        smooth = GaussianFilter(3, self.R.uniform(*SMOOTHNESS_VOXELS) / CELL_VOXELS)(noise)
+        smooth: torch.Tensor = GaussianFilter(3, self.R.uniform(*SMOOTHNESS_VOXELS) / CELL_VOXELS)(noise)
         # A Gaussian averages fewer places here than it would among all voxels, and so leaves more of white noise.
         factor = self.R.uniform(*MAGNITUDE_VOXELS) * CELL_VOXELS**-1.5
-        field: torch.Tensor = F.interpolate(smooth, tuple(shape), mode="trilinear", align_corners=True)[0]
-        return factor * field
+        return F.interpolate(factor * smooth, tuple(shape), mode="trilinear", align_corners=True)[0]
 
 
 def sampling_grid(
