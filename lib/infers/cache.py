@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,13 +48,15 @@ class CachedMask:
     """
 
     def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, said: Mapping[str, Any]) -> None:
-        self._packed, self._shape = zlib.compress(labels.tobytes(), 1), labels.shape
+        # As they lie in memory: turning a large mask takes longer than packing it.
+        self._order: Literal["C", "F"] = "F" if labels.flags.fnc else "C"
+        self._packed, self._shape = zlib.compress(labels.tobytes(self._order), 1), labels.shape
         self.affine_ras, self.said = affine_ras, dict(said)
 
     @property
     def labels(self) -> npt.NDArray[np.uint8]:
         """Shape (X, Y, Z)."""
-        return np.frombuffer(zlib.decompress(self._packed), dtype=np.uint8).reshape(self._shape)
+        return np.frombuffer(zlib.decompress(self._packed), dtype=np.uint8).reshape(self._shape, order=self._order)
 
     @property
     def size_bytes(self) -> int:

@@ -41,12 +41,12 @@ class Plan:
         device: where windows are computed.
         precision: number format of the network.
         stitching: batch, place and bands.
-        windows: how many there are at most; air is skipped.
+        windows: how many there are at most, since air is skipped; in an answer, how many there were.
         host_bytes: peak beyond the loaded image and weights.
         device_bytes: the same on a GPU; 0 on the CPU.
         host_left: bytes that the host may give.
         device_left: bytes that the GPU may give.
-        seconds: of the network, from its measured windows.
+        seconds: of the network, for so many windows, as measured.
         image_on_device: whether the image is preprocessed on the GPU and stays there.
         given_up: what did not fit when it was tried, in words.
         engine: what computes the windows, ``pytorch`` or ``openvino``.
@@ -69,6 +69,10 @@ class Plan:
     def fits(self) -> bool:
         """Whether what it needs is there."""
         return self.host_bytes <= self.host_left and self.device_bytes <= self.device_left
+
+    def after(self, windows: int) -> Plan:
+        """The plan with the windows that there turned out to be."""
+        return replace(self, windows=windows, seconds=self.seconds * windows / max(1, self.windows))
 
     def explain(self) -> str:
         """One line for the log and for people."""

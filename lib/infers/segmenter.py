@@ -131,6 +131,7 @@ class Segmenter:
                 affine = image.affine.cpu().numpy()
             with clock.stage("network"):
                 found, plan = self._predict(image, plan, name, entropy)
+                plan = plan.after(found.windows)
                 del image  # its memory is needed for what follows
                 self._release_network()
             with clock.stage("restore"):

@@ -158,12 +158,15 @@ class UnetrInferTask(InferTask):
             result = model.segmenter.segment(volume, asked.largest_component, asked.image.name, entropy=unsure)
         computed = time.perf_counter()
         path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
+        written = time.perf_counter()
+        said = describe_result(result, volume, model)
         done = time.perf_counter()
-        timings = {"read": read - start, "wait": waited - read, "load": loaded - waited, "write": done - computed}
+        timings = {"read": read - start, "wait": waited - read, "load": loaded - waited}
+        timings |= {"write": written - computed, "measure": done - written}
         stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
         stages["total"] = round((done - start) * 1000, 1)
         logger.info("segmented %s with %s in %s ms", asked.image.name, model.describe(), stages)
-        said = describe_result(result, volume, model, stages)
+        said |= describe_latencies(stages)
         if (key := self._key(asked, model.stamp)) is not None:
             self._cache.put(key, CachedMask(result.labels, volume.affine_ras, said))
         return str(path), said | {"cache": {"hit": False}}
@@ -222,12 +225,10 @@ class UnetrInferTask(InferTask):
         return CacheKey(self._checksums.of(asked.image), self.preset.name, stamp, asked.options)
 
 
-def describe_result(
-    result: Segmentation, volume: Volume, model: LoadedModel, stages: Mapping[str, float]
-) -> dict[str, Any]:
-    """The answer's JSON: names, colours, centroids, volumes, the model and the milliseconds of each stage.
+def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) -> dict[str, Any]:
+    """The answer's JSON but for the time it took: names, colours, centroids, volumes, the model, its plan.
 
-    ``label_names``, ``centroids`` and ``latencies`` (seconds) have the form that MONAI Label's clients read.
+    ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
     measures = measure_labels(result.labels, volume.affine_ras, preset)
@@ -239,7 +240,6 @@ def describe_result(
         "label_statistics": measures,
         "model": model.describe(),
         "quality": estimate_quality(result, model),
-        **describe_latencies(stages),
         "plan": result.plan.as_json(),
     }
 

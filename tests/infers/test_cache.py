@@ -19,12 +19,15 @@ def mask(seed: int = 0, edge: int = 40) -> CachedMask:
     return CachedMask(labels, np.eye(4), {"seed": seed})
 
 
-def test_mask_comes_back_as_it_was() -> None:
+@pytest.mark.parametrize("order", ["C", "F", "neither"])
+def test_mask_comes_back_as_it_was(order: str) -> None:
     cache, labels = ResultCache(1), np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    labels = {"C": labels, "F": np.asfortranarray(labels), "neither": labels.transpose(1, 0, 2)}[order]
     cache.put(KEY, CachedMask(labels, 2 * np.eye(4), {"model": "x"}))
     kept = cache.get(KEY)
     assert kept is not None
     np.testing.assert_array_equal(kept.labels, labels)
+    assert kept.labels.flags.fnc == labels.flags.fnc, "it is not turned in memory"
     np.testing.assert_array_equal(kept.affine_ras, 2 * np.eye(4))
     assert kept.said == {"model": "x"}
 

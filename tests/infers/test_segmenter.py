@@ -67,6 +67,16 @@ def test_latencies_are_told_for_each_stage() -> None:
     assert all(value >= 0 for value in found.latencies_ms.values())
 
 
+def test_answer_tells_the_windows_that_there_were_and_not_those_that_there_could_have_been() -> None:
+    image = np.zeros((60, 60, 60), dtype=np.float32)
+    image[22:38, 22:38, 22:38] = 100
+    segmenter, volume = _segmenter(), Volume(image, np.eye(4))
+    before, after = segmenter.plan(volume), segmenter.segment(volume).plan
+    assert before.windows == 5**3
+    assert after.windows == 2**3, "windows of 16 with 2 voxels around a box of 16"
+    assert after.seconds == pytest.approx(before.seconds * after.windows / before.windows)
+
+
 def test_image_that_cannot_be_segmented_is_refused_before_anything_is_computed() -> None:
     class Never(nn.Module):
         def forward(self, windows: torch.Tensor) -> torch.Tensor:
