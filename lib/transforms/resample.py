@@ -80,8 +80,10 @@ class Resampled(MapTransform):
     def _resample(self, image: MetaTensor, mode: str) -> MetaTensor:
         affine, volume = image.affine.double().cpu().clone(), image.as_subclass(torch.Tensor)
         spacing = affine[:3, :3].norm(dim=0).tolist()
-        # The axis that loses most comes first: what follows has less to do.
-        for axis in sorted(range(3), key=lambda axis: spacing[axis] / self.spacing_mm[axis]):
+        # The axis that loses most comes first: what follows has less to do. Of two alike, the one whose neighbours lie
+        # further apart in memory: whole rows are copied along it, and single voxels along the other.
+        kept = [round(spacing[axis] / self.spacing_mm[axis], 6) for axis in range(3)]
+        for axis in sorted(range(3), key=lambda axis: (kept[axis], -volume.stride()[1 + axis])):
             have, wanted = spacing[axis], self.spacing_mm[axis]
             if abs(wanted - have) < TOLERANCE_MM:
                 continue
