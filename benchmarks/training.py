@@ -1,6 +1,6 @@
 """Memory and time of a training step, and the memory of runs with few and with many cases.
 
-    python benchmarks/training.py steps [--crops 1 2 4] [--steps 2] [--preset abdomen_ct] [--keep-freed]
+    python benchmarks/training.py steps [--crops 1 2 4] [--steps 2] [--preset NAME] [--keep-freed] [--deterministic]
     python benchmarks/training.py cases [--cases 50 1000]
     python benchmarks/training.py fits [--budgets 8 12 16 24] [--measure 128 160]
     python benchmarks/training.py throughput [--preset hippocampus_mr] [--steps 40] [--rounds 2] [--data FOLDER]
@@ -8,7 +8,8 @@
 ``steps`` runs forward, loss, backward, AdamW and the average on random crops of the preset's window, on a CPU each
 setting in a process of its own: activations kept, recomputed in the transformer, or one crop at a time; fp32, or bf16
 under autocast. Prints seconds a step, the peak beyond what PyTorch and the weights take, and what the planner counts.
-With ``--keep-freed`` a step finds the memory of the one before, as in a run on a CPU that has room.
+With ``--keep-freed`` a step finds the memory of the one before, as in a run on a CPU that has room; with
+``--deterministic`` it asks for the kernels that a run asks for.
 
 ``cases`` trains a tiny network for one epoch on so many small synthetic cases, each number in a process of its own.
 
@@ -95,7 +96,7 @@ def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             for dtype in DTYPES:
                 setting = ["--crops", str(crops), "--way", way, "--dtype", dtype, "--steps", str(options.steps)]
                 arguments = ["steps", "--worker", "--preset", options.preset, *setting]
-                arguments += ["--keep-freed"] if options.keep_freed else []
+                arguments += ["--keep-freed"] * options.keep_freed + ["--deterministic"] * options.deterministic
                 if torch.cuda.is_available():  # whose allocator counts each setting for itself
                     found = work_step(parse(arguments))
                 else:
@@ -220,7 +221,7 @@ def work_step(options: argparse.Namespace, preset: Preset | None = None) -> dict
     device = resolve_device(None)
     if options.keep_freed:
         keep_freed_memory()
-    torch.manual_seed(0)
+    set_determinism(0) if options.deterministic else torch.manual_seed(0)
     with device:
         network = build_unetr(preset, options.way != "kept").train()
     place_for_training(network, device)
@@ -374,6 +375,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, nargs="+", default=[50, 1000])
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "training.json")
     parser.add_argument("--keep-freed", action="store_true", help="for steps: freed memory is kept for the next one")
+    parser.add_argument("--deterministic", action="store_true", help="for steps: deterministic kernels")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=(*WAYS, "stock", "ours"), default="kept", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,10 +19,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
+from lib.infers.memory import is_out_of_memory, release_memory
 from lib.trainers.cases import Case, ReadCased
 from lib.trainers.parallel import ResumableSampler
 from lib.trainers.prefetch import PrefetchingLoader
-from lib.transforms.augment import build_augmentation
+from lib.transforms.augment import build_changes, build_cropping
 from lib.transforms.preprocess import IMAGE, LABEL, build_preprocessing
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 DATASET_KINDS = ("PersistentDataset", "CacheDataset", "SmartCacheDataset", "Dataset")
 LOADER_KINDS = ("ThreadDataLoader", "DataLoader")
 DISK_SHARE_FOR_CACHE = 0.5
+SEED = "seed"
 
 
 class BoundedPersistentDataset(PersistentDataset):
@@ -64,28 +66,62 @@ class BoundedPersistentDataset(PersistentDataset):
 
 
 class SeededItems(TorchDataset[Any]):
-    """A dataset whose random changes to an item follow from the seed, the epoch and the item's place.
+    """A dataset whose random crops and changes to them follow from the seed, the epoch and the item's place.
 
     So it does not matter which of several processes or threads reads it, or whether the run was interrupted before.
 
     Args:
         items: the dataset.
-        changes: the random part; each item is changed by a copy of its own.
+        cropping: draws a list of crops from an item.
+        changes: to each crop.
         seed: the run's.
+        changed_later: crops come as they are, with what :meth:`change` needs to know under ``seed``.
     """
 
-    def __init__(self, items: Dataset, changes: Compose, seed: int) -> None:
+    def __init__(
+        self, items: Dataset, cropping: Compose, changes: Compose, seed: int, changed_later: bool = False
+    ) -> None:
         self.items = items
         self.epoch = 1
-        self._changes, self._seed = changes, seed
+        self.changed_later = changed_later
+        self._cropping, self._changes, self._seed = cropping, changes, seed
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Any:
-        seed = np.random.SeedSequence((self._seed, self.epoch, index)).generate_state(1)[0]
-        changes = deepcopy(self._changes).set_random_state(seed=int(seed))
-        return changes(self.items[index])
+        seeds = np.random.SeedSequence((self._seed, self.epoch, index))
+        cropping = deepcopy(self._cropping).set_random_state(seed=int(seeds.generate_state(1)[0]))
+        crops = cropping(self.items[index])
+        own = seeds.generate_state(1 + len(crops))[1:].tolist()
+        if self.changed_later:
+            return [{**crop, SEED: seed} for crop, seed in zip(crops, own, strict=True)]
+        changes = deepcopy(self._changes)
+        return [changes.set_random_state(seed=seed)(crop) for crop, seed in zip(crops, own, strict=True)]
+
+    def change(self, batch: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images and labels of a batch of crops on ``device``, changed there unless they have been already.
+
+        Where a GPU has no memory for the changes, they happen on the host.
+        """
+        if not self.changed_later:
+            return batch[IMAGE].to(device, non_blocking=True), batch[LABEL].to(device, non_blocking=True)
+        try:
+            return self._change_on(device, batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory(device)
+        images, labels = self._change_on(torch.device("cpu"), batch)
+        return images.to(device), labels.to(device)
+
+    def _change_on(self, device: torch.device, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = (batch[key].to(device, non_blocking=True) for key in (IMAGE, LABEL))
+        changed = [
+            self._changes.set_random_state(seed=seed)({IMAGE: image, LABEL: label})
+            for image, label, seed in zip(images, labels, batch[SEED].tolist(), strict=True)
+        ]
+        return torch.stack([crop[IMAGE] for crop in changed]), torch.stack([crop[LABEL] for crop in changed])
 
 
 def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int = 0) -> Dataset:
@@ -123,18 +159,26 @@ def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: P
 
 
 def build_crops(
-    cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, crops_per_case: int, cache_bytes: int = 0
+    cases: Sequence[Case],
+    preset: Preset,
+    kind: str,
+    cache_dir: Path,
+    crops_per_case: int,
+    cache_bytes: int = 0,
+    changed_later: bool = False,
 ) -> SeededItems:
     """Build a dataset of random crops for training; arguments as those of :func:`build_dataset`.
 
     Args:
         crops_per_case: crops that an item is a list of.
+        changed_later: whether crops are changed by :meth:`SeededItems.change`, on the device that trains.
 
     Raises:
         ParameterError: for a kind that there is not.
     """
     items = build_dataset(cases, preset, kind, cache_dir, cache_bytes)
-    return SeededItems(items, build_augmentation(preset, crops_per_case), preset.training.seed)
+    cropping, changes = build_cropping(preset, crops_per_case), build_changes(preset)
+    return SeededItems(items, cropping, changes, preset.training.seed, changed_later)
 
 
 def build_loader(

@@ -231,7 +231,7 @@ class _Run:
         self._begin_epoch()
         for batch in self.loader:
             wait_while_paused(self.plan.pause_file)
-            self.losses.append(self._train_step(batch[IMAGE], batch[LABEL], batch[MISSING]))
+            self.losses.append(self._train_step(*self.crops.change(batch, self.device), batch[MISSING]))
             self.step, self.step_of_epoch = self.step + 1, self.step_of_epoch + 1
             if self.reporter is not None:
                 self.reporter.step(self._progress())
@@ -292,8 +292,7 @@ class _Run:
 
     def _train_step(self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor) -> float:
         torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)) % 2**63)  # dropout repeats itself, too
-        image = image.to(self.device, memory_format=torch.channels_last_3d, non_blocking=True)
-        label = label.to(self.device, non_blocking=True)
+        image = image.to(memory_format=torch.channels_last_3d)
         loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip_norm)
@@ -429,7 +428,9 @@ class _Run:
     def _build_train_loader(self) -> tuple[SeededItems, ResumableSampler, DataLoader]:
         cases, count = self.plan.train_cases, self.recipe.crops_per_case
         kind, memory = self.plan.dataset, self.ladder.plan.cache_bytes
-        crops = build_crops(cases, self.preset, kind, self._cache_dir, count, memory)
+        # A GPU changes crops in no time, and a thread that does would hold up the one that starts its kernels.
+        later = self.device.type == "cuda"
+        crops = build_crops(cases, self.preset, kind, self._cache_dir, count, memory, later)
         if isinstance(crops.items, SmartCacheDataset):
             crops.items.start()
         sampler = ResumableSampler(crops, self.recipe.seed)

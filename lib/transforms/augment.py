@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from monai.transforms import (
     Compose,
     DeleteItemsd,
     EnsureTyped,
+    MapTransform,
     RandAdjustContrastd,
     RandCropByPosNegLabeld,
     RandFlipd,
-    RandGaussianNoised,
     RandGaussianSmoothd,
+    Randomizable,
     RandScaleIntensityd,
     RandShiftIntensityd,
     Transform,
@@ -49,10 +51,29 @@ class RandCropBySampledLabeld(RandCropByPosNegLabeld):
         super().randomize(label, fg_indices, bg_indices, image)
 
 
-def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
-    """Build the random part of training: foreground-balanced crops, then spatial and intensity changes.
+class RandNoised(MapTransform, Randomizable):
+    """Adds Gaussian noise, drawn where the image is, of a deviation drawn up to ``std``."""
 
-    Mirroring happens only along the axes that the preset allows, since a mirrored right kidney is a left one.
+    def __init__(self, keys: Sequence[str], probability: float, std: float) -> None:
+        MapTransform.__init__(self, keys)
+        self.probability, self.std = probability, std
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add noise to each key, or to none."""
+        changed = dict(data)
+        if self.R.random() >= self.probability:
+            return changed
+        deviation = self.R.uniform(0, self.std)
+        for key in self.key_iterator(changed):
+            image = torch.as_tensor(changed[key])
+            generator = torch.Generator(image.device).manual_seed(int(self.R.randint(2**31)))
+            noise = torch.randn(image.shape, generator=generator, device=image.device)
+            changed[key] = image + noise.mul_(deviation)
+        return changed
+
+
+def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
+    """Build the random part of training: crops, and changes to each.
 
     Args:
         preset: the task and its ``training.augmentation``.
@@ -62,7 +83,11 @@ def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
         A transform from a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z) to a list of
         ``crops_per_case`` dictionaries with crops of shape (1, *roi_size); float32 and uint8.
     """
-    change = preset.training.augmentation
+    return Compose([*build_cropping(preset, crops_per_case).transforms, *build_changes(preset).transforms])
+
+
+def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
+    """Build the drawing of foreground-balanced crops; arguments and result as those of :func:`build_augmentation`."""
     both = (IMAGE, LABEL)
     crop = RandCropBySampledLabeld(
         keys=both,
@@ -72,12 +97,21 @@ def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
         neg=1.0,
         num_samples=crops_per_case,
     )
-    mirror = [RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in preset.mirror_axes]
+    return Compose([crop, EnsureTyped(both, track_meta=False), DeleteItemsd("case")])
+
+
+def build_changes(preset: Preset) -> Compose:
+    """Build the random changes to one crop, which happen on the device that it is on: in space, then in intensity.
+
+    Mirroring happens only along the axes that the preset allows, since a mirrored right kidney is a left one.
+    """
+    change = preset.training.augmentation
+    mirror = [RandFlipd((IMAGE, LABEL), prob=0.5, spatial_axis=axis) for axis in preset.mirror_axes]
     typed = [
         EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False),
         EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),
     ]
-    return Compose([crop, *mirror, *_spatial(change), *_intensity(change), *typed, DeleteItemsd("case")])
+    return Compose([*mirror, *_spatial(change), *_intensity(change), *typed])
 
 
 def _spatial(change: Augmentation) -> list[Transform]:
@@ -106,5 +140,5 @@ def _intensity(change: Augmentation) -> list[Transform]:
         chain.append(RandScaleIntensityd(IMAGE, factors=change.intensity_scale, prob=change.intensity_probability))
         chain.append(RandShiftIntensityd(IMAGE, offsets=change.intensity_shift, prob=change.intensity_probability))
     if change.noise_probability:
-        chain.append(RandGaussianNoised(IMAGE, prob=change.noise_probability, std=change.noise_std))
+        chain.append(RandNoised((IMAGE,), change.noise_probability, change.noise_std))
     return chain

@@ -54,12 +54,13 @@ class RandDeformd(MapTransform, Randomizable):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Draw a movement, or none, and apply it to each key."""
         changed = dict(data)
-        shape = tuple(changed[self.keys[0]].shape[1:])
+        shape, device = tuple(changed[self.keys[0]].shape[1:]), changed[self.keys[0]].device
         matrix = self._draw_affine() if self.R.random() < self.affine_probability else None
-        displacement = self._draw_displacement(shape) if self.R.random() < self.elastic_probability else None
-        if matrix is None and displacement is None:
+        elastic = self.R.random() < self.elastic_probability
+        if matrix is None and not elastic:
             return changed
-        grid = sampling_grid(shape, np.eye(4) if matrix is None else matrix, displacement)
+        displacement = self._draw_displacement(shape, device) if elastic else None
+        grid = sampling_grid(shape, np.eye(4) if matrix is None else matrix, displacement, device)
         for key, mode in self.key_iterator(changed, self.modes):
             volume = torch.as_tensor(changed[key])
             moved = F.grid_sample(volume[None].float(), grid, mode=mode, padding_mode="border", align_corners=True)
@@ -73,18 +74,21 @@ class RandDeformd(MapTransform, Randomizable):
         translate = create_translate(3, list(shifts * self.translation_voxels))
         return np.asarray(rotate @ translate @ create_scale(3, list(1 + zooms * self.zoom)))
 
-    def _draw_displacement(self, shape: Sequence[int]) -> torch.Tensor:
+    def _draw_displacement(self, shape: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
         """Voxels along each axis, of shape (3, X, Y, Z)."""
         cells = [-(-size // CELL_VOXELS) + 1 for size in shape]
-        noise = torch.from_numpy(self.R.uniform(-1, 1, (1, 3, *cells)).astype(np.float32))
-        smooth: torch.Tensor = GaussianFilter(3, self.R.uniform(*SMOOTHNESS_VOXELS) / CELL_VOXELS)(noise)
+        noise = torch.from_numpy(self.R.uniform(-1, 1, (1, 3, *cells)).astype(np.float32)).to(device)
+        smooth: torch.Tensor = GaussianFilter(3, self.R.uniform(*SMOOTHNESS_VOXELS) / CELL_VOXELS).to(device)(noise)
         # A Gaussian averages fewer places here than it would among all voxels, and so leaves more of white noise.
         factor = self.R.uniform(*MAGNITUDE_VOXELS) * CELL_VOXELS**-1.5
         return F.interpolate(factor * smooth, tuple(shape), mode="trilinear", align_corners=True)[0]
 
 
 def sampling_grid(
-    shape: Sequence[int], matrix: npt.NDArray[np.float64], displacement: torch.Tensor | None
+    shape: Sequence[int],
+    matrix: npt.NDArray[np.float64],
+    displacement: torch.Tensor | None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Where each voxel of the result looks.
 
@@ -92,6 +96,7 @@ def sampling_grid(
         shape: of the volume.
         matrix: 4x4, from places in the result to places in the volume, in voxels from the middle.
         displacement: voxels that are added to a place in the result first, of shape (3, X, Y, Z); None: none.
+        device: where the grid is made.
 
     Returns:
         Of shape (1, X, Y, Z, 3), as ``grid_sample`` takes it with ``align_corners``.
@@ -101,9 +106,9 @@ def sampling_grid(
     for axis, (size, middle) in enumerate(zip(shape, middles, strict=True)):
         across = [1] * 3
         across[axis] = size
-        place = (torch.arange(size, dtype=torch.float32) - middle).reshape(across)
+        place = (torch.arange(size, dtype=torch.float32, device=device) - middle).reshape(across)
         places.append(place if displacement is None else place + displacement[axis])
-    grid = torch.empty((1, *shape, 3))
+    grid = torch.empty((1, *shape, 3), device=device)
     for axis, middle in enumerate(middles):
         x, y, z, shift = (float(number) / max(middle, 0.5) for number in matrix[axis])
         torch.add(x * places[0] + y * places[1], z * places[2] + shift, out=grid[0, ..., 2 - axis])

@@ -109,16 +109,29 @@ def measure_labels(labels: LabelArray, affine_ras: Affine, preset: Preset) -> di
         box = boxes[label.index - 1]
         if box is None:
             continue
-        indices = np.argwhere(labels[box] == label.index) + [part.start for part in box]
-        centroid = indices.mean(axis=0)
+        voxels, middle = _count_and_centre(labels[box], label.index)
+        centroid = middle + [part.start for part in box]
         centroid_mm = affine_ras[:3, :3] @ centroid + affine_ras[:3, 3]
         measures[label.name] = {
-            "voxels": len(indices),
-            "volume_ml": round(len(indices) * voxel_ml, 4),
+            "voxels": voxels,
+            "volume_ml": round(voxels * voxel_ml, 4),
             "centroid_voxels": [round(float(c), 2) for c in centroid],
             "centroid_ras_mm": [round(float(c), 2) for c in centroid_mm],
         }
     return measures
+
+
+def _count_and_centre(labels: LabelArray, index: int) -> tuple[int, npt.NDArray[np.float64]]:
+    """Voxels of a label, and the mean of their places; plane by plane as they lie in memory, without a list of them."""
+    if labels.strides[0] < labels.strides[-1]:
+        voxels, centre = _count_and_centre(labels.T, index)
+        return voxels, centre[::-1]
+    across = np.stack([np.ones(labels.shape[2]), np.arange(labels.shape[2])], axis=1)
+    sums = np.stack([(plane == index).astype(np.float64) @ across for plane in labels])  # of each row: voxels, places
+    rows = sums[..., 0]
+    voxels = rows.sum()
+    places = (np.arange(len(rows)) @ rows.sum(1), np.arange(rows.shape[1]) @ rows.sum(0), sums[..., 1].sum())
+    return int(voxels), np.array(places) / voxels
 
 
 def _find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:

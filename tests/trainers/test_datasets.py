@@ -11,10 +11,18 @@ import pytest
 import torch
 from monai.data import CacheDataset, PersistentDataset, SmartCacheDataset
 
+from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.trainers import datasets
 from lib.trainers.cases import Case
-from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS, build_crops, build_dataset, build_loader
+from lib.trainers.datasets import (
+    DATASET_KINDS,
+    LOADER_KINDS,
+    SeededItems,
+    build_crops,
+    build_dataset,
+    build_loader,
+)
 from lib.trainers.parallel import ResumableSampler
 from lib.transforms.preprocess import IMAGE, LABEL, preprocess_volume
 from lib.transforms.volume import read_volume
@@ -139,6 +147,65 @@ def test_case_in_the_cache_stays_as_it_is_whatever_is_drawn_from_it(
         assert not torch.equal(dataset[0][0][IMAGE], before[IMAGE])
     for key, kept in before.items():
         torch.testing.assert_close(dataset.items[0][key], kept, rtol=0, atol=0)
+
+
+def _changing_preset() -> Preset:
+    chances = {f"{kind}_probability": 0.5 for kind in ("spatial", "elastic", "blur", "gamma", "intensity", "noise")}
+    sizes = {"rotation_degrees": 10, "intensity_scale": 0.2, "intensity_shift": 0.2, "noise_std": 0.1}
+    training = preset_data()["training"] | {"augmentation": chances | sizes}
+    return tiny_preset(mirror_axes=[0, 1, 2], training=training)
+
+
+def _batch(dataset: SeededItems) -> dict[str, torch.Tensor]:
+    (batch,) = build_loader(dataset, "DataLoader", 2)
+    return batch
+
+
+def test_crops_changed_on_the_device_are_those_that_a_thread_would_have_changed(
+    make_cases: MakeCases, tmp_path: Path
+) -> None:
+    cases, preset = make_cases(2, (30, 30, 30)), _changing_preset()
+    at_once, later = (
+        build_crops(cases, preset, "PersistentDataset", tmp_path, 4, changed_later=later) for later in (False, True)
+    )
+    plain, changed = _batch(later), later.change(_batch(later), torch.device("cpu"))
+    for number, key in enumerate((IMAGE, LABEL)):
+        torch.testing.assert_close(changed[number], _batch(at_once)[key], rtol=0, atol=0)
+        assert not torch.equal(changed[number], plain[key])
+    assert torch.equal(at_once.change(_batch(at_once), torch.device("cpu"))[0], changed[0]), "and not twice"
+    assert changed[0].shape == (8, 1, 16, 16, 16) and changed[1].dtype == torch.uint8
+
+
+def test_crops_are_changed_on_the_host_where_the_device_has_no_memory(
+    make_cases: MakeCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crops = build_crops(make_cases(1, (30, 30, 30)), _changing_preset(), "Dataset", tmp_path, 2, changed_later=True)
+    (batch,) = build_loader(crops, "DataLoader", 1)
+    expected, change, tried = crops.change(batch, torch.device("cpu")), crops._change_on, list[str]()
+
+    def run_out(device: torch.device, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        tried.append(device.type)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return change(device, batch)
+
+    monkeypatch.setattr(crops, "_change_on", run_out)
+    image, label = crops.change(batch, torch.device("cpu"))
+    torch.testing.assert_close((image, label), expected, rtol=0, atol=0)
+    assert len(tried) == 2
+
+
+@pytest.mark.gpu
+def test_crops_changed_on_a_gpu_are_those_of_the_cpu(make_cases: MakeCases, tmp_path: Path) -> None:
+    preset = _changing_preset()
+    silent = preset.training.augmentation.model_copy(update={"noise_probability": 0})  # drawn by the device
+    preset = preset.model_copy(update={"training": preset.training.model_copy(update={"augmentation": silent})})
+    crops = build_crops(make_cases(2, (30, 30, 30)), preset, "Dataset", tmp_path, 8, changed_later=True)
+    batch = _batch(crops)
+    here, there = (crops.change(batch, torch.device(device)) for device in ("cpu", "cuda"))
+    assert there[0].device.type == there[1].device.type == "cuda"
+    torch.testing.assert_close(there[0].cpu(), here[0], rtol=1e-3, atol=1e-3)
+    assert (there[1].cpu() != here[1]).float().mean() < 1e-3, "but for ties"
 
 
 def test_smart_cache_dataset_comes_round_to_every_case(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:

@@ -135,6 +135,19 @@ def test_measures_are_those_of_a_hand_calculation() -> None:
     }
 
 
+@pytest.mark.parametrize("order", ["C", "F", "neither"])
+def test_measures_are_those_of_a_list_of_voxels_however_the_mask_lies_in_memory(order: str) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (20, 24, 28)).astype(np.uint8)
+    labels[:3] = labels[:, -2:] = 0
+    labels = {"C": labels, "F": np.asfortranarray(labels), "neither": labels.transpose(1, 2, 0)}[order]
+    measures = measure_labels(labels, np.eye(4), tiny_preset())
+    for index, measured in enumerate(measures.values(), start=1):
+        places = np.argwhere(labels == index)
+        assert measured["voxels"] == len(places)
+        np.testing.assert_allclose(np.array(measured["centroid_voxels"]), places.mean(0), atol=0.0051)
+    assert len(measures) == 2
+
+
 def test_centroid_of_an_oblique_image_is_turned_with_it() -> None:
     labels = np.zeros((10, 10, 10), dtype=np.uint8)
     labels[4, 5, 6] = 2
