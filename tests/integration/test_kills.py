@@ -105,7 +105,7 @@ def finish(server: Server, deadline: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "longest"), [(4, 8.0), pytest.param(100, 12.0, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+    ("kills", "longest"), [(4, 5.0), pytest.param(100, 12.0, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 )
 def test_kills_leave_a_model_that_loads_every_label_and_a_loop_that_finishes(
     kills: int, longest: float, tmp_path: Path
@@ -113,7 +113,7 @@ def test_kills_leave_a_model_that_loads_every_label_and_a_loop_that_finishes(
     cases = {f"k{n:02d}-a": case for n, case in enumerate(draw_cases(BATCH * BATCHES, seed=5))}
     preset = tmp_path / "small.yaml"
     preset.write_text(yaml.safe_dump(small_preset()))
-    epochs = 100 if kills > 10 else 25
+    epochs = 100 if kills > 10 else 10
     conf = {"preset": str(preset), "retrain": "auto", "retrain_after": str(BATCH), "retrain_quiet_seconds": "0.2",
             "retrain_floor": "0", "retrain_recipe": f"max_epochs={epochs}", "subject_separator": "-"}  # fmt: skip
     server, deadline = Server(tmp_path / "server", conf), time.monotonic() + SECONDS
