@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
-    ClipIntensityPercentilesd,
     Compose,
     EnsureTyped,
     NormalizeIntensityd,
@@ -20,7 +19,7 @@ from monai.transforms import (
 )
 
 from lib.configs.preset import Preset, Window
-from lib.transforms.resample import Resampled, Windowed, resampled_size
+from lib.transforms.resample import ClippedToPercentiles, Resampled, Windowed, resampled_size
 from lib.transforms.volume import Affine, Volume
 
 IMAGE = "image"
@@ -98,6 +97,6 @@ def _intensity(preset: Preset) -> list[Transform]:
     if isinstance(intensity, Window):
         return [Windowed((IMAGE,), intensity.lower, intensity.upper)]
     return [
-        ClipIntensityPercentilesd(IMAGE, lower=intensity.lower_percentile, upper=intensity.upper_percentile),
+        ClippedToPercentiles((IMAGE,), intensity.lower_percentile, intensity.upper_percentile),
         NormalizeIntensityd(IMAGE),
     ]
