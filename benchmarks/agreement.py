@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from inference import mean_dice
+from inference import mean_dice, preprocess_torso, render_torso
 from measuring import REPOSITORY, describe_machine, show, write_json
-from monai.inferers import sliding_window_inference
+from stock import label_windows
 
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
-
-from torso_phantom import FIELD_OF_VIEW_MM, draw_torso, grid_affine, render  # noqa: E402
+sys.path[:0] = [str(REPOSITORY)]
 
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
@@ -38,7 +36,7 @@ from lib.networks.precision import autocast, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.cases import find_cases  # noqa: E402
 from lib.trainers.datasets import build_dataset  # noqa: E402
-from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, build_preprocessing  # noqa: E402
+from lib.transforms.preprocess import IMAGE, LABEL  # noqa: E402
 
 FIRST_SEED = 1000
 SHAPE = (273, 273, 200)
@@ -82,12 +80,9 @@ def build_ways(preset: Preset, weights: Path, device: torch.device) -> dict[str,
         def label(image: torch.Tensor) -> tuple[np.ndarray, str]:
             mode = "constant" if preset.padding == "constant" else "replicate"
             padded = torch.nn.functional.pad(image[None], (moved, 0) * 3, mode=mode)
-            with torch.inference_mode(), autocast(device, dtype):
-                logits = sliding_window_inference(
-                    padded, preset.roi_size, 1, network, preset.inference.overlap, "gaussian",
-                    sw_device=device, device=torch.device("cpu"),
-                )  # fmt: skip
-            return logits[0].argmax(0).to(torch.uint8).numpy()[moved:, moved:, moved:], ""
+            with autocast(device, dtype):
+                labels = label_windows(preset, network, padded[0])
+            return labels[0].numpy()[moved:, moved:, moved:], ""
 
         return label
 
@@ -120,20 +115,10 @@ def read_cases(preset: Preset, options: argparse.Namespace) -> Iterator[tuple[to
         dataset = build_dataset(cases, preset, "Dataset", options.data)
         items: Iterator[Any] = (dataset[number] for number in range(len(cases)))
     else:
-        items = (draw(preset, FIRST_SEED + number) for number in range(options.cases))
+        torsos = (render_torso(SHAPE, FIRST_SEED + number) for number in range(options.cases))
+        items = (preprocess_torso(torso, preset) for torso in torsos)
     for item in items:
         yield item[IMAGE].as_subclass(torch.Tensor).float(), item[LABEL][0].numpy().astype(np.uint8)
-
-
-def draw(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
-    """A phantom as the network sees it."""
-    spacing_mm = tuple(extent / size for extent, size in zip(FIELD_OF_VIEW_MM, SHAPE, strict=True))
-    case = render(draw_torso(seed), SHAPE, grid_affine(SHAPE, spacing_mm, "LPS"))
-    voxels = {IMAGE: case.image_hu.astype(np.float32), LABEL: case.label}
-    found: dict[str, torch.Tensor] = build_preprocessing(preset, (IMAGE, LABEL))(
-        {key: as_meta_tensor(value, case.affine_ras) for key, value in voxels.items()}
-    )
-    return found
 
 
 def report(runs: list[dict[str, Any]]) -> None:

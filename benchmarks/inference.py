@@ -245,10 +245,18 @@ def draw_torso_file(folder: Path, shape: list[int]) -> Path:
     return folder / "torso.nii.gz"
 
 
-def render_torso(shape: tuple[int, int, int]) -> TorsoCase:
-    """The phantom in its usual field of view."""
+def render_torso(shape: tuple[int, int, int], seed: int = 0) -> TorsoCase:
+    """A phantom in its usual field of view."""
     spacing_mm = tuple(extent / size for extent, size in zip(FIELD_OF_VIEW_MM, shape, strict=True))
-    return render(draw_torso(seed=0), shape, grid_affine(shape, spacing_mm, "LPS"))
+    return render(draw_torso(seed), shape, grid_affine(shape, spacing_mm, "LPS"))
+
+
+def preprocess_torso(case: TorsoCase, preset: Preset) -> dict[str, torch.Tensor]:
+    """Image and labels of a phantom as the network sees them."""
+    voxels = {IMAGE: case.image_hu.astype(np.float32), LABEL: case.label}
+    both = {key: as_meta_tensor(value, case.affine_ras) for key, value in voxels.items()}
+    seen: dict[str, torch.Tensor] = build_preprocessing(preset, (IMAGE, LABEL))(both)
+    return seen
 
 
 def find_weights(name: str, folder: Path) -> Path:
@@ -270,10 +278,7 @@ def fit_last_layer(network: UNETR, preset: Preset) -> None:
 
     With wholly random weights most voxels are near ties, and two masks say little about how alike two answers are.
     """
-    case = render_torso((256, 256, 200))
-    both = {key: as_meta_tensor(voxels, case.affine_ras) for key, voxels in
-            ((IMAGE, case.image_hu.astype(np.float32)), (LABEL, case.label))}  # fmt: skip
-    seen = build_preprocessing(preset, (IMAGE, LABEL))(both)
+    seen = preprocess_torso(render_torso((256, 256, 200)), preset)
     features, labels = list[torch.Tensor](), list[torch.Tensor]()
     hook = network.out.register_forward_hook(lambda _m, given, _o: features.append(given[0][0].flatten(1).T))
     with torch.inference_mode():

@@ -39,7 +39,7 @@ from lib.configs.preset import Preset, Window
 from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers.optimization import build_loss, build_optimizer, build_schedule
-from lib.transforms.augment import build_augmentation
+from lib.transforms.augment import build_changes, build_cropping
 
 ORIENTATION_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -178,7 +178,8 @@ class StockTrainTask(BasicTrainTask):
             Spacingd(both, pixdim=self._preset.spacing_mm, mode=("bilinear", "nearest")),
             *scaling,
             SpatialPadd(both, self._preset.roi_size),
-            *build_augmentation(self._preset, self._preset.training.crops_per_case).transforms,
+            *build_cropping(self._preset, self._preset.training.crops_per_case).transforms,
+            *build_changes(self._preset).transforms,
         ]
 
     def train_post_transforms(self, context: Context) -> Sequence[Callable[..., Any]]:
@@ -206,14 +207,12 @@ class _Clock:
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: self._on_step(float(e.state.output[0]["loss"])))
 
 
-def plain_monai(preset: Preset, network: torch.nn.Module, image: Path, out: Path) -> None:
-    """The usual notebook: transforms, sliding windows in fp32, argmax, the labels inverted by nearest neighbour."""
-    chain = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), *usual_transforms(preset)])
-    data = chain({"image": str(image)})
+def label_windows(preset: Preset, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Labels of an image of shape (1, X, Y, Z) on the network's grid, by MONAI's sliding windows and argmax."""
     options = preset.inference
     with torch.inference_mode():
         logits = sliding_window_inference(
-            data["image"][None],
+            image[None],
             preset.roi_size,
             options.window_batch_size,
             network,
@@ -222,7 +221,14 @@ def plain_monai(preset: Preset, network: torch.nn.Module, image: Path, out: Path
             sw_device=next(network.parameters()).device,
             device="cpu",
         )
-    data["pred"] = logits[0].argmax(0, keepdim=True).to(torch.uint8)
+    return logits[0].argmax(0, keepdim=True).to(torch.uint8)
+
+
+def plain_monai(preset: Preset, network: torch.nn.Module, image: Path, out: Path) -> None:
+    """The usual notebook: transforms, sliding windows in fp32, argmax, the labels inverted by nearest neighbour."""
+    chain = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), *usual_transforms(preset)])
+    data, options = chain({"image": str(image)}), preset.inference
+    data["pred"] = label_windows(preset, network, data["image"])
     back = [Invertd("pred", chain, "image", nearest_interp=True, to_tensor=True)]
     if options.largest_component:
         back.append(KeepLargestConnectedComponentd("pred", applied_labels=list(preset.label_indices.values())))

@@ -221,7 +221,9 @@ def work_step(options: argparse.Namespace, preset: Preset | None = None) -> dict
     device = resolve_device(None)
     if options.keep_freed:
         keep_freed_memory()
-    set_determinism(0) if options.deterministic else torch.manual_seed(0)
+    torch.manual_seed(0)
+    if options.deterministic:
+        set_determinism(0)
     with device:
         network = build_unetr(preset, options.way != "kept").train()
     place_for_training(network, device)

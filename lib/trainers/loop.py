@@ -161,7 +161,7 @@ def _input_error_in(error: BaseException) -> InputError | None:
 
 
 def count_loading_threads(device: torch.device, processes: int) -> int:
-    """Threads that draw crops: one beside a CPU that trains; several for a GPU, which trains faster than one draws."""
+    """Threads that prepare cases and draw crops: one beside a CPU that trains, several for a GPU, which is faster."""
     if device.type == "cpu":
         return 1
     return max(1, min(MOST_LOADING_THREADS, (os.cpu_count() or 1) // (2 * processes)))

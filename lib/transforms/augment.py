@@ -72,22 +72,17 @@ class RandNoised(MapTransform, Randomizable):
         return changed
 
 
-def build_augmentation(preset: Preset, crops_per_case: int) -> Compose:
-    """Build the random part of training: crops, and changes to each.
+def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
+    """Build the drawing of foreground-balanced crops.
 
     Args:
-        preset: the task and its ``training.augmentation``.
+        preset: the task.
         crops_per_case: crops drawn from each case.
 
     Returns:
         A transform from a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z) to a list of
-        ``crops_per_case`` dictionaries with crops of shape (1, *roi_size); float32 and uint8.
+        ``crops_per_case`` dictionaries with crops of shape (1, *roi_size).
     """
-    return Compose([*build_cropping(preset, crops_per_case).transforms, *build_changes(preset).transforms])
-
-
-def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
-    """Build the drawing of foreground-balanced crops; arguments and result as those of :func:`build_augmentation`."""
     both = (IMAGE, LABEL)
     crop = RandCropBySampledLabeld(
         keys=both,
@@ -104,6 +99,12 @@ def build_changes(preset: Preset) -> Compose:
     """Build the random changes to one crop, which happen on the device that it is on: in space, then in intensity.
 
     Mirroring happens only along the axes that the preset allows, since a mirrored right kidney is a left one.
+
+    Args:
+        preset: the task and its ``training.augmentation``.
+
+    Returns:
+        A transform of a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z); float32 and uint8.
     """
     change = preset.training.augmentation
     mirror = [RandFlipd((IMAGE, LABEL), prob=0.5, spatial_axis=axis) for axis in preset.mirror_axes]

@@ -19,7 +19,8 @@ from monai.transforms import (
 )
 
 from lib.configs.preset import Preset, Window
-from lib.transforms.resample import ClippedToPercentiles, Resampled, Windowed, resampled_size
+from lib.transforms.intensity import ClippedToPercentiles, Windowed
+from lib.transforms.resample import Resampled, resampled_size
 from lib.transforms.volume import Affine, Volume
 
 IMAGE = "image"

@@ -1,4 +1,4 @@
-"""Voxel sizes and intensity windows, without copies that a large volume has no room for.
+"""Voxel sizes, without copies that a large volume has no room for.
 
 Linear interpolation goes axis by axis: that is what a resampling is when grids are not turned against each other.
 A trilinear weight is the product of three linear ones, so that three one-dimensional interpolations give the same
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 # Numbers that are interpolated at a time: what is held beside the input and the output is some tens of megabytes.
 CHUNK_NUMBERS = 8_000_000
@@ -111,53 +110,3 @@ def _along(volume: torch.Tensor, axis: int, position: torch.Tensor, mode: str) -
     if mode == "bilinear":
         return interpolate_axis(volume, axis, position)
     return volume.index_select(axis, position.round().long().clamp(0, volume.shape[axis] - 1).to(volume.device))
-
-
-class Windowed(MapTransform):
-    """Scales an intensity window to [0, 1], with one copy of the image and no more.
-
-    Args:
-        keys: of the dictionary.
-        lower: becomes 0, as all that is below.
-        upper: becomes 1, as all that is above.
-    """
-
-    def __init__(self, keys: Sequence[str], lower: float, upper: float) -> None:
-        super().__init__(keys)
-        self.lower, self.upper = lower, upper
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Scale each key."""
-        changed = dict(data)
-        for key in self.key_iterator(changed):
-            image: MetaTensor = changed[key]
-            scaled = image.as_subclass(torch.Tensor) - self.lower
-            changed[key] = MetaTensor(scaled.div_(self.upper - self.lower).clamp_(0, 1), affine=image.affine)
-        return changed
-
-
-class ClippedToPercentiles(MapTransform):
-    """Clips an image to two of its own percentiles, as MONAI's ``ClipIntensityPercentilesd`` without soft ends.
-
-    MONAI's sorts the image for each of the two; on the host neither is needed to find them.
-
-    Args:
-        keys: of the dictionary.
-        lower: percentile that all below becomes.
-        upper: percentile that all above becomes.
-    """
-
-    def __init__(self, keys: Sequence[str], lower: float, upper: float) -> None:
-        super().__init__(keys)
-        self.lower, self.upper = lower, upper
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Clip each key."""
-        changed = dict(data)
-        for key in self.key_iterator(changed):
-            image: MetaTensor = changed[key]
-            voxels = image.as_subclass(torch.Tensor)
-            ends = percentile(voxels.numpy() if voxels.device.type == "cpu" else voxels, [self.lower, self.upper])
-            lowest, highest = torch.as_tensor(ends).tolist()
-            changed[key] = MetaTensor(voxels.clamp(lowest, highest), affine=image.affine)
-        return changed

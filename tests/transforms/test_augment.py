@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Compose
 
-from lib.transforms.augment import build_augmentation
+from lib.configs.preset import Preset
+from lib.transforms.augment import build_changes, build_cropping
 from lib.transforms.preprocess import IMAGE, LABEL
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset
 
@@ -33,13 +35,17 @@ def _item(shape: tuple[int, int, int] = (16, 16, 16)) -> dict[str, Any]:
     return {"case": "x", IMAGE: torch.from_numpy(image / 300)[None], LABEL: torch.from_numpy(label)[None]}
 
 
+def _build_chain(preset: Preset, count: int) -> Compose:
+    return Compose([*build_cropping(preset, count).transforms, *build_changes(preset).transforms])
+
+
 def _draw(
     count: int, seed: int = 0, shape: tuple[int, int, int] = (16, 16, 16), ratio: float = 1.0, **changes: Any
 ) -> list[dict[str, torch.Tensor]]:
     """``count`` crops of one case; augmentation is off but for ``changes``; ``mirror_axes`` go to the preset."""
     mirror_axes = changes.pop("mirror_axes", ())
     recipe = {"augmentation": QUIET_AUGMENTATION | changes, "foreground_ratio": ratio}
-    chain = build_augmentation(tiny_preset(mirror_axes=mirror_axes, training=recipe), count)
+    chain = _build_chain(tiny_preset(mirror_axes=mirror_axes, training=recipe), count)
     chain.set_random_state(seed)
     crops: list[dict[str, torch.Tensor]] = chain(_item(shape))
     return crops
@@ -81,7 +87,7 @@ def test_rare_foreground_is_found_though_few_voxels_are_looked_at() -> None:
     item = _item((60, 60, 60)) | {LABEL: torch.zeros((1, 60, 60, 60), dtype=torch.uint8)}
     item[LABEL][0, 30, 31, 32] = 1
     recipe = {"augmentation": QUIET_AUGMENTATION, "foreground_ratio": 3.0}
-    crops = build_augmentation(tiny_preset(training=recipe), 200).set_random_state(0)(item)
+    crops = _build_chain(tiny_preset(training=recipe), 200).set_random_state(0)(item)
     # 200 draws of 0.75: the standard deviation is 0.031.
     assert abs(np.mean([int(crop[LABEL][0, 8, 8, 8]) for crop in crops]) - 0.75) < 0.1
 
@@ -92,14 +98,14 @@ def test_crops_come_from_all_over_the_foreground() -> None:
     item[LABEL][0, 20:30, 20:30, 20:30] = 1
     item[LABEL][0, 34:44, 34:44, 34:44] = 2
     recipe = {"augmentation": QUIET_AUGMENTATION, "foreground_ratio": 1e6}
-    chain = build_augmentation(tiny_preset(training=recipe), 4).set_random_state(0)
+    chain = _build_chain(tiny_preset(training=recipe), 4).set_random_state(0)
     middles = [int(crop[LABEL][0, 8, 8, 8]) for _ in range(100) for crop in chain(item)]
     assert set(middles) == {1, 2}
     assert abs(np.mean(middles) - 1.5) < 0.1, "400 draws: the standard deviation is 0.025"
 
 
 def test_crops_of_a_case_without_foreground_are_drawn_from_background() -> None:
-    chain = build_augmentation(tiny_preset(), 3)
+    chain = _build_chain(tiny_preset(), 3)
     item = _item((20, 20, 20)) | {LABEL: torch.zeros((1, 20, 20, 20), dtype=torch.uint8)}
     with pytest.warns(UserWarning, match="unable to generate class balanced samples"):
         crops = chain(item)
@@ -120,7 +126,7 @@ def test_spatial_changes_move_image_and_label_together() -> None:
     label = _item()[LABEL]
     image = torch.tensor([0.0, 1.0, 2.0])[label.long()]
     recipe = {"augmentation": QUIET_AUGMENTATION | {"spatial_probability": 1, "rotation_degrees": 25, "zoom": 0.1}}
-    chain = build_augmentation(tiny_preset(training=recipe), 8)
+    chain = _build_chain(tiny_preset(training=recipe), 8)
     chain.set_random_state(0)
     for crop in chain({"case": "x", IMAGE: image, LABEL: label}):
         agree = (crop[IMAGE].round() == crop[LABEL]).float().mean()

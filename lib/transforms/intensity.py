@@ -1,0 +1,57 @@
+"""Intensities that a network can compare, with one copy of an image and no more."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+
+
+class _BetweenEnds(MapTransform):
+    """Changes the voxels of MetaTensors by two ends.
+
+    Args:
+        keys: of the dictionary.
+        lower: one end.
+        upper: the other.
+    """
+
+    def __init__(self, keys: Sequence[str], lower: float, upper: float) -> None:
+        super().__init__(keys)
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change each key; what was given stays as it is."""
+        changed = dict(data)
+        for key in self.key_iterator(changed):
+            image: MetaTensor = changed[key]
+            changed[key] = MetaTensor(self._change(image.as_subclass(torch.Tensor)), affine=image.affine)
+        return changed
+
+    @abstractmethod
+    def _change(self, voxels: torch.Tensor) -> torch.Tensor:
+        """The new voxels."""
+
+
+class Windowed(_BetweenEnds):
+    """Scales an intensity window to [0, 1]: ``lower`` and all below becomes 0, ``upper`` and all above 1."""
+
+    def _change(self, voxels: torch.Tensor) -> torch.Tensor:
+        return (voxels - self.lower).div_(self.upper - self.lower).clamp_(0, 1)
+
+
+class ClippedToPercentiles(_BetweenEnds):
+    """Clips an image to two of its own percentiles, as MONAI's ``ClipIntensityPercentilesd`` without soft ends.
+
+    MONAI's sorts the image for each of the two; on the host neither is needed to find them.
+    """
+
+    def _change(self, voxels: torch.Tensor) -> torch.Tensor:
+        ends = percentile(voxels.numpy() if voxels.device.type == "cpu" else voxels, [self.lower, self.upper])
+        lowest, highest = torch.as_tensor(ends).tolist()
+        return voxels.clamp(lowest, highest)
