@@ -778,7 +778,7 @@ def run_doctor(options: argparse.Namespace) -> int:
         asked += ["--image", str(options.image)] if options.image else []
         asked += ["--train"] if options.train else []
         asked += ["--memory-budget", options.memory_budget] if options.memory_budget else []
-        code = subprocess.call([str(python), "-m", "lib.server.doctor", *asked], env=server_environment())
+        code = subprocess.call([str(python), "-m", "lib.doctor", *asked], env=server_environment())
     return 1 if code or any(state == "FAIL" for state, _ in findings) else 0
 
 

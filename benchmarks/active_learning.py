@@ -36,7 +36,7 @@ from lib.activelearning.case_scores import MEASURES, REGIONS, CaseScores, score_
 from lib.activelearning.insight import version_key  # noqa: E402
 from lib.activelearning.score_store import Look, ScoreStore  # noqa: E402
 from lib.activelearning.selection import STRATEGIES  # noqa: E402
-from lib.infers.weights import WeightsLocator  # noqa: E402
+from lib.models.weights import WeightsLocator  # noqa: E402
 
 MODEL = "hippocampus_mr"
 HIDDEN = 128

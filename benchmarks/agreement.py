@@ -27,6 +27,7 @@ from stock import label_windows
 
 sys.path[:0] = [str(REPOSITORY)]
 
+from lib.cases.labelled import find_cases  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
 from lib.infers.predictor import Stitching, predict  # noqa: E402
@@ -34,7 +35,6 @@ from lib.networks.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from lib.networks.inference import InferenceNetwork  # noqa: E402
 from lib.networks.precision import autocast, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
-from lib.trainers.cases import find_cases  # noqa: E402
 from lib.trainers.datasets import build_dataset  # noqa: E402
 from lib.transforms.preprocess import IMAGE, LABEL  # noqa: E402
 

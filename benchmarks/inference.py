@@ -31,12 +31,12 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
 
 from torso_phantom import FIELD_OF_VIEW_MM, TorsoCase, draw_torso, grid_affine, render  # noqa: E402
 
+from lib.cases.metrics import dice_per_label, mean_known  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
-from lib.trainers.metrics import dice_per_label, mean_known  # noqa: E402
 from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, build_preprocessing  # noqa: E402
 
 WAYS = ("stock", "plain", "ours")
@@ -175,7 +175,7 @@ def ours(preset: Preset, options: argparse.Namespace, image: Path) -> tuple[floa
     from lib.infers.costs import CostBook
     from lib.infers.plan import Planner
     from lib.infers.task import UnetrInferTask
-    from lib.infers.weights import WeightsLocator
+    from lib.models.weights import WeightsLocator
 
     locator = WeightsLocator(options.out.parent / "none", str(options.weights))
     task = UnetrInferTask(preset, locator, planner=Planner(book=CostBook(options.costs)), compiles=not options.pytorch)

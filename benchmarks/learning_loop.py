@@ -36,14 +36,14 @@ sys.path[:0] = [str(REPOSITORY / folder) for folder in (".", "sample-data", "tes
 from server import Server, parse_multipart  # noqa: E402
 from synthetic_hippocampus import draw_cases  # noqa: E402
 
+from lib.cases.labelled import Case, find_cases  # noqa: E402
+from lib.cases.metrics import dice_per_label, mean_per_label  # noqa: E402
+from lib.cases.split import read_split, subject_from_consecutive_pair  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint  # noqa: E402
-from lib.trainers.cases import Case, find_cases  # noqa: E402
 from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
-from lib.trainers.metrics import dice_per_label, mean_per_label  # noqa: E402
 from lib.trainers.progress import write_json  # noqa: E402
-from lib.trainers.split import read_split, subject_from_consecutive_pair  # noqa: E402
 from lib.transforms.volume import read_volume  # noqa: E402
 
 LABELS_AT = (8, 16, 32, 64)

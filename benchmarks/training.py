@@ -48,6 +48,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "sample-data")]
 from synthetic_hippocampus import draw_cases  # noqa: E402
 from torso_phantom import draw_torso, grid_affine, render  # noqa: E402
 
+from lib.cases.labelled import Case, find_cases  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset  # noqa: E402
 from lib.infers.memory import (  # noqa: E402
@@ -61,7 +62,6 @@ from lib.infers.memory import (  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
-from lib.trainers.cases import Case, find_cases  # noqa: E402
 from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
 from lib.trainers.memory import count_kept_bytes, forward_in_parts, measure_step  # noqa: E402
 from lib.trainers.optimization import build_average, build_loss, build_optimizer  # noqa: E402

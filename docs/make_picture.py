@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "sample-data")]
 
 from synthetic_hippocampus import SyntheticCase, draw_case  # noqa: E402
 
+from lib.cases.metrics import dice_per_label  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.infers.segmenter import Segmenter  # noqa: E402
-from lib.infers.weights import WeightsLocator, preset_for  # noqa: E402
+from lib.models.weights import WeightsLocator, preset_for  # noqa: E402
 from lib.networks.checkpoint import read_checkpoint  # noqa: E402
-from lib.trainers.metrics import dice_per_label  # noqa: E402
 from lib.transforms.volume import Volume  # noqa: E402
 
 PLANES = (("sagittal", 0, "A", "S"), ("coronal", 1, "R", "S"), ("axial", 2, "R", "A"))

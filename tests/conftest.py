@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.infers.memory import release_memory
-from lib.trainers.cases import Case
 from lib.transforms.volume import Volume
 from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
 

@@ -27,7 +27,7 @@ from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
-from lib.infers.weights import WeightsLocator  # noqa: E402
+from lib.models.weights import WeightsLocator  # noqa: E402
 from lib.trainers.pretraining.task import UnetrPretraining  # noqa: E402
 from lib.trainers.task import UnetrTrainTask  # noqa: E402
 

@@ -13,7 +13,7 @@ from lib.activelearning.score_store import UNTRAINED, Look, ScoreStore
 from lib.activelearning.selection import Candidate, Pool
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.infers.weights import WeightsFile, WeightsLocator
+from lib.models.weights import WeightsFile, WeightsLocator
 
 logger = logging.getLogger("unetr.scoring")
 

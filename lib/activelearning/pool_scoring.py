@@ -22,16 +22,16 @@ from lib.activelearning.embedding import AnyUnetr, embed
 from lib.activelearning.insight import Insight, version_key
 from lib.activelearning.passes import Passes, choose_passes
 from lib.activelearning.score_store import Doubt, Look
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, InputError, UnetrError
 from lib.infers.interruption import InterruptedWork, giving_way
 from lib.infers.segmenter import Segmenter
-from lib.infers.weights import WeightsFile, preset_for
+from lib.models.versions import VersionStore
+from lib.models.weights import WeightsFile, preset_for
 from lib.networks.checkpoint import Checkpoint, read_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.trainers.cases import Case, read_case
-from lib.trainers.metrics import dice_per_label, mean_known
-from lib.trainers.versions import VersionStore
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import check_segmentable, read_volume
 

@@ -18,10 +18,10 @@ from lib.activelearning.passes import MonteCarloDropout, has_dropout, no_dropout
 from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, newest_first
 from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.selection import MEASURE_OF, STRATEGIES, Pick, select
+from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.errors import ConfigError, NotFoundError, ParameterError
 from lib.networks.precision import resolve_device
-from lib.trainers.cases import Case
 
 logger = logging.getLogger("unetr.scoring")
 

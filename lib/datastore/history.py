@@ -24,16 +24,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from lib.datastore.files import (
-    PARTIAL,
-    Staged,
-    as_json,
-    read_blocks,
-    sha256_of,
-    stage,
-    sync_everything,
-    sync_folder,
-)
 from lib.datastore.index import IN_MEMORY, VersionIndex
 from lib.datastore.published import PublishedLabels
 from lib.datastore.quarantine import Quarantine
@@ -49,6 +39,16 @@ from lib.datastore.records import (
 )
 from lib.datastore.repair import repair, shorten
 from lib.errors import NotFoundError, StorageError
+from lib.storage.files import (
+    PARTIAL,
+    Staged,
+    as_json,
+    read_blocks,
+    sha256_of,
+    stage,
+    sync_everything,
+    sync_folder,
+)
 
 logger = logging.getLogger("unetr.datastore")
 

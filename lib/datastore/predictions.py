@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.datastore.validation import MaskArray
-from lib.disk import MIB, make_room
 from lib.errors import ImageError
+from lib.storage.disk import MIB, make_room
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.datastore")

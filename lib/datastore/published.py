@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lib.datastore.files import read_blocks, sha256_of, stage
 from lib.datastore.index import VersionIndex
 from lib.datastore.records import LABEL_SUFFIXES, LabelVersion, suffix_of
+from lib.storage.files import read_blocks, sha256_of, stage
 
 
 class PublishedLabels:

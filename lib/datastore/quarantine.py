@@ -14,10 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lib.datastore.files import as_json, read_blocks, stage, sync_folder, write_durably
 from lib.datastore.records import suffix_of
-from lib.disk import MIB, make_room
 from lib.errors import NotFoundError
+from lib.storage.disk import MIB, make_room
+from lib.storage.files import as_json, read_blocks, stage, sync_folder, write_durably
 
 logger = logging.getLogger("unetr.datastore")
 

@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from lib.datastore.files import as_json, remove_left_over, sha256_of, write_durably
 from lib.datastore.index import VersionIndex
 from lib.datastore.quarantine import Quarantine
 from lib.datastore.records import (
@@ -25,6 +24,7 @@ from lib.datastore.records import (
     suffix_of,
     to_record,
 )
+from lib.storage.files import as_json, remove_left_over, sha256_of, write_durably
 
 MOST_SENTENCES_OF_A_KIND = 10
 

@@ -21,7 +21,6 @@ from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastor
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
 from lib.datastore.background import Deferred
-from lib.datastore.files import read_blocks, stage, sync_folder
 from lib.datastore.history import LabelHistory
 from lib.datastore.index import IN_MEMORY
 from lib.datastore.label_names import parse_label_info
@@ -31,6 +30,7 @@ from lib.datastore.predictions import Predictions
 from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
 from lib.datastore.records import LabelVersion, Submission
 from lib.errors import ConfigError, LabelError, StorageError
+from lib.storage.files import read_blocks, stage, sync_folder
 
 logger = logging.getLogger("unetr.datastore")
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lib.dicom.series import Series, read_series
 from lib.dicom.sources import SeriesSource
-from lib.disk import MIB, make_room
+from lib.storage.disk import MIB, make_room
 
 DEFAULT_LIMIT_MIB = 20_480
 SECONDS_IN_USE = 600.0

@@ -17,11 +17,12 @@ from monailabel.utils.others.generic import device_list
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
+from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.plan import Planner
-from lib.infers.quality import foreground_uncertainty
 from lib.infers.segmenter import Segmentation
-from lib.infers.weights import LoadedModel, ModelCache, WeightsLocator
 from lib.infers.writer import DTYPES, EXTENSIONS, write_map, write_mask
+from lib.models.calibration import foreground_uncertainty
+from lib.models.weights import WeightsLocator
 from lib.networks.precision import resolve_device
 from lib.transforms.postprocess import measure_labels
 from lib.transforms.volume import Volume, read_volume

@@ -17,34 +17,32 @@ import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
-from lib.server import (
-    app_routes,
-    auth_routes,
-    datastore_routes,
-    dicomweb_routes,
-    health,
-    infer_routes,
-    label_routes,
-    lease_routes,
-    log_routes,
-    model_routes,
-    ohif_routes,
-    run_routes,
-    session_routes,
-    train_routes,
-    uncertainty_routes,
-)
-from lib.server.changes import closed_by_signals
-from lib.server.errors import register_error_handlers
-from lib.server.exposure import warn_if_exposed
-from lib.server.logs import set_log_format
-from lib.server.middleware import Surroundings
-from lib.server.origins import Origins
+from lib.server.http.errors import register_error_handlers
+from lib.server.http.events import closed_by_signals
+from lib.server.http.exposure import warn_if_exposed
+from lib.server.http.logs import set_log_format
+from lib.server.http.middleware import Surroundings
+from lib.server.http.origins import Origins
+from lib.server.labels.segmentations import series_store, show_as_segmentation
 from lib.server.pages import case_routes, documentation, page_routes, sign_in
 from lib.server.pages.drawing import ASSETS
-from lib.server.retraining import Retrainer
-from lib.server.segmentations import series_store, show_as_segmentation
+from lib.server.routes import app as app_routes
+from lib.server.routes import auth as auth_routes
+from lib.server.routes import datastore as datastore_routes
+from lib.server.routes import dicomweb as dicomweb_routes
+from lib.server.routes import health
+from lib.server.routes import infer as infer_routes
+from lib.server.routes import labels as label_routes
+from lib.server.routes import leases as lease_routes
+from lib.server.routes import logs as log_routes
+from lib.server.routes import models as model_routes
+from lib.server.routes import ohif as ohif_routes
+from lib.server.routes import runs as run_routes
+from lib.server.routes import sessions as session_routes
+from lib.server.routes import train as train_routes
+from lib.server.routes import uncertainty as uncertainty_routes
 from lib.server.services import Services
+from lib.server.work.retraining import Retrainer
 
 ROUTERS = (
     health.router,

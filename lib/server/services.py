@@ -21,17 +21,17 @@ from lib.datastore.records import LabelVersion
 from lib.datastore.task import VersionedDatastore
 from lib.errors import NotFoundError
 from lib.infers.task import UnetrInferTask
-from lib.server.auth import Authenticator
-from lib.server.changes import TOPICS, Changes
-from lib.server.jobs import KINDS, Job, Jobs
-from lib.server.journal import Journal
-from lib.server.metrics import Metrics
-from lib.server.names import find_image
-from lib.server.pause import Pause
-from lib.server.prefetch import Prefetcher
-from lib.server.queue import InferenceQueue
-from lib.server.scoring import BackgroundScoring
-from lib.server.tokens import TokenFile
+from lib.server.http.auth import Authenticator
+from lib.server.http.events import TOPICS, Changes
+from lib.server.http.metrics import Metrics
+from lib.server.http.names import find_image
+from lib.server.http.tokens import TokenFile
+from lib.server.work.jobs import KINDS, Job, Jobs
+from lib.server.work.journal import Journal
+from lib.server.work.pause import Pause
+from lib.server.work.prefetch import Prefetcher
+from lib.server.work.queue import InferenceQueue
+from lib.server.work.scoring import BackgroundScoring
 from lib.trainers.task import UnetrTrainTask
 
 logger = logging.getLogger("unetr.server")
@@ -161,7 +161,7 @@ class Services:
         """The file or folder of an image.
 
         Raises:
-            NotFoundError, ForbiddenError: as :func:`lib.server.names.find_image`.
+            NotFoundError, ForbiddenError: as :func:`lib.server.http.names.find_image`.
         """
         return find_image(self.datastore, image_id, self.instance.studies, self.settings.image_roots)
 

@@ -23,22 +23,22 @@ from typing import Any
 import monai
 import torch
 
+from lib.cases.data_sets import read_task
+from lib.cases.labelled import Case, find_cases
+from lib.cases.split import SUBJECT_RULES, Split, extend_split, read_split, subject_until, write_split
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset, shipped_preset_names, write_preset
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, UnetrError
-from lib.infers.quality import calibration_file
 from lib.infers.segmenter import Segmenter
+from lib.models.calibration import calibration_file
 from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
-from lib.trainers.cases import Case, find_cases
-from lib.trainers.decathlon import read_task
+from lib.storage.json_files import without_nan, write_json
 from lib.trainers.evaluate import Evaluation, evaluate
 from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
-from lib.trainers.progress import without_nan, write_json
-from lib.trainers.split import SUBJECT_RULES, Split, extend_split, read_split, subject_until, write_split
 
 Sides = tuple[tuple[Case, ...], tuple[Case, ...]]
 

@@ -17,12 +17,12 @@ from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, Sma
 from monai.transforms import Compose, EnsureTyped
 from torch.utils.data import Dataset as TorchDataset
 
+from lib.cases.labelled import Case, ReadCased
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.infers.memory import is_out_of_memory, release_memory
-from lib.trainers.cases import Case, ReadCased
+from lib.trainers.loader import PrefetchingLoader
 from lib.trainers.parallel import ResumableSampler
-from lib.trainers.prefetch import PrefetchingLoader
 from lib.transforms.augment import build_changes, build_cropping
 from lib.transforms.preprocess import IMAGE, LABEL, build_preprocessing
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lib.infers.quality import Calibration, fit, foreground_uncertainty
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label, without_missing
 from lib.infers.segmenter import Segmenter
-from lib.trainers.cases import Case, read_case
-from lib.trainers.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label, without_missing
+from lib.models.calibration import Calibration, fit, foreground_uncertainty
 
 logger = logging.getLogger("unetr.evaluate")
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.cases.metrics import mean_known
 from lib.trainers.evaluate import CaseScore, Evaluation
-from lib.trainers.metrics import mean_known
 
 Pairs = list[tuple[float, float]]
 """Scores of the same cases by champion and challenger."""

@@ -17,6 +17,8 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lib.cases.labelled import MISSING, Case
+from lib.cases.metrics import dice_per_label, mean_known, mean_per_label, without_missing
 from lib.configs.preset import Preset
 from lib.errors import InputError, TrainingError
 from lib.infers.blender import LabelArray
@@ -27,10 +29,8 @@ from lib.networks.checkpoint import Checkpoint, load_weights, write_checkpoint
 from lib.networks.layouts import StateDict, strip_wrappers
 from lib.networks.precision import autocast, place_for_training, resolve_precision
 from lib.networks.unetr import Builder, build_unetr, load_encoder
-from lib.trainers.cases import MISSING, Case
 from lib.trainers.datasets import SeededItems, build_crops, build_dataset, build_loader
 from lib.trainers.memory import forward_in_parts
-from lib.trainers.metrics import dice_per_label, mean_known, mean_per_label, without_missing
 from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
 from lib.trainers.parallel import ResumableSampler, gather, loss_scale, rank_and_world_size
 from lib.trainers.pause import wait_while_paused

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lib.cases.labelled import Case, find_cases
+from lib.cases.split import Split
 from lib.errors import TrainingError
-from lib.trainers.cases import Case, find_cases
-from lib.trainers.progress import write_json
-from lib.trainers.split import Split
+from lib.storage.json_files import write_json
 
 CASES_FILE = "cases.json"
 

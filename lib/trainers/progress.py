@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +13,7 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from lib.storage.json_files import write_json
 from lib.trainers.tracking import Tracking
 
 logger = logging.getLogger("unetr.train")
@@ -113,24 +112,6 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         used["gpu_mib"] = torch.cuda.max_memory_allocated(device) / MIB
     return {name: round(value, 1) for name, value in used.items()}
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write plain data so that no reader sees half of it; numbers that are not finite become null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(without_nan(data), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def without_nan(data: object) -> object:
-    """Return plain data with numbers that are not finite as None: JSON has no NaN."""
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    if isinstance(data, Mapping):
-        return {str(key): without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [without_nan(value) for value in data]
-    return data
 
 
 def format_seconds(seconds: float) -> str:

@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import mean_known
 from lib.infers.segmenter import Segmenter
-from lib.trainers.cases import Case, read_case
+from lib.storage.json_files import without_nan
 from lib.trainers.evaluate import CaseScore, Evaluation
 from lib.trainers.loop import TrainingResult
-from lib.trainers.metrics import mean_known
 from lib.trainers.picture import draw_slice
-from lib.trainers.progress import format_seconds, without_nan
+from lib.trainers.progress import format_seconds
 
 WORST = 3
 POINTS = 400

@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lib.cases.split import MIN_CASES_FOR_VALIDATION
 from lib.configs.retraining import Retraining
-from lib.trainers.split import MIN_CASES_FOR_VALIDATION
 
 SECONDS_AFTER_FAILURE = 600.0
 LONGEST_AFTER_FAILURE = 86_400.0

@@ -19,20 +19,25 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 from pydantic import ValidationError
 
+from lib.cases.labelled import Case, case_id, read_case
+from lib.cases.split import RUNS_FOLDER, SPLIT_FILE, Split, extend_split, known_split, read_split, write_split
+from lib.cases.studies import corrected_ids, subject_rule
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
 from lib.datastore.records import LabelVersion
 from lib.errors import CheckpointError, InputError, ParameterError, TrainingError
 from lib.infers.costs import CostBook
 from lib.infers.plan import Planner
-from lib.infers.quality import CALIBRATION_FILE
 from lib.infers.segmenter import Segmenter
-from lib.infers.weights import WeightsLocator, preset_for
+from lib.models.calibration import CALIBRATION_FILE
+from lib.models.provenance import code_version, label_digests, trained_on
+from lib.models.versions import Files, Version, VersionStore
+from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
-from lib.trainers.cases import Case, case_id, read_case
+from lib.storage.json_files import write_json
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.evaluate import Evaluation, evaluate
 from lib.trainers.gate import Rules, Verdict, judge
@@ -40,15 +45,11 @@ from lib.trainers.launch import launch
 from lib.trainers.loop import TrainingPlan, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
 from lib.trainers.pretraining.loop import ENCODER_FILE
-from lib.trainers.progress import format_seconds, write_json
-from lib.trainers.provenance import code_version, label_digests, trained_on
+from lib.trainers.progress import format_seconds
 from lib.trainers.report import as_json, render_html, report_data, worst_cases
 from lib.trainers.request import TrainRequest
 from lib.trainers.resume import remove_state
 from lib.trainers.runs import prune_runs, read_json
-from lib.trainers.split import RUNS_FOLDER, SPLIT_FILE, Split, extend_split, known_split, read_split, write_split
-from lib.trainers.studies import corrected_ids, subject_rule
-from lib.trainers.versions import Files, Version, VersionStore
 
 logger = logging.getLogger("unetr.train")
 

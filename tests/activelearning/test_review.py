@@ -13,9 +13,9 @@ from synthetic_hippocampus import draw_cases
 from lib.activelearning.insight import Insight
 from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, suspicion_of
 from lib.activelearning.score_store import ScoreStore
+from lib.cases.labelled import Case
 from lib.configs.catalogue import load_preset
-from lib.infers.weights import WeightsLocator
-from lib.trainers.cases import Case
+from lib.models.weights import WeightsLocator
 from tests.conftest import REPOSITORY
 from tests.tiny import write_nifti
 

@@ -24,13 +24,13 @@ from lib.activelearning.task import (
     make_scoring_methods,
     make_strategies,
 )
+from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.errors import ConfigError, NotFoundError, ParameterError
-from lib.infers.weights import WeightsLocator
+from lib.models.versions import VersionStore
+from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.trainers.cases import Case
-from lib.trainers.versions import VersionStore
 from tests.tiny import preset_data, tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]

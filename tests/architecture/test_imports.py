@@ -18,17 +18,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A room imports rooms of lower levels only.
 LEVELS = {
     "errors": 0,
-    "disk": 0,
+    "storage": 1,
     "commandline": 1,
-    "configs": 1,
-    "dicom": 2,
-    "transforms": 3,
-    "networks": 3,
-    "datastore": 4,
-    "infers": 5,
-    "trainers": 6,
-    "activelearning": 7,
-    "server": 8,
+    "configs": 2,
+    "dicom": 3,
+    "transforms": 4,
+    "networks": 4,
+    "datastore": 5,
+    "cases": 5,
+    "models": 6,
+    "infers": 7,
+    "trainers": 8,
+    "activelearning": 9,
+    "experiments": 10,
+    "server": 10,
+    "doctor": 10,
 }
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path

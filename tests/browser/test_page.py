@@ -15,7 +15,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
-from lib.server.tokens import add_token
+from lib.server.http.tokens import add_token
 from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lib.datastore.files import sha256_of
 from lib.datastore.history import LabelHistory
 from lib.datastore.records import LabelVersion, Submission
 from lib.errors import NotFoundError, StorageError
+from lib.storage.files import sha256_of
 
 Open = Callable[[], LabelHistory]
 

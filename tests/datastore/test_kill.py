@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.datastore.files import sha256_of
 from lib.datastore.history import LabelHistory
+from lib.storage.files import sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS = 200

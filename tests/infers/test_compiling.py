@@ -18,10 +18,11 @@ from lib.infers import compiling as module
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import CostBook, WindowCost, cost_key
 from lib.infers.memory import MIB
+from lib.infers.model_cache import ModelCache
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.infers.task import COMPUTING, UnetrInferTask
-from lib.infers.weights import ModelCache, WeightsLocator
+from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.compiled import has_openvino
 from lib.networks.inference import InferenceNetwork
@@ -237,7 +238,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
         waiting.set()
         assert going.wait(60)
 
-    monkeypatch.setattr("lib.infers.weights.compile_if_faster", compile_slowly)
+    monkeypatch.setattr("lib.models.weights.compile_if_faster", compile_slowly)
     models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", computing=threading.Lock())
     first = models.get(CPU).segmenter
     assert waiting.wait(60)
@@ -251,7 +252,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
 
 
 def test_cache_that_was_not_told_to_compile_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.infers.weights.compile_if_faster", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr("lib.models.weights.compile_if_faster", lambda *_: pytest.fail("compiled"))
     models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32")
     models.get(CPU)
     models.settle()

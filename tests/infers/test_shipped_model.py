@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.cases.labelled import find_cases
+from lib.cases.split import read_split
 from lib.configs.catalogue import load_preset
 from lib.infers.segmenter import Segmenter
-from lib.infers.weights import WeightsLocator, preset_for
+from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import file_sha256, read_checkpoint
-from lib.trainers.cases import find_cases
 from lib.trainers.evaluate import evaluate
-from lib.trainers.split import read_split
 
 FOLDER = Path(__file__).resolve().parents[2] / "model" / "hippocampus_mr"
 SIDE_CAR = json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))

@@ -15,10 +15,10 @@ import torch
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
-from lib.infers.quality import Calibration, calibration_file, foreground_uncertainty
 from lib.infers.segmenter import Segmentation, Segmenter
 from lib.infers.task import InferRequest, UnetrInferTask
-from lib.infers.weights import WeightsLocator
+from lib.models.calibration import Calibration, calibration_file, foreground_uncertainty
+from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume, read_volume

@@ -14,7 +14,7 @@ import pytest
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
 from lib.activelearning.selection import STRATEGIES
-from lib.trainers.metrics import dice_per_label, mean_known
+from lib.cases.metrics import dice_per_label, mean_known
 from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart, wait_until
 

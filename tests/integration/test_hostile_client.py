@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
-from lib.server.tokens import add_token
+from lib.server.http.tokens import add_token
 from tests.integration.conftest import prepare
 from tests.integration.server import MAIN, Server, fingerprint
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from synthetic_hippocampus import SyntheticCase
 
-from lib.server.tokens import add_token
+from lib.server.http.tokens import add_token
 from tests.integration.conftest import prepare
 from tests.integration.server import Server, parse_multipart
 

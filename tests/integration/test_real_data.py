@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import requests
 
+from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.catalogue import load_preset
-from lib.trainers.metrics import dice_per_label, mean_known
 from tests.integration.conftest import encode
 from tests.integration.server import REPOSITORY, Server, parse_multipart
 

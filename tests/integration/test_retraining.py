@@ -81,7 +81,7 @@ def runs(server: Server, model: str = "small") -> list[dict[str, Any]]:
 
 
 def training_process(server: Server) -> psutil.Process:
-    return next(p for p in server.children() if "lib.server.job_process" in " ".join(p.cmdline()))
+    return next(p for p in server.children() if "lib.server.work.job_process" in " ".join(p.cmdline()))
 
 
 def step_of(run: dict[str, Any]) -> int:

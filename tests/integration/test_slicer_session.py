@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
-from lib.trainers.metrics import dice_per_label, mean_known
+from lib.cases.metrics import dice_per_label, mean_known
 from tests.integration.conftest import encode
 from tests.integration.server import Server, parse_multipart, read_nrrd
 

@@ -40,9 +40,9 @@ def test_doctor_says_when_the_environment_is_out_of_date(project: Project, capsy
     run.set_up(dev=False)
     run.main(["doctor", "--port", "0"])
     assert "is up to date" in capsys.readouterr().out
-    assert project.calls[-1] == ["-m", "lib.server.doctor"]
+    assert project.calls[-1] == ["-m", "lib.doctor"]
 
 
 def test_doctor_passes_a_failure_of_the_installed_part_on(project: Project) -> None:
-    project.answer("lib.server.doctor", 1, "FAIL  monailabel cannot be imported")
+    project.answer("lib.doctor", 1, "FAIL  monailabel cannot be imported")
     assert run.main(["doctor", "--port", "0"]) == 1

@@ -21,11 +21,11 @@ from synthetic_hippocampus import (
     warp,
 )
 
+from lib.cases.metrics import dice_per_label
 from lib.configs.catalogue import load_preset
 from lib.infers.segmenter import Segmenter
-from lib.infers.weights import WeightsLocator, preset_for
+from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import read_checkpoint
-from lib.trainers.metrics import dice_per_label
 from lib.transforms.volume import Volume
 
 MODELS = Path(__file__).resolve().parents[2] / "model"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lib.cases.labelled import Case
+from lib.cases.split import read_split
 from lib.networks.checkpoint import file_sha256, read_checkpoint
-from lib.trainers.cases import Case
 from lib.trainers.cli import main
-from lib.trainers.split import read_split
 from tests.tiny import QUIET_AUGMENTATION, preset_data
 
 MakeCases = Callable[..., tuple[Case, ...]]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from monai.data import CacheDataset, PersistentDataset, SmartCacheDataset
 
+from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.trainers import datasets
-from lib.trainers.cases import Case
 from lib.trainers.datasets import (
     DATASET_KINDS,
     LOADER_KINDS,

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import yaml
 
+from lib.cases.labelled import Case
+from lib.cases.split import Split, write_split
 from lib.networks.checkpoint import read_checkpoint
-from lib.server.jobs import end_tree
-from lib.trainers.cases import Case
-from lib.trainers.split import Split, write_split
+from lib.server.work.jobs import end_tree
 from tests.tiny import QUIET_AUGMENTATION, preset_data
 
 REPOSITORY = Path(__file__).resolve().parents[2]

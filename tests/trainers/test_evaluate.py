@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from lib.cases.labelled import Case
 from lib.errors import LabelError
 from lib.infers.segmenter import Segmenter
-from lib.trainers.cases import Case
 from lib.trainers.evaluate import CaseScore, Evaluation, evaluate
 from tests.tiny import oblique_affine, tiny_preset, write_nifti
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.cases.labelled import Case
 from lib.errors import ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.trainers import launch as module
-from lib.trainers.cases import Case
 from lib.trainers.launch import launch, launch_processes
 from lib.trainers.loop import BEST_FILE, TrainingPlan, TrainingResult, run_training
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from lib.cases.labelled import Case
 from lib.errors import LabelError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers import loop
-from lib.trainers.cases import Case
 from lib.trainers.loop import BEST_FILE, TrainingPlan, run_training
 from lib.trainers.pause import is_paused, wait_while_paused
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib.cases.labelled import Case
+from lib.cases.split import Split
+from lib.cases.studies import corrected_ids, subject_rule
 from lib.errors import TrainingError
-from lib.trainers.cases import Case
 from lib.trainers.material import Material, divide, keep_cases, kept_cases, read_replay, weigh
-from lib.trainers.split import Split
-from lib.trainers.studies import corrected_ids, subject_rule
 from tests.tiny import boxes, write_nifti
 
 

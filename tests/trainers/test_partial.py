@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from lib.cases.labelled import MISSING, Case, ReadCased
+from lib.cases.metrics import without_missing
 from lib.configs.preset import Training
 from lib.datastore.records import LabelVersion
-from lib.trainers.cases import MISSING, Case, ReadCased
 from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
-from lib.trainers.metrics import without_missing
 from lib.trainers.optimization import build_loss, leave_out_missing
 from lib.trainers.task import case_of_version
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_nifti

@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 
+from lib.cases.labelled import Case
+from lib.cases.split import Split, write_split
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.networks.unetr import build_unetr, load_encoder
-from lib.trainers.cases import Case
 from lib.trainers.cli import main as cli
 from lib.trainers.pretraining.__main__ import main
 from lib.trainers.pretraining.loop import PretrainingPlan, pretrain, usable_images, write_encoder
 from lib.trainers.pretraining.task import UnetrPretraining
-from lib.trainers.split import Split, write_split
 from tests.tiny import QUIET_AUGMENTATION, preset_data, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]

@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.trainers.progress import (
-    CURVE_FILE,
-    Progress,
-    ProgressReporter,
-    format_seconds,
-    read_curve,
-    without_nan,
-    write_json,
-)
+from lib.storage.json_files import without_nan, write_json
+from lib.trainers.progress import CURVE_FILE, Progress, ProgressReporter, format_seconds, read_curve
 
 START = Progress(
     epoch=3,

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lib.cases.labelled import Case
 from lib.infers.segmenter import Segmenter
-from lib.trainers.cases import Case
 from lib.trainers.evaluate import CaseScore, Evaluation, evaluate
 from lib.trainers.gate import Rules, judge
 from lib.trainers.loop import TrainingResult, Validation

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from lib.cases.labelled import Case
+from lib.cases.split import Split, read_split, write_split
 from lib.errors import ParameterError, TrainingError
-from lib.infers.weights import ModelCache, WeightsLocator
+from lib.infers.model_cache import ModelCache
+from lib.models.versions import VersionStore
+from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.trainers.cases import Case
+from lib.storage.json_files import write_json
 from lib.trainers.launch import launch
 from lib.trainers.pretraining.loop import ENCODER_FILE
-from lib.trainers.progress import write_json
-from lib.trainers.split import Split, read_split, write_split
 from lib.trainers.task import UnetrTrainTask
-from lib.trainers.versions import VersionStore
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]

@@ -15,14 +15,14 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
 from lib.errors import ParameterError
-from lib.server.infer_routes import device_of
-from lib.server.names import check_image_known
+from lib.server.http.names import check_image_known
 from lib.server.pages.case_view import Volumes, as_mask, case_view, mask_of, model_for, stack_of, stamp_of
 from lib.server.pages.drawing import draw
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, middle_of, turn
-from lib.server.prefetch import Wanted
+from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
+from lib.server.work.prefetch import Wanted
 
 router = APIRouter(prefix="/case", include_in_schema=False)
 

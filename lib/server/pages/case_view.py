@@ -14,13 +14,13 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
 from lib.errors import InputError, UnetrError
 from lib.server.pages.pool_view import ohif_path
 from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, turn
 from lib.server.services import Services
-from lib.trainers.metrics import dice_per_label, mean_known
 from lib.transforms.volume import read_volume
 
 Kept = TypeVar("Kept")

@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lib.server.auth import Role, User
+from lib.server.http.auth import Role, User
 from lib.server.pages.language import language_for
 
 FOLDER = Path(__file__).parent

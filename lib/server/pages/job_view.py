@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.server.jobs import Job
 from lib.server.pages.charts import Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.services import Services
+from lib.server.work.jobs import Job
 from lib.trainers.progress import PROGRESS_FILE, format_seconds, read_curve
 from lib.trainers.runs import read_json
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from lib.models.versions import Version
 from lib.server.pages.charts import Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.services import Services
-from lib.trainers.versions import Version
 
 MOST_VERSIONS = 30
 """The newest ones are shown."""

@@ -10,16 +10,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from lib.errors import NotFoundError
-from lib.server.auth import User
+from lib.server.http.auth import User
 from lib.server.pages.drawing import draw, environment
 from lib.server.pages.job_view import job_view
 from lib.server.pages.models_view import models_view
 from lib.server.pages.pool_view import activity_view, next_view, pool_view
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.system_view import system_view
-from lib.server.retraining import Retrainer
-from lib.server.run_routes import Policy
+from lib.server.routes.runs import Policy
 from lib.server.services import Parts, Services
+from lib.server.work.retraining import Retrainer
 
 router = APIRouter(include_in_schema=False)
 

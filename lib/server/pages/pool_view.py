@@ -13,7 +13,7 @@ from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion
 from lib.errors import UnetrError
-from lib.server.auth import Role, User
+from lib.server.http.auth import Role, User
 from lib.server.services import Services
 
 logger = logging.getLogger("unetr.server")

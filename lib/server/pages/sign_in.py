@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from lib.server.auth import COOKIE, User, current_user
-from lib.server.errors import UnauthorizedError
+from lib.server.http.auth import COOKIE, User, current_user
+from lib.server.http.errors import UnauthorizedError
 from lib.server.pages.drawing import base_of, draw
 from lib.server.services import Parts
 

@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.cases.labelled import case_id
+from lib.cases.split import read_split
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
 from lib.networks.precision import resolve_device
-from lib.trainers.cases import case_id
 from lib.trainers.pretraining.loop import PretrainingPlan, find_images, pretrain, usable_images, write_encoder
 from lib.trainers.resume import remove_state
-from lib.trainers.split import read_split
 
 logger = logging.getLogger("unetr.pretrain")
 

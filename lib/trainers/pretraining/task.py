@@ -10,13 +10,13 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from lib.cases.labelled import case_id
+from lib.cases.split import known_split
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.networks.precision import resolve_device
-from lib.trainers.cases import case_id
 from lib.trainers.pretraining.loop import ENCODER_FILE, PretrainingPlan, pretrain, usable_images, write_encoder
 from lib.trainers.resume import remove_state
-from lib.trainers.split import known_split
 
 logger = logging.getLogger("unetr.pretrain")
 

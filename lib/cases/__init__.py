@@ -1,0 +1,1 @@
+"""Labelled cases: reading, subjects and splits, metrics, published data sets."""

@@ -1,0 +1,121 @@
+"""Data sets as they are published: a task of the Medical Segmentation Decathlon, or BTCV.
+
+The Decathlon's folders (Antonelli et al. 2022, doi:10.1038/s41467-022-30695-9) say in ``dataset.json`` which image has
+which label, and what the values are called; MONAI's and nnU-Net's data sets follow them. BTCV comes as the folders
+``img`` and ``label``, numbered alike, with the 13 values of ``abdomen_ct``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.cases.labelled import Case, case_id
+from lib.configs.preset import Preset, parse_preset
+from lib.errors import ConfigError, TrainingError
+from lib.transforms.volume import NIFTI_SUFFIXES
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """A published data set.
+
+    Attributes:
+        name: as it calls itself, or its folder's.
+        licence: as it says; may be empty.
+        modality: as it says; may be empty.
+        labels: name to value in its masks, without background; empty where it does not say, and the preset's are meant.
+        pairs: image and label of each training case.
+    """
+
+    name: str
+    licence: str
+    modality: str
+    labels: Mapping[str, int]
+    pairs: tuple[tuple[Path, Path], ...]
+
+    def preset(self, base: Preset) -> Preset:
+        """``base`` for the labels of this data set; known names keep their colours, codes and aliases.
+
+        Raises:
+            ConfigError: when the images are of another modality than the preset is for.
+        """
+        if self.modality and ("CT" in self.modality.upper()) != (base.modality == "CT"):
+            raise ConfigError(f"{self.name!r} is {self.modality}, but preset {base.name!r} is for {base.modality}")
+        known = [base.find_label(name) for name in self.labels]
+        if not self.labels or [label.index for label in known if label] == list(self.labels.values()) == [
+            label.index for label in base.labels
+        ]:
+            return base
+        name = re.sub(r"[^A-Za-z0-9_\-]+", "_", self.name).strip("_")[:64] or base.name
+        adapted = base.with_labels(list(self.labels)).model_dump() | {"name": name, "description": self.name}
+        return parse_preset(adapted, source=f"data set {self.name!r}")
+
+    def cases(self, preset: Preset) -> list[Case]:
+        """Its training cases, with values mapped to those of ``preset``, which :meth:`preset` has made."""
+        values = {value: label.index for name, value in self.labels.items() if (label := preset.find_label(name))}
+        return [Case(case_id(image), image, label, values or None) for image, label in self.pairs]
+
+
+def read_task(folder: Path) -> TaskFolder:
+    """Read what is in a data set's folder.
+
+    Raises:
+        TrainingError: when it is none, naming what is missing.
+    """
+    described = sorted(folder.glob("dataset*.json"))
+    found = _read_described(folder, described[0]) if described else _read_btcv(folder)
+    lost = [path for pair in found.pairs for path in pair if not path.is_file()]
+    if lost:
+        raise TrainingError(f"{found.name!r} names {len(lost)} files that are not there, such as {str(lost[0])!r}")
+    return found
+
+
+def _read_described(folder: Path, file: Path) -> TaskFolder:
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        pairs = tuple((folder / item["image"], folder / item["label"]) for item in data["training"])
+        labels = _labels_of(data["labels"])
+        channels = list((data.get("modality") or data.get("channel_names") or {}).values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{str(file)!r} does not describe a data set: {type(error).__name__} {error}") from error
+    if len(channels) > 1:
+        raise TrainingError(f"{str(file)!r}: images of {len(channels)} channels ({', '.join(channels)}); valid: one")
+    if not pairs or not labels:
+        raise TrainingError(f"{str(file)!r} has {len(pairs)} training cases and {len(labels)} labels; valid: from 1")
+    name, licence = str(data.get("name") or folder.name), str(data.get("licence") or data.get("license") or "")
+    return TaskFolder(name, licence, str(channels[0]) if channels else "", labels, pairs)
+
+
+def _labels_of(described: Mapping[str, Any]) -> dict[str, int]:
+    """Name to value, by value: the Decathlon writes ``{"1": "liver"}``, nnU-Net ``{"liver": 1}``."""
+    by_value = all(str(key).isdigit() for key in described)
+    named = {str(v): int(k) for k, v in described.items()} if by_value else {k: int(v) for k, v in described.items()}
+    return {name: value for name, value in sorted(named.items(), key=lambda item: item[1]) if value > 0}
+
+
+def _read_btcv(folder: Path) -> TaskFolder:
+    """``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, in the folder or in its ``Training``."""
+    root = folder / "Training" if (folder / "Training").is_dir() else folder
+    if not (root / "img").is_dir() or not (root / "label").is_dir():
+        raise TrainingError(
+            f"{str(folder)!r} is no data set; valid: with dataset.json (Decathlon), or with img and label (BTCV)"
+        )
+    labels = {number: path for path in _nifti(root / "label") if (number := _number(path))}
+    pairs = [(path, labels[number]) for path in _nifti(root / "img") if (number := _number(path)) in labels]
+    if not pairs:
+        raise TrainingError(f"no image in {str(root / 'img')!r} has a label of the same number")
+    return TaskFolder("BTCV", "", "CT", {}, tuple(pairs))
+
+
+def _nifti(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name.endswith(NIFTI_SUFFIXES)]
+
+
+def _number(path: Path) -> str:
+    found = re.search(r"\d+", path.name)
+    return found[0] if found else ""

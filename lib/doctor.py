@@ -1,0 +1,265 @@
+"""What works on this machine, line by line: ``python -m lib.doctor``.
+
+``run.py doctor`` calls it inside the virtual environment. Each line begins with ``ok``, ``warn`` or ``FAIL``; the last
+two say what to do. It starts no server and changes nothing. ``--plan PRESET [--image FILE]`` says how an image would be
+segmented instead, ``--plan PRESET --train`` how a training step would be computed; what they measure is kept for the
+server. ``--memory-budget 8GiB`` plans for less memory than is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+
+from lib.configs.catalogue import load_preset, shipped_preset_names
+from lib.configs.preset import Preset
+from lib.configs.settings import REPOSITORY, Settings
+from lib.errors import UnetrError
+from lib.infers.compiling import compile_if_faster
+from lib.infers.costs import COSTS_FILE, CostBook
+from lib.infers.plan import Planner
+from lib.infers.segmenter import Segmenter
+from lib.models.weights import WeightsFile, WeightsLocator
+from lib.networks.checkpoint import file_sha256
+from lib.networks.inference import InferenceNetwork
+from lib.networks.precision import cpu_computes_bf16, resolve_device, resolve_precision
+from lib.networks.unetr import build_unetr
+from lib.trainers.plan import TrainingPlanner
+from lib.transforms.volume import Volume, read_volume
+
+State = Literal["ok", "warn", "FAIL"]
+GIB = 2**30
+MIN_MEMORY_GIB = 4.0
+MIN_DISK_GIB = 5.0
+NEEDED_MODULES = ("monai.networks.nets", "monailabel.interfaces.app", "pydicom_seg", "highdicom", "itk", "nrrd")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: how it stands, what was seen, and what to do about it."""
+
+    state: State
+    text: str
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        if self.state != "ok" and not self.advice:
+            raise ValueError(f"{self.state} without advice: {self.text}")
+
+    def __str__(self) -> str:
+        return f"{self.state:<5} {self.text}" + (f"; {self.advice}" if self.advice else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print each finding; returns 1 when one is a failure."""
+    parser = argparse.ArgumentParser(prog="doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", metavar="PRESET")
+    parser.add_argument("--image", type=Path)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--memory-budget", default="")
+    options = parser.parse_args(arguments)
+    if options.plan is None:
+        findings: Iterable[Finding] = examine()
+    elif options.train:
+        findings = [check_training_plan(options.plan, options.memory_budget)]
+    else:
+        findings = [check_plan(options.plan, options.image, options.memory_budget)]
+    failed = False
+    for finding in findings:
+        print(finding, flush=True)
+        failed = failed or finding.state == "FAIL"
+    return int(failed)
+
+
+def examine() -> Iterable[Finding]:
+    """Everything that is looked at, cheap things first."""
+    yield check_versions((REPOSITORY / "requirements.txt").read_text(encoding="utf-8"))
+    yield from (check_module(name) for name in NEEDED_MODULES)
+    yield check_torch()
+    yield check_cpu()
+    yield check_memory(psutil.virtual_memory().available / GIB)
+    yield check_disk(shutil.disk_usage(REPOSITORY).free / GIB)
+    for name in shipped_preset_names():
+        yield check_weights(name, WeightsLocator(Settings().model_dir / name))
+
+
+def check_versions(requirements: str) -> Finding:
+    """Whether the packages that ``requirements`` pins are installed in these versions.
+
+    Build variants of one version (``+cpu``, ``+cu126``) are the same to it.
+    """
+    differing = []
+    for name, wanted in pinned(requirements):
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found != wanted:
+            differing.append(f"{name} {found} (tested: {wanted})")
+    if differing:
+        return Finding("warn", f"packages differ: {', '.join(differing)}", "run.py setup installs the tested ones")
+    return Finding("ok", "installed packages are the tested ones")
+
+
+def pinned(requirements: str) -> Iterable[tuple[str, str]]:
+    """Names and versions of the pins that hold for this Python.
+
+    >>> list(pinned('a==1.0\\nb==2.0; python_version < "3.0"\\n# c==3'))
+    [('a', '1.0')]
+    """
+    marker = re.compile(r'python_version (<|>=) "(\d+)\.(\d+)"')
+    for line in requirements.splitlines():
+        pin = re.match(r"([A-Za-z0-9._-]+)==([^;\s]+)", line)
+        condition = marker.search(line)
+        if condition:
+            older = sys.version_info[:2] < (int(condition[2]), int(condition[3]))
+            if older is not (condition[1] == "<"):
+                continue
+        if pin:
+            yield pin[1], pin[2]
+
+
+def check_module(name: str) -> Finding:
+    """Whether a package that the server cannot do without can be imported."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 - a broken package raises anything, and this is here to say so
+        return Finding("FAIL", f"{name} cannot be imported ({error})", "delete .venv and start run.py again")
+    return Finding("ok", f"{name} can be imported")
+
+
+def check_torch(find_program: Callable[[str], str | None] = shutil.which) -> Finding:
+    """PyTorch and the GPU that it sees.
+
+    Args:
+        find_program: tells where a program lies; NVIDIA's ``nvidia-smi`` is there where its driver is.
+    """
+    version = f"PyTorch {torch.__version__}"
+    if torch.cuda.is_available():
+        gpus = [_describe_gpu(index) for index in range(torch.cuda.device_count())]
+        return Finding("ok", f"{version} sees {len(gpus)} GPU(s): {', '.join(gpus)}")
+    if find_program("nvidia-smi") and torch.version.cuda is None:
+        advice = "README, 'GPU', says how to get a CUDA build"
+        return Finding("warn", f"{version} is a build for the CPU, but there is an NVIDIA driver", advice)
+    if find_program("nvidia-smi"):
+        advice = f"update it for CUDA {torch.version.cuda}, or take an older CUDA build (README, 'GPU')"
+        return Finding("warn", f"{version} does not get on with the NVIDIA driver", advice)
+    return Finding("ok", f"{version} computes on the CPU (no NVIDIA GPU seen)")
+
+
+def _describe_gpu(index: int) -> str:
+    free, total = torch.cuda.mem_get_info(index)
+    return f"{torch.cuda.get_device_name(index)} ({free / GIB:.1f} of {total / GIB:.1f} GiB free)"
+
+
+def check_cpu() -> Finding:
+    """Cores, threads, and whether bf16 is computed in hardware."""
+    bf16 = "bf16 in hardware" if cpu_computes_bf16() else "no bf16 in hardware, so fp32 is used"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads"
+    return Finding("ok", f"CPU {platform.machine()}: {threads}, {bf16}")
+
+
+def check_memory(free_gib: float) -> Finding:
+    """Free memory against what a large CT takes."""
+    text = f"{free_gib:.1f} GiB of memory free"
+    if free_gib < MIN_MEMORY_GIB:
+        return Finding("warn", text, f"large CTs need {MIN_MEMORY_GIB:.0f} GiB and more: close other programs")
+    return Finding("ok", text)
+
+
+def check_disk(free_gib: float) -> Finding:
+    """Free disk against what training caches and weights take."""
+    text = f"{free_gib:.1f} GiB of disk free in {REPOSITORY}"
+    if free_gib < MIN_DISK_GIB:
+        return Finding("warn", text, f"training keeps caches and weights there: free {MIN_DISK_GIB:.0f} GiB")
+    return Finding("ok", text)
+
+
+def check_weights(name: str, locator: WeightsLocator) -> Finding:
+    """Which weights a preset would be served with, and whether they are the file that their side-car describes."""
+    file = locator.find()
+    if file is None:
+        advice = "train it, or start with --conf pretrained FILE, before it can segment"
+        return Finding("warn", f"preset {name}: no weights", advice)
+    try:
+        side_car = json.loads(file.side_car.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Finding("warn", f"preset {name}: {_describe(file)}", "its side-car (.json) is missing or damaged")
+    if side_car.get("sha256") != file_sha256(file.path):
+        advice = "the file is damaged or was replaced: restore it, or publish again"
+        return Finding("FAIL", f"preset {name}: {_describe(file)} is not the file that its side-car describes", advice)
+    return Finding("ok", f"preset {name}: {_describe(file)}{_promise(side_car)}")
+
+
+def check_plan(name: str, image: Path | None, memory_budget: str = "") -> Finding:
+    """How an image would be segmented with a preset's weights (random ones take as long), measured on this machine."""
+    try:
+        preset, budget = load_preset(name), parse_budget(memory_budget)
+        volume = read_volume(image) if image is not None else usual_volume(preset)
+        what = image.name if image is not None else f"a usual {preset.modality} of {volume.voxels.shape} voxels"
+        device = resolve_device(None)
+        dtype = resolve_precision("auto", device)
+        network = InferenceNetwork(build_unetr(preset), device, dtype)
+        planner = Planner(budget, CostBook(Settings().model_dir / COSTS_FILE))
+        segmenter = Segmenter(network, preset, device, planner=planner)
+        compile_if_faster(segmenter, threading.Lock())
+        return Finding("ok", f"{name}, {what}: {segmenter.plan(volume, what).explain()}")
+    except UnetrError as error:
+        return Finding("FAIL", str(error), "nothing was planned")
+
+
+def check_training_plan(name: str, memory_budget: str = "") -> Finding:
+    """How a step of a preset's recipe would be computed, measured on this machine."""
+    try:
+        preset, budget = load_preset(name), parse_budget(memory_budget)
+        planner = TrainingPlanner(budget, CostBook(Settings().model_dir / COSTS_FILE))
+        plan = planner.plan(preset, preset.training.batch_size, resolve_device(None), always_measure=True)
+        return Finding("ok", f"training of {name}: {plan.explain()}")
+    except UnetrError as error:
+        return Finding("FAIL", str(error), "nothing was planned")
+
+
+def parse_budget(text: str) -> int | None:
+    """Bytes of ``6GiB`` and the like, as ``--conf memory_budget`` reads them; None for no text.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    return Settings.from_conf({"memory_budget": text}).memory_budget if text else None
+
+
+def usual_volume(preset: Preset) -> Volume:
+    """A grid of the usual size for the modality: an abdominal CT, or a head in MR; all rows share one ramp's memory."""
+    shape, spacing_mm = ((512, 512, 300), (0.8, 0.8, 1.5)) if preset.modality == "CT" else ((256, 256, 180), (1, 1, 1))
+    return Volume(np.broadcast_to(np.arange(shape[2], dtype=np.float32), shape), np.diag([*spacing_mm, 1.0]))
+
+
+def _describe(file: WeightsFile) -> str:
+    return f"{file.origin} weights {file.path.name} ({file.path.stat().st_size / 1e6:.1f} MB)"
+
+
+def _promise(side_car: dict[str, object]) -> str:
+    """The Dice that the side-car states, where it states one."""
+    held_out = side_car.get("held_out")
+    dice = held_out.get("mean_dice") if isinstance(held_out, dict) else None
+    return f", mean Dice {dice:.3f} on held-out cases" if isinstance(dice, float) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

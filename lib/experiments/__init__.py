@@ -1,0 +1,1 @@
+"""Comparisons and simulations that a running app never reaches."""

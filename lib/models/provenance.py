@@ -1,0 +1,54 @@
+"""Where a version comes from: the labels that it was trained on, and the code that trained it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+
+from lib.cases.labelled import Case
+from lib.networks.checkpoint import file_sha256
+
+LIBRARY = Path(__file__).resolve().parents[1]
+
+
+def trained_on(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Each case's id, how often it is in an epoch, and the SHA-256 of the label that it had."""
+    times = Counter(case.case_id for case in cases)
+    digests = label_digests(cases)
+    return [{"image": name, "times": times[name], "label_sha256": digests[name]} for name in sorted(times)]
+
+
+def label_digests(cases: Iterable[Case]) -> dict[str, str]:
+    """SHA-256 of each case's label file, which tells one version of a label from another; empty for one that is gone.
+
+    Files that have not changed are read once.
+    """
+    found = {}
+    for case in cases:
+        try:
+            status = case.label.stat()
+            found[case.case_id] = _digest(case.label, status.st_mtime_ns, status.st_size)
+        except OSError:
+            found[case.case_id] = ""
+    return found
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest(path: Path, mtime_ns: int, size: int) -> str:
+    return file_sha256(path)
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """A digest of this library's source, and the versions of what it computes with."""
+    digest = hashlib.sha256()
+    for path in sorted(LIBRARY.rglob("*.py")):
+        digest.update(path.relative_to(LIBRARY).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return {"source_sha256": digest.hexdigest(), "torch": str(torch.__version__), "monai": str(monai.__version__)}

@@ -1,0 +1,280 @@
+"""A preset's versions: immutable folders of weights and of what they are, and a pointer to the one that is served.
+
+    model/<preset>/shipped.pt, shipped.json   comes with the project; never written, never removed
+    model/<preset>/v0001/weights.pt           a version that a run or an upload made
+                         version.json         what it is: preset, recipe, data, scores, parent, SHA-256 ...
+    model/<preset>/live.json                  names the version that is served
+
+A version is written into a folder of another name, which takes its own name when it is whole; then the pointer is
+replaced. A reader sees the version before or the version after, whatever moment the writer is killed at.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from lib.configs.preset import Preset
+from lib.errors import CheckpointError, NotFoundError, TrainingError
+from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_live
+from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint
+from lib.networks.layouts import StateDict
+from lib.storage.json_files import write_json
+
+logger = logging.getLogger("unetr.publish")
+
+REPORT_FILE = "report.html"
+STAGING = ".staging-"
+Status = Literal["shipped", "published", "rejected"]
+Files = Mapping[str, Callable[[str], str]]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version.
+
+    Attributes:
+        name: ``shipped``, or ``v0001`` and counting.
+        folder: where its files are.
+        weights: its weights.
+        details: what is known of it, as in ``version.json``.
+    """
+
+    name: str
+    folder: Path
+    weights: Path
+    details: Mapping[str, Any]
+
+    @property
+    def status(self) -> Status:
+        """``published`` and ``shipped`` ones can be served; ``rejected`` ones did not pass the gate."""
+        if self.name == SHIPPED:
+            return "shipped"
+        return "published" if self.details["status"] == "published" else "rejected"
+
+    @property
+    def number(self) -> int:
+        """Versions of higher numbers are newer; 0 for the shipped one."""
+        return 0 if self.name == SHIPPED else int(self.name[1:])
+
+    @property
+    def report(self) -> Path | None:
+        """The page that tells of its training; None where no training of ours made it."""
+        file = self.folder / REPORT_FILE
+        return file if self.name != SHIPPED and file.is_file() else None
+
+    @property
+    def parent(self) -> str:
+        """The version that was served when this one was made: a name, ``pretrained``, or nothing."""
+        return str(self.details.get("parent", ""))
+
+
+class VersionStore:
+    """The versions of one preset.
+
+    Args:
+        folder: ``model/<preset>``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def list(self) -> list[Version]:
+        """All versions, the oldest first."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        found = [self._read(name) for name in names if VERSION_NAME.fullmatch(name)]
+        shipped = [self._read(SHIPPED)] if (self.folder / "shipped.pt").is_file() else []
+        return shipped + sorted(found, key=lambda version: version.number)
+
+    def get(self, name: str) -> Version:
+        """The version of that name.
+
+        Raises:
+            NotFoundError: with the known ones.
+        """
+        found = next((version for version in self.list() if version.name == name), None)
+        if found is None:
+            raise NotFoundError("version", name[:200], [version.name for version in self.list()])
+        return found
+
+    def live(self) -> Version | None:
+        """The version that the live pointer names; None where it names none.
+
+        Raises:
+            CheckpointError, NotFoundError: when the pointer is damaged, or its version gone.
+        """
+        name = read_live(self.folder)
+        return None if name is None else self.get(name)
+
+    def publish(
+        self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
+    ) -> Version:
+        """Keep a version and serve it.
+
+        Args:
+            weights: state dict.
+            preset: what they were trained for.
+            details: plain data for ``version.json``: ``parent`` and whatever says where it comes from.
+            files: more files to keep with it: their names, and what writes the text of each from the version's name.
+        """
+        version = self._add(weights, preset, dict(details) | {"status": "published"}, files or {})
+        self._point_to(version.name)
+        return version
+
+    def reject(
+        self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
+    ) -> Version:
+        """Keep a version that is not served; arguments as those of :meth:`publish`."""
+        return self._add(weights, preset, dict(details) | {"status": "rejected"}, files or {})
+
+    def rollback(self, name: str, rejected: bool = False) -> Version:
+        """Serve another version again.
+
+        Args:
+            name: of the version.
+            rejected: whether one that did not pass the gate may be served.
+
+        Raises:
+            NotFoundError: when there is none of that name.
+            TrainingError: when it did not pass the gate.
+            CheckpointError: when its weights are not those that were kept.
+        """
+        version = self.get(name)
+        if version.status == "rejected" and not rejected:
+            raise TrainingError(
+                f"version {name!r} was rejected and is not served, unless with rejected=true: "
+                f"{version.details.get('reason')}"
+            )
+        if file_sha256(version.weights) != version.details.get("sha256"):
+            raise CheckpointError(f"the weights of version {name!r} are damaged: their SHA-256 is another one")
+        self._point_to(name)
+        return version
+
+    def withdraw(self) -> str:
+        """Serve what was served before the live version: its parent, or what the preset starts with.
+
+        Returns:
+            The name of the version that the pointer names now; empty for none.
+
+        Raises:
+            TrainingError: when no published version is live.
+        """
+        live = self.live()
+        if live is None or live.name == SHIPPED:
+            raise TrainingError("the weights in use are not published ones, and stay")
+        known = [version.name for version in self.list()]
+        if live.parent in known:
+            return self.rollback(live.parent).name
+        (self.folder / LIVE_FILE).unlink()
+        return ""
+
+    def prune(self, keep: int) -> tuple[str, ...]:
+        """Remove old versions, except the live one, its parent, and the newest ones.
+
+        Args:
+            keep: how many of the published and how many of the rejected ones are kept.
+
+        Returns:
+            Names of those that were removed.
+        """
+        live = self.live()
+        spared = {live.name, live.parent} if live is not None else set()
+        removed = []
+        for status in ("published", "rejected"):
+            versions = [version for version in self.list() if version.status == status]
+            for version in versions[: -max(1, keep)]:
+                if version.name not in spared:
+                    _remove(version.folder)
+                    removed.append(version.name)
+        return tuple(removed)
+
+    def _read(self, name: str) -> Version:
+        folder = self.folder if name == SHIPPED else self.folder / name
+        side_car, weights = (SHIPPED + ".json", "shipped.pt") if name == SHIPPED else (VERSION_FILE, WEIGHTS_FILE)
+        try:
+            details = json.loads((folder / side_car).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if name != SHIPPED:
+                raise CheckpointError(f"version {name!r} cannot be read: {error}") from error
+            details = {"sha256": file_sha256(folder / weights)}
+        return Version(name, folder, folder / weights, details)
+
+    def _add(self, weights: StateDict, preset: Preset, details: dict[str, Any], files: Files) -> Version:
+        self._remove_left_overs()
+        number = max((version.number for version in self.list()), default=0) + 1
+        staging = self.folder / f"{STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        staging.mkdir(parents=True)
+        try:
+            while True:
+                name = f"v{number:04d}"
+                _write(staging, name, weights, preset, details, files)
+                if _take_name(staging, self.folder / name):
+                    break
+                number += 1  # another process was faster
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        logger.info("%s version %s of %s", details["status"], name, preset.name)
+        return self._read(name)
+
+    def _point_to(self, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / LIVE_FILE, {"version": name, "since": now()})
+        logger.info("%s serves %s", self.folder.name, name)
+
+    def _remove_left_overs(self) -> None:
+        """Folders that a killed process did not finish."""
+        for path in self.folder.glob(f"{STAGING}*"):
+            if not psutil.pid_exists(int(path.name.removeprefix(STAGING).split("-")[0])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def now() -> str:
+    """The time in UTC, in ISO form, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _write(
+    folder: Path, name: str, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files
+) -> None:
+    created = now()
+    write_checkpoint(folder / WEIGHTS_FILE, Checkpoint(weights, preset, {"version": name, "created": created}))
+    said = {"version": name, "created": created, "preset": preset.model_dump(mode="json")}
+    said |= {"labels": preset.label_indices, "sha256": file_sha256(folder / WEIGHTS_FILE)}
+    write_json(folder / VERSION_FILE, said | dict(details))
+    for file, text_of in files.items():
+        (folder / file).write_text(text_of(name), encoding="utf-8")
+
+
+def _take_name(staging: Path, target: Path) -> bool:
+    """Give a finished folder its name; False where the name is taken."""
+    if target.exists():
+        return False
+    try:
+        staging.rename(target)
+    except OSError:
+        if target.exists():
+            return False
+        raise
+    for path in target.iterdir():
+        path.chmod(0o444)
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a version; its name goes first, so that nobody sees half of it."""
+    leaving = folder.with_name(f"{STAGING}{os.getpid()}-{folder.name}")
+    folder.rename(leaving)
+    for path in leaving.iterdir():
+        path.chmod(0o644)
+    shutil.rmtree(leaving)

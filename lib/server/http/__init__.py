@@ -1,0 +1,1 @@
+"""HTTP: errors, middleware, authentication, uploads, logs, metrics and events."""

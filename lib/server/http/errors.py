@@ -1,0 +1,191 @@
+"""Every refusal as JSON: ``{"detail": <sentence>, "error": <class>, "request_id": ...}`` with the right status.
+
+One table maps the project's exceptions to HTTP status codes; what is not in it is a defect: answered 500, and logged.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
+from starlette.exceptions import HTTPException
+
+from lib.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MemoryBudgetError,
+    ModelNotReadyError,
+    NotFoundError,
+    ParameterError,
+    StorageError,
+    TrainingError,
+    UnetrError,
+    UpstreamError,
+)
+from lib.server.http.request_id import current_request_id
+
+logger = logging.getLogger("unetr.server")
+
+LONGEST_SENTENCE = 2000
+
+
+class UnauthorizedError(UnetrError):
+    """A request without a valid token, where tokens are asked for."""
+
+
+class ForbiddenError(UnetrError):
+    """Something that this client's role, or this server's settings, do not allow."""
+
+
+class ConflictError(UnetrError):
+    """Something of that name is there already, or is busy."""
+
+
+class TooLargeError(UnetrError):
+    """An upload that is larger than the server takes, as it is or once it is unpacked."""
+
+
+class BusyError(UnetrError):
+    """The queue is full.
+
+    Args:
+        message: the sentence.
+        retry_after_seconds: when to come back.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+# The first row that fits counts, so subclasses stand above their bases.
+STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (ParameterError, 400),
+    (ConfigError, 400),
+    (UnauthorizedError, 401),
+    (ForbiddenError, 403),
+    (NotFoundError, 404),
+    (ImageNotFoundException, 404),
+    (LabelNotFoundException, 404),
+    (ConflictError, 409),
+    (ModelNotReadyError, 409),
+    (TrainingError, 409),
+    (TooLargeError, 413),
+    (MemoryBudgetError, 413),
+    (InputError, 422),
+    (CheckpointError, 422),
+    (UpstreamError, 502),
+    (BusyError, 503),
+    (StorageError, 507),
+)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HTTP_ERRORS = {
+    400: "ParameterError",
+    401: "UnauthorizedError",
+    403: "ForbiddenError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    409: "ConflictError",
+    413: "TooLargeError",
+}
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status code for an exception; 500 for one that nobody expected."""
+    if isinstance(error, HTTPException):
+        return error.status_code
+    if isinstance(error, RequestValidationError):
+        return 400
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return 507
+    for kind, code in STATUS_CODES:
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, MONAILabelException) and error.error is MONAILabelError.INVALID_INPUT:
+        return 400
+    return 500
+
+
+def error_response(error: Exception) -> Response:
+    """The answer for an exception; the sentence of an unexpected one stays in the log."""
+    status = status_of(error)
+    body = {
+        "detail": describe(error, status)[:LONGEST_SENTENCE],
+        "error": _kind(error, status),
+        "request_id": current_request_id(),
+    }
+    # ASCII only: a client may have sent text that UTF-8 cannot hold (lone surrogates), and the sentence quotes it.
+    return Response(json.dumps(body), status, _headers(error), media_type="application/json")
+
+
+def describe(error: Exception, status: int) -> str:
+    """One sentence for the client."""
+    if isinstance(error, RequestValidationError):
+        return _describe_validation(error.errors())
+    if isinstance(error, HTTPException):
+        allowed = (error.headers or {}).get("Allow")
+        return f"this method is not taken here; valid: {allowed}" if allowed else str(error.detail)
+    if isinstance(error, MONAILabelException):
+        return str(error.msg)
+    if status == 507 and not isinstance(error, UnetrError):
+        return "the server's disk is full; nothing was kept"
+    if status == 500:
+        return "something went wrong in the server; its log has the reason under this request_id"
+    return str(error)
+
+
+def register_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that is raised on purpose; the rest is caught around the app (``middleware``)."""
+    for kind in (UnetrError, MONAILabelException, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _handle)
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    client = request.client.host if request.client else "unknown"
+    status = status_of(error)
+    level = logging.ERROR if status == 500 else logging.INFO
+    logger.log(
+        level,
+        "refused %s %s from %s: %d %s",
+        request.method,
+        request.url.path,
+        client,
+        status,
+        describe(error, status)[:LONGEST_SENTENCE],
+        exc_info=error if status == 500 else None,
+    )
+    return error_response(error)
+
+
+def _kind(error: Exception, status: int) -> str:
+    if isinstance(error, HTTPException | RequestValidationError):
+        return HTTP_ERRORS.get(status, "HTTPError")
+    return "InternalError" if status >= 500 and not isinstance(error, UnetrError) else type(error).__name__
+
+
+def _headers(error: Exception) -> Mapping[str, str] | None:
+    if isinstance(error, BusyError):
+        return {"Retry-After": str(error.retry_after_seconds)}
+    if isinstance(error, UnauthorizedError):
+        return {"WWW-Authenticate": "Bearer"}
+    return error.headers if isinstance(error, HTTPException) else None
+
+
+def _describe_validation(problems: Sequence[Mapping[str, Any]]) -> str:
+    problem = problems[0]
+    name = ".".join(str(part) for part in problem["loc"][1:]) or str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"parameter {name!r} is missing"
+    return f"parameter {name!r} is {problem.get('input')!r:.200}; valid: {problem['msg']}"

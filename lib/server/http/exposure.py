@@ -1,0 +1,53 @@
+"""A warning that cannot be missed when everybody on the network may do everything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from lib.server.http.origins import is_loopback
+
+logger = logging.getLogger("unetr.server")
+
+# What `monailabel start_server` listens on when it is not told.
+STOCK_HOST = "0.0.0.0"
+
+
+def warn_if_exposed(arguments: Sequence[str], authenticated: bool) -> bool:
+    """Print the warning if the server listens beyond this machine and asks nobody for a token.
+
+    Args:
+        arguments: the process's command line; an ASGI app is told its address by nothing else when it starts.
+        authenticated: whether clients need a token.
+
+    Returns:
+        Whether there was something to warn of.
+    """
+    host = listening_host(arguments)
+    if authenticated or host is None or is_loopback(host):
+        return False
+    banner = "!" * 88
+    text = (
+        f"This server listens on {host} and asks NOBODY for a password: whoever reaches it can read,\n"
+        "change and delete the studies. Start it with --host 127.0.0.1, or give it users:\n"
+        "    python -m lib.server.http.tokens tokens.yaml NAME ROLE      and      --conf tokens tokens.yaml"
+    )
+    print(f"\n{banner}\n{text}\n{banner}\n", file=sys.stderr, flush=True)
+    logger.warning("listening on %s without authentication", host)
+    return True
+
+
+def listening_host(arguments: Sequence[str]) -> str | None:
+    """The address on MONAI Label's command line, or its default; None for another program.
+
+    >>> listening_host(["monailabel", "start_server", "--host", "127.0.0.1"])
+    '127.0.0.1'
+    """
+    if "start_server" not in arguments:
+        return None
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in ("--host", "-i"):
+            return value if equals else next(iter(arguments[position + 1 :]), STOCK_HOST)
+    return STOCK_HOST

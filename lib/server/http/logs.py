@@ -1,0 +1,49 @@
+"""The form of the log: every line with the request that it belongs to; as JSON where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Literal
+
+from lib.server.http.request_id import current_request_id
+
+LogFormat = Literal["text", "json"]
+# MONAI Label's configuration gives these handlers of their own, and the root logger's do not see what they log.
+LOGGERS = ("", "uvicorn", "uvicorn.access")
+
+
+class TextFormatter(logging.Formatter):
+    """Lines for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As MONAI Label's, with the request's id."""
+        record.request_id = current_request_id()
+        return super().format(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; what is logged as a JSON object (an access) stays one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        entry = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "request_id": current_request_id(),
+        }
+        fields = getattr(record, "fields", None)
+        entry |= fields if isinstance(fields, dict) else {"message": record.getMessage()}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def set_log_format(log_format: LogFormat) -> None:
+    """Give the handlers that MONAI Label's logging configuration made this form."""
+    text = "[%(asctime)s] [%(process)s] [%(levelname)s] [%(request_id)s] (%(name)s:%(lineno)d) - %(message)s"
+    formatter = JsonFormatter() if log_format == "json" else TextFormatter(text)
+    for name in LOGGERS:
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(formatter)

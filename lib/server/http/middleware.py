@@ -1,0 +1,187 @@
+"""Around every request: an id, a size limit, one line in the log, and an answer even to a defect."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+
+import anyio
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lib.errors import ConfigError
+from lib.server.http.errors import error_response
+from lib.server.http.events import topics_of
+from lib.server.http.origins import SAFE_METHODS
+from lib.server.http.request_id import HEADER, begin_request
+
+access = logging.getLogger("unetr.access")
+logger = logging.getLogger("unetr.server")
+
+MIB = 2**20
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+# Bodies that are no files: parameters in JSON.
+SMALL_BODY_BYTES = MIB
+# How much of a refused upload is read and thrown away, so that the client hears why: one that is still sending when the
+# connection closes sees only that it closed.
+DRAINED_BYTES = 256 * MIB
+DRAINING_SECONDS = 20
+
+
+@dataclass
+class _Exchange:
+    """What is known of a request and its answer."""
+
+    scope: Scope
+    request_id: str
+    start: float
+    status: int = 0
+    received: int = 0
+
+    @property
+    def route(self) -> str:
+        """The route's template, the same for all ids and names in it."""
+        return str(getattr(self.scope.get("route"), "path", "other"))
+
+    def finish(self) -> None:
+        """Count it, and write one JSON object to the log, without anything secret: no headers, no query."""
+        seconds = time.perf_counter() - self.start
+        services = getattr(self.scope["app"].state, "services", None)
+        if services is not None:
+            method = self.scope["method"] if self.scope["method"] in METHODS else "other"
+            services.metrics.count_request(method, self.route, self.status, seconds)
+            if method not in SAFE_METHODS and 200 <= self.status < 300:
+                services.changes.mark(*topics_of(self.route))
+        client = self.scope.get("client")
+        user = self.scope.get("unetr.user")
+        fields = {
+            "request_id": self.request_id,
+            "client": client[0] if client else None,
+            "user": user.name if user else None,
+            "method": self.scope["method"],
+            "path": self.scope["path"],
+            "status": self.status,
+            "received_bytes": self.received,
+            "ms": round(seconds * 1000, 1),
+        }
+        access.info("%s", json.dumps(fields), extra={"fields": fields})
+
+
+class Surroundings:
+    """ASGI middleware.
+
+    Args:
+        app: what it surrounds.
+        default_limit_mib: largest upload until the settings are known.
+    """
+
+    def __init__(self, app: ASGIApp, default_limit_mib: int = 2048) -> None:
+        self._app = app
+        self._default_limit_mib = default_limit_mib
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start and stop; a wrong setting ends the start with its sentence instead of a stack trace."""
+        try:
+            await self._app(scope, receive, _without_trace(send))
+        except ConfigError as error:
+            print(f"\nThe server does not start: {error}\n", file=sys.stderr, flush=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        request_id = begin_request(headers.get(HEADER.encode(), b"").decode("latin-1"))
+        exchange = _Exchange(scope, request_id, time.perf_counter())
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*message.get("headers", []), (HEADER.encode(), request_id.encode())]
+            await send(message)
+
+        limited = _LimitedBody(receive, self._limit(scope, headers), exchange)
+        try:
+            await limited.check_announced(headers.get(b"content-length"))
+            await self._app(scope, limited.receive, sending)
+        except HTTPException as error:
+            await error_response(error)(scope, receive, sending)
+        except ClientDisconnect:
+            logger.info("the client of request %s left", request_id)
+        except Exception as error:
+            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            if not exchange.status:
+                await error_response(error)(scope, receive, sending)
+        finally:
+            exchange.finish()
+
+    def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        """Most bytes that this request's body may have."""
+        if not headers.get(b"content-type", b"").startswith(b"multipart/"):
+            return SMALL_BODY_BYTES
+        services = getattr(scope["app"].state, "services", None)
+        return (services.settings.upload_limit_mib if services else self._default_limit_mib) * MIB
+
+
+class _LimitedBody:
+    """Counts a request's body and stops it at a limit."""
+
+    def __init__(self, receive: Receive, most_bytes: int, exchange: _Exchange) -> None:
+        self._receive = receive
+        self._most = most_bytes
+        self._exchange = exchange
+
+    async def check_announced(self, content_length: bytes | None) -> None:
+        """Refuse a body that says itself that it is too large.
+
+        Raises:
+            HTTPException: 413.
+        """
+        if content_length and content_length.isdigit() and int(content_length) > self._most:
+            await self._drain()
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """As ASGI's; stops a body that turns out to be too large.
+
+        Raises:
+            HTTPException: 413.
+        """
+        message = await self._receive()
+        self._exchange.received += len(message.get("body", b""))
+        if self._exchange.received > self._most:
+            await self._drain()
+            raise self._too_large()
+        return message
+
+    async def _drain(self) -> None:
+        drained = 0
+        with anyio.move_on_after(DRAINING_SECONDS):
+            while drained < DRAINED_BYTES:
+                message = await self._receive()
+                drained += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+
+    def _too_large(self) -> HTTPException:
+        limit = f"{self._most / MIB:g} MiB"
+        return HTTPException(413, f"the request is larger than {limit}, which is the most that is taken here")
+
+
+def _without_trace(send: Send) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            last = message.get("message", "").strip().splitlines()[-1:]
+            message = {**message, "message": last[0] if last and "ConfigError" in last[0] else message["message"]}
+        await send(message)
+
+    return sending

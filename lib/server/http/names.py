@@ -1,0 +1,128 @@
+"""Names that clients send: image ids, label tags and file names, none of which may lead out of the studies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+
+from lib.datastore.series import SeriesDatastore
+from lib.errors import NotFoundError, ParameterError
+from lib.server.http.errors import ForbiddenError
+
+_NEW_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_TAG = re.compile(r"[a-z0-9_-]{1,32}")
+_DEVICE_NAMES = frozenset({"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(1, 10))})
+_EXTENSIONS_INSIDE = re.compile(r"\.(nii|nrrd|json|lock)(\.|$)")
+LISTED_IDS = 5
+
+
+def check_new_id(text: str) -> str:
+    """An id for a new image.
+
+    Raises:
+        ParameterError: unless it is a plain file name on every operating system.
+    """
+    reserved = text.split(".")[0].lower() in _DEVICE_NAMES
+    if not _NEW_ID.fullmatch(text) or text.endswith(".") or reserved or _EXTENSIONS_INSIDE.search(text):
+        valid = "1 to 128 letters, digits, '.', '_' or '-', not beginning with '.', and no file extension"
+        raise ParameterError("image", text[:200], valid)
+    return text
+
+
+def check_tag(text: str | None) -> str:
+    """A label's tag, ``final`` where none is given.
+
+    Raises:
+        ParameterError: unless it is a plain folder name.
+    """
+    tag = text or DefaultLabelTag.FINAL.value
+    if not _TAG.fullmatch(tag):
+        raise ParameterError("tag", tag[:200], "final, original, or 1 to 32 lower-case letters, digits, '_' or '-'")
+    return tag
+
+
+def safe_file_name(sent: str | None, otherwise: str) -> str:
+    """The last part of a file name as a client sends it (3D Slicer sends the full local path), made harmless.
+
+    >>> safe_file_name("C:\\\\scans\\\\brain 1.nii.gz", "image.nii.gz")
+    'brain_1.nii.gz'
+    """
+    last = re.split(r"[/\\]", sent or "")[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", last).lstrip(".")
+    return name[-100:].lstrip(".") or otherwise
+
+
+def check_image_known(datastore: Datastore, image_id: str) -> str:
+    """An id of an image that the datastore has.
+
+    Raises:
+        NotFoundError: when it has none of that name.
+    """
+    known = (
+        datastore.has_image(image_id)  # at once, however many there are
+        if isinstance(datastore, SeriesDatastore)
+        else image_id in datastore.list_images()
+    )
+    if not known:
+        raise NotFoundError("image", image_id[:200])
+    return image_id
+
+
+def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[Path, ...]) -> Path:
+    """The file or folder of an image.
+
+    Args:
+        datastore: where it is.
+        image_id: its id; a path where an administrator allowed its folder.
+        studies: the studies folder, or a server's address.
+        roots: other folders that an administrator allowed.
+
+    Raises:
+        NotFoundError: when there is none of that id, or its file is gone.
+        ForbiddenError: when it is a link that leads out of the studies.
+    """
+    allowed = [root.resolve() for root in roots]
+    if allowed and _is_path_inside(image_id, allowed):
+        return Path(image_id)
+    check_image_known(datastore, image_id)
+    file = Path(datastore.get_image_uri(image_id))
+    if not file.exists():
+        raise NotFoundError("image file of", image_id)
+    if isinstance(datastore, SeriesDatastore) and datastore.is_series(image_id):
+        return file  # made by this server, in a folder of its own
+    return check_inside(file, [Path(studies).resolve(), *allowed], f"image {image_id!r}")
+
+
+def check_inside(file: Path, folders: list[Path], what: str) -> Path:
+    """Refuse a file that a link leads out of ``folders``.
+
+    Raises:
+        ForbiddenError: naming it, but not where it leads.
+    """
+    if not any(file.resolve().is_relative_to(folder) for folder in folders):
+        raise ForbiddenError(
+            f"{what} lies outside the studies folder; an administrator can allow its folder (image_roots)"
+        )
+    return file
+
+
+def find_label(datastore: Datastore, label_id: str, tag: str) -> Path:
+    """The file of an image's label.
+
+    Raises:
+        NotFoundError: when there is none.
+    """
+    uri: Any = datastore.get_label_uri(label_id, tag) if tag in datastore.get_labels_by_image_id(label_id) else ""
+    if not uri or not Path(uri).is_file():
+        raise NotFoundError(f"label {tag!r} of image", label_id[:200])
+    return Path(uri)
+
+
+def _is_path_inside(text: str, folders: list[Path]) -> bool:
+    if "\0" in text:
+        return False
+    path = Path(text)
+    return path.is_absolute() and path.exists() and any(path.resolve().is_relative_to(folder) for folder in folders)

@@ -1,0 +1,1 @@
+"""How labels enter and leave the server."""

@@ -1,0 +1,131 @@
+"""Between labels and DICOM SEG: a stored SEG is a submission, and a label of a series is shown as a SEG."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from pydicom.dataset import Dataset
+
+from lib.configs.preset import Preset
+from lib.datastore.records import FINAL, LabelVersion
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation, referenced_instances, referenced_series
+from lib.dicom.segmentation_writer import Origin, write_segmentation
+from lib.dicom.sources import FolderSource
+from lib.errors import LabelError, ParameterError
+from lib.server.http.auth import User
+from lib.server.http.uploads import temporary_folder
+from lib.server.labels.submissions import submit_label
+from lib.server.services import Services
+from lib.transforms.volume import read_volume
+
+logger = logging.getLogger("unetr.server")
+
+SOURCE = "dicom"
+"""How a label came that was a DICOM SEG."""
+
+
+def series_store(parts: Services) -> SeriesDatastore:
+    """The datastore, which has DICOM series.
+
+    Raises:
+        ParameterError: when it has none.
+    """
+    if not isinstance(parts.datastore, SeriesDatastore):
+        raise ParameterError("studies", parts.instance.studies, "a folder or a DICOMweb server")
+    return parts.datastore
+
+
+def mask_as_segmentation(
+    parts: Services, image_id: str, mask: Path, preset: Preset, origin: Origin, number: int = 1
+) -> Dataset:
+    """A mask file of a series as a DICOM SEG.
+
+    Raises:
+        ParameterError: when the image is no DICOM series.
+        ImageError, LabelError: when the series or the mask does not allow it.
+    """
+    store = series_store(parts)
+    if not store.is_series(image_id):
+        raise ParameterError("image", image_id, "a DICOM series, since a DICOM SEG refers to one")
+    with temporary_folder() as folder:
+        series = store.read_series(image_id, folder)
+        labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+        return write_segmentation(labels, series, preset, origin, number)
+
+
+def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
+    """The image that a SEG is of.
+
+    Raises:
+        LabelError: when it is none of the images.
+    """
+    uid = referenced_series(seg)
+    if uid not in store.series() and isinstance(store.source, FolderSource):
+        found = (store.source.index.instance(sop) for sop in sorted(referenced_instances(seg)))
+        uid = next((instance.series for instance in found if instance), uid)
+    if uid not in store.series():
+        raise LabelError(f"DICOM SEG is of series {uid or '(none)'}, which is none of the images here")
+    return uid
+
+
+def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> tuple[str, Path, list[dict[str, Any]]]:
+    """A SEG as a mask file.
+
+    Returns:
+        The image's id, the file in ``folder``, and its ``label_info``: name and value of every segment that has voxels.
+
+    Raises:
+        LabelError: when it cannot be placed on its series.
+    """
+    uid = segmented_series(store, seg)
+    fetched = folder / "series"
+    fetched.mkdir()
+    series = store.read_series(uid, fetched)
+    volume = read_segmentation(seg, series)
+    file = folder / "label.nii.gz"
+    nib.save(nib.Nifti1Image(volume.labels, series.affine_ras), file)
+    return uid, file, label_info(volume)
+
+
+def label_info(volume: SegmentedVolume) -> list[dict[str, Any]]:
+    """Names and values as 3D Slicer sends them. An unnamed segment is named by its number, which nothing maps.
+
+    Segments without voxels are told too: the user left that structure empty, which is something else than missing.
+    """
+    return [{"name": name or f"segment {number}", "idx": number} for number, name in sorted(volume.names.items())]
+
+
+def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:
+    """Take a SEG as the final label of its series, and keep it where viewers find it.
+
+    Raises:
+        LabelError: when it is of no image here, or is no label of it.
+        StorageError: when the disk does not take it.
+        UpstreamError: when the PACS does not answer.
+    """
+    store = series_store(parts)
+    with temporary_folder() as folder:
+        uid, file, info = unpack_segmentation(store, seg, folder)
+        submit_label(parts, uid, file, FINAL, {"label_info": info}, user, SOURCE)
+    store.source.keep_segmentation(seg, uid)
+
+
+def show_as_segmentation(parts: Services, version: LabelVersion) -> None:
+    """Put a final label of a series beside it as a DICOM SEG, where it did not come as one; for ``label_hooks``.
+
+    Raises:
+        InputError, UpstreamError: when it cannot be done; the label itself is safe.
+    """
+    store = series_store(parts)
+    came_as_one = version.source == SOURCE and not version.restored_from
+    if version.tag != FINAL or came_as_one or not store.is_series(version.image_id):
+        return
+    origin = Origin("SEMIAUTOMATIC" if version.model_version else "MANUAL", version.model_version, version.user)
+    number = len(store.history.versions(version.image_id))
+    seg = mask_as_segmentation(parts, version.image_id, version.file, parts.presets[version.preset], origin, number)
+    store.source.keep_segmentation(seg, version.image_id)

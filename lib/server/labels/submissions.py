@@ -1,0 +1,163 @@
+"""The one way by which a label enters, from whatever route: checked, mapped by name, kept as a version, told to all.
+
+What is wrong is refused with a sentence and kept in quarantine; the last good label stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.configs.preset import Preset
+from lib.datastore.label_names import parse_label_info
+from lib.datastore.predictions import Prediction
+from lib.datastore.records import FINAL, LabelVersion, Submission
+from lib.datastore.task import submission_of
+from lib.datastore.validation import CheckedLabel, check_label
+from lib.errors import ImageError, InputError, LabelError
+from lib.server.http.auth import User
+from lib.server.http.uploads import check_header, temporary_folder
+from lib.server.services import Services
+from lib.transforms.volume import read_grid
+
+logger = logging.getLogger("unetr.server")
+
+LONGEST_TOLD = 500
+
+
+def submit_label(
+    parts: Services, image_id: str, file: Path, tag: str, info: Mapping[str, Any], user: User, source: str
+) -> LabelVersion:
+    """Check a label and keep it as the newest version of its image's.
+
+    Args:
+        parts: the server's parts.
+        image_id: an image that there is.
+        file: the mask as it came, which is left as it is.
+        tag: a checked tag.
+        info: what came with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``, more.
+        user: who sent it.
+        source: the way by which it came: ``rest``, ``dicom``.
+
+    Raises:
+        LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine then.
+        TooLargeError: when it unpacks to more than the limit; it is not kept.
+        StorageError: when the disk does not take it; then nothing has changed.
+    """
+    client = user.client(info.get("client_id"))
+    prediction = parts.store.predictions.find(client, image_id)
+    with temporary_folder() as folder:
+        try:
+            preset = choose_preset(parts.presets, info, prediction)
+            checked = _check(parts, image_id, file, preset, info, folder)
+        except InputError as error:
+            _quarantine(parts, file, str(error), image_id, tag, info, user, source)
+            raise error if isinstance(error, LabelError) else LabelError(str(error)) from error
+        started_from = prediction if prediction is not None and prediction.preset == preset.name else None
+        changed = _voxels_changed(parts, started_from, checked, folder)
+        submission = Submission(
+            image_id=image_id,
+            tag=tag,
+            user=user.name,
+            client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
+            preset=preset.name,
+            model_version=started_from.model_version if started_from else "",
+            label_map=checked.mapped.label_map,
+            missing_labels=checked.mapped.missing,
+            voxels_changed=changed,
+            source=source,
+            notes=checked.notes,
+            info=info,
+        )
+        version = parts.store.save_version(checked.file, submission)
+    _saved(parts, version)
+    return version
+
+
+def keep_prediction(
+    parts: Services, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str
+) -> LabelVersion:
+    """Keep a mask of the server's own making, which needs no checking.
+
+    Raises:
+        StorageError: when the disk does not take it.
+    """
+    submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})
+    version = parts.store.save_version(mask, submission)
+    _saved(parts, version)
+    return version
+
+
+def restore_label(parts: Services, version_id: str, user: User, client_id: str) -> LabelVersion:
+    """Make an older version the newest one.
+
+    Raises:
+        NotFoundError: when there is none of that id.
+        StorageError: when it cannot be restored.
+    """
+    version = parts.store.restore_version(version_id, user.name, client_id)
+    logger.info("version %s of %s restored by %s", version_id, version.image_id, user.name)
+    _saved(parts, version)
+    return version
+
+
+def choose_preset(presets: Mapping[str, Preset], info: Mapping[str, Any], prediction: Prediction | None) -> Preset:
+    """The task that a label is for: the one that the client names, the only one, or the one that has its names.
+
+    Raises:
+        LabelError: when several are served and nothing says which.
+    """
+    named = next((info[key] for key in ("model", "preset") if isinstance(info.get(key), str) and info[key]), None)
+    if named in presets:
+        return presets[str(named)]
+    if len(presets) == 1:
+        return next(iter(presets.values()))
+    candidates = list(presets.values())
+    if prediction is not None and prediction.preset in presets:
+        candidates.sort(key=lambda preset: preset.name != prediction.preset)
+    names = (parse_label_info(info.get("label_info")) or {}).values()
+    fitting = [preset for preset in candidates if all(preset.find_label(name) for name in names)]
+    if fitting and (names or prediction is not None):
+        return fitting[0]
+    raise LabelError(f"nothing says which of the tasks {', '.join(presets)} this label is for; send model: its name")
+
+
+def _check(
+    parts: Services, image_id: str, file: Path, preset: Preset, info: Mapping[str, Any], folder: Path
+) -> CheckedLabel:
+    check_header(file, parts.settings.unpacked_limit_mib)
+    image = parts.image_file(image_id)
+    try:
+        grid = read_grid(image)
+    except ImageError as error:
+        raise LabelError(f"the label cannot be held against its image: {error}") from error
+    return check_label(file, grid, preset, info, folder)
+
+
+def _voxels_changed(parts: Services, prediction: Prediction | None, checked: CheckedLabel, folder: Path) -> int | None:
+    if prediction is None:
+        return None
+    return parts.store.predictions.voxels_changed(prediction, checked.voxels, folder)
+
+
+def _saved(parts: Services, version: LabelVersion) -> None:
+    """What follows from a new version: its case is free again, and whoever asked to hear of it does."""
+    if version.tag == FINAL:
+        parts.store.leases.release(version.image_id)
+    parts.metrics.count_label(version.tag)
+    parts.on_label_saved(version)
+
+
+def _quarantine(
+    parts: Services, file: Path, reason: str, image_id: str, tag: str, info: Mapping[str, Any], user: User, source: str
+) -> None:
+    told = {"image_id": image_id, "tag": tag, "user": user.name, "source": source}
+    told |= {key: str(info[key])[:LONGEST_TOLD] for key in ("client_id", "model", "label_info") if key in info}
+    try:
+        kept = parts.store.history.quarantine.keep(file, reason, told)
+        logger.warning("label of %s from %s is in quarantine as %s: %s", image_id, user.name, kept.name, reason)
+    except OSError as error:
+        logger.error("label of %s from %s was refused and could not be kept: %s", image_id, user.name, error)
+    parts.metrics.count_refused_label()

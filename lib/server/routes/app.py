@@ -1,0 +1,142 @@
+"""What the app says of itself, the next case to label, and calls that are not taken."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Set
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, Request
+from starlette.exceptions import HTTPException
+
+from lib.datastore.leases import Lease
+from lib.datastore.open_cases import OpenCases
+from lib.errors import ImageError, NotFoundError
+from lib.server.http.auth import AsAdmin, AsUser
+from lib.server.http.errors import ForbiddenError
+from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.labels.segmentations import series_store
+from lib.server.services import Parts, Services
+from lib.server.work.prefetch import Wanted
+from lib.trainers.progress import PROGRESS_FILE
+from lib.trainers.runs import read_json
+
+logger = logging.getLogger("unetr.server")
+router = APIRouter(tags=["App"])
+
+
+@router.get("/info/", summary="Models, trainers, labels, strategies")
+def info(parts: Parts, user: AsUser) -> dict[str, Any]:
+    """What clients ask first."""
+    said: dict[str, Any] = parts.instance.info()
+    said["train_stats"] |= running_training(parts)
+    return said
+
+
+def running_training(parts: Services) -> dict[str, dict[str, int]]:
+    """Epochs of the training that runs, by its model, as OHIF's panel shows them; MONAI Label has the ended ones'."""
+    job = parts.jobs.current("train")
+    if job is None or job.status != "RUNNING":
+        return {}
+    model = str(job.request["model"])
+    progress = read_json(parts.train_task(model).runs / job.id / PROGRESS_FILE)
+    return {model: {"epoch": progress.get("epoch", 0), "total_epochs": progress.get("max_epochs", 0)}}
+
+
+@router.post("/activelearning/", summary="The next case to label, by the default strategy", openapi_extra=JSON_BODY)
+def next_sample_by_default(
+    request: Request, parts: Parts, user: AsUser, params: Annotated[dict[str, Any], Depends(json_body)]
+) -> dict[str, Any]:
+    """As with a strategy's name, for clients that name none: ``--conf strategy`` says which."""
+    return next_sample(request, parts, user, parts.settings.strategy, params)
+
+
+@router.post("/activelearning/{strategy}", summary="The next case to label", openapi_extra=JSON_BODY)
+def next_sample(
+    request: Request, parts: Parts, user: AsUser, strategy: str, params: Annotated[dict[str, Any], Depends(json_body)]
+) -> dict[str, Any]:
+    """The chosen image and what is known of it; an empty object when everything is labelled."""
+    known = list(parts.instance._strategies)
+    if strategy not in known:
+        raise NotFoundError("strategy", strategy[:200], known)
+    if not parts.datastore.list_images():
+        raise HTTPException(404, "there is no image in the studies yet")
+    client = user.client(params.get("client_id"))
+    parts.store.leases.renew(client)
+    asked = {"user": user.name, **params, "strategy": strategy}
+    chosen, lease = choose_case(parts, asked, client, not_shown_by(request, parts))
+    if chosen is None or lease is None:
+        return {}
+    image = chosen["id"]
+    prepare(parts, chosen)
+    known_info: dict[str, Any] = parts.datastore.get_image_info(image)
+    handed_out = dict(known_info.get("strategy", {}))
+    handed_out[strategy] = {"ts": time.time(), "client_id": params.get("client_id", user.name)}
+    parts.datastore.update_image_info(image, {"strategy": handed_out})
+    return chosen | known_info | {"strategy": handed_out, "lease": lease.describe()}
+
+
+def not_shown_by(request: Request, parts: Services) -> Set[str]:
+    """Images that a client cannot show: OHIF, which names itself as the page that asks, shows DICOM only."""
+    if not urlsplit(request.headers.get("referer", "")).path.startswith("/ohif/"):
+        return frozenset()
+    store = series_store(parts)
+    return set(store.list_images()) - store.series().keys()
+
+
+def choose_case(
+    parts: Services, request: dict[str, Any], client: str, hidden: Set[str]
+) -> tuple[dict[str, Any] | None, Lease | None]:
+    """Have a strategy choose among the cases that nobody works on and nobody skipped, and lease its choice.
+
+    A series that turns out to be no volume is skipped with the reason, and another one chosen.
+
+    Returns:
+        The choice and its lease; one that the client has already when no other is left, None without any.
+    """
+    strategy, leases = parts.instance._strategies[request["strategy"]], parts.store.leases
+    taken: set[str] = set()
+    while True:
+        closed = leases.active().keys() | leases.skipped().keys() | taken | hidden
+        chosen: dict[str, Any] | None = strategy(request, OpenCases(parts.datastore, closed))
+        if not chosen or not chosen.get("id"):
+            return own_case(parts, client, hidden)
+        lease = leases.take(chosen["id"], client)
+        if lease is not None:
+            try:
+                return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
+            except ImageError as error:
+                logger.warning("case %s is skipped: %s", chosen["id"], error)
+                leases.skip(chosen["id"], client, str(error))
+        taken.add(chosen["id"])  # by somebody who asked at the same time
+
+
+def own_case(parts: Services, client: str, hidden: Set[str]) -> tuple[dict[str, Any] | None, Lease | None]:
+    """The case that a client has had longest and not labelled yet."""
+    unlabelled = set(parts.datastore.get_unlabeled_images()) - hidden
+    own = [lease for lease in parts.store.leases.active().values() if lease.client == client]
+    held = sorted((lease for lease in own if lease.image_id in unlabelled), key=lambda lease: lease.since)
+    if not held:
+        return None, None
+    path = parts.datastore.get_image_uri(held[0].image_id)
+    reason = "yours already; no other case is open"
+    return {"id": held[0].image_id, "path": path, "reason": reason, "next": [], "next_reasons": []}, held[0]
+
+
+def prepare(parts: Services, chosen: dict[str, Any]) -> None:
+    """Have the masks of the case that is handed out, and of those that will probably be next, computed ahead."""
+    model = chosen.get("model") or next(iter(parts.presets))
+    if parts.infer_task(model).is_valid():
+        parts.prefetcher.want([Wanted(model, image) for image in (chosen["id"], *chosen["next"])])
+
+
+@router.post("/reload", include_in_schema=False)
+def reload(user: AsAdmin) -> None:
+    """Not taken: MONAI Label's reload makes a second app beside this one, and its next call waits for itself.
+
+    Raises:
+        ForbiddenError: always.
+    """
+    raise ForbiddenError("this server is not reloaded while it runs; stop it and start it again")

@@ -1,0 +1,274 @@
+"""``/datastore/``: images and labels of the studies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi.responses import FileResponse, StreamingResponse
+from monailabel.utils.others.generic import file_checksum, get_mime_type
+from starlette.exceptions import HTTPException
+
+from lib.errors import ImageError, NotFoundError, ParameterError
+from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
+from lib.server.http.errors import ConflictError
+from lib.server.http.names import check_image_known, check_new_id, check_tag, find_label, safe_file_name
+from lib.server.http.parameters import parse_info, parse_object
+from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
+from lib.server.labels.submissions import submit_label
+from lib.server.services import Parts, Services
+from lib.transforms.volume import read_volume
+
+logger = logging.getLogger("unetr.server")
+router = APIRouter(prefix="/datastore", tags=["Datastore"])
+
+# What a folder of studies holds; other kinds would be stored and never be seen again.
+STORED_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+# Two uploads of one id at the same time: the second must see the first.
+ADDING = threading.Lock()
+CHECKSUMS = ("SHA256", "SHA512", "MD5")
+
+
+class Listing(str, Enum):
+    """What ``GET /datastore/`` tells."""
+
+    train = "train"
+    stats = "stats"
+    all = "all"
+
+
+@router.get("/", summary="Figures of the studies, or all images and labels", response_model=None)
+def list_datastore(parts: Parts, user: AsUser, output: Listing = Listing.stats) -> Any:
+    """Counts; with ``all`` everything that is known, with ``train`` the pairs for training."""
+    store = parts.datastore
+    return store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
+
+
+@router.put("/", summary="Add an image", include_in_schema=False)
+@router.put("/image", summary="Add an image")
+async def add_image(
+    parts: Parts,
+    user: AsAnnotator,
+    file: Annotated[UploadFile, File()],
+    image: str = "",
+    params: Annotated[str, Form()] = "{}",
+) -> dict[str, Any]:
+    """Add an image that is not there yet, under the id given or its file's name."""
+    info = parse_info(params, "params") | {"user": user.name}
+    return await anyio.to_thread.run_sync(lambda: store_image(parts, image, file, info), limiter=parts.checks)
+
+
+@router.delete("/", summary="Remove an image and its labels", include_in_schema=False)
+@router.delete("/image", summary="Remove an image and its labels")
+def remove_image(parts: Parts, user: AsAdmin, id: str) -> dict[str, Any]:
+    """Remove an image of the studies."""
+    parts.datastore.remove_image(check_image_known(parts.datastore, id))
+    logger.info("image %s removed by %s", id, user.name)
+    return {}
+
+
+@router.head("/image", summary="Whether an image is there")
+def check_image(parts: Parts, user: AsUser, image: str, check_sum: str = "") -> Response:
+    """200 if it is there (and, with ``check_sum`` as ``SHA256:<digest>``, is that file), 404 if not."""
+    path = single_file(parts, image)
+    if check_sum and not matches(path, check_sum):
+        raise NotFoundError("image with that checksum", image)
+    return Response()
+
+
+@router.get("/image", summary="An image's file", response_class=FileResponse)
+def get_image(parts: Parts, user: AsUser, image: str) -> FileResponse:
+    """Download an image."""
+    return send_file(single_file(parts, image))
+
+
+@router.get("/image/info", summary="What is known of an image")
+def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
+    """An image's information."""
+    info: dict[str, Any] = parts.datastore.get_image_info(check_image_known(parts.datastore, image))
+    return info
+
+
+@router.put("/image/info", summary="Add to what is known of an image")
+def put_image_info(parts: Parts, user: AsAnnotator, image: str, info: Annotated[str, Form()] = "{}") -> None:
+    """Add to an image's information."""
+    added = parse_info(info) | {"user": user.name}
+    parts.datastore.update_image_info(check_image_known(parts.datastore, image), added)
+
+
+@router.put("/label", summary="Submit a label")
+async def save_label(
+    parts: Parts,
+    user: AsAnnotator,
+    image: str,
+    label: Annotated[UploadFile, File()],
+    params: Annotated[str, Form()] = "{}",
+    tag: str = "",
+) -> dict[str, Any]:
+    """Submit a label for an image, as ``final`` where no tag is given.
+
+    The answer says what was kept: its version, what its values mean, which labels it does not speak of.
+    """
+    info = parse_object(params)
+    return await anyio.to_thread.run_sync(
+        lambda: store_label(parts, user, image, label, check_tag(tag), info), limiter=parts.checks
+    )
+
+
+@router.delete("/label", summary="Remove a label")
+def remove_label(parts: Parts, user: AsAdmin, id: str, tag: str) -> dict[str, Any]:
+    """Remove an image's label."""
+    find_label(parts.datastore, id, check_tag(tag))
+    parts.datastore.remove_label(id, tag)
+    logger.info("label %s of %s removed by %s", tag, id, user.name)
+    return {}
+
+
+@router.head("/label", summary="Whether a label is there")
+def check_label(parts: Parts, user: AsUser, image: str, tag: str = "") -> Response:
+    """200 if it is there, 404 if not."""
+    find_label(parts.datastore, image, check_tag(tag))
+    return Response()
+
+
+@router.get("/label", summary="A label's file", response_class=FileResponse)
+def get_label(parts: Parts, user: AsUser, label: str, tag: str = "") -> FileResponse:
+    """Download a label."""
+    return send_file(find_label(parts.datastore, label, check_tag(tag)))
+
+
+@router.get("/label/info", summary="What is known of a label")
+def get_label_info(parts: Parts, user: AsUser, label: str, tag: str = "") -> dict[str, Any]:
+    """A label's information."""
+    find_label(parts.datastore, label, check_tag(tag))
+    info: dict[str, Any] = parts.datastore.get_label_info(label, check_tag(tag))
+    return info
+
+
+@router.put("/label/info", summary="Add to what is known of a label")
+def put_label_info(
+    parts: Parts, user: AsAnnotator, label: str, tag: str = "", info: Annotated[str, Form()] = "{}"
+) -> None:
+    """Add to a label's information."""
+    add_label_info(parts, user, label, tag, info)
+
+
+@router.put("/updatelabelinfo", include_in_schema=False)
+def put_label_info_as_before(
+    parts: Parts, user: AsAnnotator, label: str, tag: str = "", params: Annotated[str, Form()] = "{}"
+) -> None:
+    """The same under the address of older clients."""
+    add_label_info(parts, user, label, tag, params)
+
+
+@router.get(
+    "/dataset", summary="All labelled images and their labels as a ZIP archive", response_class=StreamingResponse
+)
+def get_dataset(parts: Parts, user: AsAnnotator, limit_cases: int | None = None) -> StreamingResponse:
+    """Download the labelled cases."""
+    if not parts.datastore.datalist():
+        raise HTTPException(404, "there is no labelled case yet")
+    archive = Path(parts.datastore.get_dataset_archive(limit_cases))
+    attachment = {"Content-Disposition": 'attachment; filename="dataset.zip"'}
+    return StreamingResponse(read_and_remove(archive), media_type="application/zip", headers=attachment)
+
+
+def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[str, Any]) -> dict[str, Any]:
+    """Add an uploaded image once it turns out to be one.
+
+    Raises:
+        ParameterError: for an id that is no plain name.
+        ConflictError: when there is an image of that id.
+        ImageError: when it cannot be read.
+    """
+    name = safe_file_name(upload.filename, "image")
+    suffix = next((end for end in STORED_SUFFIXES if name.lower().endswith(end)), None)
+    if suffix is None:
+        raise ImageError(
+            f"image {name!r} is of a kind that the studies do not hold; valid: {', '.join(STORED_SUFFIXES)}"
+        )
+    new_id = check_new_id(image_id or name[: -len(suffix)])
+    with temporary_folder() as folder:
+        file = receive(upload, folder).rename(folder / f"image{suffix}")
+        check_header(file, parts.settings.unpacked_limit_mib)
+        read_volume(file)
+        with ADDING:
+            if new_id in parts.datastore.list_images():
+                raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
+            return {"image": parts.datastore.add_image(new_id, str(file), info)}
+
+
+def store_label(
+    parts: Services, user: User, image_id: str, upload: UploadFile, tag: str, info: dict[str, Any]
+) -> dict[str, Any]:
+    """Keep an uploaded label.
+
+    Raises:
+        NotFoundError: when there is no such image.
+        LabelError, TooLargeError, StorageError: as :func:`submit_label`.
+    """
+    check_image_known(parts.datastore, image_id)
+    parts.store.leases.renew(user.client(info.get("client_id")))
+    with temporary_folder() as folder:
+        file = receive(upload, folder, "label.nii.gz")
+        version = submit_label(parts, image_id, file, tag, info, user, source="rest")
+    told = version.describe()
+    answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}
+    kept = ("tag", "label_map", "missing_labels", "voxels_changed", "model_version", "sha256", "notes", "saved_at")
+    return answer | {"image": image_id, "label": image_id, "version": version.version_id} | {k: told[k] for k in kept}
+
+
+def add_label_info(parts: Services, user: User, label: str, tag: str, info: str) -> None:
+    """Add to a label's information.
+
+    Raises:
+        NotFoundError, ParameterError: for a label that there is not, or what is no JSON object.
+    """
+    find_label(parts.datastore, label, check_tag(tag))
+    parts.datastore.update_label_info(label, check_tag(tag), parse_info(info) | {"user": user.name})
+
+
+def single_file(parts: Services, image: str) -> Path:
+    """An image that is one file.
+
+    Raises:
+        NotFoundError: when there is none, or it is a folder.
+    """
+    path = parts.image_file(check_image_known(parts.datastore, image))
+    if not path.is_file():
+        raise NotFoundError("single file of image", image)
+    return path
+
+
+def matches(path: Path, check_sum: str) -> bool:
+    """Whether a file has a checksum, given as ``ALGORITHM:digest`` or a SHA-256 alone.
+
+    Raises:
+        ParameterError: for an algorithm that there is not.
+    """
+    algorithm, _, digest = check_sum.rpartition(":")
+    algorithm = algorithm or "SHA256"
+    if algorithm not in CHECKSUMS:
+        raise ParameterError("check_sum", check_sum[:200], f"ALGORITHM:digest, with one of {', '.join(CHECKSUMS)}")
+    return bool(file_checksum(str(path), algo=algorithm) == f"{algorithm}:{digest}")
+
+
+def send_file(path: Path) -> FileResponse:
+    """A file as a download under its own name."""
+    return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+
+
+def read_and_remove(path: Path) -> Iterator[bytes]:
+    """A file's blocks; the file is gone when they are, or when the client is."""
+    try:
+        with path.open("rb") as file:
+            while block := file.read(MIB):
+                yield block
+    finally:
+        path.unlink(missing_ok=True)

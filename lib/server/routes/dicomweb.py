@@ -1,0 +1,210 @@
+"""DICOMweb: the studies folder, or the PACS behind this server and nothing else of that PACS.
+
+``/dicom-web/...`` is its root. ``/proxy/dicom/{qido,wado,stow}/...``, where MONAI Label's OHIF looks, are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import anyio.to_thread
+import requests
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from monailabel.config import settings as stock_settings
+from pydicom.dataset import FileDataset
+from starlette.exceptions import HTTPException
+
+from lib.dicom.attributes import dump
+from lib.dicom.index import DicomIndex, Instance
+from lib.dicom.query import search
+from lib.dicom.resources import MediaType, Resource, parse_accept, parse_path
+from lib.dicom.retrieve import NotAcceptableError, Part, frame_parts, instance_parts, multipart, picture
+from lib.dicom.segmentation_reader import is_segmentation
+from lib.dicom.sources import FolderSource
+from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, answer, read_part, split_parts
+from lib.errors import InputError, NotFoundError, StorageError, UpstreamError
+from lib.server.http.auth import AsAnnotator, AsUser, User
+from lib.server.http.errors import TooLargeError
+from lib.server.labels.segmentations import series_store, store_segmentation
+from lib.server.services import Parts, Services
+
+logger = logging.getLogger("unetr.server")
+router = APIRouter(tags=["DICOMweb"])
+
+Service = Literal["wado", "qido", "stow"]
+KEPT_HEADERS = ("accept", "content-type")
+RETURNED_HEADERS = ("content-type",)
+BLOCK_BYTES = 256 * 1024
+DICOM_JSON = "application/dicom+json"
+
+
+@router.get("/dicom-web/{path:path}", summary="Query (QIDO-RS) or retrieve (WADO-RS)")
+async def read(request: Request, parts: Parts, user: AsUser, path: str) -> Response:
+    """Studies, series, instances, metadata, frames and pictures."""
+    resource = parse_path(path)
+    return await anyio.to_thread.run_sync(lambda: respond(request, parts, resource, path))
+
+
+@router.get("/proxy/dicom/{service}/{path:path}", include_in_schema=False)
+async def read_by_service(request: Request, parts: Parts, user: AsUser, service: Service, path: str) -> Response:
+    """The same where OHIF looks."""
+    resource = parse_path(path)
+    return await anyio.to_thread.run_sync(lambda: respond(request, parts, resource, path))
+
+
+@router.post("/dicom-web/{path:path}", summary="Store instances (STOW-RS)")
+async def write(request: Request, parts: Parts, user: AsAnnotator, path: str) -> Response:
+    """Store what is sent; a DICOM SEG of a series is a submission of that series' label."""
+    body = await request.body()
+    return await anyio.to_thread.run_sync(lambda: store(request, parts, user, path, body))
+
+
+@router.post("/proxy/dicom/{service}/{path:path}", include_in_schema=False)
+async def write_by_service(request: Request, parts: Parts, user: AsAnnotator, service: Service, path: str) -> Response:
+    """The same where OHIF looks."""
+    body = await request.body()
+    return await anyio.to_thread.run_sync(lambda: store(request, parts, user, path, body))
+
+
+def respond(request: Request, parts: Services, resource: Resource, path: str) -> Response:
+    """Answer from the index of the folder, or let the PACS answer."""
+    source = series_store(parts).source
+    if isinstance(source, FolderSource):
+        return answer_from(source.index, request, resource)
+    return forward(request, parts, resource, path)
+
+
+def answer_from(index: DicomIndex, request: Request, resource: Resource) -> Response:
+    """Answer from an index.
+
+    Raises:
+        NotFoundError: when there is nothing of that address.
+        HTTPException: 406 when the client accepts no form that it can be sent in.
+    """
+    accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
+    if resource.view == "query":
+        found = search(index, resource, request.query_params.multi_items(), root_of(request))
+        return Response(dump(found), media_type=DICOM_JSON)
+    instances = named_instances(index, resource)
+    try:
+        if resource.view == "metadata":
+            return Response(dump(index.metadata(resource.study, resource.series, resource.sop)), media_type=DICOM_JSON)
+        if resource.view == "instances":
+            return send_parts(instance_parts(instances, accepted), accepted, "application/dicom")
+        if resource.view == "frames":
+            return send_parts(iter(frame_parts(instances[0], resource.frames, accepted)), accepted, "")
+        shown = picture(instances[(len(instances) - 1) // 2], resource, dict(request.query_params), accepted)
+        return Response(shown.content, media_type=shown.media_type)
+    except NotAcceptableError as error:
+        raise HTTPException(406, str(error)) from error
+
+
+def named_instances(index: DicomIndex, resource: Resource) -> list[Instance]:
+    """The instances that an address names.
+
+    Raises:
+        NotFoundError: when there are none.
+    """
+    if resource.sop:
+        instance = index.instance(resource.sop)
+        belongs = instance and (instance.study, instance.series) == (resource.study, resource.series)
+        found = [instance] if instance and belongs else []
+    else:
+        found = index.instances(resource.study, resource.series)
+    if not found:
+        uids = (resource.study, resource.series, resource.sop)
+        raise NotFoundError("instance below", "/".join(filter(None, uids)))
+    return found
+
+
+def send_parts(parts: Iterator[Part], accepted: Sequence[MediaType], related: str) -> Response:
+    """Parts as ``multipart/related``; one alone as it is for a client that accepts just that.
+
+    The first is made before the answer begins, so that what cannot be read has its right status.
+    """
+    first = next(parts)
+    alone = next((entry for entry in accepted if not entry.multipart), None)
+    wants_multipart = any(entry.multipart or entry.name == "*/*" for entry in accepted)
+    if alone and not wants_multipart:
+        return Response(first.content, media_type=first.media_type)
+    boundary = secrets.token_hex(16)
+    kind = related or first.media_type.split(";")[0]
+    return StreamingResponse(
+        multipart(itertools.chain([first], parts), boundary),
+        media_type=f'multipart/related; type="{kind}"; boundary={boundary}',
+    )
+
+
+def root_of(request: Request) -> str:
+    """This server's DICOMweb root as the client sees it."""
+    return f"{str(request.base_url).rstrip('/')}/dicom-web"
+
+
+def forward(request: Request, parts: Services, resource: Resource, path: str) -> Response:
+    """Ask the PACS, with the query as the client sent it; its answer is passed on as it comes.
+
+    Raises:
+        UpstreamError: when the PACS does not answer.
+    """
+    # by what is asked, not by where: OHIF asks for metadata where it queries
+    qido, wado = stock_settings.MONAI_LABEL_QIDO_PREFIX, stock_settings.MONAI_LABEL_WADO_PREFIX
+    prefix = qido if resource.view == "query" else wado
+    user, password = stock_settings.MONAI_LABEL_DICOMWEB_USERNAME, stock_settings.MONAI_LABEL_DICOMWEB_PASSWORD
+    root = str(parts.instance.studies).rstrip("/")
+    try:
+        said = requests.get(
+            "/".join(filter(None, [root, prefix, path.removesuffix("/")])),
+            params=request.url.query,
+            headers={name: request.headers[name] for name in KEPT_HEADERS if name in request.headers},
+            auth=(user, password) if user and password else None,
+            timeout=stock_settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT,
+            allow_redirects=False,
+            stream=True,
+        )
+    except requests.RequestException as error:
+        raise UpstreamError("the DICOMweb server behind this one does not answer") from error
+    kept = {name: said.headers[name] for name in RETURNED_HEADERS if name in said.headers}
+    return StreamingResponse(_blocks(said), said.status_code, kept)
+
+
+def _blocks(said: requests.Response) -> Iterator[bytes]:
+    with said:
+        yield from said.iter_content(BLOCK_BYTES)
+
+
+def store(request: Request, parts: Services, user: User, path: str, body: bytes) -> Response:
+    """Store the instances of a request, each by itself.
+
+    Raises:
+        ParameterError: when the request is no STOW.
+    """
+    resource = parse_path(path)
+    is_study = resource.view == "instances" and not resource.series
+    if not is_study and path.strip("/") != "studies":
+        raise HTTPException(405, headers={"Allow": "GET"})
+    contents = split_parts(body, request.headers.get("content-type", ""))
+    outcomes = [store_one(parts, user, read_part(content), resource.study, root_of(request)) for content in contents]
+    status, told = answer(outcomes)
+    return Response(dump(told), status, media_type=DICOM_JSON)
+
+
+def store_one(parts: Services, user: User, instance: FileDataset, study: str, root: str) -> Outcome:
+    """Store an instance; what is wrong with it is told in its outcome, and the others go on."""
+    names = str(instance.SOPClassUID), str(instance.SOPInstanceUID)
+    if study and str(instance.StudyInstanceUID) != study:
+        return Outcome(*names, failure=OTHER_STUDY, sentence=f"instance is of study {instance.StudyInstanceUID}")
+    try:
+        if is_segmentation(instance):
+            store_segmentation(parts, user, instance)
+        else:
+            series_store(parts).source.keep_instance(instance)
+    except (InputError, NotFoundError, StorageError, TooLargeError, UpstreamError) as error:
+        logger.info("instance %s of %s is not stored: %s", names[1], user.name, error)
+        return Outcome(*names, failure=REFUSED, sentence=str(error))
+    place = f"studies/{instance.StudyInstanceUID}/series/{instance.SeriesInstanceUID}/instances/{names[1]}"
+    return Outcome(*names, address=f"{root}/{place}")

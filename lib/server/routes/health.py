@@ -1,0 +1,77 @@
+"""``/healthz``, ``/readyz`` and ``/metrics``: for whoever watches over the server."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from lib.errors import CheckpointError, ModelNotReadyError
+from lib.server.http.auth import AsUser
+from lib.server.http.uploads import MIB
+from lib.server.services import Parts, Services
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/healthz", summary="Whether the server runs")
+def healthz() -> dict[str, str]:
+    """Always ok, as long as there is somebody to say so."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Whether the server can work", responses={503: {"description": "it cannot"}})
+def readyz(parts: Parts, response: Response) -> dict[str, Any]:
+    """Whether weights load, the studies can be written to, and disk is left; 503 if not, with what is wrong.
+
+    A model that nobody has trained yet is no failure: labelling for it is how it gets trained.
+    """
+    models, problems = load_models(parts)
+    problems += disk_problems(parts)
+    response.status_code = 503 if problems else 200
+    return {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
+
+
+@router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+def metrics(parts: Parts, user: AsUser) -> Response:
+    """Requests, queue, inferences, jobs, studies, disk, process."""
+    return Response(parts.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
+    """The version of each model's weights, and a sentence for those that cannot be used. They stay loaded."""
+    versions, problems = {}, []
+    for name in parts.instance._infers:
+        try:
+            versions[name] = parts.infer_task(name).load()["version"]
+        except ModelNotReadyError:
+            versions[name] = "untrained"
+        except CheckpointError as error:
+            versions[name] = "unusable"
+            problems.append(f"model {name!r}: {error}")
+    return versions, problems
+
+
+def disk_problems(parts: Services) -> list[str]:
+    """What is wrong with the studies folder; nothing where the studies are a server."""
+    folder = studies_folder(parts)
+    if folder is None:
+        return []
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"?")
+    except OSError as error:
+        return [f"the studies folder cannot be written to: {error.strerror or error}"]
+    free_mib = shutil.disk_usage(folder).free // MIB
+    wanted = parts.settings.free_disk_mib
+    return [f"{free_mib} MiB of disk are free; valid: at least {wanted} MiB"] if free_mib < wanted else []
+
+
+def studies_folder(parts: Services) -> Path | None:
+    """The studies folder; None where the studies are a server."""
+    studies = str(parts.instance.studies)
+    return None if studies.startswith(("http://", "https://")) else Path(studies)

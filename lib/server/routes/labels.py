@@ -1,0 +1,63 @@
+"""Versions of labels and the quarantine: list, fetch, restore."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import FileResponse
+
+from lib.errors import NotFoundError
+from lib.server.http.auth import AsReviewer, AsUser
+from lib.server.http.names import check_image_known, check_tag
+from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.labels.submissions import restore_label
+from lib.server.routes.datastore import send_file
+from lib.server.services import Parts
+
+router = APIRouter(prefix="/datastore", tags=["Datastore"])
+
+
+@router.get("/label/versions", summary="All versions of an image's label")
+def list_versions(parts: Parts, user: AsUser, image: str, tag: str = "") -> list[dict[str, Any]]:
+    """Who saved what when, from which prediction; the newest first."""
+    check_image_known(parts.datastore, image)
+    return [version.describe() for version in reversed(parts.store.history.versions(image, check_tag(tag)))]
+
+
+@router.get("/label/versions/{version}", summary="A version's mask", response_class=FileResponse)
+def get_version(parts: Parts, user: AsUser, version: str) -> FileResponse:
+    """Download the mask, whether it is the newest or not."""
+    found = parts.store.history.get(version)
+    if not found.file.is_file():
+        raise NotFoundError("file of version", version[:200])
+    return send_file(found.file)
+
+
+@router.get("/label/versions/{version}/info", summary="What is known of a version")
+def get_version_info(parts: Parts, user: AsUser, version: str) -> dict[str, Any]:
+    """Its record."""
+    return parts.store.history.get(version).describe()
+
+
+@router.post("/label/versions/{version}/restore", summary="Make a version the newest again", openapi_extra=JSON_BODY)
+def restore_version(
+    parts: Parts, user: AsReviewer, version: str, params: Annotated[dict[str, Any], Depends(json_body)]
+) -> dict[str, Any]:
+    """A copy of it becomes the newest version; nothing in between is lost."""
+    return restore_label(parts, version, user, str(params.get("client_id") or "")[:200]).describe()
+
+
+@router.get("/quarantine", summary="Labels that were refused, with the reasons")
+def list_quarantine(parts: Parts, user: AsReviewer) -> list[dict[str, Any]]:
+    """The newest first."""
+    return [refused.describe() for refused in parts.store.history.quarantine.all()]
+
+
+@router.get("/quarantine/{name}", summary="A refused label's file", response_class=FileResponse)
+def get_quarantined(parts: Parts, user: AsReviewer, name: str) -> FileResponse:
+    """Its bytes, as they came."""
+    refused = parts.store.history.quarantine.get(name)
+    if not refused.file.is_file():
+        raise NotFoundError("file of quarantined label", name)
+    return FileResponse(refused.file, media_type="application/octet-stream", filename=refused.file.name)

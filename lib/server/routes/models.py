@@ -1,0 +1,149 @@
+"""``/model/``: weights, down and up, and the versions of each model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+import torch
+from fastapi import APIRouter, File, UploadFile
+from fastapi.responses import FileResponse
+
+from lib.errors import NotFoundError, TrainingError
+from lib.infers.segmenter import Segmenter
+from lib.models.provenance import code_version
+from lib.models.versions import Version
+from lib.models.weights import preset_for
+from lib.networks.checkpoint import read_checkpoint
+from lib.server.http.auth import AsAdmin, AsUser
+from lib.server.http.errors import ForbiddenError
+from lib.server.http.uploads import receive, temporary_folder
+from lib.server.services import Parts, Services
+
+logger = logging.getLogger("unetr.server")
+router = APIRouter(prefix="/model", tags=["Model"])
+
+
+@router.get("/{model}", summary="Download the weights in use", response_class=FileResponse)
+def download(parts: Parts, user: AsAdmin, model: str) -> FileResponse:
+    """The weights that are served now."""
+    path = current_weights(parts, model)
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{model}{path.suffix}")
+
+
+@router.get("/info/{model}", summary="Checksum and figures of the weights in use")
+def describe(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
+    """SHA-256, time of change, figures of the last training."""
+    current_weights(parts, model)
+    info: dict[str, Any] = parts.instance.model_info(model)
+    return info
+
+
+@router.get("/versions/{model}", summary="All versions, and which one is live")
+def versions(parts: Parts, user: AsUser, model: str) -> dict[str, Any]:
+    """Name, status, time, parent, reason and scores of each version, the oldest first."""
+    store = parts.train_task(model).versions
+    live = store.live()
+    return {"live": live.name if live else None, "versions": [summarize(version) for version in store.list()]}
+
+
+@router.get("/versions/{model}/{version}", summary="All that is known of a version")
+def version_details(parts: Parts, user: AsUser, model: str, version: str) -> dict[str, Any]:
+    """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
+    found = parts.train_task(model).versions.get(version)
+    return {"version": found.name, "status": found.status} | dict(found.details)
+
+
+@router.get("/versions/{model}/{version}/report", summary="A version's report", response_class=FileResponse)
+def version_report(parts: Parts, user: AsUser, model: str, version: str) -> FileResponse:
+    """One HTML page: curves, scores, comparison, worst cases, data; for versions that a training made."""
+    file = parts.train_task(model).versions.get(version).report
+    if file is None:
+        raise NotFoundError("report of version", version[:200])
+    return FileResponse(file, media_type="text/html")
+
+
+@router.post("/rollback/{model}", summary="Serve another version again")
+def rollback(parts: Parts, user: AsAdmin, model: str, version: str = "", rejected: bool = False) -> dict[str, Any]:
+    """Serve the version that is named, or else the one that was served before the live one.
+
+    The next inference takes it; nothing is removed. With ``rejected``, also one that the gate rejected: whoever asks
+    answers for it.
+    """
+    store = parts.train_task(model).versions
+    live = store.rollback(version, rejected).name if version else store.withdraw()
+    against = " against the gate" if version and store.get(version).status == "rejected" else ""
+    logger.info("%s rolled back to %s by %s%s", model, live or "what it starts with", user.name, against)
+    return {"live": live or None}
+
+
+@router.put("/{model}", summary="Upload weights and publish them")
+async def upload(parts: Parts, user: AsAdmin, model: str, file: Annotated[UploadFile, File()]) -> dict[str, Any]:
+    """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
+    parts.infer_task(model)
+    return await anyio.to_thread.run_sync(lambda: publish_upload(parts, model, file, user.name), limiter=parts.checks)
+
+
+@router.delete("/{model}", summary="Take the published weights out of use")
+def withdraw(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
+    """Serve again what was served before the live version, which is kept.
+
+    Raises:
+        ForbiddenError: when the weights in use come with the project.
+    """
+    current_weights(parts, model)
+    try:
+        parts.train_task(model).versions.withdraw()
+    except TrainingError as error:
+        raise ForbiddenError(f"model {model!r}: {error}") from error
+    logger.info("published weights of %s withdrawn by %s", model, user.name)
+    return {}
+
+
+def summarize(version: Version) -> dict[str, Any]:
+    """A line of the list of versions."""
+    kept = ("created", "reason", "uploaded_by", "sha256")
+    said = {name: version.details[name] for name in kept if name in version.details}
+    dice = (version.details.get("held_out") or {}).get("mean_dice")
+    return {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice} | said
+
+
+def current_weights(parts: Services, model: str) -> Path:
+    """The file of weights that is served now.
+
+    Raises:
+        NotFoundError: when there is no such model, or it has none.
+    """
+    path = parts.infer_task(model).get_path()
+    if path is None:
+        raise NotFoundError("weights of", model)
+    return Path(path)
+
+
+def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -> dict[str, Any]:
+    """Publish an uploaded checkpoint that the model's network takes.
+
+    Raises:
+        CheckpointError: when it cannot be read, holds code, or does not fit.
+    """
+    task = parts.infer_task(model)
+    with temporary_folder() as folder:
+        checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
+        preset = preset_for(checkpoint, task.preset)
+        fitted = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
+    details = {
+        "parent": parts.train_task(model).served_version(),
+        "reason": f"uploaded by {user}, without a comparison",
+        "uploaded_by": user,
+        "upload_info": dict(checkpoint.info),
+        "code": code_version(),
+    }
+    version = parts.train_task(model).versions.publish(fitted.network.state_dict(), preset, details)
+    logger.info("weights of %s uploaded by %s: %s", model, user, version.name)
+    return {
+        "checksum": f"SHA256:{version.details['sha256']}",
+        "modified_time": int(version.weights.stat().st_mtime),
+        "version": version.name,
+    }

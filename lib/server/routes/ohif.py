@@ -1,0 +1,64 @@
+"""``/ohif/``: the OHIF viewer inside MONAI Label's package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse
+from monailabel.utils.others.generic import get_mime_type
+
+from lib.datastore.series import SeriesDatastore
+from lib.errors import NotFoundError
+from lib.server.http.auth import AsUser
+from lib.server.labels.segmentations import series_store
+from lib.server.pages.sign_in import page_user
+from lib.server.services import Parts
+from lib.server.stock import STATIC_FILES
+
+router = APIRouter(prefix="/ohif", tags=["Others"])
+
+FOLDER = (STATIC_FILES / "ohif").resolve()
+CONFIGURATION = Path(__file__).parents[1] / "pages" / "viewer" / "app-config.js"
+
+
+@router.get("/app-config.js", include_in_schema=False)
+def configuration() -> FileResponse:
+    """The viewer's configuration, with brush, eraser and Submit in its MONAI Label mode."""
+    return FileResponse(CONFIGURATION, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+
+
+@router.get("/series", include_in_schema=False)
+def named_series(parts: Parts, user: AsUser, study: str) -> dict[str, str]:
+    """The series of a study that a strategy handed out last; "" where none was, or a single one is there to be opened.
+
+    OHIF's panel opens the study of the next sample, and of a study of several series any may come first.
+    """
+    store = series_store(parts)
+    handed_out = {uid: last_handed_out(store, uid) for uid, info in store.series().items() if info.study == study}
+    newest = max(handed_out, key=lambda uid: handed_out[uid], default="")
+    return {"SeriesInstanceUID": newest if handed_out.get(newest) else ""}
+
+
+def last_handed_out(store: SeriesDatastore, image: str) -> float:
+    """When a strategy named an image last, in seconds since 1970 with their fraction; 0 for never."""
+    strategies = store.get_image_info(image).get("strategy", {})
+    return max((float(entry.get("ts", 0)) for entry in strategies.values()), default=0)
+
+
+@router.get("/{path:path}", include_in_schema=False)
+def viewer(request: Request, path: str) -> FileResponse:
+    """A file of the viewer; its own addresses, which are no files, all begin with its first page.
+
+    Whoever is not known is sent from there to the sign-in: the viewer itself asks for no token, and its requests carry
+    the cookie.
+    """
+    file = FOLDER / "index.html"
+    if path and "\0" not in path:
+        wanted = (FOLDER / path).resolve()
+        file = wanted if wanted.is_relative_to(FOLDER) and wanted.is_file() else file
+    if not file.is_file():
+        raise NotFoundError("viewer file", path[:200])
+    if file.name == "index.html":
+        page_user(request)
+    return FileResponse(file, media_type=get_mime_type(str(file)))

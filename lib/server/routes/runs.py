@@ -1,0 +1,142 @@
+"""``/runs/`` and ``/retrain/``: what trainings are doing and have done, and what the policy thinks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from lib.errors import NotFoundError
+from lib.server.http.auth import AsReviewer, AsUser
+from lib.server.services import Parts, Services
+from lib.server.work.retraining import Retrainer
+from lib.trainers.progress import PROGRESS_FILE
+from lib.trainers.runs import JOB_FILE, OPEN, list_runs, read_json
+
+runs_router = APIRouter(prefix="/runs", tags=["Train"])
+retrain_router = APIRouter(prefix="/retrain", tags=["Train"])
+
+SECONDS_BETWEEN_LOOKS = 0.5
+# A stream ends after a while and its client comes again, as the standard has it: a server that is told to stop waits
+# for its open answers.
+LONGEST_STREAM_SECONDS = 10.0
+MILLISECONDS_TO_COME_AGAIN = 500
+
+
+def get_retrainer(request: Request) -> Retrainer:
+    """The dependency of routes that ask the policy."""
+    retrainer: Retrainer = request.app.state.retrainer
+    return retrainer
+
+
+Policy = Annotated[Retrainer, Depends(get_retrainer)]
+
+
+def get_run(parts: Parts, user: AsUser, model: str, run: str) -> Path:
+    """The dependency of a stream on a run: once it has begun to answer, it cannot refuse any more."""
+    return find_run(parts, model, run)
+
+
+KnownRun = Annotated[Path, Depends(get_run)]
+
+
+@retrain_router.get("/", summary="What the retrain policy has decided, and why")
+def retraining(policy: Policy, user: AsUser) -> dict[str, Any]:
+    """For each model: whether it would train now, the reason in words, how many labels are new, the settings."""
+    return policy.describe()
+
+
+@retrain_router.post("/{model}", summary="Retrain now")
+def retrain(parts: Parts, policy: Policy, user: AsReviewer, model: str) -> dict[str, Any]:
+    """Start a run of the policy's recipe now; 409 when a training runs already."""
+    parts.train_task(model)
+    return policy.train_now(model, user.name)
+
+
+@runs_router.get("/{model}", summary="All runs of a model that are kept")
+def runs(parts: Parts, user: AsUser, model: str) -> list[dict[str, Any]]:
+    """Each run's state, the oldest first."""
+    return [describe(run) for run in list_runs(parts.train_task(model).runs)]
+
+
+@runs_router.get("/{model}/{run}", summary="A run's state and progress")
+def run_state(parts: Parts, user: AsUser, model: str, run: str) -> dict[str, Any]:
+    """Status, reason, epoch, step, loss, Dice by label so far, seconds left, memory, and the version that it made."""
+    return describe(find_run(parts, model, run))
+
+
+@runs_router.get("/{model}/{run}/events", summary="A run's progress as it happens", response_class=EventSourceResponse)
+async def run_events(folder: KnownRun, user: AsUser) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events: ``progress`` whenever something has changed, ``end`` when the run has ended."""
+    last, stop = "", time.monotonic() + LONGEST_STREAM_SECONDS
+    while True:
+        said = await anyio.to_thread.run_sync(describe, folder)
+        ended, text = said["status"] not in OPEN, json.dumps(said)
+        if text != last:
+            event = "end" if ended else "progress"
+            yield ServerSentEvent(data=said, event=event, retry=MILLISECONDS_TO_COME_AGAIN)
+        last = text
+        if ended or time.monotonic() > stop:
+            return
+        await anyio.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+@runs_router.get("/{model}/{run}/report", summary="A run's report", response_class=FileResponse)
+def report(parts: Parts, user: AsUser, model: str, run: str) -> FileResponse:
+    """One HTML page: curves, scores, comparison, worst cases, data."""
+    return FileResponse(report_file(parts, model, run, "report.html"), media_type="text/html")
+
+
+@runs_router.get("/{model}/{run}/report.json", summary="A run's report as JSON", response_class=FileResponse)
+def report_json(parts: Parts, user: AsUser, model: str, run: str) -> FileResponse:
+    """The same as JSON."""
+    return FileResponse(report_file(parts, model, run, "report.json"), media_type="application/json")
+
+
+def find_run(parts: Services, model: str, run: str) -> Path:
+    """A run's folder.
+
+    Raises:
+        NotFoundError: when there is no such model or run.
+    """
+    known = {folder.name: folder for folder in list_runs(parts.train_task(model).runs)}
+    if run not in known:
+        raise NotFoundError("run", run[:200], list(known)[-10:])
+    return known[run]
+
+
+def report_file(parts: Services, model: str, run: str, name: str) -> Path:
+    """A file of a run's report.
+
+    Raises:
+        NotFoundError: when it has none, or none yet.
+    """
+    file = find_run(parts, model, run) / name
+    if not file.is_file():
+        raise NotFoundError("report of run", run)
+    return file
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A run's state in plain data."""
+    job, made = read_json(folder / JOB_FILE), read_json(folder / "report.json")
+    request = job.get("request") or {}
+    return {
+        "run": folder.name,
+        "status": job.get("status") or ("DONE" if made else "RUNNING"),
+        "why": request.get("why", ""),
+        "started": job.get("start_ts"),
+        "ended": job.get("end_ts"),
+        "failed_because": job.get("reason") or None,
+        "progress": read_json(folder / PROGRESS_FILE) or None,
+        "version": made.get("version"),
+        "decision": made.get("status"),
+        "reason": made.get("reason"),
+    }

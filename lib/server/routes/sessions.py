@@ -1,0 +1,139 @@
+"""``/session/``: images that are not part of the studies, kept for an hour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, File, UploadFile
+from fastapi.responses import FileResponse
+from monailabel.utils.others.generic import get_mime_type
+from monailabel.utils.sessions import SessionInfo, Sessions
+from starlette.responses import Response
+
+from lib.errors import NotFoundError, ParameterError
+from lib.server.http.auth import AsUser
+from lib.server.http.errors import ForbiddenError
+from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
+from lib.server.services import Parts, Services
+from lib.transforms.volume import read_volume
+
+router = APIRouter(prefix="/session", tags=["Session"])
+
+_SESSION_ID = re.compile(r"[0-9a-f-]{36}")
+
+
+@router.put("/", summary="Keep an image for a while", response_model=None)
+async def create_session(
+    parts: Parts,
+    user: AsUser,
+    files: Annotated[list[UploadFile], File()],
+    uncompress: bool = False,
+    expiry: int = 0,
+) -> dict[str, Any]:
+    """Keep one image, or the files of one DICOM series (as files, or as a ZIP archive with ``uncompress``)."""
+    return await anyio.to_thread.run_sync(lambda: store(parts, files, uncompress, expiry), limiter=parts.checks)
+
+
+@router.get("/{session_id}", summary="What is known of a session, or its image", response_model=None)
+def get_session(
+    parts: Parts, user: AsUser, session_id: str, update_ts: bool = False, image: bool = False
+) -> dict[str, Any] | Response:
+    """The session's times and image; with ``image``, the image file itself."""
+    session = find_session(parts, session_id, update_ts)
+    if not image:
+        return describe(session)
+    path = Path(session.image)
+    if not path.is_file():
+        raise NotFoundError("single image file in session", session_id)
+    return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+
+
+@router.delete("/{session_id}", summary="Forget a session")
+def remove_session(parts: Parts, user: AsUser, session_id: str) -> dict[str, Any]:
+    """Remove a session and its files."""
+    session = find_session(parts, session_id)
+    sessions_of(parts).remove_session(session_id)
+    return describe(session)
+
+
+def session_image(parts: Services, session_id: str) -> Path:
+    """A session's image; asking for it keeps the session alive.
+
+    Raises:
+        NotFoundError: when there is no such session.
+    """
+    return Path(find_session(parts, session_id, update=True).image)
+
+
+def find_session(parts: Services, session_id: str, update: bool = False) -> SessionInfo:
+    """A session that has not ended.
+
+    Raises:
+        NotFoundError: when there is none of that id.
+    """
+    known = _SESSION_ID.fullmatch(session_id)
+    session = sessions_of(parts).get_session(session_id, update_ts=update) if known else None
+    if session is None:
+        raise NotFoundError("session", session_id[:200])
+    return session
+
+
+def sessions_of(parts: Services) -> Sessions:
+    """The server's sessions.
+
+    Raises:
+        ForbiddenError: when they are switched off.
+    """
+    sessions: Sessions | None = parts.instance.sessions()
+    if sessions is None:
+        raise ForbiddenError("sessions are switched off on this server (MONAI_LABEL_SESSIONS)")
+    return sessions
+
+
+def store(parts: Services, files: Sequence[UploadFile], uncompress: bool, expiry: int) -> dict[str, Any]:
+    """Keep uploaded files as a session, once they turn out to be an image.
+
+    Raises:
+        ImageError: when they are not one.
+        ParameterError, TooLargeError, InputError: for what cannot be unpacked.
+    """
+    sessions = sessions_of(parts)
+    with temporary_folder() as folder:
+        image = _gather(files, folder, uncompress, parts.settings.unpacked_limit_mib)
+        read_volume(image)
+        session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
+    return {"session_id": session_id, "session_info": describe(session)}
+
+
+def describe(session: SessionInfo) -> dict[str, Any]:
+    """A session as JSON."""
+    described: dict[str, Any] = session.to_json()
+    return described
+
+
+def _gather(files: Sequence[UploadFile], folder: Path, uncompress: bool, limit_mib: int) -> Path:
+    """One file as it is, several as a folder, an archive as the folder of what is in it."""
+    series = folder / "series"
+    series.mkdir()
+    if uncompress:
+        if len(files) != 1:
+            raise ParameterError("files", len(files), "one ZIP archive, with uncompress=true")
+        unpack(receive(files[0], folder, "archive.zip"), series, limit_mib)
+        inside = list(series.iterdir())
+        received = inside[0] if len(inside) == 1 else series
+    elif len(files) == 1:
+        received = receive(files[0], folder)
+    else:
+        for number, file in enumerate(files):
+            place = folder / "one"
+            place.mkdir(exist_ok=True)
+            one = receive(file, place, "file.dcm")
+            one.rename(series / f"{number:05d}-{one.name}")
+        received = series
+    for path in received.iterdir() if received.is_dir() else [received]:
+        check_header(path, limit_mib)
+    return received

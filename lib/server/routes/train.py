@@ -1,0 +1,226 @@
+"""``/train/``, ``/batch/infer`` and ``/scoring/``: long work in processes of its own, started, watched and stopped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import anyio
+import torch
+from fastapi import APIRouter, Depends
+from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from starlette.exceptions import HTTPException
+
+from lib.errors import NotFoundError, ParameterError, TrainingError
+from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
+from lib.server.http.names import check_image_known, check_tag
+from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.services import Parts, Services
+from lib.server.work.jobs import Job, Kind
+from lib.trainers.request import SERVER_FIELDS
+
+train_router = APIRouter(prefix="/train", tags=["Train"])
+batch_router = APIRouter(prefix="/batch", tags=["Infer"])
+scoring_router = APIRouter(prefix="/scoring", tags=["Scoring"])
+
+Body = Annotated[dict[str, Any], Depends(json_body)]
+SECONDS_BETWEEN_LOOKS = 0.2
+_GPUS = re.compile(r"all|\d{1,3}(,\d{1,3})*")
+# What a client may not set: they say what runs, and where it reads.
+NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", *SERVER_FIELDS)
+
+
+@train_router.get("/", summary="Status of the training", response_model=None)
+def train_status(
+    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """The latest training, with the last 20 lines that it printed; 404 where there is none (or none runs)."""
+    return status(parts, "train", all, check_if_running)
+
+
+@train_router.post("/", summary="Train all models, one after the other", openapi_extra=JSON_BODY)
+async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
+    """Train every model; settings for all of them, or for each under its name."""
+    models = list(parts.instance._trainers)
+    shared = {key: value for key, value in params.items() if key not in models}
+    requests = {model: shared | _object(params.get(model, {}), model) for model in models}
+    for model, request in requests.items():
+        check_training(parts, model, request)
+    jobs = {
+        model: parts.jobs.submit("train", training(parts, request, model), True) for model, request in requests.items()
+    }
+    return {model: {"result": await answer(job, run_sync), "detail": None} for model, job in jobs.items()}
+
+
+@train_router.post("/{model}", summary="Train a model", openapi_extra=JSON_BODY)
+async def train(
+    parts: Parts, user: AsReviewer, model: str, params: Body, run_sync: bool = False, enqueue: bool = False
+) -> Any:
+    """Start a training; 409 when one runs already, unless ``enqueue`` lets it wait."""
+    check_training(parts, model, params)
+    return await answer(parts.jobs.submit("train", training(parts, params, model), enqueue), run_sync)
+
+
+@train_router.delete("/", summary="Stop the training")
+def stop_training(parts: Parts, user: AsReviewer) -> dict[str, Any] | None:
+    """Stop the training that runs and those that wait; null when there is none."""
+    return stop(parts, "train")
+
+
+@batch_router.get("/infer", summary="Status of the batch inference", response_model=None)
+def batch_status(
+    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """As the status of the training."""
+    return status(parts, "batch_infer", all, check_if_running)
+
+
+@batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=JSON_BODY)
+async def batch_infer(
+    parts: Parts,
+    user: AsAnnotator,
+    model: str,
+    params: Body,
+    images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
+    run_sync: bool = False,
+) -> Any:
+    """Segment all, the labelled or the unlabelled images; the masks are saved as labels of the tag ``original``."""
+    # with more than one worker, one bad image among a thousand is logged instead of ending the run; the computing
+    # itself goes on one by one
+    request = {"images": images.value, "max_workers": 2} | own(params, model)
+    check_batch(parts, model, request)
+    if not torch.cuda.is_available():
+        request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number
+    return await answer(parts.jobs.submit("batch_infer", request), run_sync)
+
+
+@batch_router.delete("/infer", summary="Stop the batch inference")
+def stop_batch(parts: Parts, user: AsAnnotator) -> dict[str, Any] | None:
+    """As stopping the training."""
+    return stop(parts, "batch_infer")
+
+
+@scoring_router.get("/", summary="Status of the scoring", response_model=None)
+def scoring_status(
+    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """As the status of the training."""
+    return status(parts, "scoring", all, check_if_running)
+
+
+@scoring_router.post("/{method}", summary="Score the images", openapi_extra=JSON_BODY)
+async def score(parts: Parts, user: AsAnnotator, method: str, params: Body, run_sync: bool = False) -> Any:
+    """Run one scoring method over the images."""
+    methods = list(parts.instance._scoring_methods)
+    if method not in methods:
+        raise NotFoundError("scoring method", method[:200], methods)
+    request = {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"method": method}
+    return await answer(parts.jobs.submit("scoring", request, enqueue=True), run_sync)
+
+
+@scoring_router.delete("/", summary="Stop the scoring")
+def stop_scoring(parts: Parts, user: AsAnnotator) -> dict[str, Any] | None:
+    """As stopping the training."""
+    return stop(parts, "scoring")
+
+
+def status(parts: Services, kind: Kind, everything: bool, only_open: bool) -> dict[str, Any] | list[dict[str, Any]]:
+    """A kind's jobs as MONAI Label tells of them.
+
+    Raises:
+        HTTPException: 404 when there is none.
+    """
+    jobs = parts.jobs.of(kind)
+    current = parts.jobs.current(kind)
+    if only_open and current is None:
+        raise HTTPException(404, f"no {kind} task runs or waits")
+    if not jobs:
+        raise HTTPException(404, f"there has been no {kind} task since the server was started")
+    if everything and not only_open:
+        return [job.describe() for job in jobs]
+    return (current or jobs[-1]).describe()
+
+
+def stop(parts: Services, kind: Kind) -> dict[str, Any] | None:
+    """Stop a kind's jobs; None when none runs or waits."""
+    job = parts.jobs.stop(kind)
+    return job.describe() if job else None
+
+
+async def answer(job: Job, run_sync: bool) -> Any:
+    """The job as it stands now; with ``run_sync``, its result once it has ended.
+
+    Raises:
+        TrainingError: when it did not end well, with the last line that it printed.
+    """
+    if not run_sync:
+        return job.describe()
+    while not job.finished.is_set():
+        await anyio.sleep(SECONDS_BETWEEN_LOOKS)
+    if job.status != "DONE":
+        raise TrainingError(
+            f"{job.kind} ended as {job.status}: {job.details[-1] if job.details else 'it printed nothing'}"
+        )
+    return job.result
+
+
+def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A request for ``model``, without what clients may not set."""
+    return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}
+
+
+def training(parts: Services, params: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A Train request as somebody pressed the button: with what the server adds."""
+    return own(params, model) | {"why": "by hand", "pause_file": str(parts.pause.file)}
+
+
+def check_training(parts: Services, model: str, params: Mapping[str, Any]) -> None:
+    """Refuse a training before its process starts.
+
+    Raises:
+        NotFoundError: for a model that there is not.
+        ParameterError: for a field that is not valid.
+    """
+    parts.train_task(model).validate_request(params)
+    check_gpus(params)
+
+
+def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None:
+    """Refuse a batch inference before its process starts.
+
+    Raises:
+        NotFoundError: for a model or an image that there is not.
+        ParameterError: for a field that is not valid.
+    """
+    parts.infer_task(model).validate_request({**request, "image": "image.nii.gz"})
+    check_gpus(request)
+    check_tag(str(request.get("label_tag", DefaultLabelTag.ORIGINAL.value)))
+    for name in ("max_workers", "max_batch_size"):
+        value = request.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ParameterError(name, value, "a whole number from 0")
+    images = request["images"]
+    if isinstance(images, list):
+        for image in images:
+            check_image_known(parts.datastore, str(image))
+    elif images not in set(BatchInferImageType):
+        raise ParameterError("images", images, "all, labeled, unlabeled, or a list of ids")
+
+
+def check_gpus(params: Mapping[str, Any]) -> None:
+    """The choice of GPUs becomes an environment variable, so it is only that.
+
+    Raises:
+        ParameterError: for anything else.
+    """
+    gpus = params.get("gpus") or "all"
+    if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
+        raise ParameterError("gpus", gpus, "all, or indices separated by commas")
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ParameterError(name, value, "a JSON object of settings")
+    return value

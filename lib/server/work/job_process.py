@@ -1,0 +1,101 @@
+"""The process of one job, started by ``lib.server.work.jobs``.
+
+``python -m lib.server.work.job_process train RESULT_FILE``
+
+The first line of standard input is the request. After it the input stays open for as long as the server lives; its
+end means that the server is gone, by whatever signal, and then this process ends too. Until then it may hold the work
+("-") while somebody waits for an inference, and let it go on ("+"); scoring listens to that, window by window.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"  # lib is loaded once, or its exceptions would not be its exceptions
+
+import psutil
+import torch
+from monailabel.interfaces.utils.app import app_instance
+
+from lib.activelearning.pool_scoring import MAY_COMPUTE
+from lib.errors import UnetrError
+
+STANDARD_INPUT = 0
+EXIT_SERVER_GONE = 3
+LOWEST_PRIORITY = 19
+NICER_THAN_THE_SERVER = 5
+
+
+def main(kind: str, result_file: Path) -> int:
+    """Run one job; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    request = json.loads(_read_line())
+    threading.Thread(target=_end_with_server, daemon=True).start()
+    try:
+        result = run(kind, request)
+    except (UnetrError, OSError) as error:  # a full disk, say
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return 1
+    result_file.write_text(json.dumps(result, default=str), encoding="utf-8")
+    return 0
+
+
+def run(kind: str, request: dict[str, Any]) -> Any:
+    """Do the job in the app that MONAI Label's settings (environment variables) name."""
+    instance = app_instance()
+    if kind == "train":
+        yield_to_inference()
+        return instance.train(request | {"local_rank": 0})
+    if kind == "batch_infer":
+        return instance.batch_infer(request)
+    _step_back()
+    return instance.scoring(request)
+
+
+def yield_to_inference() -> None:
+    """Let the server go first: a third of its weight when both want to compute, and on a CPU half of the threads."""
+    own = psutil.Process()
+    nicer = min(LOWEST_PRIORITY, own.nice() + NICER_THAN_THE_SERVER)
+    own.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nicer)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+
+def _step_back() -> None:
+    """Take only what nobody else wants of the CPU."""
+    own = psutil.Process()
+    own.nice(psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else LOWEST_PRIORITY)
+    torch.set_num_threads(1)
+
+
+def _read_line() -> bytes:
+    """One line from standard input. Unbuffered: a reader's lock held by a thread here would hang forked children."""
+    line = bytearray()
+    while (letter := os.read(STANDARD_INPUT, 1)) not in (b"\n", b""):
+        line += letter
+    return bytes(line)
+
+
+def _end_with_server() -> None:
+    while told := os.read(STANDARD_INPUT, 4096):
+        if told.rstrip().endswith(b"+"):
+            MAY_COMPUTE.set()
+        elif told.rstrip().endswith(b"-"):
+            MAY_COMPUTE.clear()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    os._exit(EXIT_SERVER_GONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,333 @@
+"""Long work (training, batch inference, scoring) in processes of its own, one at a time of each kind.
+
+It answers as MONAI Label's own runner does, whose gaps are the reason for this one: there, a job that waits cannot be
+stopped, the last lines of output can be lost, and a training outlives the server and goes on publishing. Here a job's
+process ends when the server does, however the server ends: it reads a pipe that only the server holds open
+(``job_process``). A training that is cut off goes on from its state: here when its process alone was killed, after the
+next start when the server was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from lib.errors import TrainingError
+
+logger = logging.getLogger("unetr.server")
+
+Kind = Literal["train", "batch_infer", "scoring"]
+KINDS: tuple[Kind, ...] = ("train", "batch_infer", "scoring")
+Status = Literal["SUBMITTED", "RUNNING", "DONE", "ERROR", "STOPPED"]
+KEPT_LINES = 20
+KEPT_JOBS = 100
+LONGEST_LINE = 1000
+SECONDS_TO_END = 5.0
+DEATHS_WITHOUT_PROGRESS = 5
+REPOSITORY = Path(__file__).resolve().parents[3]
+# What a job reads from its standard input after the request.
+HOLD, GO_ON = "-", "+"
+
+
+@dataclass
+class Job:
+    """One piece of long work.
+
+    Attributes:
+        deaths: how often its process was killed since it last came further.
+        step: how far it had come when its process was last started.
+        reason: why it ended in an error.
+    """
+
+    kind: Kind
+    request: dict[str, Any]
+    id: str = field(default_factory=lambda: f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}")
+    status: Status = "SUBMITTED"
+    start_ts: str = field(default_factory=lambda: _now())
+    end_ts: str | None = None
+    details: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    result: Any = None
+    finished: threading.Event = field(default_factory=threading.Event)
+    process: subprocess.Popen[str] | None = None
+    deaths: int = 0
+    step: int = 0
+    reason: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it runs or will."""
+        return self.status in ("SUBMITTED", "RUNNING")
+
+    def describe(self) -> dict[str, Any]:
+        """The JSON that MONAI Label's clients read."""
+        said = {"id": self.id, "status": self.status, "request": self.request, "start_ts": self.start_ts}
+        said |= {"details": list(self.details)} if self.status != "SUBMITTED" else {}
+        return said | ({"end_ts": self.end_ts} if self.end_ts else {})
+
+
+class Jobs:
+    """All jobs of one server.
+
+    Args:
+        on_end: called with each job that ended, in the thread that ran it.
+        on_output: called with each job that printed a line.
+        before_end: the same, before anybody is told that it has ended.
+        on_change: called with each job whose status has changed.
+        steps_of: how far a training has come.
+    """
+
+    def __init__(
+        self,
+        on_end: Callable[[Job], None] | None = None,
+        before_end: Callable[[Job], None] | None = None,
+        on_output: Callable[[Job], None] | None = None,
+        on_change: Callable[[Job], None] | None = None,
+        steps_of: Callable[[Job], int] | None = None,
+    ) -> None:
+        self._jobs: dict[Kind, deque[Job]] = {}
+        self._threads: dict[Kind, ThreadPoolExecutor] = {}
+        self._lock = threading.Lock()
+        self._on_end, self._before_end = on_end, before_end
+        self._on_output = on_output or (lambda _: None)
+        self._held: set[Kind] = set()
+        self._on_change = on_change or (lambda _: None)
+        self._steps_of = steps_of or (lambda _: 0)
+        self._closing = False
+
+    def submit(self, kind: Kind, request: Mapping[str, Any], enqueue: bool = False) -> Job:
+        """Start a job, or let it wait for those before it.
+
+        Raises:
+            TrainingError: when one runs already and ``enqueue`` is not given.
+        """
+        with self._lock:
+            jobs = self._jobs.setdefault(kind, deque(maxlen=KEPT_JOBS))
+            if any(job.is_open for job in jobs) and not enqueue:
+                raise TrainingError(f"a {_words(kind)} runs already; stop it, wait for it, or send enqueue=true")
+            job = Job(kind, dict(request))
+            jobs.append(job)
+        self._start(job)
+        return job
+
+    def recover(self, jobs: Iterable[Job]) -> None:
+        """Let jobs go on that an earlier server has left."""
+        for job in jobs:
+            with self._lock:
+                self._jobs.setdefault(job.kind, deque(maxlen=KEPT_JOBS)).append(job)
+            logger.info("%s %s goes on", _words(job.kind), job.id)
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        self._on_change(job)
+        with self._lock:
+            thread = self._threads.setdefault(job.kind, ThreadPoolExecutor(1, thread_name_prefix=job.kind))
+        thread.submit(self._run, job)
+
+    def of(self, kind: Kind) -> list[Job]:
+        """All jobs of a kind that are remembered, the oldest first."""
+        with self._lock:
+            return list(self._jobs.get(kind, ()))
+
+    def open(self, kind: Kind) -> int:
+        """How many of a kind run or wait."""
+        return sum(job.is_open for job in self.of(kind))
+
+    def current(self, kind: Kind) -> Job | None:
+        """The job that runs, or else the first that waits."""
+        is_open = [job for job in self.of(kind) if job.is_open]
+        return next((job for job in is_open if job.status == "RUNNING"), is_open[0] if is_open else None)
+
+    def stop(self, kind: Kind) -> Job | None:
+        """Stop the job that runs and all that wait; returns the first of them, None when there is none."""
+        current = self.current(kind)
+        for job in reversed(self.of(kind)):  # the waiting ones first, or the next would start
+            self._stop(job)
+        return current
+
+    def hold(self, kind: Kind, held: bool) -> None:
+        """Have the job of a kind that runs wait, or go on; only jobs that ask now and then do (see ``job_process``)."""
+        with self._lock:
+            (self._held.add if held else self._held.discard)(kind)
+        job = self.current(kind)
+        if job is not None and job.process is not None:
+            _tell(job.process, HOLD if held else GO_ON)
+
+    def shut_down(self) -> None:
+        """Stop everything and let nothing start again; what is on disk of a training stays as it is, to go on later."""
+        with self._lock:
+            self._closing = True
+            threads = list(self._threads.values())
+        for thread in threads:
+            thread.shutdown(wait=False, cancel_futures=True)
+        for kind in list(self._jobs):
+            self.stop(kind)
+        for thread in threads:
+            thread.shutdown(wait=True)
+
+    def _stop(self, job: Job) -> None:
+        with self._lock:
+            if not job.is_open:
+                return
+            job.status, job.end_ts, process = "STOPPED", _now(), job.process
+        if process is None:
+            job.finished.set()
+        else:
+            end_tree(process)
+        if not self._closing:
+            self._on_change(job)
+        logger.info("stopped %s %s", _words(job.kind), job.id)
+
+    def _run(self, job: Job) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="unetr-job-") as folder:
+                while (code := self._run_process(job, Path(folder) / "result.json")) is not None:
+                    if not self._goes_on(job, code):
+                        self._conclude(job, code)
+                        break
+        except Exception:
+            logger.exception("%s %s could not be run to its end", _words(job.kind), job.id)
+            job.details.append("the server could not run this to its end; its log has the reason")
+            self._conclude(job, 1)
+        finally:
+            job.finished.set()
+
+    def _run_process(self, job: Job, result: Path) -> int | None:
+        """Run a job's process to its end; returns its exit code, None for a job that was stopped before."""
+        with self._lock:
+            if not job.is_open:
+                return None
+            process = start_process(job, result)
+            job.process, job.status = process, "RUNNING"
+            if job.kind in self._held:
+                _tell(process, HOLD)
+        self._on_change(job)
+        lines = logging.getLogger(f"task_{job.kind}")  # MONAI Label's logging configuration has a place for these
+        for line in process.stdout or ():
+            if text := line.strip()[:LONGEST_LINE]:
+                lines.info("%s", text)
+                job.details.append(text)
+                self._on_output(job)
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        if code == 0 and result.is_file():
+            job.result = json.loads(result.read_text(encoding="utf-8"))
+        return code
+
+    def _goes_on(self, job: Job, code: int) -> bool:
+        """Whether a training whose process was killed is started again; one that fails on its own is not."""
+        if job.kind != "train" or code >= 0 or not job.is_open or self._closing:
+            return False
+        steps = self._steps_of(job)
+        job.deaths = 1 if steps > job.step else job.deaths + 1
+        job.step = steps
+        if job.deaths >= DEATHS_WITHOUT_PROGRESS:
+            job.details.append(f"the process was killed {job.deaths} times at step {steps} (signal {-code}, the last)")
+            return False
+        job.details.append(f"the process was killed (signal {-code}) after step {steps}; it goes on from its state")
+        logger.warning("training %s: %s", job.id, job.details[-1])
+        job.request["resume"] = True
+        return True
+
+    def _conclude(self, job: Job, code: int) -> None:
+        if self._before_end is not None:
+            self._before_end(job)
+        with self._lock:
+            if job.is_open:
+                job.status, job.end_ts = "DONE" if code == 0 else "ERROR", _now()
+                job.reason = "" if code == 0 else job.details[-1] if job.details else f"it ended with {code}"
+        logger.info("%s %s ended: %s", _words(job.kind), job.id, job.status)
+        if not self._closing:
+            self._on_change(job)
+        if self._on_end is not None:
+            self._on_end(job)
+
+
+def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
+    """Start a job's process and hand it the request; its standard input stays open for as long as this server lives."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lib.server.work.job_process", job.kind, str(result)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=_environment(job),
+    )
+    assert process.stdin is not None
+    # CUDA_VISIBLE_DEVICES has chosen the GPUs already, and counts them from 0 again.
+    request = job.request | ({"gpus": "all"} if "gpus" in job.request else {})
+    request |= {"run": job.id} if job.kind == "train" else {}
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    except OSError:  # it ended at once; its output says why
+        logger.warning("%s %s did not read its request", _words(job.kind), job.id)
+    return process
+
+
+def _tell(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(word)
+        process.stdin.flush()
+    except (OSError, ValueError):
+        logger.debug("process %d was told %r after its end", process.pid, word)
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Ask a process and all that it started to end, and kill what is left after five seconds."""
+    try:
+        parent = psutil.Process(process.pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in tree:
+        _signal(member.terminate)
+    _, alive = psutil.wait_procs(tree[1:], timeout=SECONDS_TO_END)
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        alive.append(parent)
+    for member in alive:
+        _signal(member.kill)
+
+
+def _signal(send: Callable[[], None]) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _environment(job: Job) -> dict[str, str]:
+    environment = {**os.environ, "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONUTF8"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    gpus = str(job.request.get("gpus") or "all")
+    return environment | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus != "all" else {})
+
+
+def _now() -> str:
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _words(kind: Kind) -> str:
+    return {"train": "training", "batch_infer": "batch inference", "scoring": "scoring"}[kind]

@@ -1,0 +1,81 @@
+"""Trainings on disk, so that one that was cut off goes on when the server is there again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib.server.work.jobs import Job
+from lib.storage.json_files import write_json
+from lib.trainers.runs import JOB_FILE, OPEN, list_runs, read_json, steps_done
+
+logger = logging.getLogger("unetr.server")
+
+
+class Journal:
+    """Writes each training's state beside what the training itself writes.
+
+    Args:
+        folders: ``model/<preset>/runs`` by model.
+        studies: what the server serves; another server with other studies leaves these runs alone.
+    """
+
+    def __init__(self, folders: dict[str, Path], studies: str) -> None:
+        self._folders, self._studies = folders, studies
+        own = psutil.Process()
+        self._owner = {"pid": own.pid, "started": own.create_time()}
+
+    def write(self, job: Job) -> None:
+        """Keep a training's state; a full disk is told in the log, and the training goes on."""
+        if job.kind != "train":
+            return
+        folder = self.folder_of(job)
+        said = job.describe() | {"model": job.request["model"], "studies": self._studies, "owner": self._owner}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / JOB_FILE, said | {"deaths": job.deaths, "step": job.step, "reason": job.reason})
+        except OSError as error:
+            logger.error("the state of training %s cannot be kept: %s", job.id, error)
+
+    def unfinished(self) -> list[Job]:
+        """Trainings that a server which is gone has left, the oldest first."""
+        found = [read_json(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
+        left = [data for data in found if data.get("status") in OPEN and data.get("studies") == self._studies]
+        jobs = [_as_job(data) for data in left if not _lives(data.get("owner") or {})]
+        return sorted(jobs, key=lambda job: job.id)
+
+    def failures(self, model: str, since: float) -> list[float]:
+        """When trainings of a model have failed since a time."""
+        runs = [run / JOB_FILE for run in list_runs(self._folders[model])]
+        ended = [path.stat().st_mtime for path in runs if read_json(path).get("status") == "ERROR"]
+        return sorted(when for when in ended if when > since)
+
+    def folder_of(self, job: Job) -> Path:
+        """The run's folder."""
+        return self._folders[job.request["model"]] / job.id
+
+    def steps(self, job: Job) -> int:
+        """How far a training has come."""
+        return steps_done(self.folder_of(job))
+
+
+def _as_job(data: dict[str, Any]) -> Job:
+    job = Job("train", dict(data["request"]) | {"resume": True}, id=str(data["id"]), start_ts=str(data["start_ts"]))
+    job.deaths, job.step = int(data.get("deaths", 0)), int(data.get("step", 0))
+    return job
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    """Whether the server that wrote this is still there, and is not another process of the same number."""
+    try:
+        return bool(owner["pid"] != os.getpid() and abs(_started(owner["pid"]) - owner["started"]) < 1)
+    except (psutil.NoSuchProcess, KeyError):
+        return False
+
+
+def _started(pid: int) -> float:
+    return float(psutil.Process(pid).create_time())

@@ -1,0 +1,131 @@
+"""Segmenting ahead: the case that was handed out and the next likely ones, while nobody else needs the device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import UnetrError
+from lib.infers.interruption import InterruptedWork
+from lib.infers.task import UnetrInferTask
+from lib.networks.precision import resolve_device
+from lib.server.http.metrics import Metrics
+from lib.server.work.queue import InferenceQueue
+
+logger = logging.getLogger("unetr.server")
+
+MOST_WANTED = 16
+TRIES = 3
+"""Starts of one prefetch: a server that is never quiet does not finish any."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A mask that somebody will probably ask for: a model's of an image, by its id."""
+
+    model: str
+    image: str
+
+
+class Prefetcher:
+    """Computes masks ahead, one at a time, into the result cache.
+
+    Args:
+        task_of: gives the inference task of a model.
+        file_of: gives the file of an image.
+        inferences: where it waits for idle turns.
+        metrics: where it counts.
+        device: the device that requests are computed on by default.
+        enabled: whether anything is computed ahead.
+    """
+
+    def __init__(
+        self,
+        task_of: Callable[[str], UnetrInferTask],
+        file_of: Callable[[str], Path],
+        inferences: InferenceQueue,
+        metrics: Metrics,
+        device: str,
+        enabled: bool,
+    ) -> None:
+        self._task_of, self._file_of, self._inferences, self._metrics = task_of, file_of, inferences, metrics
+        self._device, self._enabled = device, enabled
+        self._wanted: OrderedDict[Wanted, int] = OrderedDict()
+        self._more = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Work in the background for as long as this is open."""
+        self._loop = asyncio.get_running_loop()
+        task = asyncio.create_task(self._work(), name="prefetch")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def want(self, wanted: Sequence[Wanted]) -> None:
+        """Have these computed next, the first of them first; may be called from any thread."""
+        if self._enabled and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._add, list(wanted))
+
+    @property
+    def waiting(self) -> int:
+        """How many are wanted and not computed yet."""
+        return len(self._wanted)
+
+    def _add(self, wanted: Sequence[Wanted]) -> None:
+        for one in reversed(wanted):
+            self._wanted[one] = 0
+            self._wanted.move_to_end(one, last=False)
+        while len(self._wanted) > MOST_WANTED:
+            self._wanted.popitem()
+        self._more.set()
+
+    async def _work(self) -> None:
+        while True:
+            await self._more.wait()
+            if not self._wanted:
+                self._more.clear()
+                continue
+            one, tries = next(iter(self._wanted.items()))
+            outcome = await self._try(one)
+            if outcome == "interrupted" and tries + 1 < TRIES:
+                if one in self._wanted:
+                    self._wanted[one] = tries + 1
+                continue
+            self._wanted.pop(one, None)
+            self._metrics.count_prefetch(one.model, outcome)
+
+    async def _try(self, one: Wanted) -> str:
+        """``done``, ``known``, ``interrupted`` or ``failed``."""
+        device = str(resolve_device(self._device))
+        try:
+            task = self._task_of(one.model)
+            async with self._inferences.idle_turn(device, one) as turn:
+                return await turn.run(lambda: _compute(task, self._file_of(one.image)))
+        except InterruptedWork:
+            return "interrupted"
+        except UnetrError as error:
+            logger.info("%s is not segmented ahead: %s", one.image, error)
+            return "failed"
+        except Exception:
+            logger.exception("%s could not be segmented ahead", one.image)
+            return "failed"
+
+
+def _compute(task: UnetrInferTask, image: Path) -> str:
+    request = {"image": str(image)}
+    if task.is_kept(request):
+        return "known"
+    file, _ = task(request)
+    if file is not None:
+        Path(file).unlink(missing_ok=True)
+    return "done"

@@ -1,0 +1,202 @@
+"""The retrain policy at work: looks at what is known, decides, and submits trainings."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import dice_per_label, mean_known, without_missing
+from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
+from lib.models.provenance import label_digests
+from lib.models.versions import Version
+from lib.server.services import Services
+from lib.server.work.journal import Journal
+from lib.trainers.retrain import Decision, History, Label, decide
+from lib.transforms.volume import read_volume
+
+logger = logging.getLogger("unetr.retrain")
+
+SECONDS_BETWEEN_LOOKS = 5.0
+RUN_NAME = "retrain"
+
+
+class Retrainer:
+    """Decides for each model, in a thread of its own, whenever a label has come in and every few seconds.
+
+    Args:
+        parts: the server's parts.
+        journal: of trainings.
+
+    Raises:
+        ConfigError: when the recipe of these runs is not one.
+    """
+
+    def __init__(self, parts: Services, journal: Journal) -> None:
+        self._parts, self._journal = parts, journal
+        self._said: dict[str, str] = {}
+        self._reviews: dict[tuple[str, str, str], float] = {}
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
+        for model in parts.instance._trainers:
+            try:
+                parts.train_task(model).validate_request(self.request(model, "", False))
+            except ParameterError as error:
+                raise ConfigError(f"--conf retrain_recipe: {error}") from error
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._parts.label_hooks.append(lambda _: self._news.set())
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; a training that runs is none of its business."""
+        self._closing.set()
+        self._news.set()
+        self._thread.join(SECONDS_BETWEEN_LOOKS)
+
+    def describe(self) -> dict[str, Any]:
+        """Each model's decision as of now, and what it comes from."""
+        return {model: self._describe(model) for model in self._parts.instance._trainers}
+
+    def words(self) -> dict[str, str]:
+        """Each model's last decision in words, without deciding anew."""
+        return dict(self._said)
+
+    def train_now(self, model: str, user: str) -> dict[str, Any]:
+        """Submit a run of the policy's recipe, whatever it would decide.
+
+        Raises:
+            TrainingError: when a training runs already.
+        """
+        job = self._parts.jobs.submit("train", self.request(model, f"by hand, by {user}", False))
+        return job.describe()
+
+    def request(self, model: str, why: str, from_nothing: bool) -> dict[str, Any]:
+        """The Train request of a run."""
+        recipe = dict(self._parts.settings.retrain_recipe)
+        pause = str(self._parts.pause.file)
+        start = {"pretrained": False} if from_nothing else {}
+        return {"name": RUN_NAME} | recipe | start | {"model": model, "why": why, "pause_file": pause}
+
+    def look(self, model: str, review: bool = False) -> tuple[History, Decision]:
+        """What is known of a model's labels and runs, and what follows.
+
+        Args:
+            model: which.
+            review: whether the served model may be tried on new labels, where a floor is set.
+        """
+        task, settings = self._parts.train_task(model), self._parts.settings
+        cases = task.labelled_cases(self._parts.datastore)
+        digests = label_digests(cases)
+        labels = {c.case_id: Label(digests[c.case_id], _saved_at(c.label)) for c in cases if digests[c.case_id]}
+        runs = [version for version in task.versions.list() if version.details.get("label_digests")]
+        last = runs[-1] if runs else None
+        last_run_at = datetime.fromisoformat(last.details["created"]).timestamp() if last else 0.0
+        failed = self._journal.failures(model, last_run_at)
+        history = History(
+            settings=settings,
+            now=time.time(),
+            labels=labels,
+            seen=last.details["label_digests"] if last else {},
+            last_version=last.name if last else "",
+            last_run_at=last_run_at,
+            runs=len(runs),
+            running=self._parts.jobs.open("train") > 0,
+            unproven=_is_unproven(task.served_version(), task.versions.live()),
+            failures=len(failed),
+            failed_at=failed[-1] if failed else 0.0,
+            utc_offset_seconds=time.localtime().tm_gmtoff,
+        )
+        new = [case for case in cases if case.case_id in history.new]
+        history = self._with_review(history, model, new, review)
+        return history, decide(history)
+
+    def _describe(self, model: str) -> dict[str, Any]:
+        history, decision = self.look(model)
+        settings = self._parts.settings
+        policy = {name: getattr(settings, name) for name in type(settings).model_fields if name.startswith("retrain")}
+        known = {"labels": len(history.labels), "last_version": history.last_version, "running": history.running}
+        return asdict(decision) | known | {"runs": history.runs, "failures": history.failures, "policy": policy}
+
+    def _work(self) -> None:
+        while not self._closing.is_set():
+            wait = SECONDS_BETWEEN_LOOKS
+            for model in self._parts.instance._trainers:
+                try:
+                    wait = min(wait, self._act(model))
+                except (UnetrError, OSError) as error:  # a damaged version, a full disk: said, and looked at again
+                    self._say(model, f"cannot decide: {error}")
+                except Exception:
+                    logger.exception("%s: the retrain policy failed", model)
+            self._news.wait(max(wait, 0.1))
+            self._news.clear()
+
+    def _act(self, model: str) -> float:
+        """Decide for a model, and do it; returns the seconds after which to look again."""
+        _, decision = self.look(model, review=True)
+        self._say(model, decision.reason if decision.train else decision.reason.split("; waits until")[0])
+        if decision.train:
+            try:
+                self._parts.jobs.submit("train", self.request(model, decision.reason, decision.from_nothing))
+            except TrainingError as error:  # somebody pressed Train in this moment
+                logger.info("%s: %s", model, error)
+        return SECONDS_BETWEEN_LOOKS if decision.wait_seconds is None else decision.wait_seconds
+
+    def _say(self, model: str, reason: str) -> None:
+        """Log a decision when it is another one."""
+        if self._said.get(model) != reason:
+            logger.info("%s: %s", model, reason)
+            self._said[model] = reason
+            self._parts.changes.mark("job")
+
+    def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:
+        """The history with the served model's mean Dice on the new labels, where few are new and a floor is set."""
+        settings, served = self._parts.settings, self._parts.train_task(model).served_version()
+        if not served or not settings.retrain_floor or len(new) >= settings.retrain_after or not new:
+            return history
+        dice = []
+        for case in new:
+            key = (case.case_id, history.labels[case.case_id].digest, served)
+            if review and key not in self._reviews and not history.running and not self._parts.inferences.waiting:
+                self._reviews[key] = self._try_on(model, case)
+            dice.append(self._reviews.get(key, math.nan))
+        mean = mean_known(dice)
+        return replace(history, dice_on_new=None if math.isnan(mean) else mean)
+
+    def _try_on(self, model: str, case: Case) -> float:
+        """Mean Dice of the served model on a label; NaN where it cannot be said."""
+        preset = self._parts.train_task(model).preset
+        try:
+            _, reference = read_case(case, preset)
+            answer = self._parts.instance.infer({"model": model, "image": str(case.image),
+                                                 "result_extension": ".nii.gz", "save_label": False})  # fmt: skip
+            mask = Path(answer["file"])
+            try:
+                predicted = read_volume(mask).voxels.astype("uint8")
+            finally:
+                mask.unlink(missing_ok=True)
+        except UnetrError as error:
+            logger.warning("%s could not be tried on %s: %s", model, case.case_id, error)
+            return math.nan
+        dice = dice_per_label(predicted, reference, preset.label_indices)
+        return mean_known(without_missing(dice, preset.label_indices, case.missing).values())
+
+
+def _is_unproven(served: str, live: Version | None) -> bool:
+    """Whether nothing is served, or a version that no other was compared with."""
+    return not served or (live is not None and live.details.get("compared") is False)
+
+
+def _saved_at(label: Path) -> float:
+    try:
+        return label.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,97 @@
+"""When the pool is looked at: whenever the served versions have not seen all of it, and nothing else is going on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+
+import anyio.to_thread
+from monailabel.interfaces.app import MONAILabelApp
+
+from lib.activelearning.insight import Insight
+from lib.activelearning.score_store import UNTRAINED
+from lib.activelearning.task import ALL_SCORES, label_stamps
+from lib.server.work.jobs import Jobs
+from lib.server.work.queue import InferenceQueue
+
+logger = logging.getLogger("unetr.server")
+
+SECONDS_BETWEEN_LOOKS = 15.0
+LONGEST_REST_SECONDS = 600.0
+
+
+class BackgroundScoring:
+    """Starts scoring jobs after a new model, a new image or a new label.
+
+    A job is a process of low priority that waits whenever somebody infers, and ends after its time; the next one goes
+    on where it was. A job that ends without having got anywhere is not started again at once.
+
+    Args:
+        instance: the app with its ``insights``.
+        jobs: where jobs run; nothing is started while a training or another scoring does.
+        inferences: nothing is started while somebody infers.
+        minutes: longest time of a job; 0: none is started.
+    """
+
+    def __init__(self, instance: MONAILabelApp, jobs: Jobs, inferences: InferenceQueue, minutes: float) -> None:
+        self._instance, self._jobs, self._inferences, self._minutes = instance, jobs, inferences, minutes
+        self._insights: Mapping[str, Insight] = instance.insights
+        self._started_with: dict[str, int] = {}
+        self._rest = SECONDS_BETWEEN_LOOKS
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch for as long as this is open."""
+        if self._minutes == 0:
+            yield
+            return
+        task = asyncio.create_task(self._watch(), name="background scoring")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._rest)
+            try:
+                await anyio.to_thread.run_sync(self.start_if_wanted)
+            except Exception:
+                logger.exception("the background scoring could not be started")
+
+    def start_if_wanted(self) -> bool:
+        """Start a job if there is something to look at and nothing else is going on."""
+        if self._inferences.busy or any(self._jobs.open(kind) for kind in ("train", "batch_infer", "scoring")):
+            return False
+        wanted = {name: self.left(insight) for name, insight in self._insights.items()}
+        if not any(wanted.values()):
+            self._rest, self._started_with = SECONDS_BETWEEN_LOOKS, {}
+            return False
+        # what is still wanted after a job that was to do it will hardly be done by the next
+        again = wanted == self._started_with
+        self._rest = min(2 * self._rest, LONGEST_REST_SECONDS) if again else SECONDS_BETWEEN_LOOKS
+        self._started_with = wanted
+        self._jobs.submit("scoring", {"method": ALL_SCORES, "minutes": self._minutes}, enqueue=True)
+        logger.info("looking at the studies in the background: %s", wanted)
+        return True
+
+    def left(self, insight: Insight) -> int:
+        """How many images and labels the served version has not looked at."""
+        datastore = self._instance.datastore()
+        version = insight.version()
+        looks = insight.store.looks(version)
+        trained = version != UNTRAINED
+        unlabelled = set(datastore.get_unlabeled_images())
+        count = 0
+        for image in datastore.list_images():
+            look = looks.get(image)
+            count += look is None or (trained and image in unlabelled and not look.scored)
+        if trained:
+            doubts = insight.store.doubts(version)
+            labels = label_stamps(datastore, insight.preset.name)
+            count += sum(image not in doubts or doubts[image].label != label for image, label in labels.items())
+        return count

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from lib.server.http.logs import set_log_format
+from lib.server.http.request_id import begin_request, current_request_id
+
+
+@pytest.fixture
+def handler() -> Iterator[logging.StreamHandler]:
+    handler = logging.StreamHandler()
+    logging.getLogger("uvicorn").addHandler(handler)
+    yield handler
+    logging.getLogger("uvicorn").removeHandler(handler)
+
+
+def record(message: str, **extra: object) -> logging.LogRecord:
+    made = logging.LogRecord("unetr.server", logging.INFO, "file.py", 7, message, (), None)
+    made.__dict__.update(extra)
+    return made
+
+
+def test_text_lines_hold_the_request(handler: logging.Handler) -> None:
+    begin_request("abcdef-1")
+    set_log_format("text")
+    assert "[INFO] [abcdef-1] (unetr.server:7) - hello" in handler.format(record("hello"))
+
+
+def test_json_lines_hold_the_request_and_the_fields(handler: logging.Handler) -> None:
+    begin_request("abcdef-2")
+    set_log_format("json")
+    said = json.loads(handler.format(record("hello\nthere")))
+    assert (said["request_id"], said["message"], said["level"]) == ("abcdef-2", "hello\nthere", "INFO")
+    assert json.loads(handler.format(record("{}", fields={"status": 200})))["status"] == 200
+
+
+@pytest.mark.parametrize("proposed", [None, "", "short", "a b c d e f g", "x" * 65, "abc\ndefgh", "ä" * 10])
+def test_request_id_that_is_none_is_replaced(proposed: str | None) -> None:
+    assert begin_request(proposed) != proposed
+    assert len(current_request_id()) == 16

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from lib.errors import ParameterError
+from lib.server.http.parameters import parse_object
+
+
+def test_object_is_parsed_and_nothing_is_an_empty_one() -> None:
+    assert parse_object('{"a": [1, 2.5, null, true, "\\u00e4"]}') == {"a": [1, 2.5, None, True, "ä"]}
+    assert parse_object("") == parse_object("  ") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "a JSON object"),
+        ("[]", "a JSON object"),
+        ("null", "a JSON object"),
+        ("3", "a JSON object"),
+        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": -Infinity}', "-Infinity is no JSON"),
+        ('{"a": [1e999]}', "finite numbers"),
+        ('{"a": "\\ud800"}', "Unicode text"),
+        ('{"\\ud800": 1}', "Unicode text"),
+        ('{"a":' * 25 + "1" + "}" * 25, "at most 20 levels"),
+        ('{"a":' * 100_000, "a JSON object"),
+        ('{"a": ' + "9" * 5000 + "}", "a JSON object"),
+    ],
+)
+def test_anything_else_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ParameterError, match=reason) as refused:
+        parse_object(text)
+    assert len(str(refused.value)) < 600

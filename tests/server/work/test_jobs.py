@@ -1,0 +1,186 @@
+"""Trainings that are cut off: started again, given up, written down, taken up by the next server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lib.server.work import jobs as module
+from lib.server.work.jobs import Job, Jobs
+from lib.server.work.journal import Journal
+from lib.server.work.pause import Pause
+from lib.storage.json_files import write_json
+from lib.trainers.pause import is_paused
+
+MODEL = "tiny"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal({MODEL: tmp_path / "runs"}, "studies")
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dict[str, object]]]:
+    """Let each start of a job run a line of Python instead; returns the requests of the starts."""
+
+    def use(lines: list[str]) -> list[dict[str, object]]:
+        left, requests = list(lines), list[dict[str, object]]()
+
+        def start(job: Job, result: Path) -> subprocess.Popen[str]:
+            requests.append(dict(job.request))
+            code = left.pop(0) if len(left) > 1 else left[0]
+            return subprocess.Popen([sys.executable, "-c", code, str(result)], stdout=subprocess.PIPE, text=True)
+
+        monkeypatch.setattr(module, "start_process", start)
+        return requests
+
+    return use
+
+
+KILLED = "import os, signal; print('step', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+DONE = "import sys; open(sys.argv[1], 'w').write('{\"version\": 1}')"
+FAILED = "print('TrainingError: no label'); raise SystemExit(1)"
+
+
+def written(tmp_path: Path, job: Job) -> dict[str, object]:
+    said: dict[str, object] = json.loads((tmp_path / "runs" / job.id / "job.json").read_text())
+    return said
+
+
+def test_training_that_is_killed_goes_on(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([KILLED, KILLED, DONE])
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    job = jobs.submit("train", {"model": MODEL})
+    assert job.finished.wait(60)
+    assert (job.status, job.result) == ("DONE", {"version": 1})
+    assert [request.get("resume", False) for request in requests] == [False, True, True]
+    assert "the process was killed (signal 9) after step 0; it goes on from its state" in job.details
+    assert written(tmp_path, job)["status"] == "DONE"
+
+
+def test_training_that_dies_without_coming_further_is_given_up_with_the_reason(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([KILLED])
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    job, after = jobs.submit("train", {"model": MODEL}), jobs.submit("train", {"model": MODEL}, enqueue=True)
+    assert job.finished.wait(60) and after.finished.wait(60), "the queue goes on"
+    assert len(requests) == 2 * module.DEATHS_WITHOUT_PROGRESS
+    assert (job.status, job.reason) == ("ERROR", "the process was killed 5 times at step 0 (signal 9, the last)")
+    assert written(tmp_path, job)["reason"] == job.reason
+    assert len(journal.failures(MODEL, 0)) == 2
+    assert journal.failures(MODEL, time.time() + 1) == []
+
+
+def test_training_that_comes_further_may_die_as_often_as_it_likes(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([KILLED] * 9 + [DONE])
+    steps = iter(range(1, 100))
+    job = Jobs(on_change=journal.write, steps_of=lambda _: next(steps)).submit("train", {"model": MODEL})
+    assert job.finished.wait(60)
+    assert (job.status, len(requests)) == ("DONE", 10)
+
+
+def test_training_that_fails_on_its_own_is_not_started_again(
+    journal: Journal, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([FAILED])
+    job = Jobs(on_change=journal.write).submit("train", {"model": MODEL})
+    assert job.finished.wait(60)
+    assert (job.status, job.reason, len(requests)) == ("ERROR", "TrainingError: no label", 1)
+
+
+def leave_behind(tmp_path: Path, name: str, status: str, studies: str = "studies", pid: int = 2**22) -> None:
+    job = Job("train", {"model": MODEL, "max_epochs": 3}, id=name, status=status)  # type: ignore[arg-type]
+    said = job.describe() | {"studies": studies, "owner": {"pid": pid, "started": 1.0}, "deaths": 2, "step": 7}
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    write_json(tmp_path / "runs" / name / "job.json", said)
+
+
+def test_next_server_takes_up_what_was_left_in_order(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    leave_behind(tmp_path, "2-waits", "SUBMITTED")
+    leave_behind(tmp_path, "1-ran", "RUNNING")
+    for number, status in enumerate(("DONE", "ERROR", "STOPPED")):
+        leave_behind(tmp_path, f"0-{number}", status)
+    leave_behind(tmp_path, "3-elsewhere", "RUNNING", studies="other studies")
+    (tmp_path / "runs" / "4-half").mkdir()
+    (tmp_path / "runs" / "4-half" / "job.json").write_text("{")
+    requests = processes([DONE])
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    jobs.recover(journal.unfinished())
+    left = jobs.of("train")
+    assert [job.id for job in left] == ["1-ran", "2-waits"]
+    assert all(job.finished.wait(60) for job in left)
+    assert [request["resume"] for request in requests] == [True, True]
+    assert (left[0].request["max_epochs"], left[0].deaths, left[0].step) == (3, 2, 7)
+    assert journal.unfinished() == []
+
+
+def test_run_of_a_server_that_lives_is_left_to_it(journal: Journal, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        import psutil
+
+        leave_behind(tmp_path, "1-theirs", "RUNNING")
+        said = json.loads((tmp_path / "runs" / "1-theirs" / "job.json").read_text())
+        said["owner"] = {"pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+        write_json(tmp_path / "runs" / "1-theirs" / "job.json", said)
+        assert journal.unfinished() == []
+        other.kill()
+        other.wait()
+        assert [job.id for job in journal.unfinished()] == ["1-theirs"]
+
+
+def test_shutting_down_leaves_a_training_to_the_next_server(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    processes(["import time; time.sleep(60)"])
+    jobs = Jobs(on_change=journal.write)
+    job = jobs.submit("train", {"model": MODEL})
+    deadline = time.monotonic() + 30
+    while job.status != "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    jobs.shut_down()
+    assert job.status == "STOPPED"
+    assert written(tmp_path, job)["status"] == "RUNNING"
+    stopped = Jobs(on_change=journal.write)
+    other = stopped.submit("train", {"model": MODEL})
+    stopped.stop("train")
+    assert other.finished.wait(60)
+    assert written(tmp_path, other)["status"] == "STOPPED", "what somebody has stopped stays stopped"
+
+
+def test_full_disk_does_not_keep_a_training_from_running(
+    journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    journal.write(Job("train", {"model": MODEL}))
+    assert "the state of training" in caplog.text
+
+
+def test_pause_is_asked_for_while_anybody_needs_the_gpu() -> None:
+    pause = Pause()
+    with pause.asked("cpu"):
+        assert not is_paused(pause.file)
+    with pause.asked("cuda:0"):
+        with pause.asked("cuda:0"):
+            assert is_paused(pause.file)
+        assert is_paused(pause.file)
+        os.utime(pause.file, (0, 0))
+        deadline = time.monotonic() + 10
+        while not is_paused(pause.file) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert is_paused(pause.file), "it is kept fresh, however long an inference takes"
+    assert not pause.file.exists()

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from lib.infers.interruption import InterruptedWork, _ask
+from lib.server.http.errors import BusyError
+from lib.server.http.request_id import begin_request, current_request_id
+from lib.server.work.queue import InferenceQueue
+
+
+def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
+    running, most, order = 0, 0, []
+
+    def work(number: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        order.append(number)
+        running -= 1
+
+    async def ask(queue: InferenceQueue, number: int) -> None:
+        async with queue.turn("cpu") as turn:
+            await turn.run(lambda: work(number))
+
+    async def main() -> None:
+        queue = InferenceQueue(size=8)
+        await asyncio.gather(*(ask(queue, number) for number in range(8)))
+        assert queue.waiting == 0
+
+    asyncio.run(main())
+    assert most == 1
+    assert order == list(range(8))
+
+
+def test_full_queue_says_when_to_come_back() -> None:
+    async def main() -> None:
+        queue = InferenceQueue(size=2)
+        release = threading.Event()
+
+        async def ask() -> None:
+            async with queue.turn("cpu") as turn:
+                await turn.run(release.wait)
+
+        waiting = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert queue.waiting == 2
+        with pytest.raises(BusyError, match="3 inferences run or wait on cpu") as refused:
+            await ask()
+        assert refused.value.retry_after_seconds == 3  # three of a second each, as nothing was measured yet
+        release.set()
+        await asyncio.gather(*waiting)
+        await ask()  # there is room again
+
+    asyncio.run(main())
+
+
+def test_devices_do_not_wait_for_each_other() -> None:
+    async def main() -> None:
+        queue = InferenceQueue(size=0)
+        meeting = threading.Barrier(2, timeout=5)
+
+        async def ask(device: str) -> None:
+            async with queue.turn(device) as turn:
+                await turn.run(meeting.wait)
+
+        await asyncio.gather(ask("cuda:0"), ask("cuda:1"))
+
+    asyncio.run(main())
+
+
+def test_work_runs_in_one_thread_and_knows_its_request() -> None:
+    async def ask(queue: InferenceQueue, number: int) -> tuple[str, str]:
+        begin_request(f"request-{number}")
+        async with queue.turn("cpu") as turn:
+            return await turn.run(lambda: (current_request_id(), threading.current_thread().name))
+
+    async def main() -> list[tuple[str, str]]:
+        queue = InferenceQueue(size=4)
+        return await asyncio.gather(*(asyncio.create_task(ask(queue, number)) for number in range(4)))
+
+    seen = asyncio.run(main())
+    assert [request for request, _ in seen] == [f"request-{number}" for number in range(4)]
+    assert len({thread for _, thread in seen}) == 1
+
+
+def test_failure_leaves_the_queue_usable() -> None:
+    async def main() -> None:
+        queue = InferenceQueue(size=0)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                async with queue.turn("cpu") as turn:
+                    await turn.run(lambda: 1 / 0)
+
+    asyncio.run(main())
+
+
+def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> None:
+    async def main() -> None:
+        queue, order = InferenceQueue(size=8), []
+        release, begun = threading.Event(), threading.Event()
+
+        def ahead() -> None:
+            begun.set()
+            while True:  # window after window
+                time.sleep(0.01)
+                _ask(None, None)
+
+        async def compute_ahead() -> str:
+            try:
+                async with queue.idle_turn("cpu", "a") as turn:
+                    order.append("ahead")
+                    await turn.run(ahead)
+            except InterruptedWork:
+                return "gave way"
+            return "done"
+
+        async def ask(name: str, what: object) -> None:
+            async with queue.turn("cpu", what) as turn:
+                await turn.run(release.wait)
+                order.append(name)
+
+        first = asyncio.create_task(ask("first", "b"))
+        await asyncio.sleep(0.02)
+        waiting = asyncio.create_task(compute_ahead())
+        await asyncio.sleep(0.05)
+        assert not begun.is_set() and queue.waiting == 0, "it takes nobody's place"
+        release.set()
+        await first
+        await asyncio.to_thread(begun.wait)
+        assert not queue.busy
+        await ask("second", "c")
+        assert await waiting == "gave way"
+        assert order == ["first", "ahead", "second"]
+
+    asyncio.run(main())
+
+
+def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
+    async def main() -> None:
+        queue, order = InferenceQueue(size=8), []
+        begun = threading.Event()
+
+        def ahead() -> None:
+            begun.set()
+            for _ in range(10):
+                time.sleep(0.01)
+                _ask(None, None)
+            order.append("ahead")
+
+        async def compute_ahead() -> None:
+            async with queue.idle_turn("cpu", "a") as turn:
+                await turn.run(ahead)
+
+        task = asyncio.create_task(compute_ahead())
+        await asyncio.to_thread(begun.wait)
+        async with queue.turn("cpu", "a") as turn:
+            await turn.run(lambda: order.append("asked"))
+        await task
+        assert order == ["ahead", "asked"]
+
+    asyncio.run(main())
+
+
+def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
+    async def main() -> list[bool]:
+        said: list[bool] = []
+        queue = InferenceQueue(size=8, on_busy=said.append)
+
+        async def ask() -> None:
+            async with queue.turn("cpu") as turn:
+                await turn.run(lambda: time.sleep(0.01))
+
+        await asyncio.gather(*(ask() for _ in range(3)))
+        await ask()
+        async with queue.idle_turn("cpu", "a") as turn:
+            await turn.run(lambda: None)
+        return said
+
+    assert asyncio.run(main()) == [True, False, True, False]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib import doctor
+from lib.configs.catalogue import load_preset
+from lib.models.weights import WeightsLocator
+from lib.networks.checkpoint import file_sha256
+from tests.tiny import boxes, write_nifti
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "shipped.pt"
+    path.write_bytes(b"weights" * 1000)
+    side_car = {"sha256": file_sha256(path), "held_out": {"mean_dice": 0.8812}}
+    path.with_suffix(".json").write_text(json.dumps(side_car))
+    return path
+
+
+def test_warning_without_advice_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="without advice"):
+        doctor.Finding("warn", "something is odd")
+
+
+def test_line_holds_state_text_and_advice() -> None:
+    assert str(doctor.Finding("FAIL", "it broke", "mend it")) == "FAIL  it broke; mend it"
+
+
+def test_weights_are_named_with_the_dice_that_their_side_car_states(weights: Path) -> None:
+    finding = doctor.check_weights("task", WeightsLocator(weights.parent))
+    assert finding.state == "ok"
+    assert "shipped weights" in finding.text and "mean Dice 0.881" in finding.text
+
+
+def test_weights_that_were_changed_are_a_failure(weights: Path) -> None:
+    weights.write_bytes(b"other")
+    assert doctor.check_weights("task", WeightsLocator(weights.parent)).state == "FAIL"
+
+
+def test_weights_without_side_car_are_a_warning(weights: Path) -> None:
+    weights.with_suffix(".json").unlink()
+    assert doctor.check_weights("task", WeightsLocator(weights.parent)).state == "warn"
+
+
+def test_preset_without_weights_says_how_to_get_some(tmp_path: Path) -> None:
+    finding = doctor.check_weights("task", WeightsLocator(tmp_path))
+    assert finding.state == "warn" and "pretrained" in finding.advice
+
+
+def test_module_that_is_missing_is_a_failure() -> None:
+    assert doctor.check_module("json").state == "ok"
+    finding = doctor.check_module("no_such_module_here")
+    assert finding.state == "FAIL" and "no_such_module_here" in finding.text
+
+
+def test_versions_are_compared_without_their_build_variant() -> None:
+    version = torch.__version__.split("+")[0]
+    assert doctor.check_versions(f"torch=={version}\n").state == "ok"
+    finding = doctor.check_versions("torch==0.1\nno-such-package==1.0\n")
+    assert finding.state == "warn"
+    assert "tested: 0.1" in finding.text and "no-such-package not installed" in finding.text
+
+
+def test_pins_for_another_python_are_left_out() -> None:
+    text = 'a==1; python_version >= "3.10"\nb==2; python_version < "3.10"\n-r c.txt\n# d==4\ne==5\n'
+    assert list(doctor.pinned(text)) == [("a", "1"), ("e", "5")]
+
+
+@pytest.mark.parametrize(("free_gib", "state"), [(1.0, "warn"), (64.0, "ok")])
+def test_short_memory_and_disk_are_warned_about(free_gib: float, state: str) -> None:
+    assert doctor.check_memory(free_gib).state == state
+    assert doctor.check_disk(free_gib).state == state
+
+
+def test_driver_beside_a_cpu_build_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert doctor.check_torch(lambda _: None).state == "ok"
+    finding = doctor.check_torch(lambda _: "/usr/bin/nvidia-smi")
+    assert finding.state == "warn" and "README" in finding.advice
+
+
+def test_whole_examination_runs_without_the_server_app() -> None:
+    code = (
+        "import sys; from lib import doctor; code = doctor.main();"
+        "assert 'monailabel.app' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=doctor.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(("ok ", "warn ")) for line in lines)
+    assert any("PyTorch" in line for line in lines) and any("preset hippocampus_mr" in line for line in lines)
+
+
+def test_plan_of_an_image_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "Settings", lambda: SimpleNamespace(model_dir=tmp_path))
+    file = write_nifti(tmp_path / "scan.nii.gz", boxes((40, 50, 40))[0])
+    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)]) == 0
+    assert "ok    hippocampus_mr, scan.nii.gz: " in (line := capsys.readouterr().out)
+    assert re.search(r"\d+ windows on (cpu|cuda).* in \w+ by \w+, \d at a time; stitched slab by slab on the", line)
+    assert (tmp_path / "costs.json").is_file()
+
+
+def test_plan_without_an_image_is_that_of_a_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "Settings", lambda: SimpleNamespace(model_dir=tmp_path))
+    assert doctor.main(["--plan", "hippocampus_mr"]) == 0
+    assert "ok    hippocampus_mr, a usual MR of (256, 256, 180) voxels: 324 windows on " in capsys.readouterr().out
+
+
+def test_plan_of_a_training_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "COSTS_FILE", str(tmp_path / "costs.json"))
+    assert doctor.main(["--plan", "hippocampus_mr", "--train"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("ok    training of hippocampus_mr: 2 crops a step on ") and "(measured; about" in line
+    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "1MiB"]) == 1
+    crop = "x".join(map(str, load_preset("hippocampus_mr").roi_size))
+    assert f"(1 crop of {crop} at a time) needs " in capsys.readouterr().out
+    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "much"]) == 1
+    assert "memory_budget" in capsys.readouterr().out
+
+
+def test_plan_of_nothing_is_a_failure_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(tmp_path / "none.nii")]) == 1
+    assert "FAIL  image 'none.nii' does not exist" in capsys.readouterr().out
+    assert doctor.main(["--plan", "no_such"]) == 1
+
+
+def test_usual_volumes_take_no_memory() -> None:
+    assert doctor.usual_volume(load_preset("abdomen_ct")).voxels.shape == (512, 512, 300)
+    assert doctor.usual_volume(load_preset("hippocampus_mr")).voxels.strides == (0, 0, 4)
