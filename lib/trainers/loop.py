@@ -35,9 +35,9 @@ from lib.trainers.optimization import build_average, build_loss, build_optimizer
 from lib.trainers.parallel import ResumableSampler, gather, loss_scale, rank_and_world_size
 from lib.trainers.pause import wait_while_paused
 from lib.trainers.plan import StepLadder, StepPlan, TrainingPlanner
-from lib.trainers.progress import Progress, ProgressReporter, memory_in_use
+from lib.trainers.reporting.progress import Progress, ProgressReporter, memory_in_use
+from lib.trainers.reporting.tracking import Tracking
 from lib.trainers.resume import fingerprint, read_state, write_state
-from lib.trainers.tracking import Tracking
 from lib.transforms.preprocess import IMAGE, LABEL
 
 logger = logging.getLogger("unetr.train")

@@ -45,11 +45,11 @@ from lib.trainers.launch import launch
 from lib.trainers.loop import TrainingPlan, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
 from lib.trainers.pretraining.loop import ENCODER_FILE
-from lib.trainers.progress import format_seconds
-from lib.trainers.report import as_json, render_html, report_data, worst_cases
+from lib.trainers.reporting.progress import format_seconds
+from lib.trainers.reporting.report import as_json, render_html, report_data, worst_cases
+from lib.trainers.reporting.runs import prune_runs, read_json
 from lib.trainers.request import TrainRequest
 from lib.trainers.resume import remove_state
-from lib.trainers.runs import prune_runs, read_json
 
 logger = logging.getLogger("unetr.train")
 

@@ -1,6 +1,6 @@
 """The rules of the house, read from the imports: who knows MONAI Label, and which way the arrows point.
 
-server, main -> task -> parts -> transforms, networks -> dicom -> configs -> errors
+server, main -> task -> parts -> models -> cases, datastore -> transforms, networks -> dicom -> configs -> storage
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,11 @@ def test_modules_of_a_room_do_not_import_in_circles() -> None:
 
     for module in LIBRARY:
         visit(module, ())
+
+
+def test_no_folder_has_more_than_eighteen_modules_on_one_floor() -> None:
+    floors = Counter(MODULES[module].parent for module in LIBRARY if MODULES[module].name != "__init__.py")
+    assert not {str(folder.relative_to(REPOSITORY)): count for folder, count in floors.items() if count > 18}
 
 
 def test_no_module_is_called_utils() -> None:

@@ -12,8 +12,8 @@ from lib.server.pages.charts import Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.services import Services
 from lib.server.work.jobs import Job
-from lib.trainers.progress import PROGRESS_FILE, format_seconds, read_curve
-from lib.trainers.runs import read_json
+from lib.trainers.reporting.progress import PROGRESS_FILE, format_seconds, read_curve
+from lib.trainers.reporting.runs import read_json
 
 
 @dataclass(frozen=True)

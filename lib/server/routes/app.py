@@ -20,8 +20,8 @@ from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import Wanted
-from lib.trainers.progress import PROGRESS_FILE
-from lib.trainers.runs import read_json
+from lib.trainers.reporting.progress import PROGRESS_FILE
+from lib.trainers.reporting.runs import read_json
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(tags=["App"])

@@ -17,8 +17,8 @@ from lib.errors import NotFoundError
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.services import Parts, Services
 from lib.server.work.retraining import Retrainer
-from lib.trainers.progress import PROGRESS_FILE
-from lib.trainers.runs import JOB_FILE, OPEN, list_runs, read_json
+from lib.trainers.reporting.progress import PROGRESS_FILE
+from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json
 
 runs_router = APIRouter(prefix="/runs", tags=["Train"])
 retrain_router = APIRouter(prefix="/retrain", tags=["Train"])

@@ -11,7 +11,7 @@ import psutil
 
 from lib.server.work.jobs import Job
 from lib.storage.json_files import write_json
-from lib.trainers.runs import JOB_FILE, OPEN, list_runs, read_json, steps_done
+from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json, steps_done
 
 logger = logging.getLogger("unetr.server")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lib.storage.json_files import without_nan, write_json
-from lib.trainers.progress import CURVE_FILE, Progress, ProgressReporter, format_seconds, read_curve
+from lib.trainers.reporting.progress import CURVE_FILE, Progress, ProgressReporter, format_seconds, read_curve
 
 START = Progress(
     epoch=3,

@@ -14,8 +14,8 @@ from lib.infers.segmenter import Segmenter
 from lib.storage.json_files import without_nan
 from lib.trainers.evaluate import CaseScore, Evaluation
 from lib.trainers.loop import TrainingResult
-from lib.trainers.picture import draw_slice
-from lib.trainers.progress import format_seconds
+from lib.trainers.reporting.picture import draw_slice
+from lib.trainers.reporting.progress import format_seconds
 
 WORST = 3
 POINTS = 400

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from lib.trainers.tracking import Tracking
+from lib.trainers.reporting.tracking import Tracking
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def test_without_an_address_nothing_is_imported() -> None:
     code = (
-        "import sys; from lib.trainers.tracking import Tracking; t = Tracking('', 'run', {}); t.log({'a': 1}, 1); "
+        "import sys; from lib.trainers.reporting.tracking import Tracking; t = Tracking('', 'run', {}); "
+        "t.log({'a': 1}, 1); "
         "t.close(); sys.exit('mlflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=120).returncode == 0

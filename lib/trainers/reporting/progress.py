@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lib.storage.json_files import write_json
-from lib.trainers.tracking import Tracking
+from lib.trainers.reporting.tracking import Tracking
 
 logger = logging.getLogger("unetr.train")
 

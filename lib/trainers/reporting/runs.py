@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.trainers.material import CASES_FILE
-from lib.trainers.progress import PROGRESS_FILE
+from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.resume import STATE_FILE
 
 JOB_FILE = "job.json"

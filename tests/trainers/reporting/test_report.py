@@ -21,8 +21,8 @@ from lib.infers.segmenter import Segmenter
 from lib.trainers.evaluate import CaseScore, Evaluation, evaluate
 from lib.trainers.gate import Rules, judge
 from lib.trainers.loop import TrainingResult, Validation
-from lib.trainers.picture import contour, draw_slice
-from lib.trainers.report import as_json, draw_curves, render_html, report_data, thin, worst_cases
+from lib.trainers.reporting.picture import contour, draw_slice
+from lib.trainers.reporting.report import as_json, draw_curves, render_html, report_data, thin, worst_cases
 from tests.tiny import tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]
