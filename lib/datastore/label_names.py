@@ -1,11 +1,14 @@
 """What the values of a submitted mask mean: by the names that came with it, never by their order.
 
 3D Slicer numbers a user's segments in the order in which they stand in its list, and sends the names in ``label_info``:
-``[{"name": "spleen", "idx": 1}, ...]``, also of segments in which nothing has been drawn.
+``[{"name": "spleen", "idx": 1}, ...]``, also of segments in which nothing has been drawn. Its module leaves the
+segments ``background``, ``foreground_scribbles`` and ``background_scribbles`` out of the mask, whose values run from 1
+over the others, yet counts them in ``idx``: :func:`choose_reading` tells from the values which of the two is meant.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +17,20 @@ from lib.configs.preset import Preset, canonical_name
 from lib.errors import LabelError
 
 BACKGROUND = "background"
+SCRIBBLES = ("foreground_scribbles", "background_scribbles")
+NO_LABELS = (BACKGROUND, *SCRIBBLES)
+"""Segments that tools make for themselves; 3D Slicer's module does not export them."""
 LARGEST_VALUE = 65535
 MOST_NAMES = 1000
 LONGEST_NAME = 200
+
+
+@dataclass(frozen=True)
+class NamedValue:
+    """An entry of ``label_info``: a name, and the value or the position that the client gives it."""
+
+    name: str
+    value: int
 
 
 @dataclass(frozen=True)
@@ -67,19 +81,67 @@ def parse_label_info(info: Any) -> dict[int, str] | None:
     """Value to name from ``label_info``; None where a client sends none.
 
     Raises:
+        LabelError: as :func:`parse_entries`.
+    """
+    return {entry.value: entry.name for entry in parse_entries(info) if entry.value != 0} if info else None
+
+
+def parse_entries(info: Any) -> tuple[NamedValue, ...]:
+    """The entries of ``label_info`` in the client's order; none where it sends none.
+
+    Raises:
         LabelError: when it is no list of ``{"name": text, "idx": whole number}``, or gives a value two names.
     """
     if info is None or info == []:
-        return None
+        return ()
     if not isinstance(info, list) or len(info) > MOST_NAMES:
         raise LabelError(f'label_info is not a list of up to {MOST_NAMES} of {{"name": text, "idx": whole number}}')
     names: dict[int, str] = {}
-    for entry in info:
-        name, value = _parse_entry(entry)
-        if value in names and canonical_name(names[value]) != canonical_name(name):
-            raise LabelError(f"label_info calls the value {value} both {names[value]!r} and {name!r}")
-        names[value] = name
-    return {value: name for value, name in names.items() if value != 0}
+    entries = tuple(_parse_entry(entry) for entry in info)
+    for entry in entries:
+        before = names.setdefault(entry.value, entry.name)
+        if canonical_name(before) != canonical_name(entry.name):
+            raise LabelError(f"label_info calls the value {entry.value} both {before!r} and {entry.name!r}")
+    return entries
+
+
+def is_no_label(name: str) -> bool:
+    """Whether a segment is one that tools make for themselves, such as ``background``."""
+    return canonical_name(name) in NO_LABELS
+
+
+def choose_reading(present: Set[int], entries: Sequence[NamedValue]) -> tuple[dict[int, str], str]:
+    """What the values of a mask mean that came with ``label_info``, by which values are there.
+
+    By the first reading ``idx`` is the value. By the second it is the position in 3D Slicer's list, of which up to
+    three segments were left out, and the values run from 1 over those that are named.
+
+    Args:
+        present: the values in the mask, without 0.
+        entries: as from :func:`parse_entries`, in the client's order.
+
+    Returns:
+        Value to name, and a sentence where it is not the first reading.
+
+    Raises:
+        LabelError: when both readings explain all values that are present, and differ in one of them.
+    """
+    by_value = {entry.value: entry.name for entry in entries if entry.value != 0}
+    by_order = dict(enumerate((entry.name for entry in entries), start=1))
+    if not _may_count_positions(entries) or not present <= by_order.keys():
+        return by_value, ""
+    if not present <= by_value.keys():
+        return by_order, "the idx of label_info are positions in 3D Slicer's list; the values were taken in their order"
+    differing = sorted(v for v in present if canonical_name(by_value[v]) != canonical_name(by_order[v]))
+    if differing:
+        value = differing[0]
+        raise LabelError(
+            f"the value {value} of the mask is {by_value[value]!r} if the idx of label_info are values, and "
+            f"{by_order[value]!r} if they are positions in 3D Slicer's list, where {', '.join(NO_LABELS)} are counted "
+            "and not sent; in Slicer, drag these segments to the end of the list and submit again; elsewhere, add "
+            '{"name": "background", "idx": 0} to label_info to say that idx are values'
+        )
+    return by_value, ""
 
 
 def map_values(
@@ -118,10 +180,18 @@ def map_values(
     missing = _missing(drawn, preset, said)
     label_map = {n: index for n, index in preset.label_indices.items() if n in drawn or n not in missing}
     label_map |= {name: extra[canonical_name(name)] for name in unknown.values()}
-    return Mapped(values, label_map, missing, _notes(values, unknown, preset))
+    left_out = [by_value[value] for value in sorted(present) if values[value] == 0]
+    return Mapped(values, label_map, missing, _notes(values, unknown, left_out, preset))
 
 
-def _parse_entry(entry: Any) -> tuple[str, int]:
+def _may_count_positions(entries: Sequence[NamedValue]) -> bool:
+    """Whether 3D Slicer's module can have sent these entries, with segments left out before the last one."""
+    values = [entry.value for entry in entries]
+    ascending = all(one < next_one for one, next_one in itertools.pairwise(values))
+    return bool(values) and ascending and values[0] > 0 and 0 < values[-1] - len(values) <= len(NO_LABELS)
+
+
+def _parse_entry(entry: Any) -> NamedValue:
     name, value = (entry.get("name"), entry.get("idx")) if isinstance(entry, dict) else (None, None)
     if not isinstance(name, str) or not canonical_name(name) or len(name) > LONGEST_NAME:
         raise LabelError(f'label_info has the entry {entry!r:.100}; valid: {{"name": text, "idx": whole number}}')
@@ -129,7 +199,7 @@ def _parse_entry(entry: Any) -> tuple[str, int]:
         raise LabelError(
             f"label_info gives {name!r} the idx {value!r:.50}; valid: a whole number up to {LARGEST_VALUE}"
         )
-    return name, value
+    return NamedValue(name, value)
 
 
 def _own_names(preset: Preset) -> dict[int, str]:
@@ -143,7 +213,7 @@ def _sort_by_preset(names: Mapping[int, str], preset: Preset) -> tuple[dict[int,
         label = preset.find_label(name)
         if label is not None:
             known[value] = label.index
-        elif canonical_name(name) == BACKGROUND:
+        elif is_no_label(name):
             known[value] = 0
         else:
             unknown[value] = name
@@ -167,12 +237,17 @@ def _missing(drawn: Set[str], preset: Preset, said: Completeness) -> tuple[str, 
     return tuple(name for name in preset.label_indices if name in named | not_drawn)
 
 
-def _notes(values: Mapping[int, int], unknown: Mapping[int, str], preset: Preset) -> tuple[str, ...]:
+def _notes(
+    values: Mapping[int, int], unknown: Mapping[int, str], left_out: Sequence[str], preset: Preset
+) -> tuple[str, ...]:
     notes = []
     if any(value != index for value, index in values.items()):
         notes.append(f"the values were mapped to those of {preset.name!r} by name")
     if unknown:
         notes.append(f"{_listing(unknown.values())} are kept, and left out of training")
+    scribbles = [name for name in left_out if canonical_name(name) != BACKGROUND]
+    if scribbles:
+        notes.append(f"{_listing(scribbles)} are no labels, and their voxels were kept as background")
     return tuple(notes)
 
 
@@ -180,7 +255,7 @@ def _unexplained(values: Sequence[int], names: Mapping[int, str] | None, preset:
     shown = ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
     if names is None:
         return f"the mask has the values {shown}, and no label_info to explain them; valid: {preset.label_indices}"
-    return f"the mask has the values {shown}, which label_info does not name; it names {_shown_names(names)}"
+    return f"the mask has the values {shown}, which nothing names; named are {_shown_names(names)}"
 
 
 def _shown_names(names: Mapping[int, str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.configs.preset import Preset
-from lib.datastore.label_names import LARGEST_VALUE, Completeness, Mapped, map_values, parse_label_info
-from lib.errors import ImageError, LabelError
-from lib.transforms.volume import Grid, Volume, apart_mm, read_volume
+from lib.datastore.label_file import read_label
+from lib.datastore.label_names import (
+    LARGEST_VALUE,
+    Completeness,
+    Mapped,
+    NamedValue,
+    choose_reading,
+    map_values,
+    parse_entries,
+)
+from lib.datastore.segment_header import Segment, check_label_info, names_of
+from lib.errors import LabelError
+from lib.transforms.volume import Grid, Volume, apart_mm
 
 MaskArray = npt.NDArray[np.uint8 | np.uint16]
 MOST_VALUES = 1000
+FROM_HEADER = "the names were taken from the segments in the header of the file"
 
 
 @dataclass(frozen=True)
@@ -45,21 +56,24 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
         file: the mask as it came.
         image: its image's grid.
         preset: the task that its names belong to.
-        info: what came with it: ``label_info``, ``complete``, ``missing_labels``.
+        info: what came with it: ``label_info``, ``complete``, ``missing_labels``. The names in the header of a
+            ``.seg.nrrd`` count more than ``label_info``, which must not contradict them.
         folder: where a new file is written if one is needed.
 
     Raises:
         LabelError: when it cannot be read, lies on another grid, is not integer-valued, or has values that nothing
             explains; the sentence says which.
     """
-    names, said = parse_label_info(info.get("label_info")), Completeness.parse(info)
-    volume = _read(file)
-    volume, reoriented = to_grid(volume, image)
+    entries, said = parse_entries(info.get("label_info")), Completeness.parse(info)
+    label = read_label(file)
+    volume, reoriented = to_grid(label.volume, image)
     voxels = _whole_numbers(volume.voxels)
-    mapped = map_values(_values_in(voxels), names, preset, said)
+    present = _values_in(voxels)
+    names, read_as = _names(present, label.segments, label.layered, entries, preset)
+    mapped = map_values(present, names if label.segments or info.get("label_info") else None, preset, said)
     changed = any(value != index for value, index in mapped.values.items())
     kept = _apply(voxels, mapped.values) if changed else voxels
-    notes = ((reoriented,) if reoriented else ()) + mapped.notes
+    notes = tuple(note for note in (reoriented, read_as) if note) + mapped.notes
     if changed or reoriented or not file.name.endswith(".nii.gz"):
         file = write_label(kept, image.affine_ras, folder / "kept.nii.gz")
     return CheckedLabel(kept, file, mapped, notes)
@@ -97,11 +111,24 @@ def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Pa
     return path
 
 
-def _read(file: Path) -> Volume:
-    try:
-        return read_volume(file)
-    except ImageError as error:
-        raise LabelError(f"the label cannot be read: {str(error).removeprefix('image ')}") from error
+def _names(
+    present: set[int], segments: Sequence[Segment], layered: bool, entries: Sequence[NamedValue], preset: Preset
+) -> tuple[dict[int, str], str]:
+    """What a mask's values mean, and a sentence where that is not just what ``label_info`` says."""
+    entries = [NamedValue(_preset_name(entry.name, preset), entry.value) for entry in entries]
+    if not segments:
+        return choose_reading(present, entries)
+    segments = [replace(segment, name=_preset_name(segment.name, preset)) for segment in segments]
+    if layered:
+        check_label_info(segments, entries)
+        return {number: segment.name for number, segment in enumerate(segments, start=1)}, FROM_HEADER
+    return names_of(segments, entries), FROM_HEADER
+
+
+def _preset_name(name: str, preset: Preset) -> str:
+    """The preset's own name of a label, so that aliases are no contradiction."""
+    label = preset.find_label(name)
+    return label.name if label is not None else name
 
 
 def _turn(label: Volume, image: Grid) -> Volume | None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from lib.configs.catalogue import load_preset
-from lib.datastore.label_names import Completeness, map_values, parse_label_info
+from lib.datastore.label_names import Completeness, choose_reading, map_values, parse_entries, parse_label_info
 from lib.errors import LabelError
 from tests.tiny import tiny_preset
 
@@ -41,7 +41,7 @@ def test_values_without_names_are_the_presets_own() -> None:
 
 
 def test_value_that_label_info_does_not_name_is_refused() -> None:
-    with pytest.raises(LabelError, match="the values 5, which label_info does not name; it names 1: core"):
+    with pytest.raises(LabelError, match="the values 5, which nothing names; named are 1: core"):
         map_values({1, 5}, {1: "core"}, TINY)
 
 
@@ -100,3 +100,53 @@ def test_broken_completeness_is_refused(said: dict[str, object]) -> None:
 def test_unknown_missing_label_is_refused() -> None:
     with pytest.raises(LabelError, match="missing_labels names 'tumour'; known: Left Box, core"):
         map_values({1}, None, TINY, Completeness(missing=("tumour",)))
+
+
+def slicer_list(*segments: str) -> list[dict[str, object]]:
+    """``label_info`` as 3D Slicer's module makes it of its list: three names are left out, and counted."""
+    left_out = ("background", "foreground_scribbles", "background_scribbles")
+    return [{"name": name, "idx": n} for n, name in enumerate(segments, start=1) if name not in left_out]
+
+
+FIRST = ("background", "Left Box", "core")
+BETWEEN = ("Left Box", "foreground_scribbles", "background_scribbles", "core")
+
+
+@pytest.mark.parametrize("segments", [FIRST, BETWEEN, ("background_scribbles", "core", "background", "Left Box")])
+def test_positions_in_slicers_list_are_told_from_values_by_the_values(segments: tuple[str, ...]) -> None:
+    entries = parse_entries(slicer_list(*segments))
+    sent = {entry.name: value for value, entry in enumerate(entries, start=1)}  # as Slicer exports the mask
+    names, note = choose_reading(set(sent.values()), entries)
+    assert {names[value]: value for value in sent.values()} == sent
+    assert "positions in 3D Slicer's list" in note
+    as_values = {entry.value for entry in entries}  # as another client means the same label_info
+    names, note = choose_reading(as_values, entries)
+    assert {names[value]: value for value in as_values} == {entry.name: entry.value for entry in entries}
+    assert note == ""
+
+
+def test_mask_that_both_readings_explain_differently_is_refused() -> None:
+    entries = parse_entries(slicer_list(*FIRST))  # Left Box 2, core 3, and values from 1
+    with pytest.raises(LabelError, match=r"value 2 of the mask is 'Left Box' if .* and 'core' if they are positions"):
+        choose_reading({2}, entries)
+    assert choose_reading({1}, entries)[0][1] == "Left Box"
+    assert choose_reading({3}, entries)[0][3] == "core"
+    said = parse_entries([{"name": "background", "idx": 0}, *slicer_list(*FIRST)])
+    assert choose_reading({2}, said) == ({2: "Left Box", 3: "core"}, "")
+
+
+def test_reserved_segments_at_the_end_of_slicers_list_change_nothing() -> None:
+    entries = parse_entries(slicer_list("core", "Left Box", "background", "foreground_scribbles"))
+    assert choose_reading({2}, entries) == ({1: "core", 2: "Left Box"}, "")
+
+
+def test_sparse_values_of_other_clients_are_values() -> None:
+    entries = parse_entries([{"name": "spleen", "idx": 1}, {"name": "liver", "idx": 6}])
+    assert choose_reading({1}, entries)[0][1] == choose_reading({1, 6}, entries)[0][1] == "spleen"
+    assert choose_reading({6}, entries) == ({1: "spleen", 6: "liver"}, "")
+
+
+def test_scribbles_are_no_labels() -> None:
+    mapped = map_values({1, 2}, {1: "foreground_scribbles", 2: "core"}, TINY)
+    assert mapped.values == {1: 0, 2: 2}
+    assert any("'foreground_scribbles' are no labels" in note for note in mapped.notes)

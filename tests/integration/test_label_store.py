@@ -18,8 +18,10 @@ import pytest
 import requests
 from synthetic_hippocampus import SyntheticCase
 
+from lib.datastore.segment_header import Segment
 from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart
+from tests.segment_files import as_slicer_submits, write_segments
 
 ORDER = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 SWAPPED = [{"name": "Posterior", "idx": 1}, {"name": "HEAD", "idx": 2}]  # head: an alias of anterior
@@ -208,3 +210,31 @@ def test_killed_server_has_every_label_that_it_acknowledged(cases: dict[str, Syn
         assert promised.items() <= kept.items()
     finally:
         server.stop()
+
+
+def test_segmentation_file_is_kept_by_the_names_in_its_header(
+    clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_0"]
+    segments = (Segment("posterior", 1), Segment("anterior", 2))
+    file = write_segments(tmp_path / "sent.seg.nrrd", [swap(case.label)], segments, case.affine_ras)
+    for names, status in ([], 200), (as_slicer_submits(segments), 200), (ORDER, 422):
+        sent = {"label_info": names, "client_id": "anna"}
+        files = {"params": (None, json.dumps(sent)), "label": ("/home/anna/label.seg.nrrd", file.read_bytes())}
+        answer = clinic.put("/datastore/label", params={"image": "case_0", "tag": "final"}, files=files)
+        assert answer.status_code == status, answer.text
+        np.testing.assert_array_equal(fetch(clinic, "case_0"), case.label)
+    assert "the header of the file contradicts it" in answer.json()["detail"]
+
+
+def test_positions_of_slicers_list_are_told_from_values(
+    clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_0"]
+    after_background = [{"name": "anterior", "idx": 2}, {"name": "posterior", "idx": 3}]
+    answer = submit(clinic, "case_0", encode(case.label, case.affine_ras, tmp_path), after_background).json()
+    np.testing.assert_array_equal(fetch(clinic, "case_0"), case.label)
+    assert any("positions in 3D Slicer's list" in note for note in answer["notes"])
+    only_posterior = np.where(case.label == 2, 2, 0).astype(np.uint8)
+    unclear = submit(clinic, "case_0", encode(only_posterior, case.affine_ras, tmp_path), after_background)
+    assert unclear.status_code == 422 and "drag these segments to the end of the list" in unclear.json()["detail"]

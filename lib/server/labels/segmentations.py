@@ -95,9 +95,13 @@ def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> t
 def label_info(volume: SegmentedVolume) -> list[dict[str, Any]]:
     """Names and values as 3D Slicer sends them. An unnamed segment is named by its number, which nothing maps.
 
-    Segments without voxels are told too: the user left that structure empty, which is something else than missing.
+    Segments without voxels are told too: the user left that structure empty, which is something else than missing. The
+    background is named, since that tells segment numbers from positions in 3D Slicer's list.
     """
-    return [{"name": name or f"segment {number}", "idx": number} for number, name in sorted(volume.names.items())]
+    background = [{"name": "background", "idx": 0}]
+    return background + [
+        {"name": name or f"segment {number}", "idx": number} for number, name in sorted(volume.names.items())
+    ]
 
 
 def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:

@@ -6,12 +6,13 @@ What is wrong is refused with a sentence and kept in quarantine; the last good l
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.configs.preset import Preset
-from lib.datastore.label_names import parse_label_info
+from lib.datastore.label_file import read_segments
+from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, LabelVersion, Submission
 from lib.datastore.task import submission_of
@@ -50,7 +51,7 @@ def submit_label(
     prediction = parts.store.predictions.find(client, image_id)
     with temporary_folder() as folder:
         try:
-            preset = choose_preset(parts.presets, info, prediction)
+            preset = choose_preset(parts.presets, info, prediction, names_in(file))
             checked = _check(parts, image_id, file, preset, info, folder)
         except InputError as error:
             _quarantine(parts, file, str(error), image_id, tag, info, user, source)
@@ -103,8 +104,28 @@ def restore_label(parts: Services, version_id: str, user: User, client_id: str) 
     return version
 
 
-def choose_preset(presets: Mapping[str, Preset], info: Mapping[str, Any], prediction: Prediction | None) -> Preset:
+def names_in(file: Path) -> list[str]:
+    """The names of labels that a mask's file has in its header.
+
+    Raises:
+        LabelError: when the header contradicts itself.
+    """
+    return [segment.name for segment in read_segments(file) if not is_no_label(segment.name)]
+
+
+def choose_preset(
+    presets: Mapping[str, Preset],
+    info: Mapping[str, Any],
+    prediction: Prediction | None,
+    names_in_file: Sequence[str] = (),
+) -> Preset:
     """The task that a label is for: the one that the client names, the only one, or the one that has its names.
+
+    Args:
+        presets: those that are served, by name.
+        info: what came with the label.
+        prediction: what the client was given for this image.
+        names_in_file: as from :func:`names_in`; they count more than ``label_info``.
 
     Raises:
         LabelError: when several are served and nothing says which.
@@ -117,7 +138,7 @@ def choose_preset(presets: Mapping[str, Preset], info: Mapping[str, Any], predic
     candidates = list(presets.values())
     if prediction is not None and prediction.preset in presets:
         candidates.sort(key=lambda preset: preset.name != prediction.preset)
-    names = (parse_label_info(info.get("label_info")) or {}).values()
+    names = list(names_in_file or (parse_label_info(info.get("label_info")) or {}).values())
     fitting = [preset for preset in candidates if all(preset.find_label(name) for name in names)]
     if fitting and (names or prediction is not None):
         return fitting[0]
