@@ -1,6 +1,6 @@
 """Where masks differ from MONAI's plain fp32 answer: number format, windows over the body, or windows elsewhere.
 
-    python benchmarks/agreement.py --preset abdomen_ct --weights FILE [--data FOLDER] [--cases 3]
+    python benchmarks/agreement.py --preset abdomen_ct_base --weights FILE [--data FOLDER] [--cases 3]
 
 Labels are compared on the network's grid, so that nothing but the network and its windows is. Besides ours, MONAI's own
 sliding window is compared with itself: in bf16, and on the image with some voxels of air (or of its edge, as the preset
@@ -137,7 +137,7 @@ def report(runs: list[dict[str, Any]]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="abdomen_ct")
+    parser.add_argument("--preset", default="abdomen_ct_base")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="folder with images and labels")
     parser.add_argument("--cases", type=int, default=3)

@@ -1,6 +1,6 @@
 """How far one window is from what the machine can do: its FLOPs and bytes against a plain matrix product and a copy.
 
-    python benchmarks/floor.py [--preset abdomen_ct] [--precision auto]
+    python benchmarks/floor.py [--preset abdomen_ct_base] [--precision auto]
 
 For each part of the UNETR: multiply-adds (counted as two), bytes of its output, the time that the machine's best rate
 for a square matrix product and for a copy would take (the larger of the two is the floor), and the time that it takes.
@@ -36,7 +36,7 @@ COPY_NUMBERS = 64 * 2**20
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="abdomen_ct")
+    parser.add_argument("--preset", default="abdomen_ct_base")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "floor.json")
     options = parser.parse_args()

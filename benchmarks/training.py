@@ -364,7 +364,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(COMMANDS))
-    parser.add_argument("--preset", default="abdomen_ct")
+    parser.add_argument("--preset", default="abdomen_ct_base")
     parser.add_argument("--crops", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--budgets", type=float, nargs="+", default=[8, 12, 16, 24], help="GiB")

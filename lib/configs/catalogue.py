@@ -24,10 +24,7 @@ def load_preset(name: str) -> Preset:
     Raises:
         ConfigError: when there is none of that name.
     """
-    path = PRESETS_FOLDER / f"{name}.yaml"
-    if name not in shipped_preset_names():
-        raise ConfigError(f"there is no preset {name!r}; valid: {', '.join(shipped_preset_names())}, or all")
-    return read_preset(path)
+    return read_preset(_shipped_path(name))
 
 
 def find_preset(name: str) -> Preset:
@@ -42,9 +39,23 @@ def find_preset(name: str) -> Preset:
 def read_preset(path: Path) -> Preset:
     """Read a preset from a YAML file; its name is the file's stem where the file gives none.
 
+    With ``extends: NAME``, keys that the file does not give are those of the shipped preset of that name.
+
     Raises:
         ConfigError: when the file cannot be read, is not YAML, or describes an invalid preset.
     """
+    data = _read_mapping(path)
+    base = _read_mapping(_shipped_path(str(data.pop("extends")))) if "extends" in data else {}
+    return parse_preset(base | {"name": path.stem} | data, source=f"preset file {str(path)!r}")
+
+
+def _shipped_path(name: str) -> Path:
+    if name not in shipped_preset_names():
+        raise ConfigError(f"there is no preset {name!r}; valid: {', '.join(shipped_preset_names())}, or all")
+    return PRESETS_FOLDER / f"{name}.yaml"
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -53,7 +64,7 @@ def read_preset(path: Path) -> Preset:
         raise ConfigError(f"preset file {str(path)!r} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"preset file {str(path)!r} holds {type(data).__name__}; valid: a mapping of preset keys")
-    return parse_preset({"name": path.stem} | data, source=f"preset file {str(path)!r}")
+    return data
 
 
 def write_preset(path: Path, preset: Preset) -> None:

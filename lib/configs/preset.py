@@ -150,6 +150,8 @@ class Augmentation(Model):
 class Training(Model):
     """The training recipe. A request may override the fields that MONAI Label's clients know.
 
+    ``crop_balance`` says what a crop with foreground is centred on: any foreground voxel (``voxels``), or a voxel of a
+    label drawn at random (``labels``), so that an adrenal gland is shown as often as the liver.
     ``activation_checkpointing`` recomputes the transformer's activations always; without it, where memory asks for it.
     """
 
@@ -157,6 +159,7 @@ class Training(Model):
     batch_size: PositiveInt = 1
     crops_per_case: PositiveInt = 2
     foreground_ratio: Annotated[float, Field(gt=0)] = 1.0
+    crop_balance: Literal["voxels", "labels"] = "voxels"
     learning_rate: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -185,15 +188,19 @@ class Inference(Model):
     Attributes:
         overlap: share of a window that its neighbour sees again.
         window_batch_size: most windows that go through the network at once.
-        largest_component: whether only the largest connected component of each label is kept.
+        largest_component: whether only the largest connected component of each label is kept; or the names of the
+            labels of which only that is kept.
         skip_air: whether what holds nothing but air is background without being looked at. Air is the lowest value
             after clipping; false where a label can lie in it.
+        restore: how labels come back onto the image's grid: ``nearest``, or ``linear``, which interpolates each label
+            and so gives smooth borders where the network's voxels are larger than the image's.
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     window_batch_size: PositiveInt = 1
-    largest_component: bool = False
+    largest_component: bool | tuple[str, ...] = False
     skip_air: bool = True
+    restore: Literal["nearest", "linear"] = "nearest"
 
 
 class Preset(Model):
@@ -257,6 +264,25 @@ class Preset(Model):
                 owner[name] = label.name
         return tuple(sorted(labels, key=lambda label: label.index))
 
+    @model_validator(mode="after")
+    def _check_largest_component(self) -> Preset:
+        chosen = self.inference.largest_component
+        unknown = [] if isinstance(chosen, bool) else [name for name in chosen if name not in self.label_indices]
+        if unknown:
+            raise ValueError(
+                f"'inference.largest_component' names {', '.join(map(repr, unknown))}; "
+                f"valid: true, false, or some of {', '.join(self.label_indices)}"
+            )
+        return self
+
+    @property
+    def largest_component_indices(self) -> frozenset[int]:
+        """Values of the labels of which only the largest connected component is kept."""
+        chosen = self.inference.largest_component
+        if isinstance(chosen, bool):
+            return frozenset(self.label_indices.values() if chosen else ())
+        return frozenset(self.label_indices[name] for name in chosen)
+
     @property
     def out_channels(self) -> int:
         """Classes of the network: the labels and background."""
@@ -282,7 +308,12 @@ class Preset(Model):
             known = self.find_label(name)
             fields = known.model_dump() | {"index": index} if known else {"index": index, "name": name}
             labels.append(fields)
-        return parse_preset(self.model_dump() | {"labels": labels, "mirror_axes": ()}, source=f"labels {names}")
+        inference = self.inference.model_dump()
+        if not isinstance(self.inference.largest_component, bool):
+            kept = {field["name"] for field in labels} & set(self.inference.largest_component)
+            inference["largest_component"] = sorted(kept)
+        changes = {"labels": labels, "mirror_axes": (), "inference": inference}
+        return parse_preset(self.model_dump() | changes, source=f"labels {names}")
 
 
 def parse_preset(data: Mapping[str, Any], source: str) -> Preset:

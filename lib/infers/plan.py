@@ -245,9 +245,9 @@ class _Need:
     def _restoring_bytes(self) -> int:
         """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""
         labels = 2 * (self._seen + self._image)
-        components = 7 * self._image if self._preset.inference.largest_component else 0
+        components = 7 * self._seen if self._preset.inference.largest_component else 0
         entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._entropy else 0
-        return labels + max(components, 0) + entropy
+        return labels + components + entropy
 
     def _slab_bytes(self, bands: int) -> int:
         """Sums of all classes for the planes of a window, over the rows that a band's windows cover."""

@@ -24,7 +24,13 @@ from lib.networks.checkpoint import Checkpoint, load_weights
 from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
-from lib.transforms.postprocess import interpolate_to_grid, keep_largest_components, restore_to_grid
+from lib.transforms.postprocess import (
+    LabelArray,
+    interpolate_to_grid,
+    keep_largest_components,
+    restore_by_interpolation,
+    restore_to_grid,
+)
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import FloatArray, Volume, check_segmentable
 
@@ -114,7 +120,8 @@ class Segmenter:
 
         Args:
             volume: the image, on any grid.
-            largest_component: keep only the largest component of each label; the preset's choice if not given.
+            largest_component: keep only the largest component of each label, or of none; the preset's choice of labels
+                if not given.
             name: what to call the image in an error.
             entropy: tell each voxel's entropy too.
 
@@ -134,15 +141,23 @@ class Segmenter:
                 plan = plan.after(found.windows)
                 del image  # its memory is needed for what follows
                 self._release_network()
+            with clock.stage("postprocess"):
+                seen = self._clean(found.labels, largest_component)
             with clock.stage("restore"):
                 grid = (affine, volume.voxels.shape, volume.affine_ras)
-                labels = restore_to_grid(found.labels, *grid)
+                smooth = self.preset.inference.restore == "linear"
+                labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *grid)
                 uncertainty = None if found.entropy is None else interpolate_to_grid(found.entropy, *grid)
-            with clock.stage("postprocess"):
-                if self.preset.inference.largest_component if largest_component is None else largest_component:
-                    labels = keep_largest_components(labels)
         logger.info("%s: %s", name, plan.explain())
         return Segmentation(labels, plan, uncertainty, clock.milliseconds)
+
+    def _clean(self, labels: LabelArray, largest_component: bool | None) -> LabelArray:
+        """Keep the largest component of each label that this is asked for, on the network's grid."""
+        if largest_component is None:
+            indices = self.preset.largest_component_indices
+        else:
+            indices = frozenset(self.preset.label_indices.values()) if largest_component else frozenset()
+        return keep_largest_components(labels, indices) if indices else labels
 
     def _preprocess(self, volume: Volume, plan: Plan) -> tuple[MetaTensor, Plan]:
         """What the network sees, on the GPU where the plan has room for it there, or else on the host."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from monai.transforms import (
     Compose,
@@ -27,7 +29,8 @@ from lib.transforms.deform import RandDeformd
 from lib.transforms.preprocess import IMAGE, LABEL
 
 # Voxels at which a crop looks for its middle, and the least of a kind among them to choose from.
-LOOKED_AT = 4096
+SAMPLED_VOXELS = 4096
+VOXELS_PER_LABEL = 64
 ENOUGH = 32
 
 
@@ -43,12 +46,37 @@ class RandCropBySampledLabeld(RandCropByPosNegLabeld):
     ) -> None:
         """Draw the middles of the crops of a label of shape (1, X, Y, Z)."""
         if label is not None and fg_indices is None and bg_indices is None:
-            looked_at = torch.from_numpy(self.cropper.R.randint(label.numel(), size=LOOKED_AT))
+            looked_at = torch.from_numpy(self.cropper.R.randint(label.numel(), size=SAMPLED_VOXELS))
             foreground = torch.as_tensor(label).reshape(-1)[looked_at] > 0
             found = looked_at[foreground], looked_at[~foreground]
             if min(map(len, found)) >= ENOUGH:
                 fg_indices, bg_indices = found
         super().randomize(label, fg_indices, bg_indices, image)
+
+
+class RandCropByBalancedLabeld(RandCropByPosNegLabeld):
+    """MONAI's crop around foreground or background, in which each label that a case has is drawn equally often."""
+
+    def randomize(
+        self, label: torch.Tensor | None = None, fg_indices: Any = None, bg_indices: Any = None, image: Any = None
+    ) -> None:
+        """Draw the centres of the crops of a label of shape (1, X, Y, Z)."""
+        if label is not None and fg_indices is None and bg_indices is None:
+            fg_indices, bg_indices = self._balanced_indices(torch.as_tensor(label).reshape(-1).numpy())
+        super().randomize(label, fg_indices, bg_indices, image)
+
+    def _balanced_indices(self, values: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As many flat indices of every label that is present, with repetition, and some of the background."""
+        foreground = np.flatnonzero(values)
+        background = self.cropper.R.randint(values.size, size=SAMPLED_VOXELS)
+        background = background[values[background] == 0]
+        of_label = values[foreground]
+        drawn = [
+            self.cropper.R.choice(foreground[of_label == value], size=VOXELS_PER_LABEL)
+            for value in np.flatnonzero(np.bincount(of_label, minlength=1))
+        ]
+        chosen = np.concatenate(drawn) if drawn else foreground
+        return torch.from_numpy(chosen), torch.from_numpy(background)
 
 
 class RandNoised(MapTransform, Randomizable):
@@ -84,7 +112,8 @@ def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
         ``crops_per_case`` dictionaries with crops of shape (1, *roi_size).
     """
     both = (IMAGE, LABEL)
-    crop = RandCropBySampledLabeld(
+    balanced = preset.training.crop_balance == "labels"
+    crop = (RandCropByBalancedLabeld if balanced else RandCropBySampledLabeld)(
         keys=both,
         label_key=LABEL,
         spatial_size=preset.roi_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from scipy import ndimage
 
 from lib.configs.preset import Preset
-from lib.transforms.resample import interpolate_axis
+from lib.transforms.resample import CHUNK_NUMBERS, interpolate_axis
 from lib.transforms.volume import Affine, FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
 
 EDGE_TOLERANCE_VOXELS = 1e-3
+# of a voxel that lies wholly in one label, when indicators are interpolated in eight bits
+FULL_WEIGHT = 255
 
 
 def restore_to_grid(
@@ -50,6 +53,77 @@ def restore_to_grid(
     return _without_outside(found, axes, positions, labels.shape).T
 
 
+def restore_by_interpolation(
+    labels: LabelArray,
+    affine_labels: Affine,
+    shape: tuple[int, ...],
+    affine_image: Affine,
+    chunk_numbers: int = CHUNK_NUMBERS,
+) -> LabelArray:
+    """Bring a label volume onto a finer grid with smooth borders.
+
+    Each label's indicator (1 inside, 0 outside) is interpolated linearly, and a voxel takes the label of the largest
+    value, background included. Where the grids coincide, the result is that of :func:`restore_to_grid`. It is computed
+    slab by slab, each label only inside of its box, so that beside the result only some tens of megabytes are needed.
+    On a sheared grid it falls back to the nearest neighbour.
+
+    Args:
+        labels: shape (I, J, K).
+        affine_labels: 4x4, from its voxels to millimetres in RAS.
+        shape: shape of the wanted grid.
+        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
+        chunk_numbers: voxels of a slab.
+
+    Returns:
+        Labels of shape ``shape`` in Fortran's order; 0 outside the given volume.
+    """
+    image_to_labels = np.linalg.inv(affine_labels) @ affine_image
+    source_axes = _source_axes(image_to_labels)
+    if source_axes is None:
+        return _resample(labels, image_to_labels, shape)
+    axes, positions = _positions(image_to_labels, source_axes, shape)
+    given = _turned(labels, axes)
+    boxes = [(index, box) for index, box in enumerate(ndimage.find_objects(given.numpy()), start=1) if box is not None]
+    found = torch.zeros([len(position) for position in positions], dtype=torch.uint8)
+    planes = max(1, chunk_numbers // max(1, found[:1].numel()))
+    for first in range(0, len(found), planes):
+        slab = found[first : first + planes]
+        in_slab = [positions[0][first : first + planes], *positions[1:]]
+        best, total = torch.zeros_like(slab), torch.zeros_like(slab)
+        for index, box in boxes:
+            _add_indicator(given, index, box, in_slab, (slab, best, total))
+        slab[best <= FULL_WEIGHT - total] = 0
+    return _without_outside(found.numpy(), axes, positions, labels.shape).T
+
+
+def _add_indicator(
+    given: torch.Tensor,
+    index: int,
+    box: tuple[slice, ...],
+    positions: list[npt.NDArray[np.float64]],
+    slab: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Interpolate one label's indicator, and let it win where it weighs most; total is the weight of all labels."""
+    near = [
+        np.flatnonzero((position > part.start - 1) & (position < part.stop))
+        for part, position in zip(box, positions, strict=True)
+    ]
+    if not all(map(len, near)):
+        return
+    lower = [max(0, part.start - 1) for part in box]
+    crop = given[tuple(slice(start, part.stop + 1) for start, part in zip(lower, box, strict=True))]
+    weight = (crop == index).float().mul_(FULL_WEIGHT)
+    for place, (places, start) in enumerate(zip(near, lower, strict=True)):
+        weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][places] - start))
+    # Truncated, not rounded: the weights of all labels of a voxel stay within eight bits.
+    share = weight.to(torch.uint8)
+    found, best, total = (part[tuple(slice(places[0], places[-1] + 1) for places in near)] for part in slab)
+    wins = share > best
+    found.masked_fill_(wins, index)
+    torch.maximum(best, share, out=best)
+    total.add_(share)
+
+
 def interpolate_to_grid(
     values: npt.NDArray[np.float16], affine_values: Affine, shape: tuple[int, ...], affine_image: Affine
 ) -> FloatArray:
@@ -81,16 +155,17 @@ def interpolate_to_grid(
     return array
 
 
-def keep_largest_components(labels: LabelArray) -> LabelArray:
+def keep_largest_components(labels: LabelArray, indices: Collection[int] | None = None) -> LabelArray:
     """Keep the largest connected component (26 neighbours) of each label; the rest becomes background.
 
     Args:
         labels: shape (X, Y, Z).
+        indices: the labels that this is done for; all if not given.
     """
     result = labels.copy(order="K")
     neighbours = np.ones((3, 3, 3), dtype=bool)
     for index, box in enumerate(_find_boxes(labels), start=1):
-        if box is None:
+        if box is None or (indices is not None and index not in indices):
             continue
         mask = labels[box] == index
         components, count = ndimage.label(mask, structure=neighbours)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.configs.catalogue import load_preset, read_preset, shipped_preset_names
-from lib.configs.preset import Window, ZScore
+from lib.configs.preset import Window, ZScore, parse_preset
 from lib.errors import ConfigError
 
 MY_TASK = """
@@ -25,7 +25,7 @@ training: {learning_rate: 1e-3}
 
 def test_shipped_presets_are_valid_and_named_as_their_files() -> None:
     names = shipped_preset_names()
-    assert {"abdomen_ct", "hippocampus_mr"} <= set(names)
+    assert {"abdomen_ct", "abdomen_ct_base", "hippocampus_mr"} <= set(names)
     assert [load_preset(name).name for name in names] == names
 
 
@@ -46,14 +46,52 @@ def test_abdomen_preset_is_the_published_btcv_task() -> None:
         "right_adrenal_gland",
         "left_adrenal_gland",
     ]
+    assert preset.axcodes == "RAS"
+    assert isinstance(preset.intensity, Window)
+    assert preset.intensity.lower >= -125
+    assert preset.intensity.upper <= 275, "the training images are clipped to that"
+    assert preset.out_channels == 14
+    assert preset.mirror_axes == (), "a mirrored right kidney is a left one"
+
+
+def test_base_preset_has_the_labels_of_the_compact_one_and_the_network_of_the_paper() -> None:
+    preset, compact = load_preset("abdomen_ct_base"), load_preset("abdomen_ct")
+    assert preset.labels == compact.labels
     assert preset.spacing_mm == (1.5, 1.5, 2.0)
     assert preset.roi_size == (96, 96, 96)
     assert preset.axcodes == "RAS"
-    assert isinstance(preset.intensity, Window)
     size = preset.network
     assert (size.feature_size, size.hidden_size, size.mlp_dim, size.num_heads) == (16, 768, 3072, 12)
-    assert preset.out_channels == 14
-    assert preset.mirror_axes == (), "a mirrored right kidney is a left one"
+    assert preset.mirror_axes == ()
+
+
+def test_preset_file_that_extends_a_shipped_preset_takes_what_it_does_not_give(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: hippocampus_mr\nroi_size: [48, 48, 48]\n", encoding="utf-8")
+    preset, base = read_preset(path), load_preset("hippocampus_mr")
+    assert (preset.name, preset.roi_size) == ("mine", (48, 48, 48))
+    assert (preset.labels, preset.spacing_mm) == (base.labels, base.spacing_mm)
+
+
+def test_preset_file_that_extends_nothing_known_says_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: brain\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no preset 'brain'; valid: abdomen_ct, abdomen_ct_base, hippocampus_mr"):
+        read_preset(path)
+
+
+@pytest.mark.parametrize("chosen", [["spleen", "tail"], ["tail"]])
+def test_largest_component_of_an_unknown_label_is_refused(chosen: list[str]) -> None:
+    data = load_preset("abdomen_ct").model_dump()
+    data["inference"]["largest_component"] = chosen
+    with pytest.raises(ConfigError, match=r"largest_component' names 'tail'; valid: true, false, or some of spleen"):
+        parse_preset(data, "test")
+
+
+def test_largest_component_of_fewer_labels_names_only_those_that_are_left() -> None:
+    preset = load_preset("abdomen_ct").with_labels(["pancreas", "spleen", "tumour"])
+    assert preset.inference.largest_component == ("spleen",)
+    assert preset.largest_component_indices == {2}
 
 
 def test_hippocampus_preset_normalises_each_case() -> None:
@@ -63,7 +101,9 @@ def test_hippocampus_preset_normalises_each_case() -> None:
 
 
 def test_load_preset_of_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"no preset 'brain'; valid: abdomen_ct, hippocampus_mr, or all"):
+    with pytest.raises(
+        ConfigError, match=r"no preset 'brain'; valid: abdomen_ct, abdomen_ct_base, hippocampus_mr, or all"
+    ):
         load_preset("brain")
 
 

@@ -61,9 +61,17 @@ def test_largest_component_is_the_presets_choice_unless_asked() -> None:
     assert int((cleaning.segment(volume, largest_component=False).labels == 1).sum()) == 801
 
 
+def test_largest_component_may_be_chosen_label_by_label() -> None:
+    image = np.zeros((30, 20, 20), dtype=np.float32)
+    image[2:10, 5:15, 5:15], image[25, 5, 5] = 100, 100
+    image[12:20, 5:15, 5:15], image[25, 15, 15] = 200, 200
+    found = _segmenter(inference={"largest_component": ["Left Box"]}).segment(Volume(image, np.eye(4))).labels
+    assert [int((found == index).sum()) for index in (1, 2)] == [800, 801]
+
+
 def test_latencies_are_told_for_each_stage() -> None:
     found = _segmenter().segment(Volume(boxes()[0], np.eye(4)))
-    assert list(found.latencies_ms) == ["plan", "preprocess", "network", "restore", "postprocess"]
+    assert list(found.latencies_ms) == ["plan", "preprocess", "network", "postprocess", "restore"]
     assert all(value >= 0 for value in found.latencies_ms.values())
 
 

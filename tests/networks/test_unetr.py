@@ -126,7 +126,7 @@ def test_norms_have_weights_only_where_asked(patch_size: int) -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     # 92.8 M is the UNETR of the paper (table 3: 92.58 M, of 13 outputs and without today's unused norms).
-    [("abdomen_ct", 92.8), ("hippocampus_mr", 5.34)],
+    [("abdomen_ct_base", 92.8), ("abdomen_ct", 8.15), ("hippocampus_mr", 5.34)],
 )
 def test_parameters_of_a_shipped_preset_are_counted(name: str, millions: float) -> None:
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def test_parameters_of_a_shipped_preset_are_counted(name: str, millions: float) 
     assert round(parameter_count(network) / 1e6, 1 if millions > 10 else 2) == millions
 
 
-@pytest.mark.parametrize("name", ["abdomen_ct", "hippocampus_mr"])
+@pytest.mark.parametrize("name", ["abdomen_ct_base", "abdomen_ct", "hippocampus_mr"])
 def test_shipped_presets_use_no_dead_cross_attention(name: str) -> None:
     with torch.device("meta"):
         names = list(build_unetr(load_preset(name)).state_dict())

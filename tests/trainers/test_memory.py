@@ -59,7 +59,7 @@ def test_smaller_patches_keep_more_of_the_transformer() -> None:
 
 
 def test_checkpointing_keeps_fewer_bytes() -> None:
-    preset = load_preset("abdomen_ct")
+    preset = load_preset("abdomen_ct_base")
     kept, weights = count_kept_bytes(preset, False)
     checkpointed, _ = count_kept_bytes(preset, True)
     assert 0.05 * GIB < kept - checkpointed < GIB

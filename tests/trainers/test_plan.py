@@ -25,7 +25,7 @@ CPU, CUDA, FP32 = torch.device("cpu"), torch.device("cuda"), torch.float32
 
 def _base(**recipe: object) -> Preset:
     """The base network with a recipe of its own; in fp32 on every machine."""
-    preset = load_preset("abdomen_ct")
+    preset = load_preset("abdomen_ct_base")
     return preset.model_copy(update={"training": preset.training.model_copy(update={"precision": "fp32", **recipe})})
 
 
@@ -143,7 +143,7 @@ def test_processes_that_train_together_do_not_shrink_alone(free: Callable[[float
 
 
 def test_count_grows_with_crops_and_falls_with_checkpointing() -> None:
-    preset = load_preset("abdomen_ct")
+    preset = load_preset("abdomen_ct_base")
     one, two, recomputed = (
         count_step_bytes(preset, crops, recompute, FP32) / GIB
         for crops, recompute in ((1, False), (2, False), (2, True))

@@ -167,3 +167,27 @@ def test_same_seed_gives_the_same_crops_and_another_seed_others() -> None:
 
     torch.testing.assert_close(draw(1), draw(1), rtol=0, atol=0)
     assert not torch.equal(draw(1), draw(2))
+
+
+def test_balanced_crops_are_centred_on_every_label_equally_often() -> None:
+    """Label 2 has 8 voxels, label 1 has 8,000: at random voxels, the small one would be drawn once in a thousand."""
+    label = torch.zeros((1, 40, 40, 40), dtype=torch.uint8)
+    label[0, :20, :20, :20] = 1
+    label[0, 34:36, 34:36, 34:36] = 2
+    share = {}
+    for balance in ("voxels", "labels"):
+        recipe = {"augmentation": QUIET_AUGMENTATION, "foreground_ratio": 1e6, "crop_balance": balance}
+        chain = build_cropping(tiny_preset(training=recipe), 200).set_random_state(0)
+        crops = chain({"case": "x", IMAGE: label.float(), LABEL: label})
+        share[balance] = sum(bool((crop[LABEL] == 2).any()) for crop in crops) / len(crops)
+    assert share["voxels"] < 0.03
+    assert 0.4 < share["labels"] < 0.6
+
+
+def test_balanced_crops_of_a_case_without_labels_are_background() -> None:
+    label = torch.zeros((1, 20, 20, 20), dtype=torch.uint8)
+    recipe = {"augmentation": QUIET_AUGMENTATION, "crop_balance": "labels"}
+    chain = build_cropping(tiny_preset(training=recipe), 3).set_random_state(0)
+    with pytest.warns(UserWarning, match="unable to generate class balanced samples"):
+        crops = chain({"case": "x", IMAGE: label.float(), LABEL: label})
+    assert [int(crop[LABEL].sum()) for crop in crops] == [0, 0, 0]
