@@ -7,6 +7,7 @@
     |   |-- LabelError     the label does not belong to its image or to the preset
     |   |-- MemoryBudgetError the image needs more memory than there is
     |   `-- ParameterError a request parameter has a value outside what is valid
+    |-- ConflictError      something of that name is there already, is busy, or is not to be replaced
     |-- NotFoundError      no model, image, label or strategy of that name
     |-- CheckpointError    weights that do not fit the network, or a file that holds none
     |-- ModelNotReadyError the preset has no trained weights yet
@@ -50,6 +51,10 @@ class ParameterError(InputError):
     def __init__(self, name: str, value: object, valid: str) -> None:
         super().__init__(f"parameter {name!r} is {value!r}; valid: {valid}")
         self.name = name
+
+
+class ConflictError(UnetrError):
+    """Something of that name is there already, is busy, or is not to be replaced."""
 
 
 class NotFoundError(UnetrError):

@@ -22,6 +22,7 @@ from lib.activelearning.insight import Insight  # noqa: E402
 from lib.activelearning.score_store import ScoreStore  # noqa: E402
 from lib.activelearning.task import check_passes, make_scoring_methods, make_strategies  # noqa: E402
 from lib.configs.settings import Settings  # noqa: E402
+from lib.datastore.batch import DrawnLabelsStay  # noqa: E402
 from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
@@ -77,6 +78,10 @@ class UnetrRadiologyApp(MONAILabelApp):
             n: UnetrInferTask(p, self.locators[n], settings.device, settings.precision, self.results, planner, compiles)
             for n, p in self.presets.items()
         }
+
+    def init_batch_infer(self) -> DrawnLabelsStay:
+        """Segments many images, and never replaces what a person drew."""
+        return DrawnLabelsStay()
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """One training task a preset."""

@@ -29,6 +29,7 @@ from lib.datastore.published import PublishedLabels
 from lib.datastore.quarantine import Quarantine
 from lib.datastore.records import (
     FINAL,
+    INFERENCE,
     VERSIONS_A_FOLDER,
     LabelVersion,
     Submission,
@@ -38,7 +39,7 @@ from lib.datastore.records import (
     to_record,
 )
 from lib.datastore.repair import repair, shorten
-from lib.errors import NotFoundError, StorageError
+from lib.errors import ConflictError, NotFoundError, StorageError
 from lib.storage.files import (
     PARTIAL,
     Staged,
@@ -117,6 +118,7 @@ class LabelHistory:
         """Keep a label for good, and publish it. When this returns, neither a crash nor a power cut can lose it.
 
         Raises:
+            ConflictError: as :meth:`check_replaceable`.
             StorageError: when it cannot be kept; then nothing has changed.
         """
         with self._explained(f"label of {submission.image_id!r}"):
@@ -124,9 +126,25 @@ class LabelHistory:
             staged = stage(read_blocks(file), self.versions_folder)
             try:
                 with self._alone():
+                    if submission.source == INFERENCE:
+                        self.check_replaceable(submission.image_id, submission.tag)
                     return self._append(staged, suffix_of(file), submission)
             finally:
                 staged.path.unlink(missing_ok=True)
+
+    def check_replaceable(self, image_id: str, tag: str) -> None:
+        """Refuse to put a model's mask in the place of what a person drew.
+
+        Raises:
+            ConflictError: saying who drew it and when.
+        """
+        drawn = self.latest(image_id, tag)
+        if drawn is not None and drawn.is_drawn:
+            whose = f"by {drawn.user!r} " if drawn.user else ""
+            raise ConflictError(
+                f"the label {tag!r} of {image_id!r} was submitted {whose}at {drawn.saved_at}, and a model's mask does "
+                "not replace it; valid: another tag, such as original"
+            )
 
     def restore(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
         """Make a copy of an older version the newest one; what lies between them stays.

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FINAL = "final"
+FINAL, ORIGINAL = "final", "original"
+INFERENCE = "inference"
+"""How a label came that a model made."""
 LONGEST_NAME_IN_FILE = 150
 VERSIONS_A_FOLDER = 1000
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
@@ -73,6 +75,11 @@ class LabelVersion(Submission):
     def suffix(self) -> str:
         """The kind of the mask's file."""
         return suffix_of(self.file)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a person drew it, or chose it; stock MONAI Label keeps predictions in ``labels/original``."""
+        return self.source != INFERENCE and not (self.tag == ORIGINAL and self.source in ("", "folder", "recovered"))
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a client, without the server's folders."""

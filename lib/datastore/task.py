@@ -28,7 +28,7 @@ from lib.datastore.leases import DEFAULT_MINUTES, Leases
 from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB
 from lib.datastore.predictions import Predictions
 from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
-from lib.datastore.records import LabelVersion, Submission
+from lib.datastore.records import INFERENCE, LabelVersion, Submission
 from lib.errors import ConfigError, LabelError, StorageError
 from lib.storage.files import read_blocks, stage, sync_folder
 
@@ -161,6 +161,7 @@ class VersionedDatastore(LocalDatastore):
 
         Raises:
             ImageNotFoundException: when there is no such image.
+            ConflictError: when it is a model's mask, and a person drew the label that there is.
             StorageError: when it cannot be kept; then nothing has changed.
         """
         self._entry(submission.image_id)
@@ -404,7 +405,7 @@ def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submissio
         preset=str(info.get("model") or ""),
         model_version=str(model.get("version", "")) if isinstance(model, dict) else "",
         label_map={str(name): int(value) for name, value in (params.get("label_names") or {}).items()},
-        source="inference" if params else "",
+        source=INFERENCE,
         info=dict(info),
     )
 

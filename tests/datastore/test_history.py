@@ -13,7 +13,7 @@ import pytest
 
 from lib.datastore.history import LabelHistory
 from lib.datastore.records import LabelVersion, Submission
-from lib.errors import NotFoundError, StorageError
+from lib.errors import ConflictError, NotFoundError, StorageError
 from lib.storage.files import sha256_of
 
 Open = Callable[[], LabelHistory]
@@ -251,3 +251,19 @@ def test_failing_disk_changes_nothing(reopen: Open, monkeypatch: pytest.MonkeyPa
     assert {p: c for p, c in after.items() if p != sent} == {p: c for p, c in before.items() if p != sent}
     assert history.latest("a") == kept
     assert save(history, "a", b"next").sequence == 2
+
+
+@pytest.mark.parametrize("source", ["rest", "dicom", "folder", "restore", "recovered"])
+def test_prediction_never_replaces_what_a_person_drew(reopen: Open, source: str) -> None:
+    history = reopen()
+    save(history, "case", b"predicted", source="inference")
+    save(history, "case", b"predicted again", source="inference")  # a newer prediction replaces an older one
+    drawn = save(history, "case", b"drawn", source=source, user="anna")
+    with pytest.raises(ConflictError, match=r"'final' of 'case' was submitted by 'anna' at .* does not replace it"):
+        save(history, "case", b"predicted", source="inference")
+    assert history.latest("case") == drawn and published(history, "case") == b"drawn"
+    save(history, "case", b"of MONAI Label's own server", tag="original", source="folder")
+    save(history, "case", b"predicted", tag="original", source="inference")
+    history.remove("case", "final")
+    save(history, "case", b"predicted", source="inference")
+    assert published(history, "case") == b"predicted"

@@ -307,6 +307,18 @@ def test_call_needs_its_role(guarded: Server, tokens: dict[str, str], role: str,
         assert status != 401
 
 
+def test_predictions_become_final_labels_for_reviewers_alone(guarded: Server, tokens: dict[str, str]) -> None:
+    body = {"images": ["case_0"], "label_tag": "final"}
+    asked = {"params": (None, json.dumps({"save_label": True, "label_tag": "final"}))}
+    annotator = authorised({}, tokens["annotator"])
+    for refused in (
+        guarded.post("/batch/infer/hippocampus_mr", json=body, **annotator),
+        guarded.post("/infer/hippocampus_mr?image=case_0", files=asked, **annotator),
+    ):
+        assert refused.status_code == 403 and "valid: the role reviewer" in refused.json()["detail"]
+    assert guarded.request("HEAD", "/datastore/label?image=case_0&tag=final", **annotator).status_code == 404
+
+
 def test_token_is_never_logged(guarded: Server, tokens: dict[str, str]) -> None:
     guarded.post("/train/nope", **authorised({}, tokens["annotator"]))
     guarded.get("/info/", **authorised({}, "a-wrong-token-1234"))

@@ -7,11 +7,13 @@ import io
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
+from tests.integration.conftest import encode
 from tests.integration.server import Server, parse_multipart, wait_until
 
 
@@ -84,6 +86,29 @@ def test_batch_inference_on_a_cpu_labels_all_but_the_bad_image(server: Server, c
     for name in tagged:
         assert server.delete(f"/datastore/label?id={name}&tag=original").status_code == 200
     wait_until(lambda: server.get("/datastore/").json()["total"] == len(cases))
+
+
+def test_predictions_do_not_replace_what_a_person_drew(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_4"]
+    label = encode(case.label, case.affine_ras, tmp_path)
+    drawn = server.save_label("case_4", label, ["anterior", "posterior"]).json()["sha256"]
+    try:
+        body = {"images": ["case_4", "case_3"], "label_tag": "final"}
+        assert server.post("/batch/infer/hippocampus_mr", json=body).status_code == 200
+        ended = server.wait_for("/batch/infer")
+        assert ended["status"] == "DONE", "\n".join(ended["details"])
+        assert "1 images keep their label 'final', which a person drew" in "\n".join(ended["details"])
+        assert server.get("/datastore/label/info?label=case_4&tag=final").json()["sha256"] == drawn
+        assert server.get("/datastore/label/info?label=case_3&tag=final").json()["source"] == "inference"
+        refused = server.infer("hippocampus_mr", "case_4", save_label=True, label_tag="final")
+        assert refused.status_code == 409 and "does not replace it" in refused.json()["detail"]
+        assert server.infer("hippocampus_mr", "case_4", save_label=True, label_tag="").ok  # original
+        assert server.request("HEAD", "/datastore/label?image=case_4&tag=original").ok
+    finally:
+        for name, tag in (("case_4", "final"), ("case_3", "final"), ("case_4", "original")):
+            server.delete(f"/datastore/label?id={name}&tag={tag}")
 
 
 def test_model_file_goes_down_and_up_again(server: Server) -> None:

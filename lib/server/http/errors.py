@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from lib.errors import (
     CheckpointError,
     ConfigError,
+    ConflictError,
     InputError,
     MemoryBudgetError,
     ModelNotReadyError,
@@ -47,10 +48,6 @@ class UnauthorizedError(UnetrError):
 
 class ForbiddenError(UnetrError):
     """Something that this client's role, or this server's settings, do not allow."""
-
-
-class ConflictError(UnetrError):
-    """Something of that name is there already, or is busy."""
 
 
 class TooLargeError(UnetrError):

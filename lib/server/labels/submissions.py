@@ -14,11 +14,13 @@ from lib.configs.preset import Preset
 from lib.datastore.label_file import read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
-from lib.datastore.records import FINAL, LabelVersion, Submission
+from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission
 from lib.datastore.task import submission_of
 from lib.datastore.validation import CheckedLabel, check_label
 from lib.errors import ImageError, InputError, LabelError
-from lib.server.http.auth import User
+from lib.server.http.auth import Role, User
+from lib.server.http.errors import ForbiddenError
+from lib.server.http.names import check_tag
 from lib.server.http.uploads import check_header, temporary_folder
 from lib.server.services import Services
 from lib.transforms.volume import read_grid
@@ -77,12 +79,31 @@ def submit_label(
     return version
 
 
+def tag_for_prediction(user: User, params: Mapping[str, Any]) -> str:
+    """The tag under which a model's mask is to be kept: ``label_tag``, or ``original``.
+
+    ``final``, which people draw and trainings learn from, is for reviewers.
+
+    Raises:
+        ParameterError: unless it is a plain folder name.
+        ForbiddenError: naming the role that is needed.
+    """
+    tag = check_tag(str(params.get("label_tag") or ORIGINAL))
+    if tag == FINAL and user.role < Role.REVIEWER:
+        raise ForbiddenError(
+            f"the role {user.role.name.lower()} may not save a model's mask as the label {FINAL!r}; "
+            "valid: the role reviewer, or another label_tag, such as original"
+        )
+    return tag
+
+
 def keep_prediction(
     parts: Services, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str
 ) -> LabelVersion:
     """Keep a mask of the server's own making, which needs no checking.
 
     Raises:
+        ConflictError: when a person drew the label that there is.
         StorageError: when the disk does not take it.
     """
     submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})

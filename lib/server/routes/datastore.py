@@ -15,9 +15,8 @@ from fastapi.responses import FileResponse, StreamingResponse
 from monailabel.utils.others.generic import file_checksum, get_mime_type
 from starlette.exceptions import HTTPException
 
-from lib.errors import ImageError, NotFoundError, ParameterError
+from lib.errors import ConflictError, ImageError, NotFoundError, ParameterError
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
-from lib.server.http.errors import ConflictError
 from lib.server.http.names import check_image_known, check_new_id, check_tag, find_label, safe_file_name
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
-from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.utils.others.generic import get_mime_type
 
 from lib.dicom.segmentation_writer import Origin
@@ -22,11 +21,10 @@ from lib.errors import CheckpointError, ModelNotReadyError, ParameterError
 from lib.networks.precision import resolve_device
 from lib.server.http.auth import AsUser, Role, User
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.names import check_tag
 from lib.server.http.parameters import parse_object
 from lib.server.http.uploads import check_header, receive, temporary_folder
 from lib.server.labels.segmentations import mask_as_segmentation, series_store
-from lib.server.labels.submissions import keep_prediction
+from lib.server.labels.submissions import keep_prediction, tag_for_prediction
 from lib.server.routes.sessions import session_image
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import Wanted
@@ -129,9 +127,10 @@ def check(
     # the name stands in for the file, whose kind the default of result_extension follows
     task.validate_request({**kept, "image": image_id or "image.nii.gz"})
     if asked.saves_label:
-        check_tag(str(params.get("label_tag", DefaultLabelTag.ORIGINAL.value)))
         if user.role < Role.ANNOTATOR:
             raise ForbiddenError("save_label needs the role annotator")
+        tag = tag_for_prediction(user, params)
+        parts.store.history.check_replaceable(str(image_id), tag)
     if output is Output.dicom_seg:
         check_dicom_seg(parts, image_id)
     return asked
@@ -222,7 +221,7 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         parts.store.predictions.remember(client, asked.image_id, model["preset"], model["version"], mask.name, content)
         parts.store.leases.renew(client)
     if asked.image_id is not None and asked.saves_label:
-        tag = str(asked.params.get("label_tag", DefaultLabelTag.ORIGINAL.value))
+        tag = tag_for_prediction(user, asked.params)
         info = {"model": asked.model, "params": params}
         client_id = str(asked.params.get("client_id") or "")
         keep_prediction(parts, asked.image_id, mask, tag, info, user, client_id)

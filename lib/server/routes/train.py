@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import anyio
 import torch
 from fastapi import APIRouter, Depends
-from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
 from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
-from lib.server.http.names import check_image_known, check_tag
+from lib.server.http.names import check_image_known
 from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.labels.submissions import tag_for_prediction
 from lib.server.services import Parts, Services
 from lib.server.work.jobs import Job, Kind
 from lib.trainers.request import SERVER_FIELDS
@@ -86,10 +86,14 @@ async def batch_infer(
     images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
     run_sync: bool = False,
 ) -> Any:
-    """Segment all, the labelled or the unlabelled images; the masks are saved as labels of the tag ``original``."""
+    """Segment all, the labelled or the unlabelled images; the masks are saved as labels of the tag ``original``.
+
+    Another tag is the request's ``label_tag``; ``final`` needs a reviewer. Labels that a person drew are not replaced.
+    """
     # with more than one worker, one bad image among a thousand is logged instead of ending the run; the computing
     # itself goes on one by one
     request = {"images": images.value, "max_workers": 2} | own(params, model)
+    request["label_tag"] = tag_for_prediction(user, request)
     check_batch(parts, model, request)
     if not torch.cuda.is_available():
         request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number
@@ -196,7 +200,6 @@ def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None
     """
     parts.infer_task(model).validate_request({**request, "image": "image.nii.gz"})
     check_gpus(request)
-    check_tag(str(request.get("label_tag", DefaultLabelTag.ORIGINAL.value)))
     for name in ("max_workers", "max_batch_size"):
         value = request.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
