@@ -35,12 +35,13 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 APP = ROOT / "apps" / "unetr_radiology"
 SAMPLE_STUDIES = ROOT / "studies" / "sample"
-SAMPLE_COUNT = 8
+SAMPLE_COUNTS = {"hippocampus": 8, "torso": 2}
+"""Synthetic studies of each kind, as NIfTI files and as DICOM series."""
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 10))
 """In the order in which they are looked for."""
 COMMANDS = ("serve", "setup", "test", "doctor")
-DEFAULT_MODELS = "hippocampus_mr"
+DEFAULT_MODELS = "hippocampus_mr,abdomen_ct"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 WINDOWS = os.name == "nt"
 NEEDED_DISK_GB = 12 if sys.platform == "linux" else 6
@@ -543,13 +544,14 @@ def make_sample_studies(python: Path) -> None:
     Raises:
         RunError: when the generator fails.
     """
-    if all(len(list(SAMPLE_STUDIES.glob(kind))) >= SAMPLE_COUNT for kind in ("*.nii.gz", "dicom/*")):
+    if all(len(list(SAMPLE_STUDIES.glob(kind))) >= sum(SAMPLE_COUNTS.values()) for kind in ("*.nii.gz", "dicom/*")):
         return
-    print(f"making {SAMPLE_COUNT} synthetic sample studies in {SAMPLE_STUDIES}", flush=True)
-    command = [str(python), str(ROOT / "sample-data" / "generate.py"), "--out", str(SAMPLE_STUDIES)]
-    command += ["--count", str(SAMPLE_COUNT), "--seed", "0", "--format", "both"]
-    if subprocess.call(command, env=server_environment()) != 0:
-        raise RunError("the sample studies could not be made; give a folder of your own with --studies")
+    print(f"making {sum(SAMPLE_COUNTS.values())} synthetic sample studies in {SAMPLE_STUDIES}", flush=True)
+    for what, count in SAMPLE_COUNTS.items():
+        command = [str(python), str(ROOT / "sample-data" / "generate.py"), "--out", str(SAMPLE_STUDIES)]
+        command += ["--what", what, "--count", str(count), "--seed", "0", "--format", "both"]
+        if subprocess.call(command, env=server_environment()) != 0:
+            raise RunError("the sample studies could not be made; give a folder of your own with --studies")
 
 
 def server_environment() -> dict[str, str]:

@@ -131,7 +131,11 @@ class Network(Model):
 
 
 class Augmentation(Model):
-    """Random changes to a training crop; every one is off at 0. Angles in degrees, shifts in voxels."""
+    """Random changes to a training crop; every one is off at 0. Angles in degrees, shifts in voxels.
+
+    ``slab_probability`` is how often only ``slab_planes`` (least and most) planes of the third axis are kept, as in a
+    scan of few slices; the rest becomes 0, as padding is.
+    """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
     zoom: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -145,6 +149,14 @@ class Augmentation(Model):
     intensity_scale: Annotated[float, Field(ge=0, lt=1)] = 0.1
     intensity_shift: Annotated[float, Field(ge=0)] = 0.1
     intensity_probability: Fraction = 0.5
+    slab_probability: Fraction = 0.0
+    slab_planes: tuple[PositiveInt, PositiveInt] = (12, 32)
+
+    @model_validator(mode="after")
+    def _check_slab(self) -> Augmentation:
+        if self.slab_planes[0] > self.slab_planes[1]:
+            raise ValueError(f"slab_planes is {list(self.slab_planes)}; valid: the least number first")
+        return self
 
 
 class Training(Model):

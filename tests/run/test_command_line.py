@@ -28,7 +28,7 @@ def test_no_command_means_serve() -> None:
 def test_conf_is_passed_on_in_order() -> None:
     command = command_for("--conf", "labels", "spleen,liver", "--conf", "pretrained", "a file.pt")
     assert conf_of(command) == [
-        ("models", "hippocampus_mr"),
+        ("models", run.DEFAULT_MODELS),
         ("labels", "spleen,liver"),
         ("pretrained", "a file.pt"),
     ]

@@ -77,10 +77,11 @@ def test_impossible_port_is_refused(project: Project) -> None:
 def test_first_start_makes_samples_and_starts_the_server(project: Project) -> None:
     project.answer("monailabel.main", 5, "cannot start")
     assert run.main(["serve", "--port", str(free_port())]) == 5
-    samples, server = project.calls[-2:]
+    *samples, server = project.calls[-3:]
     folder = str(project.root / "studies" / "sample")
-    assert samples[:3] == [str(project.root / "sample-data" / "generate.py"), "--out", folder]
-    assert samples[-2:] == ["--format", "both"], "DICOM too, for OHIF"
+    for command, what in zip(samples, ("hippocampus", "torso"), strict=True):
+        assert command[:5] == [str(project.root / "sample-data" / "generate.py"), "--out", folder, "--what", what]
+        assert command[-2:] == ["--format", "both"], "DICOM too, for OHIF"
     assert server[:3] == ["-m", "monailabel.main", "start_server"]
     assert server[server.index("--studies") + 1] == folder
     assert server[server.index("--app") + 1] == str(project.root / "apps" / "unetr_radiology")
@@ -88,7 +89,7 @@ def test_first_start_makes_samples_and_starts_the_server(project: Project) -> No
 
 def test_samples_are_made_once_and_only_without_studies(project: Project) -> None:
     run.SAMPLE_STUDIES.mkdir(parents=True)
-    for number in range(run.SAMPLE_COUNT):
+    for number in range(sum(run.SAMPLE_COUNTS.values())):
         (run.SAMPLE_STUDIES / f"{number}.nii.gz").touch()
         (run.SAMPLE_STUDIES / "dicom" / str(number)).mkdir(parents=True)
     project.answer("monailabel.main", 5, "")

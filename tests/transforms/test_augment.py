@@ -10,6 +10,7 @@ import torch
 from monai.transforms import Compose
 
 from lib.configs.preset import Preset
+from lib.errors import ConfigError
 from lib.transforms.augment import build_changes, build_cropping
 from lib.transforms.preprocess import IMAGE, LABEL
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset
@@ -191,3 +192,19 @@ def test_balanced_crops_of_a_case_without_labels_are_background() -> None:
     with pytest.warns(UserWarning, match="unable to generate class balanced samples"):
         crops = chain({"case": "x", IMAGE: label.float(), LABEL: label})
     assert [int(crop[LABEL].sum()) for crop in crops] == [0, 0, 0]
+
+
+def test_slab_keeps_planes_of_the_third_axis_and_sets_the_rest_to_zero() -> None:
+    kept = []
+    for crop in _draw(40, slab_probability=1, slab_planes=[3, 6]):
+        planes = crop[IMAGE].abs().amax(dim=(0, 1, 2)) > 0
+        assert int(planes.sum()) in range(3, 7)
+        assert torch.equal(planes.nonzero().ravel().diff(), torch.ones(int(planes.sum()) - 1, dtype=torch.int64))
+        assert not crop[LABEL][..., ~planes].any()
+        kept.append(int(planes.sum()))
+    assert {3, 6} <= set(kept)
+
+
+def test_slab_with_more_planes_than_the_least_allows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"slab_planes is \[6, 3\]; valid: the least number first"):
+        tiny_preset(training={"augmentation": {"slab_planes": [6, 3]}})
