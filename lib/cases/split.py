@@ -17,6 +17,8 @@ SPLIT_FILE = "split.json"
 RUNS_FOLDER = "runs"
 MIN_CASES_FOR_VALIDATION = 5
 MIN_CASES_FOR_TEST = 50
+MOST_HELD_OUT = 0.5
+"""Share of the labelled subjects beyond which no more are held out, unless the expected share is larger."""
 
 
 @dataclass(frozen=True)
@@ -76,50 +78,85 @@ def extend_split(
     validation_share: float,
     subject_of: Callable[[str], str] = subject_from_stem,
     test_share: float = 0.0,
+    shipped: Split | None = None,
 ) -> Split:
     """Assign cases that are not assigned yet; what is assigned stays where it is.
 
-    A new subject's side follows from a hash of its name, so that it does not depend on who else arrives. The first
-    fewer than five cases are all trained on: a validation of one or two cases would only look like one. As soon as
-    there are five and still nothing is held out, the new subject of the lowest hash is. Subjects go to the test side
-    from fifty cases on.
+    Only the labelled cases of the studies are counted. Fewer than five are all trained on: a validation of one or two
+    cases would only look like one. From five on at least one subject is held out, and at most half of them (or the
+    share, if that is more). Which ones follows from a hash of the subject, so that it hardly depends on who else
+    arrives. Subjects go to the test side from fifty cases on.
+
+    A case is moved in one situation: when all labelled cases are held out, some are trained on from then on.
 
     Args:
-        known: the split so far.
-        case_ids: ids of all labelled cases.
+        known: this server's split so far.
+        case_ids: ids of the studies' labelled cases.
         validation_share: expected share of new subjects held out, 0 to 1; 0 holds out none.
         subject_of: subject of a case id.
         test_share: expected share of new subjects on the test side.
+        shipped: the split of the weights that come with the project. What they were trained on is never judged on;
+            what they were judged on is held out before others.
 
     Returns:
         A split of the known and the given cases. New cases of a subject that is on a side already go there.
     """
     ids = set(case_ids)
+    elsewhere = shipped or Split((), ())
     everybody = ids | {*known.train, *known.validation, *known.test}
     subjects = {case: known.subjects.get(case) or _digest(subject_of(case)) for case in everybody}
+    seen_elsewhere = {_digest(subject_of(case)) for case in elsewhere.train}
     held_out = {subjects[case] for case in known.validation}
     tested = {subjects[case] for case in known.test} - held_out
-    trained_on = {subjects[case] for case in known.train} - held_out - tested
+    trained_on = {subjects[case] for case in known.train} | seen_elsewhere
     new = {subjects[case] for case in ids} - held_out - tested - trained_on
-    if validation_share > 0 and len(everybody) >= MIN_CASES_FOR_VALIDATION:
-        held_out |= _choose_validation(new, validation_share, bool(held_out), bool(trained_on))
-    if len(everybody) >= MIN_CASES_FOR_TEST:
+    if validation_share > 0 and len(ids) >= MIN_CASES_FOR_VALIDATION:
+        here = {subjects[case] for case in ids}
+        first = {subjects[case] for case in ids & set(elsewhere.validation)}
+        held_out |= _choose_validation(new, first, here, held_out, validation_share)
+    if len(ids) >= MIN_CASES_FOR_TEST:
         tested |= {s for s in new - held_out if validation_share <= _position(s) < validation_share + test_share}
     assigned = {*known.train, *known.validation, *known.test}
-    validation = {case for case in everybody - assigned if subjects[case] in held_out} | set(known.validation)
-    test = {case for case in everybody - assigned if subjects[case] in tested} | set(known.test)
+    never = {case for case in everybody if subjects[case] in seen_elsewhere} - assigned
+    validation = {case for case in everybody - assigned - never if subjects[case] in held_out} | set(known.validation)
+    test = {case for case in everybody - assigned - never if subjects[case] in tested} | set(known.test)
+    return _with_training(_split_of(everybody, validation, test, subjects), ids, validation_share)
+
+
+def _split_of(everybody: set[str], validation: set[str], test: set[str], subjects: Mapping[str, str]) -> Split:
     train = everybody - validation - test
     return Split(tuple(sorted(train)), tuple(sorted(validation)), tuple(sorted(test)), subjects)
 
 
-def _choose_validation(new: set[str], share: float, has_validation: bool, has_training: bool) -> set[str]:
-    """The new subjects to hold out: at least one where there is none yet, and not all where nobody is trained on."""
-    chosen = {subject for subject in new if _position(subject) < share}
-    if new and not has_validation and not chosen:
-        chosen = {min(new, key=_position)}
-    if new and chosen == new and not has_training:
-        chosen = new - {max(new, key=_position)}
-    return chosen
+def _choose_validation(new: set[str], first: set[str], here: set[str], held_out: set[str], share: float) -> set[str]:
+    """The new subjects to hold out.
+
+    Args:
+        new: subjects without a side.
+        first: subjects that are held out before others.
+        here: subjects of the labelled cases.
+        held_out: subjects on the validation side.
+        share: expected share.
+    """
+    most = min(len(here) - 1, max(1, int(len(here) * max(share, MOST_HELD_OUT))))
+    room = max(0, most - len(held_out & here))
+    wanted = {subject for subject in new if subject in first or _position(subject) < share}
+    if new and not wanted and not held_out & here:
+        wanted = {min(new, key=_position)}
+    return set(sorted(wanted, key=lambda subject: (subject not in first, _position(subject)))[:room])
+
+
+def _with_training(split: Split, ids: set[str], share: float) -> Split:
+    """The split, with some subjects moved to training where all labelled cases would be held out."""
+    if not ids or ids & set(split.train):
+        return split
+    subjects = sorted({split.subjects[case] for case in ids}, key=_position)
+    few = len(ids) < MIN_CASES_FOR_VALIDATION
+    moved = set(subjects if few else subjects[max(1, int(len(subjects) * min(share, MOST_HELD_OUT))) :] or subjects)
+    validation, test = (
+        {case for case in side if split.subjects[case] not in moved} for side in (split.validation, split.test)
+    )
+    return _split_of({*split.train, *split.validation, *split.test}, validation, test, split.subjects)
 
 
 def read_split(path: Path) -> Split:
@@ -136,10 +173,28 @@ def read_split(path: Path) -> Split:
         raise TrainingError(f"split file {str(path)!r} cannot be used: {error}") from error
 
 
+def nothing_judges(labels: int, serving: bool) -> str:
+    """In words: all labels are trained on, and what becomes of the result."""
+    count = "1 label" if labels == 1 else f"{labels} labels"
+    few = "fewer than five" if labels < MIN_CASES_FOR_VALIDATION else "none of them held out"
+    after = (
+        "what is served stays until a reviewer serves the new version"
+        if serving
+        else "it is served, because nothing else is"
+    )
+    return f"{count}, {few}: all are trained on, and nothing judges the result; {after}"
+
+
 def known_split(folder: Path) -> Split:
-    """Who is held out in a preset's folder: the server's own split, else that of the shipped weights, else nobody."""
-    files = (folder / RUNS_FOLDER / SPLIT_FILE, folder / SPLIT_FILE)
-    return next((read_split(path) for path in files if path.is_file()), Split((), ()))
+    """Who is held out in this server, from a preset's folder; nobody before its first training."""
+    path = folder / RUNS_FOLDER / SPLIT_FILE
+    return read_split(path) if path.is_file() else Split((), ())
+
+
+def shipped_split(folder: Path) -> Split | None:
+    """The split that the weights in a preset's folder were trained with before they were shipped, where it is known."""
+    path = folder / SPLIT_FILE
+    return read_split(path) if path.is_file() else None
 
 
 def write_split(path: Path, split: Split, how: str) -> None:

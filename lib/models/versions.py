@@ -35,7 +35,7 @@ logger = logging.getLogger("unetr.publish")
 
 REPORT_FILE = "report.html"
 STAGING = ".staging-"
-Status = Literal["shipped", "published", "rejected"]
+Status = Literal["shipped", "published", "rejected", "unproven"]
 Files = Mapping[str, Callable[[str], str]]
 
 
@@ -57,10 +57,20 @@ class Version:
 
     @property
     def status(self) -> Status:
-        """``published`` and ``shipped`` ones can be served; ``rejected`` ones did not pass the gate."""
+        """How it may be served.
+
+        ``published`` and ``shipped``: yes. ``rejected``: it did not pass the gate. ``unproven``: no case could judge
+        it, and it waits for a person who serves it.
+        """
         if self.name == SHIPPED:
             return "shipped"
-        return "published" if self.details["status"] == "published" else "rejected"
+        status = self.details["status"]
+        return status if status in ("published", "unproven") else "rejected"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it was compared with the weights that were served before it; true for the shipped one."""
+        return self.name == SHIPPED or bool(self.details.get("compared"))
 
     @property
     def number(self) -> int:
@@ -116,33 +126,47 @@ class VersionStore:
         name = read_live(self.folder)
         return None if name is None else self.get(name)
 
-    def publish(
-        self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
+    def add(
+        self,
+        status: Status,
+        weights: StateDict,
+        preset: Preset,
+        details: Mapping[str, Any],
+        files: Files | None = None,
     ) -> Version:
-        """Keep a version and serve it.
+        """Keep a version, and serve it if it is ``published``.
 
         Args:
+            status: ``published``, ``rejected`` or ``unproven``.
             weights: state dict.
             preset: what they were trained for.
             details: plain data for ``version.json``: ``parent`` and whatever says where it comes from.
             files: more files to keep with it: their names, and what writes the text of each from the version's name.
         """
-        version = self._add(weights, preset, dict(details) | {"status": "published"}, files or {})
-        self._point_to(version.name)
+        version = self._add(weights, preset, dict(details) | {"status": status}, files or {})
+        if status == "published":
+            self._point_to(version.name)
         return version
+
+    def publish(
+        self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
+    ) -> Version:
+        """Keep a version and serve it; arguments as those of :meth:`add`."""
+        return self.add("published", weights, preset, details, files)
 
     def reject(
         self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
     ) -> Version:
-        """Keep a version that is not served; arguments as those of :meth:`publish`."""
-        return self._add(weights, preset, dict(details) | {"status": "rejected"}, files or {})
+        """Keep a version that is not served; arguments as those of :meth:`add`."""
+        return self.add("rejected", weights, preset, details, files)
 
-    def rollback(self, name: str, rejected: bool = False) -> Version:
-        """Serve another version again.
+    def rollback(self, name: str, rejected: bool = False, by: str = "") -> Version:
+        """Serve a version because a person says so.
 
         Args:
             name: of the version.
             rejected: whether one that did not pass the gate may be served.
+            by: who says so.
 
         Raises:
             NotFoundError: when there is none of that name.
@@ -157,7 +181,7 @@ class VersionStore:
             )
         if file_sha256(version.weights) != version.details.get("sha256"):
             raise CheckpointError(f"the weights of version {name!r} are damaged: their SHA-256 is another one")
-        self._point_to(name)
+        self._point_to(name, by)
         return version
 
     def withdraw(self) -> str:
@@ -174,7 +198,7 @@ class VersionStore:
             raise TrainingError("the weights in use are not published ones, and stay")
         known = [version.name for version in self.list()]
         if live.parent in known:
-            return self.rollback(live.parent).name
+            return self.rollback(live.parent, rejected=True).name  # it has been served before
         (self.folder / LIVE_FILE).unlink()
         return ""
 
@@ -182,7 +206,7 @@ class VersionStore:
         """Remove old versions, except the live one, its parent, and the newest ones.
 
         Args:
-            keep: how many of the published and how many of the rejected ones are kept.
+            keep: how many of the published, of the rejected and of the unproven ones are kept.
 
         Returns:
             Names of those that were removed.
@@ -190,7 +214,7 @@ class VersionStore:
         live = self.live()
         spared = {live.name, live.parent} if live is not None else set()
         removed = []
-        for status in ("published", "rejected"):
+        for status in ("published", "rejected", "unproven"):
             versions = [version for version in self.list() if version.status == status]
             for version in versions[: -max(1, keep)]:
                 if version.name not in spared:
@@ -227,9 +251,9 @@ class VersionStore:
         logger.info("%s version %s of %s", details["status"], name, preset.name)
         return self._read(name)
 
-    def _point_to(self, name: str) -> None:
+    def _point_to(self, name: str, by: str = "") -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / LIVE_FILE, {"version": name, "since": now()})
+        write_json(self.folder / LIVE_FILE, {"version": name, "since": now()} | ({"served_by": by} if by else {}))
         logger.info("%s serves %s", self.folder.name, name)
 
     def _remove_left_overs(self) -> None:

@@ -121,6 +121,17 @@ def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     network.load_state_dict(current, strict=True)
 
 
+def check_finite(state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that hold NaN or infinity, whose masks would be empty or noise.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"the weights hold values that are not finite (NaN or infinity): {_shorten(bad)}")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

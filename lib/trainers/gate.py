@@ -7,9 +7,10 @@ scores the champion anew. What is compared is paired over cases: the same case, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import statistics
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lib.cases.metrics import mean_known
 from lib.trainers.evaluate import CaseScore, Evaluation
@@ -22,6 +23,14 @@ CONTRADICTED = 2 / 3
 either the label is wrong or the image is of another kind, and only somebody who looks can tell. Hippocampi that are
 shifted by six voxels keep 0.17 to 0.44 of Dice with themselves; the worst of 45 right ones had 0.80."""
 
+MOST_CONTRADICTED = 0.5
+"""From this share of contradicted new labels on, the batch as a whole is for somebody to look at."""
+
+MOST_NAMED = 8
+"""Labels that a sentence names."""
+
+Status = Literal["published", "rejected", "unproven"]
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -29,8 +38,8 @@ class Rules:
 
     Attributes:
         margin: how much its mean Dice must be above the champion's.
-        tolerance: how much the mean Dice or normalised surface distance of one label may fall, and the mean Dice on
-            the cases that the champion was judged on.
+        tolerance: how much the mean Dice or normalised surface distance of one label may fall, on all validation cases
+            and on those that the champion was judged on.
     """
 
     margin: float = 0.001
@@ -38,12 +47,40 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether to publish, why in words, and the comparison that it comes from (empty where there was none)."""
+class Champion:
+    """What is known of the weights that are served.
 
-    publish: bool
+    Attributes:
+        scores: theirs on the validation cases, in this run.
+        familiar: ids of the validation cases that they were judged on when they were published. New labels cannot pay
+            for a loss on these: a batch of wrong labels that lands on both sides of the split would otherwise raise
+            the challenger's mean.
+        promised: mean Dice that they were measured at before; NaN where that is not known. Gains on new labels that
+            they contradict count for nothing.
+        on_new: their scores on labels that the challenger was trained on and they were not.
+    """
+
+    scores: Evaluation
+    familiar: Collection[str] = ()
+    promised: float = math.nan
+    on_new: Evaluation = field(default_factory=lambda: Evaluation(()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of new weights, why in words, and the comparison that it comes from (empty where there was none).
+
+    ``unproven`` weights are kept beside the served ones, because nothing judges them, until a person serves them.
+    """
+
+    status: Status
     reason: str
     comparison: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def publish(self) -> bool:
+        """Whether they are served from now on."""
+        return self.status == "published"
 
     @property
     def compared(self) -> bool:
@@ -51,37 +88,42 @@ class Verdict:
         return bool(self.comparison)
 
 
-def judge(
-    challenger: Evaluation,
-    champion: Evaluation | None,
-    rules: Rules,
-    familiar: Collection[str] = (),
-    promised: float = math.nan,
-) -> Verdict:
+def judge(challenger: Evaluation, champion: Champion | None, rules: Rules, unusable: str = "") -> Verdict:
     """Compare a challenger with the champion.
 
     Args:
         challenger: its scores on the validation cases.
-        champion: the served weights' scores on the same cases; None where nothing is served.
+        champion: the served weights; None where nothing is served.
         rules: the margin and the tolerance.
-        familiar: ids of the validation cases that the champion itself was judged on. New labels cannot pay for a
-            loss on these: a batch of wrong labels that lands on both sides of the split would otherwise raise the
-            challenger's mean.
-        promised: mean Dice that the champion was measured at before; NaN where that is not known. Gains on new labels
-            that it contradicts count for nothing.
+        unusable: why what was to be served could not be, where there was something.
     """
-    if math.isnan(challenger.mean_dice):
-        return Verdict(True, "published without a comparison: no validation case has a label to compare on")
+    judged = not math.isnan(challenger.mean_dice)
     if champion is None:
-        return Verdict(True, f"published: mean Dice {challenger.mean_dice:.4f}, and nothing was served before")
-    known = Evaluation(tuple(case for case in champion.cases if case.case_id in familiar))
-    comparison = compare(challenger, champion)
+        measured = f"mean Dice {challenger.mean_dice:.4f}" if judged else "no held-out case judges these weights"
+        before = f"what was served cannot be used: {unusable}" if unusable else "nothing was served before"
+        return Verdict("published", f"published, never compared: {measured}, and {before}")
+    agreement = _agreement(champion)
+    if not judged:
+        words = f"; {agreement['text']}" if agreement else ""
+        return Verdict(
+            "unproven",
+            "unproven: no held-out case has a label to compare on, so nothing judges these weights, and what is served "
+            f"stays{words}. A reviewer who has looked may serve this version",
+        )
+    known = Evaluation(tuple(case for case in champion.scores.cases if case.case_id in champion.familiar))
+    comparison = compare(challenger, champion.scores)
     on_familiar = compare(challenger, known) if known.cases else None
-    contradicted = _contradicted(champion, familiar, promised)
-    problem = _problem(comparison, on_familiar, rules) or _bought(challenger, champion, contradicted, promised, rules)
+    contradicted = _contradicted(_unfamiliar(champion), champion.promised)
+    problem = (
+        _problem(comparison, on_familiar, rules)
+        or _bought(challenger, champion, contradicted, rules)
+        or _doubtful_batch(agreement)
+    )
     said = comparison | {"familiar": on_familiar, "contradicted": [case.case_id for case in contradicted]}
-    said |= {"margin": rules.margin, "tolerance": rules.tolerance}
-    return Verdict(not problem, f"rejected: {problem}" if problem else f"published: {_in_words(comparison)}", said)
+    said |= {"agreement": agreement, "margin": rules.margin, "tolerance": rules.tolerance}
+    if problem:
+        return Verdict("rejected", f"rejected: {problem}", said)
+    return Verdict("published", f"published: {_in_words(comparison)}", said)
 
 
 def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
@@ -108,47 +150,95 @@ def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
 def _problem(comparison: Mapping[str, Any], on_familiar: Mapping[str, Any] | None, rules: Rules) -> str:
     """Why not to publish; empty if there is no reason."""
     mean = comparison["mean_dice"]
+    if worse := _label_that_falls(comparison, rules):
+        return f"{worse} ({_in_words(comparison)})"
+    if not mean["difference"] > rules.margin:
+        return f"{_in_words(comparison)} is not above it by more than the margin of {rules.margin:g}"
+    if on_familiar is None:
+        return ""
+    was = on_familiar["mean_dice"]
+    worse = _label_that_falls(on_familiar, rules)
+    if was["difference"] < -rules.tolerance:
+        worse = (
+            f"mean Dice falls from {was['champion']:.4f} to {was['challenger']:.4f}, by more than {rules.tolerance:g}"
+        )
+    cases = on_familiar["cases"]
+    return (
+        worse and f"it gains on new validation cases only: on the {cases} that the served model was judged on, {worse}"
+    )
+
+
+def _label_that_falls(comparison: Mapping[str, Any], rules: Rules) -> str:
+    """In words, the first label that falls by more than the tolerance; empty if none does."""
     for kind, word in (("dice", "Dice"), ("nsd", "normalised surface distance")):
         for label, row in comparison[kind].items():
             if row["difference"] < -rules.tolerance:
                 return (
                     f"the {word} of {label} falls from {row['champion']:.4f} to {row['challenger']:.4f}, by more than "
-                    f"the tolerance of {rules.tolerance:g} ({_in_words(comparison)})"
+                    f"the tolerance of {rules.tolerance:g}"
                 )
-    if not mean["difference"] > rules.margin:
-        return f"{_in_words(comparison)} is not above it by more than the margin of {rules.margin:g}"
-    if on_familiar and on_familiar["mean_dice"]["difference"] < -rules.tolerance:
-        was = on_familiar["mean_dice"]
-        return (
-            f"it gains on new validation cases only: on the {on_familiar['cases']} that the served model was judged "
-            f"on, mean Dice falls from {was['champion']:.4f} to {was['challenger']:.4f}, by more than "
-            f"{rules.tolerance:g}"
-        )
     return ""
 
 
-def _contradicted(champion: Evaluation, familiar: Collection[str], promised: float) -> list[CaseScore]:
+def _unfamiliar(champion: Champion) -> list[CaseScore]:
+    """The champion's scores on validation cases that it was not judged on before."""
+    return [case for case in champion.scores.cases if case.case_id not in champion.familiar]
+
+
+def _contradicted(cases: Iterable[CaseScore], promised: float) -> list[CaseScore]:
     """New labels that the champion contradicts."""
-    new = (case for case in champion.cases if case.case_id not in familiar)
-    return [case for case in new if case.mean_dice < CONTRADICTED * promised]
+    return [case for case in cases if case.mean_dice < CONTRADICTED * promised]
 
 
-def _bought(
-    challenger: Evaluation, champion: Evaluation, contradicted: list[CaseScore], promised: float, rules: Rules
-) -> str:
+def _agreement(champion: Champion) -> dict[str, Any]:
+    """How well the champion agrees with the labels that are new to it, of both sides; empty where none is new.
+
+    Returns:
+        ``per_case`` mean Dice, their ``median``, the ``contradicted`` ones, what was ``promised``, and ``text``.
+    """
+    seen = [*champion.on_new.cases, *_unfamiliar(champion)]
+    new = {case.case_id: case for case in seen if not math.isnan(case.mean_dice)}
+    if not new:
+        return {}
+    contradicted = sorted(case.case_id for case in _contradicted(new.values(), champion.promised))
+    median = statistics.median(case.mean_dice for case in new.values())
+    before = "" if math.isnan(champion.promised) else f" where {champion.promised:.3f} was measured before"
+    return {
+        "per_case": {name: case.mean_dice for name, case in sorted(new.items())},
+        "median": median,
+        "contradicted": contradicted,
+        "promised": champion.promised,
+        "text": f"the served weights contradict {len(contradicted)} of {len(new)} new labels (median Dice "
+        f"{median:.3f}{before})",
+    }
+
+
+def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
+    """Why a batch of new labels is for somebody to look at; empty where the served weights agree with most of it.
+
+    A validation of few cases can miss what a batch of wrong labels does. The champion's opinion of the labels is there
+    for each of them.
+    """
+    if not agreement or len(agreement["contradicted"]) < MOST_CONTRADICTED * len(agreement["per_case"]):
+        return ""
+    names = ", ".join(agreement["contradicted"][:MOST_NAMED])
+    return f"{agreement['text']}: {names}. Look at these labels; if they are right, serve this version by hand"
+
+
+def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseScore], rules: Rules) -> str:
     """Why a challenger that gains on contradicted labels is not published; empty where it gains on the others too."""
     if not contradicted:
         return ""
-    rest = Evaluation(tuple(case for case in champion.cases if case not in contradicted))
+    rest = Evaluation(tuple(case for case in champion.scores.cases if case not in contradicted))
     on_rest = compare(challenger, rest)
     if on_rest["mean_dice"]["difference"] > rules.margin:
         return ""
     others = f"; on the others, {_in_words(on_rest)}" if rest.cases else ""
-    names = ", ".join(case.case_id for case in contradicted)
+    names = ", ".join(case.case_id for case in contradicted[:MOST_NAMED])
     return (
-        f"it gains only on labels that the served weights contradict: {names}, with a mean Dice "
-        f"of {Evaluation(tuple(contradicted)).mean_dice:.3f} where {promised:.3f} was measured before{others}. Look at "
-        "these labels; if they are right, serve this version by hand"
+        f"it gains only on labels that the served weights contradict: {names}, with a mean Dice of "
+        f"{Evaluation(tuple(contradicted)).mean_dice:.3f} where {champion.promised:.3f} was measured before{others}. "
+        "Look at these labels; if they are right, serve this version by hand"
     )
 
 

@@ -34,7 +34,7 @@ class History:
         last_run_at: when it ended.
         runs: how many runs have ended with a version.
         running: whether a training runs or waits.
-        unproven: whether nothing is served, or something that was published without a comparison.
+        serving: whether any weights are served.
         dice_on_new: mean Dice of the served model on new labels; None where it was not looked at.
         failures: how many runs have failed since the last version, and when the last of them did.
         failed_at: the same.
@@ -49,7 +49,7 @@ class History:
     last_run_at: float = 0.0
     runs: int = 0
     running: bool = False
-    unproven: bool = True
+    serving: bool = False
     dice_on_new: float | None = None
     failures: int = 0
     failed_at: float = 0.0
@@ -91,11 +91,11 @@ def decide(history: History) -> Decision:
     if not new:
         since = f"since {history.last_version}" if history.last_version else "yet"
         return Decision(False, f"no label is new {since}", 0)
-    if len(history.labels) < MIN_CASES_FOR_VALIDATION and not history.unproven:
+    if len(history.labels) < MIN_CASES_FOR_VALIDATION and history.serving:
         return Decision(
             False,
-            f"{len(history.labels)} labels: with fewer than {MIN_CASES_FOR_VALIDATION} nothing can be held out, and "
-            "what is served is not replaced without a comparison",
+            f"{len(history.labels)} labels: with fewer than {MIN_CASES_FOR_VALIDATION} nothing is held out to judge a "
+            "training, and what is served is not replaced without a comparison",
             count,
         )
     cause, why_not, wait = _scheduled(history) if settings.retrain == "schedule" else _due(history)

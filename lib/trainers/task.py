@@ -5,11 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,16 @@ from monailabel.utils.others.generic import device_list
 from pydantic import ValidationError
 
 from lib.cases.labelled import Case, case_id, read_case
-from lib.cases.split import RUNS_FOLDER, SPLIT_FILE, Split, extend_split, known_split, read_split, write_split
+from lib.cases.split import (
+    RUNS_FOLDER,
+    SPLIT_FILE,
+    Split,
+    extend_split,
+    known_split,
+    nothing_judges,
+    shipped_split,
+    write_split,
+)
 from lib.cases.studies import corrected_ids, subject_rule
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
@@ -33,44 +41,28 @@ from lib.models.calibration import CALIBRATION_FILE
 from lib.models.provenance import code_version, label_digests, trained_on
 from lib.models.versions import Files, Version, VersionStore
 from lib.models.weights import WeightsLocator, preset_for
-from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lib.networks.checkpoint import Checkpoint, check_finite, read_checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
 from lib.storage.json_files import write_json
+from lib.trainers.champion import ServedWeights, read_served
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.evaluate import Evaluation, evaluate
-from lib.trainers.gate import Rules, Verdict, judge
+from lib.trainers.gate import Champion, Rules, Verdict, judge
 from lib.trainers.launch import launch
 from lib.trainers.loop import TrainingPlan, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.reporting.progress import format_seconds
 from lib.trainers.reporting.report import as_json, render_html, report_data, worst_cases
-from lib.trainers.reporting.runs import prune_runs, read_json
+from lib.trainers.reporting.runs import prune_runs
 from lib.trainers.request import TrainRequest
 from lib.trainers.resume import remove_state
 
 logger = logging.getLogger("unetr.train")
 
 STATS_FILE = "stats.json"
-
-
-@dataclass(frozen=True)
-class _Champion:
-    """The weights that are served.
-
-    Attributes:
-        version: its name.
-        checkpoint: the weights.
-        familiar: validation cases that it was judged on.
-        promised: mean Dice that it was measured at; NaN where that is not known.
-    """
-
-    version: str
-    checkpoint: Checkpoint
-    familiar: frozenset[str]
-    promised: float
 
 
 class UnetrTrainTask(TrainTask):
@@ -172,7 +164,7 @@ class UnetrTrainTask(TrainTask):
             write_json(self.runs / STATS_FILE, dict(made.details) | {"decision": made.details["reason"]})
             return self.stats()
         material = self._gather(datastore, asked, run_dir)
-        champion = self._read_champion() if asked.pretrained else None
+        champion = self._read_served()[0] if asked.pretrained else None
         # Weights go on in the network that they were trained in, also where the preset has another one by now.
         preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
         plan = TrainingPlan(
@@ -201,15 +193,16 @@ class UnetrTrainTask(TrainTask):
         self, plan: TrainingPlan, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
     ) -> dict[str, Any]:
         """Compare on the same validation cases, publish if better, and keep the figures and the report."""
+        check_finite(result.weights)
         checkpoint = Checkpoint(result.weights, plan.preset)
         new = Segmenter.from_checkpoint(checkpoint, plan.preset, plan.device, planner=self._planner)
         scores = evaluate(new, plan.validation_cases)
-        champion, before, verdict = self._pass_gate(scores, plan)
+        served, before, verdict = self._pass_gate(scores, plan, material)
         logger.info("%s", verdict.reason)
         tested = evaluate(new, material.test) if material.test else None
         details = origin | {
-            "parent": champion.version if champion else "",
-            "status": "published" if verdict.publish else "rejected",
+            "parent": served.version if served else "",
+            "status": verdict.status,
             "reason": verdict.reason,
             "compared": verdict.compared,
             "comparison": verdict.comparison or None,
@@ -231,11 +224,10 @@ class UnetrTrainTask(TrainTask):
             "report.html": lambda name: render_html(report | {"version": name}, pictures),
             "report.json": lambda name: as_json(report | {"version": name}),
         }
-        keep = self.versions.publish if verdict.publish else self.versions.reject
         if calibration := scores.calibration():
             text = calibration.to_json()
             files = {**files, CALIBRATION_FILE: lambda _: text}
-        version = keep(result.weights, plan.preset, details, files)
+        version = self.versions.add(verdict.status, result.weights, plan.preset, details, files)
         for name in ("report.html", "report.json"):
             shutil.copyfile(version.folder / name, plan.run_dir / name)
         return self._tidy(plan, details | {"version": version.name}, _stock_stats(plan, result, scores, started))
@@ -256,45 +248,33 @@ class UnetrTrainTask(TrainTask):
         file = self._locator.find()
         return "" if file is None else file.version
 
-    def _pass_gate(self, scores: Evaluation, plan: TrainingPlan) -> tuple[_Champion | None, Evaluation | None, Verdict]:
+    def _pass_gate(
+        self, scores: Evaluation, plan: TrainingPlan, material: Material
+    ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
         """Judge new weights against those that are served now; somebody may have published while they trained."""
         rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
         while True:
-            champion = self._read_champion()
-            before = self._score(champion.checkpoint, plan) if champion and plan.validation_cases else None
-            verdict = (
-                judge(scores, before, rules, champion.familiar, champion.promised)
-                if champion
-                else judge(scores, None, rules)
-            )
-            still = self._read_champion()
-            if (still and still.version) == (champion and champion.version):
-                return champion, before, verdict
+            served, unusable = self._read_served()
+            champion = self._score(served, plan, material) if served else None
+            verdict = judge(scores, champion, rules, unusable)
+            still = self._read_served()[0]
+            if (still and still.version) == (served and served.version):
+                before = champion.scores if champion and champion.scores.cases else None
+                return served, before, verdict
 
-    def _score(self, checkpoint: Checkpoint, plan: TrainingPlan) -> Evaluation:
-        preset = preset_for(checkpoint, self.preset)
-        segmenter = Segmenter.from_checkpoint(checkpoint, preset, plan.device, planner=self._planner)
-        return evaluate(segmenter, plan.validation_cases)
-
-    def _read_champion(self) -> _Champion | None:
-        """The weights that are served now; None where there are none, or none that this preset can be compared with."""
-        try:
-            file = self._locator.find()
-            if file is None:
-                return None
-            checkpoint = read_checkpoint(file.path)
-            load_weights(build_unetr(preset_for(checkpoint, self.preset)), checkpoint.model)
-        except CheckpointError as error:
-            logger.warning("the served weights cannot be compared with: %s", error)
-            return None
-        details = read_json(file.side_car)
-        familiar = (details.get("split") or {}).get("validation", ()) if file.origin == "published" else ()
-        if file.origin == "shipped" and (self._locator.folder / SPLIT_FILE).is_file():
-            familiar = read_split(self._locator.folder / SPLIT_FILE).validation
-        promised = (details.get("held_out") or {}).get("mean_dice")
-        return _Champion(
-            file.version, checkpoint, frozenset(familiar), math.nan if promised is None else float(promised)
+    def _score(self, served: ServedWeights, plan: TrainingPlan, material: Material) -> Champion:
+        """Try the served weights on the validation cases, and on labels that are new to them."""
+        preset = preset_for(served.checkpoint, self.preset)
+        segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, plan.device, planner=self._planner)
+        return Champion(
+            evaluate(segmenter, plan.validation_cases),
+            served.familiar(material.labels),
+            served.promised,
+            evaluate(segmenter, served.new_cases(material)),
         )
+
+    def _read_served(self) -> tuple[ServedWeights | None, str]:
+        return read_served(self._locator, self.preset)
 
     def _read_encoder(self) -> StateDict | None:
         """The pretrained encoder; None where there is none that fits."""
@@ -321,13 +301,10 @@ class UnetrTrainTask(TrainTask):
             raise TrainingError(f"there is no usable labelled case for {self.preset.name!r}{why}")
         split = self._extend_split(datastore, usable, asked.val_split)
         material = divide(usable, split)
-        if not material.train:
-            raise TrainingError(
-                f"all {len(usable)} labelled cases of {self.preset.name!r} are held out ({SPLIT_FILE}); "
-                "label another one to train on"
-            )
         logger.info("%d training, %d validation, %d test cases", *map(len, (material.train, material.validation,
                                                                              material.test)))  # fmt: skip
+        if not material.validation:
+            logger.warning("%s", nothing_judges(len(usable), bool(self.served_version())))
         replay = self._replay(split)
         corrected = corrected_ids(datastore, ids_of(material.train))
         train = weigh(material.train, corrected, replay, self._settings.oversample)
@@ -342,21 +319,40 @@ class UnetrTrainTask(TrainTask):
     def _replay(self, split: Split) -> list[Case]:
         if self._settings.replay is None:
             return []
-        shipped = self._locator.folder / SPLIT_FILE
         held_out = {*split.validation, *split.test}
-        return read_replay(self._settings.replay, read_split(shipped) if shipped.is_file() else None, held_out)
+        return read_replay(self._settings.replay, shipped_split(self._locator.folder), held_out)
 
     def _extend_split(self, datastore: Datastore, cases: Sequence[Case], validation_share: float) -> Split:
-        """Assign new cases, starting from the split that the shipped weights were trained with."""
-        known = known_split(self._locator.folder)
-        subject_of = subject_rule(datastore, cases, self._settings.subject_separator)
-        split = extend_split(known, ids_of(cases), validation_share, subject_of, self._settings.test_share)
+        """Assign new cases to a side, for good."""
+        split = self._planned_split(datastore, cases, validation_share)
         write_split(
             self.runs / SPLIT_FILE,
             split,
             f"hash of the subject, {validation_share:g} of new subjects held out; append-only",
         )
         return split
+
+    def _planned_split(self, datastore: Datastore, cases: Sequence[Case], validation_share: float) -> Split:
+        return extend_split(
+            known_split(self._locator.folder),
+            ids_of(cases),
+            validation_share,
+            subject_rule(datastore, cases, self._settings.subject_separator),
+            self._settings.test_share,
+            shipped_split(self._locator.folder),
+        )
+
+    def forecast(self, request: Mapping[str, Any], datastore: Datastore) -> str:
+        """What whoever asks for a training should know before it: that nothing will judge it; empty otherwise.
+
+        Raises:
+            ParameterError: when a field is not valid.
+        """
+        asked = self.validate_request(request)
+        cases = self.labelled_cases(datastore)
+        if not cases or divide(cases, self._planned_split(datastore, cases, asked.val_split)).validation:
+            return ""
+        return nothing_judges(len(cases), bool(self.served_version()))
 
     def labelled_cases(self, datastore: Datastore) -> list[Case]:
         """The datastore's final labels, without those that were saved for another preset.

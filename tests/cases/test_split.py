@@ -88,6 +88,46 @@ def test_split_of_five_holds_one_out_at_least() -> None:
     assert grown_by_one.validation == ("case_005",), "those that were trained on stay"
 
 
+@pytest.mark.parametrize("count", [5, 8, 10])
+def test_split_counts_the_studies_cases_and_not_those_of_the_shipped_weights(count: int) -> None:
+    """With the shipped cases counted, nobody was held out for 34 % of servers with five labels."""
+    shipped = Split(tuple(f"theirs_{n}" for n in range(163)), tuple(f"held_{n}" for n in range(45)))
+    for server in range(200):
+        ids = [f"server{server}_{number}" for number in range(count)]
+        split = extend_split(NOBODY, ids, 0.2, test_share=0.1, shipped=shipped)
+        assert 1 <= len(split.validation) <= count // 2
+        assert sorted(split.train + split.validation) == sorted(ids), "and nobody is only tested on before fifty"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_fewer_than_five_are_all_trained_on_whoever_they_are(count: int) -> None:
+    ids = _ids(count)
+    assert extend_split(NOBODY, ids, 0.99, shipped=Split((), tuple(ids))).train == tuple(ids)
+    assert extend_split(NOBODY, ids, 0.99, shipped=Split(tuple(_ids(163)), ())).train == tuple(ids)
+
+
+def test_cases_of_the_shipped_weights_are_never_judged_on_and_their_judges_first() -> None:
+    shipped = Split(tuple(_ids(20)), ("held_1", "held_2"))
+    only_theirs = extend_split(NOBODY, _ids(20), 0.9, shipped=shipped)
+    assert (only_theirs.train, only_theirs.validation) == (tuple(_ids(20)), ())
+    twins = extend_split(NOBODY, ["p1_b", "p2", "p3", "p4", "p5"], 0.99, subject_until("_"), shipped=Split(("p1",), ()))
+    assert "p1_b" in twins.train, "the subject is known to the weights"
+    mixed = extend_split(NOBODY, [*_ids(6), "held_1", "held_2", "new"], 1e-9, shipped=shipped)
+    assert mixed.validation == ("held_1", "held_2")
+
+
+def test_labelled_cases_are_never_all_held_out() -> None:
+    """Labels were deleted until only held-out ones are left, or all are of a held-out subject."""
+    left = extend_split(Split(("a",), ("b", "c")), ["b", "c"], 0.2)
+    assert (left.train, left.validation) == (("a", "b", "c"), ())
+    many = extend_split(Split(("a",), tuple(_ids(6))), _ids(6), 0.2)
+    assert len(many.validation) == 1 and len(many.train) == 6
+    twins = extend_split(Split((), ("p1_a",)), [f"p1_{letter}" for letter in "abcde"], 0.2, subject_until("_"))
+    assert (len(twins.train), twins.validation) == (5, ())
+    judges = extend_split(NOBODY, _ids(5), 0.2, shipped=Split((), tuple(_ids(5))))
+    assert (len(judges.train), len(judges.validation)) == (3, 2)
+
+
 def test_split_with_share_0_holds_nobody_out() -> None:
     split = extend_split(NOBODY, _ids(50), 0)
     assert (split.train, split.validation, split.test) == (tuple(_ids(50)), (), ())

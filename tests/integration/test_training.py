@@ -29,10 +29,12 @@ def served_version(server: Server) -> str:
     return server.post("/infer/hippocampus_mr?image=case_3&output=json").json()["model"]["version"]
 
 
-def test_training_on_a_correction_changes_the_served_model(server: Server, labelled: list[str]) -> None:
+def test_training_on_few_corrections_is_served_when_a_reviewer_says_so(server: Server, labelled: list[str]) -> None:
     before = served_version(server)
     started = server.post("/train/hippocampus_mr", json=QUICK | {"client_id": "tester"})
     assert started.json()["status"] in ("SUBMITTED", "RUNNING")
+    words = "2 labels, fewer than five: all are trained on, and nothing judges the result; what is served stays"
+    assert started.json()["notice"].startswith(words)
     assert server.get("/train/?check_if_running=true").status_code == 200
     second = server.post("/train/hippocampus_mr", json=QUICK)
     assert (second.status_code, second.json()["error"]) == (409, "TrainingError")
@@ -42,8 +44,17 @@ def test_training_on_a_correction_changes_the_served_model(server: Server, label
     assert len(ended["details"]) <= 20
     stats = server.get("/info/").json()["train_stats"]["hippocampus_mr"]
     assert stats["train"]["metrics"]["loss"] < stats["train"]["metrics"]["first_loss"]
-    after = served_version(server)
-    assert after.startswith("v0") and after != before
+    after = stats["version"]
+    assert served_version(server) == before, "nothing has judged the new weights"
+    assert (stats["status"], stats["decision"][:9]) == ("unproven", "unproven:")
+    page = server.get("/page/models").text
+    assert "unproven" in page and "never compared" in page and f"/{after}/serve" in page
+    listed = {row["version"]: row for row in server.get("/model/versions/hippocampus_mr").json()["versions"]}
+    assert (listed[after]["status"], listed[after]["never_compared"]) == ("unproven", True)
+    refused = server.post("/model/versions/hippocampus_mr/shipped/serve")
+    assert refused.status_code == 409 and "is shipped, not unproven" in refused.json()["detail"]
+    assert server.post(f"/model/versions/hippocampus_mr/{after}/serve").json() == {"live": after}
+    assert served_version(server) == after
     report = server.get(f"/model/versions/hippocampus_mr/{after}/report")
     assert report.status_code == 200 and after in report.text and "<svg" in report.text
     assert f'href="/model/versions/hippocampus_mr/{after}/report"' in server.get("/page/models").text

@@ -19,7 +19,7 @@ def history(labels: int = 12, new: int = 5, age: float = 1000, settings: dict[st
     policy = Retraining(**({"retrain_quiet_seconds": 60} | (settings or {})))
     all_labels = {f"case_{n}": Label(f"digest{n}", NOW - age) for n in range(labels)}
     seen = {name: label.digest for name, label in list(all_labels.items())[: labels - new]}
-    base = {"last_version": "v0003", "last_run_at": NOW - 7200, "runs": 3, "unproven": False}
+    base = {"last_version": "v0003", "last_run_at": NOW - 7200, "runs": 3, "serving": True}
     return History(policy, NOW, all_labels, seen, **(base | known))
 
 
@@ -73,10 +73,10 @@ def test_off_trains_by_hand_only() -> None:
 
 
 def test_few_labels_do_not_replace_what_has_been_proven() -> None:
-    assert decide(history(labels=4, new=4, settings={"retrain_after": 2}, unproven=True)).train
+    assert decide(history(labels=4, new=4, settings={"retrain_after": 2}, serving=False)).train
     decision = decide(history(labels=4, new=4, settings={"retrain_after": 2}))
     assert not decision.train
-    assert "4 labels: with fewer than 5 nothing can be held out" in decision.reason
+    assert "4 labels: with fewer than 5 nothing is held out" in decision.reason
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class JobView:
     ended: str = ""
     lines: tuple[str, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
+    notices: Mapping[str, str] = field(default_factory=dict)
     progress: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[int, float], ...] = ()
 
@@ -54,18 +55,19 @@ class JobView:
         return line_chart(points, t("job.curve"), t("job.step"), t("job.loss"))
 
 
-def job_view(parts: Services, policy: Mapping[str, str]) -> JobView:
+def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, str]) -> JobView:
     """The training that runs, or else the last one.
 
     Args:
         parts: the server's.
         policy: what the retrain policy thinks of each model, in words.
+        notices: what whoever presses Train should know, by model.
     """
     models = tuple(sorted(parts.instance._trainers))
     jobs = parts.jobs.of("train")
     job = parts.jobs.current("train") or (jobs[-1] if jobs else None)
     if job is None:
-        return JobView(models, policy=policy)
+        return JobView(models, policy=policy, notices=notices)
     model = str(job.request.get("model", ""))
     run = run_folder(parts, job)
     return JobView(
@@ -75,6 +77,7 @@ def job_view(parts: Services, policy: Mapping[str, str]) -> JobView:
         ended=job.end_ts or "",
         lines=tuple(job.details),
         policy=policy,
+        notices=notices,
         progress=read_json(run / PROGRESS_FILE) if run is not None else {},
         curve=tuple(read_curve(run)) if run is not None else (),
     )

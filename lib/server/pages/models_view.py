@@ -18,7 +18,7 @@ MOST_VERSIONS = 30
 
 @dataclass(frozen=True)
 class VersionView:
-    """One version as a line of the table: ``state`` is live, published, rejected or shipped."""
+    """One version as a line of the table: ``state`` is live, published, rejected, unproven or shipped."""
 
     model: str
     name: str
@@ -27,16 +27,25 @@ class VersionView:
     mean_dice: float | None
     dice: Mapping[str, float | None]
     made: str
+    reason: str = ""
+    never_compared: bool = False
     report_path: str | None = None
 
     @property
     def can_serve(self) -> bool:
         """Whether it may be served in place of the live one."""
-        return self.state in ("published", "shipped")
+        return self.state in ("published", "shipped", "unproven")
 
     @property
-    def rollback_path(self) -> str:
+    def needs_reviewer(self) -> bool:
+        """Whether a reviewer may serve it; the others are an administrator's to serve."""
+        return self.state == "unproven"
+
+    @property
+    def serve_path(self) -> str:
         """Where to send the wish to serve it."""
+        if self.needs_reviewer:
+            return f"/model/versions/{quote(self.model)}/{quote(self.name)}/serve"
         return f"/model/rollback/{quote(self.model)}?version={quote(self.name)}"
 
 
@@ -80,9 +89,11 @@ def _view(model: str, version: Version, live: str) -> VersionView:
         mean_dice=scores.get("mean_dice"),
         dice=scores.get("dice") or {},
         made=str(version.details.get("created", "")),
+        reason=str(version.details.get("reason", "")),
+        never_compared=not version.compared,
         report_path=f"/model/versions/{quote(model)}/{quote(version.name)}/report" if version.report else None,
     )
 
 
 def _mark(version: VersionView) -> str:
-    return {"live": "champion", "rejected": "rejected"}.get(version.state, "plain")
+    return {"live": "champion", "rejected": "rejected", "unproven": "rejected"}.get(version.state, "plain")

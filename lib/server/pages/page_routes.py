@@ -26,7 +26,7 @@ router = APIRouter(include_in_schema=False)
 VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
     "pool": lambda parts, _user, _policy: pool_view(parts),
     "next": lambda parts, _user, _policy: next_view(parts),
-    "job": lambda parts, _user, policy: job_view(parts, policy.words()),
+    "job": lambda parts, _user, policy: job_view(parts, policy.words(), policy.notices()),
     "models": lambda parts, _user, _policy: models_view(parts),
     "activity": lambda parts, user, _policy: activity_view(parts, user),
     "system": lambda parts, _user, _policy: system_view(parts),

@@ -17,7 +17,7 @@ from lib.models.provenance import code_version
 from lib.models.versions import Version
 from lib.models.weights import preset_for
 from lib.networks.checkpoint import read_checkpoint
-from lib.server.http.auth import AsAdmin, AsUser
+from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
 from lib.server.services import Parts, Services
@@ -73,10 +73,29 @@ def rollback(parts: Parts, user: AsAdmin, model: str, version: str = "", rejecte
     answers for it.
     """
     store = parts.train_task(model).versions
-    live = store.rollback(version, rejected).name if version else store.withdraw()
+    live = store.rollback(version, rejected, user.name).name if version else store.withdraw()
     against = " against the gate" if version and store.get(version).status == "rejected" else ""
     logger.info("%s rolled back to %s by %s%s", model, live or "what it starts with", user.name, against)
     return {"live": live or None}
+
+
+@router.post("/versions/{model}/{version}/serve", summary="Serve a version that nothing has judged")
+def serve_unproven(parts: Parts, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
+    """Serve an ``unproven`` version from the next inference on: a reviewer answers for it in the gate's place.
+
+    Raises:
+        TrainingError: for a version of another status, which is an administrator's to serve.
+    """
+    store = parts.train_task(model).versions
+    status = store.get(version).status
+    if status != "unproven":
+        raise TrainingError(
+            f"version {version[:200]!r} is {status}, not unproven; an administrator serves it with "
+            f"POST /model/rollback/{model}?version={version[:200]}"
+        )
+    live = store.rollback(version, by=user.name).name
+    logger.info("%s serves the unproven %s because %s says so", model, live, user.name)
+    return {"live": live}
 
 
 @router.put("/{model}", summary="Upload weights and publish them")
@@ -107,7 +126,8 @@ def summarize(version: Version) -> dict[str, Any]:
     kept = ("created", "reason", "uploaded_by", "sha256")
     said = {name: version.details[name] for name in kept if name in version.details}
     dice = (version.details.get("held_out") or {}).get("mean_dice")
-    return {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice} | said
+    told = {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice}
+    return told | {"never_compared": not version.compared} | said
 
 
 def current_weights(parts: Services, model: str) -> Path:
@@ -136,6 +156,7 @@ def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -
     details = {
         "parent": parts.train_task(model).served_version(),
         "reason": f"uploaded by {user}, without a comparison",
+        "compared": False,
         "uploaded_by": user,
         "upload_info": dict(checkpoint.info),
         "code": code_version(),

@@ -48,19 +48,27 @@ async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool
     requests = {model: shared | _object(params.get(model, {}), model) for model in models}
     for model, request in requests.items():
         check_training(parts, model, request)
+    notices = {model: await notice(parts, model, request) for model, request in requests.items()}
     jobs = {
         model: parts.jobs.submit("train", training(parts, request, model), True) for model, request in requests.items()
     }
-    return {model: {"result": await answer(job, run_sync), "detail": None} for model, job in jobs.items()}
+    return {
+        model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
+        for model, job in jobs.items()
+    }
 
 
 @train_router.post("/{model}", summary="Train a model", openapi_extra=JSON_BODY)
 async def train(
     parts: Parts, user: AsReviewer, model: str, params: Body, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
-    """Start a training; 409 when one runs already, unless ``enqueue`` lets it wait."""
+    """Start a training; 409 when one runs already, unless ``enqueue`` lets it wait.
+
+    The answer's ``notice`` says when nothing will judge the result.
+    """
     check_training(parts, model, params)
-    return await answer(parts.jobs.submit("train", training(parts, params, model), enqueue), run_sync)
+    words = await notice(parts, model, params)
+    return _noting(await answer(parts.jobs.submit("train", training(parts, params, model), enqueue), run_sync), words)
 
 
 @train_router.delete("/", summary="Stop the training")
@@ -189,6 +197,16 @@ def check_training(parts: Services, model: str, params: Mapping[str, Any]) -> No
     """
     parts.train_task(model).validate_request(params)
     check_gpus(params)
+
+
+async def notice(parts: Services, model: str, params: Mapping[str, Any]) -> str:
+    """What whoever starts a training should know of its result; empty where it will be judged as usual."""
+    task = parts.train_task(model)
+    return await anyio.to_thread.run_sync(lambda: task.forecast(params, parts.datastore), limiter=parts.checks)
+
+
+def _noting(answer: Any, words: str) -> Any:
+    return answer | {"notice": words} if words and isinstance(answer, dict) else answer
 
 
 def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None:

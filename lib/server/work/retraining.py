@@ -14,9 +14,9 @@ from typing import Any
 
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, without_missing
+from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
 from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
 from lib.models.provenance import label_digests
-from lib.models.versions import Version
 from lib.server.services import Services
 from lib.server.work.journal import Journal
 from lib.trainers.retrain import Decision, History, Label, decide
@@ -42,6 +42,7 @@ class Retrainer:
     def __init__(self, parts: Services, journal: Journal) -> None:
         self._parts, self._journal = parts, journal
         self._said: dict[str, str] = {}
+        self._notices: dict[str, str] = {}
         self._reviews: dict[tuple[str, str, str], float] = {}
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
@@ -69,6 +70,10 @@ class Retrainer:
     def words(self) -> dict[str, str]:
         """Each model's last decision in words, without deciding anew."""
         return dict(self._said)
+
+    def notices(self) -> dict[str, str]:
+        """For each model with so few labels that nothing judges a training, that sentence."""
+        return dict(self._notices)
 
     def train_now(self, model: str, user: str) -> dict[str, Any]:
         """Submit a run of the policy's recipe, whatever it would decide.
@@ -110,11 +115,14 @@ class Retrainer:
             last_run_at=last_run_at,
             runs=len(runs),
             running=self._parts.jobs.open("train") > 0,
-            unproven=_is_unproven(task.served_version(), task.versions.live()),
+            serving=bool(task.served_version()),
             failures=len(failed),
             failed_at=failed[-1] if failed else 0.0,
             utc_offset_seconds=time.localtime().tm_gmtoff,
         )
+        self._notices.pop(model, None)
+        if 0 < len(labels) < MIN_CASES_FOR_VALIDATION:
+            self._notices[model] = nothing_judges(len(labels), history.serving)
         new = [case for case in cases if case.case_id in history.new]
         history = self._with_review(history, model, new, review)
         return history, decide(history)
@@ -188,11 +196,6 @@ class Retrainer:
             return math.nan
         dice = dice_per_label(predicted, reference, preset.label_indices)
         return mean_known(without_missing(dice, preset.label_indices, case.missing).values())
-
-
-def _is_unproven(served: str, live: Version | None) -> bool:
-    """Whether nothing is served, or a version that no other was compared with."""
-    return not served or (live is not None and live.details.get("compared") is False)
 
 
 def _saved_at(label: Path) -> float:

@@ -1,0 +1,100 @@
+"""The weights that are served, as new ones are compared with them: what they are, and what was measured of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lib.cases.labelled import Case
+from lib.cases.split import shipped_split
+from lib.configs.preset import Preset
+from lib.errors import CheckpointError
+from lib.models.weights import WeightsFile, WeightsLocator, preset_for
+from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lib.networks.unetr import build_unetr
+from lib.trainers.material import Material
+from lib.trainers.reporting.runs import read_json
+
+logger = logging.getLogger("unetr.train")
+
+MOST_TRIED = 24
+"""New labels that the served weights are tried on; a batch that is wrong as a whole shows in fewer."""
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """The weights that are served.
+
+    Attributes:
+        version: its name.
+        checkpoint: the weights.
+        judged_on: validation cases that they were judged on.
+        labels: digests of the labels that were known when they were made, by case; empty for shipped ones.
+        promised: mean Dice that they were measured at; NaN where that is not known.
+    """
+
+    version: str
+    checkpoint: Checkpoint
+    judged_on: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    promised: float = math.nan
+
+    def familiar(self, labels: Mapping[str, str]) -> frozenset[str]:
+        """Validation cases that they were judged on with the label that the case still has.
+
+        Args:
+            labels: digest of each case's label now.
+        """
+        return frozenset(case for case in self.judged_on if self._knows(case, labels))
+
+    def new_cases(self, material: Material) -> list[Case]:
+        """Training cases of the studies whose label is new or changed since these weights were made, at most 24."""
+        new = {
+            case.case_id: case
+            for case in material.train
+            if case.case_id in material.labels and material.labels[case.case_id] != self.labels.get(case.case_id)
+        }
+        ids = sorted(new)
+        return [new[name] for name in (ids if len(ids) <= MOST_TRIED else random.Random(0).sample(ids, MOST_TRIED))]
+
+    def _knows(self, case: str, labels: Mapping[str, str]) -> bool:
+        known = self.labels.get(case)
+        return known is None or known == labels.get(case)
+
+
+def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights | None, str]:
+    """The weights that are served now.
+
+    Returns:
+        None where there are none, or none that this preset can be compared with; and why they cannot, in words.
+    """
+    try:
+        file = locator.find()
+        if file is None:
+            return None, ""
+        checkpoint = read_checkpoint(file.path)
+        load_weights(build_unetr(preset_for(checkpoint, preset)), checkpoint.model)
+    except CheckpointError as error:
+        logger.warning("the served weights cannot be compared with: %s", error)
+        return None, str(error)
+    details = read_json(file.side_car)
+    promised = (details.get("held_out") or {}).get("mean_dice")
+    return ServedWeights(
+        file.version,
+        checkpoint,
+        _judged_on(file, details, locator),
+        details.get("label_digests") or {} if file.origin == "published" else {},
+        math.nan if promised is None else float(promised),
+    ), ""
+
+
+def _judged_on(
+    file: WeightsFile, details: Mapping[str, Mapping[str, list[str]]], locator: WeightsLocator
+) -> frozenset[str]:
+    if file.origin == "published":
+        return frozenset((details.get("split") or {}).get("validation", ()))
+    shipped = shipped_split(locator.folder) if file.origin == "shipped" else None
+    return frozenset(shipped.validation if shipped else ())
