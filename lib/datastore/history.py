@@ -2,6 +2,7 @@
 
     history/versions/00000/00000042.final.case_7.nii.gz    the 42nd label of this store
     history/versions/00000/00000042.final.case_7.json      who, when, from which prediction, label map, SHA-256
+    history/sent/00000/00000042.final.case_7.nrrd          what came, where another file was made of it
     history/index.sqlite                                   the same for looking up; made anew from the files if lost
     labels/final/case_7.nii.gz                             a copy of the newest version, for MONAI Label and other tools
 
@@ -18,6 +19,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ from lib.storage.files import (
 
 logger = logging.getLogger("unetr.datastore")
 
+SENT_FOLDER = "sent"
 SECONDS_BETWEEN_LOOKS = 0.005
 
 
@@ -68,7 +71,7 @@ class LabelHistory:
     """
 
     def __init__(self, folder: Path, labels: Path) -> None:
-        self.folder, self.versions_folder = folder, folder / "versions"
+        self.folder, self.versions_folder, self.sent_folder = folder, folder / "versions", folder / SENT_FOLDER
         self.quarantine = Quarantine(folder / "quarantine")
         self.repairs: list[str] = []
         self._threads = threading.RLock()
@@ -114,8 +117,13 @@ class LabelHistory:
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def append(self, file: Path, submission: Submission) -> LabelVersion:
+    def append(self, file: Path, submission: Submission, sent: Path | None = None) -> LabelVersion:
         """Keep a label for good, and publish it. When this returns, neither a crash nor a power cut can lose it.
+
+        Args:
+            file: the mask.
+            submission: what is known of it.
+            sent: the file that it was made of, which is kept too; None where it is that file.
 
         Raises:
             ConflictError: as :meth:`check_replaceable`.
@@ -128,9 +136,15 @@ class LabelHistory:
                 with self._alone():
                     if submission.source == INFERENCE:
                         self.check_replaceable(submission.image_id, submission.tag)
-                    return self._append(staged, suffix_of(file), submission)
+                    return self._append(staged, suffix_of(file), submission, sent)
             finally:
                 staged.path.unlink(missing_ok=True)
+
+    def sent(self, version: LabelVersion) -> Path:
+        """The file as it came."""
+        if not version.sent_file:
+            return version.file
+        return self.sent_folder / self.shard(version.sequence).name / version.sent_file
 
     def check_replaceable(self, image_id: str, tag: str) -> None:
         """Refuse to put a model's mask in the place of what a person drew.
@@ -251,13 +265,16 @@ class LabelHistory:
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _append(self, staged: Staged, suffix: str, submission: Submission) -> LabelVersion:
+    def _append(self, staged: Staged, suffix: str, submission: Submission, sent: Path | None) -> LabelVersion:
         sequence = self._next_sequence()
         stem = self._stem(sequence, submission)
         file = stem.with_name(stem.name + suffix)
         version = _as_version(submission, sequence, file, staged.size, staged.sha256)
-        side_car, copy = None, None
+        side_car, copy, came = None, None, None
         try:
+            if sent is not None:
+                came, digest = self._keep_sent(sent, stem)
+                version = replace(version, sent_file=came.name, sent_sha256=digest)
             copy = self.published.stage(version, staged.path)
             side_car = _write_side_car(stem, to_record(version))
             os.rename(staged.path, file)
@@ -266,12 +283,22 @@ class LabelHistory:
                 self.index.insert(to_record(version))
                 self.published.note(version, copy)
         except BaseException:
-            for path in (file, side_car, copy):
+            for path in (file, side_car, copy, came):
                 if path is not None:
                     path.unlink(missing_ok=True)
             raise
         self.published.put(version, copy)
         return version
+
+    def _keep_sent(self, sent: Path, stem: Path) -> tuple[Path, str]:
+        """Keep a file as it came under its version's name; returns where, and its SHA-256."""
+        folder = self.sent_folder / stem.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = stage(read_blocks(sent), folder)
+        path = folder / f"{stem.name}{suffix_of(sent)}"
+        os.replace(staged.path, path)
+        sync_folder(folder)
+        return path, staged.sha256
 
     def _copy_in(self, file: Path, submission: Submission, sequence: int) -> LabelVersion:
         content = file.read_bytes()

@@ -62,6 +62,8 @@ class LabelVersion(Submission):
         size: of the file in bytes.
         sha256: of the file, in hexadecimal.
         saved_at: when, in ISO 8601 and UTC.
+        sent_file: name of the file as it came, in ``history/sent``; empty where it was kept as it came.
+        sent_sha256: of that file.
     """
 
     sequence: int = 0
@@ -70,6 +72,8 @@ class LabelVersion(Submission):
     size: int = 0
     sha256: str = ""
     saved_at: str = ""
+    sent_file: str = ""
+    sent_sha256: str = ""
 
     @property
     def suffix(self) -> str:
@@ -111,6 +115,9 @@ def from_record(record: Mapping[str, Any], folder: Path) -> LabelVersion:
         raise ValueError(f"file is {name!r}")
     data |= {"file": folder / name, "notes": tuple(record["notes"])}
     data |= {"missing_labels": tuple(record["missing_labels"]), "sequence": int(record["sequence"])}
+    sent = str(record.get("sent_file", ""))
+    if Path(sent).name != sent:
+        raise ValueError(f"sent_file is {sent!r}")
     version = LabelVersion(**data)
     if not (isinstance(version.image_id, str) and isinstance(version.tag, str) and isinstance(version.sha256, str)):
         raise TypeError("image_id, tag and sha256 must be text")

@@ -74,7 +74,7 @@ def repair(
 
 
 def _clear_left_over(versions: Path, labels: Path) -> list[str]:
-    folders = [versions, *_folders_in(versions), *_folders_in(labels)]
+    folders = [versions, *_folders_in(versions), *_folders_in(versions.parent / "sent"), *_folders_in(labels)]
     removed = [path for folder in folders for path in remove_left_over(folder)]
     return [f"{len(removed)} half-written temporary files were removed"] if removed else []
 

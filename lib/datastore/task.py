@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,8 +29,9 @@ from lib.datastore.leases import DEFAULT_MINUTES, Leases
 from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB
 from lib.datastore.predictions import Predictions
 from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
-from lib.datastore.records import INFERENCE, LabelVersion, Submission
-from lib.errors import ConfigError, LabelError, StorageError
+from lib.datastore.records import FINAL, INFERENCE, LabelVersion, Submission
+from lib.datastore.validation import as_kept
+from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
 from lib.storage.files import read_blocks, stage, sync_folder
 
 logger = logging.getLogger("unetr.datastore")
@@ -156,8 +158,13 @@ class VersionedDatastore(LocalDatastore):
 
     # ------------------------------------------------------------------------------------------------ labels
 
-    def save_version(self, file: Path, submission: Submission) -> LabelVersion:
+    def save_version(self, file: Path, submission: Submission, sent: Path | None = None) -> LabelVersion:
         """Keep a label as the newest version of its image's.
+
+        Args:
+            file: the mask.
+            submission: what is known of it.
+            sent: the file that it was made of; None where it is that file.
 
         Raises:
             ImageNotFoundException: when there is no such image.
@@ -165,14 +172,28 @@ class VersionedDatastore(LocalDatastore):
             StorageError: when it cannot be kept; then nothing has changed.
         """
         self._entry(submission.image_id)
-        version = self.history.append(file, submission)
+        version = self.history.append(file, submission, sent)
         self._show(version)
         return version
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """As MONAI Label's tasks save the masks that they made; what clients send goes through ``lib.server``."""
-        self.save_version(Path(label_filename), submission_of(image_id, plain(label_tag), label_info or {}))
+        submission = submission_of(image_id, plain(label_tag), label_info or {})
+        with tempfile.TemporaryDirectory(prefix="unetr-", ignore_cleanup_errors=True) as folder:
+            mask = Path(label_filename)
+            self.save_version(as_kept(mask, Path(folder)) if submission.tag == FINAL else mask, submission)
         return image_id
+
+    def get_image_uri(self, image_id: str) -> str:
+        """The file of an image.
+
+        Raises:
+            NotFoundError: when there is none of that id (any more), for which MONAI Label answers an empty path.
+        """
+        if image_id not in self._datastore.objects:
+            raise NotFoundError("image", str(image_id)[:200])
+        uri: str = super().get_image_uri(image_id)
+        return uri
 
     def restore_version(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
         """Make a copy of an older version the newest one.

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import read_label
+from lib.datastore.label_file import is_kept_as, read_label
 from lib.datastore.label_names import (
     LARGEST_VALUE,
     Completeness,
@@ -29,6 +29,8 @@ from lib.transforms.volume import Grid, Volume, apart_mm
 
 MaskArray = npt.NDArray[np.uint8 | np.uint16]
 MOST_VALUES = 1000
+ROUNDING = 1e-6
+"""How far a value may lie from a whole number, as a share of it."""
 FROM_HEADER = "the names were taken from the segments in the header of the file"
 
 
@@ -38,7 +40,8 @@ class CheckedLabel:
 
     Attributes:
         voxels: the preset's values on the image's grid, shape (X, Y, Z).
-        file: the file that came where it says just that already, otherwise a new one.
+        file: a compressed 3D NIfTI file of the smallest integer type on the image's grid: the file that came where
+            it is one that says just that, otherwise a new one.
         mapped: what the values mean.
         notes: what was done to it, in sentences.
     """
@@ -65,18 +68,34 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
             explains; the sentence says which.
     """
     entries, said = parse_entries(info.get("label_info")), Completeness.parse(info)
-    label = read_label(file)
+    label = read_label(file, image)
     volume, reoriented = to_grid(label.volume, image)
     voxels = _whole_numbers(volume.voxels)
     present = _values_in(voxels)
     names, read_as = _names(present, label.segments, label.layered, entries, preset)
     mapped = map_values(present, names if label.segments or info.get("label_info") else None, preset, said)
     changed = any(value != index for value, index in mapped.values.items())
-    kept = _apply(voxels, mapped.values) if changed else voxels
+    kept = _apply(voxels, mapped.values) if changed else smallest(voxels)
     notes = tuple(note for note in (reoriented, read_as) if note) + mapped.notes
-    if changed or reoriented or not file.name.endswith(".nii.gz"):
+    if changed or reoriented or not is_kept_as(file, kept.dtype):
         file = write_label(kept, image.affine_ras, folder / "kept.nii.gz")
     return CheckedLabel(kept, file, mapped, notes)
+
+
+def as_kept(file: Path, folder: Path) -> Path:
+    """A mask of the server's own making in the form in which labels are kept; the file itself where it has that.
+
+    Raises:
+        LabelError: when it cannot be read, or has values that are no whole numbers.
+    """
+    volume = read_label(file).volume
+    voxels = smallest(_whole_numbers(volume.voxels))
+    return file if is_kept_as(file, voxels.dtype) else write_label(voxels, volume.affine_ras, folder / "kept.nii.gz")
+
+
+def smallest(voxels: npt.NDArray[np.uint16]) -> MaskArray:
+    """The same values in the smallest type that holds them."""
+    return voxels.astype(np.uint8) if int(voxels.max(initial=0)) <= np.iinfo(np.uint8).max else voxels
 
 
 def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
@@ -88,16 +107,21 @@ def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
     Raises:
         LabelError: when it lies on another grid.
     """
-    if label.voxels.shape == image.shape and apart_mm(label.grid, image) <= image.tolerance_mm:
+    if lies_on(label, image):
         return label, ""
     turned = _turn(label, image)
-    if turned is not None and turned.voxels.shape == image.shape and apart_mm(turned.grid, image) <= image.tolerance_mm:
+    if turned is not None and lies_on(turned, image):
         before, after = (_axcodes(affine) for affine in (label.affine_ras, image.affine_ras))
         return turned, f"the mask came in the orientation {before} and was turned to its image's, {after}"
-    if sorted(label.voxels.shape) != sorted(image.shape):
+    apart = [apart_mm(one.grid, image) for one in (label, turned) if one and one.voxels.shape == image.shape]
+    if not apart:
         raise LabelError(f"the label has shape {label.voxels.shape}; valid: its image's {image.shape}")
-    apart = apart_mm(turned.grid if turned and turned.voxels.shape == image.shape else label.grid, image)
-    raise LabelError(f"the label lies up to {apart:.3g} mm away from its image: their affines differ")
+    raise LabelError(f"the label lies up to {min(apart):.3g} mm away from its image: their affines differ")
+
+
+def lies_on(label: Volume, image: Grid) -> bool:
+    """Whether a mask has its image's shape and place."""
+    return label.voxels.shape == image.shape and apart_mm(label.grid, image) <= image.tolerance_mm
 
 
 def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Path) -> Path:
@@ -151,12 +175,14 @@ def _whole_numbers(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     low, high = float(voxels.min()), float(voxels.max())
     if not np.isfinite([low, high]).all():
         raise LabelError("the label has values that are not finite numbers")
-    if low < 0 or high > LARGEST_VALUE:
+    if low < -ROUNDING or high > LARGEST_VALUE:
         raise LabelError(f"the label has the value {low if low < 0 else high:g}; valid: 0 to {LARGEST_VALUE}")
-    whole = voxels.astype(np.uint16)
-    broken = whole != voxels
-    if broken.any():
-        raise LabelError(f"the label has values that are no whole numbers, such as {voxels[broken][0]:g}")
+    whole = np.rint(voxels).astype(np.uint16)
+    other = voxels[whole != voxels]
+    # other tools write 0.9999999 where they mean 1
+    broken = other[np.abs(np.rint(other) - other) > ROUNDING * np.maximum(other, 1)]
+    if broken.size:
+        raise LabelError(f"the label has values that are no whole numbers, such as {broken[0]!s}")
     return whole
 
 

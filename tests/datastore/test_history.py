@@ -267,3 +267,18 @@ def test_prediction_never_replaces_what_a_person_drew(reopen: Open, source: str)
     history.remove("case", "final")
     save(history, "case", b"predicted", source="inference")
     assert published(history, "case") == b"predicted"
+
+
+def test_file_that_came_is_kept_beside_the_one_that_was_made_of_it(reopen: Open, tmp_path: Path) -> None:
+    history = reopen()
+    came = tmp_path / "mine.seg.nrrd"
+    came.write_bytes(b"as it came")
+    version = history.append(mask(tmp_path, b"as it is kept"), Submission(image_id="case"), came)
+    assert published(history, "case") == b"as it is kept"
+    assert history.sent(version).read_bytes() == b"as it came" and version.sent_sha256 == sha256_of(came)
+    (history.folder / "index.sqlite").unlink()
+    again = reopen()
+    found = again.latest("case")
+    assert found == version and again.sent(found).read_bytes() == b"as it came"
+    plain = save(again, "case", b"plain")
+    assert again.sent(plain) == plain.file and plain.sent_file == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from lib.configs.preset import Preset
-from lib.datastore.validation import CheckedLabel, check_label
+from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import LabelError
 from lib.transforms.volume import Grid
 from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset, write_nifti
@@ -93,11 +94,84 @@ def numbers(value: float, dtype: type = np.float32) -> np.ndarray:
     return voxels
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.int16, np.uint16, np.float32, np.float64])
+def test_what_is_kept_is_of_the_smallest_type_on_the_images_grid(tmp_path: Path, dtype: type) -> None:
+    voxels = VOXELS.astype(dtype)[..., None]
+    if dtype is np.float64:
+        voxels = voxels * 0.99999999
+    sent = tmp_path / "sent.nii.gz"
+    nib.save(nib.Nifti1Image(voxels, AFFINE, dtype=dtype), sent)
+    checked = check(sent)
+    kept = nib.load(checked.file)
+    assert kept.get_data_dtype() == np.uint8 and kept.shape == VOXELS.shape
+    assert (kept.dataobj.slope, kept.dataobj.inter) == (1.0, 0.0)
+    np.testing.assert_array_equal(np.asarray(kept.dataobj), VOXELS)
+    np.testing.assert_allclose(kept.affine, AFFINE, atol=1e-5)
+
+
+def test_scaled_values_are_kept_without_their_scale(tmp_path: Path) -> None:
+    content = bytearray(nib.Nifti1Image(VOXELS * 2, AFFINE).to_bytes())
+    content[112:116] = np.float32(0.5).tobytes()  # scl_slope
+    sent = tmp_path / "sent.nii.gz"
+    sent.write_bytes(gzip.compress(bytes(content), mtime=0))
+    kept = nib.load(check(sent).file)
+    assert (kept.dataobj.slope, kept.dataobj.inter) == (1.0, 0.0)
+    np.testing.assert_array_equal(np.asarray(kept.dataobj), VOXELS)
+
+
+@pytest.mark.parametrize("damage", ["checksum", "trailer", "cut", "more"])
+def test_bytes_that_fail_their_checksum_are_refused(tmp_path: Path, damage: str) -> None:
+    sent = write_nifti(tmp_path / "sent.nii.gz", VOXELS, AFFINE)
+    content = sent.read_bytes()
+    broken = {
+        "checksum": content[:-8] + bytes(4) + content[-4:],
+        "trailer": content[:-5],
+        "cut": content[: len(content) // 2],
+        "more": content + gzip.compress(bytes(3 * 2**20), mtime=0),
+    }
+    sent.write_bytes(broken[damage])
+    with pytest.raises(LabelError, match=r"the label cannot be read: 'sent\.nii\.gz' (is damaged|holds more than)"):
+        check(sent)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_label_that_unpacks_to_gigabytes_is_refused_by_its_header(tmp_path: Path, suffix: str) -> None:
+    """Whose voxels would take 729 MB, and whose header says so in the first bytes."""
+    sent = tmp_path / f"sent{suffix}"
+    if suffix == ".nii.gz":
+        header = nib.Nifti1Header()
+        header.set_data_shape((900, 900, 900))
+        header.set_data_dtype(np.uint8)
+        header["vox_offset"] = 352
+        sent.write_bytes(gzip.compress(header.binaryblock + bytes(4) + bytes(2**20), mtime=0))
+    else:
+        sent.write_bytes(
+            b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 900 900 900\nencoding: gzip\n\n" + gzip.compress(b"")
+        )
+    tracemalloc.start()
+    try:
+        with pytest.raises(LabelError, match=r"shape \(900, 900, 900\); valid: its image's \(20, 18, 16\)"):
+            check(sent)
+        assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_masks_of_the_servers_own_are_kept_in_the_same_form(tmp_path: Path) -> None:
+    plain = write_nifti(tmp_path / "plain.nii.gz", VOXELS, AFFINE)
+    assert as_kept(plain, tmp_path) == plain
+    other = as_kept(write_nifti(tmp_path / "floats.nii.gz", VOXELS.astype(np.float32), AFFINE), tmp_path)
+    assert nib.load(other).get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(nib.load(other).dataobj), VOXELS)
+
+
 REFUSED: dict[str, tuple[np.ndarray, str]] = {
     "another shape": (VOXELS[:-1], r"shape \(19, 18, 16\); valid: its image's \(20, 18, 16\)"),
     "2D": (VOXELS[:, :, 0], "valid: 3D"),
     "4D": (np.stack([VOXELS] * 2, axis=-1), "valid: 3D"),
+    "reversed axes": (VOXELS.T, r"shape \(16, 18, 20\); valid: its image's \(20, 18, 16\)"),
     "fractions": (numbers(1.5), r"no whole numbers, such as 1\.5"),
+    "just below 1": (numbers(0.99999), r"no whole numbers, such as 0\.99999$"),
     "NaN": (numbers(np.nan), "not finite"),
     "infinity": (numbers(np.inf), "not finite"),
     "negative": (numbers(-1), "has the value -1"),

@@ -238,3 +238,24 @@ def test_positions_of_slicers_list_are_told_from_values(
     only_posterior = np.where(case.label == 2, 2, 0).astype(np.uint8)
     unclear = submit(clinic, "case_0", encode(only_posterior, case.affine_ras, tmp_path), after_background)
     assert unclear.status_code == 422 and "drag these segments to the end of the list" in unclear.json()["detail"]
+
+
+def test_bytes_that_came_are_kept_beside_what_was_made_of_them(
+    clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_0"]
+    floats = encode(case.label.astype(np.float64) * 0.99999999, case.affine_ras, tmp_path)
+    answer = submit(clinic, "case_0", floats, ORDER)
+    assert answer.status_code == 200, answer.text
+    kept = nib.load(clinic.studies / "labels" / "final" / "case_0.nii.gz")
+    assert kept.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(kept.dataobj), case.label)
+    version = answer.json()["version"]
+    assert clinic.get(f"/datastore/label/versions/{version}/sent").content == floats
+    cut_off = submit(clinic, "case_0", floats[:-6], ORDER)
+    assert cut_off.status_code == 422 and "damaged or cut off" in cut_off.json()["detail"]
+
+
+def test_refused_upload_is_named_as_the_user_named_it(clinic: Server) -> None:
+    answer = clinic.put("/datastore/?image=mine", files={"file": ("brain 1.nii.gz", b"no image")})
+    assert answer.status_code == 422 and "'brain_1.nii.gz'" in answer.json()["detail"]

@@ -16,7 +16,7 @@ from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission
 from lib.datastore.task import submission_of
-from lib.datastore.validation import CheckedLabel, check_label
+from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
@@ -74,7 +74,7 @@ def submit_label(
             notes=checked.notes,
             info=info,
         )
-        version = parts.store.save_version(checked.file, submission)
+        version = parts.store.save_version(checked.file, submission, None if checked.file == file else file)
     _saved(parts, version)
     return version
 
@@ -107,7 +107,8 @@ def keep_prediction(
         StorageError: when the disk does not take it.
     """
     submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})
-    version = parts.store.save_version(mask, submission)
+    with temporary_folder() as folder:
+        version = parts.store.save_version(as_kept(mask, folder) if tag == FINAL else mask, submission)
     _saved(parts, version)
     return version
 

@@ -194,7 +194,7 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
         )
     new_id = check_new_id(image_id or name[: -len(suffix)])
     with temporary_folder() as folder:
-        file = receive(upload, folder).rename(folder / f"image{suffix}")
+        file = receive(upload, folder).rename(folder / f"{name[: -len(suffix)] or 'image'}{suffix}")
         check_header(file, parts.settings.unpacked_limit_mib)
         read_volume(file)
         with ADDING:

@@ -34,6 +34,15 @@ def get_version(parts: Parts, user: AsUser, version: str) -> FileResponse:
     return send_file(found.file)
 
 
+@router.get("/label/versions/{version}/sent", summary="A version's file as it was sent", response_class=FileResponse)
+def get_sent_file(parts: Parts, user: AsUser, version: str) -> FileResponse:
+    """Download what the client sent, before it was mapped, turned or packed anew."""
+    file = parts.store.history.sent(parts.store.history.get(version))
+    if not file.is_file():
+        raise NotFoundError("sent file of version", version[:200])
+    return send_file(file)
+
+
 @router.get("/label/versions/{version}/info", summary="What is known of a version")
 def get_version_info(parts: Parts, user: AsUser, version: str) -> dict[str, Any]:
     """Its record."""
