@@ -38,6 +38,13 @@ class _BetweenEnds(MapTransform):
         """The new voxels."""
 
 
+class Clipped(_BetweenEnds):
+    """Clips an image to ``lower`` and ``upper``."""
+
+    def _change(self, voxels: torch.Tensor) -> torch.Tensor:
+        return voxels.clamp(self.lower, self.upper)
+
+
 class Windowed(_BetweenEnds):
     """Scales an intensity window to [0, 1]: ``lower`` and all below becomes 0, ``upper`` and all above 1."""
 

@@ -19,7 +19,7 @@ from monai.transforms import (
 )
 
 from lib.configs.preset import Preset, Window
-from lib.transforms.intensity import ClippedToPercentiles, Windowed
+from lib.transforms.intensity import Clipped, ClippedToPercentiles, Windowed
 from lib.transforms.resample import Resampled, resampled_size
 from lib.transforms.volume import Affine, Volume
 
@@ -28,7 +28,7 @@ LABEL = "label"
 
 
 def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compose:
-    """Build the deterministic chain: orientation, spacing, intensity, padding to the window.
+    """Build the deterministic chain: orientation, clipping, spacing, intensity, padding to the window.
 
     Args:
         preset: the task.
@@ -43,6 +43,7 @@ def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compo
     return Compose(
         [
             Orientationd(keys=keys, axcodes=preset.axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            *_clipping(preset),
             Resampled(keys, preset.spacing_mm, modes),
             *_intensity(preset),
             SpatialPadd(keys=keys, spatial_size=preset.roi_size, mode=padding),
@@ -91,6 +92,16 @@ def network_shape(shape: Sequence[int], affine_ras: Affine, preset: Preset) -> t
         sizes[target] = max(preset.roi_size[target], resampled)
     x, y, z = sizes
     return x, y, z
+
+
+def _clipping(preset: Preset) -> list[Transform]:
+    """Clip to the intensity window before voxels are interpolated.
+
+    So a CT of the full range of Hounsfield units and the same CT stored clipped give the network the same: a border
+    between air and skin, interpolated first, would lie elsewhere.
+    """
+    intensity = preset.intensity
+    return [Clipped((IMAGE,), intensity.lower, intensity.upper)] if isinstance(intensity, Window) else []
 
 
 def _intensity(preset: Preset) -> list[Transform]:

@@ -152,3 +152,11 @@ def test_gpu_sees_what_the_host_sees(intensity: dict[str, Any]) -> None:
     assert there.device.type == "cuda"
     torch.testing.assert_close(there.as_subclass(torch.Tensor).cpu(), host.as_subclass(torch.Tensor), rtol=0, atol=1e-4)
     torch.testing.assert_close(there.affine.cpu(), host.affine)
+
+
+def test_ct_that_was_stored_clipped_looks_to_the_network_like_the_whole_one() -> None:
+    """Borders between air, tissue and bone, on a grid that is resampled."""
+    preset = tiny_preset(intensity={"kind": "window", "lower": -125, "upper": 275}, spacing_mm=[1.7, 1.3, 2.2])
+    whole = np.random.default_rng(0).choice([-1000.0, 40.0, 1200.0], (30, 28, 20)).astype(np.float32)
+    seen = [preprocess_volume(Volume(v, oblique_affine("LPS")), preset) for v in (whole, whole.clip(-125, 275))]
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)

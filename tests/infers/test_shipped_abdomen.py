@@ -1,0 +1,92 @@
+"""The shipped weights of ``abdomen_ct``: on the phantom, at the ends of the HU range, and on a real CT."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torso_phantom import ORGANS, TorsoCase, draw_torso, grid_affine, render, spacing_for
+
+from lib.configs.catalogue import load_preset
+from lib.infers.segmenter import Segmenter
+from lib.models.weights import WeightsLocator, preset_for
+from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.transforms.volume import Volume, read_volume
+
+FOLDER = Path(__file__).resolve().parents[2] / "model" / "abdomen_ct"
+SHAPE = (128, 128, 80)
+FIRST_SLICE_OF_REFERENCE = 82
+"""``example_ct_sm`` holds the last 30 slices of ``example_ct``; its own origin says otherwise."""
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    file = WeightsLocator(FOLDER).find()
+    assert file is not None
+    if file.origin != "shipped":
+        pytest.skip("other weights are published in this folder")
+    checkpoint = read_checkpoint(file.path)
+    return Segmenter.from_checkpoint(checkpoint, preset_for(checkpoint, load_preset("abdomen_ct")), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def torso() -> TorsoCase:
+    return render(draw_torso(seed=1), SHAPE, grid_affine(SHAPE, spacing_for(SHAPE), "LPS"))
+
+
+@pytest.fixture(scope="module")
+def mask(segmenter: Segmenter, torso: TorsoCase) -> np.ndarray:
+    return segmenter.segment(Volume(torso.image_hu.astype(np.float32), torso.affine_ras)).labels
+
+
+def dice(found: np.ndarray, reference: np.ndarray, organ: str) -> float:
+    index = ORGANS[organ]
+    both = np.count_nonzero((found == index) & (reference == index))
+    return 2 * both / (np.count_nonzero(found == index) + np.count_nonzero(reference == index))
+
+
+def test_side_car_belongs_to_the_weights() -> None:
+    weights, side_car = FOLDER / "shipped.pt", json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))
+    assert side_car["sha256"] == file_sha256(weights)
+    assert side_car["bytes"] == weights.stat().st_size <= 40_000_000
+    assert side_car["labels"] == load_preset("abdomen_ct").label_indices == ORGANS
+    assert side_car["data"]["licence"], "the data's licence is told"
+    trained = read_checkpoint(weights).preset
+    assert trained is not None
+    assert trained == load_preset("abdomen_ct")
+
+
+def test_large_organs_of_the_phantom_are_found(mask: np.ndarray, torso: TorsoCase) -> None:
+    found = {organ: dice(mask, torso.label, organ) for organ in ("liver", "spleen", "aorta", "inferior_vena_cava")}
+    assert min(found.values()) > 0.65, found
+    assert found["liver"] > 0.85
+
+
+def test_ct_of_full_range_and_the_same_ct_clipped_give_the_same_mask(
+    segmenter: Segmenter, torso: TorsoCase, mask: np.ndarray
+) -> None:
+    assert torso.image_hu.min() < -900
+    assert torso.image_hu.max() > 300
+    clipped = Volume(torso.image_hu.clip(-125, 275).astype(np.float32), torso.affine_ras)
+    np.testing.assert_array_equal(segmenter.segment(clipped).labels, mask)
+
+
+def test_large_organs_of_a_ct_of_another_origin_are_found(segmenter: Segmenter, shared_data: Path) -> None:
+    data = shared_data / "abdomen_ct"
+    if not data.is_dir():
+        pytest.skip("needs abdomen_ct in the folder of real data")
+    label = nib.load(data / "example_seg.nii.gz")
+    values, reference = np.asarray(label.dataobj), np.zeros(label.shape, dtype=np.uint8)
+    for value, name in re.findall(r'Key="(\d+)".*?CDATA\[(\w+)\]', str(label.header.extensions[0].get_content())):
+        if (known := segmenter.preset.find_label(name)) is not None:
+            reference[values == int(value)] = known.index
+    found = segmenter.segment(read_volume(data / "example_ct.nii.gz")).labels[..., FIRST_SLICE_OF_REFERENCE:]
+    scores = {organ: dice(found, reference, organ) for organ in ("liver", "spleen", "left_kidney")}
+    assert min(scores.values()) > 0.9, scores
+    present = [organ for organ, index in ORGANS.items() if (reference == index).any()]
+    assert np.mean([dice(found, reference, organ) for organ in present]) > 0.75
