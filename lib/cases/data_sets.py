@@ -1,7 +1,9 @@
 """Data sets as they are published: a task of the Medical Segmentation Decathlon, or BTCV.
 
 The Decathlon's folders (Antonelli et al. 2022, doi:10.1038/s41467-022-30695-9) say in ``dataset.json`` which image has
-which label, and what the values are called; MONAI's and nnU-Net's data sets follow them. BTCV comes as the folders
+which label, and what the values are called; MONAI's data sets follow them. nnU-Net's folders (Isensee et al. 2021,
+doi:10.1038/s41592-020-01008-z) name the channel in the image's file, ``case_0000.nii.gz``, but not in the label's: its
+first version lists ``imagesTr/case.nii.gz`` all the same, its second lists no files. BTCV comes as the folders
 ``img`` and ``label``, numbered alike, with the 13 values of ``abdomen_ct``.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from typing import Any
 from lib.cases.labelled import Case, case_id
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, TrainingError
-from lib.transforms.volume import NIFTI_SUFFIXES
+from lib.transforms.volume import ITK_SUFFIXES, NIFTI_SUFFIXES
+
+FIRST_CHANNEL = "_0000"
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class TaskFolder:
     def cases(self, preset: Preset) -> list[Case]:
         """Its training cases, with values mapped to those of ``preset``, which :meth:`preset` has made."""
         values = {value: label.index for name, value in self.labels.items() if (label := preset.find_label(name))}
-        return [Case(case_id(image), image, label, values or None) for image, label in self.pairs]
+        return [Case(_name_of(image, label), image, label, values or None) for image, label in self.pairs]
 
 
 def read_task(folder: Path) -> TaskFolder:
@@ -78,7 +82,7 @@ def read_task(folder: Path) -> TaskFolder:
 def _read_described(folder: Path, file: Path) -> TaskFolder:
     try:
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        pairs = tuple((folder / item["image"], folder / item["label"]) for item in data["training"])
+        pairs = _listed(folder, data["training"]) if "training" in data else _of_nnunet(folder, data)
         labels = _labels_of(data["labels"])
         channels = list((data.get("modality") or data.get("channel_names") or {}).values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -89,6 +93,38 @@ def _read_described(folder: Path, file: Path) -> TaskFolder:
         raise TrainingError(f"{str(file)!r} has {len(pairs)} training cases and {len(labels)} labels; valid: from 1")
     name, licence = str(data.get("name") or folder.name), str(data.get("licence") or data.get("license") or "")
     return TaskFolder(name, licence, str(channels[0]) if channels else "", labels, pairs)
+
+
+def _listed(folder: Path, training: Sequence[Mapping[str, Any]]) -> tuple[tuple[Path, Path], ...]:
+    """The pairs that ``dataset.json`` lists; an image that is not there may have nnU-Net's channel in its name."""
+    pairs = []
+    for item in training:
+        image, label = folder / item["image"], folder / item["label"]
+        suffix = next((end for end in NIFTI_SUFFIXES if image.name.lower().endswith(end)), image.suffix)
+        with_channel = image.with_name(f"{image.name[: len(image.name) - len(suffix)]}{FIRST_CHANNEL}{suffix}")
+        pairs.append((with_channel if not image.is_file() and with_channel.is_file() else image, label))
+    return tuple(pairs)
+
+
+def _of_nnunet(folder: Path, data: Mapping[str, Any]) -> tuple[tuple[Path, Path], ...]:
+    """The pairs of nnU-Net's second version: each label, and the image of its name and the first channel's number.
+
+    ``dataset`` in its ``dataset.json``, where there is one, says where files lie that are elsewhere.
+    """
+    if "dataset" in data:
+        return tuple((folder / item["images"][0], folder / item["label"]) for item in data["dataset"].values())
+    ending = str(data.get("file_ending") or ".nii.gz")
+    if ending not in NIFTI_SUFFIXES + ITK_SUFFIXES:
+        raise ValueError(f"file_ending {ending!r}; valid: {', '.join(NIFTI_SUFFIXES + ITK_SUFFIXES)}")
+    labels = sorted(path for path in (folder / "labelsTr").glob(f"*{ending}") if not path.name.startswith("."))
+    named = [(label, f"{label.name.removesuffix(ending)}{FIRST_CHANNEL}{ending}") for label in labels]
+    return tuple((folder / "imagesTr" / image, label) for label, image in named)
+
+
+def _name_of(image: Path, label: Path) -> str:
+    """A case's name: its image's, without the channel's number where the label's name has none."""
+    without = case_id(image).removesuffix(FIRST_CHANNEL)
+    return without if without == case_id(label) else case_id(image)
 
 
 def _labels_of(described: Mapping[str, Any]) -> dict[str, int]:

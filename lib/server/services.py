@@ -24,7 +24,7 @@ from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
 from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
-from lib.server.http.names import find_image
+from lib.server.http.names import check_image_known, find_image
 from lib.server.http.tokens import TokenFile
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
@@ -156,6 +156,13 @@ class Services:
         """
         task: UnetrTrainTask = _known(self.instance._trainers, "model to train", model)
         return task
+
+    def known_id(self, image_id: str) -> str:
+        """The id under which the studies have an image; a path below ``image_roots`` as it is."""
+        try:
+            return check_image_known(self.datastore, image_id)
+        except NotFoundError:
+            return image_id
 
     def image_file(self, image_id: str) -> Path:
         """The file or folder of an image.

@@ -65,6 +65,58 @@ def test_names_and_values_may_stand_the_other_way_round(tmp_path: Path) -> None:
     assert read_task(folder).labels == {"core": 1, "box left": 3}
 
 
+def _with_channels(folder: Path) -> Path:
+    """The same task with nnU-Net's names of images."""
+    for image in (folder / "imagesTr").iterdir():
+        image.rename(image.with_name(image.name.replace(".nii.gz", "_0000.nii.gz")))
+    return folder
+
+
+def _without_list(folder: Path, **changes: Any) -> Path:
+    """The same task as the second version of nnU-Net describes it."""
+    described = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "core": 1, "box left": 3},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(described | changes), encoding="utf-8")
+    return folder
+
+
+def test_folder_of_nnunets_first_version_is_read(tmp_path: Path) -> None:
+    task = read_task(_with_channels(_task(tmp_path, count=3)))
+    assert [image.name for image, _ in task.pairs] == [f"box_{n:02d}_0000.nii.gz" for n in (1, 2, 3)]
+    assert [case.case_id for case in task.cases(tiny_preset())] == ["box_01", "box_02", "box_03"]
+
+
+def test_folder_of_nnunets_second_version_is_read(tmp_path: Path) -> None:
+    task = read_task(_without_list(_with_channels(_task(tmp_path / "Dataset099_Boxes", count=3))))
+    assert (task.name, task.modality, task.labels) == ("Dataset099_Boxes", "MRI", {"core": 1, "box left": 3})
+    cases = task.cases(task.preset(tiny_preset()))
+    assert [(case.case_id, case.image.name) for case in cases] == [
+        (f"box_{n:02d}", f"box_{n:02d}_0000.nii.gz") for n in (1, 2, 3)
+    ]
+    _, label = read_case(cases[0], task.preset(tiny_preset()))
+    np.testing.assert_array_equal(label, np.array([0, 2, 1])[boxes(seed=1)[1]])
+
+
+def test_nnunet_may_say_where_each_file_lies(tmp_path: Path) -> None:
+    folder = _task(tmp_path, count=2)
+    listed = {
+        f"box_{n:02d}": {"images": [f"imagesTr/box_{n:02d}.nii.gz"], "label": f"labelsTr/box_{n:02d}.nii.gz"}
+        for n in (1, 2)
+    }
+    task = read_task(_without_list(folder, dataset=listed))
+    assert [image.name for image, _ in task.pairs] == ["box_01.nii.gz", "box_02.nii.gz"]
+
+
+def test_nnunet_folder_of_two_channels_says_so(tmp_path: Path) -> None:
+    folder = _without_list(_with_channels(_task(tmp_path, count=1)), channel_names={"0": "T1", "1": "T2"})
+    with pytest.raises(TrainingError, match=r"images of 2 channels \(T1, T2\)"):
+        read_task(folder)
+
+
 def test_task_of_the_presets_own_labels_keeps_the_preset(tmp_path: Path) -> None:
     preset = load_preset("abdomen_ct")
     labels = {"0": "background"} | {str(label.index): label.name for label in preset.labels}

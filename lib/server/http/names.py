@@ -32,6 +32,22 @@ def check_new_id(text: str) -> str:
     return text
 
 
+def safe_new_id(text: str) -> str:
+    """An id for a new image from the name that a client has for it, such as 3D Slicer's of a DICOM series.
+
+    Letters that a file's name cannot have everywhere become ``_``; a name that leads to another folder is refused.
+
+    >>> safe_new_id("3: AX T1 POST")
+    '3_AX_T1_POST'
+
+    Raises:
+        ParameterError: as :func:`check_new_id`.
+    """
+    if re.search(r"[/\\]", text) or text.startswith(".") or not text.isprintable():
+        return check_new_id(text)
+    return check_new_id(re.sub(r"[^A-Za-z0-9._-]+", "_", text))
+
+
 def check_tag(text: str | None) -> str:
     """A label's tag, ``final`` where none is given.
 
@@ -58,17 +74,29 @@ def safe_file_name(sent: str | None, otherwise: str) -> str:
 def check_image_known(datastore: Datastore, image_id: str) -> str:
     """An id of an image that the datastore has.
 
+    A client that has uploaded ``3: AX T1 POST`` may go on with that name: 3D Slicer does.
+
+    Returns:
+        The id under which the datastore has it.
+
     Raises:
         NotFoundError: when it has none of that name.
     """
-    known = (
-        datastore.has_image(image_id)  # at once, however many there are
-        if isinstance(datastore, SeriesDatastore)
-        else image_id in datastore.list_images()
-    )
-    if not known:
+    if _has(datastore, image_id):
+        return image_id
+    try:
+        safe = safe_new_id(image_id)
+    except ParameterError:
+        safe = image_id
+    if safe == image_id or not _has(datastore, safe):
         raise NotFoundError("image", image_id[:200])
-    return image_id
+    return safe
+
+
+def _has(datastore: Datastore, image_id: str) -> bool:
+    if isinstance(datastore, SeriesDatastore):
+        return datastore.has_image(image_id)  # at once, however many there are
+    return image_id in datastore.list_images()
 
 
 def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[Path, ...]) -> Path:
@@ -87,7 +115,7 @@ def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[P
     allowed = [root.resolve() for root in roots]
     if allowed and _is_path_inside(image_id, allowed):
         return Path(image_id)
-    check_image_known(datastore, image_id)
+    image_id = check_image_known(datastore, image_id)
     file = Path(datastore.get_image_uri(image_id))
     if not file.exists():
         raise NotFoundError("image file of", image_id)

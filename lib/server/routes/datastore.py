@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from lib.errors import ConflictError, ImageError, NotFoundError, ParameterError
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
-from lib.server.http.names import check_image_known, check_new_id, check_tag, find_label, safe_file_name
+from lib.server.http.names import check_image_known, check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import submit_label
@@ -58,7 +58,7 @@ async def add_image(
     image: str = "",
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, Any]:
-    """Add an image that is not there yet, under the id given or its file's name."""
+    """Add an image that is not there yet, under the id given or its file's name, made safe; the answer tells the id."""
     info = parse_info(params, "params") | {"user": user.name}
     return await anyio.to_thread.run_sync(lambda: store_image(parts, image, file, info), limiter=parts.checks)
 
@@ -192,7 +192,7 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
         raise ImageError(
             f"image {name!r} is of a kind that the studies do not hold; valid: {', '.join(STORED_SUFFIXES)}"
         )
-    new_id = check_new_id(image_id or name[: -len(suffix)])
+    new_id = safe_new_id(image_id or name[: -len(suffix)])
     with temporary_folder() as folder:
         file = receive(upload, folder).rename(folder / f"{name[: -len(suffix)] or 'image'}{suffix}")
         check_header(file, parts.settings.unpacked_limit_mib)
@@ -200,6 +200,8 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
         with ADDING:
             if new_id in parts.datastore.list_images():
                 raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
+            if image_id and image_id != new_id:
+                info = {"named": image_id} | info
             return {"image": parts.datastore.add_image(new_id, str(file), info)}
 
 
@@ -212,7 +214,7 @@ def store_label(
         NotFoundError: when there is no such image.
         LabelError, TooLargeError, StorageError: as :func:`submit_label`.
     """
-    check_image_known(parts.datastore, image_id)
+    image_id = check_image_known(parts.datastore, image_id)
     parts.store.leases.renew(user.client(info.get("client_id")))
     with temporary_folder() as folder:
         file = receive(upload, folder, "label.nii.gz")

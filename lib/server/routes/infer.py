@@ -147,7 +147,7 @@ def choose_image(parts: Services, image: str, params: Mapping[str, Any]) -> str:
     if not isinstance(wanted, str) or not wanted:
         raise ParameterError("image", wanted, "an image id, or else a session_id or an uploaded part 'file'")
     parts.image_file(wanted)
-    return wanted
+    return parts.known_id(wanted)
 
 
 def check_dicom_seg(parts: Services, image_id: str | None) -> None:

@@ -21,7 +21,7 @@ router = APIRouter(prefix="/datastore", tags=["Datastore"])
 @router.get("/label/versions", summary="All versions of an image's label")
 def list_versions(parts: Parts, user: AsUser, image: str, tag: str = "") -> list[dict[str, Any]]:
     """Who saved what when, from which prediction; the newest first."""
-    check_image_known(parts.datastore, image)
+    image = check_image_known(parts.datastore, image)
     return [version.describe() for version in reversed(parts.store.history.versions(image, check_tag(tag)))]
 
 

@@ -45,7 +45,7 @@ def skip(
     parts: Parts, user: AsAnnotator, image: str, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
     """Skip a case, with a ``reason`` for whoever looks at it next; its lease ends."""
-    check_image_known(parts.datastore, image)
+    image = check_image_known(parts.datastore, image)
     reason = params.get("reason")
     if not isinstance(reason, str) or not 1 <= len(reason.strip()) <= LONGEST_REASON:
         raise ParameterError("reason", str(reason)[:100], f"1 to {LONGEST_REASON} letters on why")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,11 +76,26 @@ def find_session(parts: Services, session_id: str, update: bool = False) -> Sess
     Raises:
         NotFoundError: when there is none of that id.
     """
-    known = _SESSION_ID.fullmatch(session_id)
-    session = sessions_of(parts).get_session(session_id, update_ts=update) if known else None
+    sessions = sessions_of(parts)
+    session = sessions.get_session(session_id, update_ts=False) if _SESSION_ID.fullmatch(session_id) else None
+    if session is not None and has_ended(session, time.time()):
+        sessions.remove_session(session_id)
+        session = None
     if session is None:
         raise NotFoundError("session", session_id[:200])
-    return session
+    return sessions.get_session(session_id, update_ts=True) if update else session
+
+
+def has_ended(session: SessionInfo, now: float) -> bool:
+    """Whether a session's time is up: so many seconds after it was last asked for, as its file's time says.
+
+    The times inside are whole seconds, with which a session of two seconds would last one or two.
+    """
+    try:
+        last = (Path(session.path) / "meta.info").stat().st_mtime
+    except FileNotFoundError:
+        return True
+    return bool(session.expiry > 0 and now >= last + session.expiry)
 
 
 def sessions_of(parts: Services) -> Sessions:

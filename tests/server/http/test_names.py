@@ -7,7 +7,7 @@ from monailabel.datastore.local import LocalDatastore
 
 from lib.errors import NotFoundError, ParameterError
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.names import check_new_id, check_tag, find_image, find_label, safe_file_name
+from lib.server.http.names import check_new_id, check_tag, find_image, find_label, safe_file_name, safe_new_id
 from tests.tiny import boxes, write_nifti
 
 HOSTILE = ("", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\0b", "a b", "ä", "a" * 129, "a\n", "C:x")
@@ -22,6 +22,21 @@ def test_new_id_that_is_no_plain_name_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["a", "case_001", "1.2.840.113619", "A-b_c.d", "-x", "n" * 128])
 def test_new_id_that_is_a_plain_name_is_taken(text: str) -> None:
     assert check_new_id(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [("3: AX T1 POST", "3_AX_T1_POST"), ("2: b1000 (ADC)", "2_b1000_ADC_"), ("ä", "_"), ("a", "a")]
+)
+def test_name_that_a_client_has_for_an_image_becomes_a_safe_id(text: str, kept: str) -> None:
+    assert safe_new_id(text) == kept
+
+
+@pytest.mark.parametrize(
+    "text", ["", "..", "../a", "a/b", "a\\b", ".hidden", "a\0b", "a" * 129, "a\n", "con", "a b.nii"]
+)
+def test_name_that_leads_elsewhere_or_is_reserved_is_no_safe_id(text: str) -> None:
+    with pytest.raises(ParameterError, match="'image'"):
+        safe_new_id(text)
 
 
 @pytest.mark.parametrize("text", [*HOSTILE[1:], "Final", "a.b", "t" * 33])
