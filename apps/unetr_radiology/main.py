@@ -86,8 +86,9 @@ class UnetrRadiologyApp(MONAILabelApp):
     def init_trainers(self) -> dict[str, TrainTask]:
         """One training task a preset."""
         settings, costs = self.settings, self.settings.model_dir / COSTS_FILE
+        budget, names = settings.memory_budget, list(self.presets)
         return {
-            n: UnetrTrainTask(p, self.locators[n], settings.device, settings, settings.memory_budget, costs)
+            n: UnetrTrainTask(p, self.locators[n], settings.device, settings, budget, costs, names)
             for n, p in self.presets.items()
         }
 

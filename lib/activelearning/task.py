@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.selection import MEASURE_OF, STRATEGIES, Pick, select
 from lib.cases.labelled import Case
 from lib.configs.preset import Preset
+from lib.datastore.label_names import why_not_for
 from lib.errors import ConfigError, NotFoundError, ParameterError
 from lib.networks.precision import resolve_device
 
@@ -182,8 +183,8 @@ class PoolScoring(ScoringMethod):
             if self._name != EMBEDDING:
                 said["scored"] = scorer.look_at(unlabelled, file_of)
         if self._name in (LABELS, ALL_SCORES):
-            labels = label_stamps(datastore, insight.preset.name)
-            said["compared"] = scorer.doubt(labels, lambda image: labelled_case(datastore, image))
+            labels = label_stamps(datastore, insight.preset, self._insights)
+            said["compared"] = scorer.doubt(labels, lambda image: labelled_case(datastore, image, insight.preset))
         insight.store.prune(KEPT_VERSIONS)
         logger.info("%s: %s", insight.preset.name, said)
         return said
@@ -217,22 +218,30 @@ def make_scoring_methods(insights: Mapping[str, Insight], **options: Any) -> dic
     return {name: PoolScoring(name, insights, **options) for name in (ALL_SCORES, EMBEDDING, LABELS, *MEASURES)}
 
 
-def label_stamps(datastore: Datastore, preset: str) -> dict[str, str]:
-    """The images with a final label of a preset, and what changes with the label; no image is touched."""
+def label_stamps(datastore: Datastore, preset: Preset, served: Collection[str]) -> dict[str, str]:
+    """The images with a final label of a preset, and what changes with the label; no image is touched.
+
+    Args:
+        datastore: the studies.
+        preset: the task.
+        served: names of all tasks of this server, whose labels are not this one's.
+    """
     stamps = {}
     for image in datastore.get_labeled_images():
         info = datastore.get_label_info(image, FINAL) or {}
-        if info.get("preset", preset) == preset:
+        if not why_not_for(preset, info.get("preset") or "", info.get("label_map") or {}, served):
             status = Path(datastore.get_label_uri(image, FINAL)).stat()
             stamps[image] = f"{status.st_size}-{status.st_mtime_ns}"
     return stamps
 
 
-def labelled_case(datastore: Datastore, image: str) -> LabelledCase:
-    """An image with its final label, and the names of which that does not speak."""
+def labelled_case(datastore: Datastore, image: str, preset: Preset) -> LabelledCase:
+    """An image with its final label, its values by name, and the names of which it does not speak."""
     info = datastore.get_label_info(image, FINAL) or {}
     label = Path(datastore.get_label_uri(image, FINAL))
-    case = Case(image, Path(datastore.get_image_uri(image)), label)
+    found = {name: known.index for name in info.get("label_map") or {} if (known := preset.find_label(name))}
+    values = {info["label_map"][name]: index for name, index in found.items()} or None
+    case = Case(image, Path(datastore.get_image_uri(image)), label, values)
     return LabelledCase(case, frozenset(info.get("missing_labels", ())))
 
 

@@ -9,10 +9,11 @@ over the others, yet counts them in ``idx``: :func:`choose_reading` tells from t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from lib.configs.catalogue import shipped_preset_names
 from lib.configs.preset import Preset, canonical_name
 from lib.errors import LabelError
 
@@ -20,6 +21,7 @@ BACKGROUND = "background"
 SCRIBBLES = ("foreground_scribbles", "background_scribbles")
 NO_LABELS = (BACKGROUND, *SCRIBBLES)
 """Segments that tools make for themselves; 3D Slicer's module does not export them."""
+OTHER_TASK = "is for another task of this server"
 LARGEST_VALUE = 65535
 MOST_NAMES = 1000
 LONGEST_NAME = 200
@@ -204,6 +206,37 @@ def _parse_entry(entry: Any) -> NamedValue:
 
 def _own_names(preset: Preset) -> dict[int, str]:
     return {index: name for name, index in preset.label_indices.items()}
+
+
+def why_not_for(preset: Preset, task: str, names: Collection[str], served: Collection[str]) -> str:
+    """Why a kept label is not for a preset; empty where it is.
+
+    A label is for the task that it was saved for. Other servers have other names for theirs (``segmentation``,
+    ``deepedit``): then the names of its labels tell, and where it has none, its values.
+
+    Args:
+        preset: the task that asks.
+        task: name of the task that the label was saved for; empty where that is not known.
+        names: of its labels.
+        served: names of all tasks of this server.
+
+    Returns:
+        ``OTHER_TASK`` for a label of another task of this server; else the end of a sentence about the label.
+    """
+    own = [name for name in names if not is_no_label(name)]
+    if task == preset.name or (not task and own):
+        return ""
+    if task in served:
+        return OTHER_TASK
+    saved = f"was saved for the task {task!r}" if task else "came without a task"
+    if own:
+        fits = any(preset.find_label(name) for name in own)
+        return "" if fits else f"{saved} and has {_listing(own)}; valid: {', '.join(preset.label_indices)}"
+    if task in shipped_preset_names():
+        return f"{saved}, and nothing names its values"
+    if len(served) > 1:
+        return f"{saved}, nothing names its values, and this server has several tasks: {', '.join(served)}"
+    return ""
 
 
 def _sort_by_preset(names: Mapping[int, str], preset: Preset) -> tuple[dict[int, int], dict[int, str]]:

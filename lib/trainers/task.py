@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 from pydantic import ValidationError
 
-from lib.cases.labelled import Case, case_id, read_case
+from lib.cases.labelled import Case, read_case
 from lib.cases.split import (
     RUNS_FOLDER,
     SPLIT_FILE,
@@ -32,7 +32,6 @@ from lib.cases.split import (
 from lib.cases.studies import corrected_ids, subject_rule
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
-from lib.datastore.records import LabelVersion
 from lib.errors import CheckpointError, InputError, ParameterError, TrainingError
 from lib.infers.costs import CostBook
 from lib.infers.plan import Planner
@@ -59,6 +58,7 @@ from lib.trainers.reporting.report import as_json, render_html, report_data, wor
 from lib.trainers.reporting.runs import prune_runs
 from lib.trainers.request import TrainRequest
 from lib.trainers.resume import remove_state
+from lib.trainers.submitted import SubmittedLabels, missing_labels, submitted_labels, undrawn_as_missing
 
 logger = logging.getLogger("unetr.train")
 
@@ -75,6 +75,7 @@ class UnetrTrainTask(TrainTask):
         settings: the gate's rules, and what is kept.
         memory_budget: bytes of the host's memory that a training may use; what is free if not given.
         costs: file of measured costs.
+        served: names of all tasks of this server, whose labels are not this one's.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class UnetrTrainTask(TrainTask):
         settings: Retraining | None = None,
         memory_budget: int | None = None,
         costs: Path | None = None,
+        served: Collection[str] = (),
     ) -> None:
         super().__init__(f"Train {preset.description or preset.name}")
         self.preset = preset
@@ -92,7 +94,7 @@ class UnetrTrainTask(TrainTask):
         self._locator = locator
         self._settings = settings or Retraining()
         self.runs = locator.folder / RUNS_FOLDER
-        self._device = device
+        self._device, self._served = device, tuple(served)
         self._memory_budget, self._costs = memory_budget, costs
         self._planner = Planner(memory_budget, CostBook(costs))
 
@@ -214,6 +216,7 @@ class UnetrTrainTask(TrainTask):
             "split": {side: ids_of(getattr(material, side)) for side in ("train", "validation", "test")},
             "replayed": list(material.replayed),
             "left_out": dict(material.left_out or {}),
+            "missing_labels": missing_labels((*material.train, *material.validation, *material.test), plan.preset),
             "trained_on": trained_on(material.train),
             "label_digests": dict(material.labels),
             "code": code_version(),
@@ -292,7 +295,7 @@ class UnetrTrainTask(TrainTask):
 
     def _gather(self, datastore: Datastore, asked: TrainRequest, run_dir: Path) -> Material:
         """What to train on and to judge on; a run that goes on has what it had."""
-        labelled = self.labelled_cases(datastore)
+        labelled = self.submitted(datastore)
         usable, left_out = self._usable(labelled)
         for name, reason in left_out.items():
             logger.warning("left out %s: %s", name, reason)
@@ -309,7 +312,9 @@ class UnetrTrainTask(TrainTask):
         corrected = corrected_ids(datastore, ids_of(material.train))
         train = weigh(material.train, corrected, replay, self._settings.oversample)
         replayed = tuple(sorted(set(ids_of(train)) - set(ids_of(material.train))))
-        material = replace(material, train=train, replayed=replayed, left_out=left_out, labels=label_digests(labelled))
+        material = replace(
+            material, train=train, replayed=replayed, left_out=left_out, labels=label_digests(labelled.cases)
+        )
         kept = kept_cases(run_dir) if asked.resume else None
         if kept is not None:
             return material.narrowed(kept)
@@ -349,56 +354,30 @@ class UnetrTrainTask(TrainTask):
             ParameterError: when a field is not valid.
         """
         asked = self.validate_request(request)
-        cases = self.labelled_cases(datastore)
+        cases = self.submitted(datastore).cases
         if not cases or divide(cases, self._planned_split(datastore, cases, asked.val_split)).validation:
             return ""
         return nothing_judges(len(cases), bool(self.served_version()))
 
-    def labelled_cases(self, datastore: Datastore) -> list[Case]:
-        """The datastore's final labels, without those that were saved for another preset.
+    def submitted(self, datastore: Datastore) -> SubmittedLabels:
+        """The datastore's final labels that are for this preset."""
+        return submitted_labels(datastore, self.preset, self._served)
 
-        The version's own file is read and not its copy: a label that is submitted meanwhile does not change the run.
-        """
-        history = getattr(datastore, "history", None)
-        versions = {version.image_id: version for version in history.all_latest()} if history else {}
-        cases = []
-        for item in datastore.datalist():
-            image, name = Path(item["image"]), case_id(Path(item["image"]))
-            version = versions.get(name)
-            if version is None:
-                cases.append(Case(name, image, Path(item["label"])))
-            elif version.preset in ("", self.preset.name):
-                cases.append(case_of_version(version, image, self.preset))
-        return cases
-
-    def _usable(self, cases: Sequence[Case]) -> tuple[list[Case], dict[str, str]]:
+    def _usable(self, labels: SubmittedLabels) -> tuple[list[Case], dict[str, str]]:
         """Read every case once: one bad label among a thousand must not end a run at night."""
-        usable, left_out = [], {}
-        for case in cases:
-            if len(case.missing) == len(self.preset.labels):
-                left_out[case.case_id] = f"label of {case.case_id!r} speaks of none of the labels"
-                continue
+        usable, left_out = [], dict(labels.left_out)
+        for case in labels.cases:
             try:
-                read_case(case, self.preset)
+                _, label = read_case(case, self.preset)
             except InputError as error:
                 left_out[case.case_id] = str(error)
+                continue
+            known = case if case.case_id in labels.complete else undrawn_as_missing(case, label, self.preset)
+            if len(known.missing) < len(self.preset.labels):
+                usable.append(known)
             else:
-                usable.append(case)
+                left_out[case.case_id] = f"label of {case.case_id!r} speaks of none of the labels"
         return usable, left_out
-
-
-def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
-    """A version as a case: its values by name, and what it does not speak of.
-
-    Names that the preset does not have are left out of training. A version without names has the preset's own numbers.
-    """
-    if not version.label_map and not version.missing_labels:
-        return Case(version.image_id, image, version.file)
-    found = {name: label.index for name in version.label_map if (label := preset.find_label(name)) is not None}
-    values = {value: found[name] for name, value in version.label_map.items() if name in found}
-    not_said = {label.index for name in version.missing_labels if (label := preset.find_label(name)) is not None}
-    missing = tuple(sorted(set(preset.label_indices.values()) - set(found.values()) | not_said))
-    return Case(version.image_id, image, version.file, values, missing)
 
 
 def _stock_stats(plan: TrainingPlan, result: TrainingResult, scores: Evaluation, started: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lib.configs.preset import Training
 from lib.datastore.records import LabelVersion
 from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
 from lib.trainers.optimization import build_loss, leave_out_missing
-from lib.trainers.task import case_of_version
+from lib.trainers.submitted import case_of_version
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_nifti
 
 LOGITS = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1))

@@ -44,7 +44,7 @@ class FakeDatastore:
         self.images: dict[str, dict[str, Any]] = {}
         versions = [
             SimpleNamespace(image_id=case.case_id, preset=presets[case.case_id], label_map={}, missing_labels=(),
-                            file=case.label, voxels_changed=None)
+                            file=case.label, voxels_changed=None, source="rest", info={})
             for case in cases if presets and case.case_id in presets
         ]  # fmt: skip
         self.history = SimpleNamespace(all_latest=lambda tag="final": versions)

@@ -77,7 +77,7 @@ def current_doubts(parts: Services, insight: Insight, version: str) -> list[Doub
     known = insight.store.doubts(version)
     return [
         doubt
-        for image, label in label_stamps(parts.datastore, insight.preset.name).items()
+        for image, label in label_stamps(parts.datastore, insight.preset, parts.instance.insights).items()
         if (doubt := known.get(image)) is not None and doubt.label == label
     ]
 

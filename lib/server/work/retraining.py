@@ -20,6 +20,7 @@ from lib.models.provenance import label_digests
 from lib.server.services import Services
 from lib.server.work.journal import Journal
 from lib.trainers.retrain import Decision, History, Label, decide
+from lib.trainers.submitted import undrawn_as_missing
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.retrain")
@@ -99,7 +100,7 @@ class Retrainer:
             review: whether the served model may be tried on new labels, where a floor is set.
         """
         task, settings = self._parts.train_task(model), self._parts.settings
-        cases = task.labelled_cases(self._parts.datastore)
+        cases = task.submitted(self._parts.datastore).cases
         digests = label_digests(cases)
         labels = {c.case_id: Label(digests[c.case_id], _saved_at(c.label)) for c in cases if digests[c.case_id]}
         runs = [version for version in task.versions.list() if version.details.get("label_digests")]
@@ -195,7 +196,8 @@ class Retrainer:
             logger.warning("%s could not be tried on %s: %s", model, case.case_id, error)
             return math.nan
         dice = dice_per_label(predicted, reference, preset.label_indices)
-        return mean_known(without_missing(dice, preset.label_indices, case.missing).values())
+        missing = undrawn_as_missing(case, reference, preset).missing
+        return mean_known(without_missing(dice, preset.label_indices, missing).values())
 
 
 def _saved_at(label: Path) -> float:

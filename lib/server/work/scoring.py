@@ -92,6 +92,6 @@ class BackgroundScoring:
             count += look is None or (trained and image in unlabelled and not look.scored)
         if trained:
             doubts = insight.store.doubts(version)
-            labels = label_stamps(datastore, insight.preset.name)
+            labels = label_stamps(datastore, insight.preset, self._instance.insights)
             count += sum(image not in doubts or doubts[image].label != label for image, label in labels.items())
         return count

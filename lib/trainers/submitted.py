@@ -1,0 +1,93 @@
+"""The studies' final labels as cases of a preset: which of them count, what their values mean, what they leave open."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.cases.labelled import Case, case_id
+from lib.configs.preset import Preset
+from lib.datastore.label_names import OTHER_TASK, why_not_for
+from lib.datastore.records import INFERENCE, LabelVersion
+
+
+@dataclass(frozen=True)
+class SubmittedLabels:
+    """The final labels of the studies.
+
+    Attributes:
+        cases: those that may be trained on, as far as can be told without reading them.
+        left_out: case id to the reason, for labels that do not fit the preset.
+        complete: ids of labels whose sender said that what is not drawn is not there.
+    """
+
+    cases: tuple[Case, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    complete: frozenset[str] = frozenset()
+
+
+def submitted_labels(datastore: Any, preset: Preset, served: Collection[str]) -> SubmittedLabels:
+    """The datastore's final labels, without those that were saved for another task of this server.
+
+    The version's own file is read and not its copy: a label that is submitted meanwhile does not change the run.
+
+    Args:
+        datastore: MONAI Label's, with a history of labels or without.
+        preset: the task.
+        served: names of all tasks of this server.
+    """
+    history = getattr(datastore, "history", None)
+    versions = {version.image_id: version for version in history.all_latest()} if history else {}
+    cases, left_out, complete = [], {}, set()
+    for item in datastore.datalist():
+        image, name = Path(item["image"]), case_id(Path(item["image"]))
+        version = versions.get(name)
+        if version is None:
+            cases.append(Case(name, image, Path(item["label"])))
+            continue
+        problem = why_not_for(preset, version.preset, version.label_map, served)
+        if problem and problem != OTHER_TASK:
+            left_out[name] = f"label of {name!r} {problem}"
+        elif not problem:
+            cases.append(case_of_version(version, image, preset))
+            if version.source == INFERENCE or version.info.get("complete") is True:
+                complete.add(name)
+    return SubmittedLabels(tuple(cases), left_out, frozenset(complete))
+
+
+def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
+    """A version as a case: its values by name, and what it does not speak of.
+
+    Names that the preset does not have are left out of training. A version without names has the preset's own numbers.
+    """
+    if not version.label_map and not version.missing_labels:
+        return Case(version.image_id, image, version.file)
+    found = {name: label.index for name in version.label_map if (label := preset.find_label(name)) is not None}
+    values = {value: found[name] for name, value in version.label_map.items() if name in found}
+    not_said = {label.index for name in version.missing_labels if (label := preset.find_label(name)) is not None}
+    missing = tuple(sorted(set(preset.label_indices.values()) - set(found.values()) | not_said))
+    return Case(version.image_id, image, version.file, values, missing)
+
+
+def undrawn_as_missing(case: Case, label: npt.NDArray[np.uint8], preset: Preset) -> Case:
+    """The case, with labels of which no voxel is drawn as missing: nobody said that there is none.
+
+    Args:
+        case: one whose label is not said to be complete.
+        label: its label in the preset's values.
+        preset: the task.
+    """
+    drawn = set(np.unique(label).tolist())
+    undrawn = {index for index in preset.label_indices.values() if index not in drawn}
+    return replace(case, missing=tuple(sorted({*case.missing, *undrawn})))
+
+
+def missing_labels(cases: Iterable[Case], preset: Preset) -> dict[str, list[str]]:
+    """Names of the labels that each case does not speak of, by case id; only cases that have some."""
+    names = {index: name for name, index in preset.label_indices.items()}
+    return {case.case_id: [names[index] for index in case.missing] for case in cases if case.missing}
