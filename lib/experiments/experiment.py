@@ -42,7 +42,7 @@ from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
 from lib.storage.json_files import write_json
-from lib.trainers.evaluate import evaluate
+from lib.trainers.judging.evaluate import evaluate
 from lib.trainers.loop import TrainingPlan, run_training
 from lib.trainers.resume import remove_state
 

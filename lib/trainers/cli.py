@@ -36,7 +36,7 @@ from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, wr
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.json_files import without_nan, write_json
-from lib.trainers.evaluate import Evaluation, evaluate
+from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
 

@@ -45,10 +45,10 @@ from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
 from lib.storage.json_files import write_json
-from lib.trainers.champion import ServedWeights, read_served
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
-from lib.trainers.evaluate import Evaluation, evaluate
-from lib.trainers.gate import Champion, Rules, Verdict, judge
+from lib.trainers.judging.champion import ServedWeights, read_served
+from lib.trainers.judging.evaluate import Evaluation, evaluate
+from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
 from lib.trainers.launch import launch
 from lib.trainers.loop import TrainingPlan, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh

@@ -14,7 +14,7 @@ from lib.configs.catalogue import load_preset
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import file_sha256, read_checkpoint
-from lib.trainers.evaluate import evaluate
+from lib.trainers.judging.evaluate import evaluate
 
 FOLDER = Path(__file__).resolve().parents[2] / "model" / "hippocampus_mr"
 SIDE_CAR = json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))

@@ -18,8 +18,8 @@ from torch import nn
 
 from lib.cases.labelled import Case
 from lib.infers.segmenter import Segmenter
-from lib.trainers.evaluate import CaseScore, Evaluation, evaluate
-from lib.trainers.gate import Rules, judge
+from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
+from lib.trainers.judging.gate import Rules, judge
 from lib.trainers.loop import TrainingResult, Validation
 from lib.trainers.reporting.picture import contour, draw_slice
 from lib.trainers.reporting.report import as_json, draw_curves, render_html, report_data, thin, worst_cases

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lib.cases.metrics import mean_known
-from lib.trainers.evaluate import CaseScore, Evaluation
+from lib.trainers.judging.evaluate import CaseScore, Evaluation
 
 Pairs = list[tuple[float, float]]
 """Scores of the same cases by champion and challenger."""

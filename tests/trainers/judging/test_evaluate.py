@@ -13,7 +13,7 @@ from torch import nn
 from lib.cases.labelled import Case
 from lib.errors import LabelError
 from lib.infers.segmenter import Segmenter
-from lib.trainers.evaluate import CaseScore, Evaluation, evaluate
+from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
 from tests.tiny import oblique_affine, tiny_preset, write_nifti
 
 

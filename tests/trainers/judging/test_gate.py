@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 import pytest
 
-from lib.trainers.evaluate import CaseScore, Evaluation
-from lib.trainers.gate import Champion, Rules, Verdict, compare
-from lib.trainers.gate import judge as judge_champion
+from lib.trainers.judging.evaluate import CaseScore, Evaluation
+from lib.trainers.judging.gate import Champion, Rules, Verdict, compare
+from lib.trainers.judging.gate import judge as judge_champion
 
 RULES = Rules(margin=0.01, tolerance=0.05)
 
