@@ -164,6 +164,8 @@ class Training(Model):
 
     ``crop_balance`` says what a crop with foreground is centred on: any foreground voxel (``voxels``), or a voxel of a
     label drawn at random (``labels``), so that an adrenal gland is shown as often as the liver.
+    ``fine_tuning_learning_rate`` takes the place of ``learning_rate`` where training goes on from weights: a rate for
+    random weights would undo in its first steps what they know.
     ``activation_checkpointing`` recomputes the transformer's activations always; without it, where memory asks for it.
     """
 
@@ -173,6 +175,7 @@ class Training(Model):
     foreground_ratio: Annotated[float, Field(gt=0)] = 1.0
     crop_balance: Literal["voxels", "labels"] = "voxels"
     learning_rate: PositiveFloat = 1e-4
+    fine_tuning_learning_rate: PositiveFloat | None = None
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup_fraction: Fraction = 0.04

@@ -95,7 +95,10 @@ class UnetrInferTask(InferTask):
         planner: Planner | None = None,
         compiles: bool = False,
     ) -> None:
-        options = {"device": device_list(), "largest_component": bool(preset.inference.largest_component)}
+        options: dict[str, Any] = {"device": device_list()}
+        # Clients send these options back: one for all labels would override a choice label by label.
+        if isinstance(preset.inference.largest_component, bool):
+            options["largest_component"] = preset.inference.largest_component
         super().__init__(InferType.SEGMENTATION, preset.label_indices, 3, preset.description, options)
         self.preset = preset
         self._locator = locator

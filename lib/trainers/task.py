@@ -114,12 +114,16 @@ class UnetrTrainTask(TrainTask):
             "gpus": "all",
             "dataset": list(DATASET_KINDS),
             "dataloader": list(LOADER_KINDS),
-            "learning_rate": recipe.learning_rate,
+            "learning_rate": self._learning_rate(self._locator.is_known()),
             "crops_per_case": recipe.crops_per_case,
             "activation_checkpointing": recipe.activation_checkpointing,
             "precision": [recipe.precision, *(p for p in ("auto", "fp32", "bf16", "fp16") if p != recipe.precision)],
             "seed": recipe.seed,
         }
+
+    def _learning_rate(self, from_weights: bool) -> float:
+        recipe = self.preset.training
+        return (from_weights and recipe.fine_tuning_learning_rate) or recipe.learning_rate
 
     def info(self) -> dict[str, Any]:
         """Description, fields and labels."""
@@ -139,7 +143,9 @@ class UnetrTrainTask(TrainTask):
             ParameterError: naming the field, its value and what would be valid.
         """
         try:
-            asked = TrainRequest.model_validate(self.config() | {k: v for k, v in request.items() if v is not None})
+            given = {key: value for key, value in request.items() if value is not None}
+            rate = {} if given.get("pretrained", True) else {"learning_rate": self._learning_rate(False)}
+            asked = TrainRequest.model_validate(self.config() | rate | given)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in problem["loc"])

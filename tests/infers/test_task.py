@@ -231,3 +231,9 @@ def test_next_image_is_read_while_one_is_computed(
         answers = list(workers.map(lambda path: task({"image": str(path)})[0], (image, other)))
     assert sorted(reads) == ["other.nii.gz", "scan.nii.gz"]
     assert all(answer is not None and Path(answer).is_file() for answer in answers)
+
+
+def test_choice_label_by_label_is_no_option_that_clients_send_back(tmp_path: Path) -> None:
+    preset = tiny_preset(inference={"largest_component": ["core"]})
+    task = UnetrInferTask(preset, WeightsLocator(tmp_path / "none"))
+    assert "largest_component" not in task.info()["config"]

@@ -429,3 +429,14 @@ def test_training_from_nothing_starts_from_a_pretrained_encoder_that_fits(
     assert fits or "does not start from encoder.pt: the weights do not fit" in caplog.text
     task(QUICK, datastore)
     assert plans[1].encoder is None and plans[1].start is not None, "what is served knows more"
+
+
+def test_learning_rate_is_lower_where_training_goes_on_from_weights(locator: WeightsLocator) -> None:
+    recipe = RECIPE | {"learning_rate": 1e-3, "fine_tuning_learning_rate": 2e-4}
+    task = UnetrTrainTask(tiny_preset(training=recipe), locator, "cpu")
+    assert task.validate_request({}).learning_rate == 1e-3
+    _publish_random(locator)
+    assert task.config()["learning_rate"] == 2e-4
+    assert task.validate_request({}).learning_rate == 2e-4
+    assert task.validate_request({"pretrained": False}).learning_rate == 1e-3
+    assert task.validate_request({"learning_rate": 5e-4}).learning_rate == 5e-4
