@@ -17,10 +17,11 @@ from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from lib.datastore.task import VersionedDatastore
 from lib.dicom.index import DicomIndex
+from lib.dicom.remote import RemoteSource, connect
 from lib.dicom.series import Series
-from lib.dicom.sources import FolderSource, RemoteSource, SeriesInfo, SeriesSource, connect
+from lib.dicom.sources import FolderSource, SeriesInfo, SeriesSource
 from lib.dicom.volumes import VolumeCache
-from lib.errors import ImageError, ParameterError
+from lib.errors import ImageError, NotFoundError, ParameterError
 
 logger = logging.getLogger("unetr.datastore")
 
@@ -118,7 +119,7 @@ class SeriesDatastore(VersionedDatastore):
             if self.is_series(image):
                 try:
                     self.volumes.get(image)
-                except ImageError as error:
+                except (ImageError, NotFoundError) as error:  # no volume, or deleted meanwhile
                     logger.warning("labelled series %s is left out of the training: %s", image, error)
                     broken.add(str(self.volumes.file(image).resolve()))
         pairs = super().datalist(full_path)

@@ -1,29 +1,25 @@
-"""Where series come from: a folder with its index, or a DICOMweb server."""
+"""Where series come from: what is asked of a source, and a folder with its index as one."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import requests
-from dicomweb_client import DICOMwebClient
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from requests.auth import HTTPBasicAuth
 
 from lib.dicom.attributes import Json, first_value
 from lib.dicom.index import DicomIndex, SeriesEntry
-from lib.errors import ImageError, NotFoundError, ParameterError, UpstreamError
+from lib.errors import NotFoundError, ParameterError
 
 INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate", "StudyTime", "Modality")
-SECONDS_A_LIST_IS_KEPT = 2.0
-CONNECT_SECONDS, READ_SECONDS = 10, 120
+"""What clients are told of a series."""
+SHOWN_KEYWORDS = ("PatientName", "StudyDescription", "SeriesDescription")
+"""What the page shows of it beside that."""
 SEGMENTATIONS = "segmentations"
 STORED = "stored"
 """Folders for SEGs of series, and for other instances that are stored, in a folder of studies."""
@@ -37,11 +33,13 @@ class SeriesInfo:
         uid: Series Instance UID.
         study: Study Instance UID.
         attributes: what clients show of it, by keyword.
+        shown: patient's name and descriptions, which the page shows and nothing keeps.
     """
 
     uid: str
     study: str
     attributes: Mapping[str, str]
+    shown: Mapping[str, str] = field(default_factory=dict)
 
 
 class SeriesSource(Protocol):
@@ -70,6 +68,9 @@ class SeriesSource(Protocol):
 
     def status(self) -> dict[str, Any]:
         """What is told of it."""
+
+    def problem(self) -> str:
+        """Why its list of series may be wrong now, in a sentence; empty when nothing is known to be."""
 
 
 class FolderSource:
@@ -102,7 +103,7 @@ class FolderSource:
         entries, known = self.index.series(), self._listed
         if known[0] is not entries:  # the index makes another dictionary when anything has changed
             listed = {
-                uid: _info(entry.summary)
+                uid: series_info(entry.summary)
                 for uid, entry in entries.items()
                 if entry.modality in self._modalities and entry.frames > 1
             }
@@ -152,135 +153,9 @@ class FolderSource:
         problems = {Path(path).name: problem for path, problem in sorted(progress.problems.items())[:20]}
         return {"files": progress.found, "indexed": progress.indexed, "problems": problems}
 
-
-class RemoteSource:
-    """Series of a DICOMweb server.
-
-    Args:
-        client: asks it.
-        modalities: those that can be segmented.
-    """
-
-    def __init__(self, client: DICOMwebClient, modalities: Collection[str]) -> None:
-        self.client = client
-        self._modalities = sorted(modalities)
-        self._listed: tuple[float, dict[str, SeriesInfo]] = (float("-inf"), {})
-        self._listing = threading.Lock()
-
-    def start(self) -> None:
-        """As :class:`SeriesSource`: a server is asked when its answer is needed."""
-
-    def stop(self) -> None:
+    def problem(self) -> str:
         """As :class:`SeriesSource`."""
-
-    def series(self) -> dict[str, SeriesInfo]:
-        """As :class:`SeriesSource`; a list is good for two seconds.
-
-        Raises:
-            UpstreamError: when the server does not answer as one.
-        """
-        with self._listing:
-            listed_at, found = self._listed
-            if time.monotonic() - listed_at > SECONDS_A_LIST_IS_KEPT:
-                entries = [entry for modality in self._modalities for entry in self._search({"Modality": modality})]
-                found = {first_value(entry, "SeriesInstanceUID"): _info(entry) for entry in entries}
-                self._listed = time.monotonic(), found
-            return found
-
-    def stamp(self, uid: str) -> str:
-        """As :class:`SeriesSource`: of the instances' UIDs.
-
-        Raises:
-            NotFoundError, UpstreamError: when there is no such series, or no answer.
-        """
-        info = self._known(uid)
-        found = self._ask(lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
-        uids = sorted(first_value(entry, "SOPInstanceUID") for entry in found)
-        return hashlib.sha256(" ".join(uids).encode()).hexdigest()[:16]
-
-    def fetch(self, uid: str, folder: Path) -> list[Path]:
-        """As :class:`SeriesSource`: downloaded instance by instance, as they are stored there.
-
-        Raises:
-            NotFoundError, UpstreamError: when there is no such series, or no answer.
-            ImageError: when the server has no instance of it.
-        """
-        info = self._known(uid)
-        files: list[Path] = []
-        as_stored = (("application/dicom", "*"),)
-        for instance in self._ask(lambda: self.client.iter_series(info.study, uid, media_types=as_stored)):
-            file = folder / f"{len(files):05d}.dcm"
-            instance.save_as(file, write_like_original=False)
-            files.append(file)
-        if not files:
-            raise ImageError(f"series {uid} has no instances on the DICOMweb server")
-        return files
-
-    def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
-        """As :class:`SeriesSource`: a PACS keeps what it has, so this is one more series, of a later date and number.
-
-        Raises:
-            UpstreamError: when the server does not take it.
-        """
-        self._ask(lambda: self.client.store_instances([seg]))
-
-    def keep_instance(self, instance: Dataset) -> None:
-        """As :class:`SeriesSource`.
-
-        Raises:
-            UpstreamError: when the server does not take it.
-        """
-        self._ask(lambda: self.client.store_instances([instance]))
-
-    def status(self) -> dict[str, Any]:
-        """Where it is."""
-        return {"dicomweb": self.client.base_url}
-
-    def _search(self, filters: dict[str, str]) -> list[Json]:
-        fields = [*INFO_KEYWORDS, "SeriesDescription"]
-        found: list[Json] = self._ask(
-            lambda: self.client.search_for_series(search_filters=filters, fields=fields, get_remaining=True)
-        )
-        return found
-
-    def _known(self, uid: str) -> SeriesInfo:
-        info = self.series().get(uid)
-        if info is None:
-            raise NotFoundError("series", uid)
-        return info
-
-    def _ask(self, question: Any) -> Any:
-        try:
-            return question()
-        except (requests.RequestException, ValueError) as error:
-            reason = getattr(getattr(error, "response", None), "status_code", None) or type(error).__name__
-            raise UpstreamError(f"the DICOMweb server does not answer as expected ({reason})") from error
-
-
-class _Session(requests.Session):
-    """Gives up on a server that does not answer, where the client itself would wait for ever."""
-
-    def request(self, *arguments: Any, **options: Any) -> requests.Response:
-        options.setdefault("timeout", (CONNECT_SECONDS, READ_SECONDS))
-        return super().request(*arguments, **options)
-
-
-def connect(url: str, user: str | None, password: str | None, prefixes: Mapping[str, str | None]) -> DICOMwebClient:
-    """A client of a DICOMweb server.
-
-    Args:
-        url: its root.
-        user: for basic authentication; none without.
-        password: the same.
-        prefixes: of ``qido``, ``wado`` and ``stow``, where the server has some.
-    """
-    session = _Session()
-    if user and password:
-        session.auth = HTTPBasicAuth(user, password)
-    given: dict[str, Any] = {f"{name}_url_prefix": prefix for name, prefix in prefixes.items() if prefix}
-    client = DICOMwebClient(url.rstrip("/"), session, **given)
-    client.set_http_retry_params(retry=False)  # a user waits for the answer; the next request tries again
-    return client
+        return ""
 
 
 def _write(instance: Dataset, file: Path) -> None:
@@ -298,6 +173,8 @@ def _pixels_and_uids(instance: Dataset) -> tuple[Any, ...]:
     return tuple(instance.get(k) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "PixelData"))
 
 
-def _info(summary: Json) -> SeriesInfo:
+def series_info(summary: Json) -> SeriesInfo:
+    """What is told of a series, from its attributes as DICOM JSON."""
     attributes = {keyword: first_value(summary, keyword) for keyword in (*INFO_KEYWORDS, "SeriesDescription")}
-    return SeriesInfo(attributes["SeriesInstanceUID"], attributes["StudyInstanceUID"], attributes)
+    shown = {keyword: first_value(summary, keyword) for keyword in SHOWN_KEYWORDS}
+    return SeriesInfo(attributes["SeriesInstanceUID"], attributes["StudyInstanceUID"], attributes, shown)

@@ -20,6 +20,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lib.errors import UpstreamError
+
 disable_created_metrics()  # a second series for each, of when it was first counted, that nobody looks at
 
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -132,12 +134,25 @@ class _Studies(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """One family a figure."""
-        status = self._status()
-        yield GaugeMetricFamily("unetr_images", "Images in the studies", value=status.get("total", 0))
-        yield GaugeMetricFamily("unetr_images_labelled", "Images with a final label", value=status.get("completed", 0))
+        yield from self._counts()
         if self._folder is not None:
             free = shutil.disk_usage(self._folder).free
             yield GaugeMetricFamily("unetr_disk_free_bytes", "Free disk where the studies are", value=free)
+
+    def _counts(self) -> Iterable[Metric]:
+        """Counts of images; none where a PACS has never listed them."""
+        try:
+            status = self._status()
+        except UpstreamError:
+            yield GaugeMetricFamily("unetr_pacs_answers", "Whether the DICOMweb server answers", value=0)
+            return
+        yield GaugeMetricFamily("unetr_images", "Images in the studies", value=status.get("total", 0))
+        yield GaugeMetricFamily("unetr_images_labelled", "Images with a final label", value=status.get("completed", 0))
+        source = status.get("dicom", {})
+        if "dicomweb" in source:
+            answers, age = "problem" not in source, source["list_age_seconds"]
+            yield GaugeMetricFamily("unetr_pacs_answers", "Whether the DICOMweb server answers", value=int(answers))
+            yield GaugeMetricFamily("unetr_pacs_list_age_seconds", "Age of its list of series", value=age)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing, so that registering does not read the studies."""

@@ -12,8 +12,9 @@ from urllib.parse import quote
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion
-from lib.errors import UnetrError
+from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
+from lib.server.routes.health import source_problems
 from lib.server.services import Services
 
 logger = logging.getLogger("unetr.server")
@@ -34,7 +35,10 @@ class Share:
 
 @dataclass(frozen=True)
 class PoolView:
-    """How many cases are in which state. Refused labels count beside the cases."""
+    """How many cases are in which state. Refused labels count beside the cases.
+
+    ``problem`` says why the list of cases may not be that of now, or cannot be had.
+    """
 
     total: int
     labelled: int
@@ -42,6 +46,7 @@ class PoolView:
     open: int
     skipped: int
     quarantined: int
+    problem: str = ""
 
     @property
     def shares(self) -> Iterator[Share]:
@@ -98,8 +103,12 @@ class ActivityView:
 
 def pool_view(parts: Services) -> PoolView:
     """Count the cases."""
-    images = set(parts.datastore.list_images())
-    unlabelled = set(parts.datastore.get_unlabeled_images())
+    problem = " ".join(source_problems(parts))
+    try:
+        images = set(parts.datastore.list_images())
+        unlabelled = set(parts.datastore.get_unlabeled_images())
+    except UpstreamError as error:  # the rest of the page does not need the PACS
+        images, unlabelled, problem = set(), set(), str(error)
     leased = parts.store.leases.active().keys() & unlabelled
     skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
     return PoolView(
@@ -109,6 +118,7 @@ def pool_view(parts: Services) -> PoolView:
         open=len(unlabelled) - len(leased) - len(skipped),
         skipped=len(skipped),
         quarantined=parts.store.history.quarantine.count(),
+        problem=problem,
     )
 
 

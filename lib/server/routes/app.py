@@ -110,6 +110,11 @@ def choose_case(
             except ImageError as error:
                 logger.warning("case %s is skipped: %s", chosen["id"], error)
                 leases.skip(chosen["id"], client, str(error))
+            except NotFoundError:  # a series that has just been deleted
+                leases.release(chosen["id"])
+            except Exception:  # nobody was given the case
+                leases.release(chosen["id"])
+                raise
         taken.add(chosen["id"])  # by somebody who asked at the same time
 
 

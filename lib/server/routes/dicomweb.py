@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from lib.dicom.attributes import dump
 from lib.dicom.index import DicomIndex, Instance
 from lib.dicom.query import search
+from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS, RemoteSource
 from lib.dicom.resources import MediaType, Resource, parse_accept, parse_path
 from lib.dicom.retrieve import NotAcceptableError, Part, frame_parts, instance_parts, multipart, picture
 from lib.dicom.segmentation_reader import is_segmentation
@@ -76,7 +77,9 @@ def respond(request: Request, parts: Services, resource: Resource, path: str) ->
     source = series_store(parts).source
     if isinstance(source, FolderSource):
         return answer_from(source.index, request, resource)
-    return forward(request, parts, resource, path)
+    if isinstance(source, RemoteSource):
+        return forward(request, parts, source, resource, path)
+    raise NotFoundError("DICOMweb server behind", str(parts.instance.studies))
 
 
 def answer_from(index: DicomIndex, request: Request, resource: Resource) -> Response:
@@ -145,7 +148,7 @@ def root_of(request: Request) -> str:
     return f"{str(request.base_url).rstrip('/')}/dicom-web"
 
 
-def forward(request: Request, parts: Services, resource: Resource, path: str) -> Response:
+def forward(request: Request, parts: Services, source: RemoteSource, resource: Resource, path: str) -> Response:
     """Ask the PACS, with the query as the client sent it; its answer is passed on as it comes.
 
     Raises:
@@ -156,20 +159,25 @@ def forward(request: Request, parts: Services, resource: Resource, path: str) ->
     prefix = qido if resource.view == "query" else wado
     user, password = stock_settings.MONAI_LABEL_DICOMWEB_USERNAME, stock_settings.MONAI_LABEL_DICOMWEB_PASSWORD
     root = str(parts.instance.studies).rstrip("/")
-    try:
-        said = requests.get(
+    said = source.ask(
+        lambda: requests.get(
             "/".join(filter(None, [root, prefix, path.removesuffix("/")])),
             params=request.url.query,
             headers={name: request.headers[name] for name in KEPT_HEADERS if name in request.headers},
             auth=(user, password) if user and password else None,
-            timeout=stock_settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT,
+            timeout=(CONNECT_SECONDS, seconds_for(resource)),
             allow_redirects=False,
             stream=True,
         )
-    except requests.RequestException as error:
-        raise UpstreamError("the DICOMweb server behind this one does not answer") from error
+    )
     kept = {name: said.headers[name] for name in RETURNED_HEADERS if name in said.headers}
     return StreamingResponse(_blocks(said), said.status_code, kept)
+
+
+def seconds_for(resource: Resource) -> float:
+    """How long the PACS may be silent: the answer to a query begins soon or never. A stock setting caps both."""
+    seconds = QUERY_SECONDS if resource.view == "query" else TRANSFER_SECONDS
+    return min(seconds, float(stock_settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT))
 
 
 def _blocks(said: requests.Response) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from lib.datastore.series import SeriesDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import MIB
@@ -26,12 +27,12 @@ def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Whether the server can work", responses={503: {"description": "it cannot"}})
 def readyz(parts: Parts, response: Response) -> dict[str, Any]:
-    """Whether weights load, the studies can be written to, and disk is left; 503 if not, with what is wrong.
+    """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
 
     A model that nobody has trained yet is no failure: labelling for it is how it gets trained.
     """
     models, problems = load_models(parts)
-    problems += disk_problems(parts)
+    problems += [*disk_problems(parts), *source_problems(parts)]
     response.status_code = 503 if problems else 200
     return {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
 
@@ -69,6 +70,13 @@ def disk_problems(parts: Services) -> list[str]:
     free_mib = shutil.disk_usage(folder).free // MIB
     wanted = parts.settings.free_disk_mib
     return [f"{free_mib} MiB of disk are free; valid: at least {wanted} MiB"] if free_mib < wanted else []
+
+
+def source_problems(parts: Services) -> list[str]:
+    """What is wrong with where the series come from: a PACS that does not answer."""
+    store = parts.datastore
+    problem = store.source.problem() if isinstance(store, SeriesDatastore) else ""
+    return [problem] if problem else []
 
 
 def studies_folder(parts: Services) -> Path | None:

@@ -86,7 +86,11 @@ async def infer(
     output: Output = Output.all,
 ) -> Response:
     """Answer with ``multipart/form-data`` of ``params`` (JSON) and ``image`` (the mask), or only one of them."""
-    asked = check(parts, user, model, image, session_id, parse_object(params), file, label, output)
+    given = parse_object(params)
+    # in a thread: a series may have to be fetched from a PACS, and nobody else waits for that
+    asked = await anyio.to_thread.run_sync(
+        lambda: check(parts, user, model, image, session_id, given, file, label, output)
+    )
     ready = await anyio.to_thread.run_sync(lambda: recall(parts, asked, user))
     if ready is not None:
         return respond(ready, output)

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio.to_thread
+
 from lib.errors import UnetrError
 from lib.infers.interruption import InterruptedWork
 from lib.infers.task import UnetrInferTask
@@ -109,8 +111,10 @@ class Prefetcher:
         device = str(resolve_device(self._device))
         try:
             task = self._task_of(one.model)
+            # fetched before its turn: the device does not wait for a PACS
+            image = await anyio.to_thread.run_sync(self._file_of, one.image)
             async with self._inferences.idle_turn(device, one) as turn:
-                return await turn.run(lambda: _compute(task, self._file_of(one.image)))
+                return await turn.run(lambda: _compute(task, image))
         except InterruptedWork:
             return "interrupted"
         except UnetrError as error:

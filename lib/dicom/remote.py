@@ -1,0 +1,268 @@
+"""Series of a DICOMweb server, which may be down, hang, or lose a series while it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import requests
+import urllib3
+from dicomweb_client import DICOMwebClient
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from requests.auth import HTTPBasicAuth
+
+from lib.dicom.attributes import Json, first_value
+from lib.dicom.circuit import Circuit
+from lib.dicom.sources import INFO_KEYWORDS, SHOWN_KEYWORDS, SeriesInfo, series_info
+from lib.errors import ImageError, NotFoundError, UpstreamError
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+SECONDS_A_LIST_IS_KEPT = 2.0
+CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS = 3.0, 10.0, 30.0
+"""Time to connect; between two pieces of an answer to a query; between two pieces of instances."""
+UNAVAILABLE = (502, 503, 504)
+GONE = (404, 410)
+UNEXPECTED = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    InvalidDicomError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+)
+"""What comes of an answer that is none, or is not DICOMweb."""
+
+
+class RemoteSource:
+    """Series of a DICOMweb server.
+
+    A query that fails is remembered: for some seconds everybody is told at once, with the last known list where there
+    is one; then the server is tried again in the background, once for everybody.
+
+    Args:
+        client: asks it.
+        modalities: those that can be segmented.
+        circuit: remembers failures.
+        clock: seconds that only rise.
+    """
+
+    def __init__(
+        self,
+        client: DICOMwebClient,
+        modalities: Collection[str],
+        circuit: Circuit | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.client = client
+        self._circuit = circuit or Circuit(clock=clock)
+        self._clock = clock
+        self._modalities = sorted(modalities)
+        self._listed: tuple[float, dict[str, SeriesInfo]] | None = None
+        self._stale = False
+        self._listing = threading.Lock()
+
+    def start(self) -> None:
+        """As :class:`SeriesSource`: a server is asked when its answer is needed."""
+
+    def stop(self) -> None:
+        """As :class:`SeriesSource`."""
+
+    def series(self) -> dict[str, SeriesInfo]:
+        """As :class:`SeriesSource`; a list is good for two seconds, and longer while the server does not answer.
+
+        Raises:
+            UpstreamError: when the server has never answered as one.
+        """
+        self._look_again()
+        if not self._circuit.is_open:
+            with self._listing:  # those who wait here find the answer, or the failure, of the one who asked
+                if not self._circuit.is_open and self._is_due():
+                    self._list()
+        if self._listed is None:
+            raise UpstreamError(self._sentence())
+        return self._listed[1]
+
+    def stamp(self, uid: str) -> str:
+        """As :class:`SeriesSource`: of the instances' UIDs.
+
+        Raises:
+            NotFoundError, UpstreamError: when there is no such series, or no answer.
+        """
+        info = self._known(uid)
+        found = self._ask_for(uid, lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
+        if not found:
+            raise self._gone(uid)
+        uids = sorted(first_value(entry, "SOPInstanceUID") for entry in found)
+        return hashlib.sha256(" ".join(uids).encode()).hexdigest()[:16]
+
+    def fetch(self, uid: str, folder: Path) -> list[Path]:
+        """As :class:`SeriesSource`; downloaded instance by instance, as they are stored there.
+
+        Raises:
+            NotFoundError, UpstreamError: when there is no such series, or no answer.
+            ImageError: when the server has no instance of it.
+        """
+        info = self._known(uid)
+        files: list[Path] = []
+        as_stored = (("application/dicom", "*"),)
+        instances = self._ask_for(uid, lambda: self.client.iter_series(info.study, uid, media_types=as_stored))
+        while (instance := self._ask_for(uid, lambda: next(instances, None))) is not None:
+            file = folder / f"{len(files):05d}.dcm"
+            instance.save_as(file, write_like_original=False)
+            files.append(file)
+        if not files:
+            raise ImageError(f"series {uid} has no instances on the DICOMweb server")
+        return files
+
+    def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
+        """As :class:`SeriesSource`: a PACS keeps what it has, so this is one more series, of a later date and number.
+
+        Raises:
+            UpstreamError: when the server does not take it.
+        """
+        self.keep_instance(seg)
+
+    def keep_instance(self, instance: Dataset) -> None:
+        """As :class:`SeriesSource`.
+
+        Raises:
+            UpstreamError: when the server does not take it.
+        """
+        self.ask(lambda: self.client.store_instances([instance]))
+
+    def status(self) -> dict[str, Any]:
+        """Where it is, how old the list of its series is, and what is wrong with it."""
+        told: dict[str, Any] = {"dicomweb": self.client.base_url, "list_age_seconds": self.list_age_seconds()}
+        return {**told, **({"problem": self._sentence()} if self._circuit.is_open else {})}
+
+    def list_age_seconds(self) -> float | None:
+        """How old the list of series is; None before the first."""
+        return None if self._listed is None else round(self._clock() - self._listed[0], 1)
+
+    def problem(self) -> str:
+        """As :class:`SeriesSource`; the server is asked now, unless it was asked lately."""
+        try:
+            self.series()
+        except UpstreamError as error:
+            return str(error)
+        return self._sentence() if self._circuit.is_open else ""
+
+    def ask(self, question: Callable[[], Answer]) -> Answer:
+        """The server's answer to a question.
+
+        Raises:
+            UpstreamError: when it does not answer as expected; at once while it is known not to answer.
+        """
+        self._look_again()
+        if self._circuit.is_open:
+            raise UpstreamError(self._sentence())
+        try:
+            return question()
+        except UNEXPECTED as error:
+            reason = _reason(error)
+            if _is_away(error):
+                self._circuit.fail(reason)
+            raise UpstreamError(f"the DICOMweb server does not answer as expected ({reason})") from error
+
+    def _ask_for(self, uid: str, question: Callable[[], Answer]) -> Answer:
+        """As ``ask``, of a series that may have been deleted since the list was made."""
+        try:
+            return self.ask(question)
+        except UpstreamError as error:
+            if _status(error.__cause__) in GONE:
+                raise self._gone(uid) from error
+            raise
+
+    def _gone(self, uid: str) -> NotFoundError:
+        self._stale = True
+        return NotFoundError("series", uid)
+
+    def _known(self, uid: str) -> SeriesInfo:
+        info = self.series().get(uid)
+        if info is None:
+            raise NotFoundError("series", uid)
+        return info
+
+    def _is_due(self) -> bool:
+        return self._stale or self._listed is None or self._clock() - self._listed[0] > SECONDS_A_LIST_IS_KEPT
+
+    def _list(self) -> None:
+        """Ask for the list, and keep it or the failure."""
+        try:
+            entries = [entry for modality in self._modalities for entry in self._search({"Modality": modality})]
+            found = {first_value(entry, "SeriesInstanceUID"): series_info(entry) for entry in entries}
+        except UNEXPECTED as error:
+            logger.warning("the DICOMweb server %s does not list its series: %r", self.client.base_url, error)
+            self._circuit.fail(_reason(error))
+        else:
+            self._listed, self._stale = (self._clock(), found), False
+            self._circuit.succeed()
+
+    def _look_again(self) -> None:
+        """Try a server that failed again, in the background, when it is time and nobody else does."""
+        if self._circuit.begin_attempt():
+            threading.Thread(target=self._list, name="dicomweb-attempt", daemon=True).start()
+
+    def _search(self, filters: dict[str, str]) -> list[Json]:
+        fields = [*INFO_KEYWORDS, *SHOWN_KEYWORDS]
+        found: list[Json] = self.client.search_for_series(search_filters=filters, fields=fields, get_remaining=True)
+        return found
+
+    def _sentence(self) -> str:
+        age = self.list_age_seconds()
+        known = "its series were never listed" if age is None else f"its series were listed {age:.0f} s ago"
+        return f"the DICOMweb server does not answer as expected ({self._circuit.problem}); {known}"
+
+
+class _Session(requests.Session):
+    """Gives up on a server that does not answer, where the client itself would wait for ever."""
+
+    def request(self, *arguments: Any, **options: Any) -> requests.Response:
+        query = "json" in str((options.get("headers") or {}).get("Accept", ""))
+        posted = options.get("data") is not None
+        seconds = QUERY_SECONDS if query and not posted else TRANSFER_SECONDS
+        options.setdefault("timeout", (CONNECT_SECONDS, seconds))
+        return super().request(*arguments, **options)
+
+
+def connect(url: str, user: str | None, password: str | None, prefixes: Mapping[str, str | None]) -> DICOMwebClient:
+    """A client of a DICOMweb server.
+
+    Args:
+        url: its root.
+        user: for basic authentication; none without.
+        password: the same.
+        prefixes: of ``qido``, ``wado`` and ``stow``, where the server has some.
+    """
+    session = _Session()
+    if user and password:
+        session.auth = HTTPBasicAuth(user, password)
+    given: dict[str, Any] = {f"{name}_url_prefix": prefix for name, prefix in prefixes.items() if prefix}
+    client = DICOMwebClient(url.rstrip("/"), session, **given)
+    client.set_http_retry_params(retry=False)  # a user waits for the answer; the next request tries again
+    return client
+
+
+def _status(error: BaseException | None) -> int | None:
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
+def _reason(error: Exception) -> str:
+    return str(_status(error) or type(error).__name__)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the server as a whole does not answer, rather than something of one question being wrong."""
+    no_answer = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.TimeoutError)
+    return isinstance(error, no_answer) or _status(error) in UNAVAILABLE

@@ -1,0 +1,168 @@
+"""A DICOMweb server that is down, hangs or loses a series; the fake stands where the network would be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from lib.dicom.attributes import element
+from lib.dicom.circuit import SECONDS_OPEN, Circuit
+from lib.dicom.remote import SECONDS_A_LIST_IS_KEPT, RemoteSource
+from lib.errors import NotFoundError, UpstreamError
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Pacs:
+    """A DICOMweb client whose server has two series; ``failure`` is raised in place of an answer."""
+
+    base_url = "http://pacs.example/dicom-web"
+
+    def __init__(self) -> None:
+        self.uids = ["1.1", "1.2"]
+        self.failure: Exception | None = None
+        self.asked = 0
+        self.before_answer: Callable[[], object] = lambda: None
+
+    def search_for_series(self, **_: Any) -> list[dict[str, Any]]:
+        self._answer()
+        return [element("SeriesInstanceUID", uid) | element("StudyInstanceUID", "1") for uid in self.uids]
+
+    def search_for_instances(self, study: str, uid: str, **_: Any) -> list[dict[str, Any]]:
+        self._answer()
+        return [element("SOPInstanceUID", f"{uid}.{n}") for n in range(3)] if uid in self.uids else []
+
+    def _answer(self) -> None:
+        self.asked += 1
+        self.before_answer()
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pacs() -> Pacs:
+    return Pacs()
+
+
+@pytest.fixture
+def source(pacs: Pacs, clock: Clock) -> RemoteSource:
+    return RemoteSource(pacs, ["MR"], Circuit(clock=clock), clock)
+
+
+def wait_for_attempt() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "dicomweb-attempt":
+            thread.join(10)
+
+
+def test_list_of_a_server_that_fails_is_the_last_known_with_its_age(
+    source: RemoteSource, pacs: Pacs, clock: Clock
+) -> None:
+    assert set(source.series()) == {"1.1", "1.2"} and source.problem() == ""
+    clock.now += 7
+    pacs.failure = requests.ReadTimeout()
+    assert set(source.series()) == {"1.1", "1.2"}
+    assert "ReadTimeout" in source.problem() and "listed 7 s ago" in source.problem()
+    assert source.status()["list_age_seconds"] == 7
+
+
+def test_failure_is_remembered_and_asked_once_for_everybody(source: RemoteSource, pacs: Pacs, clock: Clock) -> None:
+    source.series()
+    clock.now += SECONDS_A_LIST_IS_KEPT + 1
+    pacs.failure, pacs.asked = requests.ConnectionError(), 0
+    threads = [threading.Thread(target=source.series) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    with pytest.raises(UpstreamError, match="ConnectionError"):
+        source.stamp("1.1")
+    assert pacs.asked == 1
+
+
+def test_circuit_closes_when_the_server_answers_again(source: RemoteSource, pacs: Pacs, clock: Clock) -> None:
+    source.series()
+    clock.now += SECONDS_A_LIST_IS_KEPT + 1
+    pacs.failure = requests.ConnectionError()
+    source.series()
+    pacs.failure, pacs.uids = None, ["1.3"]
+    assert set(source.series()) == {"1.1", "1.2"}, "not asked before the time is over"
+    clock.now += SECONDS_OPEN
+    source.series()
+    wait_for_attempt()
+    assert set(source.series()) == {"1.3"} and source.problem() == ""
+
+
+def test_nobody_waits_while_a_server_that_hangs_is_tried_again(source: RemoteSource, pacs: Pacs, clock: Clock) -> None:
+    source.series()
+    clock.now += SECONDS_A_LIST_IS_KEPT + 1
+    pacs.failure = requests.ReadTimeout()
+    source.series()
+    clock.now += SECONDS_OPEN
+    answers, pacs.asked = threading.Event(), 0
+    pacs.before_answer = lambda: answers.wait(30)
+    for _ in range(5):
+        assert set(source.series()) == {"1.1", "1.2"}
+    answers.set()
+    wait_for_attempt()
+    assert pacs.asked == 1
+
+
+def test_server_that_never_answered_is_an_upstream_error(source: RemoteSource, pacs: Pacs) -> None:
+    pacs.failure = requests.ConnectTimeout()
+    for _ in range(3):
+        with pytest.raises(UpstreamError, match=r"ConnectTimeout.*never listed"):
+            source.series()
+    assert pacs.asked == 1
+
+
+def test_answer_that_is_no_list_is_a_failure(source: RemoteSource, pacs: Pacs) -> None:
+    pacs.uids = None  # type: ignore[assignment]
+    with pytest.raises(UpstreamError, match="TypeError"):
+        source.series()
+
+
+def test_series_that_has_just_been_deleted_is_not_found(source: RemoteSource, pacs: Pacs, tmp_path: Path) -> None:
+    source.series()
+    pacs.uids = ["1.2"]
+    with pytest.raises(NotFoundError):
+        source.stamp("1.1")
+    assert set(source.series()) == {"1.2"}, "the list is made anew at once"
+    assert len(source.stamp("1.2")) == 16
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_series_that_the_server_does_not_find_is_not_found(source: RemoteSource, pacs: Pacs, status: int) -> None:
+    source.series()
+    response = requests.Response()
+    response.status_code = status
+    pacs.failure = requests.HTTPError(response=response)
+    with pytest.raises(NotFoundError):
+        source.stamp("1.1")
+
+
+def test_error_of_one_series_leaves_the_circuit_closed(source: RemoteSource, pacs: Pacs) -> None:
+    source.series()
+    response = requests.Response()
+    response.status_code = 500
+    pacs.failure = requests.HTTPError(response=response)
+    with pytest.raises(UpstreamError, match="500"):
+        source.stamp("1.1")
+    pacs.failure = None
+    assert len(source.stamp("1.2")) == 16
