@@ -1,19 +1,24 @@
-"""Orthanc as a PACS: Debian's, in a process of its own, on a loopback port, with a password."""
+"""Orthanc as a PACS: Debian's, in a process and a network of its own, reached on a loopback port, with a password."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import requests
 
-from tests.integration.server import free_port
+from tests.integration import loopback
 
 PLUGINS = Path("/usr/share/orthanc/plugins")
+OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
 USER, PASSWORD = "radiology", "a secret"
 SECONDS_TO_START = 30
 
@@ -28,10 +33,15 @@ class Orthanc:
     def __init__(self, folder: Path) -> None:
         plugin = next(iter(sorted(PLUGINS.glob("libOrthancDicomWeb*"))), None)
         program = shutil.which("Orthanc")
+        if shutil.which(OWN_NETWORK[0]) is None:
+            pytest.skip("needs unshare, of util-linux")
         if program is None or plugin is None:
             pytest.skip("needs Orthanc and its DICOMweb plugin: apt-get install orthanc orthanc-dicomweb")
+        if subprocess.run([*OWN_NETWORK, "true"], check=False).returncode:
+            pytest.skip("needs a network namespace: Orthanc 1.10.1 would listen on every interface")
         folder.mkdir(parents=True, exist_ok=True)
-        self.port = free_port()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.dicomweb = f"{self.url}/dicom-web"
         self.http = requests.Session()
@@ -40,7 +50,6 @@ class Orthanc:
             "StorageDirectory": str(folder / "storage"),
             "IndexDirectory": str(folder / "storage"),
             "HttpPort": self.port,
-            "HttpBindAddresses": ["127.0.0.1"],
             "RemoteAccessAllowed": False,
             "AuthenticationEnabled": True,
             "RegisteredUsers": {USER: PASSWORD},
@@ -51,7 +60,15 @@ class Orthanc:
         file = folder / "orthanc.json"
         file.write_text(json.dumps(configuration))
         with (folder / "orthanc.log").open("wb") as log:
-            self._process = subprocess.Popen([program, str(file)], stdout=log, stderr=subprocess.STDOUT)
+            command = [sys.executable, loopback.__file__, str(listener.fileno()), str(self.port), program, str(file)]
+            self._process = subprocess.Popen(
+                [*OWN_NETWORK, *command],
+                pass_fds=[listener.fileno()],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        listener.close()
         self._wait(folder / "orthanc.log")
 
     def _wait(self, log: Path) -> None:
@@ -74,6 +91,20 @@ class Orthanc:
         """How many series of a modality it has."""
         query = {"Level": "Series", "Query": {"Modality": modality}}
         return len(self.http.post(f"{self.url}/tools/find", json=query, timeout=60).json())
+
+    def delete(self, series_uid: str) -> None:
+        """Delete a series."""
+        query = {"Level": "Series", "Query": {"SeriesInstanceUID": series_uid}}
+        for found in self.http.post(f"{self.url}/tools/find", json=query, timeout=60).json():
+            self.http.delete(f"{self.url}/series/{found}", timeout=60).raise_for_status()
+
+    def hang(self) -> None:
+        """Take connections and answer nothing, until ``go_on``."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again."""
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """End it."""

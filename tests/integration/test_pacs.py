@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import requests
 from dicom_series import SeriesIdentity, write_series
@@ -16,6 +18,7 @@ from pydicom import dcmread
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
 from lib.configs.catalogue import load_preset
+from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS
 from lib.dicom.segmentation_reader import read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import read_series
@@ -174,6 +177,48 @@ def test_nothing_but_get_and_store_is_passed_on(clinic: Clinic, method: str, pat
     # a POST to a study is a STOW, of which this one has no part
     assert status in (400, 405), body
     assert clinic.orthanc.count("MR") == before
+
+
+def test_pacs_is_reached_from_this_machine_only(clinic: Clinic) -> None:
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr}
+    own = [c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == clinic.orthanc.port]
+    assert listening and {c.laddr.ip for c in own if c.status == "LISTEN"} == {"127.0.0.1"}
+
+
+def test_inference_right_after_a_deletion_is_not_found(clinic: Clinic) -> None:
+    uid = read_series(clinic.late).uid
+    wait_until(lambda: uid in clinic.server.get("/datastore/?output=all").json()["objects"], 10)
+    assert clinic.server.infer("hippocampus_mr", uid).status_code == 200
+    clinic.orthanc.delete(uid)
+    answer = clinic.server.infer("hippocampus_mr", uid)
+    assert (answer.status_code, answer.json()["error"]) == (404, "NotFoundError")
+
+
+def test_pacs_that_hangs_holds_nobody_up(clinic: Clinic) -> None:
+    """The first who ask wait for one time-out; then everybody is told at once, until it answers again."""
+    clinic.server.get("/datastore/")
+    clinic.orthanc.hang()
+    try:
+        wait_until(lambda: clinic.server.get("/readyz").status_code == 503, 30)
+        began = time.monotonic()
+        answers = {path: clinic.server.get(path) for path in ("/", "/metrics", "/info/", "/readyz", "/datastore/")}
+        refused = [
+            clinic.server.infer("hippocampus_mr", clinic.series[0].uid),
+            clinic.server.post("/activelearning/random", json={}),
+            clinic.server.get("/dicom-web/studies"),
+        ]
+        assert time.monotonic() - began < CONNECT_SECONDS + QUERY_SECONDS
+        assert [answer.status_code for answer in refused] == [502] * 3
+        assert {path: a.status_code for path, a in answers.items()} == dict.fromkeys(answers, 200) | {"/readyz": 503}
+        assert "ReadTimeout" in answers["/readyz"].json()["problems"][0]
+        assert "unetr_pacs_answers 0.0" in answers["/metrics"].text
+        assert "were listed" in answers["/"].text, "the page says how old the list is"
+        assert answers["/datastore/"].json()["dicom"]["list_age_seconds"] > 2
+        assert clinic.server.get("/leases/").json()["leases"] == {}
+    finally:
+        clinic.orthanc.go_on()
+    wait_until(lambda: clinic.server.get("/readyz").status_code == 200, 30)
+    assert clinic.server.infer("hippocampus_mr", clinic.series[0].uid).status_code == 200
 
 
 def test_pacs_that_is_away_is_told(clinic: Clinic) -> None:
