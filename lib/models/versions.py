@@ -26,7 +26,7 @@ import psutil
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, NotFoundError, TrainingError
-from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_live
+from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_details, read_live
 from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint
 from lib.networks.layouts import StateDict
 from lib.storage.json_files import write_json
@@ -35,7 +35,18 @@ logger = logging.getLogger("unetr.publish")
 
 REPORT_FILE = "report.html"
 STAGING = ".staging-"
-Status = Literal["shipped", "published", "rejected", "unproven"]
+Status = Literal["shipped", "published", "rejected", "unproven", "damaged"]
+NOTHING = type(None)
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "status": (str,),
+    "sha256": (str,),
+    "created": (str,),
+    "parent": (str, NOTHING),
+    "held_out": (dict, NOTHING),
+    "label_digests": (dict, NOTHING),
+    "split": (dict, NOTHING),
+}
+"""What others rely on in ``version.json``, where it is there."""
 Files = Mapping[str, Callable[[str], str]]
 
 
@@ -48,20 +59,24 @@ class Version:
         folder: where its files are.
         weights: its weights.
         details: what is known of it, as in ``version.json``.
+        damage: why nothing is known of it; empty where its ``version.json`` can be read.
     """
 
     name: str
     folder: Path
     weights: Path
     details: Mapping[str, Any]
+    damage: str = ""
 
     @property
     def status(self) -> Status:
         """How it may be served.
 
         ``published`` and ``shipped``: yes. ``rejected``: it did not pass the gate. ``unproven``: no case could judge
-        it, and it waits for a person who serves it.
+        it, and it waits for a person who serves it. ``damaged``: nothing is known of it.
         """
+        if self.damage:
+            return "damaged"
         if self.name == SHIPPED:
             return "shipped"
         status = self.details["status"]
@@ -174,6 +189,8 @@ class VersionStore:
             CheckpointError: when its weights are not those that were kept.
         """
         version = self.get(name)
+        if version.damage:
+            raise CheckpointError(f"version {name!r} is damaged and is not served: {version.damage}")
         if version.status == "rejected" and not rejected:
             raise TrainingError(
                 f"version {name!r} was rejected and is not served, unless with rejected=true: "
@@ -196,8 +213,8 @@ class VersionStore:
         live = self.live()
         if live is None or live.name == SHIPPED:
             raise TrainingError("the weights in use are not published ones, and stay")
-        known = [version.name for version in self.list()]
-        if live.parent in known:
+        whole = [version.name for version in self.list() if not version.damage]
+        if live.parent in whole:
             return self.rollback(live.parent, rejected=True).name  # it has been served before
         (self.folder / LIVE_FILE).unlink()
         return ""
@@ -211,7 +228,11 @@ class VersionStore:
         Returns:
             Names of those that were removed.
         """
-        live = self.live()
+        try:
+            live = self.live()
+        except (CheckpointError, NotFoundError) as error:
+            logger.error("%s: no version is removed while it is not known which one is served: %s", self.folder, error)
+            return ()
         spared = {live.name, live.parent} if live is not None else set()
         removed = []
         for status in ("published", "rejected", "unproven"):
@@ -225,13 +246,14 @@ class VersionStore:
     def _read(self, name: str) -> Version:
         folder = self.folder if name == SHIPPED else self.folder / name
         side_car, weights = (SHIPPED + ".json", "shipped.pt") if name == SHIPPED else (VERSION_FILE, WEIGHTS_FILE)
+        if name == SHIPPED:
+            details = read_details(folder / side_car) or {"sha256": file_sha256(folder / weights)}
+            return Version(name, folder, folder / weights, details)
         try:
             details = json.loads((folder / side_car).read_text(encoding="utf-8"))
+            return Version(name, folder, folder / weights, check_details(details))
         except (OSError, ValueError) as error:
-            if name != SHIPPED:
-                raise CheckpointError(f"version {name!r} cannot be read: {error}") from error
-            details = {"sha256": file_sha256(folder / weights)}
-        return Version(name, folder, folder / weights, details)
+            return Version(name, folder, folder / weights, {}, f"{side_car} cannot be read: {error}")
 
     def _add(self, weights: StateDict, preset: Preset, details: dict[str, Any], files: Files) -> Version:
         self._remove_left_overs()
@@ -261,6 +283,21 @@ class VersionStore:
         for path in self.folder.glob(f"{STAGING}*"):
             if not psutil.pid_exists(int(path.name.removeprefix(STAGING).split("-")[0])):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def check_details(details: Any) -> dict[str, Any]:
+    """What ``version.json`` says, as far as others rely on it.
+
+    Raises:
+        ValueError: naming what is not as it was written.
+    """
+    if not isinstance(details, dict):
+        raise ValueError("it is no JSON object")
+    for key, kinds in KINDS.items():
+        if not isinstance(details.get(key), kinds):
+            raise ValueError(f"{key} is {details.get(key)!r:.80}")
+    datetime.datetime.fromisoformat(details["created"])
+    return details
 
 
 def now() -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.networks.checkpoint import Checkpoint
+from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint
+
+logger = logging.getLogger("unetr.publish")
 
 Origin = Literal["published", "pretrained", "shipped"]
 
@@ -72,6 +76,45 @@ def read_live(folder: Path) -> str | None:
     return name
 
 
+def read_details(path: Path) -> dict[str, Any]:
+    """What is known of a version, from its ``version.json``; empty where that is missing or damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def damage_of(weights: Path) -> str:
+    """What is wrong with a version's file of weights, in a sentence; empty where it is what was kept.
+
+    A file that has not changed is looked at once.
+    """
+    try:
+        status = weights.stat()
+    except OSError:
+        return f"the weights of version {weights.parent.name!r} are not there"
+    return _damage_of(weights, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1000)
+def _damage_of(weights: Path, mtime_ns: int, size: int) -> str:
+    name, kept = weights.parent.name, read_details(weights.with_name(VERSION_FILE)).get("sha256")
+    try:
+        if kept is None:
+            read_checkpoint(weights)
+        elif file_sha256(weights) != kept:
+            return f"the weights of version {name!r} are damaged: their SHA-256 is another one"
+    except (CheckpointError, OSError) as error:
+        return f"the weights of version {name!r} cannot be used: {error}"
+    return ""
+
+
+def _number(name: object) -> int:
+    """The number of a version's name; 0 for any other."""
+    return int(name[1:]) if isinstance(name, str) and VERSION_NAME.fullmatch(name) else 0
+
+
 class WeightsLocator:
     """Knows where the weights of one preset can be.
 
@@ -79,28 +122,69 @@ class WeightsLocator:
         folder: ``model/<preset>``: ``shipped.pt`` comes with the project, training adds a folder a version, and
             ``live.json`` names the one that is served.
         pretrained: path or URL of weights of one's own.
+
+    Attributes:
+        problem: why the weights that were found last are not those that should be served; empty where they are.
     """
 
     def __init__(self, folder: Path, pretrained: str | None = None) -> None:
         self.folder = folder
         self.shipped = folder / "shipped.pt"
         self._pretrained = pretrained
+        self.problem = ""
 
     def find(self) -> WeightsFile | None:
         """The live version; where there is none, pretrained weights (downloaded if it is a URL), or the shipped ones.
 
+        A live version whose weights are damaged or gone is not served: its parent is, or the nearest before it that is
+        whole. :attr:`problem` and the log say so.
+
         Raises:
-            CheckpointError: when the live version or pretrained weights are named but are not there.
+            CheckpointError: when there are damaged weights only, or pretrained ones are named but are not there.
         """
-        live = read_live(self.folder)
-        if live is None and self._pretrained:
-            return WeightsFile(self._local_pretrained(self._pretrained), "pretrained")
-        if live in (None, SHIPPED):
-            return WeightsFile(self.shipped, "shipped") if self.shipped.is_file() else None
-        path = self.folder / live / WEIGHTS_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder.name}/{LIVE_FILE} names {live!r}, whose weights are not there")
-        return WeightsFile(path, "published")
+        file, problem = self._search()
+        if problem and problem != self.problem:
+            logger.error("%s: %s; served instead: %s", self.folder.name, problem, file.version if file else "nothing")
+        self.problem = problem
+        if file is None and problem:
+            raise CheckpointError(f"{self.folder.name}: {problem}")
+        return file
+
+    def _search(self) -> tuple[WeightsFile | None, str]:
+        """The weights to serve, and what is wrong with those that should be."""
+        problems = []
+        try:
+            name = read_live(self.folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            name = self._newest_published(below=None)
+        while name not in (None, SHIPPED):
+            path = self.folder / str(name) / WEIGHTS_FILE
+            if not (damage := damage_of(path)):
+                return WeightsFile(path, "published"), "; ".join(problems)
+            problems.append(damage)
+            name = self._before(str(name))
+        if name is None and self._pretrained:
+            return WeightsFile(self._local_pretrained(self._pretrained), "pretrained"), "; ".join(problems)
+        return (WeightsFile(self.shipped, "shipped") if self.shipped.is_file() else None), "; ".join(problems)
+
+    def _before(self, name: str) -> str | None:
+        """The version that was served before another one: its parent, or else the newest published one before it."""
+        parent = read_details(self.folder / name / VERSION_FILE).get("parent")
+        if parent in (SHIPPED, "pretrained", "") or (_number(parent) and _number(parent) < _number(name)):
+            return parent if parent == SHIPPED or _number(parent) else None
+        return self._newest_published(below=_number(name))
+
+    def _newest_published(self, below: int | None) -> str | None:
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        published = [
+            name
+            for name in names
+            if _number(name)
+            and (below is None or _number(name) < below)
+            and read_details(self.folder / name / VERSION_FILE).get("status") == "published"
+        ]
+        return max(published, key=_number, default=None)
 
     def is_known(self) -> bool:
         """Whether there are weights, without downloading any."""

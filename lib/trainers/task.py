@@ -257,6 +257,13 @@ class UnetrTrainTask(TrainTask):
         file = self._locator.find()
         return "" if file is None else file.version
 
+    def serving(self) -> tuple[str, str]:
+        """The version that is served now, empty for none; and why it is not the one that should be, in words."""
+        try:
+            return self.served_version(), self._locator.problem
+        except CheckpointError as error:
+            return "", str(error)
+
     def _pass_gate(
         self, scores: Evaluation, plan: TrainingPlan, material: Material
     ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
@@ -313,7 +320,7 @@ class UnetrTrainTask(TrainTask):
         logger.info("%d training, %d validation, %d test cases", *map(len, (material.train, material.validation,
                                                                              material.test)))  # fmt: skip
         if not material.validation:
-            logger.warning("%s", nothing_judges(len(usable), bool(self.served_version())))
+            logger.warning("%s", nothing_judges(len(usable), bool(self.serving()[0])))
         replay = self._replay(split)
         corrected = corrected_ids(datastore, ids_of(material.train))
         train = weigh(material.train, corrected, replay, self._settings.oversample)
@@ -363,7 +370,7 @@ class UnetrTrainTask(TrainTask):
         cases = self.submitted(datastore).cases
         if not cases or divide(cases, self._planned_split(datastore, cases, asked.val_split)).validation:
             return ""
-        return nothing_judges(len(cases), bool(self.served_version()))
+        return nothing_judges(len(cases), bool(self.serving()[0]))
 
     def submitted(self, datastore: Datastore) -> SubmittedLabels:
         """The datastore's final labels that are for this preset."""

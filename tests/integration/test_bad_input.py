@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import requests
 
-from tests.integration.server import MAIN, Server, fingerprint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from tests.integration.server import MAIN, REPOSITORY, Server, fingerprint
 
 NOISE = np.random.default_rng(0).normal(100, 20, (40, 50, 40)).astype(np.float32)
 
@@ -193,3 +194,18 @@ def test_weights_of_another_network(server: Server, tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
     answer = server.put("/model/hippocampus_mr", files={"file": ("other.pt", (tmp_path / "other.pt").read_bytes())})
     check_refused(server, answer, 422, "the weights do not fit the network")
+
+
+@pytest.mark.parametrize("kind", ["nan", "empty"])
+def test_weights_that_segment_nothing_are_refused_as_a_model(server: Server, tmp_path: Path, kind: str) -> None:
+    """NaN becomes an empty mask; so does a network whose background is always the likeliest."""
+    shipped = read_checkpoint(REPOSITORY / "model" / "hippocampus_mr" / "shipped.pt")
+    state = {name: value.clone() for name, value in shipped.model.items()}
+    bias = next(name for name in reversed(state) if name.endswith("bias"))
+    state[bias][0] = float("nan") if kind == "nan" else 1e4
+    write_checkpoint(tmp_path / "mine.pt", Checkpoint(state, shipped.preset))
+    answer = server.put("/model/hippocampus_mr", files={"file": ("mine.pt", (tmp_path / "mine.pt").read_bytes())})
+    assert answer.status_code == 422, answer.text
+    words = {"nan": "the weights hold values that are not finite (NaN or infinity): ", "empty": "segment nothing there"}
+    assert words[kind] in answer.json()["detail"]
+    assert server.get("/model/versions/hippocampus_mr").json()["serving"] != "mine"

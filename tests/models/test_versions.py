@@ -105,6 +105,25 @@ def test_rollback_to_damaged_weights_is_refused(store: VersionStore) -> None:
     assert _live(store) == "v0002"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"status": 1}', '{"status": "published", "sha256": "x"}'])
+def test_version_whose_record_is_damaged_is_listed_as_damaged_beside_the_others(
+    store: VersionStore, content: str
+) -> None:
+    _publish(store)
+    _publish(store, 2, parent="v0001")
+    record = store.folder / "v0002" / "version.json"
+    record.chmod(0o644)
+    record.write_text(content)
+    assert [(v.name, v.status) for v in store.list()] == [
+        ("shipped", "shipped"), ("v0001", "published"), ("v0002", "damaged"),
+    ]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"'v0002' is damaged and is not served: version\.json cannot be read"):
+        store.rollback("v0002")
+    assert store.prune(1) == ()
+    assert _publish(store, 3) == "v0003"
+    assert store.rollback("v0001").name == "v0001"
+
+
 def test_withdrawing_serves_the_parent_and_ends_at_what_the_preset_starts_with(store: VersionStore) -> None:
     _publish(store, 1, parent="shipped")
     _publish(store, 2, parent="v0001")

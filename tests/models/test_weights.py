@@ -13,7 +13,7 @@ from lib.configs.preset import Preset
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.infers.model_cache import ModelCache
 from lib.models.weights import LIVE_FILE, WeightsLocator, preset_for, read_live
-from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -34,8 +34,7 @@ def _serve(folder: Path, version: object) -> None:
 def test_locator_takes_the_live_version_then_pretrained_then_shipped(tmp_path: Path) -> None:
     folder, own = tmp_path / "model", tmp_path / "own.pt"
     for path in (folder / "v0001" / "weights.pt", folder / "v0002" / "weights.pt", folder / "shipped.pt", own):
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_bytes(b"x")
+        _write(path)
     found = []
     for version, pretrained in (("v0001", own), ("v0002", None), ("shipped", own), (None, own), (None, None)):
         (folder / LIVE_FILE).unlink(missing_ok=True)
@@ -60,15 +59,72 @@ def test_live_pointer_that_is_none_is_refused(tmp_path: Path, version: object) -
         read_live(tmp_path)
 
 
-def test_live_pointer_to_a_version_that_is_gone_is_refused(tmp_path: Path) -> None:
+def _keep(folder: Path, name: str, seed: int = 0, **details: object) -> Path:
+    """A version as training leaves it."""
+    weights = _write(folder / name / "weights.pt", seed=seed, version=name)
+    (folder / name / "version.json").write_text(
+        json.dumps({"status": "published", "sha256": file_sha256(weights)} | details), encoding="utf-8"
+    )
+    return weights
+
+
+def test_damaged_live_weights_are_replaced_by_their_parents_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path / "shipped.pt", version="shipped")
+    _keep(tmp_path, "v0001", 1, parent="shipped")
+    _keep(tmp_path, "v0002", 2, parent="v0001", status="rejected")
+    live = _keep(tmp_path, "v0003", 3, parent="v0001")
+    _serve(tmp_path, "v0003")
+    locator = WeightsLocator(tmp_path)
+    cache = ModelCache(tiny_preset(), locator, "fp32")
+    assert (cache.get(CPU).version, locator.problem) == ("v0003", "")
+    live.write_bytes(live.read_bytes()[:-1] + b"?")
+    assert cache.get(CPU).describe() == {"preset": "tiny", "version": "v0001", "origin": "published"}
+    assert locator.problem == "the weights of version 'v0003' are damaged: their SHA-256 is another one"
+    cache.get(CPU)
+    assert caplog.text.count(f"{locator.problem}; served instead: v0001") == 1
+    (tmp_path / "v0001" / "weights.pt").unlink()
+    assert cache.get(CPU).version == "shipped"
+    assert locator.problem.endswith("; the weights of version 'v0001' are not there")
+    _keep(tmp_path, "v0003", 3, parent="v0001")
+    assert cache.get(CPU).version == "v0003"
+    assert locator.problem == "", "it is whole again"
+
+
+def test_damaged_weights_without_any_before_them_are_refused(tmp_path: Path) -> None:
+    _keep(tmp_path, "v0001", parent="").write_bytes(b"half")
+    _serve(tmp_path, "v0001")
+    with pytest.raises(CheckpointError, match="version 'v0001' are damaged"):
+        WeightsLocator(tmp_path).find()
+
+
+def test_version_whose_record_is_damaged_too_is_followed_by_the_published_one_before(tmp_path: Path) -> None:
+    _keep(tmp_path, "v0001", parent="")
+    _keep(tmp_path, "v0002", status="rejected")
+    _keep(tmp_path, "v0003", status="rejected")
+    _serve(tmp_path, "v0003")
+    (tmp_path / "v0003" / "version.json").write_text("{")
+    locator = WeightsLocator(tmp_path)
+    whole = locator.find()
+    assert whole is not None and whole.version == "v0003", "its weights can still be read"
+    (tmp_path / "v0003" / "weights.pt").write_bytes(b"half")
+    found = locator.find()
+    assert found is not None and found.version == "v0001"
+
+
+def test_live_pointer_that_is_damaged_or_names_nothing_is_told_and_others_are_served(tmp_path: Path) -> None:
     _write(tmp_path / "shipped.pt")
     _serve(tmp_path, "v0007")
     locator = WeightsLocator(tmp_path)
-    with pytest.raises(CheckpointError, match="names 'v0007', whose weights are not there"):
-        locator.find()
+    found = locator.find()
+    assert found is not None and found.origin == "shipped"
+    assert locator.problem == "the weights of version 'v0007' are not there"
+    _keep(tmp_path, "v0001")
     (tmp_path / LIVE_FILE).write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"live\.json cannot be used"):
-        locator.find()
+    found = locator.find()
+    assert found is not None and found.version == "v0001"
+    assert "live.json cannot be used" in locator.problem
     assert locator.is_known()
 
 

@@ -159,7 +159,7 @@ async def computed(parts: Services, gallery: Gallery, subject: Subject, kind: st
     """
     if not subject.model:
         raise ParameterError("layers", kind, "label:<version>, since no model has weights")
-    key = (kind, subject.model, parts.train_task(subject.model).served_version(), subject.path, stamp_of(subject.path))
+    key = (kind, subject.model, parts.train_task(subject.model).serving()[0], subject.path, stamp_of(subject.path))
     async with gallery.computing:
         kept = gallery.volumes.peek(key)
         if kept is not None:

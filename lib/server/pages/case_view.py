@@ -152,7 +152,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     return CaseView(
         id=image,
         model=model,
-        model_version=parts.train_task(model).served_version() if model else "",
+        model_version=parts.train_task(model).serving()[0] if model else "",
         estimate=estimate_of(parts, model, path) if model else None,
         ohif=ohif_path(parts, image),
         colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},

@@ -18,7 +18,7 @@ MOST_VERSIONS = 30
 
 @dataclass(frozen=True)
 class VersionView:
-    """One version as a line of the table: ``state`` is live, published, rejected, unproven or shipped."""
+    """One version as a line of the table: ``state`` is live, published, rejected, unproven, damaged or shipped."""
 
     model: str
     name: str
@@ -51,10 +51,11 @@ class VersionView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model and its versions, the newest first."""
+    """A model and its versions, the newest first; ``problem`` says why the live one is not served."""
 
     name: str
     versions: tuple[VersionView, ...] = field(default=())
+    problem: str = ""
 
     def chart(self, t: Language) -> str:
         """Mean Dice by version: a filled circle for the one that is served, crosses for rejected ones."""
@@ -74,9 +75,9 @@ def models_view(parts: Services) -> list[ModelView]:
 def model_view(parts: Services, name: str) -> ModelView:
     """One model."""
     task = parts.train_task(name)
-    live = task.served_version()
+    live, problem = task.serving()
     versions = sorted(task.versions.list(), key=lambda version: -version.number)[:MOST_VERSIONS]
-    return ModelView(name, tuple(_view(name, version, live) for version in versions))
+    return ModelView(name, tuple(_view(name, version, live) for version in versions), problem)
 
 
 def _view(model: str, version: Version, live: str) -> VersionView:
@@ -85,11 +86,11 @@ def _view(model: str, version: Version, live: str) -> VersionView:
         model=model,
         name=version.name,
         number=version.number,
-        state="live" if version.name == live else version.status,
+        state="live" if version.name == live and not version.damage else version.status,
         mean_dice=scores.get("mean_dice"),
         dice=scores.get("dice") or {},
         made=str(version.details.get("created", "")),
-        reason=str(version.details.get("reason", "")),
+        reason=version.damage or str(version.details.get("reason", "")),
         never_compared=not version.compared,
         report_path=f"/model/versions/{quote(model)}/{quote(version.name)}/report" if version.report else None,
     )

@@ -173,4 +173,4 @@ def clock(seconds: float) -> str:
 
 
 def _stamp(parts: Services, model: str) -> str:
-    return parts.train_task(model).served_version() if model in parts.instance._trainers else ""
+    return parts.train_task(model).serving()[0] if model in parts.instance._trainers else ""

@@ -29,12 +29,14 @@ def healthz() -> dict[str, str]:
 def readyz(parts: Parts, response: Response) -> dict[str, Any]:
     """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
 
-    A model that nobody has trained yet is no failure: labelling for it is how it gets trained.
+    A model that nobody has trained yet is no failure: labelling for it is how it gets trained. Nor is a damaged live
+    version, as long as the one before it is served; ``warnings`` says so.
     """
     models, problems = load_models(parts)
     problems += [*disk_problems(parts), *source_problems(parts)]
     response.status_code = 503 if problems else 200
-    return {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
+    state = {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
+    return state | {"warnings": weights_warnings(parts)}
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
@@ -55,6 +57,12 @@ def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
             versions[name] = "unusable"
             problems.append(f"model {name!r}: {error}")
     return versions, problems
+
+
+def weights_warnings(parts: Services) -> list[str]:
+    """A sentence for each model that is served by another version than its live one."""
+    states = {name: parts.train_task(name).serving() for name in parts.instance._trainers}
+    return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
 
 
 def disk_problems(parts: Services) -> list[str]:

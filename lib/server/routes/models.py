@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio.to_thread
+import numpy as np
 import torch
 from fastapi import APIRouter, File, UploadFile
 from fastapi.responses import FileResponse
 
-from lib.errors import NotFoundError, TrainingError
+from lib.errors import CheckpointError, InputError, NotFoundError, TrainingError, UnetrError
 from lib.infers.segmenter import Segmenter
 from lib.models.provenance import code_version
-from lib.models.versions import Version
-from lib.models.weights import preset_for
-from lib.networks.checkpoint import read_checkpoint
+from lib.models.versions import Version, VersionStore
+from lib.models.weights import preset_for, read_live
+from lib.networks.checkpoint import check_finite, read_checkpoint
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
 from lib.server.services import Parts, Services
+from lib.transforms.volume import Volume, read_volume
 
 logger = logging.getLogger("unetr.server")
+
+CASES_TRIED = 3
+MOST_IMAGES_OPENED = 20
 router = APIRouter(prefix="/model", tags=["Model"])
 
 
@@ -43,17 +49,23 @@ def describe(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
 
 @router.get("/versions/{model}", summary="All versions, and which one is live")
 def versions(parts: Parts, user: AsUser, model: str) -> dict[str, Any]:
-    """Name, status, time, parent, reason and scores of each version, the oldest first."""
-    store = parts.train_task(model).versions
-    live = store.live()
-    return {"live": live.name if live else None, "versions": [summarize(version) for version in store.list()]}
+    """Name, status, time, parent, reason and scores of each version, the oldest first.
+
+    ``live`` is the version that was published or chosen last, ``serving`` what is served: another one where the live
+    one is damaged, which ``problem`` says.
+    """
+    task = parts.train_task(model)
+    serving, problem = task.serving()
+    listed = [summarize(version) for version in task.versions.list()]
+    return {"live": live_name(task.versions), "serving": serving or None, "problem": problem, "versions": listed}
 
 
 @router.get("/versions/{model}/{version}", summary="All that is known of a version")
 def version_details(parts: Parts, user: AsUser, model: str, version: str) -> dict[str, Any]:
     """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
     found = parts.train_task(model).versions.get(version)
-    return {"version": found.name, "status": found.status} | dict(found.details)
+    damaged = {"reason": found.damage} if found.damage else {}
+    return {"version": found.name} | dict(found.details) | {"status": found.status} | damaged
 
 
 @router.get("/versions/{model}/{version}/report", summary="A version's report", response_class=FileResponse)
@@ -121,13 +133,23 @@ def withdraw(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
     return {}
 
 
+def live_name(store: VersionStore) -> str | None:
+    """The version that the live pointer names; None where it names none, or is damaged."""
+    try:
+        return read_live(store.folder)
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def summarize(version: Version) -> dict[str, Any]:
     """A line of the list of versions."""
     kept = ("created", "reason", "uploaded_by", "sha256")
     said = {name: version.details[name] for name in kept if name in version.details}
     dice = (version.details.get("held_out") or {}).get("mean_dice")
     told = {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice}
-    return told | {"never_compared": not version.compared} | said
+    damaged = {"reason": version.damage} if version.damage else {}
+    return told | {"never_compared": not version.compared} | said | damaged
 
 
 def current_weights(parts: Services, model: str) -> Path:
@@ -143,20 +165,23 @@ def current_weights(parts: Services, model: str) -> Path:
 
 
 def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -> dict[str, Any]:
-    """Publish an uploaded checkpoint that the model's network takes.
+    """Publish an uploaded checkpoint that the model's network takes, and that segments something.
 
     Raises:
-        CheckpointError: when it cannot be read, holds code, or does not fit.
+        CheckpointError: when it cannot be read, holds code, does not fit, is not finite, or segments nothing.
     """
     task = parts.infer_task(model)
     with temporary_folder() as folder:
         checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
+        check_finite(checkpoint.model)
         preset = preset_for(checkpoint, task.preset)
         fitted = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
+        tried = try_on_a_case(fitted, cases_to_try(parts))
     details = {
-        "parent": parts.train_task(model).served_version(),
+        "parent": parts.train_task(model).serving()[0],
         "reason": f"uploaded by {user}, without a comparison",
         "compared": False,
+        "tried_on": tried,
         "uploaded_by": user,
         "upload_info": dict(checkpoint.info),
         "code": code_version(),
@@ -168,3 +193,46 @@ def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -
         "modified_time": int(version.weights.stat().st_mtime),
         "version": version.name,
     }
+
+
+def cases_to_try(parts: Services) -> Iterator[tuple[str, Volume]]:
+    """A few images of the studies that can be read, labelled ones first, since something is to be found there."""
+    datastore = parts.datastore
+    labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
+    found = 0
+    for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:
+        try:
+            volume = read_volume(parts.image_file(image))
+        except UnetrError as error:
+            logger.info("uploaded weights are not tried on %s: %s", image, error)
+            continue
+        yield image, volume
+        found += 1
+        if found == CASES_TRIED:
+            return
+
+
+def try_on_a_case(segmenter: Segmenter, cases: Iterable[tuple[str, Volume]]) -> str:
+    """Segment cases until one has a mask.
+
+    Returns:
+        The id of that case; empty where there is none to try on.
+
+    Raises:
+        CheckpointError: when probabilities are not finite, or all masks are empty.
+    """
+    empty = []
+    for image, volume in cases:
+        try:
+            found = segmenter.segment(volume, name=image, entropy=True)
+        except InputError as error:
+            logger.info("uploaded weights are not tried on %s: %s", image, error)
+            continue
+        if found.entropy is not None and not np.isfinite(found.entropy).all():
+            raise CheckpointError(f"the weights were tried on {image!r}, and their probabilities are not finite")
+        if found.labels.any():
+            return image
+        empty.append(image)
+    if empty:
+        raise CheckpointError(f"the weights were tried on {', '.join(map(repr, empty))}, and segment nothing there")
+    return ""

@@ -116,7 +116,7 @@ class Retrainer:
             last_run_at=last_run_at,
             runs=len(runs),
             running=self._parts.jobs.open("train") > 0,
-            serving=bool(task.served_version()),
+            serving=bool(task.serving()[0]),
             failures=len(failed),
             failed_at=failed[-1] if failed else 0.0,
             utc_offset_seconds=time.localtime().tm_gmtoff,
@@ -168,7 +168,7 @@ class Retrainer:
 
     def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:
         """The history with the served model's mean Dice on the new labels, where few are new and a floor is set."""
-        settings, served = self._parts.settings, self._parts.train_task(model).served_version()
+        settings, served = self._parts.settings, self._parts.train_task(model).serving()[0]
         if not served or not settings.retrain_floor or len(new) >= settings.retrain_after or not new:
             return history
         dice = []

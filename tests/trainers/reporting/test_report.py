@@ -19,7 +19,7 @@ from torch import nn
 from lib.cases.labelled import Case
 from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
-from lib.trainers.judging.gate import Rules, judge
+from lib.trainers.judging.gate import Champion, Rules, judge
 from lib.trainers.loop import TrainingResult, Validation
 from lib.trainers.reporting.picture import contour, draw_slice
 from lib.trainers.reporting.report import as_json, draw_curves, render_html, report_data, thin, worst_cases
@@ -38,7 +38,7 @@ def scores(dice: float) -> Evaluation:
 
 @pytest.fixture
 def data() -> dict[str, object]:
-    verdict = judge(scores(0.7), scores(0.8), Rules())
+    verdict = judge(scores(0.7), Champion(scores(0.8)), Rules())
     details = {
         "model": "tiny", "version": "v0002", "status": "rejected", "reason": verdict.reason, "parent": "v0001",
         "comparison": verdict.comparison, "started_from": "v0001", "left_out": {"bad": "label of 'bad' is <empty>"},
