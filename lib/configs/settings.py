@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ class Settings(Retraining):
         image_roots: folders outside the studies whose images may be segmented too, by path or through a link.
         tokens: YAML file of users, their roles and the SHA-256 of their tokens; everybody may do everything without.
         cors_origins: web pages that may call the server from a browser, as ``https://viewer.example``.
+        trusted_proxies: addresses or networks of reverse proxies whose ``X-Forwarded-For`` and ``-Proto`` are believed.
         log_format: lines for people (``text``) or for programs (``json``).
         free_disk_mib: free disk in MiB below which the server says that it is not ready.
         lease_minutes: how long a case that was handed out is a client's alone; its requests renew it.
@@ -76,6 +78,7 @@ class Settings(Retraining):
     image_roots: tuple[Path, ...] = ()
     tokens: Path | None = None
     cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s*]+$")], ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
     free_disk_mib: Annotated[int, Field(ge=0)] = 512
     lease_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
@@ -83,10 +86,17 @@ class Settings(Retraining):
     predictions_limit_mib: Annotated[int, Field(ge=0)] = 1024
     volumes_limit_mib: Annotated[int, Field(ge=0)] = 20_480
 
-    @field_validator("models", "labels", "image_roots", "cors_origins", mode="before")
+    @field_validator("models", "labels", "image_roots", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            ipaddress.ip_network(value)  # its error names what is wrong with the value
+        return values
 
     @field_validator("pretrained", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from lib.server.http.exposure import warn_if_exposed
 from lib.server.http.logs import set_log_format
 from lib.server.http.middleware import Surroundings
 from lib.server.http.origins import Origins
+from lib.server.http.proxies import Clients
 from lib.server.labels.segmentations import series_store, show_as_segmentation
 from lib.server.pages import case_routes, documentation, page_routes, sign_in
 from lib.server.pages.drawing import ASSETS
@@ -115,7 +116,8 @@ def create_app() -> FastAPI:
     app.mount("/docs/scripts", documentation.scripts)
     app.router.default = refuse_unknown
     app.add_middleware(Origins)
-    app.add_middleware(Surroundings)  # added last, so it is around the other
+    app.add_middleware(Surroundings)  # added later, so it is around the other
+    app.add_middleware(Clients)
     register_error_handlers(app)
     return app
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from lib.server.http.origins import is_loopback
+from lib.server.http.proxies import is_loopback
 
 logger = logging.getLogger("unetr.server")
 

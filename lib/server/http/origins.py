@@ -8,7 +8,6 @@ this machine the server answers only under this machine's names.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -18,11 +17,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.server.http.errors import ForbiddenError, error_response
+from lib.server.http.proxies import is_address, is_loopback
 
 logger = logging.getLogger("unetr.server")
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOCAL_NAMES = ("localhost",)
+# Values of Sec-Fetch-Site; "none" is a request that the user made without a page.
+OTHER_PAGES = ("cross-site", "same-site")
 
 
 class Origins:
@@ -68,9 +70,14 @@ class Origins:
 
     def _check_origin(self, method: str, headers: dict[bytes, str]) -> None:
         origin = headers.get(b"origin")
-        own = origin is None or urlsplit(origin).netloc.lower() == headers.get(b"host", "").lower()
-        if method not in SAFE_METHODS and not own and origin not in (self._allowed or ()):
-            raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server (cors_origins)")  # type: ignore[index]
+        if method in SAFE_METHODS or origin in (self._allowed or ()):
+            return
+        if origin is not None and urlsplit(origin).netloc.lower() != headers.get(b"host", "").lower():
+            raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server (cors_origins)")
+        # some requests of browsers carry no Origin; which page they come from stands here, and no page can change it
+        site = headers.get(b"sec-fetch-site", "").strip().lower()
+        if site in OTHER_PAGES:
+            raise ForbiddenError(f"pages of other servers ({site}) may not call this server (cors_origins)")
 
     def _check_host(self, scope: Scope, host: str) -> None:
         client = (scope.get("client") or ("127.0.0.1",))[0]
@@ -87,17 +94,3 @@ def allowed_origins(ours: Iterable[str]) -> frozenset[str]:
     """The origins of our setting and MONAI Label's, in the form that browsers send (without a slash at the end)."""
     stock = (str(origin) for origin in stock_settings.MONAI_LABEL_CORS_ORIGINS or ())
     return frozenset(origin.rstrip("/") for origin in (*ours, *stock))
-
-
-def is_address(name: str) -> bool:
-    """Whether a host is an IP address rather than a name."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    return address == "localhost" or (is_address(address) and ipaddress.ip_address(address).is_loopback)

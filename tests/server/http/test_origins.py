@@ -10,7 +10,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from lib.server.http.exposure import listening_host, warn_if_exposed
-from lib.server.http.origins import Origins, is_loopback
+from lib.server.http.origins import Origins
+from lib.server.http.proxies import is_loopback
 
 VIEWER = "https://viewer.example"
 
@@ -47,6 +48,16 @@ def ask(
 def test_changes_are_taken_from_own_and_allowed_pages(method: str, origin: str | None, status: int) -> None:
     headers = {"Origin": origin} if origin else {}
     assert ask(method, headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_a_change_without_an_origin_is_refused_when_another_page_asks_for_it(site: str, status: int) -> None:
+    assert ask("POST", {"Sec-Fetch-Site": site}).status_code == status
+    assert ask("POST", {"Sec-Fetch-Site": site}, authenticated=True).status_code == status
+    assert ask("POST", {"Sec-Fetch-Site": site, "Origin": VIEWER}).status_code == 200
+    assert ask("GET", {"Sec-Fetch-Site": site}).status_code == 200
 
 
 def test_only_allowed_pages_may_read_answers() -> None:

@@ -1,0 +1,70 @@
+"""Who a request comes from: the other end of the connection, or what a configured reverse proxy says of it.
+
+Anybody can send ``X-Forwarded-For``. Uvicorn by itself believes it of every program on this machine, and so a page in a
+browser here could say that it comes from elsewhere and pass the checks for this machine's own clients.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+LOOPBACK = "127.0.0.1"
+
+
+class Clients:
+    """ASGI middleware; it reads the settings when the first request comes, since they are not known before.
+
+    Args:
+        app: what it surrounds.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._trusting: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if self._trusting is None:
+            services = getattr(scope["app"].state, "services", None)
+            trusted = services.settings.trusted_proxies if services else ()
+            self._trusting = ProxyHeadersMiddleware(self._app, list(trusted))  # type: ignore[arg-type, assignment]
+        scope["client"] = peer_of(scope)
+        await self._trusting(scope, receive, send)  # type: ignore[misc]
+
+
+def peer_of(scope: Scope) -> tuple[str, int] | None:
+    """The other end of the connection.
+
+    What comes in at a loopback address comes from this machine, whatever a server in front of the app made of the
+    request's headers.
+    """
+    client: tuple[str, int] | None = scope.get("client")
+    at = (scope.get("server") or ("",))[0]
+    if is_loopback(str(at)) and not is_loopback(client[0] if client else ""):
+        return LOOPBACK, 0
+    return client
+
+
+def is_address(name: str) -> bool:
+    """Whether a host is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if address == "localhost":
+        return True
+    if not is_address(address):
+        return False
+    found = ipaddress.ip_address(address)
+    inside = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None  # ::ffff:127.0.0.1
+    return (inside or found).is_loopback
