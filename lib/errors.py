@@ -4,6 +4,7 @@
     |-- ConfigError        a preset, a --conf key or a setting is wrong (the administrator's to fix)
     |-- InputError         an image, a label or a request parameter is wrong (the client's to fix)
     |   |-- ImageError     the image cannot be segmented: unreadable, not 3D, tiny, not finite ...
+    |   |   `-- FileKindError  a file of a format that is not read here, whatever its name says
     |   |-- LabelError     the label does not belong to its image or to the preset
     |   |-- MemoryBudgetError the image needs more memory than there is
     |   `-- ParameterError a request parameter has a value outside what is valid
@@ -35,6 +36,10 @@ class InputError(UnetrError):
 
 class ImageError(InputError):
     """An image that cannot be segmented."""
+
+
+class FileKindError(ImageError):
+    """A file of a format that is not read here."""
 
 
 class MemoryBudgetError(InputError):

@@ -19,7 +19,7 @@ from typing import Any
 from lib.cases.labelled import Case, case_id
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, TrainingError
-from lib.transforms.volume import ITK_SUFFIXES, NIFTI_SUFFIXES
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES
 
 FIRST_CHANNEL = "_0000"
 
@@ -114,8 +114,8 @@ def _of_nnunet(folder: Path, data: Mapping[str, Any]) -> tuple[tuple[Path, Path]
     if "dataset" in data:
         return tuple((folder / item["images"][0], folder / item["label"]) for item in data["dataset"].values())
     ending = str(data.get("file_ending") or ".nii.gz")
-    if ending not in NIFTI_SUFFIXES + ITK_SUFFIXES:
-        raise ValueError(f"file_ending {ending!r}; valid: {', '.join(NIFTI_SUFFIXES + ITK_SUFFIXES)}")
+    if ending not in NIFTI_SUFFIXES + NRRD_SUFFIXES:
+        raise ValueError(f"file_ending {ending!r}; valid: {', '.join(NIFTI_SUFFIXES + NRRD_SUFFIXES)}")
     labels = sorted(path for path in (folder / "labelsTr").glob(f"*{ending}") if not path.name.startswith("."))
     named = [(label, f"{label.name.removesuffix(ending)}{FIRST_CHANNEL}{ending}") for label in labels]
     return tuple((folder / "imagesTr" / image, label) for label, image in named)

@@ -15,7 +15,7 @@ from monai.transforms import Transform
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, TrainingError
 from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor
-from lib.transforms.volume import ITK_SUFFIXES, NIFTI_SUFFIXES, Volume, apart_mm, check_segmentable, read_volume
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, apart_mm, check_segmentable, read_volume
 
 MISSING = "missing"
 
@@ -70,7 +70,7 @@ def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = No
 
 def case_id(path: Path) -> str:
     """File name without the suffix of an image; a DICOM folder's name as it is."""
-    suffix = next((s for s in (*NIFTI_SUFFIXES, *ITK_SUFFIXES) if path.name.endswith(s)), "")
+    suffix = next((s for s in (*NIFTI_SUFFIXES, *NRRD_SUFFIXES) if path.name.endswith(s)), "")
     return path.name.removesuffix(suffix)
 
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from lib.configs.preset import Preset
 from lib.dicom.series import Series, find_dicom, read_series
 from lib.errors import ImageError
+from lib.imagefiles.kinds import Kind
+from lib.imagefiles.reading import read_header, read_kind, read_voxels
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd", ".seg.nrrd")
+NRRD_SUFFIXES = (".nrrd", ".seg.nrrd")
 MIN_AXIS_VOXELS = 4
 MAX_SPACING_MM = 25.0
 MIN_SPACING_MM = 0.01
 MAX_NETWORK_VOXELS = 1_500_000_000
 GRID_TOLERANCE_VOXELS = 0.1
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
@@ -76,40 +71,33 @@ class Volume:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a NIfTI or NRRD file, or a folder that holds one DICOM series.
+    """Read a NIfTI or NRRD file, or a folder that holds one DICOM series. The content decides what it is.
 
     Raises:
-        ImageError: when it is missing, damaged, empty, not 3D, or its geometry is not one.
+        FileKindError: for a format that is not read here.
+        MemoryBudgetError: when its header promises more than memory holds.
+        ImageError: when it is missing, damaged, empty, not 3D, names another file, or its geometry is not one.
     """
-    if not path.exists():
-        raise ImageError(f"image {path.name!r} does not exist")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ImageError(f"image {path.name!r} is an empty file")
-    name = path.name.lower()
-    if name.endswith(NIFTI_SUFFIXES):
-        return _read_nifti(path)
-    if path.is_dir() or name.endswith(".dcm"):
+    if _is_dicom(path):
         return _read_dicom(path)
-    if name.endswith(ITK_SUFFIXES):
-        return _read_itk(path)
-    raise ImageError(f"image {path.name!r} is of an unknown kind; valid: {', '.join(NIFTI_SUFFIXES + ITK_SUFFIXES)}")
+    header, voxels = read_voxels(path)
+    shape = _spatial_shape(header.shape, path.name)
+    return Volume(
+        np.asarray(voxels, dtype=np.float32).reshape(shape, order="A"), _checked_affine(header.affine_ras, path.name)
+    )
 
 
 def read_grid(path: Path) -> Grid:
-    """The grid of an image; of NIfTI and DICOM, only headers are read.
+    """The grid of an image; only headers are read.
 
     Raises:
-        ImageError: as :func:`read_volume`.
+        FileKindError, ImageError: as :func:`read_volume`.
     """
-    if path.is_dir():
+    if _is_dicom(path):
         series = _read_series(path)
         return Grid(series.shape, _checked_affine(series.affine_ras, path.name))
-    if not path.name.lower().endswith(NIFTI_SUFFIXES) or not path.is_file():
-        return read_volume(path).grid
-    with _as_image_error(path):
-        image = nib.load(path)
-        shape = _spatial_shape(image.shape, path.name)
-    return Grid(shape, _checked_affine(image.affine, path.name))
+    header = read_header(path)
+    return Grid(_spatial_shape(header.shape, path.name), _checked_affine(header.affine_ras, path.name))
 
 
 def apart_mm(one: Grid, other: Grid) -> float:
@@ -150,23 +138,8 @@ def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
         raise ImageError(f"image {name!r} is constant ({lowest:g} everywhere): there is nothing to segment")
 
 
-def _read_nifti(path: Path) -> Volume:
-    with _as_image_error(path):
-        image = nib.load(path)
-        shape = _spatial_shape(image.shape, path.name)
-        _check_kind(image.get_data_dtype(), path.name)
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(shape)
-    return Volume(voxels, _checked_affine(image.affine, path.name))
-
-
-@contextmanager
-def _as_image_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, TypeError) as error:
-        raise ImageError(f"image {path.name!r} is damaged or not NIfTI: {_last_line(error, path)}") from error
-    except MemoryError as error:
-        raise ImageError(f"image {path.name!r} says it has more voxels than memory holds") from error
+def _is_dicom(path: Path) -> bool:
+    return path.is_dir() or (path.name.lower().endswith(".dcm") and path.is_file()) or read_kind(path) is Kind.DICOM
 
 
 def _read_dicom(path: Path) -> Volume:
@@ -178,29 +151,6 @@ def _read_dicom(path: Path) -> Volume:
 def _read_series(path: Path) -> Series:
     kind = "folder" if path.is_dir() else "file"
     return read_series(find_dicom(path) if path.is_dir() else [path], f"{kind} {path.name!r}")
-
-
-def _read_itk(path: Path) -> Volume:
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ImageError(f"image {path.name!r} is damaged or no image: {_last_line(error, path)}") from error
-    components = image.GetNumberOfComponentsPerPixel()
-    shape = _spatial_shape((*image.GetSize(), *((components,) if components > 1 else ())), path.name)
-    array = sitk.GetArrayViewFromImage(image)  # (Z, Y, X)
-    _check_kind(array.dtype, path.name)
-    direction = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3]
-    affine_ras = np.eye(4)
-    affine_ras[:3, :3] = LPS_TO_RAS @ direction * image.GetSpacing()[:3]
-    affine_ras[:3, 3] = LPS_TO_RAS @ image.GetOrigin()[:3]
-    voxels = np.array(array.T, dtype=np.float32).reshape(shape)
-    return Volume(voxels, _checked_affine(affine_ras, path.name))
-
-
-def _check_kind(dtype: npt.DTypeLike, name: str) -> None:
-    """Refuse voxels that are not one real number each, such as colours."""
-    if np.dtype(dtype).kind not in "iufb":
-        raise ImageError(f"image {name!r} has voxels of type {dtype}; valid: one real number each")
 
 
 def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
@@ -232,9 +182,3 @@ def _extent_at(volume: Volume, preset: Preset) -> list[float]:
         size * spacing / spacing_by_direction[int(axis)]
         for size, spacing, axis in zip(volume.voxels.shape, volume.spacing_mm, order, strict=True)
     ]
-
-
-def _last_line(error: BaseException, path: Path) -> str:
-    """What an error of another library says in the end, without the folder, which is no client's business."""
-    lines = [line.strip() for line in str(error).replace(str(path), path.name).splitlines() if line.strip()]
-    return lines[-1].removeprefix("sitk::ERROR: ")[:200] if lines else type(error).__name__

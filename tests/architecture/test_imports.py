@@ -22,6 +22,7 @@ LEVELS = {
     "storage": 1,
     "commandline": 1,
     "configs": 2,
+    "imagefiles": 2,
     "dicom": 3,
     "transforms": 4,
     "networks": 4,

@@ -42,6 +42,7 @@ def guarded(
     server = prepare(Server(folder, conf), cases)
     shutil.copy(server.studies / "case_0.nii.gz", folder / SECRET)
     (server.studies / "linked.nii.gz").symlink_to(folder / SECRET)
+    (server.studies / "detached.nrrd").write_bytes(disguised())
     plain = np.random.default_rng(2).normal(100, 20, (40, 50, 40)).astype(np.float32)
     nib.save(nib.Nifti1Image(plain, np.eye(4)), server.studies / "plain.nii.gz")
     server.start()
@@ -84,6 +85,14 @@ def detached(kind: str) -> bytes:
             "ObjectType = Image\nNDims = 3\nDimSize = 8 8 8\nElementType = MET_UCHAR\nElementDataFile = /etc/passwd\n"
         )
     return fields.encode()
+
+
+def disguised() -> bytes:
+    """An NRRD that leads to another file, with a comment that MetaImage would take for its own voxels."""
+    return detached("nrrd").replace(b"type:", b"# ElementDataFile = LOCAL\ntype:")
+
+
+TIFF = b"II*\0\x08\0\0\0" + b"\0" * 1000
 
 
 def scan(content: bytes, name: str = "scan.nii.gz", part: str = "file") -> dict[str, Any]:
@@ -130,7 +139,16 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     "infer: garbage": ("POST", "/infer/hippocampus_mr", scan(b"\x1f\x8bgarbage"), (422,)),
     "infer: gzip bomb": ("POST", "/infer/hippocampus_mr", scan(bomb()), (413,)),
     "infer: NRRD of another file": ("POST", "/infer/hippocampus_mr", scan(detached("nrrd"), "a.nrrd"), (422,)),
-    "infer: MetaImage of another file": ("POST", "/infer/hippocampus_mr", scan(detached("mha"), "a.mha"), (422,)),
+    "infer: MetaImage of another file": ("POST", "/infer/hippocampus_mr", scan(detached("mha"), "a.mha"), (415,)),
+    "infer: NRRD of another file, disguised": ("POST", "/infer/hippocampus_mr", scan(disguised(), "a.nrrd"), (422,)),
+    "infer: TIFF as NRRD": ("POST", "/infer/hippocampus_mr", scan(TIFF, "a.nrrd"), (415,)),
+    "upload: NRRD of another file": ("PUT", "/datastore/image?image=evil", scan(disguised(), "a.nrrd"), (422,)),
+    "upload: TIFF as NRRD": ("PUT", "/datastore/image?image=evil", scan(TIFF, "a.nrrd"), (415,)),
+    "session: NRRD of another file": ("PUT", "/session/", scan(disguised(), "a.nrrd", "files"), (422,)),
+    "session: MetaImage of another file": ("PUT", "/session/", scan(detached("mha"), "a.nrrd", "files"), (415,)),
+    "session: TIFF as NRRD": ("PUT", "/session/", scan(TIFF, "a.nrrd", "files"), (415,)),
+    "infer: a file of the studies that leads to another": ("POST", "/infer/hippocampus_mr?image=detached", {}, (422,)),
+    "fetch: slice of a file that leads to another": ("GET", "/case/detached/slice.png?plane=axial&index=0", {}, (422,)),
     "infer: program as image": ("POST", "/infer/hippocampus_mr", scan(b"#!/bin/sh\n", "a.sh"), (422,)),
     "upload: id with dots": ("PUT", "/datastore/image?image=../../evil", scan(GOOD), (400,)),
     "upload: absolute id": ("PUT", "/datastore/image?image=/evil", scan(GOOD), (400,)),
@@ -223,6 +241,7 @@ def moved() -> np.ndarray:
 LABELS: dict[str, tuple[bytes, Any, str]] = {
     "garbage": (b"\x1f\x8bgarbage", TWO, "cannot be read"),
     "empty": (b"", TWO, "empty file"),
+    "an NRRD of another file": (disguised(), TWO, "cannot be read"),
     "a program": (b"#!/bin/sh\nrm -rf /\n", TWO, "cannot be read"),
     "a pickle": (b"\x80\x04cposix\nsystem\n(Vid\ntR.", TWO, "cannot be read"),
     "cut short": (nifti(np.random.default_rng(1).integers(0, 3, SHAPE).astype(np.uint8))[:9000], TWO, "cannot be read"),
@@ -253,7 +272,8 @@ def test_wrong_label_goes_into_quarantine_and_changes_nothing_else(
     content, names, sentence = LABELS[kind]
     before = state(guarded)
     params = {"client_id": "mallory"} | ({"label_info": names} if names is not None else {})
-    files = {"params": (None, json.dumps(params)), "label": ("label.nii.gz", content)}
+    name = "label.nrrd" if content.startswith(b"NRRD") else "label.nii.gz"
+    files = {"params": (None, json.dumps(params)), "label": (name, content)}
     answer = guarded.put("/datastore/label?image=plain", files=files, **authorised({}, tokens["annotator"]))
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"] == "LabelError" and sentence in answer.json()["detail"]

@@ -60,7 +60,7 @@ def test_nifti_with_trailing_axes_of_one_is_3d(tmp_path: Path) -> None:
     assert volume.voxels.shape == (5, 6, 7)
 
 
-@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+@pytest.mark.parametrize("suffix", [".nrrd", ".seg.nrrd"])
 def test_itk_file_is_read_with_its_voxels_and_affine(tmp_path: Path, suffix: str) -> None:
     voxels, affine = _noise(6, 7, 8), oblique_affine("LIA", (0.7, 1.3, 2.1))
     volume = read_volume(_write_itk(tmp_path / f"x{suffix}", voxels, affine))

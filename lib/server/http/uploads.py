@@ -1,13 +1,11 @@
 """Files that clients send: into a temporary folder that is always removed, and refused before they do harm.
 
-A few kilobytes can unpack to gigabytes, and an NRRD or MetaImage header can name any file on the server as its data.
-Both are looked for in the header, before anything reads the voxels.
+A few kilobytes can unpack to gigabytes: the header says so before anything reads the voxels.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import tempfile
 import zipfile
@@ -17,26 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import nibabel as nib
 from fastapi import UploadFile
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
-from lib.errors import ImageError, InputError
+from lib.errors import InputError
+from lib.imagefiles.kinds import Kind
+from lib.imagefiles.reading import BYTES_A_VOXEL, read_header, read_kind
 from lib.server.http.errors import TooLargeError
 from lib.server.http.names import safe_file_name
 
 MIB = 2**20
-BYTES_A_VOXEL = 4  # everything is computed in float32
-HEADER_BYTES = 64 * 1024
 MOST_FILES = 20_000
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-# Headers whose voxels lie in another file can only name one on the server.
-DETACHED_SUFFIXES = (".nhdr", ".mhd", ".hdr", ".img")
-_OTHER_FILE = re.compile(rb"^\s*(data ?file|elementdatafile)\s*[:=]", re.IGNORECASE | re.MULTILINE)
-# An NRRD header ends with an empty line, a MetaImage header with the line that says that the voxels follow.
-_HEADER_END = re.compile(rb"\r?\n\r?\n|ElementDataFile\s*=\s*LOCAL", re.IGNORECASE)
-_SIZES = re.compile(rb"^\s*(?:sizes|dimsize)\s*[:=]\s*([\d ]+?)\s*$", re.IGNORECASE | re.MULTILINE)
 
 
 @contextmanager
@@ -56,24 +44,18 @@ def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -
 
 
 def check_header(path: Path, unpacked_limit_mib: int) -> None:
-    """Refuse a file whose header asks for too much, or for another file.
+    """Refuse a file whose header asks for too much, leads to another file, or is of a kind that is not read.
 
-    What a reader cannot make sense of at all is left to it: it says so better.
+    DICOM is left to its reader.
 
     Raises:
-        ImageError: when the header leads to another file.
+        FileKindError: for a format that is not read here.
+        ImageError: when the header is damaged or leads to another file.
         TooLargeError: when the voxels take more than the limit.
     """
-    name = path.name.lower()
-    if name.endswith(DETACHED_SUFFIXES):
-        raise ImageError(f"{path.name!r} has its voxels in another file; valid: one file that holds both")
-    if name.endswith(NIFTI_SUFFIXES):
-        voxels = _nifti_voxels(path)
-    elif name.endswith((".nrrd", ".mha")):
-        voxels = _text_header_voxels(path)
-    else:
+    if path.suffix.lower() == ".dcm" or read_kind(path) is Kind.DICOM:
         return
-    check_unpacked_size(voxels * BYTES_A_VOXEL, unpacked_limit_mib, path.name)
+    check_unpacked_size(read_header(path).voxel_count * BYTES_A_VOXEL, unpacked_limit_mib, path.name)
 
 
 def check_unpacked_size(size_bytes: int, limit_mib: int, name: str) -> None:
@@ -118,21 +100,3 @@ def _copy_at_most(source: IO[bytes], target: Path, most: int, name: str, limit_m
                 raise TooLargeError(f"{name!r} unpacks to more than {limit_mib} MiB; valid: at most that")
             file.write(block)
     return copied
-
-
-def _nifti_voxels(path: Path) -> int:
-    try:
-        return math.prod(max(1, int(size)) for size in nib.load(path).shape)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError, TypeError):
-        return 0  # the reader's to explain
-
-
-def _text_header_voxels(path: Path) -> int:
-    with path.open("rb") as file:
-        header, *rest = _HEADER_END.split(file.read(HEADER_BYTES), maxsplit=1)
-    if _OTHER_FILE.search(header):
-        raise ImageError(f"{path.name!r} has its voxels in another file; valid: one file that holds both")
-    if not rest:
-        raise ImageError(f"{path.name!r} is damaged: its header does not end within {HEADER_BYTES // 1024} KiB")
-    sizes = _SIZES.search(header)
-    return math.prod(int(size) for size in sizes[1].split()[:16]) if sizes else 0

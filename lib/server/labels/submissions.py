@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import read_segments
+from lib.datastore.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission
 from lib.datastore.task import submission_of
 from lib.datastore.validation import CheckedLabel, as_kept, check_label
-from lib.errors import ImageError, InputError, LabelError
+from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.names import check_tag
@@ -46,6 +46,7 @@ def submit_label(
 
     Raises:
         LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine then.
+        FileKindError: when its file is of a format that is not read here; it is in quarantine then.
         TooLargeError: when it unpacks to more than the limit; it is not kept.
         StorageError: when the disk does not take it; then nothing has changed.
     """
@@ -57,7 +58,7 @@ def submit_label(
             checked = _check(parts, image_id, file, preset, info, folder)
         except InputError as error:
             _quarantine(parts, file, str(error), image_id, tag, info, user, source)
-            raise error if isinstance(error, LabelError) else LabelError(str(error)) from error
+            raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
         started_from = prediction if prediction is not None and prediction.preset == preset.name else None
         changed = _voxels_changed(parts, started_from, checked, folder)
         submission = Submission(
@@ -170,7 +171,10 @@ def choose_preset(
 def _check(
     parts: Services, image_id: str, file: Path, preset: Preset, info: Mapping[str, Any], folder: Path
 ) -> CheckedLabel:
-    check_header(file, parts.settings.unpacked_limit_mib)
+    try:
+        check_header(file, parts.settings.unpacked_limit_mib)
+    except ImageError as error:
+        raise as_label_error(error) from error
     image = parts.image_file(image_id)
     try:
         grid = read_grid(image)

@@ -15,7 +15,9 @@ from fastapi.responses import FileResponse, StreamingResponse
 from monailabel.utils.others.generic import file_checksum, get_mime_type
 from starlette.exceptions import HTTPException
 
-from lib.errors import ConflictError, ImageError, NotFoundError, ParameterError
+from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
+from lib.imagefiles.kinds import Kind
+from lib.imagefiles.reading import read_kind
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.names import check_image_known, check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
@@ -196,6 +198,10 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
     with temporary_folder() as folder:
         file = receive(upload, folder).rename(folder / f"{name[: -len(suffix)] or 'image'}{suffix}")
         check_header(file, parts.settings.unpacked_limit_mib)
+        kind = read_kind(file)
+        if kind is Kind.DICOM:
+            raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
+        file = file.rename(folder / f"image{kind.suffix}")  # other programs go by the name
         read_volume(file)
         with ADDING:
             if new_id in parts.datastore.list_images():

@@ -150,6 +150,6 @@ def _gather(files: Sequence[UploadFile], folder: Path, uncompress: bool, limit_m
             one = receive(file, place, "file.dcm")
             one.rename(series / f"{number:05d}-{one.name}")
         received = series
-    for path in received.iterdir() if received.is_dir() else [received]:
-        check_header(path, limit_mib)
+    if received.is_file():  # of a folder, only DICOM files are read
+        check_header(received, limit_mib)
     return received

@@ -26,7 +26,7 @@ from lib.trainers.optimization import build_optimizer, build_schedule
 from lib.trainers.pause import wait_while_paused
 from lib.trainers.resume import fingerprint, read_state, write_state
 from lib.transforms.preprocess import IMAGE, as_meta_tensor, build_preprocessing
-from lib.transforms.volume import ITK_SUFFIXES, NIFTI_SUFFIXES, check_segmentable, read_volume
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, check_segmentable, read_volume
 
 logger = logging.getLogger("unetr.pretrain")
 
@@ -159,7 +159,7 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise TrainingError(f"there is no folder {str(folder)!r}")
-    return [path for path in sorted(folder.iterdir()) if path.name.endswith(NIFTI_SUFFIXES + ITK_SUFFIXES)]
+    return [path for path in sorted(folder.iterdir()) if path.name.endswith(NIFTI_SUFFIXES + NRRD_SUFFIXES)]
 
 
 class _ReadImaged(Transform):

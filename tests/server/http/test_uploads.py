@@ -59,7 +59,7 @@ def test_header_that_promises_too_much_is_refused_without_unpacking(tmp_path: Pa
 
 def test_nrrd_that_promises_too_much_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.nrrd"
-    path.write_bytes(b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4096 4096 4096\nencoding: gzip\n\n")
+    path.write_bytes(b"NRRD0004\ntype: short\ndimension: 3\nsizes: 4096 4096 4096\nendian: little\nencoding: gzip\n\n")
     with pytest.raises(TooLargeError, match="262144 MiB"):
         check_header(path, 4096)
 
@@ -70,23 +70,19 @@ def test_nrrd_that_promises_too_much_is_refused(tmp_path: Path) -> None:
         ("a.nrrd", b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\ndata file: /etc/passwd\nencoding: raw\n\n"),
         ("a.nrrd", b"NRRD0004\r\nsizes: 2 2 2\r\nDataFile: ../x\r\n\r\n"),
         ("a.nrrd", b"NRRD0004\nsizes: 2 2 2\n datafile : LIST\n/etc/passwd\n\n"),
-        ("a.mha", b"NDims = 3\nDimSize = 2 2 2\nElementDataFile = /etc/passwd\n"),
-        ("a.mha", b"NDims = 3\nElementDataFile=LIST\n/etc/passwd\nElementDataFile = LOCAL\n"),
         ("a.nhdr", b"NRRD0004\n"),
-        ("a.mhd", b"ElementDataFile = LOCAL\n"),
-        ("a.hdr", b""),
     ],
 )
 def test_header_that_leads_to_another_file_is_refused(tmp_path: Path, name: str, header: bytes) -> None:
     (tmp_path / name).write_bytes(header)
-    with pytest.raises(ImageError, match="voxels in another file"):
+    with pytest.raises(ImageError, match="in another file"):
         check_header(tmp_path / name, 1)
 
 
 def test_header_without_an_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.nrrd"
-    path.write_bytes(b"NRRD0004\n" + b"# padding\n" * 10_000 + b"data file: /etc/passwd\n\n")
-    with pytest.raises(ImageError, match="does not end within 64 KiB"):
+    path.write_bytes(b"NRRD0004\n" + b"# padding\n" * 500_000 + b"data file: /etc/passwd\n\n")
+    with pytest.raises(ImageError, match="does not end within 4 MiB"):
         check_header(path, 1)
 
 

@@ -1,0 +1,82 @@
+"""NIfTI-1 and NIfTI-2 in one file (https://nifti.nimh.nih.gov); the voxels are read from a stream that is open."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
+
+from lib.errors import ImageError
+from lib.imagefiles.header import ImageHeader
+from lib.imagefiles.kinds import Kind
+from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
+
+_SECOND_VERSION_BYTES = 540
+
+
+def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
+    """Parse the header of an open file.
+
+    Raises:
+        ImageError: when it is damaged, or its voxels are no single real numbers.
+    """
+    encoding = "gzip" if kind is Kind.NIFTI_GZ else "raw"
+    file.seek(0)
+    try:
+        header = _parse(open_stream(file, encoding).read(_SECOND_VERSION_BYTES))
+        sizes = tuple(int(size) for size in header.get_data_shape())
+        dtype, offset = header.get_data_dtype(), int(header.get_data_offset()) or header.single_vox_offset
+        slope, intercept = header.get_slope_inter()
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, OSError, ValueError, TypeError, *BROKEN_STREAM) as error:
+        raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
+    if dtype.kind not in "iufb":
+        raise ImageError(f"image {name!r} has voxels of type {dtype}; valid: one real number each")
+    if not sizes or min(sizes) < 1 or offset < header.sizeof_hdr:
+        raise ImageError(f"image {name!r} is damaged: its header says {sizes} voxels from byte {offset} on")
+    return ImageHeader(
+        kind, sizes, dtype, affine, offset, encoding, 1.0 if slope is None else float(slope), float(intercept or 0.0)
+    )
+
+
+def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[np.float32]:
+    """The voxels of an open file of ``size`` bytes, scaled; shape as in the header.
+
+    Raises:
+        ImageError: when they are damaged, cut off, or their checksum is wrong.
+    """
+    packed = size if header.encoding == "gzip" else size - header.offset
+    check_promise(header.size_bytes, packed, header.encoding, name)
+    file.seek(0)
+    try:
+        stream = open_stream(file, header.encoding)
+        stream.seek(header.offset)
+        content = read_exactly(stream, header.size_bytes, name)
+        if header.encoding != "raw":
+            check_end(stream, name)
+    except (OSError, *BROKEN_STREAM) as error:
+        raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
+    numbers = content.view(header.dtype).reshape(header.sizes, order="F")
+    return _scale(numbers, header.slope, header.intercept)
+
+
+def _parse(block: bytes) -> Any:
+    kinds = (nib.Nifti2Header, nib.Nifti1Header)
+    kind = next(k for k in kinds if k.sizeof_hdr == _SECOND_VERSION_BYTES) if block[4:8] == b"n+2\0" else kinds[1]
+    return kind(block[: kind.sizeof_hdr])
+
+
+def _scale(numbers: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:
+    if (slope, intercept) != (1.0, 0.0):
+        # float32 is what everything is computed in; numbers that it cannot hold are scaled in float64 first
+        numbers = apply_read_scaling(numbers, np.float32(slope), np.float32(intercept))
+    return np.asarray(numbers, dtype=np.float32)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

@@ -1,0 +1,95 @@
+"""Reading the header, or the header and the voxels, of NIfTI and NRRD, from one opening of the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy.typing as npt
+import psutil
+
+from lib.errors import FileKindError, ImageError, MemoryBudgetError
+from lib.imagefiles.header import ImageHeader
+from lib.imagefiles.kinds import HEAD_BYTES, Kind, find_kind, is_gzip, name_foreign
+from lib.imagefiles.nifti import read_nifti_header, read_nifti_voxels
+from lib.imagefiles.nrrd_format import read_nrrd_header, read_nrrd_voxels
+from lib.imagefiles.opening import open_regular
+
+KNOWN_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+BYTES_A_VOXEL = 4  # everything is computed in float32
+
+
+def read_kind(path: Path) -> Kind:
+    """The kind of a file, by its content.
+
+    Raises:
+        FileKindError: for a format that is not read here.
+        ImageError: when it cannot be opened, or is of no known format.
+    """
+    with open_regular(path) as file:
+        return _kind_of(file, path.name)
+
+
+def read_header(path: Path) -> ImageHeader:
+    """The header of a NIfTI or NRRD file; no voxel is read.
+
+    Raises:
+        FileKindError: for a format that is not read here.
+        ImageError: when it cannot be opened, is damaged, or names another file.
+    """
+    with open_regular(path) as file:
+        return _header_of(file, path.name)
+
+
+def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
+    """The header and the voxels, shape (X, Y, Z) or (X, Y, Z, layers); NIfTI scaled and in float32.
+
+    Raises:
+        MemoryBudgetError: when they need more memory than is free, which the header says.
+        FileKindError, ImageError: as :func:`read_header`; also when the voxels are damaged or cut off.
+    """
+    with open_regular(path) as file:
+        header = _header_of(file, path.name)
+        _check_memory(header, path.name)
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if header.kind is Kind.NRRD:
+                return header, read_nrrd_voxels(file, size, header, path.name)
+            return header, read_nifti_voxels(file, size, header, path.name)
+        except MemoryError as error:
+            raise MemoryBudgetError(f"image {path.name!r} has more voxels than memory holds") from error
+
+
+def _header_of(file: BinaryIO, name: str) -> ImageHeader:
+    kind = _kind_of(file, name)
+    if kind is Kind.NRRD:
+        return read_nrrd_header(file, name)
+    if kind is Kind.DICOM:
+        raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
+    return read_nifti_header(file, kind, name)
+
+
+def _kind_of(file: BinaryIO, name: str) -> Kind:
+    head = file.read(HEAD_BYTES)
+    kind = find_kind(head)
+    if kind is not None:
+        return kind
+    if (foreign := name_foreign(head)) is not None:
+        raise FileKindError(f"image {name!r} is of another kind ({foreign}); valid: NIfTI, NRRD, DICOM")
+    if is_gzip(head) or name.lower().endswith((".nii", ".nii.gz")):
+        raise ImageError(f"image {name!r} is damaged or not NIfTI: it has no NIfTI header")
+    if name.lower().endswith(".nrrd"):
+        raise ImageError(f"image {name!r} is damaged or no image: it has no NRRD header")
+    raise ImageError(f"image {name!r} is of an unknown kind; valid: {', '.join(KNOWN_SUFFIXES)}, DICOM")
+
+
+def _check_memory(header: ImageHeader, name: str) -> None:
+    """Let the header decide, before anything is unpacked."""
+    needed = header.voxel_count * (header.dtype.itemsize + BYTES_A_VOXEL)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryBudgetError(
+            f"image {name!r} of {header.sizes} voxels needs {needed / 2**30:.3g} GiB to be read, and "
+            f"{free / 2**30:.3g} GiB are free"
+        )
