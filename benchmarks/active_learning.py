@@ -33,8 +33,8 @@ from server import Server  # noqa: E402
 from synthetic_hippocampus import draw_cases  # noqa: E402
 
 from lib.activelearning.case_scores import MEASURES, REGIONS, CaseScores, score_name  # noqa: E402
-from lib.activelearning.insight import version_key  # noqa: E402
-from lib.activelearning.score_store import Look, ScoreStore  # noqa: E402
+from lib.activelearning.pool_knowledge import version_key  # noqa: E402
+from lib.activelearning.score_store import CaseScoreRecord, ScoreStore  # noqa: E402
 from lib.activelearning.selection import STRATEGIES  # noqa: E402
 from lib.models.weights import WeightsLocator  # noqa: E402
 
@@ -124,7 +124,7 @@ def fill(server: Server, images: int, labelled: int) -> None:
         scored = number % 10 != 0
         values = dict(zip(names, random.random(len(names)).tolist(), strict=True)) if scored else {}
         found = CaseScores(values, 3000.0 if scored else math.nan, vector / np.linalg.norm(vector))
-        store.keep(version, f"case_{number:05d}", Look(found, scored))
+        store.keep(version, f"case_{number:05d}", CaseScoreRecord(found, scored))
     store.close()
 
 

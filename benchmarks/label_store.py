@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from lib.datastore.records import Submission  # noqa: E402
-from lib.datastore.task import VersionedDatastore  # noqa: E402
+from lib.datastore.store import VersionedDatastore  # noqa: E402
 
 CASES = (20, 200, 2_000, 10_000, 50_000)
 SHAPE = (35, 50, 35)

@@ -42,7 +42,7 @@ from lib.cases.split import read_split, subject_from_consecutive_pair  # noqa: E
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint  # noqa: E402
-from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
+from lib.trainers.loop import TrainingJob, run_training  # noqa: E402
 from lib.trainers.reporting.progress import write_json  # noqa: E402
 from lib.transforms.volume import read_volume  # noqa: E402
 
@@ -238,7 +238,7 @@ def train_first(setting: Setting, target: Path, run_dir: Path) -> None:
     changes = {"max_epochs": setting.first_epochs, "val_interval": setting.first_epochs}
     recipe = setting.preset.training.model_copy(update=changes)
     preset = setting.preset.model_copy(update={"training": recipe})
-    result = run_training(TrainingPlan(preset, setting.first, (), run_dir, torch.device("cpu")))
+    result = run_training(TrainingJob(preset, setting.first, (), run_dir, torch.device("cpu")))
     write_checkpoint(target, Checkpoint(result.weights, setting.preset, {"version": "shipped"}))
 
 

@@ -62,7 +62,7 @@ from lib.infers.memory import (  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
-from lib.trainers.loop import TrainingPlan, run_training  # noqa: E402
+from lib.trainers.loop import TrainingJob, run_training  # noqa: E402
 from lib.trainers.memory import count_kept_bytes, forward_in_parts, measure_step  # noqa: E402
 from lib.trainers.optimization import build_average, build_loss, build_optimizer  # noqa: E402
 from lib.trainers.plan import COPIES_OF_WEIGHTS, count_step_bytes  # noqa: E402
@@ -268,7 +268,7 @@ def work_cases(options: argparse.Namespace) -> dict[str, Any]:
         before = peak_mib()
         recipe = tiny_preset().training.model_copy(update={"max_epochs": 1})
         preset = tiny_preset().model_copy(update={"training": recipe})
-        result = run_training(TrainingPlan(preset, tuple(cases), (), Path(folder) / "run", torch.device("cpu")))
+        result = run_training(TrainingJob(preset, tuple(cases), (), Path(folder) / "run", torch.device("cpu")))
         return {"steps": len(result.losses), "peak_mib": peak_mib(), "before_mib": before}
 
 
@@ -298,7 +298,7 @@ def work_throughput(options: argparse.Namespace) -> dict[str, Any]:
     else:
         start = read_checkpoint(folder / "start.pt").model
         device = resolve_device(None)
-        plan = TrainingPlan(preset, tuple(cases), (), folder / "run", device, start, cache_dir=folder / "cache")
+        plan = TrainingJob(preset, tuple(cases), (), folder / "run", device, start, cache_dir=folder / "cache")
         losses = list(run_training(plan, lambda _: ends.append(clocks())).losses)
     crops = min(recipe.batch_size, len(cases)) * recipe.crops_per_case
     quarter = max(1, len(losses) // 4)

@@ -40,7 +40,7 @@ from lib.networks.checkpoint import file_sha256
 from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import cpu_computes_bf16, resolve_device, resolve_precision
 from lib.networks.unetr import build_unetr
-from lib.trainers.plan import TrainingPlanner
+from lib.trainers.plan import StepPlanner
 from lib.transforms.volume import Volume, read_volume
 
 State = Literal["ok", "warn", "FAIL"]
@@ -228,7 +228,7 @@ def check_training_plan(name: str, memory_budget: str = "") -> Finding:
     """How a step of a preset's recipe would be computed, measured on this machine."""
     try:
         preset, budget = load_preset(name), parse_budget(memory_budget)
-        planner = TrainingPlanner(budget, CostBook(Settings().model_dir / COSTS_FILE))
+        planner = StepPlanner(budget, CostBook(Settings().model_dir / COSTS_FILE))
         plan = planner.plan(preset, preset.training.batch_size, resolve_device(None), always_measure=True)
         return Finding("ok", f"training of {name}: {plan.explain()}")
     except UnetrError as error:

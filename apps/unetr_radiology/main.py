@@ -18,7 +18,7 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod  # noqa: E402
 from monailabel.interfaces.tasks.strategy import Strategy  # noqa: E402
 from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
 
-from lib.activelearning.insight import Insight  # noqa: E402
+from lib.activelearning.pool_knowledge import PoolKnowledge  # noqa: E402
 from lib.activelearning.score_store import ScoreStore  # noqa: E402
 from lib.activelearning.task import check_passes, make_scoring_methods, make_strategies  # noqa: E402
 from lib.configs.settings import Settings  # noqa: E402
@@ -47,8 +47,8 @@ class UnetrRadiologyApp(MONAILabelApp):
         }
         self._studies = studies.strip()
         self.results = ResultCache(self.settings.result_cache_mib)
-        self.insights = {
-            name: Insight(preset, self.locators[name], ScoreStore(self.locators[name].folder))
+        self.knowledge_by_preset = {
+            name: PoolKnowledge(preset, self.locators[name], ScoreStore(self.locators[name].folder))
             for name, preset in self.presets.items()
         }
         super().__init__(
@@ -94,7 +94,7 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Ways to choose the next case; the one of ``--conf strategy`` first, where clients find their default."""
-        return make_strategies(self.insights, self.settings.cold_start_labels, self.settings.strategy)
+        return make_strategies(self.knowledge_by_preset, self.settings.cold_start_labels, self.settings.strategy)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """What the strategies choose by, and what learns from all images without labels."""
@@ -105,7 +105,7 @@ class UnetrRadiologyApp(MONAILabelApp):
             for n, p in self.presets.items()
         }
         return pretraining | make_scoring_methods(
-            self.insights,
+            self.knowledge_by_preset,
             device=settings.device,
             precision=settings.precision,
             passes=settings.passes,

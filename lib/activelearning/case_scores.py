@@ -1,4 +1,4 @@
-"""All scores of one case, from one look at it: what the background scoring keeps, and the simulation uses."""
+"""All scores of one case, from one pass over it: what the background scoring keeps, and the simulation uses."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ def score_case(
         dtype: number format of the computation.
         passes: for the measures that compare several predictions; without them, these are left out.
     """
-    look = _Look(network, image, preset, device, dtype)
-    look.once()
+    windows = _WindowScores(network, image, preset, device, dtype)
+    windows.once()
     if passes is not None:
-        look.again(passes)
+        windows.again(passes)
     embedding = embed(network, image, preset, device, dtype)
-    return CaseScores(look.values(), float(int((look.labels > 0).sum())), embedding)
+    return CaseScores(windows.values(), float(int((windows.labels > 0).sum())), embedding)
 
 
-class _Look:
+class _WindowScores:
     """Maps of one case, filled window by window."""
 
     def __init__(

@@ -19,9 +19,9 @@ import torch
 
 from lib.activelearning.case_scores import CaseScores, score_case
 from lib.activelearning.embedding import AnyUnetr, embed
-from lib.activelearning.insight import Insight, version_key
 from lib.activelearning.passes import Passes, choose_passes
-from lib.activelearning.score_store import Doubt, Look
+from lib.activelearning.pool_knowledge import PoolKnowledge, version_key
+from lib.activelearning.score_store import CaseScoreRecord, LabelDisagreement
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
@@ -62,7 +62,7 @@ class PoolScorer:
     """Looks at cases with a preset's newest weights; with random ones where there are none yet.
 
     Args:
-        insight: the preset and where its scores are kept.
+        knowledge: the preset and where its scores are kept.
         device: where to compute.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         passes: see :func:`lib.activelearning.passes.choose_passes`.
@@ -74,19 +74,24 @@ class PoolScorer:
     """
 
     def __init__(
-        self, insight: Insight, device: torch.device, precision: str = "auto", passes: str = "auto", minutes: float = 30
+        self,
+        knowledge: PoolKnowledge,
+        device: torch.device,
+        precision: str = "auto",
+        passes: str = "auto",
+        minutes: float = 30,
     ) -> None:
-        self._insight = insight
+        self._knowledge = knowledge
         self._until = time.monotonic() + 60 * minutes
-        file = insight.locator.find()
+        file = knowledge.locator.find()
         self.version = version_key(file)
         self._trained = file is not None
-        self._segmenter = _segmenter(file, insight.preset, device, precision)
+        self._segmenter = _segmenter(file, knowledge.preset, device, precision)
         self._network = cast(AnyUnetr, self._segmenter.network)
         self._passes = self._make_passes(passes, device, precision) if file is not None else None
 
-    def look_at(self, images: Sequence[str], file_of: Callable[[str], Path], depth: Depth = "scores") -> dict[str, int]:
-        """Look at the images that this version has not looked at yet.
+    def score(self, images: Sequence[str], file_of: Callable[[str], Path], depth: Depth = "scores") -> dict[str, int]:
+        """Score the images that this version has not scored yet.
 
         Args:
             images: ids, the most important first.
@@ -99,19 +104,20 @@ class PoolScorer:
         stages: tuple[Depth, ...] = ("embedding", "scores") if depth == "scores" and self._trained else ("embedding",)
         counts = {"done": 0, "known": 0, "failed": 0, "left": 0}
         for stage in stages:
-            known = self._insight.store.looks(self.version)
-            todo = [i for i in images if (look := known.get(i)) is None or not (look.scored or stage == "embedding")]
+            known = self._knowledge.store.score_records(self.version)
+            done = {image for image, record in known.items() if record.scored or stage == "embedding"}
+            todo = [image for image in images if image not in done]
             counts["known"] = len(images) - len(todo)
             reached = _each(
                 todo,
                 self._until,
-                f"{stage} of {self._insight.preset.name}, {self.version}",
-                partial(self._look, file_of=file_of, stage=stage, counts=counts),
+                f"{stage} of {self._knowledge.preset.name}, {self.version}",
+                partial(self._score_image, file_of=file_of, stage=stage, counts=counts),
             )
             counts["left"] = len(todo) - reached
         return counts
 
-    def doubt(self, labels: Mapping[str, str], case_of: Callable[[str], LabelledCase]) -> dict[str, int]:
+    def compare_labels(self, labels: Mapping[str, str], case_of: Callable[[str], LabelledCase]) -> dict[str, int]:
         """Compare labels with what this version makes of their images.
 
         Args:
@@ -119,34 +125,34 @@ class PoolScorer:
             case_of: gives an image's files.
 
         Returns:
-            As :meth:`look_at`.
+            As :meth:`score`.
         """
         counts = {"done": 0, "known": 0, "failed": 0, "left": 0}
         if not self._trained:
             return counts | {"left": len(labels)}
-        known = self._insight.store.doubts(self.version)
+        known = self._knowledge.store.disagreements(self.version)
         todo = [image for image, label in labels.items() if image not in known or known[image].label != label]
         counts["known"] = len(labels) - len(todo)
         reached = _each(
             todo,
             self._until,
-            f"labels of {self._insight.preset.name}, {self.version}",
-            partial(self._doubt, labels=labels, case_of=case_of, counts=counts),
+            f"labels of {self._knowledge.preset.name}, {self.version}",
+            partial(self._compare_label, labels=labels, case_of=case_of, counts=counts),
         )
         counts["left"] = len(todo) - reached
         return counts
 
-    def _look(self, image: str, file_of: Callable[[str], Path], stage: Depth, counts: dict[str, int]) -> None:
+    def _score_image(self, image: str, file_of: Callable[[str], Path], stage: Depth, counts: dict[str, int]) -> None:
         try:
-            look = Look(self._examine(file_of(image), stage), scored=stage == "scores")
+            record = CaseScoreRecord(self._examine(file_of(image), stage), scored=stage == "scores")
             counts["done"] += stage == "scores" or not self._trained
         except UnetrError as error:
             counts["failed"] += 1
             logger.warning("%s is not scored: %s", image, error)
             if not isinstance(error, InputError):  # it cannot be had now, and may be later
                 return
-            look = Look(CaseScores(), scored=True, problem=str(error))
-        self._insight.store.keep(self.version, image, look)
+            record = CaseScoreRecord(CaseScores(), scored=True, problem=str(error))
+        self._knowledge.store.keep(self.version, image, record)
 
     def _examine(self, path: Path, stage: Depth) -> CaseScores:
         segmenter = self._segmenter
@@ -158,7 +164,7 @@ class PoolScorer:
             return CaseScores(embedding=embed(self._network, picture, *where))
         return score_case(self._network, picture, *where, self._passes)
 
-    def _doubt(
+    def _compare_label(
         self, image: str, labels: Mapping[str, str], case_of: Callable[[str], LabelledCase], counts: dict[str, int]
     ) -> None:
         try:
@@ -168,16 +174,16 @@ class PoolScorer:
             logger.warning("the label of %s cannot be compared: %s", image, error)
             if not isinstance(error, InputError):
                 return
-            doubt = Doubt(image, labels[image], {}, 1.0)
+            disagreement = LabelDisagreement(image, labels[image], {}, 1.0)
         else:
             counts["done"] += 1
-            doubt = Doubt(image, labels[image], dice, suspicion_of(dice))
-        self._insight.store.keep_doubt(self.version, doubt)
+            disagreement = LabelDisagreement(image, labels[image], dice, suspicion_of(dice))
+        self._knowledge.store.keep_disagreement(self.version, disagreement)
 
     def _make_passes(self, name: str, device: torch.device, precision: str) -> Passes:
         networks = [self._segmenter.network]
         if name in ("auto", "ensemble"):
-            networks += [s.network for s in _earlier(self._insight, self._segmenter, device, precision)]
+            networks += [s.network for s in _earlier(self._knowledge, self._segmenter, device, precision)]
         return choose_passes(name, self._segmenter.preset, networks)
 
 
@@ -238,18 +244,18 @@ def _segmenter(file: WeightsFile | None, preset: Preset, device: torch.device, p
         return Segmenter(build_unetr(preset), preset, device, precision)
 
 
-def _earlier(insight: Insight, current: Segmenter, device: torch.device, precision: str) -> list[Segmenter]:
+def _earlier(knowledge: PoolKnowledge, current: Segmenter, device: torch.device, precision: str) -> list[Segmenter]:
     """The published versions before the served one that see images as it does, the newest first."""
     found: list[Segmenter] = []
-    served = version_key(insight.locator.find())
-    for version in reversed(VersionStore(insight.locator.folder).list()):
+    served = version_key(knowledge.locator.find())
+    for version in reversed(VersionStore(knowledge.locator.folder).list()):
         if len(found) + 1 >= MOST_IN_ENSEMBLE:
             break
         if version.status != "published" or version.name == served:
             continue
         try:
             checkpoint: Checkpoint = read_checkpoint(version.weights)
-            preset = preset_for(checkpoint, insight.preset)
+            preset = preset_for(checkpoint, knowledge.preset)
             if _sees(preset) == _sees(current.preset):
                 found.append(Segmenter.from_checkpoint(checkpoint, preset, device, precision))
         except CheckpointError as error:

@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS doubts(
 
 
 @dataclass(frozen=True)
-class Look:
+class CaseScoreRecord:
     """What a version made of a case.
 
     Attributes:
@@ -51,7 +51,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Doubt:
+class LabelDisagreement:
     """How far a version is from a case's label.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Version:
     """What has been read of a version."""
 
     last: int = 0
-    looks: dict[str, Look] = field(default_factory=dict)
+    records: dict[str, CaseScoreRecord] = field(default_factory=dict)
 
 
 class ScoreStore:
@@ -90,15 +90,15 @@ class ScoreStore:
         self._db: sqlite3.Connection | None = None
         self._known: dict[str, _Version] = {}
 
-    def looks(self, version: str) -> Mapping[str, Look]:
+    def score_records(self, version: str) -> Mapping[str, CaseScoreRecord]:
         """What a version made of each case so far, by image."""
         with self._lock:
             known = self._known.setdefault(version, _Version())
             query = "SELECT * FROM looks WHERE version = ? AND sequence > ? ORDER BY sequence"
             for row in self._open().execute(query, (version, known.last)):
-                known.looks[row["image_id"]] = _look(row)
+                known.records[row["image_id"]] = _score_image(row)
                 known.last = row["sequence"]
-            return dict(known.looks)
+            return dict(known.records)
 
     def latest(self) -> str | None:
         """The version that looked last."""
@@ -106,26 +106,36 @@ class ScoreStore:
             row = self._open().execute("SELECT version FROM looks ORDER BY sequence DESC LIMIT 1").fetchone()
             return row["version"] if row else None
 
-    def keep(self, version: str, image_id: str, look: Look) -> None:
+    def keep(self, version: str, image_id: str, record: CaseScoreRecord) -> None:
         """Keep what a version made of a case; it replaces what it made before."""
-        found = look.found
+        found = record.found
         embedding = None if found.embedding is None else found.embedding.astype(np.float32).tobytes()
-        scores = json.dumps(dict(found.values)) if look.scored else None
+        scores = json.dumps(dict(found.values)) if record.scored else None
         foreground = None if math.isnan(found.foreground_voxels) else found.foreground_voxels
-        row = (version, image_id, time.time(), scores, foreground, embedding, look.problem or None)
+        row = (version, image_id, time.time(), scores, foreground, embedding, record.problem or None)
         with self._lock, self._open() as db:
             columns = "version, image_id, at, scores, foreground, embedding, problem"
             db.execute(f"INSERT OR REPLACE INTO looks({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
-    def doubts(self, version: str) -> dict[str, Doubt]:
+    def disagreements(self, version: str) -> dict[str, LabelDisagreement]:
         """A version's doubts about labels, by image."""
         with self._lock:
             rows = self._open().execute("SELECT * FROM doubts WHERE version = ?", (version,)).fetchall()
-        return {r["image_id"]: Doubt(r["image_id"], r["label"], json.loads(r["dice"]), r["suspicion"]) for r in rows}
+        return {
+            r["image_id"]: LabelDisagreement(r["image_id"], r["label"], json.loads(r["dice"]), r["suspicion"])
+            for r in rows
+        }
 
-    def keep_doubt(self, version: str, doubt: Doubt) -> None:
+    def keep_disagreement(self, version: str, disagreement: LabelDisagreement) -> None:
         """Keep how far a version is from a label; it replaces what it said of the case before."""
-        row = (version, doubt.image_id, doubt.label, time.time(), json.dumps(dict(doubt.dice)), doubt.suspicion)
+        row = (
+            version,
+            disagreement.image_id,
+            disagreement.label,
+            time.time(),
+            json.dumps(dict(disagreement.dice)),
+            disagreement.suspicion,
+        )
         with self._lock, self._open() as db:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -175,11 +185,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _look(row: sqlite3.Row) -> Look:
+def _score_image(row: sqlite3.Row) -> CaseScoreRecord:
     values = json.loads(row["scores"]) if row["scores"] else {}
     embedding: FloatArray | None = None
     if row["embedding"] is not None:
         embedding = np.frombuffer(row["embedding"], dtype=np.float32)
     foreground = math.nan if row["foreground"] is None else float(row["foreground"])
     done = row["scores"] is not None or row["problem"] is not None
-    return Look(CaseScores(values, foreground, embedding), done, row["problem"] or "")
+    return CaseScoreRecord(CaseScores(values, foreground, embedding), done, row["problem"] or "")

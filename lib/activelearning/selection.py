@@ -327,7 +327,9 @@ def _matrix(candidates: Sequence[Candidate]) -> Array:
 def _unseen(unseen: list[Candidate], count: int, total: int, random: np.random.Generator) -> list[Pick]:
     """Cases of which nothing is known yet, in random order."""
     chosen = random.permutation(len(unseen))[: max(0, count)]
-    return [Pick(unseen[i].case_id, f"not looked at yet, random, one of {total} unlabelled cases") for i in chosen]
+    return [
+        Pick(unseen[i].case_id, f"not scored yet; chosen at random, one of {total} unlabelled cases") for i in chosen
+    ]
 
 
 def _score_reason(label: str, value: float, how: str, rank: int, total: int) -> str:

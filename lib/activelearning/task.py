@@ -13,8 +13,8 @@ from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from lib.activelearning.case_scores import MEASURES, REGIONS
-from lib.activelearning.insight import Insight, version_name
 from lib.activelearning.passes import MonteCarloDropout, has_dropout, no_dropout
+from lib.activelearning.pool_knowledge import PoolKnowledge, version_name
 from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, newest_first
 from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.selection import MEASURE_OF, STRATEGIES, Pick, select
@@ -58,14 +58,15 @@ class PoolStrategy(Strategy):
 
     Args:
         name: which.
-        insights: what is known of each preset's cases, by preset; the first is meant where a client names none.
+        knowledge_by_preset: what is known of each preset's cases; the first preset is meant where a client names
+            none.
         cold_start_labels: with fewer labels than this, or without weights, a strategy that needs a model chooses
             typical cases instead.
     """
 
-    def __init__(self, name: str, insights: Mapping[str, Insight], cold_start_labels: int = 5) -> None:
+    def __init__(self, name: str, knowledge_by_preset: Mapping[str, PoolKnowledge], cold_start_labels: int = 5) -> None:
         super().__init__(DESCRIPTIONS[name])
-        self._name, self._insights, self._cold_start_labels = name, insights, cold_start_labels
+        self._name, self._insights, self._cold_start_labels = name, knowledge_by_preset, cold_start_labels
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any] | None:
         """Choose among the datastore's unlabelled images.
@@ -83,12 +84,12 @@ class PoolStrategy(Strategy):
             ParameterError: for a seed that is no whole number, or an unknown region.
             NotFoundError: for a model that there is not.
         """
-        insight, seed, region = self._parse(request)
+        knowledge, seed, region = self._parse(request)
         unlabelled = datastore.get_unlabeled_images()
         if not unlabelled:
             return None
         labelled = datastore.get_labeled_images()
-        pool, version = insight.pool(unlabelled, labelled)
+        pool, version = knowledge.pool(unlabelled, labelled)
         name, why = self._name, ""
         if name in MEASURE_OF and (version == UNTRAINED or len(labelled) < self._cold_start_labels):
             name, why = COLD_START, self._cold(version, len(labelled))
@@ -96,12 +97,12 @@ class PoolStrategy(Strategy):
         return {
             "id": picks[0].case_id,
             "reason": why + _reason(picks[0], name, version),
-            "model": insight.preset.name,
+            "model": knowledge.preset.name,
             "next": [pick.case_id for pick in picks[1:]],
             "next_reasons": [why + _reason(pick, name, version) for pick in picks[1:]],
         }
 
-    def _parse(self, request: Mapping[str, Any]) -> tuple[Insight, int, str]:
+    def _parse(self, request: Mapping[str, Any]) -> tuple[PoolKnowledge, int, str]:
         seed, region = request.get("seed"), request.get("region", REGIONS[0])
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise ParameterError("seed", seed, "a whole number from 0")
@@ -123,7 +124,7 @@ class PoolScoring(ScoringMethod):
 
     Args:
         name: a measure, ``embedding``, ``labels`` (doubts about labels), or ``all``.
-        insights: as :class:`PoolStrategy`.
+        knowledge_by_preset: as :class:`PoolStrategy`.
         device: where to compute; the best there is if empty.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         passes: how several opinions are made.
@@ -133,18 +134,18 @@ class PoolScoring(ScoringMethod):
     def __init__(
         self,
         name: str,
-        insights: Mapping[str, Insight],
+        knowledge_by_preset: Mapping[str, PoolKnowledge],
         device: str = "",
         precision: str = "auto",
         passes: str = "auto",
         minutes: float = DEFAULT_MINUTES,
     ) -> None:
         super().__init__(_scoring_description(name))
-        self._name, self._insights, self._passes = name, insights, passes
+        self._name, self._insights, self._passes = name, knowledge_by_preset, passes
         self._device, self._precision, self._minutes = device, precision, minutes or DEFAULT_MINUTES
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Look at what has not been looked at.
+        """Score what has not been scored.
 
         Args:
             request: ``model`` for one preset (all otherwise), ``minutes`` for another longest time.
@@ -165,11 +166,11 @@ class PoolScoring(ScoringMethod):
         if model and model not in self._insights:
             raise NotFoundError("model", str(model)[:200], list(self._insights))
         chosen = [self._insights[model]] if model else list(self._insights.values())
-        return {insight.preset.name: self._score(insight, datastore, float(minutes)) for insight in chosen}
+        return {knowledge.preset.name: self._score(knowledge, datastore, float(minutes)) for knowledge in chosen}
 
-    def _score(self, insight: Insight, datastore: Datastore, minutes: float) -> dict[str, Any]:
+    def _score(self, knowledge: PoolKnowledge, datastore: Datastore, minutes: float) -> dict[str, Any]:
         device = resolve_device(self._device)
-        scorer = PoolScorer(insight, device, self._precision, self._passes, minutes)
+        scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes)
         said: dict[str, Any] = {"version": scorer.version}
         if self._name != LABELS:
             unlabelled = newest_first(datastore.get_unlabeled_images(), lambda image: _added_at(datastore, image))
@@ -179,18 +180,22 @@ class PoolScoring(ScoringMethod):
 
             # the labelled ones only need a place among the others
             everything = [*unlabelled, *datastore.get_labeled_images()]
-            said["embedded"] = scorer.look_at(everything, file_of, "embedding")
+            said["embedded"] = scorer.score(everything, file_of, "embedding")
             if self._name != EMBEDDING:
-                said["scored"] = scorer.look_at(unlabelled, file_of)
+                said["scored"] = scorer.score(unlabelled, file_of)
         if self._name in (LABELS, ALL_SCORES):
-            labels = label_stamps(datastore, insight.preset, self._insights)
-            said["compared"] = scorer.doubt(labels, lambda image: labelled_case(datastore, image, insight.preset))
-        insight.store.prune(KEPT_VERSIONS)
-        logger.info("%s: %s", insight.preset.name, said)
+            labels = label_stamps(datastore, knowledge.preset, self._insights)
+            said["compared"] = scorer.compare_labels(
+                labels, lambda image: labelled_case(datastore, image, knowledge.preset)
+            )
+        knowledge.store.prune(KEPT_VERSIONS)
+        logger.info("%s: %s", knowledge.preset.name, said)
         return said
 
 
-def make_strategies(insights: Mapping[str, Insight], cold_start_labels: int, default: str) -> dict[str, Strategy]:
+def make_strategies(
+    knowledge_by_preset: Mapping[str, PoolKnowledge], cold_start_labels: int, default: str
+) -> dict[str, Strategy]:
     """All strategies, by the names that clients list; ``default`` is the first of them.
 
     Raises:
@@ -199,7 +204,7 @@ def make_strategies(insights: Mapping[str, Insight], cold_start_labels: int, def
     if default not in STRATEGIES:
         raise ConfigError(f"--conf strategy is {default!r}; valid: {', '.join(STRATEGIES)}")
     names = [default, *(name for name in STRATEGIES if name != default)]
-    return {name: PoolStrategy(name, insights, cold_start_labels) for name in names}
+    return {name: PoolStrategy(name, knowledge_by_preset, cold_start_labels) for name in names}
 
 
 def check_passes(passes: str, presets: Mapping[str, Preset]) -> None:
@@ -213,9 +218,11 @@ def check_passes(passes: str, presets: Mapping[str, Preset]) -> None:
         raise ConfigError(f"--conf passes: {no_dropout(presets[without[0]])}; valid: auto, tta, ensemble")
 
 
-def make_scoring_methods(insights: Mapping[str, Insight], **options: Any) -> dict[str, ScoringMethod]:
+def make_scoring_methods(knowledge_by_preset: Mapping[str, PoolKnowledge], **options: Any) -> dict[str, ScoringMethod]:
     """All scoring methods, by name; options as those of :class:`PoolScoring`."""
-    return {name: PoolScoring(name, insights, **options) for name in (ALL_SCORES, EMBEDDING, LABELS, *MEASURES)}
+    return {
+        name: PoolScoring(name, knowledge_by_preset, **options) for name in (ALL_SCORES, EMBEDDING, LABELS, *MEASURES)
+    }
 
 
 def label_stamps(datastore: Datastore, preset: Preset, served: Collection[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
 from lib.datastore.records import ORIGINAL
-from lib.datastore.task import VersionedDatastore, plain
+from lib.datastore.store import VersionedDatastore, plain
 
 logger = logging.getLogger("unetr.datastore")
 

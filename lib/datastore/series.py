@@ -15,7 +15,7 @@ from typing import Any
 from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
-from lib.datastore.task import VersionedDatastore
+from lib.datastore.store import VersionedDatastore
 from lib.dicom.index import DicomIndex
 from lib.dicom.remote import RemoteSource, connect
 from lib.dicom.series import Series

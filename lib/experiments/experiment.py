@@ -43,7 +43,7 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
 from lib.storage.json_files import write_json
 from lib.trainers.judging.evaluate import evaluate
-from lib.trainers.loop import TrainingPlan, run_training
+from lib.trainers.loop import TrainingJob, run_training
 from lib.trainers.resume import remove_state
 
 logger = logging.getLogger("unetr.experiment")
@@ -250,8 +250,8 @@ class _Run:
             hd95_mm=scores.hd95_mm,
         )
 
-    def _plan(self, run_dir: Path, steps: int, cases: tuple[Case, ...], resume: bool) -> TrainingPlan:
-        return TrainingPlan(
+    def _plan(self, run_dir: Path, steps: int, cases: tuple[Case, ...], resume: bool) -> TrainingJob:
+        return TrainingJob(
             preset=self.preset,
             train_cases=cases,
             validation_cases=(),

@@ -28,7 +28,7 @@ from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, w
 from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.storage.json_files import write_json
-from lib.trainers.loop import TrainingPlan, run_training
+from lib.trainers.loop import TrainingJob, run_training
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
 
@@ -203,7 +203,7 @@ class Simulation:
         steps = self.plan.steps if len(batches) > 1 else self.plan.first_steps
         recipe = self.plan.preset.training.model_copy(update={"seed": seed + len(batches), "max_epochs": steps})
         cases = tuple(self._pool[case].case for batch in batches for case in sorted(batch))
-        plan = TrainingPlan(
+        plan = TrainingJob(
             preset=self.plan.preset.model_copy(update={"training": recipe}),
             train_cases=cases,
             validation_cases=(),

@@ -1,4 +1,4 @@
-"""What a request will need, chosen so that it fits: batch of windows, place of stitching, number of bands.
+"""Memory planning for inference: batch of windows, place of stitching, number of bands.
 
 The bytes of tensors are counted from their shapes; the bytes and seconds of a window in the network are measured. A
 request that cannot fit in any way is refused before it starts.
@@ -48,7 +48,7 @@ class Plan:
         device_left: bytes that the GPU may give.
         seconds: of the network, for so many windows, as measured.
         image_on_device: whether the image is preprocessed on the GPU and stays there.
-        given_up: what did not fit when it was tried, in words.
+        fallbacks: what did not fit when it was tried, in words.
         engine: what computes the windows, ``pytorch`` or ``openvino``.
     """
 
@@ -62,7 +62,7 @@ class Plan:
     device_left: int
     seconds: float
     image_on_device: bool = False
-    given_up: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
     engine: str = "pytorch"
 
     @property
@@ -84,7 +84,7 @@ class Plan:
         return (
             f"{self.windows} windows on {self.device} in {self.precision} by {self.engine}, {batch} at a time{gpu}; "
             f"stitched slab by slab on {where}{bands}, {host}; about {self.seconds:.1f} s"
-            + "".join(f"; gave up: {what}" for what in self.given_up)
+            + "".join(f"; gave up: {what}" for what in self.fallbacks)
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class Planner:
         logger.info("measured %s, batch %d: %.0f MiB, %.3f s", key, batch, cost.bytes / MIB, cost.seconds)
         return cost
 
-    def step_down(self, plan: Plan, preset: Preset, device: torch.device, dtype: torch.dtype) -> Plan | None:
+    def next_fallback(self, plan: Plan, preset: Preset, device: torch.device, dtype: torch.dtype) -> Plan | None:
         """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left.
 
         Less at once comes first, since it costs next to nothing; bands compute some windows twice.
@@ -176,7 +176,7 @@ class Planner:
         if old.window_batch > 1:
             new, what = replace(old, window_batch=old.window_batch // 2), f"a batch of {old.window_batch} windows"
         elif plan.image_on_device:
-            return replace(plan, image_on_device=False, given_up=(*plan.given_up, f"the image on {plan.device}"))
+            return replace(plan, image_on_device=False, fallbacks=(*plan.fallbacks, f"the image on {plan.device}"))
         elif old.on_device:
             new, what = replace(old, on_device=False), f"stitching on {plan.device}"
         elif old.bands < MOST_BANDS:
@@ -185,7 +185,7 @@ class Planner:
             return None
         limits = Limits(new.window_batch, not new.on_device, new.bands)
         self.book.limit(cost_key(preset, device, dtype, plan.engine), limits)
-        return replace(plan, stitching=new, given_up=(*plan.given_up, what))
+        return replace(plan, stitching=new, fallbacks=(*plan.fallbacks, what))
 
 
 def engine_of(network: nn.Module) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.infers.blender import HalfArray, LabelArray, SlabBlender
-from lib.infers.transfer import Fetched, batches_ahead, send
+from lib.infers.transfer import PendingTransfer, batches_ahead, send
 from lib.networks.precision import autocast
 
 Start = tuple[int, ...]
@@ -96,7 +96,7 @@ def predict(
     overlap = preset.inference.overlap if overlap is None else overlap
     body = _whole(labels.shape) if air is None else body_box(plain[0], air, preset.roi_size, overlap)
     inside = (slice(None), *body)
-    walk = _Walk(network, plain[inside], preset, device, dtype, stitching or Stitching(), air)
+    walk = _SlidingWindow(network, plain[inside], preset, device, dtype, stitching or Stitching(), air)
     walk.place(overlap)
     with torch.inference_mode():
         for band, (found, uncertainty) in walk.bands(entropy):
@@ -156,7 +156,7 @@ def _reach_with(occupied: torch.Tensor, edge: int, margin: int) -> slice:
     return slice(first, max(last, first + edge))
 
 
-class _Walk:
+class _SlidingWindow:
     """The way of the windows over one image, band by band and slab by slab."""
 
     def __init__(
@@ -220,13 +220,13 @@ class _Walk:
     def _compute(self, starts: Sequence[Start]) -> Iterator[tuple[Start, torch.Tensor]]:
         """The logits of each window, where its sums are kept."""
         size, ahead = self._stitching.window_batch, batches_ahead(self._device)
-        coming: deque[tuple[Sequence[Start], Fetched]] = deque()
+        coming: deque[tuple[Sequence[Start], PendingTransfer]] = deque()
         for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
             windows = send(torch.stack([self._image[self._box(start)] for start in batch]), self._device)
             with autocast(self._device, self._dtype):
                 logits = self._network(windows.contiguous(memory_format=torch.channels_last_3d))
             self.computed += len(batch)
-            coming.append((batch, Fetched(logits, self._weights.device)))
+            coming.append((batch, PendingTransfer(logits, self._weights.device)))
             if len(coming) > ahead:
                 yield from _logits_of(*coming.popleft())
         while coming:
@@ -236,7 +236,7 @@ class _Walk:
         return (slice(None), *(slice(s, s + edge) for s, edge in zip(start, self._roi, strict=True)))
 
 
-def _logits_of(starts: Sequence[Start], logits: Fetched) -> Iterator[tuple[Start, torch.Tensor]]:
+def _logits_of(starts: Sequence[Start], logits: PendingTransfer) -> Iterator[tuple[Start, torch.Tensor]]:
     return zip(starts, logits.wait(), strict=True)
 
 

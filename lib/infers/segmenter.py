@@ -169,7 +169,7 @@ class Segmenter:
                     raise
             release_memory(self.device)
             what = f"preprocessing on {self.device}"
-            plan = replace(plan, image_on_device=False, given_up=(*plan.given_up, what))
+            plan = replace(plan, image_on_device=False, fallbacks=(*plan.fallbacks, what))
         return preprocess_volume(volume, self.preset), plan
 
     def _predict(self, image: torch.Tensor, plan: Plan, name: str, entropy: bool) -> tuple[Prediction, Plan]:
@@ -187,10 +187,10 @@ class Segmenter:
             image = image if plan.image_on_device else image.cpu()
 
     def _smaller(self, plan: Plan, name: str) -> Plan:
-        """The next rung of the ladder."""
+        """Release the device's memory and take the next fallback of the plan."""
         self._release_network()
         release_memory(self.device)
-        smaller = self.planner.step_down(plan, self.preset, self.device, self.dtype)
+        smaller = self.planner.next_fallback(plan, self.preset, self.device, self.dtype)
         if smaller is None and self.device.type == "cuda":
             cpu = torch.device("cpu")
             smaller = replace(
@@ -198,18 +198,18 @@ class Segmenter:
                 device="cpu",
                 stitching=Stitching(),
                 image_on_device=False,
-                given_up=(*plan.given_up, str(self.device)),
+                fallbacks=(*plan.fallbacks, str(self.device)),
             )
             self._move(cpu, resolve_fallback(self.dtype))
         if smaller is None:
             raise MemoryBudgetError(
                 f"memory ran out on image {name!r}, however little was done at once: {plan.explain()}"
             )
-        logger.warning("memory ran out on %s; gave up %s", name, smaller.given_up[-1])
+        logger.warning("memory ran out on %s; gave up %s", name, smaller.fallbacks[-1])
         return smaller
 
     def _release_network(self) -> None:
-        """What the network keeps between windows is not kept between requests, nor between rungs."""
+        """What the network keeps between windows is not kept between requests, nor between fallbacks."""
         if isinstance(self.network, InferenceNetwork):
             self.network.release_memory()
 

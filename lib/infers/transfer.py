@@ -17,7 +17,7 @@ def batches_ahead(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
 
 
-class Fetched:
+class PendingTransfer:
     """Logits on their way to where they are added up.
 
     Args:

@@ -18,7 +18,7 @@ from monailabel.interfaces.datastore import Datastore
 from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.datastore.records import LabelVersion
-from lib.datastore.task import VersionedDatastore
+from lib.datastore.store import VersionedDatastore
 from lib.errors import NotFoundError
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator

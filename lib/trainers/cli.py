@@ -37,7 +37,7 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.json_files import without_nan, write_json
 from lib.trainers.judging.evaluate import Evaluation, evaluate
-from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.loop import TrainingJob, TrainingResult, run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
 
 Sides = tuple[tuple[Case, ...], tuple[Case, ...]]
@@ -151,7 +151,7 @@ def _train_and_write(
 ) -> None:
     """Train, in as many processes as were started, and write the weights once."""
     with joined_processes(resolve_device(options.device)) as joined:
-        plan = TrainingPlan(
+        plan = TrainingJob(
             preset=preset,
             train_cases=sides[0],
             validation_cases=sides[1],
@@ -167,7 +167,7 @@ def _train_and_write(
             _write(options, plan, result)
 
 
-def _write(options: argparse.Namespace, plan: TrainingPlan, result: TrainingResult) -> None:
+def _write(options: argparse.Namespace, plan: TrainingJob, result: TrainingResult) -> None:
     """Write weights and side-car, scored as written, and say how good they are."""
     info = {"version": "shipped", "created": datetime.date.today().isoformat()}
     write_checkpoint(options.out, Checkpoint(result.weights, plan.preset, info), half=True)
@@ -241,7 +241,7 @@ def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argpar
 
 
 def _side_car(
-    options: argparse.Namespace, plan: TrainingPlan, result: TrainingResult, scores: Evaluation
+    options: argparse.Namespace, plan: TrainingJob, result: TrainingResult, scores: Evaluation
 ) -> dict[str, Any]:
     """What the weights are, in plain data."""
     return {

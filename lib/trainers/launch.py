@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lib.errors import ParameterError, TrainingError, UnetrError
 from lib.infers.memory import is_out_of_memory, release_memory
-from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.loop import TrainingJob, TrainingResult, run_training
 from lib.trainers.parallel import joined_processes
 
 logger = logging.getLogger("unetr.train")
@@ -27,7 +27,7 @@ logger = logging.getLogger("unetr.train")
 RESTARTS = 3
 
 
-def launch(plan: TrainingPlan, multi_gpu: bool = False, gpus: str = "all") -> TrainingResult:
+def launch(plan: TrainingJob, multi_gpu: bool = False, gpus: str = "all") -> TrainingResult:
     """Train on one device, or on several GPUs with DistributedDataParallel where that is asked for and possible.
 
     A run that is out of memory, however little it does at once, goes on from its state on the CPU.
@@ -48,7 +48,7 @@ def launch(plan: TrainingPlan, multi_gpu: bool = False, gpus: str = "all") -> Tr
     return _within_memory(replace(plan, device=chosen), run_training)
 
 
-def launch_processes(plan: TrainingPlan, devices: list[torch.device]) -> TrainingResult:
+def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> TrainingResult:
     """Train in one process a device; rank 0 validates and keeps the weights and the state.
 
     When a process dies, all of them are started again and go on from the state, up to three times.
@@ -88,7 +88,7 @@ def launch_processes(plan: TrainingPlan, devices: list[torch.device]) -> Trainin
     raise TrainingError(f"training in {len(devices)} processes failed: {reason}")
 
 
-def _work(plan: TrainingPlan, devices: list[str], folder: str) -> None:
+def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
     """One of the processes; what it says on purpose is written down, so that it is not taken for a crash."""
     with joined_processes(torch.device(devices[0])) as joined:
         rank = dist.get_rank()
@@ -104,7 +104,7 @@ def _work(plan: TrainingPlan, devices: list[str], folder: str) -> None:
             torch.save(result, Path(folder) / "result.pt")
 
 
-def _within_memory(plan: TrainingPlan, train: Callable[[TrainingPlan], TrainingResult]) -> TrainingResult:
+def _within_memory(plan: TrainingJob, train: Callable[[TrainingJob], TrainingResult]) -> TrainingResult:
     """Train; where memory does not suffice however little is done at once, go on from the state with less.
 
     Several processes shrink together: with activation checkpointing. A GPU gives way to the CPU.

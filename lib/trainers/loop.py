@@ -34,7 +34,7 @@ from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
 from lib.trainers.parallel import ResumableSampler, gather, loss_scale, rank_and_world_size
 from lib.trainers.pause import wait_while_paused
-from lib.trainers.plan import StepLadder, StepPlan, TrainingPlanner
+from lib.trainers.plan import StepLadder, StepPlan, StepPlanner
 from lib.trainers.reporting.progress import Progress, ProgressReporter, memory_in_use
 from lib.trainers.reporting.tracking import Tracking
 from lib.trainers.resume import fingerprint, read_state, write_state
@@ -53,7 +53,7 @@ COUNTS = ("step", "epoch", "step_of_epoch", "bad_steps", "losses", "epochs_since
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingJob:
     """All that a run needs.
 
     Attributes:
@@ -128,7 +128,7 @@ class TrainingResult:
         return mean_known(self.dice.values())
 
 
-def run_training(plan: TrainingPlan, on_step: Callable[[int], None] | None = None) -> TrainingResult:
+def run_training(plan: TrainingJob, on_step: Callable[[int], None] | None = None) -> TrainingResult:
     """Train as planned.
 
     Args:
@@ -170,11 +170,11 @@ def count_loading_threads(device: torch.device, processes: int) -> int:
 class _Run:
     """One run's state."""
 
-    def __init__(self, plan: TrainingPlan) -> None:
+    def __init__(self, plan: TrainingJob) -> None:
         self.plan, self.preset, self.recipe = plan, plan.preset, plan.preset.training
         self.rank, self.world_size = rank_and_world_size()
         set_determinism(self.recipe.seed)
-        planner, alone = TrainingPlanner(plan.memory_budget, CostBook(plan.costs)), self.world_size == 1
+        planner, alone = StepPlanner(plan.memory_budget, CostBook(plan.costs)), self.world_size == 1
         step_plan = planner.plan(self.preset, len(plan.train_cases), plan.device, whole=not alone)
         logger.info("%s", step_plan.explain())
         self.device = torch.device(step_plan.device)

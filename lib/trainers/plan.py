@@ -55,7 +55,7 @@ class StepPlan:
         free_bytes: what there is.
         cache_bytes: of preprocessed cases that may be kept in the host's memory beside that.
         seconds: of a step; not a number where it was not measured.
-        given_up: what did not fit when it was tried, in words.
+        fallbacks: what did not fit when it was tried, in words.
     """
 
     device: str
@@ -68,7 +68,7 @@ class StepPlan:
     free_bytes: int
     cache_bytes: int = 0
     seconds: float = math.nan
-    given_up: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -98,7 +98,7 @@ class StepPlan:
             f"{self.crops} crops a step on {self.device} in {self.precision}: {batch}{parts}, the transformer's "
             f"activations {recomputed}: {memory} ({known}){keeping}; "
             f"up to {self.cache_bytes / GIB:.2f} GiB of cases in memory"
-            + "".join(f"; gave up: {what}" for what in self.given_up)
+            + "".join(f"; gave up: {what}" for what in self.fallbacks)
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class StepPlan:
         return {**asdict(self), "parts": self.parts, "text": self.explain()}
 
 
-class TrainingPlanner:
+class StepPlanner:
     """Plans training steps within a budget.
 
     Args:
@@ -143,7 +143,7 @@ class TrainingPlanner:
                 "valid: a preset with a smaller roi_size or network, or a larger --conf memory_budget"
             )
         on_cpu = self.plan(preset, cases, torch.device("cpu"), always_measure=always_measure)
-        return replace(on_cpu, given_up=(f"{device} ({plan.needed_bytes / GIB:.2f} GiB)", *on_cpu.given_up))
+        return replace(on_cpu, fallbacks=(f"{device} ({plan.needed_bytes / GIB:.2f} GiB)", *on_cpu.fallbacks))
 
     def _on(self, preset: Preset, cases: int, device: torch.device, whole: bool, always_measure: bool) -> StepPlan:
         """The fastest way on one device that fits, or else the smallest."""
@@ -215,13 +215,15 @@ class TrainingPlanner:
         logger.info("measured %s, %d crops: %.0f MiB, %.2f s", key, crops, cost.bytes / MIB, cost.seconds)
         return cost
 
-    def step_down(self, plan: StepPlan, preset: Preset, device: torch.device) -> StepPlan | None:
+    def next_fallback(self, plan: StepPlan, preset: Preset, device: torch.device) -> StepPlan | None:
         """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left."""
         if plan.at_once > 1:
             what = f"{plan.at_once} crops at a time"
-            new = replace(plan, at_once=plan.at_once // 2, given_up=(*plan.given_up, what))
+            new = replace(plan, at_once=plan.at_once // 2, fallbacks=(*plan.fallbacks, what))
         elif not plan.checkpointing:
-            new = replace(plan, checkpointing=True, given_up=(*plan.given_up, "keeping the transformer's activations"))
+            new = replace(
+                plan, checkpointing=True, fallbacks=(*plan.fallbacks, "keeping the transformer's activations")
+            )
         else:
             return None
         key = step_key(preset, device, resolve_precision(preset.training.precision, device))
@@ -241,7 +243,7 @@ class StepLadder:
     """
 
     def __init__(
-        self, plan: StepPlan, planner: TrainingPlanner, preset: Preset, network: nn.Module, may_shrink: bool = True
+        self, plan: StepPlan, planner: StepPlanner, preset: Preset, network: nn.Module, may_shrink: bool = True
     ) -> None:
         self.plan = plan
         self._planner, self._preset, self._network, self._may_shrink = planner, preset, network, may_shrink
@@ -259,7 +261,7 @@ class StepLadder:
             except (RuntimeError, MemoryError) as error:
                 if not self._may_shrink or not is_out_of_memory(error):
                     raise
-                smaller = self._planner.step_down(self.plan, self._preset, device)
+                smaller = self._planner.next_fallback(self.plan, self._preset, device)
                 if smaller is None:
                     raise
             # outside of the clause: the error's traceback holds on to what is to be let go

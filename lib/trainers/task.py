@@ -50,7 +50,7 @@ from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
 from lib.trainers.launch import launch
-from lib.trainers.loop import TrainingPlan, TrainingResult
+from lib.trainers.loop import TrainingJob, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.reporting.progress import format_seconds
@@ -175,7 +175,7 @@ class UnetrTrainTask(TrainTask):
         champion = self._read_served()[0] if asked.pretrained else None
         # Weights go on in the network that they were trained in, also where the preset has another one by now.
         preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
-        plan = TrainingPlan(
+        plan = TrainingJob(
             preset=preset.model_copy(update={"training": asked.recipe(self.preset)}),
             train_cases=material.train,
             validation_cases=material.validation,
@@ -198,7 +198,7 @@ class UnetrTrainTask(TrainTask):
         return self._conclude(plan, result, material, origin, started)
 
     def _conclude(
-        self, plan: TrainingPlan, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
+        self, plan: TrainingJob, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
     ) -> dict[str, Any]:
         """Compare on the same validation cases, publish if better, and keep the figures and the report."""
         check_finite(result.weights)
@@ -241,7 +241,7 @@ class UnetrTrainTask(TrainTask):
             shutil.copyfile(version.folder / name, plan.run_dir / name)
         return self._tidy(plan, details | {"version": version.name}, _stock_stats(plan, result, scores, started))
 
-    def _tidy(self, plan: TrainingPlan, figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
+    def _tidy(self, plan: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
         """Keep the figures for clients, and remove what is no longer needed."""
         write_json(self.runs / STATS_FILE, {"decision": figures["reason"]} | figures | stock)
         remove_state(plan.run_dir)
@@ -265,7 +265,7 @@ class UnetrTrainTask(TrainTask):
             return "", str(error)
 
     def _pass_gate(
-        self, scores: Evaluation, plan: TrainingPlan, material: Material
+        self, scores: Evaluation, plan: TrainingJob, material: Material
     ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
         """Judge new weights against those that are served now; somebody may have published while they trained."""
         rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
@@ -278,7 +278,7 @@ class UnetrTrainTask(TrainTask):
                 before = champion.scores if champion and champion.scores.cases else None
                 return served, before, verdict
 
-    def _score(self, served: ServedWeights, plan: TrainingPlan, material: Material) -> Champion:
+    def _score(self, served: ServedWeights, plan: TrainingJob, material: Material) -> Champion:
         """Try the served weights on the validation cases, and on labels that are new to them."""
         preset = preset_for(served.checkpoint, self.preset)
         segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, plan.device, planner=self._planner)
@@ -393,7 +393,7 @@ class UnetrTrainTask(TrainTask):
         return usable, left_out
 
 
-def _stock_stats(plan: TrainingPlan, result: TrainingResult, scores: Evaluation, started: float) -> dict[str, Any]:
+def _stock_stats(plan: TrainingJob, result: TrainingResult, scores: Evaluation, started: float) -> dict[str, Any]:
     """The figures under the names that MONAI Label's clients show."""
     best = None if not plan.validation_cases else scores.mean_dice
     metrics = {"loss": result.losses[-1], "first_loss": result.losses[0]}

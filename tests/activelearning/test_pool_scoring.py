@@ -11,7 +11,7 @@ import pytest
 from lib.activelearning import pool_scoring
 from lib.activelearning.case_scores import CaseScores
 from lib.activelearning.pool_scoring import MAY_COMPUTE, newest_first
-from lib.activelearning.score_store import SCORES_FILE, Doubt, Look, ScoreStore
+from lib.activelearning.score_store import SCORES_FILE, CaseScoreRecord, LabelDisagreement, ScoreStore
 from lib.infers import interruption
 
 
@@ -67,28 +67,32 @@ def test_newest_come_first() -> None:
 
 def test_store_keeps_versions_apart_and_reads_what_another_process_wrote(tmp_path: Path) -> None:
     writer, reader = ScoreStore(tmp_path), ScoreStore(tmp_path)
-    assert reader.looks("v0001") == {} and reader.latest() is None
-    writer.keep("v0001", "a", Look(CaseScores({"entropy/volume": 0.5}, 7.0), scored=True))
-    assert reader.looks("v0001")["a"].found.values == {"entropy/volume": 0.5}
-    writer.keep("v0001", "a", Look(CaseScores({"entropy/volume": 0.7}, 7.0), scored=True))
-    writer.keep("v0002", "b", Look(CaseScores(), scored=False))
-    assert reader.looks("v0001")["a"].found.values == {"entropy/volume": 0.7}
-    assert list(reader.looks("v0002")) == ["b"] and reader.latest() == "v0002"
-    writer.keep_doubt("v0001", Doubt("a", "stamp", {"left": 0.5}, 0.5))
-    assert reader.doubts("v0001")["a"].dice == {"left": 0.5} and reader.doubts("v0002") == {}
+    assert reader.score_records("v0001") == {} and reader.latest() is None
+    writer.keep("v0001", "a", CaseScoreRecord(CaseScores({"entropy/volume": 0.5}, 7.0), scored=True))
+    assert reader.score_records("v0001")["a"].found.values == {"entropy/volume": 0.5}
+    writer.keep("v0001", "a", CaseScoreRecord(CaseScores({"entropy/volume": 0.7}, 7.0), scored=True))
+    writer.keep("v0002", "b", CaseScoreRecord(CaseScores(), scored=False))
+    assert reader.score_records("v0001")["a"].found.values == {"entropy/volume": 0.7}
+    assert list(reader.score_records("v0002")) == ["b"] and reader.latest() == "v0002"
+    writer.keep_disagreement("v0001", LabelDisagreement("a", "stamp", {"left": 0.5}, 0.5))
+    assert reader.disagreements("v0001")["a"].dice == {"left": 0.5} and reader.disagreements("v0002") == {}
     writer.prune(1)
     writer.close()
     reader.close()
     again = ScoreStore(tmp_path)
-    assert again.looks("v0001") == {} and again.doubts("v0001") == {} and list(again.looks("v0002")) == ["b"]
+    assert (
+        again.score_records("v0001") == {}
+        and again.disagreements("v0001") == {}
+        and list(again.score_records("v0002")) == ["b"]
+    )
     again.close()
 
 
 def test_damaged_store_is_put_aside(tmp_path: Path) -> None:
     (tmp_path / SCORES_FILE).write_bytes(b"not a database, but long enough to be looked at as one" * 100)
     store = ScoreStore(tmp_path)
-    assert store.looks("v0001") == {}
-    store.keep("v0001", "a", Look(CaseScores(), scored=True))
-    assert list(store.looks("v0001")) == ["a"]
+    assert store.score_records("v0001") == {}
+    store.keep("v0001", "a", CaseScoreRecord(CaseScores(), scored=True))
+    assert list(store.score_records("v0001")) == ["a"]
     store.close()
     assert len(list(tmp_path.glob("scores.damaged-*"))) == 1

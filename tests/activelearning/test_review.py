@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from synthetic_hippocampus import draw_cases
 
-from lib.activelearning.insight import Insight
+from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, suspicion_of
 from lib.activelearning.score_store import ScoreStore
 from lib.cases.labelled import Case
@@ -48,16 +48,16 @@ def review(folder: Path, count: int, spoiled: int) -> list[str]:
         file = write_nifti(folder / "labels" / f"{name}.nii.gz", label.astype(np.uint8), case.affine_ras)
         cases[name] = LabelledCase(Case(name, image, file))
     locator = WeightsLocator(REPOSITORY / "model" / "hippocampus_mr")
-    insight = Insight(load_preset("hippocampus_mr"), locator, ScoreStore(folder))
-    scorer = PoolScorer(insight, torch.device("cpu"))
-    assert scorer.doubt(dict.fromkeys(cases, "1"), cases.__getitem__) == {
+    knowledge = PoolKnowledge(load_preset("hippocampus_mr"), locator, ScoreStore(folder))
+    scorer = PoolScorer(knowledge, torch.device("cpu"))
+    assert scorer.compare_labels(dict.fromkeys(cases, "1"), cases.__getitem__) == {
         "done": count,
         "known": 0,
         "failed": 0,
         "left": 0,
     }
-    doubts = insight.store.doubts(scorer.version).values()
-    insight.store.close()
+    doubts = knowledge.store.disagreements(scorer.version).values()
+    knowledge.store.close()
     return [doubt.image_id for doubt in sorted(doubts, key=lambda doubt: -doubt.suspicion)]
 
 
@@ -77,12 +77,12 @@ def test_label_that_cannot_be_compared_is_the_most_suspicious(tmp_path: Path) ->
     image = write_nifti(tmp_path / "a.nii.gz", case.image, case.affine_ras)
     label = write_nifti(tmp_path / "b.nii.gz", np.full(case.label.shape, 7, dtype=np.uint8), case.affine_ras)
     locator = WeightsLocator(REPOSITORY / "model" / "hippocampus_mr")
-    insight = Insight(load_preset("hippocampus_mr"), locator, ScoreStore(tmp_path))
-    scorer = PoolScorer(insight, torch.device("cpu"))
+    knowledge = PoolKnowledge(load_preset("hippocampus_mr"), locator, ScoreStore(tmp_path))
+    scorer = PoolScorer(knowledge, torch.device("cpu"))
     bad = LabelledCase(Case("bad", image, label))
-    assert scorer.doubt({"bad": "1"}, lambda _: bad)["failed"] == 1
-    assert insight.store.doubts(scorer.version)["bad"].suspicion == 1.0
-    insight.store.close()
+    assert scorer.compare_labels({"bad": "1"}, lambda _: bad)["failed"] == 1
+    assert knowledge.store.disagreements(scorer.version)["bad"].suspicion == 1.0
+    knowledge.store.close()
 
 
 def test_suspicion_is_one_less_the_mean_dice() -> None:

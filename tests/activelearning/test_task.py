@@ -13,8 +13,8 @@ import torch
 
 from lib.activelearning import pool_scoring
 from lib.activelearning.case_scores import CaseScores, score_name
-from lib.activelearning.insight import Insight, version_key, version_name
-from lib.activelearning.score_store import UNTRAINED, Look, ScoreStore
+from lib.activelearning.pool_knowledge import PoolKnowledge, version_key, version_name
+from lib.activelearning.score_store import UNTRAINED, CaseScoreRecord, ScoreStore
 from lib.activelearning.selection import MEASURE_OF, STRATEGIES
 from lib.activelearning.task import (
     DESCRIPTIONS,
@@ -71,27 +71,27 @@ def network_weights(preset: Preset, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def insight(tmp_path: Path) -> Insight:
+def knowledge(tmp_path: Path) -> PoolKnowledge:
     """The tiny task with two published versions."""
     preset, folder = tiny_preset(), tmp_path / "model" / "tiny"
     for seed in range(2):
         VersionStore(folder).publish(network_weights(preset, seed), preset, {"parent": ""})
-    return Insight(preset, WeightsLocator(folder), ScoreStore(folder))
+    return PoolKnowledge(preset, WeightsLocator(folder), ScoreStore(folder))
 
 
 @pytest.fixture
-def untrained(tmp_path: Path) -> Insight:
+def untrained(tmp_path: Path) -> PoolKnowledge:
     folder = tmp_path / "model" / "new"
-    return Insight(tiny_preset(), WeightsLocator(folder), ScoreStore(folder))
+    return PoolKnowledge(tiny_preset(), WeightsLocator(folder), ScoreStore(folder))
 
 
-def keep(insight: Insight, version: str, **entropies: float) -> None:
+def keep(knowledge: PoolKnowledge, version: str, **entropies: float) -> None:
     """Pretend that a version scored cases so."""
     for place, (image, value) in enumerate(entropies.items()):
         values = {score_name(m, "foreground"): value for m in ("entropy", "margin", "bald")}
         values |= {"class_balanced_entropy": value, "dice_disagreement": value}
-        look = Look(CaseScores(values, 100.0, np.array([1.0, place], dtype=np.float32)), scored=True)
-        insight.store.keep(version, image, look)
+        look = CaseScoreRecord(CaseScores(values, 100.0, np.array([1.0, place], dtype=np.float32)), scored=True)
+        knowledge.store.keep(version, image, look)
 
 
 class Names(FakeDatastore):
@@ -107,18 +107,18 @@ class Names(FakeDatastore):
 MANY_LABELS = [f"done{i}" for i in range(9)]
 
 
-def test_all_strategies_and_scoring_methods_are_there_by_name(insight: Insight) -> None:
-    strategies = make_strategies({"tiny": insight}, 5, "typical")
+def test_all_strategies_and_scoring_methods_are_there_by_name(knowledge: PoolKnowledge) -> None:
+    strategies = make_strategies({"tiny": knowledge}, 5, "typical")
     assert next(iter(strategies)) == "typical", "the default comes first, where clients find theirs"
     assert set(strategies) == set(STRATEGIES) == set(DESCRIPTIONS)
     assert all(strategies[name].info() == {"description": DESCRIPTIONS[name]} for name in STRATEGIES)
-    methods = make_scoring_methods({"tiny": insight})
+    methods = make_scoring_methods({"tiny": knowledge})
     assert {"all", "embedding", "labels", "entropy", "bald", "margin", "dice_disagreement"} <= set(methods)
 
 
-def test_unknown_default_strategy_stops_the_start(insight: Insight) -> None:
+def test_unknown_default_strategy_stops_the_start(knowledge: PoolKnowledge) -> None:
     with pytest.raises(ConfigError, match=r"--conf strategy is 'guess'; valid: random, random_foreground"):
-        make_strategies({"tiny": insight}, 5, "guess")
+        make_strategies({"tiny": knowledge}, 5, "guess")
 
 
 def test_dropout_without_dropout_stops_the_start() -> None:
@@ -128,9 +128,9 @@ def test_dropout_without_dropout_stops_the_start() -> None:
     check_passes("auto", {"tiny": tiny_preset()})
 
 
-def test_reason_says_score_rank_and_model(insight: Insight) -> None:
-    keep(insight, "v0002", a=0.2, b=0.41, c=0.3)
-    found = PoolStrategy("entropy", {"tiny": insight})({}, Names(["a", "b", "c"], MANY_LABELS))
+def test_reason_says_score_rank_and_model(knowledge: PoolKnowledge) -> None:
+    keep(knowledge, "v0002", a=0.2, b=0.41, c=0.3)
+    found = PoolStrategy("entropy", {"tiny": knowledge})({}, Names(["a", "b", "c"], MANY_LABELS))
     assert found == {
         "id": "b",
         "reason": "entropy 0.41, rank 1 of 3, model v0002",
@@ -140,19 +140,19 @@ def test_reason_says_score_rank_and_model(insight: Insight) -> None:
     }
 
 
-def test_scores_of_the_version_before_serve_until_the_new_one_has_looked(insight: Insight) -> None:
-    keep(insight, "v0001", a=0.9, b=0.1)
-    strategy, names = PoolStrategy("entropy", {"tiny": insight}), Names(["a", "b"], MANY_LABELS)
+def test_scores_of_the_version_before_serve_until_the_new_one_has_looked(knowledge: PoolKnowledge) -> None:
+    keep(knowledge, "v0001", a=0.9, b=0.1)
+    strategy, names = PoolStrategy("entropy", {"tiny": knowledge}), Names(["a", "b"], MANY_LABELS)
     assert strategy({}, names)["reason"] == "entropy 0.90, rank 1 of 2, model v0001"
-    keep(insight, "v0002", b=0.5)
+    keep(knowledge, "v0002", b=0.5)
     found = strategy({}, names)
     assert found["id"] == "b" and found["reason"].endswith("model v0002")
 
 
 @pytest.mark.parametrize("name", sorted(MEASURE_OF))
-def test_cold_start_is_typical(name: str, insight: Insight, untrained: Insight) -> None:
-    keep(insight, "v0002", a=0.9, b=0.1, c=0.5)
-    few = PoolStrategy(name, {"tiny": insight})({}, Names(["a", "b", "c"], ["done0"]))
+def test_cold_start_is_typical(name: str, knowledge: PoolKnowledge, untrained: PoolKnowledge) -> None:
+    keep(knowledge, "v0002", a=0.9, b=0.1, c=0.5)
+    few = PoolStrategy(name, {"tiny": knowledge})({}, Names(["a", "b", "c"], ["done0"]))
     assert few["reason"].startswith(f"1 labelled so far, {name} begins at 5: most typical of a cluster of")
     keep(untrained, UNTRAINED, a=0.9, b=0.1)
     none = PoolStrategy(name, {"tiny": untrained})({}, Names(["a", "b"], MANY_LABELS))
@@ -160,91 +160,93 @@ def test_cold_start_is_typical(name: str, insight: Insight, untrained: Insight) 
     assert none["reason"].endswith("model untrained")
 
 
-def test_cold_start_can_be_switched_off(insight: Insight) -> None:
-    keep(insight, "v0002", a=0.2, b=0.8)
-    found = PoolStrategy("entropy", {"tiny": insight}, cold_start_labels=0)({}, Names(["a", "b"]))
+def test_cold_start_can_be_switched_off(knowledge: PoolKnowledge) -> None:
+    keep(knowledge, "v0002", a=0.2, b=0.8)
+    found = PoolStrategy("entropy", {"tiny": knowledge}, cold_start_labels=0)({}, Names(["a", "b"]))
     assert found["reason"] == "entropy 0.80, rank 1 of 2, model v0002"
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
-def test_strategy_over_a_store_keeps_the_contract(name: str, insight: Insight) -> None:
-    strategy = PoolStrategy(name, {"tiny": insight})
+def test_strategy_over_a_store_keeps_the_contract(name: str, knowledge: PoolKnowledge) -> None:
+    strategy = PoolStrategy(name, {"tiny": knowledge})
     assert strategy({}, Names([])) is None
     assert strategy({}, Names(["only"]))["id"] == "only"
     assert strategy({"seed": 4}, Names(["a", "b", "c"])) == strategy({"seed": 4}, Names(["c", "b", "a"]))
-    keep(insight, "v0002", a=0.5, b=0.5, c=float("nan"))
+    keep(knowledge, "v0002", a=0.5, b=0.5, c=float("nan"))
     chosen = {strategy({"seed": seed}, Names(["a", "b", "c"], MANY_LABELS))["id"] for seed in range(20)}
     assert chosen <= {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("seed", ["7", [1], {}, 0.5, -1, True])
-def test_seed_that_is_no_whole_number_is_refused(seed: object, insight: Insight) -> None:
+def test_seed_that_is_no_whole_number_is_refused(seed: object, knowledge: PoolKnowledge) -> None:
     with pytest.raises(ParameterError, match=r"'seed' is .*; valid: a whole number from 0"):
-        PoolStrategy("random", {"tiny": insight})({"seed": seed}, Names(["a"]))
+        PoolStrategy("random", {"tiny": knowledge})({"seed": seed}, Names(["a"]))
 
 
-def test_unknown_region_and_model_are_refused(insight: Insight) -> None:
-    strategy = PoolStrategy("entropy", {"tiny": insight})
+def test_unknown_region_and_model_are_refused(knowledge: PoolKnowledge) -> None:
+    strategy = PoolStrategy("entropy", {"tiny": knowledge})
     with pytest.raises(ParameterError, match="foreground, volume, patches"):
         strategy({"region": "left"}, Names(["a"]))
     with pytest.raises(NotFoundError, match="model 'huge'; known: tiny"):
         strategy({"model": "huge"}, Names(["a"]))
 
 
-def test_without_a_seed_random_varies(insight: Insight) -> None:
+def test_without_a_seed_random_varies(knowledge: PoolKnowledge) -> None:
     names = Names([f"case_{i}" for i in range(1000)])
-    assert len({PoolStrategy("random", {"tiny": insight})({}, names)["id"] for _ in range(10)}) > 1
+    assert len({PoolStrategy("random", {"tiny": knowledge})({}, names)["id"] for _ in range(10)}) > 1
 
 
-def test_scoring_looks_at_all_the_newest_first_and_compares_labels(insight: Insight, make_cases: MakeCases) -> None:
+def test_scoring_looks_at_all_the_newest_first_and_compares_labels(
+    knowledge: PoolKnowledge, make_cases: MakeCases
+) -> None:
     store = FakeDatastore(make_cases(5), labelled=2)
-    said = PoolScoring("all", {"tiny": insight}, device="cpu", precision="fp32")({}, store)["tiny"]
+    said = PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32")({}, store)["tiny"]
     assert said["version"] == "v0002"
     assert said["embedded"] == {"done": 0, "known": 0, "failed": 0, "left": 0}
     assert said["scored"] == {"done": 3, "known": 0, "failed": 0, "left": 0}
     assert said["compared"] == {"done": 2, "known": 0, "failed": 0, "left": 0}
-    looks = insight.store.looks("v0002")
+    looks = knowledge.store.score_records("v0002")
     assert set(looks) == set(store.cases)
     assert [image for image in looks if looks[image].scored] == sorted(store.get_unlabeled_images(), reverse=True)
     assert all(look.found.embedding is not None and look.found.embedding.shape == (48,) for look in looks.values())
     assert "bald/foreground" in looks[store.get_unlabeled_images()[0]].found.values
-    again = PoolScoring("all", {"tiny": insight}, device="cpu", precision="fp32")({}, store)["tiny"]
+    again = PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32")({}, store)["tiny"]
     assert again["scored"] == {"done": 0, "known": 3, "failed": 0, "left": 0}
     assert again["compared"]["known"] == 2
 
 
-def test_scoring_without_weights_embeds(untrained: Insight, make_cases: MakeCases) -> None:
+def test_scoring_without_weights_embeds(untrained: PoolKnowledge, make_cases: MakeCases) -> None:
     store = FakeDatastore(make_cases(3))
     said = PoolScoring("all", {"tiny": untrained}, device="cpu", precision="fp32")({}, store)["tiny"]
     assert said["version"] == UNTRAINED
-    looks = untrained.store.looks(UNTRAINED)
+    looks = untrained.store.score_records(UNTRAINED)
     assert len(looks) == 3 and not any(look.scored for look in looks.values())
     found = PoolStrategy("typical", {"tiny": untrained})({}, store)
     assert found["reason"].startswith("most typical of a cluster of")
 
 
-def test_scoring_stops_when_its_time_is_up_and_goes_on_later(insight: Insight, make_cases: MakeCases) -> None:
+def test_scoring_stops_when_its_time_is_up_and_goes_on_later(knowledge: PoolKnowledge, make_cases: MakeCases) -> None:
     store = FakeDatastore(make_cases(3))
-    method = PoolScoring("entropy", {"tiny": insight}, device="cpu", precision="fp32")
+    method = PoolScoring("entropy", {"tiny": knowledge}, device="cpu", precision="fp32")
     said = method({"minutes": 1e-9}, store)["tiny"]
     assert said["scored"] == {"done": 0, "known": 0, "failed": 0, "left": 3}
-    assert insight.store.looks("v0002") == {}
+    assert knowledge.store.score_records("v0002") == {}
     assert method({}, store)["tiny"]["scored"]["done"] == 3
 
 
-def test_image_that_cannot_be_read_is_told_and_not_tried_again(insight: Insight, make_cases: MakeCases) -> None:
+def test_image_that_cannot_be_read_is_told_and_not_tried_again(knowledge: PoolKnowledge, make_cases: MakeCases) -> None:
     store = FakeDatastore(make_cases(3))
     bad = next(iter(store.cases))
     store.cases[bad].image.write_bytes(b"no image")
-    method = PoolScoring("entropy", {"tiny": insight}, device="cpu", precision="fp32")
+    method = PoolScoring("entropy", {"tiny": knowledge}, device="cpu", precision="fp32")
     said = method({}, store)["tiny"]
     assert said["embedded"]["failed"] == 1 and said["scored"] == {"done": 2, "known": 1, "failed": 0, "left": 0}
-    assert "damaged" in insight.store.looks("v0002")[bad].problem
+    assert "damaged" in knowledge.store.score_records("v0002")[bad].problem
     assert method({}, store)["tiny"]["scored"]["known"] == 3
 
 
-def test_wrong_scoring_request_is_refused(insight: Insight) -> None:
-    method = PoolScoring("all", {"tiny": insight}, device="cpu")
+def test_wrong_scoring_request_is_refused(knowledge: PoolKnowledge) -> None:
+    method = PoolScoring("all", {"tiny": knowledge}, device="cpu")
     with pytest.raises(ParameterError, match="'minutes'"):
         method({"minutes": "many"}, Names([]))
     with pytest.raises(NotFoundError, match="model 'huge'"):
@@ -252,7 +254,7 @@ def test_wrong_scoring_request_is_refused(insight: Insight) -> None:
 
 
 def test_two_versions_make_an_ensemble(
-    insight: Insight, make_cases: MakeCases, monkeypatch: pytest.MonkeyPatch
+    knowledge: PoolKnowledge, make_cases: MakeCases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
     original = pool_scoring.choose_passes
@@ -264,7 +266,7 @@ def test_two_versions_make_an_ensemble(
     monkeypatch.setattr(pool_scoring, "choose_passes", choose)
     store = FakeDatastore(make_cases(1))
     for passes in ("auto", "tta"):
-        PoolScoring("all", {"tiny": insight}, device="cpu", precision="fp32", passes=passes)({}, store)
+        PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32", passes=passes)({}, store)
     assert made == ["ensemble", "tta"]
 
 

@@ -21,7 +21,7 @@ from lib.experiments import experiment as room
 from lib.experiments.experiment import Bench, Experiment, draw_cases, main, read_experiment, run_experiment
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.loop import TrainingJob, TrainingResult, run_training
 from tests.tiny import preset_data, tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -55,10 +55,10 @@ def bench(make_cases: MakeCases, tmp_path: Path) -> Bench:
     return Bench(cases[:4], cases[4:], tmp_path / "runs", torch.device("cpu"), lambda case: case)
 
 
-def _spied(monkeypatch: pytest.MonkeyPatch) -> list[TrainingPlan]:
-    plans: list[TrainingPlan] = []
+def _spied(monkeypatch: pytest.MonkeyPatch) -> list[TrainingJob]:
+    plans: list[TrainingJob] = []
 
-    def train(plan: TrainingPlan, on_step: Callable[[int], None] | None = None) -> TrainingResult:
+    def train(plan: TrainingJob, on_step: Callable[[int], None] | None = None) -> TrainingResult:
         plans.append(plan)
         return run_training(plan, on_step)
 
@@ -97,12 +97,12 @@ def test_run_that_was_killed_goes_on(bench: Bench, tmp_path: Path, monkeypatch: 
     for file in bench.folder.glob("*.json"):
         file.unlink()
 
-    def killed(plan: TrainingPlan) -> TrainingResult:
+    def killed(plan: TrainingJob) -> TrainingResult:
         def stop(step: int) -> None:
             if step == 3:
                 raise KeyboardInterrupt
 
-        return run_training(TrainingPlan(**(plan.__dict__ | {"state_seconds": 0.0})), stop)
+        return run_training(TrainingJob(**(plan.__dict__ | {"state_seconds": 0.0})), stop)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(room, "run_training", killed)

@@ -204,10 +204,10 @@ def test_request_succeeds_with_less_at_once_and_says_so(
     segmenter = Segmenter(network, preset, CPU, "fp32")
     found = segmenter.segment(Volume(image, np.eye(4)), name="scan")
     np.testing.assert_array_equal(found.labels, image)
-    assert found.plan.given_up == ("a batch of 2 windows", "1 band a slab", "2 bands a slab")
+    assert found.plan.fallbacks == ("a batch of 2 windows", "1 band a slab", "2 bands a slab")
     assert "memory ran out on scan; gave up a batch of 2 windows" in caplog.text
     again = segmenter.plan(Volume(image, np.eye(4)))
-    assert (again.stitching.window_batch, again.stitching.bands, again.given_up) == (1, 4, ())
+    assert (again.stitching.window_batch, again.stitching.bands, again.fallbacks) == (1, 4, ())
 
 
 def test_request_that_fits_in_no_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ limit = pages * resource.getpagesize() + 400 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 found = segmenter.segment(Volume(image, np.eye(4)))
 assert (found.labels == image).all()
-print(found.plan.stitching.window_batch, *found.plan.given_up, sep="|")
+print(found.plan.stitching.window_batch, *found.plan.fallbacks, sep="|")
 """
 
 
@@ -283,8 +283,8 @@ def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPat
     assert plans[0].device_bytes == 4 * 4 * 200 * 200 * 125, "preprocessing is the peak"
     assert "GiB on it with the image" in plans[0].explain()
     one_by_one = replace(plans[0], stitching=replace(plans[0].stitching, window_batch=1))
-    given_up = Planner(None, book).step_down(one_by_one, preset, device, FP32)
-    assert given_up is not None and not given_up.image_on_device and given_up.given_up == ("the image on cuda",)
+    fallbacks = Planner(None, book).next_fallback(one_by_one, preset, device, FP32)
+    assert fallbacks is not None and not fallbacks.image_on_device and fallbacks.fallbacks == ("the image on cuda",)
 
 
 def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_host(
@@ -305,7 +305,7 @@ def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_hos
     monkeypatch.setattr(segmenter_module, "preprocess_volume", full)
     found = segmenter.segment(volume)
     assert where == [CPU, None]
-    assert found.plan.given_up == ("preprocessing on cpu",)
+    assert found.plan.fallbacks == ("preprocessing on cpu",)
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
@@ -324,15 +324,15 @@ def test_ladder_on_a_gpu_that_is_full_ends_in_the_same_labels(limit_gpu: Callabl
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     expected = segmenter.segment(volume)
-    assert not expected.plan.given_up
+    assert not expected.plan.fallbacks
     taken = torch.cuda.max_memory_allocated() - before
     limit_gpu(int(0.6 * taken))
     found = segmenter.segment(volume)
-    assert found.plan.given_up[0] == f"a batch of {planned} windows"
+    assert found.plan.fallbacks[0] == f"a batch of {planned} windows"
     assert found.plan.device == "cuda"
     assert (found.labels == expected.labels).mean() > 0.999
     again = segmenter.segment(volume).plan  # the next plan remembers
-    assert not again.given_up
+    assert not again.fallbacks
     assert again.stitching.window_batch == found.plan.stitching.window_batch
 
 
@@ -355,7 +355,7 @@ def test_plan_on_a_gpu_stitches_there_and_the_ladder_ends_on_the_cpu() -> None:
     assert (found.labels == expected).mean() > 0.999
     plan: Plan | None = found.plan
     while plan is not None:
-        last, plan = plan, on_gpu.planner.step_down(plan, preset, device, FP32)
+        last, plan = plan, on_gpu.planner.next_fallback(plan, preset, device, FP32)
     assert on_gpu._smaller(last, "scan").device == "cpu"
     assert on_gpu.device == CPU
     again = on_gpu.segment(volume)  # comes back

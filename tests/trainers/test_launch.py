@@ -14,7 +14,7 @@ from lib.errors import ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.trainers import launch as module
 from lib.trainers.launch import launch, launch_processes
-from lib.trainers.loop import BEST_FILE, TrainingPlan, TrainingResult, run_training
+from lib.trainers.loop import BEST_FILE, TrainingJob, TrainingResult, run_training
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -23,10 +23,10 @@ RESULT = TrainingResult({}, 1, {}, (0.5,))
 
 
 @pytest.fixture
-def plan(make_cases: MakeCases, tmp_path: Path) -> TrainingPlan:
+def plan(make_cases: MakeCases, tmp_path: Path) -> TrainingJob:
     recipe = {"max_epochs": 4, "learning_rate": 4e-3, "precision": "fp32", "augmentation": QUIET_AUGMENTATION}
     cases = make_cases(5)
-    return TrainingPlan(tiny_preset(training=recipe), cases[:4], cases[4:], tmp_path / "run", CPU)
+    return TrainingJob(tiny_preset(training=recipe), cases[:4], cases[4:], tmp_path / "run", CPU)
 
 
 @pytest.fixture
@@ -52,20 +52,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ],
 )
 def test_launch_uses_the_gpus_that_it_may(
-    plan: TrainingPlan, launched: list[list[str]], device: torch.device, multi_gpu: bool, gpus: str, expected: list[str]
+    plan: TrainingJob, launched: list[list[str]], device: torch.device, multi_gpu: bool, gpus: str, expected: list[str]
 ) -> None:
     assert launch(replace(plan, device=device), multi_gpu, gpus) is RESULT
     assert launched == [expected]
 
 
 @pytest.mark.parametrize("gpus", ["3", "0,x", "-1", ",", ""])
-def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingPlan, launched: list[list[str]], gpus: str) -> None:
+def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingJob, launched: list[list[str]], gpus: str) -> None:
     with pytest.raises(ParameterError, match=r"'gpus' is .*; valid: all, or indices from 0 to 2"):
         launch(replace(plan, device=CUDA), True, gpus)
     assert not launched
 
 
-def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: TrainingPlan) -> None:
+def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: TrainingJob) -> None:
     several = launch_processes(plan, [CPU, CPU])
     recipe = plan.preset.training.model_copy(update={"batch_size": 2})
     alone = run_training(replace(plan, preset=plan.preset.model_copy(update={"training": recipe}),
@@ -85,7 +85,7 @@ def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: 
     assert not any(key.startswith("module.") for key in several.weights)
 
 
-def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingPlan) -> None:
+def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingJob) -> None:
     write_nifti(plan.train_cases[2].label, boxes()[1][:-1])
     with pytest.raises(TrainingError, match=r"training in 2 processes failed: .*label of 'case_003' has shape"):
         launch_processes(plan, [CPU, CPU])
@@ -96,7 +96,7 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Device and checkpointing of each try; none finds enough memory on a GPU."""
     tried: list[str] = []
 
-    def train(plan: TrainingPlan, devices: object = None) -> TrainingResult:
+    def train(plan: TrainingJob, devices: object = None) -> TrainingResult:
         recomputed = plan.preset.training.activation_checkpointing
         tried.append(f"{plan.device}{' recomputed' * recomputed}{' resumed' * plan.resume}")
         if plan.device.type == "cuda":
@@ -110,18 +110,18 @@ def memories(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return tried
 
 
-def test_run_that_is_out_of_memory_on_a_gpu_goes_on_on_the_cpu(plan: TrainingPlan, memories: list[str]) -> None:
+def test_run_that_is_out_of_memory_on_a_gpu_goes_on_on_the_cpu(plan: TrainingJob, memories: list[str]) -> None:
     assert launch(replace(plan, device=CUDA)) is RESULT
     assert memories == ["cuda", "cpu resumed"]
 
 
-def test_processes_that_are_out_of_memory_shrink_together_first(plan: TrainingPlan, memories: list[str]) -> None:
+def test_processes_that_are_out_of_memory_shrink_together_first(plan: TrainingJob, memories: list[str]) -> None:
     assert launch(replace(plan, device=CUDA), multi_gpu=True) is RESULT
     assert memories == ["cuda", "cuda recomputed resumed", "cpu recomputed resumed"]
 
 
-def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(_: TrainingPlan) -> TrainingResult:
+def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_: TrainingJob) -> TrainingResult:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(module, "run_training", train)
@@ -129,8 +129,8 @@ def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingPlan, monke
         launch(plan)
 
 
-def test_other_errors_are_not_taken_for_memory(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(_: TrainingPlan) -> TrainingResult:
+def test_other_errors_are_not_taken_for_memory(plan: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_: TrainingJob) -> TrainingResult:
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(module, "run_training", train)

@@ -22,7 +22,7 @@ from lib.errors import LabelError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers import loop
-from lib.trainers.loop import BEST_FILE, TrainingPlan, run_training
+from lib.trainers.loop import BEST_FILE, TrainingJob, run_training
 from lib.trainers.pause import is_paused, wait_while_paused
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
@@ -31,20 +31,20 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def make_plan(make_cases: MakeCases, tmp_path: Path) -> Callable[..., TrainingPlan]:
+def make_plan(make_cases: MakeCases, tmp_path: Path) -> Callable[..., TrainingJob]:
     """A plan on tiny cases: ``make_plan(train, validation, **recipe)``."""
 
-    def make(train: int = 2, validation: int = 0, network: dict[str, Any] | None = None, **recipe: Any) -> TrainingPlan:
+    def make(train: int = 2, validation: int = 0, network: dict[str, Any] | None = None, **recipe: Any) -> TrainingJob:
         cases = make_cases(train + validation)
         quiet = {"precision": "fp32", "augmentation": QUIET_AUGMENTATION, "crops_per_case": 1, "max_epochs": 1}
         size = {"feature_size": 4, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4} | (network or {})
         preset = tiny_preset(training=quiet | recipe, network=size)
-        return TrainingPlan(preset, cases[:train], cases[train:], tmp_path / "run", CPU)
+        return TrainingJob(preset, cases[:train], cases[train:], tmp_path / "run", CPU)
 
     return make
 
 
-def test_training_on_blobs_learns_them(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_training_on_blobs_learns_them(make_plan: Callable[..., TrainingJob]) -> None:
     recipe = {"max_epochs": 20, "batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1, "val_interval": 5}
     plan = make_plan(4, 2, **recipe)
     result = run_training(plan)
@@ -64,7 +64,7 @@ def test_training_on_blobs_learns_them(make_plan: Callable[..., TrainingPlan]) -
     assert progress["dice"] == pytest.approx(result.dice)
 
 
-def test_same_seed_trains_the_same_weights_and_another_seed_others(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_same_seed_trains_the_same_weights_and_another_seed_others(make_plan: Callable[..., TrainingJob]) -> None:
     noisy = {"spatial_probability": 1, "rotation_degrees": 10, "noise_probability": 1, "elastic_probability": 0.5}
     plan = make_plan(3, 1, max_epochs=2, batch_size=2, crops_per_case=2, augmentation=noisy)
     other = plan.preset.training.model_copy(update={"seed": 1})
@@ -89,7 +89,7 @@ def _kill_at(step: int) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("killed_at", [1, 5, 6])
 def test_run_that_was_killed_goes_on_as_if_nothing_had_happened(
-    make_plan: Callable[..., TrainingPlan], killed_at: int
+    make_plan: Callable[..., TrainingJob], killed_at: int
 ) -> None:
     noisy = {"spatial_probability": 1, "rotation_degrees": 10, "noise_probability": 1}
     plan = make_plan(4, 1, max_epochs=4, batch_size=2, network={"dropout_rate": 0.2}, augmentation=noisy)
@@ -110,7 +110,7 @@ def test_run_that_was_killed_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("what", ["damaged", "other cases", "other recipe", "none"])
 def test_state_that_is_not_of_this_run_is_not_resumed(
-    make_plan: Callable[..., TrainingPlan], what: str, caplog: pytest.LogCaptureFixture
+    make_plan: Callable[..., TrainingJob], what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = replace(make_plan(3, max_epochs=2), state_seconds=0, resume=True)
     with pytest.raises(KilledError):
@@ -132,7 +132,7 @@ def test_state_that_is_not_of_this_run_is_not_resumed(
 
 
 def test_full_disk_does_not_end_a_run(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from lib.trainers import resume
 
@@ -146,7 +146,7 @@ def test_full_disk_does_not_end_a_run(
     assert not list(plan.run_dir.glob("*.pt*")), "half a file is not left"
 
 
-def test_run_stands_still_while_requests_wait(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_run_stands_still_while_requests_wait(make_plan: Callable[..., TrainingJob]) -> None:
     plan = replace(make_plan(3, max_epochs=3), pause_file=make_plan(1).run_dir.parent / "pause")
     assert plan.pause_file is not None
     pause, times = plan.pause_file, list[float]()
@@ -175,7 +175,7 @@ def test_pause_of_a_server_that_died_ends_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("roomy", [True, False])
 def test_freed_memory_is_kept_as_planned(
-    roomy: bool, make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    roomy: bool, make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = list[bool]()
     monkeypatch.setattr(loop, "keep_freed_memory", lambda: called.append(True))
@@ -184,13 +184,13 @@ def test_freed_memory_is_kept_as_planned(
     assert bool(called) is roomy
 
 
-def test_dropout_is_repeatable_too(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_dropout_is_repeatable_too(make_plan: Callable[..., TrainingJob]) -> None:
     plan = make_plan(4, max_epochs=2, network={"dropout_rate": 0.3})
     assert run_training(plan).losses == run_training(plan).losses
 
 
 def test_run_that_runs_out_of_memory_goes_on_with_less_and_learns_the_same(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(2, max_epochs=3, batch_size=2)
     roomy = run_training(plan)
@@ -204,8 +204,8 @@ def test_run_that_runs_out_of_memory_goes_on_with_less_and_learns_the_same(
     monkeypatch.setattr(loop, "forward_in_parts", tight)
     found = run_training(replace(plan, costs=plan.run_dir / "costs.json"))
     assert found.losses == pytest.approx(roomy.losses, abs=1e-4)
-    assert roomy.step_plan is not None and (roomy.step_plan.at_once, roomy.step_plan.given_up) == (2, ())
-    assert found.step_plan is not None and found.step_plan.given_up == ("2 crops at a time",)
+    assert roomy.step_plan is not None and (roomy.step_plan.at_once, roomy.step_plan.fallbacks) == (2, ())
+    assert found.step_plan is not None and found.step_plan.fallbacks == ("2 crops at a time",)
     progress = json.loads((plan.run_dir / "progress.json").read_text(encoding="utf-8"))
     assert progress["plan"].endswith("gave up: 2 crops at a time")
 
@@ -218,7 +218,7 @@ def test_run_on_a_gpu_that_is_full_goes_on_in_parts_and_learns_the_same(
     recipe = {"precision": "fp32", "augmentation": QUIET_AUGMENTATION, "crops_per_case": 4, "max_epochs": 3}
     network = {"feature_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
     preset = tiny_preset(training=recipe, network=network, roi_size=[64, 64, 64])
-    plan = TrainingPlan(preset, make_cases(2, (70, 70, 70)), (), tmp_path / "run", torch.device("cuda"))
+    plan = TrainingJob(preset, make_cases(2, (70, 70, 70)), (), tmp_path / "run", torch.device("cuda"))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     whole = run_training(plan)
@@ -227,7 +227,7 @@ def test_run_on_a_gpu_that_is_full_goes_on_in_parts_and_learns_the_same(
     limit_gpu(int(0.6 * (torch.cuda.max_memory_allocated() - before)))
     short = run_training(replace(plan, run_dir=tmp_path / "short"))
     assert short.step_plan is not None
-    assert short.step_plan.given_up[0] == "4 crops at a time"
+    assert short.step_plan.fallbacks[0] == "4 crops at a time"
     assert short.step_plan.device == "cuda"
     assert len(short.losses) == 6
     assert short.losses == pytest.approx(whole.losses, abs=2e-3)
@@ -235,7 +235,7 @@ def test_run_on_a_gpu_that_is_full_goes_on_in_parts_and_learns_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training_on_a_gpu_follows_that_on_the_cpu(make_plan: Callable[..., TrainingPlan], precision: str) -> None:
+def test_training_on_a_gpu_follows_that_on_the_cpu(make_plan: Callable[..., TrainingJob], precision: str) -> None:
     plan = make_plan(4, 2, max_epochs=5, batch_size=2, learning_rate=8e-3, val_interval=5)
     on_cpu = run_training(plan)
     recipe = plan.preset.training.model_copy(update={"precision": precision})
@@ -245,12 +245,12 @@ def test_training_on_a_gpu_follows_that_on_the_cpu(make_plan: Callable[..., Trai
     assert found.dice == pytest.approx(on_cpu.dice, abs=0.05)
 
 
-def test_activation_checkpointing_trains_the_same(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_activation_checkpointing_trains_the_same(make_plan: Callable[..., TrainingJob]) -> None:
     plain, checkpointed = (make_plan(2, max_epochs=3, activation_checkpointing=on) for on in (False, True))
     assert run_training(plain).losses == pytest.approx(run_training(checkpointed).losses, abs=1e-6)
 
 
-def test_start_weights_are_where_it_starts(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_start_weights_are_where_it_starts(make_plan: Callable[..., TrainingJob]) -> None:
     plan = make_plan(2, learning_rate=1e-12, weight_decay=0)
     torch.manual_seed(99)
     start = {f"module.{key}": value for key, value in build_unetr(plan.preset).state_dict().items()}
@@ -260,7 +260,7 @@ def test_start_weights_are_where_it_starts(make_plan: Callable[..., TrainingPlan
 
 
 def test_best_epoch_is_kept_when_later_ones_are_worse(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.3, 0.8, 0.5, 0.8])
     monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
@@ -274,7 +274,7 @@ def test_best_epoch_is_kept_when_later_ones_are_worse(
 
 
 def test_validation_comes_every_interval_and_at_the_end(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     epochs = []
     monkeypatch.setattr(loop._Run, "_validate", lambda self, _: epochs.append(self.epoch) or {"core": 0.5})
@@ -283,7 +283,7 @@ def test_validation_comes_every_interval_and_at_the_end(
 
 
 def test_early_stop_ends_a_run_that_no_longer_improves(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.3, 0.8, 0.7, 0.8, 0.9])
     monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
@@ -293,7 +293,7 @@ def test_early_stop_ends_a_run_that_no_longer_improves(
 
 
 def test_validation_is_of_the_averaged_weights_on_whole_cases(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = []
     original = loop.predict
@@ -308,7 +308,7 @@ def test_validation_is_of_the_averaged_weights_on_whole_cases(
 
 
 def test_validation_that_runs_out_of_memory_goes_on_with_fewer_windows_and_says_the_same(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(1, 2, max_epochs=2)
     inference = plan.preset.inference.model_copy(update={"window_batch_size": 4})
@@ -330,7 +330,7 @@ def test_validation_that_runs_out_of_memory_goes_on_with_fewer_windows_and_says_
 
 
 def test_validation_of_which_not_one_window_fits_ends_the_run(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
@@ -340,7 +340,7 @@ def test_validation_of_which_not_one_window_fits_ends_the_run(
         run_training(make_plan(1, 1))
 
 
-def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[..., TrainingJob]) -> None:
     plan = make_plan(2, 0, max_epochs=3)
     result = run_training(plan)
     assert result.best_epoch == 3
@@ -349,7 +349,7 @@ def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[.
     assert not (plan.run_dir / BEST_FILE).exists()
 
 
-def test_validation_case_without_a_label_does_not_count_for_it(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_validation_case_without_a_label_does_not_count_for_it(make_plan: Callable[..., TrainingJob]) -> None:
     plan = make_plan(1, 2)
     image, label = boxes(seed=7)
     label[label == 2] = 1
@@ -358,13 +358,13 @@ def test_validation_case_without_a_label_does_not_count_for_it(make_plan: Callab
     assert set(run_training(plan).dice) == {"Left Box", "core"}
 
 
-def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(make_plan: Callable[..., TrainingJob]) -> None:
     result = run_training(replace(make_plan(4, 1, max_epochs=10, batch_size=1), max_steps=6))
     assert len(result.losses) == 6
     assert result.best_epoch == 2, "what was learned is validated"
 
 
-def test_on_step_is_told_each_step_and_can_end_the_run(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_on_step_is_told_each_step_and_can_end_the_run(make_plan: Callable[..., TrainingJob]) -> None:
     class StopError(Exception):
         pass
 
@@ -406,7 +406,7 @@ def _infinite_gradient(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("spoil", [_nan_loss, _infinite_gradient])
 def test_step_without_finite_gradients_changes_nothing_and_the_run_goes_on(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, spoil: Any
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     original = loop.build_loss
     monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), {2, 5}, spoil))
@@ -418,7 +418,7 @@ def test_step_without_finite_gradients_changes_nothing_and_the_run_goes_on(
 
 
 def test_run_whose_gradients_stay_infinite_ends_with_advice(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = loop.build_loss
     monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), set(range(99)), _nan_loss))
@@ -427,14 +427,14 @@ def test_run_whose_gradients_stay_infinite_ends_with_advice(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_trains(make_plan: Callable[..., TrainingPlan], precision: str) -> None:
+def test_mixed_precision_trains(make_plan: Callable[..., TrainingJob], precision: str) -> None:
     result = run_training(make_plan(2, 1, max_epochs=6, learning_rate=5e-3, precision=precision))
     assert all(math.isfinite(loss) for loss in result.losses)
     assert result.losses[-1] < result.losses[0] - 0.05
     assert {value.dtype for value in result.weights.values()} == {torch.float32}
 
 
-def test_batch_norm_trains_and_its_counters_are_averaged_along(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_batch_norm_trains_and_its_counters_are_averaged_along(make_plan: Callable[..., TrainingJob]) -> None:
     result = run_training(make_plan(2, 0, max_epochs=2, network={"norm_name": "batch"}))
     counters = [int(value) for key, value in result.weights.items() if key.endswith("num_batches_tracked")]
     assert counters
@@ -443,13 +443,13 @@ def test_batch_norm_trains_and_its_counters_are_averaged_along(make_plan: Callab
 
 @pytest.mark.parametrize("dataset", ["CacheDataset", "SmartCacheDataset", "Dataset"])
 @pytest.mark.parametrize("dataloader", ["DataLoader", "ThreadDataLoader"])
-def test_every_dataset_and_loader_trains(make_plan: Callable[..., TrainingPlan], dataset: str, dataloader: str) -> None:
+def test_every_dataset_and_loader_trains(make_plan: Callable[..., TrainingJob], dataset: str, dataloader: str) -> None:
     plan = replace(make_plan(3, 1, max_epochs=2, batch_size=2), dataset=dataset, dataloader=dataloader)
     assert len(run_training(plan).losses) == 4
 
 
 def test_smart_cache_with_little_memory_sees_new_cases_each_epoch(
-    make_plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lib.trainers import datasets
 
@@ -464,14 +464,14 @@ def test_smart_cache_with_little_memory_sees_new_cases_each_epoch(
     assert len(set(read)) == 4
 
 
-def test_batch_larger_than_the_data_is_what_there_is(make_plan: Callable[..., TrainingPlan]) -> None:
+def test_batch_larger_than_the_data_is_what_there_is(make_plan: Callable[..., TrainingJob]) -> None:
     assert len(run_training(make_plan(2, batch_size=64)).losses) == 1
 
 
 @pytest.mark.parametrize("dataset", ["PersistentDataset", "CacheDataset"])
 @pytest.mark.parametrize("dataloader", ["DataLoader", "ThreadDataLoader"])
 def test_unusable_case_ends_the_run_and_names_itself(
-    make_plan: Callable[..., TrainingPlan], dataset: str, dataloader: str
+    make_plan: Callable[..., TrainingJob], dataset: str, dataloader: str
 ) -> None:
     plan = replace(make_plan(3), dataset=dataset, dataloader=dataloader)
     write_nifti(plan.train_cases[1].label, boxes()[1][:-1])
@@ -492,4 +492,4 @@ def test_crops_for_a_gpu_are_drawn_by_a_share_of_the_cores(
 
 def test_plan_without_cases_is_refused() -> None:
     with pytest.raises(TrainingError, match="no labelled case to train on; save at least one label first"):
-        TrainingPlan(tiny_preset(), (), (), Path("run"), CPU)
+        TrainingJob(tiny_preset(), (), (), Path("run"), CPU)

@@ -16,7 +16,7 @@ from lib.cases.labelled import MISSING, Case, ReadCased
 from lib.cases.metrics import without_missing
 from lib.configs.preset import Training
 from lib.datastore.records import LabelVersion
-from lib.trainers.loop import TrainingPlan, TrainingResult, run_training
+from lib.trainers.loop import TrainingJob, TrainingResult, run_training
 from lib.trainers.optimization import build_loss, leave_out_missing
 from lib.trainers.submitted import case_of_version
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_nifti
@@ -98,7 +98,7 @@ def train(make_cases: Callable[..., tuple[Case, ...]], tmp_path: Path) -> Callab
     validation = make_cases(2, first=101)
 
     def run(cases: list[Case], name: str) -> TrainingResult:
-        plan = TrainingPlan(preset, tuple(cases), validation, tmp_path / name, torch.device("cpu"))
+        plan = TrainingJob(preset, tuple(cases), validation, tmp_path / name, torch.device("cpu"))
         return run_training(plan)
 
     return run

@@ -17,7 +17,7 @@ from lib.infers.memory import GIB
 from lib.networks.unetr import CheckpointedBlocks, build_unetr
 from lib.trainers import plan as module
 from lib.trainers.memory import count_kept_bytes
-from lib.trainers.plan import StepLadder, TrainingPlanner, count_step_bytes, step_key
+from lib.trainers.plan import StepLadder, StepPlanner, count_step_bytes, step_key
 from tests.tiny import preset_data, tiny_preset
 
 CPU, CUDA, FP32 = torch.device("cpu"), torch.device("cuda"), torch.float32
@@ -75,7 +75,7 @@ def test_plan_is_the_fastest_that_fits(
     book: CostBook,
 ) -> None:
     free(free_gib)
-    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
     assert (plan.at_once, plan.checkpointing, plan.crops) == (at_once, checkpointing, 4)
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + passes_gib, abs=0.01)
     assert plan.seconds == pytest.approx(seconds, rel=0.01)
@@ -89,7 +89,7 @@ def test_freed_memory_is_kept_where_half_more_than_is_needed_is_there(
     free_gib: float, keeps: bool, free: Callable[[float], None], book: CostBook
 ) -> None:
     free(free_gib)
-    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
     assert 1.5 * plan.needed_bytes / GIB == pytest.approx(17.08, abs=0.05)
     assert plan.keeps_freed_memory is keeps
     assert ("freed memory is kept" in plan.explain()) is keeps
@@ -98,7 +98,7 @@ def test_freed_memory_is_kept_where_half_more_than_is_needed_is_there(
 def test_crop_more_takes_at_least_what_is_counted(free: Callable[[float], None], book: CostBook) -> None:
     free(24)
     book.keep(f"{step_key(_base(), CPU, FP32)} kept", 2, WindowCost(int(2.1 * GIB), 6.0))
-    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU)
+    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
     counted = count_kept_bytes(_base(), False)[0] / GIB + LOGITS_GIB
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + 1.25 * (2 + 3 * counted), abs=0.01)
 
@@ -108,7 +108,7 @@ def test_step_that_cannot_fit_is_refused_with_the_numbers(free: Callable[[float]
     with pytest.raises(
         TrainingError, match=r"\(1 crop of 96x96x96 at a time\) needs 3.30 GiB of memory; there are 2.00"
     ):
-        TrainingPlanner(book=book).plan(_base(), 10, CPU)
+        StepPlanner(book=book).plan(_base(), 10, CPU)
 
 
 def test_gpu_without_room_gives_way_to_the_cpu(
@@ -118,27 +118,27 @@ def test_gpu_without_room_gives_way_to_the_cpu(
     monkeypatch.setattr(module, "free_bytes", lambda device: GIB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(module, "measure_step", lambda *_: pytest.fail("measured what does not fit"))
-    plan = TrainingPlanner(book=book).plan(_base(), 10, CUDA)
+    plan = StepPlanner(book=book).plan(_base(), 10, CUDA)
     assert (plan.device, plan.at_once) == ("cpu", 4)
     assert "; gave up: cuda (" in plan.explain()
 
 
 def test_recipe_that_asks_for_checkpointing_gets_it(free: Callable[[float], None], book: CostBook) -> None:
     free(24)
-    plan = TrainingPlanner(book=book).plan(_base(activation_checkpointing=True), 10, CPU)
+    plan = StepPlanner(book=book).plan(_base(activation_checkpointing=True), 10, CPU)
     assert (plan.at_once, plan.checkpointing) == (4, True)
 
 
 def test_batch_has_no_more_cases_than_there_are(free: Callable[[float], None], book: CostBook) -> None:
     free(100)
-    plan = TrainingPlanner(book=book).plan(_base(batch_size=3), 2, CPU)
+    plan = StepPlanner(book=book).plan(_base(batch_size=3), 2, CPU)
     assert plan.crops == 8
     assert "2 cases x 4 crops at a time" in plan.explain()
 
 
 def test_processes_that_train_together_do_not_shrink_alone(free: Callable[[float], None], book: CostBook) -> None:
     free(0.5)
-    plan = TrainingPlanner(book=book).plan(_base(), 10, CPU, whole=True)
+    plan = StepPlanner(book=book).plan(_base(), 10, CPU, whole=True)
     assert (plan.at_once, plan.checkpointing, plan.fits) == (4, True, False)
 
 
@@ -163,23 +163,23 @@ def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "measure_step", measure)
     preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 3})
     for _ in range(2):
-        plan = TrainingPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU, always_measure=True)
+        plan = StepPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU, always_measure=True)
         assert plan.seconds == pytest.approx(0.75)
     assert measured == [(1, False), (2, False)]
 
 
 def test_step_that_fits_many_times_over_is_not_measured(free: Callable[[float], None]) -> None:
     free(4)
-    plan = TrainingPlanner().plan(tiny_preset(), 9, CPU)
+    plan = StepPlanner().plan(tiny_preset(), 9, CPU)
     assert "(counted)" in plan.explain()
 
 
 def test_step_is_measured_where_it_decides(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
     free(4)
-    counted = TrainingPlanner().plan(tiny_preset(), 9, CPU).needed_bytes
+    counted = StepPlanner().plan(tiny_preset(), 9, CPU).needed_bytes
     monkeypatch.setattr(module, "measure_step", lambda *_: WindowCost(1000, 0.5))
     free(2 * counted / GIB)
-    assert "(measured; about 0.5 s a step)" in TrainingPlanner().plan(tiny_preset(), 9, CPU).explain()
+    assert "(measured; about 0.5 s a step)" in StepPlanner().plan(tiny_preset(), 9, CPU).explain()
 
 
 @pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("can't allocate memory")])
@@ -188,7 +188,7 @@ def test_ladder_goes_down_to_one_recomputed_crop(
 ) -> None:
     free(24)
     preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 4})
-    planner, network, calls = TrainingPlanner(book=CostBook(tmp_path / "costs.json")), build_unetr(preset), []
+    planner, network, calls = StepPlanner(book=CostBook(tmp_path / "costs.json")), build_unetr(preset), []
 
     def step(at_once: int) -> torch.Tensor:
         recomputed = isinstance(network.vit.blocks, CheckpointedBlocks)
@@ -202,13 +202,13 @@ def test_ladder_goes_down_to_one_recomputed_crop(
     assert ladder.run(step) == 0.5
     assert calls == [(4, False), (2, False), (1, False), (1, True), (1, True)]
     assert "gave up: 4 crops at a time; gave up: 2 crops at a time; gave up: keeping the transformer's" in caplog.text
-    again = TrainingPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU)
+    again = StepPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU)
     assert (again.at_once, again.checkpointing) == (1, True), "the next run remembers"
 
 
 def test_step_whose_only_crop_does_not_fit_fails(free: Callable[[float], None]) -> None:
     free(24)
-    preset, planner = tiny_preset(), TrainingPlanner()
+    preset, planner = tiny_preset(), StepPlanner()
     plan = replace(planner.plan(preset, 9, CPU), at_once=1, checkpointing=True)
 
     def step(at_once: int) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_step_whose_only_crop_does_not_fit_fails(free: Callable[[float], None]) 
 
 def test_other_errors_go_through(free: Callable[[float], None]) -> None:
     free(24)
-    preset, planner = tiny_preset(), TrainingPlanner()
+    preset, planner = tiny_preset(), StepPlanner()
 
     def step(at_once: int) -> torch.Tensor:
         raise RuntimeError("shapes differ")

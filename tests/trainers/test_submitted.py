@@ -13,7 +13,7 @@ import pytest
 from lib.cases.labelled import Case
 from lib.configs.catalogue import load_preset
 from lib.datastore.records import Submission
-from lib.datastore.task import VersionedDatastore
+from lib.datastore.store import VersionedDatastore
 from lib.models.weights import WeightsLocator
 from lib.trainers.submitted import submitted_labels, undrawn_as_missing
 from lib.trainers.task import UnetrTrainTask

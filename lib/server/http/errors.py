@@ -135,7 +135,7 @@ def describe(error: Exception, status: int) -> str:
         return _describe_validation(error.errors())
     if isinstance(error, HTTPException):
         allowed = (error.headers or {}).get("Allow")
-        return f"this method is not taken here; valid: {allowed}" if allowed else str(error.detail)
+        return f"method not allowed; valid: {allowed}" if allowed else str(error.detail)
     if isinstance(error, MONAILabelException):
         return str(error.msg)
     if status == 507 and not isinstance(error, UnetrError):

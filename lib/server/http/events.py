@@ -1,4 +1,4 @@
-"""What has changed on the server, told to whoever listens: pages that move while one looks at them.
+"""Publish/subscribe for page updates.
 
 Routes and jobs mark a topic from any thread; each listener gets the topics that were marked since it last looked, so
 that a slow one misses nothing and a busy topic costs no more than a quiet one.

@@ -15,7 +15,7 @@ from lib.datastore.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission
-from lib.datastore.task import submission_of
+from lib.datastore.store import submission_of
 from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User

@@ -19,10 +19,10 @@ from lib.server.http.names import check_image_known
 from lib.server.pages.case_view import Volumes, as_mask, case_view, mask_of, model_for, stack_of, stamp_of
 from lib.server.pages.drawing import draw
 from lib.server.pages.sign_in import PageUser
-from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, middle_of, turn
+from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, middle_of, reorient
 from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
-from lib.server.work.prefetch import Wanted
+from lib.server.work.prefetch import PrefetchKey
 
 router = APIRouter(prefix="/case", include_in_schema=False)
 
@@ -151,7 +151,7 @@ def kept_prediction(parts: Services, subject: Subject) -> npt.NDArray[np.uint8] 
 
 
 async def computed(parts: Services, gallery: Gallery, subject: Subject, kind: str) -> Any:
-    """A prediction or its uncertainty, computed when its turn on the device comes unless it is kept.
+    """A prediction or its uncertainty, computed when the device is free unless it is kept.
 
     Raises:
         ParameterError: when there is no model for the image.
@@ -165,9 +165,9 @@ async def computed(parts: Services, gallery: Gallery, subject: Subject, kind: st
         if kept is not None:
             return kept
         asked = request_for(parts, subject)
-        wanted = Wanted(subject.model, subject.image)
-        async with parts.inferences.turn(str(device_of(parts, asked)), wanted) as turn_:
-            made = await turn_.run(lambda: compute(parts, subject, kind, asked))
+        wanted = PrefetchKey(subject.model, subject.image)
+        async with parts.inferences.slot(str(device_of(parts, asked)), wanted) as slot:
+            made = await slot.run(lambda: compute(parts, subject, kind, asked))
         return gallery.volumes.get(key, lambda: made, lambda array: array.nbytes)
 
 
@@ -186,9 +186,9 @@ def request_for(parts: Services, subject: Subject) -> dict[str, Any]:
 
 
 def _take(file: Path, dtype: type = np.uint8) -> Any:
-    """Read an answer's file, remove it, and turn it as pictures are."""
+    """Read an answer's file, remove it, and reorient it as pictures are."""
     try:
         values, affine_ras = as_mask(file, dtype)
     finally:
         file.unlink(missing_ok=True)
-    return turn(values, affine_ras)
+    return reorient(values, affine_ras)

@@ -19,7 +19,7 @@ from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
 from lib.errors import InputError, UnetrError
 from lib.server.pages.pool_view import ohif_path
-from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, turn
+from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, reorient
 from lib.server.services import Services
 from lib.transforms.volume import read_volume
 
@@ -111,7 +111,7 @@ def stack_of(volumes: Volumes, path: Path) -> Stack:
 
 
 def mask_of(volumes: Volumes, path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Read a mask and turn it as its image is turned.
+    """Read a mask and reorient it as its image is.
 
     Raises:
         InputError: when it is not on its image's grid.
@@ -119,7 +119,7 @@ def mask_of(volumes: Volumes, path: Path, shape: tuple[int, ...]) -> npt.NDArray
 
     def read() -> npt.NDArray[np.uint8]:
         volume = read_volume(path)
-        turned = turn(volume.voxels.astype(np.uint8), volume.affine_ras).astype(np.uint8)
+        turned = reorient(volume.voxels.astype(np.uint8), volume.affine_ras).astype(np.uint8)
         if turned.shape != shape:
             raise InputError(f"mask {path.name!r} has shape {turned.shape}, its image {shape}")
         return turned

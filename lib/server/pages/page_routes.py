@@ -39,8 +39,8 @@ def prepare(parts: Services) -> None:
     The studies are not asked: a PACS that is down must not keep the server from starting.
     """
     environment()
-    for insight in parts.instance.insights.values():
-        insight.looks()
+    for knowledge in parts.instance.knowledge_by_preset.values():
+        knowledge.score_records()
 
 
 @router.get("/")

@@ -57,8 +57,8 @@ class Stack:
 
     @classmethod
     def of(cls, voxels: npt.NDArray[np.float32], affine_ras: npt.NDArray[np.float64]) -> Stack:
-        """Turn a volume of shape (X, Y, Z) with its 4x4 affine."""
-        turned = turn(voxels, affine_ras)
+        """DeviceSlot a volume of shape (X, Y, Z) with its 4x4 affine."""
+        turned = reorient(voxels, affine_ras)
         axes = nib.io_orientation(affine_ras)[:, 0].astype(int)
         sizes = np.linalg.norm(affine_ras[:3, :3], axis=0)
         spacing = [float(sizes[list(axes).index(axis)]) for axis in range(3)]
@@ -70,7 +70,7 @@ class Stack:
         return int(self.voxels.shape[AXES[plane]])
 
 
-def turn(volume: npt.NDArray[Voxel], affine_ras: npt.NDArray[np.float64]) -> npt.NDArray[Voxel]:
+def reorient(volume: npt.NDArray[Voxel], affine_ras: npt.NDArray[np.float64]) -> npt.NDArray[Voxel]:
     """A volume of shape (X, Y, Z) with its axes running to right, anterior and superior."""
     turned: npt.NDArray[Voxel] = nib.orientations.apply_orientation(volume, nib.io_orientation(affine_ras))
     return turned

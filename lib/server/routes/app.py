@@ -19,7 +19,7 @@ from lib.server.http.errors import ForbiddenError
 from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
-from lib.server.work.prefetch import Wanted
+from lib.server.work.prefetch import PrefetchKey
 from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.reporting.runs import read_json
 
@@ -134,7 +134,7 @@ def prepare(parts: Services, chosen: dict[str, Any]) -> None:
     """Have the masks of the case that is handed out, and of those that will probably be next, computed ahead."""
     model = chosen.get("model") or next(iter(parts.presets))
     if parts.infer_task(model).is_valid():
-        parts.prefetcher.want([Wanted(model, image) for image in (chosen["id"], *chosen["next"])])
+        parts.prefetcher.want([PrefetchKey(model, image) for image in (chosen["id"], *chosen["next"])])
 
 
 @router.post("/reload", include_in_schema=False)

@@ -27,7 +27,7 @@ from lib.server.labels.segmentations import mask_as_segmentation, series_store
 from lib.server.labels.submissions import keep_prediction, tag_for_prediction
 from lib.server.routes.sessions import session_image
 from lib.server.services import Parts, Services
-from lib.server.work.prefetch import Wanted
+from lib.server.work.prefetch import PrefetchKey
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/infer", tags=["Infer"])
@@ -94,12 +94,12 @@ async def infer(
     ready = await anyio.to_thread.run_sync(lambda: recall(parts, asked, user))
     if ready is not None:
         return respond(ready, output)
-    what = Wanted(asked.model, str(asked.image_id or asked.file))
-    async with parts.inferences.turn(str(device_of(parts, asked.params)), what) as turn:
+    what = PrefetchKey(asked.model, str(asked.image_id or asked.file))
+    async with parts.inferences.slot(str(device_of(parts, asked.params)), what) as slot:
         if await request.is_disconnected():
             logger.info("the client left while it waited for %s", model)
             return Response(status_code=499)
-        answer = await turn.run(lambda: run(parts, asked, user))
+        answer = await slot.run(lambda: run(parts, asked, user))
     return respond(answer, output)
 
 
@@ -172,7 +172,7 @@ def device_of(parts: Services, params: Mapping[str, Any]) -> object:
 
 
 def recall(parts: Services, asked: Asked, user: User) -> Answer | None:
-    """The answer, where it is ready: it takes no turn on a device.
+    """The answer, where it is ready: it takes no slot of a device.
 
     Raises:
         NotFoundError, ForbiddenError: when the image is gone, or outside of what may be read.

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 
-from lib.activelearning.insight import Insight, version_name
-from lib.activelearning.score_store import Doubt
+from lib.activelearning.pool_knowledge import PoolKnowledge, version_name
+from lib.activelearning.score_store import LabelDisagreement
 from lib.activelearning.task import label_stamps
 from lib.errors import CheckpointError, ModelNotReadyError, NotFoundError
 from lib.server.http.auth import AsUser
 from lib.server.http.names import check_image_known
 from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
-from lib.server.work.prefetch import Wanted
+from lib.server.work.prefetch import PrefetchKey
 
 router = APIRouter(tags=["Active learning"])
 
@@ -29,10 +29,12 @@ async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, 
     path = await anyio.to_thread.run_sync(lambda: parts.image_file(check_image_known(parts.datastore, image)))
     asked = {"image": str(path), "device": parts.settings.device}
     task.validate_request(asked)
-    async with parts.inferences.turn(str(device_of(parts, asked)), Wanted(model, f"uncertainty of {image}")) as turn:
+    async with parts.inferences.slot(
+        str(device_of(parts, asked)), PrefetchKey(model, f"uncertainty of {image}")
+    ) as slot:
         if await request.is_disconnected():
             return Response(status_code=499)
-        content = await turn.run(lambda: compute(parts, model, asked))
+        content = await slot.run(lambda: compute(parts, model, asked))
     attachment = {"Content-Disposition": f'attachment; filename="{path.name.split(".")[0]}-uncertainty.nii.gz"'}
     return Response(content, media_type=NIFTI, headers=attachment)
 
@@ -57,32 +59,32 @@ def compute(parts: Services, model: str, asked: dict[str, Any]) -> bytes:
 @router.get("/review/{model}", summary="Labels that the model doubts, the most suspicious first")
 def review(parts: Parts, user: AsUser, model: str, limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> dict[str, Any]:
     """Labelled cases where the served version disagrees most with the label, compared in the background."""
-    insights: dict[str, Insight] = parts.instance.insights
-    if model not in insights:
-        raise NotFoundError("model", model[:200], list(insights))
-    insight = insights[model]
-    version = insight.version()
-    doubts = current_doubts(parts, insight, version)
-    worst = sorted(doubts, key=lambda doubt: (-doubt.suspicion, doubt.image_id))[:limit]
+    knowledge_by_preset: dict[str, PoolKnowledge] = parts.instance.knowledge_by_preset
+    if model not in knowledge_by_preset:
+        raise NotFoundError("model", model[:200], list(knowledge_by_preset))
+    knowledge = knowledge_by_preset[model]
+    version = knowledge.version()
+    disagreements = current_disagreements(parts, knowledge, version)
+    worst = sorted(disagreements, key=lambda disagreement: (-disagreement.suspicion, disagreement.image_id))[:limit]
     return {
         "model": {"preset": model, "version": version_name(version)},
-        "compared": len(doubts),
+        "compared": len(disagreements),
         "labelled": len(parts.datastore.get_labeled_images()),
-        "cases": [describe(doubt, rank) for rank, doubt in enumerate(worst, start=1)],
+        "cases": [describe(disagreement, rank) for rank, disagreement in enumerate(worst, start=1)],
     }
 
 
-def current_doubts(parts: Services, insight: Insight, version: str) -> list[Doubt]:
+def current_disagreements(parts: Services, knowledge: PoolKnowledge, version: str) -> list[LabelDisagreement]:
     """A version's doubts about labels that are still those that it was compared with."""
-    known = insight.store.doubts(version)
+    known = knowledge.store.disagreements(version)
     return [
-        doubt
-        for image, label in label_stamps(parts.datastore, insight.preset, parts.instance.insights).items()
-        if (doubt := known.get(image)) is not None and doubt.label == label
+        disagreement
+        for image, label in label_stamps(parts.datastore, knowledge.preset, parts.instance.knowledge_by_preset).items()
+        if (disagreement := known.get(image)) is not None and disagreement.label == label
     ]
 
 
-def describe(doubt: Doubt, rank: int) -> dict[str, Any]:
+def describe(disagreement: LabelDisagreement, rank: int) -> dict[str, Any]:
     """A doubt as plain data."""
-    dice = {name: round(value, 3) for name, value in doubt.dice.items()}
-    return {"rank": rank, "image": doubt.image_id, "suspicion": round(doubt.suspicion, 3), "dice": dice}
+    dice = {name: round(value, 3) for name, value in disagreement.dice.items()}
+    return {"rank": rank, "image": disagreement.image_id, "suspicion": round(disagreement.suspicion, 3), "dice": dice}

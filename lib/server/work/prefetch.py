@@ -27,7 +27,7 @@ TRIES = 3
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PrefetchKey:
     """A mask that somebody will probably ask for: a model's of an image, by its id."""
 
     model: str
@@ -57,7 +57,7 @@ class Prefetcher:
     ) -> None:
         self._task_of, self._file_of, self._inferences, self._metrics = task_of, file_of, inferences, metrics
         self._device, self._enabled = device, enabled
-        self._wanted: OrderedDict[Wanted, int] = OrderedDict()
+        self._wanted: OrderedDict[PrefetchKey, int] = OrderedDict()
         self._more = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -73,7 +73,7 @@ class Prefetcher:
             with suppress(asyncio.CancelledError):
                 await task
 
-    def want(self, wanted: Sequence[Wanted]) -> None:
+    def want(self, wanted: Sequence[PrefetchKey]) -> None:
         """Have these computed next, the first of them first; may be called from any thread."""
         if self._enabled and self._loop is not None:
             self._loop.call_soon_threadsafe(self._add, list(wanted))
@@ -83,7 +83,7 @@ class Prefetcher:
         """How many are wanted and not computed yet."""
         return len(self._wanted)
 
-    def _add(self, wanted: Sequence[Wanted]) -> None:
+    def _add(self, wanted: Sequence[PrefetchKey]) -> None:
         for one in reversed(wanted):
             self._wanted[one] = 0
             self._wanted.move_to_end(one, last=False)
@@ -106,15 +106,15 @@ class Prefetcher:
             self._wanted.pop(one, None)
             self._metrics.count_prefetch(one.model, outcome)
 
-    async def _try(self, one: Wanted) -> str:
+    async def _try(self, one: PrefetchKey) -> str:
         """``done``, ``known``, ``interrupted`` or ``failed``."""
         device = str(resolve_device(self._device))
         try:
             task = self._task_of(one.model)
-            # fetched before its turn: the device does not wait for a PACS
+            # fetched before it takes its slot: the device does not wait for a PACS
             image = await anyio.to_thread.run_sync(self._file_of, one.image)
-            async with self._inferences.idle_turn(device, one) as turn:
-                return await turn.run(lambda: _compute(task, image))
+            async with self._inferences.idle_slot(device, one) as slot:
+                return await slot.run(lambda: _compute(task, image))
         except InterruptedWork:
             return "interrupted"
         except UnetrError as error:

@@ -29,7 +29,7 @@ WEIGHT_OF_LATEST = 0.3
 class _Lane:
     """What runs and waits on one device. Only the event loop's thread touches it."""
 
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="inference"))
     inside: int = 0
     mean_seconds: float = 1.0
@@ -63,7 +63,7 @@ class InferenceQueue:
         return any(lane.inside for lane in self._lanes.values())
 
     @asynccontextmanager
-    async def turn(self, device: str, what: object = None) -> AsyncIterator[Turn]:
+    async def slot(self, device: str, what: object = None) -> AsyncIterator[DeviceSlot]:
         """Wait for a device; what runs inside has it alone.
 
         Args:
@@ -84,18 +84,18 @@ class InferenceQueue:
             lane.ahead[1].set()
         try:
             with self._pause.asked(device):
-                async with lane.turn:
-                    yield Turn(lane)
+                async with lane.lock:
+                    yield DeviceSlot(lane)
         finally:
             await self._leave(lane)
 
     @asynccontextmanager
-    async def idle_turn(self, device: str, what: object) -> AsyncIterator[Turn]:
+    async def idle_slot(self, device: str, what: object) -> AsyncIterator[DeviceSlot]:
         """Wait until nobody wants a device, and take it until somebody does.
 
         Args:
             device: which.
-            what: what is computed ahead; see :meth:`turn`.
+            what: what is computed ahead; see :meth:`slot`.
 
         Raises:
             InterruptedWork: from inside, before the next window, when somebody else wants the device.
@@ -106,9 +106,9 @@ class InferenceQueue:
             await lane.left.wait_for(lambda: lane.inside == 0 and lane.ahead is None)
         lane.ahead = (what, wanted)
         try:
-            async with lane.turn:
+            async with lane.lock:
                 with giving_way(lambda: _give_way(wanted)):
-                    yield Turn(lane)
+                    yield DeviceSlot(lane)
         finally:
             lane.ahead = None
             async with lane.left:
@@ -132,7 +132,7 @@ def _give_way(wanted: threading.Event) -> None:
         raise InterruptedWork
 
 
-class Turn:
+class DeviceSlot:
     """The right to compute on a device."""
 
     def __init__(self, lane: _Lane) -> None:

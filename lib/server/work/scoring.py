@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 import anyio.to_thread
 from monailabel.interfaces.app import MONAILabelApp
 
-from lib.activelearning.insight import Insight
+from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.task import ALL_SCORES, label_stamps
 from lib.server.work.jobs import Jobs
@@ -29,7 +29,7 @@ class BackgroundScoring:
     on where it was. A job that ends without having got anywhere is not started again at once.
 
     Args:
-        instance: the app with its ``insights``.
+        instance: the app with its ``knowledge_by_preset``.
         jobs: where jobs run; nothing is started while a training or another scoring does.
         inferences: nothing is started while somebody infers.
         minutes: longest time of a job; 0: none is started.
@@ -37,7 +37,7 @@ class BackgroundScoring:
 
     def __init__(self, instance: MONAILabelApp, jobs: Jobs, inferences: InferenceQueue, minutes: float) -> None:
         self._instance, self._jobs, self._inferences, self._minutes = instance, jobs, inferences, minutes
-        self._insights: Mapping[str, Insight] = instance.insights
+        self._insights: Mapping[str, PoolKnowledge] = instance.knowledge_by_preset
         self._started_with: dict[str, int] = {}
         self._rest = SECONDS_BETWEEN_LOOKS
 
@@ -67,7 +67,7 @@ class BackgroundScoring:
         """Start a job if there is something to look at and nothing else is going on."""
         if self._inferences.busy or any(self._jobs.open(kind) for kind in ("train", "batch_infer", "scoring")):
             return False
-        wanted = {name: self.left(insight) for name, insight in self._insights.items()}
+        wanted = {name: self.left(knowledge) for name, knowledge in self._insights.items()}
         if not any(wanted.values()):
             self._rest, self._started_with = SECONDS_BETWEEN_LOOKS, {}
             return False
@@ -79,19 +79,21 @@ class BackgroundScoring:
         logger.info("looking at the studies in the background: %s", wanted)
         return True
 
-    def left(self, insight: Insight) -> int:
+    def left(self, knowledge: PoolKnowledge) -> int:
         """How many images and labels the served version has not looked at."""
         datastore = self._instance.datastore()
-        version = insight.version()
-        looks = insight.store.looks(version)
+        version = knowledge.version()
+        records = knowledge.store.score_records(version)
         trained = version != UNTRAINED
         unlabelled = set(datastore.get_unlabeled_images())
         count = 0
         for image in datastore.list_images():
-            look = looks.get(image)
-            count += look is None or (trained and image in unlabelled and not look.scored)
+            record = records.get(image)
+            count += record is None or (trained and image in unlabelled and not record.scored)
         if trained:
-            doubts = insight.store.doubts(version)
-            labels = label_stamps(datastore, insight.preset, self._instance.insights)
-            count += sum(image not in doubts or doubts[image].label != label for image, label in labels.items())
+            disagreements = knowledge.store.disagreements(version)
+            labels = label_stamps(datastore, knowledge.preset, self._instance.knowledge_by_preset)
+            count += sum(
+                image not in disagreements or disagreements[image].label != label for image, label in labels.items()
+            )
         return count

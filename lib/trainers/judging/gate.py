@@ -222,7 +222,9 @@ def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
     if not agreement or len(agreement["contradicted"]) < MOST_CONTRADICTED * len(agreement["per_case"]):
         return ""
     names = ", ".join(agreement["contradicted"][:MOST_NAMED])
-    return f"{agreement['text']}: {names}. Look at these labels; if they are right, serve this version by hand"
+    return (
+        f"{agreement['text']}: {names}. CaseScoreRecord at these labels; if they are right, serve this version by hand"
+    )
 
 
 def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseScore], rules: Rules) -> str:
@@ -238,7 +240,7 @@ def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseS
     return (
         f"it gains only on labels that the served weights contradict: {names}, with a mean Dice of "
         f"{Evaluation(tuple(contradicted)).mean_dice:.3f} where {champion.promised:.3f} was measured before{others}. "
-        "Look at these labels; if they are right, serve this version by hand"
+        "CaseScoreRecord at these labels; if they are right, serve this version by hand"
     )
 
 

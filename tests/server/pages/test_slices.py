@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.server.pages.slices import OVERLAY_RGB, PLANES, Contour, Plane, Stack, draw_slice, middle_of, turn
+from lib.server.pages.slices import OVERLAY_RGB, PLANES, Contour, Plane, Stack, draw_slice, middle_of, reorient
 from tests.tiny import axis_affine
 
 RED = (255, 0, 0)
@@ -99,4 +99,4 @@ def test_masks_are_turned_as_their_images_are() -> None:
     _, affine = corner_stack("PIR")
     mask = np.zeros((8, 10, 12), dtype=np.uint8)
     mask[0, 0, -1] = 1  # anterior, superior, right
-    assert turn(mask, affine)[-1, -1, -1] == 1
+    assert reorient(mask, affine)[-1, -1, -1] == 1

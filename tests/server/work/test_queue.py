@@ -24,8 +24,8 @@ def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
         running -= 1
 
     async def ask(queue: InferenceQueue, number: int) -> None:
-        async with queue.turn("cpu") as turn:
-            await turn.run(lambda: work(number))
+        async with queue.slot("cpu") as slot:
+            await slot.run(lambda: work(number))
 
     async def main() -> None:
         queue = InferenceQueue(size=8)
@@ -43,8 +43,8 @@ def test_full_queue_says_when_to_come_back() -> None:
         release = threading.Event()
 
         async def ask() -> None:
-            async with queue.turn("cpu") as turn:
-                await turn.run(release.wait)
+            async with queue.slot("cpu") as slot:
+                await slot.run(release.wait)
 
         waiting = [asyncio.create_task(ask()) for _ in range(3)]
         await asyncio.sleep(0.05)
@@ -65,8 +65,8 @@ def test_devices_do_not_wait_for_each_other() -> None:
         meeting = threading.Barrier(2, timeout=5)
 
         async def ask(device: str) -> None:
-            async with queue.turn(device) as turn:
-                await turn.run(meeting.wait)
+            async with queue.slot(device) as slot:
+                await slot.run(meeting.wait)
 
         await asyncio.gather(ask("cuda:0"), ask("cuda:1"))
 
@@ -76,8 +76,8 @@ def test_devices_do_not_wait_for_each_other() -> None:
 def test_work_runs_in_one_thread_and_knows_its_request() -> None:
     async def ask(queue: InferenceQueue, number: int) -> tuple[str, str]:
         begin_request(f"request-{number}")
-        async with queue.turn("cpu") as turn:
-            return await turn.run(lambda: (current_request_id(), threading.current_thread().name))
+        async with queue.slot("cpu") as slot:
+            return await slot.run(lambda: (current_request_id(), threading.current_thread().name))
 
     async def main() -> list[tuple[str, str]]:
         queue = InferenceQueue(size=4)
@@ -93,8 +93,8 @@ def test_failure_leaves_the_queue_usable() -> None:
         queue = InferenceQueue(size=0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                async with queue.turn("cpu") as turn:
-                    await turn.run(lambda: 1 / 0)
+                async with queue.slot("cpu") as slot:
+                    await slot.run(lambda: 1 / 0)
 
     asyncio.run(main())
 
@@ -112,16 +112,16 @@ def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> N
 
         async def compute_ahead() -> str:
             try:
-                async with queue.idle_turn("cpu", "a") as turn:
+                async with queue.idle_slot("cpu", "a") as slot:
                     order.append("ahead")
-                    await turn.run(ahead)
+                    await slot.run(ahead)
             except InterruptedWork:
                 return "gave way"
             return "done"
 
         async def ask(name: str, what: object) -> None:
-            async with queue.turn("cpu", what) as turn:
-                await turn.run(release.wait)
+            async with queue.slot("cpu", what) as slot:
+                await slot.run(release.wait)
                 order.append(name)
 
         first = asyncio.create_task(ask("first", "b"))
@@ -153,13 +153,13 @@ def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
             order.append("ahead")
 
         async def compute_ahead() -> None:
-            async with queue.idle_turn("cpu", "a") as turn:
-                await turn.run(ahead)
+            async with queue.idle_slot("cpu", "a") as slot:
+                await slot.run(ahead)
 
         task = asyncio.create_task(compute_ahead())
         await asyncio.to_thread(begun.wait)
-        async with queue.turn("cpu", "a") as turn:
-            await turn.run(lambda: order.append("asked"))
+        async with queue.slot("cpu", "a") as slot:
+            await slot.run(lambda: order.append("asked"))
         await task
         assert order == ["ahead", "asked"]
 
@@ -172,13 +172,13 @@ def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
         queue = InferenceQueue(size=8, on_busy=said.append)
 
         async def ask() -> None:
-            async with queue.turn("cpu") as turn:
-                await turn.run(lambda: time.sleep(0.01))
+            async with queue.slot("cpu") as slot:
+                await slot.run(lambda: time.sleep(0.01))
 
         await asyncio.gather(*(ask() for _ in range(3)))
         await ask()
-        async with queue.idle_turn("cpu", "a") as turn:
-            await turn.run(lambda: None)
+        async with queue.idle_slot("cpu", "a") as slot:
+            await slot.run(lambda: None)
         return said
 
     assert asyncio.run(main()) == [True, False, True, False]

@@ -104,7 +104,7 @@ def test_batch_that_the_served_weights_contradict_is_for_somebody_to_look_at() -
     verdict = judge(challenger, champion, RULES, **known, on_new=wrong)
     assert verdict.reason == (
         "rejected: the served weights contradict 4 of 5 new labels (median Dice 0.250 where 0.660 was measured "
-        "before): s1, s2, s3, s4. Look at these labels; if they are right, serve this version by hand"
+        "before): s1, s2, s3, s4. CaseScoreRecord at these labels; if they are right, serve this version by hand"
     )
     assert verdict.comparison["agreement"]["contradicted"] == ["s1", "s2", "s3", "s4"]
     hard = scores(s1=(0.6, 0.6), s2=(0.7, 0.6), s3=(0.4, 0.4), s4=(0.6, 0.5))
@@ -136,7 +136,7 @@ def test_gain_on_labels_that_the_champion_contradicts_is_for_somebody_to_look_at
     assert not verdict.publish
     assert verdict.reason == (
         "rejected: it gains only on labels that the served weights contradict: a, b, with a mean Dice of 0.275 where "
-        "0.876 was measured before. Look at these labels; if they are right, serve this version by hand"
+        "0.876 was measured before. CaseScoreRecord at these labels; if they are right, serve this version by hand"
     )
     assert verdict.comparison["contradicted"] == ["a", "b"]
     others = {name: (0.9, 0.8) for name in "cde"}

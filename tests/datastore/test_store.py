@@ -17,7 +17,7 @@ from monailabel.interfaces.exception import ImageNotFoundException
 from lib.datastore.history import LabelHistory
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.records import Submission
-from lib.datastore.task import VersionedDatastore
+from lib.datastore.store import VersionedDatastore
 from lib.errors import StorageError
 from tests.tiny import write_nifti
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.activelearning.score_store import UNTRAINED, Look, ScoreStore
+from lib.activelearning.score_store import UNTRAINED, CaseScoreRecord, ScoreStore
 from lib.activelearning.selection import Candidate, Pool
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
@@ -19,7 +19,7 @@ logger = logging.getLogger("unetr.scoring")
 
 
 @dataclass(frozen=True)
-class Insight:
+class PoolKnowledge:
     """A preset's scores.
 
     Attributes:
@@ -40,25 +40,25 @@ class Insight:
             logger.warning("the next case is chosen without the model of %r: %s", self.preset.name, error)
             return UNTRAINED
 
-    def looks(self) -> tuple[str, Mapping[str, Look]]:
+    def score_records(self) -> tuple[str, Mapping[str, CaseScoreRecord]]:
         """What the served version made of the cases; until it has looked at any, what the one before it made of them.
 
         Returns:
             The version that it comes from, and what it made of each image.
         """
         current = self.version()
-        looks = self.store.looks(current)
-        if any(not look.problem for look in looks.values()):
-            return current, looks
+        records = self.store.score_records(current)
+        if any(not record.problem for record in records.values()):
+            return current, records
         before = self.store.latest()
-        return (before, self.store.looks(before)) if before is not None else (current, looks)
+        return (before, self.store.score_records(before)) if before is not None else (current, records)
 
     def pool(self, unlabelled: Iterable[str], labelled: Iterable[str]) -> tuple[Pool, str]:
         """The pool of these cases, and the version that the scores in it come from."""
-        version, looks = self.looks()
-        candidates = [_candidate(image, looks.get(image)) for image in unlabelled]
+        version, records = self.score_records()
+        candidates = [_candidate(image, records.get(image)) for image in unlabelled]
         vectors = [
-            v for i in labelled if (look := looks.get(i)) is not None and (v := look.found.embedding) is not None
+            v for i in labelled if (record := records.get(i)) is not None and (v := record.found.embedding) is not None
         ]
         return Pool(candidates, np.array(vectors) if vectors else None), version
 
@@ -84,7 +84,7 @@ def version_name(key: str) -> str:
     return key.partition("-")[0]
 
 
-def _candidate(image: str, look: Look | None) -> Candidate:
-    if look is None:
+def _candidate(image: str, record: CaseScoreRecord | None) -> Candidate:
+    if record is None:
         return Candidate(image)
-    return Candidate(image, look.found.values, look.found.embedding, look.found.foreground_voxels)
+    return Candidate(image, record.found.values, record.found.embedding, record.found.foreground_voxels)
