@@ -1,8 +1,7 @@
-"""DICOM JSON (PS3.18, F): what is told of studies, series and instances, and what matches a query (PS3.4, C.2.2.2)."""
+"""DICOM JSON (PS3.18, F): what is told of studies, series and instances."""
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ def tag_of(keyword: str) -> str:
     return f"{tag_for_keyword(keyword):08X}"
 
 
+CHARACTER_SET = tag_of("SpecificCharacterSet")
 STUDY_ATTRIBUTES = tuple(
     map(
         tag_of,
@@ -78,6 +78,17 @@ def to_json(instance: Dataset) -> Json:
         if not _is_long_binary(element):
             kept.add(element)
     data: Json = kept.to_json_dict(suppress_invalid_tags=True)
+    return _as_unicode(data)
+
+
+def _as_unicode(data: Json) -> Json:
+    """Say that texts are UTF-8, which JSON's are whatever the file's were (PS3.18, F.2)."""
+    if CHARACTER_SET in data:
+        data[CHARACTER_SET] = {"vr": "CS", "Value": ["ISO_IR 192"]}
+    for item in data.values():
+        if item.get("vr") == "SQ":
+            for below in item.get("Value") or []:
+                _as_unicode(below)
     return data
 
 
@@ -104,39 +115,24 @@ def element(keyword: str, *values: Any) -> Json:
     return {tag: {"vr": dictionary_VR(int(tag, 16)), "Value": list(values)}}
 
 
-def parse_tag(text: str) -> str | None:
-    """An attribute in a query, by keyword or tag, as eight digits; the last of a path of them; None for neither."""
-    last = text.split(".")[-1]
-    if re.fullmatch(r"[0-9A-Fa-f]{8}", last):
-        return last.upper()
-    number = tag_for_keyword(last)
+def parse_path(text: str) -> tuple[str, ...] | None:
+    """An attribute in a query as tags of eight digits; the tag of a sequence stands before what is in it, after a dot.
+
+    Returns:
+        None where one of them is neither a keyword nor a tag.
+
+    >>> parse_path("RequestAttributesSequence.ScheduledProcedureStepID")
+    ('00400275', '00400009')
+    """
+    tags = [_parse_tag(part) for part in text.split(".")]
+    return None if None in tags else tuple(tag for tag in tags if tag)
+
+
+def _parse_tag(text: str) -> str | None:
+    if re.fullmatch(r"[0-9A-Fa-f]{8}", text):
+        return text.upper()
+    number = tag_for_keyword(text)
     return None if number is None else f"{number:08X}"
-
-
-def matches(metadata: Mapping[str, Any], tag: str, wanted: str, fuzzy: bool = False) -> bool:
-    """Whether an attribute matches a query's value: single value, list of UIDs, range of dates or times, wildcard."""
-    if wanted in ("", "*", '""'):
-        return True
-    item = metadata.get(tag, {})
-    found = [_as_text(value) for value in item.get("Value") or []]
-    vr = item.get("vr", "")
-    if vr == "UI":
-        return bool(set(re.split(r"[\\,]", wanted)) & set(found))
-    if vr in ("DA", "TM", "DT") and "-" in wanted:
-        low, high = wanted.split("-", 1)
-        return any((not low or value >= low) and (not high or value[: len(high)] <= high) for value in found)
-    if vr == "PN":
-        return any(_matches_name(value, wanted, fuzzy) for value in found)
-    # several modalities, as a study list sends them
-    return any(fnmatch.fnmatchcase(value, part) for value in found for part in re.split(r"[\\,]", wanted))
-
-
-def _matches_name(name: str, wanted: str, fuzzy: bool) -> bool:
-    name, wanted = name.casefold(), wanted.casefold()
-    if not fuzzy:
-        return fnmatch.fnmatchcase(name, wanted)
-    words = re.split(r"[\^= ,]+", name)
-    return all(any(word.startswith(part) for word in words) for part in re.split(r"[\^= ,*]+", wanted) if part)
 
 
 def _as_text(value: Any) -> str:

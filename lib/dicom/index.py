@@ -2,6 +2,9 @@
 
 Each thread has a connection of its own, and readers do not wait for the writer (SQLite's write-ahead log). A file is
 read again when its size or its time of change differs, so that the next start is quick.
+
+Each file has a row. Of several files with the same Study, Series and SOP Instance UID the one that was indexed first is
+the instance; the others are copies, or problems where their attributes differ.
 """
 
 from __future__ import annotations
@@ -10,33 +13,61 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sqlite3
+import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
-
-from lib.dicom.attributes import Json, element, first_value, summarize, to_json
-from lib.dicom.series import DECODING_ERRORS, describe, is_dicom
+from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
+from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, read_instance, reading
+from lib.errors import ImageError
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SCANS = 2.0
 FILES_A_TRANSACTION = 50
+VERSION = 2
+"""Of the tables and of what is in them; an index of another version is made anew."""
 TABLES = """
-CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sop TEXT, problem TEXT);
-CREATE TABLE IF NOT EXISTS instances (
-    sop TEXT PRIMARY KEY, study TEXT NOT NULL, series TEXT NOT NULL, path TEXT NOT NULL, syntax TEXT NOT NULL,
-    number INTEGER NOT NULL, summary TEXT NOT NULL, metadata TEXT NOT NULL
+DROP VIEW IF EXISTS shown;
+DROP TABLE IF EXISTS files;
+DROP TABLE IF EXISTS rows;
+DROP TABLE IF EXISTS instances;
+CREATE TABLE files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, problem TEXT);
+CREATE TABLE rows (
+    id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, sop TEXT NOT NULL, study TEXT NOT NULL, series TEXT NOT NULL,
+    syntax TEXT NOT NULL, number INTEGER NOT NULL, is_placed INTEGER NOT NULL, summary TEXT NOT NULL,
+    metadata TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS by_series ON instances (study, series, number);
-CREATE INDEX IF NOT EXISTS by_series_alone ON instances (series);
-CREATE INDEX IF NOT EXISTS by_path ON instances (path);
+CREATE INDEX by_uids ON rows (study, series, sop, id);
+CREATE INDEX by_series ON rows (series);
+CREATE INDEX by_sop ON rows (sop);
+CREATE VIEW shown AS SELECT * FROM rows AS own WHERE NOT EXISTS (
+    SELECT 1 FROM rows AS other WHERE (other.study, other.series, other.sop) = (own.study, own.series, own.sop)
+    AND other.id < own.id
+);
 """
+DIFFERING_COPIES = """
+SELECT own.path, own.sop, (SELECT path FROM shown WHERE (study, series, sop) = (own.study, own.series, own.sop))
+FROM rows AS own WHERE EXISTS (
+    SELECT 1 FROM shown AS first WHERE (first.study, first.series, first.sop) = (own.study, own.series, own.sop)
+    AND first.id < own.id AND first.metadata != own.metadata
+)
+"""
+UPSERT = """
+INSERT INTO rows (path, sop, study, series, syntax, number, is_placed, summary, metadata)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (path) DO UPDATE SET sop = excluded.sop, study = excluded.study, series = excluded.series,
+    syntax = excluded.syntax, number = excluded.number, is_placed = excluded.is_placed, summary = excluded.summary,
+    metadata = excluded.metadata
+"""
+LARGEST_NUMBER = 1_000_000_000
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
+"""Names of files that say to be DICOM: one that is not is a problem."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +104,10 @@ class Progress:
     found: int = 0
     indexed: int = 0
     scans: int = 0
+    failure: str = ""
+    """Why the last scan ended early; "" where it did not."""
     problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong with a file, by its path below the folder."""
 
 
 class DicomIndex:
@@ -94,15 +128,19 @@ class DicomIndex:
         self._writing = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._series: dict[str, SeriesEntry] | None = None
+        self._changes = 0
+        self._judged = -1
+        self._unnamed: list[str] = []
+        self._entries: list[SeriesEntry] | None = None
+        self._by_uid: dict[str, SeriesEntry] = {}
         database.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._connection.executescript(TABLES)
+            self._make_tables()
         except sqlite3.DatabaseError:
             logger.warning("the index %s is damaged and made anew", database.name)
             for suffix in ("", "-wal", "-shm"):
                 database.with_name(database.name + suffix).unlink(missing_ok=True)
-            self._connection.executescript(TABLES)
+            self._make_tables()
 
     def start(self) -> None:
         """Scan now and again in the background, until ``stop``."""
@@ -114,6 +152,12 @@ class DicomIndex:
         """Whether it is kept up to date in the background."""
         return self._thread is not None
 
+    def failure(self) -> str:
+        """Why the index is not kept up to date, in a sentence; "" when it is."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopped.is_set():
+            return "the index of the DICOM files is no longer kept up to date: its thread has ended"
+        return f"the DICOM files cannot be indexed: {self.progress.failure}" if self.progress.failure else ""
+
     def stop(self) -> None:
         """End the background scan."""
         self._stopped.set()
@@ -124,6 +168,11 @@ class DicomIndex:
         """Take in what is new or changed below the folder, and forget what is gone."""
         known = dict(self._connection.execute("SELECT path, stamp FROM files"))
         found = dict(self._walk())
+        unnamed = [path for path in found if not _is_text(path)]
+        if unnamed != self._unnamed:
+            self._unnamed, self._judged = unnamed, -1
+        for path in unnamed:
+            del found[path]
         gone = [path for path in known if path not in found]
         changed = [path for path, stamp in found.items() if known.get(path) != stamp]
         self.progress.found, self.progress.indexed = len(found), len(found) - len(changed)
@@ -134,9 +183,9 @@ class DicomIndex:
             part = changed[start : start + FILES_A_TRANSACTION]
             self._take_in([(path, found[path]) for path in part])
             self.progress.indexed += len(part)
-        self.progress.problems = dict(
-            self._connection.execute("SELECT path, problem FROM files WHERE problem IS NOT NULL")
-        )
+        if self._judged != (judged := self._changes):
+            self.progress.problems = {self._below(path): problem for path, problem in self._problems()}
+            self._judged = judged
         self.progress.scans += 1
 
     def add(self, file: Path) -> None:
@@ -147,35 +196,45 @@ class DicomIndex:
         """Forget one file at once."""
         self._remove([str(file)])
 
-    def series(self) -> dict[str, SeriesEntry]:
-        """All series by their UID."""
-        entries = self._series
+    def entries(self) -> list[SeriesEntry]:
+        """The series of all studies, in the order in which they were indexed."""
+        entries = self._entries
         if entries is None:
-            entries = {entry.series: entry for entry in self._read_series()}
-            self._series = entries
+            changes = self._changes
+            entries = self._read_series()
+            self._by_uid = {entry.series: entry for entry in reversed(entries)}
+            if changes == self._changes:  # else it is of before the change already
+                self._entries = entries
         return entries
 
-    def instances(self, study: str = "", series: str = "") -> list[Instance]:
-        """Instances of a study or a series, in the order of their numbers."""
-        where, values = _where(study, series)
+    def series(self) -> dict[str, SeriesEntry]:
+        """The series by their UID; of a UID that is in several studies, the series that was indexed first."""
+        self.entries()
+        return self._by_uid
+
+    def instances(self, study: str = "", series: str = "", sop: str = "") -> list[Instance]:
+        """Instances of a study or a series, or with a UID, in the order of their numbers."""
+        where, values = _where(study, series, sop)
         rows = self._connection.execute(
-            f"SELECT sop, study, series, path, syntax FROM instances {where} ORDER BY series, number, sop", values
+            f"SELECT sop, study, series, path, syntax FROM shown {where} ORDER BY series, number, sop, id", values
         )
         return [
             Instance(sop, of_study, of_series, Path(path), syntax) for sop, of_study, of_series, path, syntax in rows
         ]
 
-    def stamp(self, series: str) -> str:
+    def stamp(self, series: str, study: str = "") -> str:
         """Of a series' files: another one when any is added, changed or gone."""
+        where, values = _where(study, series)
         rows = self._connection.execute(
-            "SELECT path, stamp FROM files JOIN instances USING (path) WHERE series = ? ORDER BY path", (series,)
+            f"SELECT path, stamp FROM files JOIN shown USING (path) {where} ORDER BY path", values
         )
         return hashlib.sha256(repr(rows.fetchall()).encode()).hexdigest()[:16]
 
-    def instance(self, sop: str) -> Instance | None:
-        """One instance."""
+    def instance(self, sop: str, study: str = "", series: str = "") -> Instance | None:
+        """One instance; of a UID that is in several series, the one that was indexed first."""
+        where, values = _where(study, series, sop)
         row = self._connection.execute(
-            "SELECT sop, study, series, path, syntax FROM instances WHERE sop = ?", (sop,)
+            f"SELECT sop, study, series, path, syntax FROM shown {where} ORDER BY id", values
         ).fetchone()
         return Instance(row[0], row[1], row[2], Path(row[3]), row[4]) if row else None
 
@@ -183,63 +242,96 @@ class DicomIndex:
         """DICOM JSON of the instances of a study, a series, or one instance."""
         where, values = _where(study, series, sop)
         column = "summary" if summary else "metadata"
-        rows = self._connection.execute(f"SELECT {column} FROM instances {where} ORDER BY series, number, sop", values)
+        order = "series, number, sop, id"
+        rows = self._connection.execute(f"SELECT {column} FROM shown {where} ORDER BY {order}", values)
         return [json.loads(text) for (text,) in rows]
 
     def _keep_scanning(self) -> None:
         while not self._stopped.is_set():
+            # whatever happens, the next scan may go well: a share is back, a disk has room again
             try:
                 self.scan()
-            except (OSError, sqlite3.Error):  # a share that is away for a while, say: the next scan may see it again
+                self.progress.failure = ""
+            except Exception as error:
                 logger.exception("the folder of studies could not be scanned")
+                self.progress.failure = str(error) or type(error).__name__
             self._stopped.wait(SECONDS_BETWEEN_SCANS)
 
     def _walk(self) -> Iterator[tuple[str, str]]:
-        """Path and stamp of every file that may be DICOM, as its name says."""
+        """Path and stamp of every regular file that may be DICOM, as its name says, in the order of the paths."""
         for folder, folders, files in os.walk(self.folder):
-            folders[:] = [name for name in folders if name not in self._skipped and not name.startswith(".")]
-            for name in files:
-                if name.startswith(".") or name.endswith(OTHER_SUFFIXES):
+            folders[:] = sorted(name for name in folders if name not in self._skipped and not name.startswith("."))
+            for name in sorted(files):
+                if name.startswith(".") or name.lower().endswith(OTHER_SUFFIXES):
                     continue
                 path = os.path.join(folder, name)
                 try:
-                    yield path, _stamp(os.stat(path))
+                    status = os.stat(path)
                 except OSError:  # gone meanwhile
                     continue
+                if stat.S_ISREG(status.st_mode):  # a pipe has no end
+                    yield path, _stamp(status)
 
     def _take_in(self, files: list[tuple[str, str]]) -> None:
         read = [(path, stamp, *_read(Path(path))) for path, stamp in files]
         with self._writing, self._connection as connection:
             for path, stamp, row, problem in read:
-                connection.execute("DELETE FROM instances WHERE path = ?", (path,))
-                sop = row[0] if row else None
-                connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (path, stamp, sop, problem))
+                connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, stamp, problem))
                 if row:
-                    connection.execute(
-                        "INSERT OR REPLACE INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row[:3], path, *row[3:])
-                    )
-        if any(row for _, _, row, _ in read):
-            self._series = None
+                    connection.execute(UPSERT, (path, *row))
+                else:
+                    connection.execute("DELETE FROM rows WHERE path = ?", (path,))
+        self._entries, self._changes = None, self._changes + 1
 
     def _remove(self, paths: list[str]) -> None:
         if not paths:
             return
         with self._writing, self._connection as connection:
-            # another file of the same instance is read again, in place of this one
-            again = "DELETE FROM files WHERE sop IN (SELECT sop FROM instances WHERE path = ?)"
-            connection.executemany(again, [(path,) for path in paths])
             connection.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in paths])
-            connection.executemany("DELETE FROM instances WHERE path = ?", [(path,) for path in paths])
-        self._series = None
+            connection.executemany("DELETE FROM rows WHERE path = ?", [(path,) for path in paths])
+        self._entries, self._changes = None, self._changes + 1
 
-    def _read_series(self) -> Iterator[SeriesEntry]:
+    def _read_series(self) -> list[SeriesEntry]:
+        """A series is described by its first slice that has a place: a screenshot has another modality."""
+        first = self._connection.execute("SELECT study, series FROM rows GROUP BY study, series ORDER BY MIN(id)")
+        order = {uids: number for number, uids in enumerate(first)}
+        # SQLite takes the columns beside MIN from the row that has the minimum
         rows = self._connection.execute(
-            "SELECT study, series, COUNT(*), summary, SUM(MAX(1, COALESCE(json_extract(summary, ?), 1))) "
-            "FROM (SELECT * FROM instances ORDER BY study, series, number, sop) GROUP BY study, series",
-            ('$."00280008".Value[0]',),
+            "SELECT study, series, COUNT(*), summary, SUM(MAX(1, CAST(COALESCE(json_extract(summary, ?), 1) AS INT))), "
+            "MIN(number + 10000000000 * (1 - is_placed)) FROM shown GROUP BY study, series",
+            (f'$."{tag_of("NumberOfFrames")}".Value[0]',),
         )
-        for study, series, instances, summary, frames in rows:
-            yield SeriesEntry(study, series, json.loads(summary), instances, int(frames))
+        entries = [
+            SeriesEntry(study, series, json.loads(summary), instances, int(frames))
+            for study, series, instances, summary, frames, _ in rows
+        ]
+        return sorted(entries, key=lambda entry: order.get((entry.study, entry.series), len(order)))
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Files that cannot be read, files that differ from the instance of their UIDs, and series in two studies."""
+        yield from ((path, "its name is not UTF-8, so that nobody can ask for it") for path in self._unnamed)
+        yield from self._connection.execute("SELECT path, problem FROM files WHERE problem IS NOT NULL")
+        for path, sop, first in self._connection.execute(DIFFERING_COPIES):
+            yield path, f"left out: instance {sop} is in {self._below(first)} too, with other attributes"
+        for entry in self.entries():
+            first_study = self.series()[entry.series].study
+            if first_study != entry.study:
+                file = self.instances(entry.study, entry.series)[0].file
+                yield (
+                    str(file),
+                    f"series {entry.series} is in study {first_study} too, whose series is the image of this UID; that "
+                    f"of study {entry.study} can be viewed, not segmented",
+                )
+
+    def _below(self, path: str) -> str:
+        """A path as it is told to clients."""
+        below = os.path.relpath(path, self.folder)
+        return below.encode(errors="backslashreplace").decode()
+
+    def _make_tables(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version != VERSION:
+            self._connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
 
     @property
     def _connection(self) -> sqlite3.Connection:
@@ -260,6 +352,15 @@ OTHER_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".json", 
 """Names of files that are no DICOM, and are not even opened."""
 
 
+def _is_text(path: str) -> bool:
+    """Whether a path can be kept in SQLite and told in JSON: its bytes are UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _stamp(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns}-{status.st_size}"
 
@@ -271,20 +372,37 @@ def _where(study: str, series: str, sop: str = "") -> tuple[str, list[str]]:
 
 
 def _read(file: Path) -> tuple[tuple[Any, ...] | None, str | None]:
-    """A row of the table of instances, or what is wrong with a DICOM file; neither for a file of another kind."""
+    """A row of the table without the path, or what is wrong with a DICOM file; neither for a file of another kind."""
     if not is_dicom(file):
-        return None, None
+        says_so = file.name.lower().endswith(DICOM_SUFFIXES)
+        return None, "is no DICOM file, though its name says so" if says_so else None
     try:
-        header = dcmread(file, stop_before_pixels=True)
-        metadata = to_json(header)
-        uids = [str(header.get(keyword, "")) for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")]
-        syntax = str(header.file_meta.TransferSyntaxUID)
-        number = int(header.get("InstanceNumber") or 0)
-    except (InvalidDicomError, *DECODING_ERRORS) as error:
-        return None, f"cannot be read: {describe(error)}"
+        with reading("cannot be read"):
+            return _row(file)
+    except ImageError as error:
+        return None, str(error)
+
+
+def _row(file: Path) -> tuple[tuple[Any, ...] | None, str | None]:
+    """As ``_read``, of a file that begins as DICOM does.
+
+    Raises:
+        Exception: of whatever type pydicom raises for a damaged file.
+    """
+    header = read_instance(file, with_pixels=False)
+    if str(header.file_meta.get("MediaStorageSOPClassUID", "")) == MEDIA_DIRECTORY:
+        return None, None
+    metadata = to_json(header)
+    uids = [str(header.get(keyword) or "") for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")]
     if not all(uids):
-        return None, f"instance {uids[0]} has no Study, Series or SOP Instance UID"
-    return (*uids, syntax, number, json.dumps(summarize(metadata)), json.dumps(metadata)), None
+        return None, "has no Study, Series or SOP Instance UID"
+    bad = [uid for uid in uids if not re.fullmatch(r"[0-9.]{1,64}", uid)]
+    if bad:
+        return None, f"has the UID {bad[0][:70]!r}; valid: digits and dots, at most 64"
+    number = max(-LARGEST_NUMBER, min(LARGEST_NUMBER, int(header.get("InstanceNumber") or 0)))
+    is_placed = int("ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header)
+    syntax = str(header.file_meta.TransferSyntaxUID)
+    return (*uids, syntax, number, is_placed, dump(summarize(metadata)).decode(), dump(metadata).decode()), None
 
 
 def counts(entries: Iterable[SeriesEntry]) -> Json:
@@ -298,9 +416,9 @@ def counts(entries: Iterable[SeriesEntry]) -> Json:
     }
 
 
-def by_study(entries: Mapping[str, SeriesEntry]) -> dict[str, list[SeriesEntry]]:
+def by_study(entries: Iterable[SeriesEntry]) -> dict[str, list[SeriesEntry]]:
     """Series grouped by study."""
     grouped: dict[str, list[SeriesEntry]] = {}
-    for entry in entries.values():
+    for entry in entries:
         grouped.setdefault(entry.study, []).append(entry)
     return grouped

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from lib.dicom.attributes import OF_LEVEL, STUDY_ATTRIBUTES, Json, Level, element, matches, parse_tag, tag_of
+from lib.dicom.attributes import OF_LEVEL, STUDY_ATTRIBUTES, SUMMARY, Json, Level, element, parse_path, tag_of
 from lib.dicom.index import DicomIndex, SeriesEntry, by_study, counts
+from lib.dicom.matching import matches
 from lib.dicom.resources import Resource, parse_number
 from lib.errors import ParameterError
 
 NOT_ATTRIBUTES = frozenset({"limit", "offset", "fuzzymatching", "includefield", "accept"})
-MODALITIES = tag_of("ModalitiesInStudy")
+DEPTH = {"studies": 1, "series": 2, "instances": 3}
+COUNTED = frozenset(
+    map(
+        tag_of,
+        (
+            *("ModalitiesInStudy", "NumberOfStudyRelatedSeries", "NumberOfStudyRelatedInstances"),
+            "NumberOfSeriesRelatedInstances",
+        ),
+    )
+)
+"""Attributes that no instance has: they are counted for the answer."""
 
 
 def search(index: DicomIndex, resource: Resource, pairs: Sequence[tuple[str, str]], root: str) -> list[Json]:
@@ -29,28 +40,41 @@ def search(index: DicomIndex, resource: Resource, pairs: Sequence[tuple[str, str
     limit = parse_number(query, "limit", 10**9, "a whole number from 0")
     offset = parse_number(query, "offset", 0, "a whole number from 0")
     fuzzy = query.get("fuzzymatching", "").lower() == "true"
-    wanted = [(_known_tag(name), value) for name, value in pairs if name.lower() not in NOT_ATTRIBUTES]
+    wanted = [(_known_path(name), value) for name, value in pairs if name.lower() not in NOT_ATTRIBUTES]
     fields = [tag for name, value in pairs if name.lower() == "includefield" for tag in value.split(",") if tag]
+    in_full = any(path[0] not in SUMMARY | COUNTED for path, _ in wanted)
     found = [
-        entry for entry in _entries(index, resource) if all(matches(entry, tag, value, fuzzy) for tag, value in wanted)
+        entry
+        for entry in _entries(index, resource)
+        if _matches_all(_in_full(index, entry, resource) if in_full else entry, wanted, fuzzy)
     ]
     chosen = found[offset : offset + limit]
     return [_shown(index, entry, resource, fields, root) for entry in chosen]
 
 
-def _known_tag(name: str) -> str:
-    tag = parse_tag(name)
-    if tag is None:
+def _matches_all(entry: Json, wanted: Sequence[tuple[Sequence[str], str]], fuzzy: bool) -> bool:
+    return all(matches(entry, path, value, fuzzy) for path, value in wanted)
+
+
+def _in_full(index: DicomIndex, entry: Json, resource: Resource) -> Json:
+    """All attributes of an entity's first instance, and what is counted of the entity."""
+    keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+    uids = [_value(entry, keyword) if at < DEPTH[resource.level] else "" for at, keyword in enumerate(keywords)]
+    return index.metadata(uids[0], uids[1], uids[2])[0] | entry
+
+
+def _known_path(name: str) -> tuple[str, ...]:
+    path = parse_path(name)
+    if path is None:
         raise ParameterError(
             name[:64], "", "keywords or tags of attributes, limit, offset, fuzzymatching, includefield"
         )
-    return tag
+    return path
 
 
 def _entries(index: DicomIndex, resource: Resource) -> Iterator[Json]:
     """Everything that is known of the level's entities, below the named study and series."""
-    listed = {uid: entry for uid, entry in index.series().items() if _is_below(entry, resource)}
-    studies = by_study(listed)
+    studies = by_study(entry for entry in index.entries() if _is_below(entry, resource))
     if resource.level == "studies":
         yield from (_newest_first(entries)[0].summary | counts(entries) for entries in studies.values())
     elif resource.level == "series":
@@ -74,17 +98,15 @@ def _is_below(entry: SeriesEntry, resource: Resource) -> bool:
 def _shown(index: DicomIndex, entry: Json, resource: Resource, fields: Iterable[str], root: str) -> Json:
     """What is answered of one entity: what is always told, what was asked for, and where it can be retrieved."""
     level: Level = resource.level  # type: ignore[assignment]  # parse_path lets only these through
-    study, series, sop = (
-        _value(entry, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-    )
+    study, series, sop = (_value(entry, k) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
     tags = {*OF_LEVEL[level], *(tag_of(keyword) for keyword in COUNTS[level])}
     # below a study its attributes are known; in a query over all they tell whose series or instance it is
     tags |= set(STUDY_ATTRIBUTES) if not resource.study else set()
     asked = list(fields)
     if asked:
-        narrow = {"studies": (study, "", ""), "series": (study, series, ""), "instances": (study, series, sop)}[level]
-        entry = index.metadata(*narrow)[0] | entry
-        tags |= set(entry) if "all" in asked else {tag for name in asked if (tag := parse_tag(name))}
+        entry = _in_full(index, entry, resource)
+        # what is in a sequence is told with the whole sequence
+        tags |= set(entry) if "all" in asked else {path[0] for name in asked if (path := parse_path(name))}
     address = "/".join([root, "studies", study, *(["series", series] if level != "studies" else [])])
     address += f"/instances/{sop}" if level == "instances" else ""
     told = {tag: entry[tag] for tag in sorted(tags & entry.keys())}

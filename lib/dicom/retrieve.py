@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydicom import dcmread
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import generate_pixel_data_frame
 from pydicom.uid import ExplicitVRLittleEndian
 
+from lib.dicom.files import has_preamble, read_instance, reading
 from lib.dicom.index import Instance
+from lib.dicom.pixels import NATIVE, decode, frame_count, to_rgb
 from lib.dicom.resources import MediaType, Resource
-from lib.dicom.series import DECODING_ERRORS, describe
-from lib.errors import ImageError, NotFoundError, ParameterError, UnetrError
+from lib.errors import NotFoundError, ParameterError, UnetrError
 
-NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 COMPRESSED_TYPES = {
     "1.2.840.10008.1.2.4.50": "image/jpeg",
     "1.2.840.10008.1.2.4.51": "image/jpeg",
@@ -31,6 +30,11 @@ COMPRESSED_TYPES = {
     "1.2.840.10008.1.2.4.91": "image/jp2",
     "1.2.840.10008.1.2.5": "image/dicom-rle",
 }
+PIXEL_DATA = 0x7FE00010
+WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
+"""Bytes of a word of a binary value, by VR (PS3.5, 6.2)."""
+DECODED_MEANING = {"YBR_FULL_422": "YBR_FULL", "YBR_RCT": "RGB", "YBR_ICT": "RGB"}
+"""Photometric Interpretation of decoded samples: all are there, and JPEG 2000 has turned its own back."""
 PICTURES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 THUMBNAIL_PIXELS = 128
 
@@ -66,23 +70,51 @@ def _instance_part(instance: Instance, wanted: MediaType) -> Part:
             f"instance {instance.sop} is stored as {instance.syntax} and can be sent as that or as "
             f"{ExplicitVRLittleEndian}, not as {wanted.syntax}"
         )
-    content = instance.file.read_bytes() if as_stored else _uncompressed(instance)
+    content = instance.file.read_bytes() if as_stored else b""
+    if not has_preamble(content):  # a data set alone, which is no file of PS3.10, or one that is to be decoded
+        as_stored, content = False, _uncompressed(instance)
     syntax = instance.syntax if as_stored else ExplicitVRLittleEndian
     return Part(f"application/dicom; transfer-syntax={syntax}", content)
 
 
 def _uncompressed(instance: Instance) -> bytes:
+    """The instance as PS3.10 has it, in explicit VR little endian."""
     dataset = _read(instance)
-    try:
+    with reading(f"instance {instance.sop} cannot be decoded"):
+        for _ in dataset.iterall():  # values are decoded in the byte order that they were read in
+            pass
         if instance.syntax not in NATIVE:
             _decompress(dataset)
+        elif not dataset.is_little_endian:
+            _swap(dataset)
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.is_little_endian, dataset.is_implicit_VR = True, False
         buffer = io.BytesIO()
         dataset.save_as(buffer, write_like_original=False)
-    except DECODING_ERRORS as error:
-        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
     return buffer.getvalue()
+
+
+def _swap(dataset: Dataset) -> None:
+    """Binary values of a big-endian instance in little-endian order (PS3.5, 7.3); pixels by the size of their cells."""
+    for element in dataset.iterall():
+        if element.tag != PIXEL_DATA and element.VR in WORD_BYTES and element.value:
+            element.value = _swapped(element.value, WORD_BYTES[element.VR])
+    if "PixelData" in dataset:
+        dataset.PixelData = _little_endian_pixels(dataset)
+
+
+def _little_endian_pixels(dataset: Dataset) -> bytes:
+    """Pixel Data of a native instance; cells of 8 bits or fewer lie in words of 16 bits where they are OW."""
+    content: bytes = dataset.PixelData
+    if dataset.is_little_endian:
+        return content
+    cell = int(dataset.BitsAllocated) // 8
+    return _swapped(content, cell if cell > 1 else 2 if dataset["PixelData"].VR == "OW" else 1)
+
+
+def _swapped(content: bytes, word: int) -> bytes:
+    padded = content + bytes(-len(content) % word)
+    return np.frombuffer(padded, f">u{word}").astype(f"<u{word}").tobytes()
 
 
 def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[MediaType]) -> list[Part]:
@@ -94,18 +126,18 @@ def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[M
         ImageError: when the pixels cannot be decoded.
     """
     dataset = _read(instance)
-    total = int(dataset.get("NumberOfFrames") or 1)
+    total = frame_count(dataset)
     for number in numbers:
         if not 1 <= number <= total:
             raise ParameterError("frames", number, f"1 to {total}")
     media_type = _frame_type(instance, accepted)
-    try:
+    with reading(f"instance {instance.sop} cannot be decoded"):
         if instance.syntax not in NATIVE and instance.syntax in media_type:
             frames = list(generate_pixel_data_frame(dataset.PixelData, total))
+            if len(frames) < total:
+                raise ValueError(f"{len(frames)} frames of pixels where {total} are needed")
             return [Part(media_type, frames[number - 1]) for number in numbers]
         return [Part(media_type, content) for content in _native_frames(dataset, numbers, total)]
-    except DECODING_ERRORS as error:
-        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
 
 
 def _frame_type(instance: Instance, accepted: Sequence[MediaType]) -> str:
@@ -133,23 +165,27 @@ def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> 
         return
     if dataset.file_meta.TransferSyntaxUID not in NATIVE:
         _decompress(dataset)
-    content = dataset.PixelData
-    if not dataset.is_little_endian:
-        content = np.frombuffer(content, f">u{int(dataset.BitsAllocated) // 8}").byteswap().tobytes()
-    size = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * int(dataset.BitsAllocated) // 8
+    content = _little_endian_pixels(dataset)
+    # two of three samples of a row's neighbours are shared (PS3.3, C.7.6.3.1.2)
+    samples = 2 if dataset.PhotometricInterpretation == "YBR_FULL_422" else int(dataset.SamplesPerPixel)
+    size = int(dataset.Rows) * int(dataset.Columns) * samples * int(dataset.BitsAllocated) // 8
     if len(content) < size * total:
         raise ValueError(f"{len(content)} bytes of pixels where {size * total} are needed")
     yield from (content[(number - 1) * size : number * size] for number in numbers)
 
 
 def _decompress(dataset: FileDataset) -> None:
-    """Put numbers in place of compressed pixels, in little-endian order."""
+    """Put numbers in place of compressed pixels, in little-endian order, and say what they are."""
     pixels = dataset.pixel_array
-    dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    dataset.PixelData = content + bytes(len(content) % 2)
     dataset["PixelData"].is_undefined_length = False
-    dataset["PixelData"].VR = "OW"
-    if pixels.ndim > 2 and int(dataset.SamplesPerPixel) > 1:
+    dataset["PixelData"].VR = "OW" if int(dataset.BitsAllocated) > 8 else "OB"
+    dataset.is_little_endian = True
+    if int(dataset.get("SamplesPerPixel") or 1) > 1:
         dataset.PlanarConfiguration = 0
+        meaning = str(dataset.get("PhotometricInterpretation", ""))
+        dataset.PhotometricInterpretation = DECODED_MEANING.get(meaning, meaning)
 
 
 def picture(instance: Instance, resource: Resource, query: Mapping[str, str], accepted: Sequence[MediaType]) -> Part:
@@ -162,16 +198,14 @@ def picture(instance: Instance, resource: Resource, query: Mapping[str, str], ac
     """
     media_type = _picture_type(accepted)
     dataset = _read(instance)
-    total = int(dataset.get("NumberOfFrames") or 1)
+    total = frame_count(dataset)
     number = resource.frames[0] if resource.frames else (total + 1) // 2
     if not 1 <= number <= total:
         raise ParameterError("frames", number, f"1 to {total}")
-    try:
-        pixels = dataset.pixel_array
-    except DECODING_ERRORS as error:
-        raise ImageError(f"instance {instance.sop} cannot be decoded: {describe(error)}") from error
-    frame = pixels[number - 1] if total > 1 else pixels
-    image = Image.fromarray(frame if frame.ndim == 3 else _windowed(frame, dataset, query))
+    frame = decode(dataset)[number - 1]
+    is_colour = frame.ndim == 3 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR"
+    with reading(f"instance {instance.sop} cannot be shown"):
+        image = Image.fromarray(to_rgb(frame, dataset) if is_colour else _windowed(frame, dataset, query))
     size = _viewport(query) or ((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS) if resource.view == "thumbnail" else None)
     if size:
         image.thumbnail(size)
@@ -241,12 +275,10 @@ def _read(instance: Instance) -> FileDataset:
         NotFoundError: when it is gone since it was indexed.
         ImageError: when it cannot be read any more.
     """
-    try:
-        return dcmread(instance.file)
-    except FileNotFoundError as error:
-        raise NotFoundError("file of instance", instance.sop) from error
-    except DECODING_ERRORS as error:
-        raise ImageError(f"instance {instance.sop} cannot be read: {describe(error)}") from error
+    if not instance.file.is_file():
+        raise NotFoundError("file of instance", instance.sop)
+    with reading(f"instance {instance.sop} cannot be read"):
+        return read_instance(instance.file)
 
 
 def multipart(parts: Iterator[Part] | Sequence[Part], boundary: str) -> Iterator[bytes]:

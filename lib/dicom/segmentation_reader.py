@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 
-from lib.dicom.series import DECODING_ERRORS, Series, describe
+from lib.dicom.files import reading
+from lib.dicom.series import Series
 from lib.errors import LabelError
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -72,10 +73,8 @@ def read_segmentation(seg: Dataset, series: Series) -> SegmentedVolume:
     """
     if not is_segmentation(seg):
         raise LabelError("this instance is no DICOM Segmentation")
-    try:
+    with reading(f"DICOM SEG {seg.get('SOPInstanceUID', '')} cannot be read", LabelError):
         return _read(seg, series)
-    except DECODING_ERRORS as error:
-        raise LabelError(f"DICOM SEG {seg.get('SOPInstanceUID', '')} cannot be read: {describe(error)}") from error
 
 
 def _read(seg: Dataset, series: Series) -> SegmentedVolume:

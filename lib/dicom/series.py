@@ -7,7 +7,7 @@ the same from here on.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,31 +16,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
+from lib.dicom.files import describe, read_instance, reading
+from lib.dicom.pixels import decode_file
 from lib.errors import ImageError
 
 FloatArray = npt.NDArray[np.float64]
-MAX_UNEVEN_SHARE = 0.1
-"""How far apart neighbouring slices may be from their usual distance, as a share of it."""
-SAME_PLACE_MM = 1e-3
-SAME_DIRECTION = 1e-4
+TOLERANCE_MM = 0.1
+"""Farthest that a voxel of a slice may lie from the grid that is fitted to all slices."""
+TOLERANCE_OF_DISTANCE = 0.1
+"""The same as a share of the distance between slices, where that is less: for slices thinner than 1 mm."""
+MIN_NORMAL, MAX_NORMAL = 0.99, 1.01
+"""Length of the cross product of a row's and a column's direction, which are of length one and at a right angle."""
+ROUNDING_MM = 1e-3
+"""What the digits of a decimal string leave; a distance below it is told to nobody."""
+SAME_STACK_MM = 1.0
+"""Slices whose corners, seen from their first voxels, lie within this of each other are of one size and orientation."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-# What pydicom's decoders raise for pixels that are no pixels depends on which of them it was.
-DECODING_ERRORS = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    IndexError,
-    NotImplementedError,
-    RuntimeError,
-    OSError,
-    EOFError,
-)
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,26 @@ class Frame:
         return "LOCALIZER" in [str(value).upper() for value in self.header.get("ImageType") or []]
 
     @property
-    def grid(self) -> tuple[Any, ...]:
-        """What all slices of one volume have in common."""
-        directions = np.rint(self.orientation.ravel() / SAME_DIRECTION / 10).astype(int).tolist()
-        spacing = [round(value, 4) for value in self.spacing_mm]
-        return int(self.header.Rows), int(self.header.Columns), *spacing, *directions
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return int(self.header.Rows), int(self.header.Columns)
+
+    @property
+    def corners_mm(self) -> FloatArray:
+        """Centres of the four voxels at the corners, in LPS; shape (4, 3)."""
+        rows, columns = self.size
+        along_row, along_column = (
+            self.orientation[0] * self.spacing_mm[1] * (columns - 1),
+            self.orientation[1] * self.spacing_mm[0] * (rows - 1),
+        )
+        corners: FloatArray = np.array([0 * along_row, along_row, along_column, along_row + along_column])
+        corners += self.position_mm
+        return corners
+
+    def is_parallel_to(self, other: Frame) -> bool:
+        """Whether both are of one size and orientation, wherever they lie."""
+        offsets = (self.corners_mm - self.position_mm) - (other.corners_mm - other.position_mm)
+        return self.size == other.size and float(np.linalg.norm(offsets, axis=1).max()) <= SAME_STACK_MM
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,31 @@ class Series:
 
     @cached_property
     def affine_lps(self) -> FloatArray:
-        """4x4, from (column, row, slice) to millimetres in LPS."""
-        first, last = self.frames[0], self.frames[-1]
+        """4x4, from (column, row, slice) to millimetres in LPS; the slices' step is fitted by least squares."""
+        first, count = self.frames[0], len(self.frames)
+        positions = np.array([frame.position_mm for frame in self.frames])
+        numbers = np.arange(count) - (count - 1) / 2
         affine = np.eye(4)
         affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
         affine[:3, 1] = first.orientation[1] * first.spacing_mm[0]
-        affine[:3, 2] = (last.position_mm - first.position_mm) / (len(self.frames) - 1)
-        affine[:3, 3] = first.position_mm
+        affine[:3, 2] = numbers @ positions / (numbers @ numbers)
+        affine[:3, 3] = positions.mean(axis=0) + affine[:3, 2] * numbers[0]
         return affine
+
+    @cached_property
+    def distances_mm(self) -> FloatArray:
+        """How far the farthest corner of each slice lies from the fitted grid."""
+        rows, columns = self.frames[0].size
+        corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]])
+        on_grid = corners @ self.affine_lps[:3, :2].T + self.affine_lps[:3, 3]
+        apart = [f.corners_mm - (on_grid + k * self.affine_lps[:3, 2]) for k, f in enumerate(self.frames)]
+        distances: FloatArray = np.linalg.norm(apart, axis=2).max(axis=1)
+        return distances
+
+    @property
+    def tolerance_mm(self) -> float:
+        """Farthest that a slice may lie from the fitted grid."""
+        return tolerance_mm(float(np.linalg.norm(self.affine_lps[:3, 2])))
 
     @property
     def affine_ras(self) -> FloatArray:
@@ -152,7 +177,7 @@ class Series:
         for index, frame in enumerate(self.frames):
             places[frame.file].append(index)
         for file, indices in places.items():
-            pixels = decode_pixels(file, self.frames[indices[0]].uid)
+            pixels = decode_file(file, self.frames[indices[0]].uid)
             for index in indices:
                 frame = self.frames[index]
                 if pixels.shape[0] <= frame.number or pixels.shape[1:] != voxels.shape[1::-1]:
@@ -169,55 +194,27 @@ def read_series(files: Iterable[Path], name: str = "the selection") -> Series:
         name: what to call the files in an error.
 
     Raises:
-        ImageError: when there is no image among them, they are of several series, a slice is missing, or slices lie at
-            the same place.
+        ImageError: when there is no image among them, they are of several series, a slice is missing, slices lie at
+            the same place, or one lies farther from an even grid than the tolerance.
     """
     headers, notes = _read_headers(files)
     series = sorted({str(header.get("SeriesInstanceUID", "")) for _, header in headers})
     if len(series) != 1:
         raise ImageError(f"{name} holds {len(series) or 'no'} DICOM series; valid: one")
-    frames = [frame for file, header in headers for frame in _frames_of(file, header)]
-    frames = _one_grid(_without_localizers(frames, notes), notes, name)
-    ordered = _one_a_place(_in_order(frames), notes, name)
-    _check_distances(ordered, name)
-    return Series(tuple(ordered), tuple(notes))
+    frames = [frame for file, header in _slices(headers, notes) for frame in _frames_of(file, header)]
+    frames = _one_stack(_without_localizers(frames, notes), notes, name)
+    made = Series(tuple(_one_a_place(_in_order(frames), notes, name)))
+    _check_distances(made, name)
+    return Series(made.frames, (*notes, *_distance_note(made)))
 
 
-def find_dicom(folder: Path) -> list[Path]:
-    """The files in a folder (not below it) that are DICOM, whatever their names."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
+def tolerance_mm(between_slices_mm: float) -> float:
+    """Farthest that a slice may lie from an even grid.
 
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file begins as PS3.10 says."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def decode_pixels(file: Path, uid: str) -> npt.NDArray[Any]:
-    """Stored values of one instance, shape (frames, rows, columns), not rescaled.
-
-    Raises:
-        ImageError: naming the instance.
+    >>> tolerance_mm(2.5), tolerance_mm(0.5)
+    (0.1, 0.05)
     """
-    try:
-        pixels = dcmread(file).pixel_array
-    except (InvalidDicomError, *DECODING_ERRORS) as error:
-        raise ImageError(f"instance {uid} cannot be decoded: {describe(error)}") from error
-    return pixels[None] if pixels.ndim == 2 else pixels
-
-
-def describe(error: BaseException) -> str:
-    """What a decoder says, in one line and without the server's folders."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        " ".join("..." if word.startswith(("/", "'/")) else word for word in lines[-1].split())[:200]
-        if lines
-        else (type(error).__name__)
-    )
+    return min(TOLERANCE_MM, TOLERANCE_OF_DISTANCE * between_slices_mm)
 
 
 def _read_headers(files: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], list[str]]:
@@ -226,8 +223,9 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], li
     notes = []
     for file in files:
         try:
-            header = dcmread(file, stop_before_pixels=True)
-        except (InvalidDicomError, *DECODING_ERRORS) as error:
+            with reading("it cannot be read"):
+                header = read_instance(file, with_pixels=False)
+        except ImageError as error:
             notes.append(f"file {file.name!r} left out, which is no DICOM: {describe(error)}")
             continue
         uid = str(header.get("SOPInstanceUID", "")) or file.name
@@ -235,7 +233,37 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], li
             notes.append(f"instance {uid} left out, which is there twice")
         elif "Rows" in header and "Columns" in header:
             headers[uid] = file, header
+        else:
+            notes.append(f"instance {uid} left out, which is no image")
     return list(headers.values()), notes
+
+
+def _slices(headers: Sequence[tuple[Path, Dataset]], notes: list[str]) -> list[tuple[Path, Dataset]]:
+    """The instances without screenshots: in colours, or without a place and unlike the others in size or kind.
+
+    Raises:
+        ImageError: when all are in colours.
+    """
+    grey = [entry for entry in headers if int(entry[1].get("SamplesPerPixel") or 1) == 1]
+    if headers and not grey:
+        uid, samples = headers[0][1].get("SOPInstanceUID", ""), headers[0][1].SamplesPerPixel
+        raise ImageError(f"instance {uid} has {samples} values a pixel; valid: one (no colours)")
+    placed = {_kind(header) for _, header in grey if _has_place(header)}
+    kept = [(file, header) for file, header in grey if _has_place(header) or _kind(header) in placed or not placed]
+    there = {id(header) for _, header in kept}
+    for file, header in headers:
+        if id(header) not in there:
+            what = "in colours" if int(header.get("SamplesPerPixel") or 1) > 1 else "a screenshot without a place"
+            notes.append(f"instance {header.get('SOPInstanceUID', '') or file.name} left out, which is {what}")
+    return kept
+
+
+def _has_place(header: Dataset) -> bool:
+    return bool(header.get("ImagePositionPatient")) or "PerFrameFunctionalGroupsSequence" in header
+
+
+def _kind(header: Dataset) -> tuple[Any, ...]:
+    return str(header.get("SOPClassUID", "")), header.get("Rows"), header.get("Columns")
 
 
 def _frames_of(file: Path, header: Dataset) -> list[Frame]:
@@ -245,9 +273,7 @@ def _frames_of(file: Path, header: Dataset) -> list[Frame]:
         ImageError: naming the instance, when its header does not say where it lies.
     """
     uid = str(header.get("SOPInstanceUID", file.name))
-    if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise ImageError(f"instance {uid} has {header.SamplesPerPixel} values a pixel; valid: one (no colours)")
-    try:
+    with reading(f"instance {uid} does not say where it lies"):
         if "PerFrameFunctionalGroupsSequence" not in header:
             return [_frame(file, header, 0, header, header, header, header)]
         shared = header.SharedFunctionalGroupsSequence[0] if header.get("SharedFunctionalGroupsSequence") else Dataset()
@@ -255,8 +281,6 @@ def _frames_of(file: Path, header: Dataset) -> list[Frame]:
             _frame(file, header, number, *(_group(keyword, groups, shared) for keyword in FUNCTIONAL_GROUPS))
             for number, groups in enumerate(header.PerFrameFunctionalGroupsSequence)
         ]
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise ImageError(f"instance {uid} does not say where it lies: {describe(error)}") from error
 
 
 FUNCTIONAL_GROUPS = (
@@ -286,6 +310,8 @@ def _frame(
     rows, columns = (float(value) for value in measures.PixelSpacing)
     if position.shape != (3,) or not np.isfinite([*position, *orientation.ravel(), rows, columns]).all():
         raise ValueError("Image Position, Orientation and Pixel Spacing must be finite numbers")
+    if min(rows, columns) <= 0 or not MIN_NORMAL <= np.linalg.norm(np.cross(*orientation)) <= MAX_NORMAL:
+        raise ValueError("Pixel Spacing must be above 0, and the directions of a row and a column at a right angle")
     slope, intercept = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
     return Frame(
         header,
@@ -307,19 +333,25 @@ def _without_localizers(frames: Sequence[Frame], notes: list[str]) -> list[Frame
     return [frame for frame in frames if not frame.is_localizer]
 
 
-def _one_grid(frames: Sequence[Frame], notes: list[str], name: str) -> list[Frame]:
+def _one_stack(frames: Sequence[Frame], notes: list[str], name: str) -> list[Frame]:
     """The frames of the largest stack of one size and orientation.
 
     Raises:
         ImageError: when no stack has more than half of the frames.
     """
-    counts = Counter(frame.grid for frame in frames).most_common()
-    kept, most = counts[0]
-    if 2 * most <= len(frames):
-        raise ImageError(f"{name} holds {len(counts)} stacks of different size or orientation; valid: one")
-    left_out = [frame for frame in frames if frame.grid != kept]
-    notes += [f"instance {frame.uid} left out, of another size or orientation" for frame in left_out]
-    return [frame for frame in frames if frame.grid == kept]
+    stacks: list[list[Frame]] = []
+    for frame in frames:
+        own = next((stack for stack in stacks if frame.is_parallel_to(stack[0])), None)
+        if own is None:
+            stacks.append([frame])
+        else:
+            own.append(frame)
+    kept = max(stacks, key=len)
+    if 2 * len(kept) <= len(frames):
+        raise ImageError(f"{name} holds {len(stacks)} stacks of different size or orientation; valid: one")
+    there = {id(frame) for frame in kept}
+    notes += [f"instance {f.uid} left out, of another size or orientation" for f in frames if id(f) not in there]
+    return kept
 
 
 def _in_order(frames: Sequence[Frame]) -> list[Frame]:
@@ -335,9 +367,12 @@ def _one_a_place(frames: Sequence[Frame], notes: list[str], name: str) -> list[F
         ImageError: when there are several everywhere: phases, echoes or a time series, which are several volumes.
     """
     normal = np.cross(*frames[0].orientation)
+    steps_mm = np.diff([float(normal @ frame.position_mm) for frame in frames])
+    apart = steps_mm[steps_mm > ROUNDING_MM]
+    same_place_mm = max(ROUNDING_MM, tolerance_mm(float(np.median(apart))) if len(apart) else 0.0)
     kept, doubled = [frames[0]], []
     for frame in frames[1:]:
-        if normal @ (frame.position_mm - kept[-1].position_mm) < SAME_PLACE_MM:
+        if normal @ (frame.position_mm - kept[-1].position_mm) < same_place_mm:
             doubled.append(frame)
         else:
             kept.append(frame)
@@ -351,21 +386,29 @@ def _one_a_place(frames: Sequence[Frame], notes: list[str], name: str) -> list[F
     return kept
 
 
-def _check_distances(frames: Sequence[Frame], name: str) -> None:
-    """Refuse a series with a gap: closed up, all behind it would lie somewhere else.
+def _check_distances(series: Series, name: str) -> None:
+    """Refuse a series whose slices are not evenly spaced: on an even grid, voxels would lie somewhere else.
 
     Raises:
-        ImageError: naming the slices on both sides of the gap.
+        ImageError: naming the slices on both sides of the largest gap, or the slice that lies farthest off.
     """
-    if len(frames) < 3:
+    farthest = int(np.argmax(series.distances_mm))
+    if series.distances_mm[farthest] <= series.tolerance_mm:
         return
-    steps = np.diff(np.array([frame.position_mm for frame in frames]), axis=0)
-    distances_mm = np.linalg.norm(steps, axis=1)
-    usual = float(np.median(distances_mm))
-    uneven = np.abs(distances_mm - usual) > MAX_UNEVEN_SHARE * usual
-    if uneven.any():
-        at = int(np.argmax(np.abs(distances_mm - usual)))
-        raise ImageError(
-            f"the slices of {name} are {distances_mm.min():.4g} to {distances_mm.max():.4g} mm apart, most of all "
-            f"between instances {frames[at].uid} and {frames[at + 1].uid}; valid: evenly spaced slices, none missing"
-        )
+    frames = series.frames
+    steps_mm = np.linalg.norm(np.diff([frame.position_mm for frame in frames], axis=0), axis=1)
+    at = int(np.argmax(np.abs(steps_mm - np.median(steps_mm))))
+    raise ImageError(
+        f"the slices of {name} are {steps_mm.min():.4g} to {steps_mm.max():.4g} mm apart, most of all between "
+        f"instances {frames[at].uid} and {frames[at + 1].uid}, and instance {frames[farthest].uid} lies "
+        f"{series.distances_mm[farthest]:.3g} mm from an even grid; valid: evenly spaced slices, none missing, at most "
+        f"{series.tolerance_mm:.3g} mm from their grid"
+    )
+
+
+def _distance_note(series: Series) -> list[str]:
+    """Of slices that do not lie quite on their grid, how far off they are."""
+    farthest = float(series.distances_mm.max())
+    if farthest <= ROUNDING_MM:
+        return []
+    return [f"slices lie up to {farthest:.2g} mm from an even grid (tolerance {series.tolerance_mm:.2g} mm)"]

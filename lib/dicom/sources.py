@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydicom import dcmread
 from pydicom.dataset import Dataset
 
 from lib.dicom.attributes import Json, first_value
+from lib.dicom.files import read_instance
 from lib.dicom.index import DicomIndex, SeriesEntry
 from lib.errors import NotFoundError, ParameterError
 
@@ -20,6 +20,7 @@ INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDat
 """What clients are told of a series."""
 SHOWN_KEYWORDS = ("PatientName", "StudyDescription", "SeriesDescription")
 """What the page shows of it beside that."""
+MOST_PROBLEMS = 200
 SEGMENTATIONS = "segmentations"
 STORED = "stored"
 """Folders for SEGs of series, and for other instances that are stored, in a folder of studies."""
@@ -112,7 +113,8 @@ class FolderSource:
 
     def stamp(self, uid: str) -> str:
         """As :class:`SeriesSource`."""
-        return self.index.stamp(uid)
+        entry = self.index.series().get(uid)
+        return self.index.stamp(uid, entry.study if entry else "")
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
         """As :class:`SeriesSource`; the files as they lie.
@@ -120,7 +122,8 @@ class FolderSource:
         Raises:
             NotFoundError: when there is no such series.
         """
-        files = [instance.file for instance in self.index.instances(series=uid)]
+        entry = self.index.series().get(uid)
+        files = [instance.file for instance in self.index.instances(entry.study, uid)] if entry else []
         if not files:
             raise NotFoundError("series", uid)
         return files
@@ -141,7 +144,7 @@ class FolderSource:
         file = self.index.folder.joinpath(STORED, *uids[:2], f"{uids[2]}.dcm")
         known = self.index.instance(uids[2])
         if known is not None:
-            if _pixels_and_uids(dcmread(known.file)) != _pixels_and_uids(instance):
+            if _pixels_and_uids(read_instance(known.file)) != _pixels_and_uids(instance):
                 raise ParameterError("SOPInstanceUID", uids[2], "the UID of a new instance: another one has it already")
             return
         _write(instance, file)
@@ -150,12 +153,17 @@ class FolderSource:
     def status(self) -> dict[str, Any]:
         """Files found and indexed, and what could not be read."""
         progress = self.index.progress
-        problems = {Path(path).name: problem for path, problem in sorted(progress.problems.items())[:20]}
-        return {"files": progress.found, "indexed": progress.indexed, "problems": problems}
+        problems = sorted(progress.problems.items())
+        return {
+            "files": progress.found,
+            "indexed": progress.indexed,
+            "problems": dict(problems[:MOST_PROBLEMS]),
+            "problems_in_all": len(problems),
+        }
 
     def problem(self) -> str:
         """As :class:`SeriesSource`."""
-        return ""
+        return self.index.failure()
 
 
 def _write(instance: Dataset, file: Path) -> None:

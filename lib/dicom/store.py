@@ -7,14 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydicom import dcmread
 from pydicom.dataset import FileDataset
-from pydicom.errors import InvalidDicomError
 
 from lib.dicom.attributes import Json, element
-from lib.dicom.series import DECODING_ERRORS, describe
-from lib.errors import ParameterError
+from lib.dicom.files import describe, read_instance, reading
+from lib.errors import ImageError, ParameterError
 
+UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 CANNOT_UNDERSTAND = 0xC000
 REFUSED = 0x0110
 OTHER_STUDY = 0x0119
@@ -73,11 +72,12 @@ def read_part(content: bytes) -> FileDataset:
         ParameterError: when it is no DICOM, or has no UIDs.
     """
     try:
-        instance = dcmread(io.BytesIO(content))
-        uids = [
-            str(instance.get(k, "")) for k in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-        ]
-    except (InvalidDicomError, *DECODING_ERRORS) as error:
+        with reading("it cannot be read"):
+            instance = read_instance(io.BytesIO(content))
+            for _ in instance.iterall():  # each value is decoded here, where its damage is told
+                pass
+            uids = [str(instance.get(keyword, "")) for keyword in UIDS]
+    except ImageError as error:
         raise ParameterError("part", f"{len(content)} bytes", f"a DICOM file ({describe(error)})") from error
     bad = [uid for uid in uids if not re.fullmatch(r"[0-9.]{1,64}", uid)]
     if bad:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.configs.preset import Preset
-from lib.dicom.series import Series, find_dicom, read_series
+from lib.dicom.files import find_dicom
+from lib.dicom.series import Series, read_series
 from lib.errors import ImageError
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_header, read_kind, read_voxels

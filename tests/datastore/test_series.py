@@ -14,7 +14,8 @@ from torso_phantom import grid_affine
 
 from lib.datastore.records import Submission
 from lib.datastore.series import SeriesDatastore, open_datastore
-from lib.dicom.series import Series, find_dicom, read_series
+from lib.dicom.files import find_dicom
+from lib.dicom.series import Series, read_series
 from lib.dicom.volumes import VolumeCache
 from lib.errors import NotFoundError, ParameterError, UpstreamError
 from tests.dicom.conftest import edit

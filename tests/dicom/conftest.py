@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dicom_series import Plane, SeriesIdentity, write_series
 from pydicom import dcmread
+from pydicom.dataset import FileMetaDataset
 from torso_phantom import grid_affine
 
 SHAPE = (24, 19, 11)
@@ -72,3 +73,10 @@ def transcode(file: Path, syntax: int) -> None:
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
+
+
+def strip_preamble(file: Path) -> None:
+    """Leave the data set alone, without preamble and file meta information, as old archives keep it."""
+    dataset = dcmread(file)
+    dataset.file_meta, dataset.preamble = FileMetaDataset(), None
+    dataset.save_as(file, write_like_original=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import sqlite3
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from pydicom import dcmread
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from lib.dicom.index import DicomIndex
-from tests.dicom.conftest import edit
+from tests.dicom.conftest import edit, strip_preamble
 
 Make = Callable[..., list[Path]]
 
@@ -91,3 +97,166 @@ def test_many_threads_read_while_one_writes(index: DicomIndex, tmp_path: Path) -
         for _ in range(30):
             index.add(file)
         assert set(counts) == {22}
+
+
+def odd_length(content: bytes) -> bytes:
+    """Rows with three bytes, which no number of 16 bits has."""
+    at = content.index(b"\x28\x00\x10\x00US\x02\x00")
+    return content[: at + 6] + b"\x03\x00\x01\x02\x03" + content[at + 10 :]
+
+
+def half_deflated(content: bytes) -> bytes:
+    """A deflated file that is still being copied."""
+    dataset = dcmread(io.BytesIO(content))
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()[:-40]
+
+
+def path_as_uid(content: bytes) -> bytes:
+    dataset = dcmread(io.BytesIO(content))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset.SeriesInstanceUID = "../../../up"
+        dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+def endless_sequence(content: bytes) -> bytes:
+    """A sequence of undefined length that never ends, of a vendor."""
+    at = content.index(b"\x28\x00\x10\x00US")
+    return content[:at] + b"\x27\x00\x10\x10SQ\x00\x00\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff" * 3000
+
+
+@pytest.mark.parametrize("damage", [odd_length, half_deflated, path_as_uid, endless_sequence, lambda c: b"\0" * 600])
+def test_damaged_file_is_a_problem_with_its_path_and_the_rest_is_indexed(
+    index: DicomIndex, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    bad = tmp_path / "one" / "bad.dcm"
+    bad.write_bytes(damage((tmp_path / "one" / "0001.dcm").read_bytes()))
+    edit(tmp_path / "one" / "0002.dcm", SeriesDescription="changed")
+    index.scan()
+    assert list(index.progress.problems) == ["one/bad.dcm"]
+    assert index.progress.indexed == index.progress.found == 12
+    assert len(index.instances()) == 11
+    bad.unlink()
+    index.scan()
+    assert index.progress.problems == {}
+
+
+def test_pipe_and_name_that_is_not_utf8_do_not_stop_the_index(index: DicomIndex, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open(os.fsencode(tmp_path) + b"/M\xfcller.dcm", "wb") as file:
+        file.write((tmp_path / "one" / "0001.dcm").read_bytes())
+    index.scan()
+    assert len(index.instances()) == 11
+    assert index.progress.problems == {"M\\udcfcller.dcm": "its name is not UTF-8, so that nobody can ask for it"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_goes_on_after_a_scan_that_failed_and_says_when_it_is_gone(tmp_path: Path, make_series: Make) -> None:
+    class Failing(DicomIndex):
+        def scan(self) -> None:
+            self.progress.scans += 1
+            if self.progress.scans == 1:
+                raise RuntimeError("the share is away")
+            if self.progress.scans == 3:
+                raise SystemExit  # nothing that a scan may raise: the thread ends
+
+    made = Failing(tmp_path, tmp_path / ".dicom" / "index.sqlite")
+    failures = []
+    made._stopped.wait = lambda seconds: failures.append(made.failure()) or False  # type: ignore[assignment,func-returns-value]
+    made.start()
+    assert made._thread is not None
+    made._thread.join(30)
+    assert failures == ["the DICOM files cannot be indexed: the share is away", ""]
+    assert made.failure() == "the index of the DICOM files is no longer kept up to date: its thread has ended"
+
+
+def copy_series(files: list[Path], name: str, **changed: object) -> list[Path]:
+    """A copy of a series with other attributes."""
+    folder = files[0].parent.with_name(name)
+    shutil.copytree(files[0].parent, folder)
+    copies = sorted(folder.iterdir())
+    for file in copies:
+        edit(file, **changed)
+    return copies
+
+
+def test_series_of_one_uid_in_two_studies_are_both_shown_and_told(index: DicomIndex, tmp_path: Path) -> None:
+    first = index.instances()[0]
+    copy_series(sorted((tmp_path / "one").iterdir()), "another", StudyInstanceUID="1.2.3", PatientID="OTHER")
+    index.scan()
+    assert [(entry.study, entry.instances) for entry in index.entries()] == [(first.study, 11), ("1.2.3", 11)]
+    assert index.series()[first.series].study == first.study, "the one that was there first keeps its image"
+    assert len(index.instances("1.2.3", first.series)) == 11
+    (path,) = index.progress.problems
+    assert path == "another/0001.dcm"
+    assert f"series {first.series} is in study {first.study} too" in index.progress.problems[path]
+
+
+def test_second_series_with_the_same_instance_uids_removes_nothing(index: DicomIndex, tmp_path: Path) -> None:
+    first = index.instances()[0]
+    copy_series(sorted((tmp_path / "one").iterdir()), "another", SeriesInstanceUID="1.2.3")
+    index.scan()
+    assert [(entry.series, entry.instances) for entry in index.entries()] == [(first.series, 11), ("1.2.3", 11)]
+    again = index.instance(first.sop, first.study, "1.2.3")
+    assert again is not None
+    assert again.file.parent.name == "another"
+    assert index.progress.problems == {}
+
+
+def test_series_in_two_folders_is_one_and_copies_count_once(index: DicomIndex, tmp_path: Path) -> None:
+    moved = sorted((tmp_path / "one").iterdir())[5:]
+    (tmp_path / "two").mkdir()
+    for file in moved:
+        shutil.move(file, tmp_path / "two" / file.name)
+    shutil.copy(tmp_path / "one" / "0001.dcm", tmp_path / "two" / "copy.dcm")
+    index.scan()
+    (entry,) = index.entries()
+    assert entry.instances == 11
+    assert index.progress.problems == {}
+
+
+def test_instance_with_the_uid_of_another_one_is_a_problem(index: DicomIndex, tmp_path: Path) -> None:
+    uid = str(dcmread(tmp_path / "one" / "0001.dcm").SOPInstanceUID)
+    edit(tmp_path / "one" / "0002.dcm", SOPInstanceUID=uid)
+    index.scan()
+    assert index.progress.problems == {
+        "one/0002.dcm": f"left out: instance {uid} is in one/0001.dcm too, with other attributes"
+    }
+    assert len(index.instances()) == 10
+
+
+def test_series_without_preambles_is_indexed_and_what_is_none_is_told(index: DicomIndex, tmp_path: Path) -> None:
+    for file in sorted((tmp_path / "one").iterdir()):
+        strip_preamble(file)
+    (tmp_path / "text.IMA").write_text("no DICOM")
+    (tmp_path / "notes").write_text("no DICOM")
+    index.scan()
+    assert len(index.instances()) == 11
+    assert index.instances()[0].syntax == "1.2.840.10008.1.2.1"
+    assert index.progress.problems == {"text.IMA": "is no DICOM file, though its name says so"}
+
+
+def test_screenshot_does_not_say_what_its_series_is(index: DicomIndex, tmp_path: Path) -> None:
+    shot = tmp_path / "one" / "0000.dcm"
+    shutil.copy(tmp_path / "one" / "0001.dcm", shot)
+    edit(shot, SOPInstanceUID="1.2.3", Modality="OT", InstanceNumber=0, SamplesPerPixel=3, ImagePositionPatient=None)
+    index.scan()
+    (entry,) = index.entries()
+    assert (entry.modality, entry.instances) == ("CT", 12)
+
+
+def test_index_of_an_older_version_is_made_anew(tmp_path: Path, make_series: Make) -> None:
+    make_series("axial", "CT", "one")
+    file = tmp_path / ".dicom" / "index.sqlite"
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("CREATE TABLE files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sop TEXT, problem TEXT)")
+        connection.execute("CREATE TABLE instances (sop TEXT PRIMARY KEY)")
+    made = DicomIndex(tmp_path, file)
+    made.scan()
+    assert len(made.instances()) == 11

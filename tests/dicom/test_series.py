@@ -14,9 +14,10 @@ import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
-from lib.dicom.series import Series, read_series
+from lib.dicom.files import find_dicom
+from lib.dicom.series import Series, read_series, tolerance_mm
 from lib.errors import ImageError
-from tests.dicom.conftest import AFFINES, draw_volume, edit, transcode
+from tests.dicom.conftest import AFFINES, draw_volume, edit, strip_preamble, transcode
 
 Make = Callable[..., list[Path]]
 LOSSLESS = {
@@ -102,7 +103,7 @@ def test_rescale_is_applied_slice_by_slice(make_series: Make) -> None:
 def test_missing_slice_is_told_with_its_neighbours(make_series: Make) -> None:
     files = make_series()
     before, after = (dcmread(files[index]).SOPInstanceUID for index in (3, 5))
-    with pytest.raises(ImageError, match=rf"2\.5 to 5 mm apart.*{before} and {after}; valid: evenly spaced"):
+    with pytest.raises(ImageError, match=rf"2\.5 to 5 mm apart.*{before} and {after}.*1\.18 mm.*valid: evenly spaced"):
         read_series(files[:4] + files[5:])
 
 
@@ -184,8 +185,97 @@ def test_colours_and_single_slices_are_refused(make_series: Make) -> None:
     files = make_series()
     with pytest.raises(ImageError, match="at least 2 slices"):
         read_series(files[:1])
-    edit(files[0], SamplesPerPixel=3)
+    for file in files:
+        edit(file, SamplesPerPixel=3)
     with pytest.raises(ImageError, match="3 values a pixel"):
         read_series(files)
     with pytest.raises(ImageError, match="the selection holds no DICOM series"):
         read_series([])
+
+
+def move(file: Path, by_mm: tuple[float, float, float]) -> None:
+    """Shift a slice."""
+    edit(
+        file,
+        ImagePositionPatient=[float(a) + b for a, b in zip(dcmread(file).ImagePositionPatient, by_mm, strict=True)],
+    )
+
+
+def test_slices_that_wander_sideways_are_refused_with_the_distance_from_the_grid(make_series: Make) -> None:
+    """The steps' lengths hardly differ (2.5 to 2.51 mm); their places do, by up to 2.9 mm."""
+    files = make_series()
+    for number, file in enumerate(files):
+        move(file, (2.9 * np.sin(number * np.pi / 10), 0, 0))
+    with pytest.raises(
+        ImageError, match=r"lies 1\.\d+ mm from an even grid; valid: .* at most 0\.1 mm from their grid"
+    ):
+        read_series(files)
+
+
+def test_spacing_that_grows_is_refused(make_series: Make) -> None:
+    files = sorted(make_series(), key=lambda file: float(dcmread(file).ImagePositionPatient[2]))
+    grown = np.r_[0, np.cumsum(np.linspace(2.3, 2.7, len(files) - 1))]
+    for file, place, even in zip(files, grown, np.arange(len(files)) * 2.5, strict=True):
+        move(file, (0, 0, place - even))
+    with pytest.raises(ImageError, match=r"2\.3 to 2\.7 mm apart"):
+        read_series(files)
+
+
+def test_jitter_within_the_tolerance_is_taken_and_told(make_series: Make) -> None:
+    files = make_series()
+    for number, file in enumerate(files):
+        move(file, (0, 0, 0.04 * (-1) ** number))
+    series = read_series(files)
+    np.testing.assert_allclose(series.affine_ras, read_series(files).affine_ras)
+    np.testing.assert_allclose(series.affine_ras[:3, :3], AFFINES["axial"][:3, :3] * [1, 1, 1], atol=0.01)
+    assert series.distances_mm.max() < 0.05
+    assert series.notes == ("slices lie up to 0.044 mm from an even grid (tolerance 0.1 mm)",)
+
+
+def test_thin_slices_have_a_tolerance_of_a_tenth_of_their_distance() -> None:
+    assert (tolerance_mm(5), tolerance_mm(1), tolerance_mm(0.2)) == (0.1, 0.1, 0.2 * 0.1)
+
+
+@pytest.mark.parametrize("change", [1e-7, 5e-6])
+def test_directions_that_differ_by_rounding_are_one_stack(make_series: Make, change: float) -> None:
+    files = make_series("oblique")
+    for number, file in enumerate(files):
+        directions = [float(value) for value in dcmread(file).ImageOrientationPatient]
+        directions[number % 6] += change * (-1) ** number
+        edit(file, ImageOrientationPatient=[f"{value:.9f}" for value in directions])
+    series = read_series(files)
+    assert len(series.frames) == len(files)
+    assert not [note for note in series.notes if "left out" in note]
+
+
+def test_directions_that_are_none_are_refused(make_series: Make) -> None:
+    files = make_series()
+    for file in files:
+        edit(file, ImageOrientationPatient=[1, 0, 0, 1, 0, 0])
+    with pytest.raises(ImageError, match=r"does not say where it lies: .*right angle"):
+        read_series(files)
+
+
+def test_screenshot_in_a_series_is_left_out_and_told(make_series: Make) -> None:
+    files = make_series()
+    for name, changed in {
+        "colour": {"SamplesPerPixel": 3, "ImagePositionPatient": None},
+        "grey": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7", "ImagePositionPatient": None},
+    }.items():
+        other = Path(shutil.copy(files[0], files[0].with_name(f"{name}.dcm")))
+        edit(other, SOPInstanceUID=f"1.2.{len(files)}", **changed)
+        files.append(other)
+    series = read_series(files)
+    assert series.notes == (
+        "instance 1.2.11 left out, which is in colours",
+        "instance 1.2.12 left out, which is a screenshot without a place",
+    )
+    assert_is_volume(series, draw_volume(), AFFINES["axial"])
+
+
+def test_series_without_preambles_is_the_same_volume(make_series: Make) -> None:
+    files = make_series()
+    for file in files:
+        strip_preamble(file)
+    assert len(find_dicom(files[0].parent)) == len(files)
+    assert_is_volume(read_series(files), draw_volume(), AFFINES["axial"])

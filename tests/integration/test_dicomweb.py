@@ -425,7 +425,7 @@ def test_broken_file_is_told_and_the_rest_of_its_study_goes_on(studies: Studies)
     (folder / "half.dcm").write_bytes(studies.files[0][0].read_bytes()[:400])
     try:
         wait_until(lambda: studies.server.get("/datastore/").json()["dicom"]["problems"], 15)
-        assert "half.dcm" in studies.server.get("/datastore/").json()["dicom"]["problems"]
+        assert "broken/half.dcm" in studies.server.get("/datastore/").json()["dicom"]["problems"]
         assert len(studies.client.search_for_studies(search_filters={"PatientID": "SYNTH-0"})) == 1
     finally:
         shutil.rmtree(folder)

@@ -114,9 +114,8 @@ def named_instances(index: DicomIndex, resource: Resource) -> list[Instance]:
         NotFoundError: when there are none.
     """
     if resource.sop:
-        instance = index.instance(resource.sop)
-        belongs = instance and (instance.study, instance.series) == (resource.study, resource.series)
-        found = [instance] if instance and belongs else []
+        instance = index.instance(resource.sop, resource.study, resource.series)
+        found = [instance] if instance else []
     else:
         found = index.instances(resource.study, resource.series)
     if not found:

@@ -81,7 +81,7 @@ def disk_problems(parts: Services) -> list[str]:
 
 
 def source_problems(parts: Services) -> list[str]:
-    """What is wrong with where the series come from: a PACS that does not answer."""
+    """What is wrong with where the series come from: a PACS that does not answer, an index that stands still."""
     store = parts.datastore
     problem = store.source.problem() if isinstance(store, SeriesDatastore) else ""
     return [problem] if problem else []

@@ -1,0 +1,117 @@
+"""What matches a query (PS3.4, C.2.2.2, with the keys of PS3.18, 8.3.4)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+ANYTHING = ("", "*", '""')
+"""Universal matching: also of entities without the attribute."""
+LISTS = ("UI", "CS")
+"""VRs whose values have no comma, so that a comma separates the values of a list."""
+RANGES = ("DA", "TM", "DT")
+NUMBERS = ("IS", "DS", "US", "UL", "SS", "SL", "UV", "SV", "FL", "FD")
+GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
+"""Component groups of a person's name, in the order in which ``=`` separates them."""
+
+
+def matches(metadata: Mapping[str, Any], path: Sequence[str], wanted: str, fuzzy: bool = False) -> bool:
+    """Whether an attribute matches the value of a query.
+
+    Args:
+        metadata: DICOM JSON of an entity.
+        path: of the attribute: one tag, or those of the sequences around it first.
+        wanted: a value, a list, a range of dates or times, or a text with the wildcards ``*`` and ``?``. Upper and
+            lower case are alike.
+        fuzzy: take persons' names of which each wanted word begins one, whatever accents and marks are in them, too.
+    """
+    if wanted in ANYTHING:
+        return True
+    return any(_matches_item(item, wanted, fuzzy) for item in _items(metadata, path))
+
+
+def _items(metadata: Mapping[str, Any], path: Sequence[str]) -> Iterable[Mapping[str, Any]]:
+    item = metadata.get(path[0])
+    if item is None:
+        return []
+    if len(path) == 1:
+        return [item]
+    return [found for below in item.get("Value") or [] for found in _items(below, path[1:])]
+
+
+def _matches_item(item: Mapping[str, Any], wanted: str, fuzzy: bool) -> bool:
+    vr, values = item.get("vr", ""), [value for value in item.get("Value") or [] if value is not None]
+    if vr == "PN":
+        return any(_matches_name(value, wanted, fuzzy) for value in values)
+    texts = [str(value).strip() for value in values]
+    if vr in RANGES and "-" in wanted:
+        low, high = (part.strip() for part in wanted.split("-", 1))
+        return any((not low or text >= low) and (not high or text[: len(high)] <= high) for text in texts)
+    parts = [part.strip() for part in re.split(r"[\\,]" if vr in LISTS else r"\\", wanted)]
+    if vr == "UI":
+        return bool(set(parts) & set(texts))
+    if vr in NUMBERS:
+        return any(_number(part) == _number(text) for part in parts for text in texts if _number(part) is not None)
+    return any(has_pattern(text, part) for part in parts for text in texts)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def has_pattern(text: str, pattern: str) -> bool:
+    """Whether a whole text has a pattern; only ``*`` and ``?`` are special in it.
+
+    >>> has_pattern("A[1]B", "a[1]*")
+    True
+    """
+    expression = "".join(
+        {"*": ".*", "?": "."}.get(part, re.escape(part)) for part in re.split(r"([*?])", _plain(pattern))
+    )
+    return re.fullmatch(expression, _plain(text), re.DOTALL) is not None
+
+
+def _plain(text: str) -> str:
+    """Without differences of case, and composed: an accent is one character with its letter."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+def _matches_name(name: Any, wanted: str, fuzzy: bool) -> bool:
+    groups = [str(name.get(group, "")) if isinstance(name, Mapping) else str(name) for group in GROUPS]
+    groups = [_trimmed(group) for group in groups]
+    asked = [_trimmed(part) for part in wanted.split("=")]
+    if len(asked) == 1:
+        found = any(group and has_pattern(group, asked[0]) for group in groups)
+    else:
+        pairs = zip(asked, groups, strict=False)
+        found = all(part in ANYTHING or has_pattern(group, part) for part, group in pairs)
+    return found or (fuzzy and _has_words(groups, wanted))
+
+
+def _trimmed(group: str) -> str:
+    """Without padding: spaces around components, and empty components at the end."""
+    return "^".join(component.strip() for component in group.split("^")).rstrip("^")
+
+
+def _has_words(groups: Sequence[str], wanted: str) -> bool:
+    """Whether every wanted word begins a word of a name, or a part of one: ``brien`` is a part of O'Brien-Yamada."""
+    words = {
+        part for group in groups for word in _words(group) for part in (_bare(word), *re.split(r"['\u2019.\-]+", word))
+    }
+    asked = [_bare(word) for word in _words(wanted) if _bare(word)]
+    return bool(asked) and all(any(word.startswith(part) for word in words) for part in asked)
+
+
+def _words(text: str) -> list[str]:
+    decomposed = unicodedata.normalize("NFD", text.casefold())
+    without_accents = "".join(character for character in decomposed if not unicodedata.combining(character))
+    return [word for word in re.split(r"[\^=\s,*?]+", without_accents) if word]
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"['\u2019.\-]", "", word)

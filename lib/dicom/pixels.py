@@ -1,0 +1,155 @@
+"""Stored pixel values of an instance (PS3.3, C.7.6.3): decoded, and without the bits that do not belong to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset
+from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_space
+from pydicom.uid import RLELossless
+
+from lib.dicom.files import read_instance, reading
+from lib.errors import ImageError
+
+Pixels = npt.NDArray[Any]
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
+LARGEST_BYTES = 4 << 30
+"""Most bytes that the pixels of one instance may have once they are decoded."""
+JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
+"""Start of a JPEG 2000 code stream, whose first segment holds its size (ISO 15444-1, A.5.1)."""
+YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
+
+
+def frame_count(instance: Dataset) -> int:
+    """Number of Frames; 1, put in its place, where it is empty or 0, as in many images of one frame.
+
+    Raises:
+        ImageError: when it is no whole number from 0.
+    """
+    with reading(f"instance {name_of(instance)} has a Number of Frames that is no number"):
+        count = int(instance.get("NumberOfFrames", 1) or 0)
+    if count < 0:
+        raise ImageError(f"instance {name_of(instance)} has a Number of Frames of {count}; valid: at least 1")
+    if count == 0:
+        instance.NumberOfFrames = 1
+    return max(count, 1)
+
+
+def decode_file(file: Path, uid: str) -> Pixels:
+    """As :func:`decode`, of a file.
+
+    Raises:
+        ImageError: naming the instance.
+    """
+    with reading(f"instance {uid} cannot be decoded"):
+        instance = read_instance(file)
+    return decode(instance)
+
+
+def decode(instance: Dataset) -> Pixels:
+    """Stored values of one instance, not rescaled.
+
+    Returns:
+        Shape (frames, rows, columns), or (frames, rows, columns, samples) of colours.
+
+    Raises:
+        ImageError: naming the instance, when its pixels cannot be decoded or are more than fit into memory.
+    """
+    shape = _shape(instance)
+    with reading(f"instance {name_of(instance)} cannot be decoded"):
+        _check_code_stream(instance, shape)
+        return _without_other_bits(instance.pixel_array.reshape(shape), instance)
+
+
+def name_of(instance: Dataset) -> str:
+    """SOP Instance UID, for messages."""
+    return str(instance.get("SOPInstanceUID", "")) or "(without UID)"
+
+
+def to_rgb(frame: Pixels, instance: Dataset) -> npt.NDArray[np.uint8]:
+    """One frame of colours as 8-bit RGB.
+
+    Args:
+        frame: shape (rows, columns, samples), or (rows, columns) of a palette.
+        instance: says what the samples mean.
+    """
+    meaning = str(instance.get("PhotometricInterpretation", ""))
+    if meaning == "PALETTE COLOR":
+        frame = apply_color_lut(frame, instance)
+        bits = 8 * frame.dtype.itemsize
+    else:
+        bits = int(instance.get("BitsStored") or 8 * frame.dtype.itemsize)
+    eight = frame.astype(np.uint8) if bits <= 8 else (frame >> (bits - 8)).astype(np.uint8)
+    if meaning in YBR:
+        eight = convert_color_space(eight, "YBR_FULL", "RGB")
+    return np.ascontiguousarray(eight[..., :3])
+
+
+def _shape(instance: Dataset) -> tuple[int, ...]:
+    """Frames, rows, columns and, of colours, samples.
+
+    Raises:
+        ImageError: when one of them is missing or no number above 0, or all together are too large.
+    """
+    name = name_of(instance)
+    with reading(f"instance {name} does not say the size of its pixels"):
+        rows, columns, bits = (int(instance[key].value) for key in ("Rows", "Columns", "BitsAllocated"))
+        samples = int(instance.get("SamplesPerPixel") or 1)
+    frames = frame_count(instance)
+    if min(rows, columns, bits, samples) < 1:
+        raise ImageError(
+            f"instance {name} has {rows} rows and {columns} columns of {samples} samples of {bits} bits; "
+            "valid: at least 1 each"
+        )
+    needed = frames * rows * columns * samples * max(bits, 8) // 8
+    if needed > LARGEST_BYTES:
+        raise ImageError(f"instance {name} has {needed >> 20} MiB of pixels; valid: at most {LARGEST_BYTES >> 20} MiB")
+    return (frames, rows, columns) if samples == 1 else (frames, rows, columns, samples)
+
+
+def _check_code_stream(instance: Dataset, shape: tuple[int, ...]) -> None:
+    """Refuse JPEG 2000 of another size than the instance: a decoder would take memory for what the stream says.
+
+    Raises:
+        ImageError: naming both sizes.
+    """
+    data = bytes(instance.get("PixelData", b"")[:4096])
+    at = data.find(JPEG_2000_SIZE)
+    if str(instance.file_meta.TransferSyntaxUID) in NATIVE or at < 0:
+        return
+    numbers = [int.from_bytes(data[at + 8 + 4 * n : at + 12 + 4 * n], "big") for n in range(4)]
+    columns, rows = numbers[0] - numbers[2], numbers[1] - numbers[3]
+    if (rows, columns) != shape[1:3]:
+        raise ImageError(
+            f"instance {name_of(instance)} has {shape[1]} rows and {shape[2]} columns, and its JPEG 2000 stream "
+            f"{rows} and {columns}; valid: the same"
+        )
+
+
+def _without_other_bits(pixels: Pixels, instance: Dataset) -> Pixels:
+    """Values of Bits Stored bits that end at High Bit; what lies above and below is something else (PS3.5, 8.1.1).
+
+    A signed value is extended from its own highest bit. JPEG streams have their own precision, so that of them only
+    the sign is extended, and only where the header agrees with the stream.
+    """
+    if pixels.dtype.kind not in "iu":
+        return pixels
+    allocated = 8 * pixels.dtype.itemsize
+    stored = int(instance.get("BitsStored") or allocated)
+    if not 1 < stored < allocated:
+        return pixels
+    is_signed = int(instance.get("PixelRepresentation") or 0) == 1
+    syntax, mask, sign = str(instance.file_meta.TransferSyntaxUID), (1 << stored) - 1, 1 << (stored - 1)
+    low, high = int(pixels.min()), int(pixels.max())
+    if syntax in (*NATIVE, RLELossless):
+        below = max(0, int(instance.get("HighBit", stored - 1)) + 1 - stored)
+        fits = (-sign <= low and high < sign) if is_signed else high <= mask
+        if fits and not below:
+            return pixels
+        pixels = (pixels >> below) & mask
+    elif not is_signed or low < -sign or high > mask:
+        return pixels
+    return ((pixels & mask) ^ sign) - sign if is_signed else pixels
