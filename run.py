@@ -172,6 +172,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--memory-budget", metavar="SIZE", help="plan for this much memory, as 6GiB (default: what is free)"
     )
+    doctor.add_argument("--studies", type=Path, help="say which labels in this folder are left out, and why")
+    doctor.add_argument("--models", help="with --studies: presets of the labels, a,b or all (default)")
+    doctor.add_argument("--preset", type=Path, help="with --studies: a preset of your own")
     doctor.set_defaults(run=run_doctor)
     return parser
 
@@ -779,6 +782,9 @@ def run_doctor(options: argparse.Namespace) -> int:
         asked = ["--plan", options.plan] if options.plan else []
         asked += ["--image", str(options.image)] if options.image else []
         asked += ["--train"] if options.train else []
+        asked += ["--studies", str(options.studies)] if options.studies else []
+        asked += ["--models", options.models] if options.models else []
+        asked += ["--preset", str(options.preset)] if options.preset else []
         asked += ["--memory-budget", options.memory_budget] if options.memory_budget else []
         code = subprocess.call([str(python), "-m", "lib.doctor", *asked], env=server_environment())
     return 1 if code or any(state == "FAIL" for state, _ in findings) else 0

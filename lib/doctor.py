@@ -3,7 +3,8 @@
 ``run.py doctor`` calls it inside the virtual environment. Each line begins with ``ok``, ``warn`` or ``FAIL``; the last
 two say what to do. It starts no server and changes nothing. ``--plan PRESET [--image FILE]`` says how an image would be
 segmented instead, ``--plan PRESET --train`` how a training step would be computed; what they measure is kept for the
-server. ``--memory-budget 8GiB`` plans for less memory than is free.
+server. ``--memory-budget 8GiB`` plans for less memory than is free. ``--studies DIR [--models NAMES] [--preset FILE]``
+says which labels in that folder are left out, and why.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ import torch
 from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
+from lib.datastore.found_labels import find_problems
 from lib.errors import UnetrError
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook
@@ -73,9 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image", type=Path)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--memory-budget", default="")
+    parser.add_argument("--studies", type=Path)
+    parser.add_argument("--models", default="all")
+    parser.add_argument("--preset", default="")
     options = parser.parse_args(arguments)
-    if options.plan is None:
-        findings: Iterable[Finding] = examine()
+    if options.studies is not None:
+        findings: Iterable[Finding] = check_studies(options.studies, options.models, options.preset)
+    elif options.plan is None:
+        findings = examine()
     elif options.train:
         findings = [check_training_plan(options.plan, options.memory_budget)]
     else:
@@ -97,6 +105,32 @@ def examine() -> Iterable[Finding]:
     yield check_disk(shutil.disk_usage(REPOSITORY).free / GIB)
     for name in shipped_preset_names():
         yield check_weights(name, WeightsLocator(Settings().model_dir / name))
+
+
+def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Finding]:
+    """Which labels that somebody put into a folder of studies are left out.
+
+    Args:
+        studies: the folder.
+        models: names of presets, as for ``--conf models``.
+        preset: file of a preset of one's own; empty for none.
+    """
+    if not studies.is_dir():
+        yield Finding("FAIL", f"there is no folder {str(studies)!r}", "name the folder of the studies")
+        return
+    try:
+        presets = Settings.from_conf({"models": models} | ({"preset": preset} if preset else {})).load_presets()
+    except UnetrError as error:
+        yield Finding("FAIL", str(error), "name presets that there are")
+        return
+    advice = "put a label there that fits its image, or remove it; its case is handed out meanwhile"
+    left_out = 0
+    with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
+        for problem in find_problems(studies, list(presets.values()), Path(folder)):
+            left_out += 1
+            yield Finding("warn", f"{problem.file} is left out: {problem.reason}", advice)
+    if not left_out:
+        yield Finding("ok", f"no label in {studies.name!r} is left out")
 
 
 def check_versions(requirements: str) -> Finding:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,3 +144,17 @@ def test_plan_of_nothing_is_a_failure_with_the_reason(tmp_path: Path, capsys: py
 def test_usual_volumes_take_no_memory() -> None:
     assert doctor.usual_volume(load_preset("abdomen_ct")).voxels.shape == (512, 512, 300)
     assert doctor.usual_volume(load_preset("hippocampus_mr")).voxels.strides == (0, 0, 4)
+
+
+def test_labels_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = np.random.default_rng(0).random((20, 18, 16), dtype=np.float32)
+    for place in ("a.nii.gz", "b.nii.gz"):
+        write_nifti(tmp_path / place, image)
+    write_nifti(tmp_path / "labels" / "final" / "a.nii.gz", np.ones((20, 18, 16), np.uint8))
+    assert doctor.main(["--studies", str(tmp_path)]) == 0
+    assert "no label in" in capsys.readouterr().out
+    write_nifti(tmp_path / "labels" / "final" / "b.nii.gz", np.ones((20, 18, 15), np.uint8))
+    assert doctor.main(["--studies", str(tmp_path), "--models", "hippocampus_mr"]) == 0
+    said = capsys.readouterr().out
+    assert "warn  labels/final/b.nii.gz is left out: the label has shape (20, 18, 15)" in said
+    assert doctor.main(["--studies", str(tmp_path / "nowhere")]) == 1

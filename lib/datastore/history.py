@@ -68,9 +68,11 @@ class LabelHistory:
     Args:
         folder: of the history; made if it is not there.
         labels: where the newest versions are published, in one folder a tag.
+        adopts: take in what somebody put in the place of a published label; False where somebody checks it first.
     """
 
-    def __init__(self, folder: Path, labels: Path) -> None:
+    def __init__(self, folder: Path, labels: Path, adopts: bool = True) -> None:
+        self._adopts = adopts
         self.folder, self.versions_folder, self.sent_folder = folder, folder / "versions", folder / SENT_FOLDER
         self.quarantine = Quarantine(folder / "quarantine")
         self.repairs: list[str] = []
@@ -184,17 +186,21 @@ class LabelHistory:
             with self._alone():
                 self._remove(Submission(image_id=image_id, tag=tag, user=user, source="removal"))
 
-    def adopt(self, file: Path, submission: Submission) -> LabelVersion | None:
+    def adopt(self, file: Path, submission: Submission, kept: Path | None = None) -> LabelVersion | None:
         """Take in a label that somebody put into ``labels/<tag>``; None where it is a version already.
+
+        Args:
+            file: what was put there.
+            submission: what is known of it.
+            kept: the label in the form in which it is kept, where that is another file.
 
         Raises:
             StorageError: as :meth:`append`.
         """
-        digest = sha256_of(file)
-        if any(version.sha256 == digest for version in self.versions(submission.image_id, submission.tag)):
+        if self._is_version(file, submission.image_id, submission.tag):
             self.publish_again(submission.image_id, submission.tag)
             return None
-        return self.append(file, submission)
+        return self.append(kept or file, submission, None if kept in (None, file) else file)
 
     def adopt_all(self, found: Sequence[tuple[Path, Submission]]) -> list[LabelVersion]:
         """Take in many labels that lie in ``labels/<tag>`` and have no version yet, as at the first start in a folder.
@@ -242,6 +248,8 @@ class LabelHistory:
             if version is None or self.published.note_if_right(version):
                 continue
             found = self.published.files(image_id, tag)
+            if not self._adopts and not all(self._is_version(file, image_id, tag) for file in found):
+                continue
             taken = [f for f in found if self.adopt(f, Submission(image_id=image_id, tag=tag, source="folder"))]
             if taken:
                 done.append(f"{tag}/{taken[-1].name} was changed by somebody else, and taken in as a new version")
@@ -289,6 +297,11 @@ class LabelHistory:
             raise
         self.published.put(version, copy)
         return version
+
+    def _is_version(self, file: Path, image_id: str, tag: str) -> bool:
+        """Whether a file is what was kept or sent as one of the versions."""
+        digest = sha256_of(file)
+        return any(digest in (version.sha256, version.sent_sha256) for version in self.versions(image_id, tag))
 
     def _keep_sent(self, sent: Path, stem: Path) -> tuple[Path, str]:
         """Keep a file as it came under its version's name; returns where, and its SHA-256."""

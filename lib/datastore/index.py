@@ -24,6 +24,7 @@ CREATE TABLE IF NOT EXISTS published(
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, PRIMARY KEY(image_id, tag));
 CREATE TABLE IF NOT EXISTS infos(
     image_id TEXT NOT NULL, tag TEXT NOT NULL, info TEXT NOT NULL, PRIMARY KEY(image_id, tag));
+CREATE TABLE IF NOT EXISTS refused(name TEXT PRIMARY KEY, stamp TEXT NOT NULL, reason TEXT NOT NULL);
 """
 NEWEST = "sequence IN (SELECT max(sequence) FROM versions WHERE tag = ? GROUP BY image_id)"
 
@@ -170,6 +171,20 @@ class VersionIndex:
     def forget_info(self, image_id: str, tag: str) -> None:
         """Forget it."""
         self._execute("DELETE FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
+
+    # -------------------------------------------------------------- files in labels/final that are left out, and why
+
+    def refused(self) -> dict[str, tuple[str, str]]:
+        """By file name: what it was like when it was checked, and the reason."""
+        return {row["name"]: (row["stamp"], row["reason"]) for row in self._execute("SELECT * FROM refused")}
+
+    def keep_refused(self, name: str, stamp: str, reason: str) -> None:
+        """Remember that a file is left out."""
+        self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", name, stamp, reason)
+
+    def forget_refused(self, name: str) -> None:
+        """It is not left out any longer."""
+        self._execute("DELETE FROM refused WHERE name = ?", name)
 
     def _select(self, where: str, *values: object) -> list[dict[str, Any]]:
         return [

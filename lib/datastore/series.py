@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
+from lib.configs.preset import Preset
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.index import DicomIndex
 from lib.dicom.remote import RemoteSource, connect
@@ -173,7 +174,7 @@ class SeriesDatastore(VersionedDatastore):
         return f"{id}{ext}" if ext else os.path.join(HIDDEN, "volumes", f"{id}.nii")
 
 
-def open_datastore(studies: str, modalities: Collection[str]) -> SeriesDatastore:
+def open_datastore(studies: str, modalities: Collection[str], presets: Sequence[Preset] = ()) -> SeriesDatastore:
     """The datastore of a folder, or of a DICOMweb server by its address, as MONAI Label's settings have it.
 
     Nothing is downloaded and no folder is scanned yet.
@@ -193,6 +194,7 @@ def open_datastore(studies: str, modalities: Collection[str]) -> SeriesDatastore
     return SeriesDatastore(
         folder,
         source,
+        presets=presets,
         extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,

@@ -10,10 +10,10 @@ import copy
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
+from lib.configs.preset import Preset
 from lib.datastore.background import Deferred
+from lib.datastore.found_labels import Problem, label_id
 from lib.datastore.history import LabelHistory
 from lib.datastore.index import IN_MEMORY
+from lib.datastore.label_folder import Candidate, LabelFolder, temporary_folder
 from lib.datastore.label_names import parse_label_info
 from lib.datastore.leases import DEFAULT_MINUTES, Leases
 from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB
@@ -36,6 +39,7 @@ from lib.storage.files import read_blocks, stage, sync_folder
 
 logger = logging.getLogger("unetr.datastore")
 
+MOST_PROBLEMS = 100
 HISTORY_FOLDER = "history"
 SECONDS_BEFORE_EXPORT = 2.0
 SECONDS_BEFORE_REFRESH = 1.0
@@ -49,21 +53,30 @@ class VersionedDatastore(LocalDatastore):
     A subclass of another of MONAI Label's datastores gets the same by naming both:
     ``class VersionedDicomWeb(DICOMWebDatastore, VersionedDatastore)``.
 
+    Args:
+        datastore_path: the folder of the studies.
+        presets: the tasks by which labels are checked that somebody puts into ``labels/final``; without any they are
+            taken in as they are.
+        options: of MONAI Label's datastore.
+
     Attributes:
+        final: the folder of final labels.
         history: all versions of all labels.
         leases: who works on which case.
         predictions: what clients were given, to tell what they changed.
     """
 
-    def __init__(self, datastore_path: str, **options: Any) -> None:
+    def __init__(self, datastore_path: str, presets: Sequence[Preset] = (), **options: Any) -> None:
         folder = Path(datastore_path)
+        self._reconciling = threading.RLock()
         self._objects_lock = threading.RLock()
         self._seen: int | None = None  # sequence of the newest version that is shown
         self._config_read = False
         self._export = Deferred(self._write_export, SECONDS_BEFORE_EXPORT, "datastore-export")
         self._look_again = Deferred(self.refresh, SECONDS_BEFORE_REFRESH, "datastore-refresh")
         self._follow = Deferred(self.follow_history, SECONDS_BEFORE_REFRESH, "datastore-history")
-        self.history = LabelHistory(folder / HISTORY_FOLDER, folder / "labels")
+        self.history = LabelHistory(folder / HISTORY_FOLDER, folder / "labels", adopts=not presets)
+        self.final = LabelFolder(self.history, folder / "labels" / FINAL, presets)
         read_only = self.history.read_only
         self.leases = Leases(IN_MEMORY if read_only else self.history.folder / "leases.sqlite")
         self.predictions = Predictions(self.history.folder / "predictions")
@@ -179,7 +192,7 @@ class VersionedDatastore(LocalDatastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """As MONAI Label's tasks save the masks that they made; what clients send goes through ``lib.server``."""
         submission = submission_of(image_id, plain(label_tag), label_info or {})
-        with tempfile.TemporaryDirectory(prefix="unetr-", ignore_cleanup_errors=True) as folder:
+        with temporary_folder() as folder:
             mask = Path(label_filename)
             self.save_version(as_kept(mask, Path(folder)) if submission.tag == FINAL else mask, submission)
         return image_id
@@ -238,11 +251,16 @@ class VersionedDatastore(LocalDatastore):
             pairs: list[dict[str, Any]] = super().datalist(full_path)
         return pairs
 
+    def label_problems(self) -> list[Problem]:
+        """Files in ``labels/final`` that are left out, and why."""
+        return self.final.problems(self._datastore.objects)
+
     def status(self) -> dict[str, Any]:
-        """Counts of images and labels."""
+        """Counts of images and labels, and what is left out."""
         with self._objects_lock:
             counts: dict[str, Any] = super().status()
-        return counts
+        problems = [asdict(problem) for problem in self.label_problems()[:MOST_PROBLEMS]]
+        return counts | ({"label_problems": problems} if problems else {})
 
     def json(self) -> dict[str, Any]:
         """All that is known, as in ``datastore_v2.json``."""
@@ -254,14 +272,16 @@ class VersionedDatastore(LocalDatastore):
 
     def _reconcile_datastore(self) -> None:
         """Make what is known agree with the images on disk and with the history."""
-        with self._objects_lock:
-            changed = self._find_images()
-            infos = self.history.index.infos() if self._seen is None else {}
-            for (image_id, tag), info in infos.items():
-                if tag == "" and image_id in self._datastore.objects:
-                    self._datastore.objects[image_id].image.info.update(info)
-            changed += self._find_labels()
-            changed += self._read_history(infos)
+        with self._reconciling:
+            with self._objects_lock:
+                changed = self._find_images()
+                infos = self.history.index.infos() if self._seen is None else {}
+                for (image_id, tag), info in infos.items():
+                    if tag == "" and image_id in self._datastore.objects:
+                        self._datastore.objects[image_id].image.info.update(info)
+            changed += self._find_labels()  # without the lock, since reading labels takes a while
+            with self._objects_lock:
+                changed += self._read_history(infos)
         if changed:
             logger.info("the studies changed in %d places", changed)
             self._export.ask()
@@ -292,10 +312,16 @@ class VersionedDatastore(LocalDatastore):
             return 0
         for sentence in self.history.put_right() if self._seen is not None else ():
             logger.warning("label store: %s", sentence)
-        found = [one for folder in self._label_folders() for one in self._strange_labels(folder)]
+        with temporary_folder() as folder:
+            candidates = (one for one in map(self._candidate, self.final.files()) if one is not None)
+            right, all_seen = self.final.examine(candidates, Path(folder))
+            taken = self.final.take_in(right)
+        if not all_seen:
+            self._look_again.ask()
+        found = [one for tag in self._label_folders() if tag.name != FINAL for one in self._strange_labels(tag)]
         first = [(f, s) for f, s in found if not self.history.versions(s.image_id, s.tag)]
         changed = [(f, s) for f, s in found if self.history.versions(s.image_id, s.tag)]
-        taken = len(self.history.adopt_all(first))
+        taken += len(self.history.adopt_all(first))
         taken += sum(self.history.adopt(file, submission) is not None for file, submission in changed)
         if taken:
             logger.info("%d labels were taken in from their folders", taken)
@@ -304,18 +330,31 @@ class VersionedDatastore(LocalDatastore):
     def _label_folders(self) -> list[Path]:
         return sorted(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir())
 
+    def _candidate(self, file: Path) -> Candidate | None:
+        """A file in ``labels/final`` that this store did not put there, for an image that there is."""
+        submission = self._strange_label(file, str(label_id(file.name)), FINAL)
+        if submission is None:
+            return None
+        entry = self._datastore.objects[submission.image_id]
+        image = Path(self._datastore.image_path(), self._filename(submission.image_id, entry.image.ext))
+        return Candidate(file, image if entry.image.ext else None, submission)
+
     def _strange_labels(self, folder: Path) -> Iterator[tuple[Path, Submission]]:
         """Files in ``labels/<tag>`` that were not put there by this store, for images that there are."""
         for name in sorted(self._list_files(folder, self._extensions)):
-            file, (image_id, _) = folder / name, self._to_id(name)
-            entry = self._datastore.objects.get(image_id)
-            if entry is None or self.history.published.is_ours(image_id, folder.name, file):
-                continue
-            if self._seen is not None and time.time() - file.stat().st_mtime < SECONDS_TO_SETTLE:
-                self._look_again.ask()
-                continue
-            known = entry.labels.get(folder.name)
-            yield file, submission_of_file(image_id, folder.name, known.info if known else {})
+            submission = self._strange_label(folder / name, self._to_id(name)[0], folder.name)
+            if submission is not None:
+                yield folder / name, submission
+
+    def _strange_label(self, file: Path, image_id: str, tag: str) -> Submission | None:
+        entry = self._datastore.objects.get(image_id)
+        if entry is None or self.history.published.is_ours(image_id, tag, file):
+            return None
+        if self._seen is not None and time.time() - file.stat().st_mtime < SECONDS_TO_SETTLE:
+            self._look_again.ask()
+            return None
+        known = entry.labels.get(tag)
+        return submission_of_file(image_id, tag, known.info if known else {})
 
     def _read_history(self, infos: Mapping[tuple[str, str], Mapping[str, Any]]) -> int:
         """Show the versions that have not been seen yet, other processes' among them."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from lib.datastore.found_labels import Problem
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion
@@ -35,7 +36,8 @@ class Share:
 
 @dataclass(frozen=True)
 class PoolView:
-    """How many cases are in which state. Refused labels count beside the cases.
+    """How many cases are in which state. Refused labels count beside the cases, as do files
+    that are no labels.
 
     ``problem`` says why the list of cases may not be that of now, or cannot be had.
     """
@@ -47,6 +49,7 @@ class PoolView:
     skipped: int
     quarantined: int
     problem: str = ""
+    label_problems: tuple[Problem, ...] = ()
 
     @property
     def shares(self) -> Iterator[Share]:
@@ -119,6 +122,7 @@ def pool_view(parts: Services) -> PoolView:
         skipped=len(skipped),
         quarantined=parts.store.history.quarantine.count(),
         problem=problem,
+        label_problems=tuple(parts.store.label_problems()[:MOST_SHOWN]),
     )
 
 

@@ -1,0 +1,160 @@
+"""Labels that somebody put into ``labels/final``: which of them are right, and what is wrong with the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib.configs.preset import Preset
+from lib.datastore.label_file import read_segments
+from lib.datastore.records import FINAL, Submission
+from lib.datastore.validation import check_label
+from lib.errors import ImageError, LabelError
+from lib.transforms.volume import Grid, read_grid
+
+FOUND_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+"""Kinds of a label's file, in whatever case, the longer suffixes first."""
+FOLDER = f"labels/{FINAL}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file of the studies that is left out.
+
+    Attributes:
+        file: where it lies below the studies.
+        reason: what is wrong with it, in a sentence.
+    """
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoundLabel:
+    """A label that is right.
+
+    Attributes:
+        file: where it was found.
+        kept: the file in the form in which labels are kept; ``file`` where it has that form.
+        submission: what is known of it.
+    """
+
+    file: Path
+    kept: Path
+    submission: Submission
+
+
+def label_id(name: str) -> str | None:
+    """The image that a label's file is of, by its name; None for other kinds of files.
+
+    >>> label_id("case_7.seg.nrrd"), label_id("case_7.NII.GZ"), label_id("notes.txt")
+    ('case_7', 'case_7', None)
+    """
+    suffix = next((suffix for suffix in FOUND_SUFFIXES if name.lower().endswith(suffix)), None)
+    return name[: -len(suffix)] or None if suffix else None
+
+
+def label_files(folder: Path) -> list[Path]:
+    """The labels in a folder, the oldest first, so that of two for one image the newer counts."""
+    files = [path for path in _files(folder) if label_id(path.name) is not None]
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[Problem]:
+    """Files in a folder of labels that are no labels, or of no image."""
+    problems = []
+    for path in sorted(_files(folder)):
+        image = label_id(path.name)
+        if image is None:
+            kinds = ", ".join(FOUND_SUFFIXES)
+            problems.append(
+                Problem(f"{FOLDER}/{path.name}", f"it is of a kind that labels do not have; valid: {kinds}")
+            )
+        elif image not in images:
+            problems.append(Problem(f"{FOLDER}/{path.name}", f"there is no image {image!r}"))
+    return problems
+
+
+def check_found(file: Path, image: Grid, known: Submission, presets: Sequence[Preset], folder: Path) -> FoundLabel:
+    """Check a label as a submitted one is checked, for the task that it is known to be of, or else for all.
+
+    A label without a voxel in the mask is not in the image: whoever puts finished labels there has drawn all.
+
+    Args:
+        file: where it lies.
+        image: its image's grid.
+        known: what is known of it.
+        presets: the tasks.
+        folder: for new files.
+
+    Raises:
+        LabelError: when it fits none of the tasks, with the reason for each.
+    """
+    named = [preset for preset in presets if preset.name == known.preset]
+    info = {key: known.info[key] for key in ("label_info", "missing_labels") if key in known.info} | {"complete": True}
+    reasons, found = [], file
+    if file.name != _readable_name(file.name):
+        file = Path(shutil.copyfile(file, folder / _readable_name(file.name)))
+    for preset in named or presets:
+        try:
+            checked = check_label(file, image, preset, info, _own_folder(folder, preset))
+        except LabelError as error:
+            reasons.append((preset.name, str(error)))
+            continue
+        submission = replace(known, notes=checked.notes)
+        if info.get("label_info") or read_segments(file):
+            submission = replace(submission, preset=preset.name, label_map=checked.mapped.label_map)
+        return FoundLabel(found, checked.file, submission)
+    same = len({reason for _, reason in reasons}) == 1
+    raise LabelError(reasons[0][1] if same else "; ".join(f"as {name}: {reason}" for name, reason in reasons))
+
+
+def fingerprint(presets: Sequence[Preset]) -> str:
+    """Changes when a label that was refused may be right for once."""
+    labels = {preset.name: [[*sorted(label.names()), label.index] for label in preset.labels] for preset in presets}
+    return hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Iterator[Problem]:
+    """All that is wrong with the labels of a folder of studies; nothing is changed in it.
+
+    Args:
+        studies: with the images, and ``labels/final``.
+        presets: the tasks that the labels may be of.
+        folder: for temporary files.
+    """
+    labels = studies / FOLDER
+    images = {label_id(path.name): path for path in _files(studies) if label_id(path.name)}
+    images = {image: path for image, path in images.items() if image is not None}
+    yield from stray_files(labels, {image for image in images if image is not None})
+    for file in label_files(labels):
+        image = images.get(label_id(file.name))
+        if image is None:
+            continue
+        try:
+            check_found(file, read_grid(image), Submission(image_id=str(label_id(file.name))), presets, folder)
+        except ImageError as error:
+            yield Problem(f"{FOLDER}/{file.name}", f"it cannot be held against its image: {error}")
+        except LabelError as error:
+            yield Problem(f"{FOLDER}/{file.name}", str(error))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."] if folder.is_dir() else []
+
+
+def _readable_name(name: str) -> str:
+    """A name with its suffix in lower case, as nibabel looks for it."""
+    image = label_id(name) or name
+    return image + name[len(image) :].lower()
+
+
+def _own_folder(folder: Path, preset: Preset) -> Path:
+    own = folder / preset.name
+    own.mkdir(exist_ok=True)
+    return own

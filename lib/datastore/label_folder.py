@@ -1,0 +1,149 @@
+"""``labels/final`` as other tools change it: what is right becomes a version, what is not is left out and told."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.configs.preset import Preset
+from lib.datastore.found_labels import FOLDER, FoundLabel, Problem, check_found, fingerprint, label_files, stray_files
+from lib.datastore.history import LabelHistory
+from lib.datastore.records import FINAL, Submission
+from lib.errors import ImageError, LabelError
+from lib.transforms.volume import read_grid
+
+logger = logging.getLogger("unetr.datastore")
+
+SECONDS_A_LOOK = 30.0
+"""How long labels are checked in one go, before the others have their turn."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may be a label.
+
+    Attributes:
+        file: where it lies.
+        image: its image's file; None for a DICOM series, whose file is only made when it is asked for.
+        known: what is known of it.
+    """
+
+    file: Path
+    image: Path | None
+    known: Submission
+
+
+class LabelFolder:
+    """The folder of final labels of one store.
+
+    Args:
+        history: takes in what is right, and remembers what is not.
+        folder: ``labels/final``.
+        presets: the tasks that labels may be of; without any, whatever lies there is taken in.
+    """
+
+    def __init__(self, history: LabelHistory, folder: Path, presets: Sequence[Preset]) -> None:
+        self.history, self.folder, self.presets = history, folder, presets
+        self._fingerprint = fingerprint(presets)
+
+    def files(self) -> list[Path]:
+        """The labels that lie there, the oldest first."""
+        return label_files(self.folder)
+
+    def examine(self, candidates: Iterable[Candidate], folder: Path) -> tuple[list[FoundLabel], bool]:
+        """Check labels that have not been checked as they are; what is wrong is kept in quarantine too.
+
+        Of several labels of one image, the newest that is right counts.
+
+        Args:
+            candidates: the oldest first.
+            folder: for new files.
+
+        Returns:
+            Those that are right, and whether there was time for all.
+        """
+        found, deadline = dict[str, FoundLabel](), time.monotonic() + SECONDS_A_LOOK
+        refused = self.history.index.refused()
+        for number, candidate in enumerate(reversed(list(candidates))):
+            stamp, image = self._stamp(candidate), candidate.known.image_id
+            if refused.get(candidate.file.name, ("", ""))[0] == stamp:
+                continue
+            if time.monotonic() > deadline:
+                return list(found.values())[::-1], False
+            if image in found:
+                self._refuse(candidate, stamp, f"there is a newer label of the same image, {found[image].file.name!r}")
+                continue
+            own = folder / str(number)
+            own.mkdir()
+            label = self._check(candidate, stamp, own)
+            if label is not None:
+                found[image] = label
+        return list(found.values())[::-1], True
+
+    def take_in(self, found: Sequence[FoundLabel]) -> int:
+        """Keep labels as versions; returns how many are new."""
+        plain = [one for one in found if one.kept == one.file]
+        new = [one for one in plain if not self._versions(one)]
+        taken = len(self.history.adopt_all([(one.file, one.submission) for one in new]))
+        for one in found:
+            if one not in new:
+                taken += self.history.adopt(one.file, one.submission, one.kept) is not None
+                self._take_away(one)
+            self.history.index.forget_refused(one.file.name)
+        return taken
+
+    def problems(self, images: Mapping[str, object]) -> list[Problem]:
+        """What lies there and is left out, by the names of its files."""
+        refused = self.history.index.refused()
+        there = {file.name for file in self.files()}
+        told = [Problem(f"{FOLDER}/{name}", reason) for name, (_, reason) in sorted(refused.items()) if name in there]
+        return told + stray_files(self.folder, images)
+
+    def _check(self, candidate: Candidate, stamp: str, folder: Path) -> FoundLabel | None:
+        file = candidate.file
+        if candidate.image is None or not self.presets:
+            return FoundLabel(file, file, candidate.known)
+        try:
+            return check_found(file, read_grid(candidate.image), candidate.known, self.presets, folder)
+        except ImageError as error:
+            self._refuse(candidate, stamp, f"it cannot be held against its image: {error}")
+        except LabelError as error:
+            self._refuse(candidate, stamp, str(error))
+        return None
+
+    def _refuse(self, candidate: Candidate, stamp: str, reason: str) -> None:
+        """Leave a label out: its case stays open. A version that it took the place of comes back there."""
+        name, known = candidate.file.name, candidate.known
+        told = {"image_id": known.image_id, "tag": known.tag, "source": "folder", "file_name": name}
+        kept = self.history.quarantine.keep(candidate.file, reason, told)
+        self.history.index.keep_refused(name, stamp, reason)
+        logger.warning("label store: %s/%s is left out (in quarantine as %s): %s", FOLDER, name, kept.name, reason)
+        version = self.history.latest(known.image_id, known.tag)
+        if version is not None and name == f"{known.image_id}{version.suffix}":
+            self.history.publish_again(known.image_id, known.tag)
+            logger.warning("label store: %s/%s is the last good version again", FOLDER, name)
+
+    def _take_away(self, label: FoundLabel) -> None:
+        """Remove a file whose content is a version now, published under another name."""
+        version = self.history.latest(label.submission.image_id, FINAL)
+        target = self.folder / f"{label.submission.image_id}{version.suffix}" if version else label.file
+        if label.file.exists() and target.exists() and not label.file.samefile(target):
+            label.file.unlink()
+
+    def _versions(self, label: FoundLabel) -> bool:
+        return bool(self.history.versions(label.submission.image_id, label.submission.tag))
+
+    def _stamp(self, candidate: Candidate) -> str:
+        """Changes when the label, its image or the tasks do."""
+        paths = [path for path in (candidate.file, candidate.image) if path is not None and path.exists()]
+        stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in paths]
+        return "/".join([*stamps, self._fingerprint])
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """For the files that are made of labels."""
+    return tempfile.TemporaryDirectory(prefix="unetr-", ignore_cleanup_errors=True)
