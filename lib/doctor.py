@@ -32,7 +32,7 @@ import torch
 from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
-from lib.datastore.found_labels import find_problems
+from lib.datastore.label_files.found_labels import find_problems
 from lib.errors import UnetrError
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook

@@ -9,7 +9,7 @@ from typing import Any
 import nrrd
 import numpy as np
 
-from lib.datastore.segment_header import Segment
+from lib.datastore.label_files.segment_header import Segment
 from tests.tiny import oblique_affine
 
 AFFINE = oblique_affine()

@@ -23,10 +23,10 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 
 from lib.configs.preset import Preset
 from lib.datastore.background import Deferred
-from lib.datastore.found_labels import Problem, label_id
 from lib.datastore.history import LabelHistory
 from lib.datastore.index import IN_MEMORY
-from lib.datastore.label_folder import Candidate, LabelFolder, temporary_folder
+from lib.datastore.label_files.found_labels import Problem, label_id
+from lib.datastore.label_files.label_folder import Candidate, LabelFolder, temporary_folder
 from lib.datastore.label_names import parse_label_info
 from lib.datastore.leases import DEFAULT_MINUTES, Leases
 from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB

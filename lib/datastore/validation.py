@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import is_kept_as, read_label
+from lib.datastore.label_files.label_file import is_kept_as, read_label
+from lib.datastore.label_files.segment_header import Segment, check_label_info, names_of
 from lib.datastore.label_names import (
     LARGEST_VALUE,
     Completeness,
@@ -23,7 +24,6 @@ from lib.datastore.label_names import (
     map_values,
     parse_entries,
 )
-from lib.datastore.segment_header import Segment, check_label_info, names_of
 from lib.errors import LabelError
 from lib.transforms.volume import Grid, Volume, apart_mm
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from lib.datastore.label_file import read_label
+from lib.datastore.label_files.label_file import read_label
 from lib.errors import FileKindError, ImageError, LabelError
 from lib.transforms.volume import read_grid, read_volume
 

@@ -18,7 +18,7 @@ import pytest
 import requests
 from synthetic_hippocampus import SyntheticCase
 
-from lib.datastore.segment_header import Segment
+from lib.datastore.label_files.segment_header import Segment
 from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart
 from tests.segment_files import as_slicer_submits, write_segments

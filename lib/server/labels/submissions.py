@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import as_label_error, read_segments
+from lib.datastore.label_files.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission

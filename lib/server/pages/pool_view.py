@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from lib.datastore.found_labels import Problem
+from lib.datastore.label_files.found_labels import Problem
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion

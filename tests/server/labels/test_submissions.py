@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lib.datastore.segment_header import Segment
+from lib.datastore.label_files.segment_header import Segment
 from lib.server.labels.submissions import choose_preset, names_in
 from tests.segment_files import write_segments
 from tests.tiny import boxes, preset_data, tiny_preset

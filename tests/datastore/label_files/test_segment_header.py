@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import read_segments
-from lib.datastore.segment_header import Segment, parse_segments
+from lib.datastore.label_files.label_file import read_segments
+from lib.datastore.label_files.segment_header import Segment, parse_segments
 from lib.datastore.validation import CheckedLabel, check_label
 from lib.errors import LabelError
 from lib.transforms.volume import Grid

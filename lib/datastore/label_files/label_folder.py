@@ -10,8 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.configs.preset import Preset
-from lib.datastore.found_labels import FOLDER, FoundLabel, Problem, check_found, fingerprint, label_files, stray_files
 from lib.datastore.history import LabelHistory
+from lib.datastore.label_files.found_labels import (
+    FOLDER,
+    FoundLabel,
+    Problem,
+    check_found,
+    fingerprint,
+    label_files,
+    stray_files,
+)
 from lib.datastore.records import FINAL, Submission
 from lib.errors import ImageError, LabelError
 from lib.transforms.volume import read_grid

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lib.datastore.segment_header import Segment, flatten, parse_segments
+from lib.datastore.label_files.segment_header import Segment, flatten, parse_segments
 from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_header, read_voxels

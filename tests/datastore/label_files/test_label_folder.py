@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.datastore.found_labels import find_problems, label_id
-from lib.datastore.segment_header import Segment
+from lib.datastore.label_files.found_labels import find_problems, label_id
+from lib.datastore.label_files.segment_header import Segment
 from lib.datastore.store import VersionedDatastore
 from tests.segment_files import AFFINE, write_segments
 from tests.tiny import boxes, tiny_preset, write_nifti

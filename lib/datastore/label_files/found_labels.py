@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.configs.preset import Preset
-from lib.datastore.label_file import read_segments
+from lib.datastore.label_files.label_file import read_segments
 from lib.datastore.records import FINAL, Submission
 from lib.datastore.validation import check_label
 from lib.errors import ImageError, LabelError
