@@ -124,6 +124,14 @@ class RemoteSource:
             raise ImageError(f"series {uid} has no instances on the DICOMweb server")
         return files
 
+    def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
+        """As :class:`SeriesSource`; all of the study, since a PACS need not tell frames of reference in a list.
+
+        Raises:
+            UpstreamError: when the server has never answered as one.
+        """
+        return sorted(uid for uid, info in self.series().items() if info.study == study)
+
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
         """As :class:`SeriesSource`: a PACS keeps what it has, so this is one more series, of a later date and number.
 

@@ -61,6 +61,9 @@ class SeriesSource(Protocol):
     def fetch(self, uid: str, folder: Path) -> list[Path]:
         """The files of a series; ``folder``, which is empty, may be used for them."""
 
+    def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
+        """The image series that may lie in a frame of reference, of an instance of a study."""
+
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
         """Put a SEG where viewers find it, in place of the one of that series before it."""
 
@@ -127,6 +130,12 @@ class FolderSource:
         if not files:
             raise NotFoundError("series", uid)
         return files
+
+    def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
+        """As :class:`SeriesSource`; of any study, by the index."""
+        entries = self.index.series()
+        found = [uid for uid in self.series() if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
+        return sorted(found, key=lambda uid: entries[uid].study != study)
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
         """As :class:`SeriesSource`: one file a series, replaced at once or not at all."""

@@ -16,7 +16,7 @@ from lib.datastore.series import SeriesDatastore
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation, referenced_instances, referenced_series
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.sources import FolderSource
-from lib.errors import LabelError, ParameterError
+from lib.errors import InputError, LabelError, ParameterError
 from lib.server.http.auth import User
 from lib.server.http.uploads import temporary_folder
 from lib.server.labels.submissions import submit_label
@@ -59,7 +59,7 @@ def mask_as_segmentation(
 
 
 def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
-    """The image that a SEG is of.
+    """The image that a SEG is of: the series, or the instances, that it refers to; without any, by where it lies.
 
     Raises:
         LabelError: when it is none of the images.
@@ -68,9 +68,43 @@ def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
     if uid not in store.series() and isinstance(store.source, FolderSource):
         found = (store.source.index.instance(sop) for sop in sorted(referenced_instances(seg)))
         uid = next((instance.series for instance in found if instance), uid)
+    if not uid and not referenced_instances(seg):
+        return series_in_its_place(store, seg)
     if uid not in store.series():
         raise LabelError(f"DICOM SEG is of series {uid or '(none)'}, which is none of the images here")
     return uid
+
+
+def series_in_its_place(store: SeriesDatastore, seg: Dataset) -> str:
+    """The one image in the frame of reference of a SEG on whose voxels its frames lie.
+
+    Raises:
+        LabelError: when there is none, or several.
+    """
+    frame = str(seg.get("FrameOfReferenceUID") or "")
+    near = store.source.in_frame_of_reference(frame, str(seg.get("StudyInstanceUID", ""))) if frame else []
+    found = near if len(near) == 1 else [uid for uid in near if lies_on(store, uid, seg)]
+    if len(found) == 1:
+        logger.info(
+            "DICOM SEG %s refers to no series; by its place it is of %s", seg.get("SOPInstanceUID", ""), found[0]
+        )
+        return found[0]
+    several = ", ".join(found) or "none"
+    raise LabelError(
+        f"DICOM SEG refers to no series, and in its frame of reference {frame or '(none)'} it lies on the voxels of: "
+        f"{several}; valid: a reference to its series, or the place of exactly one image"
+    )
+
+
+def lies_on(store: SeriesDatastore, uid: str, seg: Dataset) -> bool:
+    """Whether a SEG can be read onto the voxels of a series."""
+    with temporary_folder() as folder:
+        try:
+            read_segmentation(seg, store.read_series(uid, folder))
+        except InputError as error:
+            logger.info("series %s is not what DICOM SEG %s is of: %s", uid, seg.get("SOPInstanceUID", ""), error)
+            return False
+    return True
 
 
 def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> tuple[str, Path, list[dict[str, Any]]]:
