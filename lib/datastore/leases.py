@@ -76,6 +76,7 @@ class Leases:
         """Give a case to a client, or renew what it has; None when another client has it."""
         with self._lock:
             now = self._now()
+            self._shorten(now)
             # One statement, so that of two processes only one succeeds.
             self._db.execute(
                 "INSERT INTO leases VALUES (?, ?, ?, ?) ON CONFLICT(image_id) DO UPDATE SET "
@@ -107,8 +108,18 @@ class Leases:
     def active(self) -> dict[str, Lease]:
         """The leases that have not ended, by image."""
         with self._lock:
-            rows = self._db.execute("SELECT * FROM leases WHERE until > ?", (self._now(),)).fetchall()
+            now = self._now()
+            self._shorten(now)
+            rows = self._db.execute("SELECT * FROM leases WHERE until > ?", (now,)).fetchall()
         return {row["image_id"]: Lease(**row) for row in rows}
+
+    def _shorten(self, now: float) -> None:
+        """Have leases from before the clock was turned back begin now."""
+        latest = now + self.seconds + 1
+        if self._db.execute("SELECT 1 FROM leases WHERE until > ?", (latest,)).fetchone():
+            self._db.execute(
+                "UPDATE leases SET since = MIN(since, ?), until = ? WHERE until > ?", (now, now + self.seconds, latest)
+            )
 
     def skip(self, image_id: str, client: str, reason: str) -> Skip:
         """Have a case not handed out any more; its lease ends."""

@@ -350,7 +350,7 @@ class VersionedDatastore(LocalDatastore):
         entry = self._datastore.objects.get(image_id)
         if entry is None or self.history.published.is_ours(image_id, tag, file):
             return None
-        if self._seen is not None and time.time() - file.stat().st_mtime < SECONDS_TO_SETTLE:
+        if self._seen is not None and abs(time.time() - file.stat().st_mtime) < SECONDS_TO_SETTLE:
             self._look_again.ask()
             return None
         known = entry.labels.get(tag)

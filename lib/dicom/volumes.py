@@ -76,7 +76,8 @@ class VolumeCache:
         """Remove volumes beyond the limit, but none that is kept or was asked for lately."""
         kept, lately = set(self._kept()), time.time() - SECONDS_IN_USE
         used = {path: path.stat().st_mtime for path in self._folder.glob("*.stamp") if path.stem not in kept}
-        old = [path for path in sorted(used, key=used.__getitem__) if used[path] < lately]
+        now = lately + SECONDS_IN_USE  # a time beyond it is from before the clock was turned back
+        old = [path for path in sorted(used, key=used.__getitem__) if not lately <= used[path] <= now + 1]
         leaving = {path.stem for path in old}
         staying = sum(file.stat().st_size for file in self._folder.glob("*.nii") if file.stem not in leaving)
         make_room([(path, self.file(path.stem)) for path in old], self.limit_mib * MIB - staying)

@@ -79,7 +79,8 @@ class CostBook:
         """What memory ran out on within the last day; no limits otherwise."""
         found = self._read().get(key, {}).get("limits")
         limits = Limits(**found) if found else Limits()
-        return limits if limits.until > time.time() else Limits()
+        left = limits.until - time.time()  # more than a day where the clock was turned back
+        return limits if 0 < left <= SECONDS_TO_REMEMBER else Limits()
 
     def limit(self, key: str, limits: Limits) -> None:
         """Remember for a day."""

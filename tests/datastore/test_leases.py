@@ -105,3 +105,13 @@ def test_two_clients_at_the_same_time_never_get_the_same_case(tmp_path: Path) ->
     assert sorted(taken) == sorted({f"case_{n}" for n in range(50)})
     for store in stores:
         store.close()
+
+
+def test_lease_from_before_the_clock_was_turned_back_lasts_no_longer_than_any(leases: Leases, clock: Clock) -> None:
+    clock.now = 10 * 86_400.0
+    leases.take("a", "anna")
+    clock.now -= 86_400
+    assert leases.take("a", "bert") is None, "it has not ended either"
+    assert leases.active()["a"].until == clock.now + 1800
+    clock.now += 1801
+    assert leases.take("a", "bert") is not None

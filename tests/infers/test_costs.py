@@ -34,6 +34,8 @@ def test_limits_end_after_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
     now = costs.time.time()
     monkeypatch.setattr(costs.time, "time", lambda: now + 25 * 3600)
     assert book.limits("cpu") == Limits()
+    now -= 10 * 86_400
+    assert book.limits("cpu") == Limits(), "the clock was turned back"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"cpu": 3}', "\x00"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,17 @@ def test_organ_that_nobody_drew_is_missing_and_not_background(studies: Studies, 
         "stock": ["core"], "by_hand": ["core"], "slicer": ["core"],
     }, "and nothing is missing where somebody said that there is no core"  # fmt: skip
     assert stats["left_out"] == {"in_part": "label of 'in_part' speaks of none of the labels"}
+
+
+def test_label_whose_file_is_of_the_future_is_taken_in(studies: Studies, tmp_path: Path) -> None:
+    """Copied from a machine whose clock is ahead, or written before this one's was turned back."""
+    store = studies({"a": None})
+    image, label = boxes(seed=5)
+    write_nifti(tmp_path / "b.nii.gz", image)
+    late = write_nifti(tmp_path / "labels" / "final" / "b.nii.gz", label)
+    os.utime(late, (time.time() + 86_400,) * 2)
+    store.refresh()
+    assert {case.case_id for case in submitted_labels(store, TINY, ["tiny"]).cases} == {"a", "b"}
 
 
 def test_undrawn_labels_join_those_that_are_said_to_be_missing() -> None:

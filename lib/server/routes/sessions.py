@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -92,7 +93,10 @@ def has_ended(session: SessionInfo, now: float) -> bool:
     The times inside are whole seconds, with which a session of two seconds would last one or two.
     """
     try:
-        last = (Path(session.path) / "meta.info").stat().st_mtime
+        file = Path(session.path) / "meta.info"
+        last = file.stat().st_mtime
+        if last > now:  # the clock was turned back since
+            os.utime(file, (now, now))
     except FileNotFoundError:
         return True
     return bool(session.expiry > 0 and now >= last + session.expiry)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from lib.server.work.jobs import Job
 from lib.storage.json_files import write_json
 from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json, steps_done
 
 logger = logging.getLogger("unetr.server")
+
+LOCK_FILE = "deciding.lock"
+SECONDS_OF_SILENCE = 900.0
 
 
 class Journal:
@@ -27,7 +33,7 @@ class Journal:
     def __init__(self, folders: dict[str, Path], studies: str) -> None:
         self._folders, self._studies = folders, studies
         own = psutil.Process()
-        self._owner = {"pid": own.pid, "started": own.create_time()}
+        self._owner = {"pid": own.pid, "started": own.create_time(), "host": socket.gethostname()}
 
     def write(self, job: Job) -> None:
         """Keep a training's state; a full disk is told in the log, and the training goes on."""
@@ -45,8 +51,31 @@ class Journal:
         """Trainings that a server which is gone has left, the oldest first."""
         found = [read_json(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
         left = [data for data in found if data.get("status") in OPEN and data.get("studies") == self._studies]
-        jobs = [_as_job(data) for data in left if not _lives(data.get("owner") or {})]
+        owners = [(data, data.get("owner") or {}) for data in left]
+        jobs = [_as_job(data) for data, owner in owners if not (_is_of_another_machine(owner) or _lives(owner))]
         return sorted(jobs, key=lambda job: job.id)
+
+    def others_running(self, model: str) -> bool:
+        """Whether another server trains this model on the same studies.
+
+        Of a server on another machine only its files tell: a run of its that has written none for a while is over.
+        """
+        for run in list_runs(self._folders[model]):
+            data = read_json(run / JOB_FILE)
+            if data.get("status") not in OPEN or data.get("studies") != self._studies:
+                continue
+            owner = data.get("owner") or {}
+            if _is_of_another_machine(owner):
+                if _seconds_since_written(run) < SECONDS_OF_SILENCE:
+                    return True
+            elif _lives(owner):
+                return True
+        return False
+
+    def lock(self, model: str) -> FileLock:
+        """Held by the server that decides on a training of this model, so that two do not decide alike."""
+        self._folders[model].mkdir(parents=True, exist_ok=True)
+        return FileLock(self._folders[model] / LOCK_FILE)
 
     def failures(self, model: str, since: float) -> list[float]:
         """When trainings of a model have failed since a time."""
@@ -67,6 +96,15 @@ def _as_job(data: dict[str, Any]) -> Job:
     job = Job("train", dict(data["request"]) | {"resume": True}, id=str(data["id"]), start_ts=str(data["start_ts"]))
     job.deaths, job.step = int(data.get("deaths", 0)), int(data.get("step", 0))
     return job
+
+
+def _is_of_another_machine(owner: dict[str, Any]) -> bool:
+    return str(owner.get("host", socket.gethostname())) != socket.gethostname()
+
+
+def _seconds_since_written(run: Path) -> float:
+    """Time since the newest file of a run was written."""
+    return time.time() - max((path.stat().st_mtime for path in run.iterdir() if path.is_file()), default=0.0)
 
 
 def _lives(owner: dict[str, Any]) -> bool:

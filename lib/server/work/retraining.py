@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, without_missing
 from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
@@ -19,6 +21,7 @@ from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
 from lib.models.provenance import label_digests
 from lib.server.services import Services
 from lib.server.work.journal import Journal
+from lib.storage.clock import PastTimes
 from lib.trainers.retrain import Decision, History, Label, decide
 from lib.trainers.submitted import undrawn_as_missing
 from lib.transforms.volume import read_volume
@@ -42,6 +45,7 @@ class Retrainer:
 
     def __init__(self, parts: Services, journal: Journal) -> None:
         self._parts, self._journal = parts, journal
+        self._times = PastTimes()
         self._said: dict[str, str] = {}
         self._notices: dict[str, str] = {}
         self._reviews: dict[tuple[str, str, str], float] = {}
@@ -102,23 +106,24 @@ class Retrainer:
         task, settings = self._parts.train_task(model), self._parts.settings
         cases = task.submitted(self._parts.datastore).cases
         digests = label_digests(cases)
-        labels = {c.case_id: Label(digests[c.case_id], _saved_at(c.label)) for c in cases if digests[c.case_id]}
+        labels = {c.case_id: Label(digests[c.case_id], self._saved_at(c.label)) for c in cases if digests[c.case_id]}
         runs = [version for version in task.versions.list() if version.details.get("label_digests")]
         last = runs[-1] if runs else None
         last_run_at = datetime.fromisoformat(last.details["created"]).timestamp() if last else 0.0
-        failed = self._journal.failures(model, last_run_at)
+        ended_at = self._times.of((model, last.name), last_run_at) if last else 0.0
+        failed = self._journal.failures(model, last_run_at if last_run_at <= time.time() else 0.0)
         history = History(
             settings=settings,
             now=time.time(),
             labels=labels,
             seen=last.details["label_digests"] if last else {},
             last_version=last.name if last else "",
-            last_run_at=last_run_at,
+            last_run_at=ended_at,
             runs=len(runs),
-            running=self._parts.jobs.open("train") > 0,
+            running=self._parts.jobs.open("train") > 0 or self._journal.others_running(model),
             serving=bool(task.serving()[0]),
             failures=len(failed),
-            failed_at=failed[-1] if failed else 0.0,
+            failed_at=self._times.of((model, "failure"), failed[-1]) if failed else 0.0,
             utc_offset_seconds=time.localtime().tm_gmtoff,
         )
         self._notices.pop(model, None)
@@ -127,6 +132,12 @@ class Retrainer:
         new = [case for case in cases if case.case_id in history.new]
         history = self._with_review(history, model, new, review)
         return history, decide(history)
+
+    def _saved_at(self, label: Path) -> float:
+        try:
+            return self._times.of(label, label.stat().st_mtime)
+        except OSError:
+            return 0.0
 
     def _describe(self, model: str) -> dict[str, Any]:
         history, decision = self.look(model)
@@ -149,7 +160,17 @@ class Retrainer:
             self._news.clear()
 
     def _act(self, model: str) -> float:
-        """Decide for a model, and do it; returns the seconds after which to look again."""
+        """Decide for a model, and do it; returns the seconds after which to look again.
+
+        Of several servers on the same folders one decides at a time: the next sees that a training runs.
+        """
+        try:
+            with self._journal.lock(model).acquire(timeout=0):
+                return self._decide_and_submit(model)
+        except Timeout:
+            return SECONDS_BETWEEN_LOOKS
+
+    def _decide_and_submit(self, model: str) -> float:
         _, decision = self.look(model, review=True)
         self._say(model, decision.reason if decision.train else decision.reason.split("; waits until")[0])
         if decision.train:
@@ -198,10 +219,3 @@ class Retrainer:
         dice = dice_per_label(predicted, reference, preset.label_indices)
         missing = undrawn_as_missing(case, reference, preset).missing
         return mean_known(without_missing(dice, preset.label_indices, missing).values())
-
-
-def _saved_at(label: Path) -> float:
-    try:
-        return label.stat().st_mtime
-    except OSError:
-        return 0.0

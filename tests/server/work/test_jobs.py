@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import Timeout
 
 from lib.server.work import jobs as module
 from lib.server.work.jobs import Job, Jobs
@@ -184,3 +187,41 @@ def test_pause_is_asked_for_while_anybody_needs_the_gpu() -> None:
             time.sleep(0.1)
         assert is_paused(pause.file), "it is kept fresh, however long an inference takes"
     assert not pause.file.exists()
+
+
+def test_training_of_another_server_on_the_same_folders_is_seen(journal: Journal, tmp_path: Path) -> None:
+    """Two servers decided alike at the same moment, and trained on the same labels one after the other."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, text=True)
+    started = psutil.Process(other.pid).create_time()
+    here = {"pid": other.pid, "started": started, "host": socket.gethostname()}
+    run = tmp_path / "runs" / "theirs"
+    run.mkdir(parents=True)
+
+    def write(owner: dict[str, object], status: str = "RUNNING", studies: str = "studies") -> None:
+        write_json(run / "job.json", {"id": "theirs", "status": status, "studies": studies, "owner": owner,
+                                      "request": {"model": MODEL}, "start_ts": ""})  # fmt: skip
+
+    try:
+        write(here)
+        assert journal.others_running(MODEL)
+        for owner, status, studies in ((here, "DONE", "studies"), (here, "RUNNING", "others"),
+                                       ({"pid": os.getpid()}, "RUNNING", "studies")):  # fmt: skip
+            write(owner, status, studies)
+            assert not journal.others_running(MODEL)
+        write(here | {"host": "elsewhere", "pid": 1})
+        assert journal.others_running(MODEL) and not journal.unfinished(), "nobody here can tell whether it lives"
+        os.utime(run / "job.json", (time.time() - 3600,) * 2)
+        assert not journal.others_running(MODEL)
+    finally:
+        other.communicate("")
+    write(here)
+    assert not journal.others_running(MODEL), "its server is gone"
+    assert [job.id for job in journal.unfinished()] == ["theirs"]
+
+
+def test_two_servers_do_not_decide_at_the_same_time(journal: Journal, tmp_path: Path) -> None:
+    other = Journal({MODEL: tmp_path / "runs"}, "studies")
+    with journal.lock(MODEL), pytest.raises(Timeout):
+        other.lock(MODEL).acquire(timeout=0)
+    with other.lock(MODEL).acquire(timeout=0):
+        pass
