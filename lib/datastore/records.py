@@ -30,6 +30,8 @@ class Submission:
         label_map: name to value in the file.
         missing_labels: the preset's labels that it does not speak of.
         voxels_changed: how many voxels differ from that prediction; None where that is not known.
+        prompts_used: how many prompts an interactive model was sent for it; None where that is not known.
+        seconds_spent: from the hand-out of the case to its submission; None where it was not handed out.
         restored_from: the version that it is a copy of.
         source: the way by which it came, such as ``rest``, ``dicom`` or ``inference``.
         notes: what was done to it on its way in, in sentences.
@@ -45,6 +47,8 @@ class Submission:
     label_map: Mapping[str, int] = field(default_factory=dict)
     missing_labels: tuple[str, ...] = ()
     voxels_changed: int | None = None
+    prompts_used: int | None = None
+    seconds_spent: float | None = None
     restored_from: str | None = None
     source: str = ""
     notes: tuple[str, ...] = ()

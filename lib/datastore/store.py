@@ -23,6 +23,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 
 from lib.configs.preset import Preset
 from lib.datastore.background import Deferred
+from lib.datastore.effort import EffortCounter
 from lib.datastore.history import LabelHistory
 from lib.datastore.index import IN_MEMORY
 from lib.datastore.label_files.found_labels import Problem, label_id
@@ -63,6 +64,7 @@ class VersionedDatastore(LocalDatastore):
         final: the folder of final labels.
         history: all versions of all labels.
         leases: who works on which case.
+        effort: what clients have spent on the cases that they work on.
         predictions: what clients were given, to tell what they changed.
     """
 
@@ -79,6 +81,7 @@ class VersionedDatastore(LocalDatastore):
         self.final = LabelFolder(self.history, folder / "labels" / FINAL, presets)
         read_only = self.history.read_only
         self.leases = Leases(IN_MEMORY if read_only else self.history.folder / "leases.sqlite")
+        self.effort = EffortCounter(IN_MEMORY if read_only else self.history.folder / "effort.sqlite")
         self.predictions = Predictions(self.history.folder / "predictions")
         if self.leases.repaired:
             logger.warning("label store: %s", self.leases.repaired)
@@ -108,6 +111,7 @@ class VersionedDatastore(LocalDatastore):
         self._export.close()
         self.predictions.close()
         self.leases.close()
+        self.effort.close()
         self.history.close()
 
     # ------------------------------------------------------------------------------------------------ images

@@ -281,3 +281,15 @@ def test_label_put_there_by_hand_that_does_not_fit_is_told_and_its_case_stays_op
         assert server.post("/activelearning/first", json={}).json()["id"] == "case_3"
     finally:
         assert server.stop() in (0, -15)
+
+
+def test_each_version_says_what_it_took(clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
+    name = open_cases(clinic)[0]
+    assert clinic.post("/activelearning/first", json={"client_id": "anna"}).json()["id"] == name
+    label = encode(cases[name].label, cases[name].affine_ras, tmp_path)
+    answer = submit(clinic, name, label, ORDER).json()
+    assert answer["prompts_used"] == 0 and 0 <= answer["seconds_spent"] < 60
+    told = submit(clinic, name, label, ORDER, prompts_used=4).json()
+    assert (told["prompts_used"], told["seconds_spent"]) == (4, None), "the case was not handed out again"
+    versions = clinic.get(f"/datastore/label/versions?image={name}").json()
+    assert [version["prompts_used"] for version in versions[:2]] == [4, 0]

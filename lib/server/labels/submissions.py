@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.configs.preset import Preset
+from lib.datastore.effort import Effort
 from lib.datastore.label_files.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
@@ -61,6 +62,7 @@ def submit_label(
             raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
         started_from = prediction if prediction is not None and prediction.preset == preset.name else None
         changed = _voxels_changed(parts, started_from, checked, folder)
+        effort = parts.store.effort.find(image_id, client)
         submission = Submission(
             image_id=image_id,
             tag=tag,
@@ -71,11 +73,14 @@ def submit_label(
             label_map=checked.mapped.label_map,
             missing_labels=checked.mapped.missing,
             voxels_changed=changed,
+            prompts_used=_prompts_used(info, effort),
+            seconds_spent=effort.seconds,
             source=source,
             notes=checked.notes,
             info=info,
         )
         version = parts.store.save_version(checked.file, submission, None if checked.file == file else file)
+    parts.store.effort.finish(image_id, client)
     _saved(parts, version)
     return version
 
@@ -181,6 +186,12 @@ def _check(
     except ImageError as error:
         raise LabelError(f"the label cannot be held against its image: {error}") from error
     return check_label(file, grid, preset, info, folder)
+
+
+def _prompts_used(info: Mapping[str, Any], effort: Effort) -> int:
+    """As the client counts them itself, or else the server."""
+    told = info.get("prompts_used")
+    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else effort.prompts
 
 
 def _voxels_changed(parts: Services, prediction: Prediction | None, checked: CheckedLabel, folder: Path) -> int | None:

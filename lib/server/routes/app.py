@@ -70,6 +70,7 @@ def next_sample(
     if chosen is None or lease is None:
         return {}
     image = chosen["id"]
+    parts.store.effort.hand_out(image, client)
     prepare(parts, chosen)
     known_info: dict[str, Any] = parts.datastore.get_image_info(image)
     handed_out = dict(known_info.get("strategy", {}))

@@ -227,7 +227,18 @@ def store_label(
         version = submit_label(parts, image_id, file, tag, info, user, source="rest")
     told = version.describe()
     answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}
-    kept = ("tag", "label_map", "missing_labels", "voxels_changed", "model_version", "sha256", "notes", "saved_at")
+    kept = (
+        "tag",
+        "label_map",
+        "missing_labels",
+        "voxels_changed",
+        "prompts_used",
+        "seconds_spent",
+        "model_version",
+        "sha256",
+        "notes",
+        "saved_at",
+    )
     return answer | {"image": image_id, "label": image_id, "version": version.version_id} | {k: told[k] for k in kept}
 
 

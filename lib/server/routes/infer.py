@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
+from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.utils.others.generic import get_mime_type
 
 from lib.dicom.segmentation_writer import Origin
@@ -32,6 +33,7 @@ from lib.server.work.prefetch import PrefetchKey
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/infer", tags=["Infer"])
 
+INTERACTIVE = (InferType.DEEPEDIT, InferType.DEEPGROW, InferType.SCRIBBLES)
 # What a client may not set through ``params``: they say which file is read.
 NOT_FROM_PARAMS = ("model", "image", "label", "session", "file", "description")
 
@@ -222,7 +224,12 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
     content = mask.read_bytes()
     if asked.image_id is not None:
         client, model = user.client(asked.params.get("client_id")), params["model"]
-        parts.store.predictions.remember(client, asked.image_id, model["preset"], model["version"], mask.name, content)
+        if parts.infer_task(asked.model).type in INTERACTIVE:
+            # what a label is held against stays the automatic mask
+            parts.store.effort.count_prompt(asked.image_id, client)
+        else:
+            name, version = model["preset"], model["version"]
+            parts.store.predictions.remember(client, asked.image_id, name, version, mask.name, content)
         parts.store.leases.renew(client)
     if asked.image_id is not None and asked.saves_label:
         tag = tag_for_prediction(user, asked.params)
