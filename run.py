@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--memory-budget", metavar="SIZE", help="plan for this much memory, as 6GiB (default: what is free)"
     )
-    doctor.add_argument("--studies", type=Path, help="say which labels in this folder are left out, and why")
+    doctor.add_argument("--studies", type=Path, help="say what in this folder is no case or label, and why")
     doctor.add_argument("--models", help="with --studies: presets of the labels, a,b or all (default)")
     doctor.add_argument("--preset", type=Path, help="with --studies: a preset of your own")
     doctor.set_defaults(run=run_doctor)

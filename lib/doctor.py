@@ -4,7 +4,7 @@
 two say what to do. It starts no server and changes nothing. ``--plan PRESET [--image FILE]`` says how an image would be
 segmented instead, ``--plan PRESET --train`` how a training step would be computed; what they measure is kept for the
 server. ``--memory-budget 8GiB`` plans for less memory than is free. ``--studies DIR [--models NAMES] [--preset FILE]``
-says which labels in that folder are left out, and why.
+says what in that folder is no case, and which labels are left out, and why.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ import torch
 from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
+from lib.datastore.images.folder import list_images
 from lib.datastore.label_files.found_labels import find_problems
-from lib.errors import UnetrError
+from lib.errors import ImageError, UnetrError
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook
 from lib.infers.plan import Planner
@@ -50,6 +51,7 @@ State = Literal["ok", "warn", "FAIL"]
 GIB = 2**30
 MIN_MEMORY_GIB = 4.0
 MIN_DISK_GIB = 5.0
+STUDIES_ENDINGS = (".nii.gz", ".nii", ".nrrd")
 NEEDED_MODULES = ("monai.networks.nets", "monailabel.interfaces.app", "pydicom_seg", "highdicom", "itk", "nrrd")
 
 
@@ -108,7 +110,7 @@ def examine() -> Iterable[Finding]:
 
 
 def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Finding]:
-    """Which labels that somebody put into a folder of studies are left out.
+    """What in a folder of studies is no case, and which labels that somebody put there are left out.
 
     Args:
         studies: the folder.
@@ -123,6 +125,7 @@ def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Find
     except UnetrError as error:
         yield Finding("FAIL", str(error), "name presets that there are")
         return
+    yield from check_images(studies)
     advice = "put a label there that fits its image, or remove it; its case is handed out meanwhile"
     left_out = 0
     with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
@@ -131,6 +134,21 @@ def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Find
             yield Finding("warn", f"{problem.file} is left out: {problem.reason}", advice)
     if not left_out:
         yield Finding("ok", f"no label in {studies.name!r} is left out")
+
+
+def check_images(folder: Path) -> Iterable[Finding]:
+    """What in a studies folder would be a case, and what would not; each image is read."""
+    listing = list_images(folder, STUDIES_ENDINGS)
+    yield Finding("ok", f"{len(listing.images)} images that are files in {folder}")
+    for problem in listing.problems:
+        yield Finding("warn", str(problem), "it is no case")
+    for image_id, ending in sorted(listing.images.items()):
+        try:
+            volume = read_volume(folder / f"{image_id}{ending}")
+            if not np.isfinite(volume.voxels).all() or volume.voxels.min() == volume.voxels.max():
+                raise ImageError(f"image {image_id + ending!r} is constant, or has voxels that are not finite numbers")
+        except ImageError as error:
+            yield Finding("warn", str(error), "it will be left out of Next Sample")
 
 
 def check_versions(requirements: str) -> Finding:

@@ -139,6 +139,13 @@ class ScoreStore:
         with self._lock, self._open() as db:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?)", row)
 
+    def forget(self, image_id: str) -> None:
+        """Have a case looked at anew, by every version."""
+        with self._lock, self._open() as db:
+            db.execute("DELETE FROM looks WHERE image_id = ?", (image_id,))
+            for known in self._known.values():
+                known.records.pop(image_id, None)
+
     def prune(self, keep: int) -> None:
         """Forget all versions but those that looked at cases last.
 

@@ -16,6 +16,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from lib.configs.preset import Preset
+from lib.datastore.images.folder import HIDDEN, NOT_SCANNED
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.index import DicomIndex
 from lib.dicom.remote import RemoteSource, connect
@@ -25,11 +26,6 @@ from lib.dicom.volumes import VolumeCache
 from lib.errors import ImageError, NotFoundError, ParameterError
 
 logger = logging.getLogger("unetr.datastore")
-
-HIDDEN = ".dicom"
-"""Folder of the index and of converted series, beside the labels."""
-NOT_SCANNED = ("labels", "history", "references")
-"""Folders beside the images in which no DICOM is looked for."""
 
 
 class SeriesDatastore(VersionedDatastore):
@@ -93,6 +89,10 @@ class SeriesDatastore(VersionedDatastore):
             return str(self.volumes.get(image_id))
         uri: str = super().get_image_uri(image_id)
         return uri
+
+    def stamp(self, image_id: str) -> str:
+        """What changes when an image does."""
+        return self.source.stamp(image_id) if self.is_series(image_id) else super().stamp(image_id)
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """What is known of an image; of a series its UIDs, patient, date and modality too, as OHIF shows them."""

@@ -25,6 +25,8 @@ from lib.configs.preset import Preset
 from lib.datastore.background import Deferred
 from lib.datastore.effort import EffortCounter
 from lib.datastore.history import LabelHistory
+from lib.datastore.images.checks import ImageChecks
+from lib.datastore.images.folder import FolderProblem, ending_of, list_images
 from lib.datastore.index import IN_MEMORY
 from lib.datastore.label_files.found_labels import Problem, label_id
 from lib.datastore.label_files.label_folder import Candidate, LabelFolder, temporary_folder
@@ -34,6 +36,7 @@ from lib.datastore.predictions import DEFAULT_LIMIT_MIB as PREDICTIONS_MIB
 from lib.datastore.predictions import Predictions
 from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
 from lib.datastore.records import FINAL, INFERENCE, LabelVersion, Submission
+from lib.datastore.repair import shorten
 from lib.datastore.validation import as_kept
 from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
 from lib.storage.files import read_blocks, stage, sync_folder
@@ -66,6 +69,8 @@ class VersionedDatastore(LocalDatastore):
         leases: who works on which case.
         effort: what clients have spent on the cases that they work on.
         predictions: what clients were given, to tell what they changed.
+        checks: which images cannot be segmented, and which look odd.
+        problems: what lies in the folder and looks like an image, but is no case.
     """
 
     def __init__(self, datastore_path: str, presets: Sequence[Preset] = (), **options: Any) -> None:
@@ -82,6 +87,8 @@ class VersionedDatastore(LocalDatastore):
         read_only = self.history.read_only
         self.leases = Leases(IN_MEMORY if read_only else self.history.folder / "leases.sqlite")
         self.effort = EffortCounter(IN_MEMORY if read_only else self.history.folder / "effort.sqlite")
+        self.checks = ImageChecks(IN_MEMORY if read_only else self.history.folder / "checks.sqlite")
+        self.problems: tuple[FolderProblem, ...] = ()
         self.predictions = Predictions(self.history.folder / "predictions")
         if self.leases.repaired:
             logger.warning("label store: %s", self.leases.repaired)
@@ -112,6 +119,7 @@ class VersionedDatastore(LocalDatastore):
         self.predictions.close()
         self.leases.close()
         self.effort.close()
+        self.checks.close()
         self.history.close()
 
     # ------------------------------------------------------------------------------------------------ images
@@ -159,6 +167,19 @@ class VersionedDatastore(LocalDatastore):
             self._datastore.objects.pop(image_id, None)
         self.leases.release(image_id)
         self._export.ask()
+
+    def stamp(self, image_id: str) -> str:
+        """What changes when an image does; empty for one that is gone.
+
+        Raises:
+            ImageNotFoundException: when there is none of that id.
+        """
+        entry = self._entry(image_id)
+        try:
+            status = Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).stat()
+        except FileNotFoundError:
+            return ""
+        return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to what is known of an image.
@@ -298,9 +319,10 @@ class VersionedDatastore(LocalDatastore):
 
     def _find_images(self) -> int:
         folder = Path(self._datastore.image_path())
-        files = dict(map(self._to_id, self._list_files(folder, self._extensions)))
-        known = self._datastore.objects
-        gone = [key for key, entry in known.items() if not (folder / self._filename(key, entry.image.ext)).exists()]
+        listing = list_images(folder, self._endings())
+        self._tell(listing.problems)
+        files, known = listing.images, self._datastore.objects
+        gone = [key for key, entry in known.items() if files.get(key) != entry.image.ext]
         for image_id in gone:
             logger.info("image %s is no longer there", image_id)
             del known[image_id]
@@ -309,6 +331,24 @@ class VersionedDatastore(LocalDatastore):
             info = {"ts": int(time.time()), "name": self._filename(image_id, files[image_id])}
             known[image_id] = ImageLabelModel(image=DataModel(info=info, ext=files[image_id]))
         return len(gone) + len(new)
+
+    def _tell(self, problems: tuple[FolderProblem, ...]) -> None:
+        new = [str(problem) for problem in problems if problem not in self.problems]
+        self.problems = problems
+        for sentence in shorten(new):
+            logger.warning("studies: %s", sentence)
+
+    def _endings(self) -> list[str]:
+        """Endings of image files, the preferred first."""
+        return [pattern.replace("*", "").lower() for pattern in self._extensions]
+
+    def _to_id(self, file: str) -> tuple[str, str]:
+        """A file's id and ending: what stands before the last ending, whatever its capitals."""
+        ending = ending_of(file, self._endings())
+        if not ending:
+            stock: tuple[str, str] = super()._to_id(file)
+            return stock
+        return file[: -len(ending)], ending
 
     def _find_labels(self) -> int:
         """Take in labels that somebody put into ``labels/``."""

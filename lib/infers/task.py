@@ -24,6 +24,7 @@ from lib.infers.writer import DTYPES, EXTENSIONS, write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
 from lib.networks.precision import resolve_device
+from lib.transforms.intensity_range import range_warning
 from lib.transforms.postprocess import measure_labels
 from lib.transforms.volume import Volume, read_volume
 
@@ -244,6 +245,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "label_statistics": measures,
         "model": model.describe(),
         "quality": estimate_quality(result, model),
+        "warnings": [warning] if (warning := range_warning(volume.voxels, preset.modality)) else [],
         "plan": result.plan.as_json(),
     }
 

@@ -479,7 +479,7 @@ def test_next_sample_names_study_and_series(studies: Studies) -> None:
     assert chosen["PatientID"].startswith("SYNTH-")
 
 
-def test_next_sample_for_ohif_is_a_series_and_one_with_a_gap_is_skipped_with_the_reason(studies: Studies) -> None:
+def test_next_sample_for_ohif_is_a_series_and_one_with_a_gap_is_left_out_with_the_reason(studies: Studies) -> None:
     server, case = studies.server, next(iter(draw_cases(1, seed=12)))
     uids = []
     for name in ("gap", "whole"):
@@ -498,8 +498,7 @@ def test_next_sample_for_ohif_is_a_series_and_one_with_a_gap_is_skipped_with_the
         chosen.add(answer.json().get("id"))
     assert whole in chosen
     assert not {"flat", broken} & chosen
-    skipped = server.get("/leases/").json()["skipped"]
-    assert "mm apart" in str(skipped)
-    assert broken in str(skipped)
+    left_out = server.get("/datastore/problems").json()["left_out"]["hippocampus_mr"]
+    assert "mm apart" in left_out[broken]
     for name in ("gap", "whole"):
         shutil.rmtree(server.studies / name)

@@ -21,6 +21,7 @@ from lib.errors import InputError, UnetrError
 from lib.server.pages.pool_view import ohif_path
 from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, reorient
 from lib.server.services import Services
+from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import read_volume
 
 Kept = TypeVar("Kept")
@@ -66,6 +67,7 @@ class CaseView:
     colors: Mapping[str, str]
     planes: tuple[PlaneView, ...]
     versions: tuple[VersionRow, ...]
+    warning: str = ""
 
 
 class Volumes:
@@ -160,6 +162,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
         versions=tuple(
             VersionRow(version, _agreement(masks, position, version)) for position, version in enumerate(versions)
         ),
+        warning="" if preset is None else range_warning(stack.voxels, preset.modality),
     )
 
 

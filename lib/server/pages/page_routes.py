@@ -24,7 +24,7 @@ from lib.server.work.retraining import Retrainer
 router = APIRouter(include_in_schema=False)
 
 VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
-    "pool": lambda parts, _user, _policy: pool_view(parts),
+    "pool": lambda parts, user, _policy: pool_view(parts, user),
     "next": lambda parts, _user, _policy: next_view(parts),
     "job": lambda parts, _user, policy: job_view(parts, policy.words(), policy.notices()),
     "models": lambda parts, _user, _policy: models_view(parts),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from lib.datastore.images.checks import ImageCheck
+from lib.datastore.images.folder import FolderProblem
 from lib.datastore.label_files.found_labels import Problem
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
@@ -17,12 +19,13 @@ from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
 from lib.server.routes.health import source_problems
 from lib.server.services import Services
+from lib.server.work.image_checks import left_out, warned
 
 logger = logging.getLogger("unetr.server")
 
 MOST_NEXT = 6
 MOST_SHOWN = 20
-KINDS = ("labelled", "leased", "open", "skipped", "quarantined")
+KINDS = ("labelled", "leased", "open", "skipped", "broken", "quarantined")
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,20 @@ class PoolView:
     leased: int
     open: int
     skipped: int
+    broken: int
     quarantined: int
     problem: str = ""
     label_problems: tuple[Problem, ...] = ()
+    left_out: tuple[ImageCheck, ...] = ()
+    odd: tuple[ImageCheck, ...] = ()
+    files: tuple[FolderProblem, ...] = ()
+    may_check: bool = False
 
     @property
     def shares(self) -> Iterator[Share]:
         """The bar, from left to right."""
         start = 0.0
-        for kind in KINDS[:4]:
+        for kind in KINDS[:5]:
             width = 100 * getattr(self, kind) / max(1, self.total)
             yield Share(kind, start, width)
             start += width
@@ -104,8 +112,8 @@ class ActivityView:
     quarantine: tuple[Quarantined, ...]
 
 
-def pool_view(parts: Services) -> PoolView:
-    """Count the cases."""
+def pool_view(parts: Services, user: User) -> PoolView:
+    """Count the cases, and name what is no case or left out."""
     problem = " ".join(source_problems(parts))
     try:
         images = set(parts.datastore.list_images())
@@ -114,15 +122,22 @@ def pool_view(parts: Services) -> PoolView:
         images, unlabelled, problem = set(), set(), str(error)
     leased = parts.store.leases.active().keys() & unlabelled
     skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
+    checks = left_out(parts, next(iter(parts.presets))) if images else {}
+    broken = (checks.keys() & unlabelled) - leased - skipped
     return PoolView(
         total=len(images),
         labelled=len(images) - len(unlabelled),
         leased=len(leased),
-        open=len(unlabelled) - len(leased) - len(skipped),
+        open=len(unlabelled) - len(leased) - len(skipped) - len(broken),
         skipped=len(skipped),
+        broken=len(broken),
         quarantined=parts.store.history.quarantine.count(),
         problem=problem,
         label_problems=tuple(parts.store.label_problems()[:MOST_SHOWN]),
+        left_out=tuple(checks[image] for image in sorted(broken))[:MOST_SHOWN],
+        odd=tuple(warned(parts) if images else ())[:MOST_SHOWN],
+        files=parts.store.problems[:MOST_SHOWN],
+        may_check=user.role >= Role.ANNOTATOR,
     )
 
 
@@ -130,8 +145,8 @@ def next_view(parts: Services) -> NextView:
     """Ask the default strategy, without handing anything out."""
     name = parts.settings.strategy
     leases = parts.store.leases
-    closed = leases.active().keys() | leases.skipped().keys()
     try:
+        closed = leases.active().keys() | leases.skipped().keys() | left_out(parts, next(iter(parts.presets))).keys()
         chosen = parts.instance._strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
     except UnetrError as error:
         logger.info("the page cannot say what comes next: %s", error)

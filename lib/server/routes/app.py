@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 
 from lib.datastore.leases import Lease
 from lib.datastore.open_cases import OpenCases
-from lib.errors import ImageError, NotFoundError
+from lib.errors import NotFoundError
 from lib.server.http.auth import AsAdmin, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
+from lib.server.work.image_checks import check_image, left_out
 from lib.server.work.prefetch import PrefetchKey
 from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.reporting.runs import read_json
@@ -92,25 +93,27 @@ def choose_case(
 ) -> tuple[dict[str, Any] | None, Lease | None]:
     """Have a strategy choose among the cases that nobody works on and nobody skipped, and lease its choice.
 
-    A series that turns out to be no volume is skipped with the reason, and another one chosen.
+    One that turns out to be damaged or unfit for the model is left out with the reason, and another one chosen.
 
     Returns:
         The choice and its lease; one that the client has already when no other is left, None without any.
     """
     strategy, leases = parts.instance._strategies[request["strategy"]], parts.store.leases
     taken: set[str] = set()
+    model = str(request.get("model") or next(iter(parts.presets)))
     while True:
-        closed = leases.active().keys() | leases.skipped().keys() | taken | hidden
+        broken = left_out(parts, model).keys()
+        closed = leases.active().keys() | leases.skipped().keys() | broken | taken | hidden
         chosen: dict[str, Any] | None = strategy(request, OpenCases(parts.datastore, closed))
         if not chosen or not chosen.get("id"):
-            return own_case(parts, client, hidden)
+            return own_case(parts, client, hidden | broken)
         lease = leases.take(chosen["id"], client)
         if lease is not None:
             try:
-                return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
-            except ImageError as error:
-                logger.warning("case %s is skipped: %s", chosen["id"], error)
-                leases.skip(chosen["id"], client, str(error))
+                check = check_image(parts, chosen["id"], parts.presets[chosen["model"]])
+                if not check.problem:
+                    return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
+                leases.release(chosen["id"])
             except NotFoundError:  # a series that has just been deleted
                 leases.release(chosen["id"])
             except Exception:  # nobody was given the case

@@ -24,7 +24,7 @@ from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import submit_label
 from lib.server.services import Parts, Services
-from lib.transforms.volume import read_volume
+from lib.server.work.image_checks import check_image, forget, inspect_for_any, left_out, warned
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
@@ -75,7 +75,7 @@ def remove_image(parts: Parts, user: AsAdmin, id: str) -> dict[str, Any]:
 
 
 @router.head("/image", summary="Whether an image is there")
-def check_image(parts: Parts, user: AsUser, image: str, check_sum: str = "") -> Response:
+def has_image(parts: Parts, user: AsUser, image: str, check_sum: str = "") -> Response:
     """200 if it is there (and, with ``check_sum`` as ``SHA256:<digest>``, is that file), 404 if not."""
     path = single_file(parts, image)
     if check_sum and not matches(path, check_sum):
@@ -87,6 +87,27 @@ def check_image(parts: Parts, user: AsUser, image: str, check_sum: str = "") -> 
 def get_image(parts: Parts, user: AsUser, image: str) -> FileResponse:
     """Download an image."""
     return send_file(single_file(parts, image))
+
+
+@router.get("/problems", summary="Files that are no cases, images that are left out, and images that look odd")
+def list_problems(parts: Parts, user: AsUser) -> dict[str, Any]:
+    """``files`` of the folder; ``left_out`` of Next Sample, by model; ``odd``: intensities that do not fit."""
+    return {
+        "files": [{"name": problem.name, "reason": problem.reason} for problem in parts.store.problems],
+        "left_out": {
+            model: {image: check.problem for image, check in left_out(parts, model).items()} for model in parts.presets
+        },
+        "odd": {check.image_id: check.warning for check in warned(parts)},
+    }
+
+
+@router.post("/image/check", summary="Look anew at an image that was left out")
+def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
+    """What each model makes of it now: an empty ``problem`` brings it back into the pool."""
+    image = check_image_known(parts.datastore, image)
+    forget(parts, image)
+    checks = [check_image(parts, image, preset) for preset in parts.presets.values()]
+    return {"image": image, "checks": {c.preset: {"problem": c.problem, "warning": c.warning} for c in checks}}
 
 
 @router.get("/image/info", summary="What is known of an image")
@@ -186,7 +207,7 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
     Raises:
         ParameterError: for an id that is no plain name.
         ConflictError: when there is an image of that id.
-        ImageError: when it cannot be read.
+        ImageError: when it cannot be read, or no served model could segment it.
     """
     name = safe_file_name(upload.filename, "image")
     suffix = next((end for end in STORED_SUFFIXES if name.lower().endswith(end)), None)
@@ -202,13 +223,13 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
         if kind is Kind.DICOM:
             raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
         file = file.rename(folder / f"image{kind.suffix}")  # other programs go by the name
-        read_volume(file)
+        warnings = inspect_for_any(file, list(parts.presets.values()))
         with ADDING:
             if new_id in parts.datastore.list_images():
                 raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
             if image_id and image_id != new_id:
                 info = {"named": image_id} | info
-            return {"image": parts.datastore.add_image(new_id, str(file), info)}
+            return {"image": parts.datastore.add_image(new_id, str(file), info), "warnings": warnings}
 
 
 def store_label(

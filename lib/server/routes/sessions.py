@@ -21,7 +21,7 @@ from lib.server.http.auth import AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
 from lib.server.services import Parts, Services
-from lib.transforms.volume import read_volume
+from lib.server.work.image_checks import inspect_for_any
 
 router = APIRouter(prefix="/session", tags=["Session"])
 
@@ -124,7 +124,7 @@ def store(parts: Services, files: Sequence[UploadFile], uncompress: bool, expiry
     sessions = sessions_of(parts)
     with temporary_folder() as folder:
         image = _gather(files, folder, uncompress, parts.settings.unpacked_limit_mib)
-        read_volume(image)
+        inspect_for_any(image, list(parts.presets.values()))
         session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
     return {"session_id": session_id, "session_info": describe(session)}
 

@@ -1,0 +1,1 @@
+"""What of a studies folder is an image that can be segmented, and what is not."""

@@ -1,0 +1,83 @@
+"""Which images a preset's network cannot segment, and which look odd, remembered until the file changes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.datastore.index import IN_MEMORY, open_database
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS checks(
+    image_id TEXT NOT NULL, preset TEXT NOT NULL, stamp TEXT NOT NULL, problem TEXT NOT NULL, warning TEXT NOT NULL,
+    at REAL NOT NULL, PRIMARY KEY(image_id, preset));
+"""
+
+
+@dataclass(frozen=True)
+class ImageCheck:
+    """What was found of an image.
+
+    Attributes:
+        image_id: which.
+        preset: by whose measures.
+        stamp: what changes when the image does.
+        problem: why it cannot be segmented; empty where it can.
+        warning: what looks odd about it; empty for nothing.
+    """
+
+    image_id: str
+    preset: str
+    stamp: str
+    problem: str = ""
+    warning: str = ""
+
+
+class ImageChecks:
+    """Checks of one store's images, shared by its processes.
+
+    Args:
+        path: SQLite file; :data:`lib.datastore.index.IN_MEMORY` for a store that can only be read.
+    """
+
+    def __init__(self, path: Path = IN_MEMORY) -> None:
+        self._db, self.repaired = open_database(path, SCHEMA)
+        self._lock = threading.RLock()
+
+    def keep(self, check: ImageCheck) -> None:
+        """Remember what was found; it replaces what was found before."""
+        row = (check.image_id, check.preset, check.stamp, check.problem, check.warning, time.time())
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO checks VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def find(self, image_id: str, preset: str, stamp: str) -> ImageCheck | None:
+        """What was found of an image as it is now; None where it was not checked since it changed."""
+        query = "SELECT problem, warning FROM checks WHERE image_id = ? AND preset = ? AND stamp = ?"
+        with self._lock:
+            row = self._db.execute(query, (image_id, preset, stamp)).fetchone()
+        return None if row is None else ImageCheck(image_id, preset, stamp, row["problem"], row["warning"])
+
+    def of_image(self, image_id: str) -> list[ImageCheck]:
+        """What was found of an image by each preset's measures, whether or not it is still the same."""
+        query = "SELECT image_id, preset, stamp, problem, warning FROM checks WHERE image_id = ?"
+        with self._lock:
+            return [ImageCheck(**row) for row in self._db.execute(query, (image_id,)).fetchall()]
+
+    def remarkable(self) -> list[ImageCheck]:
+        """The checks that found a problem or something odd, whether or not the images are still the same."""
+        columns = "image_id, preset, stamp, problem, warning"
+        query = f"SELECT {columns} FROM checks WHERE problem != '' OR warning != '' ORDER BY image_id"
+        with self._lock:
+            return [ImageCheck(**row) for row in self._db.execute(query).fetchall()]
+
+    def forget(self, image_id: str) -> None:
+        """Have an image checked anew."""
+        with self._lock:
+            self._db.execute("DELETE FROM checks WHERE image_id = ?", (image_id,))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,131 @@
+"""The images of a studies folder, and what else lies there that looks like one and is no case, with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HIDDEN = ".dicom"
+"""Folder of the index and of converted series, beside the labels."""
+NOT_SCANNED = ("labels", "history", "references")
+"""Folders beside the images in which no images are looked for."""
+OTHER_KINDS = (".nhdr", ".mha", ".mhd", ".hdr", ".img", ".nii.bz2", ".nii.zst", ".mgz")
+"""Images of kinds that are not read from a folder."""
+SEGMENTATION = ".seg.nrrd"
+MOST_ENTRIES = 50_000
+"""Files in sub-folders that are looked at: a large DICOM archive need not be walked through at each change."""
+MOST_TOLD = 200
+
+
+@dataclass(frozen=True)
+class FolderProblem:
+    """Something in the folder that is no case.
+
+    Attributes:
+        name: of the file, or of the sub-folder; letters that cannot be shown are escaped.
+        reason: why it is none, and what to do about it.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FolderListing:
+    """What lies in a folder.
+
+    Attributes:
+        images: id to ending of the file, as it is written.
+        problems: what is no case.
+    """
+
+    images: dict[str, str]
+    problems: tuple[FolderProblem, ...]
+
+
+def list_images(folder: Path, endings: Sequence[str]) -> FolderListing:
+    """The images directly in a folder.
+
+    Of two files with one id, that whose ending stands first in ``endings`` is the image (of two that differ in capitals
+    only, the one in small letters), whichever came first.
+
+    Args:
+        folder: where they lie.
+        endings: of image files, as ``.nii.gz``, in order of preference.
+    """
+    found: dict[str, list[str]] = {}
+    problems: list[FolderProblem] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        problem = _problem_of(entry, endings)
+        if problem:
+            problems.append(FolderProblem(shown(entry.name), problem))
+        elif not entry.name.startswith(".") and (ending := ending_of(entry.name, endings)) and entry.is_file():
+            found.setdefault(entry.name[: -len(ending)], []).append(ending)
+    for image_id, several in found.items():
+        several.sort(key=lambda ending: (endings.index(ending.lower()), ending != ending.lower(), ending))
+        problems += [
+            FolderProblem(
+                image_id + ending, f"has the same id as {image_id + several[0]!r}, which is the case; rename it"
+            )
+            for ending in several[1:]
+        ]
+    problems += _in_sub_folders(folder, endings)
+    return FolderListing({image_id: several[0] for image_id, several in found.items()}, tuple(problems[:MOST_TOLD]))
+
+
+def ending_of(name: str, endings: Collection[str]) -> str:
+    """The longest ending that a file's name has, as it is written there; empty for none, and for nothing before it.
+
+    >>> ending_of("b.nii.gz.NII.GZ", (".nii", ".nii.gz"))
+    '.NII.GZ'
+    """
+    lower = name.lower()
+    fitting = [ending for ending in endings if lower.endswith(ending) and len(name) > len(ending)]
+    return name[-len(max(fitting, key=len)) :] if fitting else ""
+
+
+def shown(name: str) -> str:
+    """A file's name as text that every client can be sent, with what is no UTF-8 escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
+    """Why an entry is no image, where it looks like one."""
+    name = entry.name.lower()
+    kind = ending_of(name, (*endings, *OTHER_KINDS))
+    if name.startswith(".") or not kind or (entry.is_dir() and kind not in endings):
+        return ""
+    if shown(entry.name) != entry.name:
+        return "its name is not UTF-8; rename it"
+    if not entry.is_file():
+        return "is no regular file, though it is named as an image"
+    if name.endswith(SEGMENTATION):
+        image_id = entry.name[: -len(SEGMENTATION)]
+        return f"is a segmentation, not an image; a label belongs into labels/final, as {image_id}.nrrd"
+    if kind not in endings:
+        return f"is of a kind that is not read from a folder; valid: {', '.join(endings)}"
+    return ""
+
+
+def _in_sub_folders(folder: Path, endings: Sequence[str]) -> Iterator[FolderProblem]:
+    """A sentence for each sub-folder with images in it: they are no cases."""
+    left = MOST_ENTRIES
+    for place, folders, files in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        hidden = (HIDDEN, *NOT_SCANNED) if place == str(folder) else ()
+        folders[:] = sorted(name for name in folders if name not in hidden and not name.startswith("."))
+        if place == str(folder):
+            continue
+        images = sorted(name for name in files if not name.startswith(".") and ending_of(name, endings))
+        if images:
+            count = "an image lies" if len(images) == 1 else f"{len(images)} images lie"
+            reason = f"{count} in a sub-folder and cannot be seen, such as {shown(images[0])!r}; move them up"
+            yield FolderProblem(f"{shown(inside.as_posix())}/", reason)
+        left -= len(files)
+        if left < 0:
+            return

@@ -1,0 +1,107 @@
+"""Which images are left out of the pool since they cannot be segmented, and why."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lib.configs.preset import Preset
+from lib.datastore.images.checks import ImageCheck
+from lib.errors import ImageError
+from lib.server.services import Services
+from lib.transforms.intensity_range import range_warning
+from lib.transforms.volume import check_segmentable, read_volume
+
+logger = logging.getLogger("unetr.server")
+
+
+def check_image(parts: Services, image_id: str, preset: Preset) -> ImageCheck:
+    """What is wrong with an image, read now unless that was done since it changed.
+
+    Raises:
+        NotFoundError, UpstreamError: when it cannot be had.
+    """
+    stamp = parts.store.stamp(image_id)
+    known = parts.store.checks.find(image_id, preset.name, stamp)
+    if known is not None:
+        return known
+    problem, warning = "", ""
+    try:
+        warning = inspect(parts.image_file(image_id), preset)
+    except ImageError as error:
+        problem = str(error)
+        logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
+    check = ImageCheck(image_id, preset.name, stamp, problem, warning)
+    parts.store.checks.keep(check)
+    return check
+
+
+def inspect(path: Path, preset: Preset) -> str:
+    """Read an image as an inference would; returns what is odd about its intensities.
+
+    Raises:
+        ImageError: when a preset's network cannot segment it.
+    """
+    volume = read_volume(path)
+    check_segmentable(volume, preset, path.name)
+    return range_warning(volume.voxels, preset.modality)
+
+
+def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
+    """Read an image that is sent; returns what is odd about it for the presets that can segment it.
+
+    Raises:
+        ImageError: when none of them can.
+    """
+    volume = read_volume(path)
+    problems, warnings = [], []
+    for preset in presets:
+        try:
+            check_segmentable(volume, preset, path.name)
+            warnings.append(range_warning(volume.voxels, preset.modality))
+        except ImageError as error:
+            problems.append(error)
+    if problems and len(problems) == len(presets):
+        raise problems[0]
+    return [] if "" in warnings else warnings[:1]
+
+
+def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
+    """The images that a model's network cannot segment, as far as anybody has looked, the scoring included.
+
+    An image that has changed since is in the pool again, and is looked at anew.
+    """
+    store, knowledge = parts.store, parts.instance.knowledge_by_preset.get(model)
+    if knowledge is not None:
+        for image_id, record in knowledge.score_records()[1].items():
+            if record.problem and store.has_image(image_id):
+                _take_over(parts, image_id, model, record.problem)
+    found = {}
+    for check in store.checks.remarkable():
+        if check.preset == model and check.problem and store.has_image(check.image_id):
+            if store.stamp(check.image_id) == check.stamp:
+                found[check.image_id] = check
+            else:
+                forget(parts, check.image_id)
+    return found
+
+
+def warned(parts: Services) -> list[ImageCheck]:
+    """The images that look odd, but can be segmented."""
+    store = parts.store
+    return [c for c in store.checks.remarkable() if not c.problem and store.has_image(c.image_id)]
+
+
+def forget(parts: Services, image_id: str) -> None:
+    """Have an image looked at anew, by whoever looks first."""
+    parts.store.checks.forget(image_id)
+    for knowledge in parts.instance.knowledge_by_preset.values():
+        knowledge.store.forget(image_id)
+
+
+def _take_over(parts: Services, image_id: str, model: str, problem: str) -> None:
+    """Remember what the scoring found, unless the server has looked itself."""
+    store = parts.store
+    known = [check for check in store.checks.of_image(image_id) if check.preset == model]
+    if not known:
+        store.checks.keep(ImageCheck(image_id, model, store.stamp(image_id), problem))

@@ -1,0 +1,49 @@
+"""Whether an image's intensities fit its modality: a CT in Hounsfield units, an MR in any but those."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+MOST_SAMPLES = 500_000
+SMALLEST_RANGE_HU = 100.0
+HIGHEST_DARK_HU = -50.0
+"""Air (-1000 HU) or fat (-100 HU) is in every CT of a body."""
+DENSE_HU = (700.0, 1400.0)
+MOST_DENSE_SHARE = 0.1
+"""Dense bone: a few per cent of a body at most. Soft tissue lies there when 1024 has been added."""
+LOWEST_BRIGHT_HU = -150.0
+LOWEST_MR = -500.0
+
+
+def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
+    """What is odd about an image's intensities for a modality; empty for nothing.
+
+    Percentiles of at most half a million voxels, evenly drawn, so that single voxels and paddings do not count.
+
+    Args:
+        voxels: intensities, of any shape.
+        modality: ``CT`` or ``MR``.
+    """
+    flat = voxels.reshape(-1) if voxels.flags.c_contiguous else voxels.ravel(order="K")
+    sample = flat[:: max(1, flat.size // MOST_SAMPLES)].astype(np.float32)
+    low, high = (float(p) for p in np.percentile(sample, (0.5, 99.5)))
+    said = f"intensities of {low:.4g} to {high:.4g} (0.5 and 99.5 percentiles)"
+    if modality == "CT" and (oddity := _odd_for_ct(sample, low, high)):
+        return f"{said} are not Hounsfield units: {oddity}; the segmentation is probably wrong"
+    if modality == "MR" and low < LOWEST_MR:
+        return f"{said} look like Hounsfield units, but the model was trained on MR; the segmentation is probably wrong"
+    return ""
+
+
+def _odd_for_ct(sample: npt.NDArray[np.float32], low: float, high: float) -> str:
+    if high - low < SMALLEST_RANGE_HU:
+        return "tissue differs by hundreds of them (values scaled to a small range)"
+    if high < LOWEST_BRIGHT_HU:
+        return "nothing is as dense as water (an offset subtracted twice)"
+    dense = float(np.mean((sample > DENSE_HU[0]) & (sample < DENSE_HU[1])))
+    if dense > MOST_DENSE_SHARE:
+        return f"{dense:.0%} of the voxels would be dense bone (values with 1024 added)"
+    if low > HIGHEST_DARK_HU:
+        return "there is neither air nor fat (values with an offset added, or scaled to 0 and more)"
+    return ""
