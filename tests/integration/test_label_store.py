@@ -293,3 +293,4 @@ def test_each_version_says_what_it_took(clinic: Server, cases: dict[str, Synthet
     assert (told["prompts_used"], told["seconds_spent"]) == (4, None), "the case was not handed out again"
     versions = clinic.get(f"/datastore/label/versions?image={name}").json()
     assert [version["prompts_used"] for version in versions[:2]] == [4, 0]
+    assert 'id="effort"' in clinic.get("/").text and "Prompts" in clinic.get(f"/case/{name}").text

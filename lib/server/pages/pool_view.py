@@ -17,6 +17,7 @@ from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion
 from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
+from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
 from lib.server.routes.health import source_problems
 from lib.server.services import Services
 from lib.server.work.image_checks import left_out, warned
@@ -110,6 +111,7 @@ class ActivityView:
     leases: tuple[LeaseView, ...]
     skips: tuple[Any, ...]
     quarantine: tuple[Quarantined, ...]
+    effort: EffortView
 
 
 def pool_view(parts: Services, user: User) -> PoolView:
@@ -177,6 +179,7 @@ def activity_view(parts: Services, user: User) -> ActivityView:
         ),
         skips=tuple(sorted(leases.skipped().values(), key=lambda skip: -skip.at)[:MOST_SHOWN]),
         quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
+        effort=effort_view(history.since(max(0, history.index.last_sequence() - MOST_LABELS))),
     )
 
 
