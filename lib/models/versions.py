@@ -43,6 +43,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "created": (str,),
     "parent": (str, NOTHING),
     "held_out": (dict, NOTHING),
+    "held_out_before": (dict, NOTHING),
     "label_digests": (dict, NOTHING),
     "split": (dict, NOTHING),
 }

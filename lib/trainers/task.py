@@ -134,7 +134,8 @@ class UnetrTrainTask(TrainTask):
         """Figures of the last run that ended, in the form that MONAI Label's clients read."""
         path = self.runs / STATS_FILE
         stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return stats
+        # 3D Slicer computes with it, and knows that it may be absent
+        return {name: value for name, value in stats.items() if name != "best_metric" or value is not None}
 
     def validate_request(self, request: Mapping[str, Any]) -> TrainRequest:
         """Cast and check a request without running it.

@@ -35,6 +35,8 @@ def test_training_on_few_corrections_is_served_when_a_reviewer_says_so(server: S
     assert started.json()["status"] in ("SUBMITTED", "RUNNING")
     words = "2 labels, fewer than five: all are trained on, and nothing judges the result; what is served stays"
     assert started.json()["notice"].startswith(words)
+    shown = next(iter(server.get("/info/").json()["train_stats"].items()))
+    assert (shown[0], shown[1]["total_epochs"]) == ("hippocampus_mr", 4), "3D Slicer divides by it from the start"
     assert server.get("/train/?check_if_running=true").status_code == 200
     second = server.post("/train/hippocampus_mr", json=QUICK)
     assert (second.status_code, second.json()["error"]) == (409, "TrainingError")
@@ -47,6 +49,8 @@ def test_training_on_few_corrections_is_served_when_a_reviewer_says_so(server: S
     after = stats["version"]
     assert served_version(server) == before, "nothing has judged the new weights"
     assert (stats["status"], stats["decision"][:9]) == ("unproven", "unproven:")
+    assert "best_metric" not in stats, "3D Slicer computes with it where it is there"
+    assert ": unproven: no held-out case" in server.get("/page/job").text
     page = server.get("/page/models").text
     assert "unproven" in page and "never compared" in page and f"/{after}/serve" in page
     listed = {row["version"]: row for row in server.get("/model/versions/hippocampus_mr").json()["versions"]}
@@ -83,6 +87,8 @@ def test_training_without_labels_ends_with_a_sentence(server: Server, cases: dic
     ended = server.wait_for("/train/")
     assert ended["status"] == "ERROR"
     assert ended["details"][-1].startswith("TrainingError: there is no usable labelled case")
+    assert ended["reason"] == ended["details"][-1]
+    assert "ERROR" in (page := server.get("/page/job").text) and ": TrainingError: there is no usable" in page
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])

@@ -16,12 +16,16 @@ TICKS = 4
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a line: where, which mark (``champion``, ``rejected``, ``plain``, or none), and what it says."""
+    """A point of a line: where, which mark (``champion``, ``rejected``, ``plain``, or none), and what it says.
+
+    With ``begins``, no line leads to it from the point before.
+    """
 
     x: float
     y: float
     mark: str = ""
     text: str = ""
+    begins: bool = False
 
 
 def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) -> str:
@@ -40,14 +44,25 @@ def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) 
     y_range = _range([point.y for point in drawn], margin=0.08)
     places = [(_place(point.x, x_range, 0, 100), _place(point.y, y_range, HEIGHT, 0)) for point in drawn]
     parts = [f'<svg class="chart" height="{HEIGHT}" role="img" aria-label={quoteattr(title)}>', *_grid(y_range)]
-    joined = [place for point, place in zip(drawn, places, strict=True) if point.mark != REJECTED]
-    if len(joined) > 1:
-        line = " ".join(f"{x:.2f},{y:.1f}" for x, y in joined)
+    for stretch in _stretches(drawn, places):
+        line = " ".join(f"{x:.2f},{y:.1f}" for x, y in stretch)
         parts.append(f'<svg viewBox="0 0 100 {HEIGHT}" preserveAspectRatio="none"><polyline points="{line}"/></svg>')
     parts += [_mark(point, *place) for point, place in zip(drawn, places, strict=True) if point.mark]
     texts = (f"{y_title}: {_number(drawn[-1].y)}", f"{x_title}: {drawn[0].x:g} ... {drawn[-1].x:g}")
     axes = "".join(f"<span>{escape(text)}</span>" for text in texts)
     return "".join([*parts, f'</svg><p class="small quiet axes">{axes}</p>'])
+
+
+def _stretches(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The places that lines join: all but rejected ones, cut before each point that begins a line."""
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for point, place in zip(points, places, strict=True):
+        if point.mark == REJECTED:
+            continue
+        if point.begins:
+            stretches.append([])
+        stretches[-1].append(place)
+    return [stretch for stretch in stretches if len(stretch) > 1]
 
 
 def thin_out(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -18,12 +18,16 @@ from lib.trainers.reporting.runs import read_json
 
 @dataclass(frozen=True)
 class JobView:
-    """A training; without ``state``, there has been none since the server was started."""
+    """A training; without ``state``, there has been none since the server was started.
+
+    ``outcome`` is why it ended in an error, or what became of its weights.
+    """
 
     models: tuple[str, ...]
     state: str = ""
     model: str = ""
     ended: str = ""
+    outcome: str = ""
     lines: tuple[str, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
     notices: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +79,7 @@ def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, s
         state=job.status,
         model=model,
         ended=job.end_ts or "",
+        outcome=outcome_of(job),
         lines=tuple(job.details),
         policy=policy,
         notices=notices,
@@ -89,3 +94,9 @@ def run_folder(parts: Services, job: Job) -> Path | None:
     if model not in parts.instance._trainers:
         return None
     return parts.train_task(model).runs / job.id
+
+
+def outcome_of(job: Job) -> str:
+    """Why a training ended in an error, or what became of its weights; empty while it runs."""
+    decision = job.result.get("decision") if isinstance(job.result, dict) else ""
+    return job.reason or str(decision or "")

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lib.models.versions import Version
-from lib.server.pages.charts import Point, line_chart
+from lib.server.pages.charts import REJECTED, Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.services import Services
 
@@ -18,7 +18,13 @@ MOST_VERSIONS = 30
 
 @dataclass(frozen=True)
 class VersionView:
-    """One version as a line of the table: ``state`` is live, published, rejected, unproven, damaged or shipped."""
+    """One version as a line of the table.
+
+    Attributes:
+        state: live, published, rejected, unproven, damaged or shipped.
+        mean_dice: on the cases that it was judged on, ``judged_on``.
+        before: mean Dice of the weights that were served before it, on the same cases.
+    """
 
     model: str
     name: str
@@ -27,9 +33,16 @@ class VersionView:
     mean_dice: float | None
     dice: Mapping[str, float | None]
     made: str
+    judged_on: frozenset[str] = frozenset()
+    before: float | None = None
     reason: str = ""
     never_compared: bool = False
     report_path: str | None = None
+
+    def in_words(self, t: Language) -> str:
+        """Its mean Dice, and on the same cases that of the weights before it."""
+        dice = f"{self.name}: {self.mean_dice:.3f}"
+        return dice if self.before is None else f"{dice} ({t('models.before', dice=f'{self.before:.3f}')})"
 
     @property
     def can_serve(self) -> bool:
@@ -58,12 +71,18 @@ class ModelView:
     problem: str = ""
 
     def chart(self, t: Language) -> str:
-        """Mean Dice by version: a filled circle for the one that is served, crosses for rejected ones."""
-        points = [
-            Point(version.number, version.mean_dice, _mark(version), f"{version.name}: {version.mean_dice:.3f}")
-            for version in reversed(self.versions)
-            if version.mean_dice is not None
-        ]
+        """Mean Dice by version: a filled circle for the one that is served, crosses for those that were not.
+
+        Only versions that were scored on the same cases are joined: a mean over other cases is another figure.
+        """
+        points, cases_before = [], None
+        for version in reversed(self.versions):
+            if version.mean_dice is None:
+                continue
+            mark = _mark(version)
+            begins = mark != REJECTED and cases_before is not None and version.judged_on != cases_before
+            cases_before = version.judged_on if mark != REJECTED else cases_before
+            points.append(Point(version.number, version.mean_dice, mark, version.in_words(t), begins))
         return line_chart(points, t("models.chart"), t("models.number"), t("models.dice"))
 
 
@@ -89,6 +108,8 @@ def _view(model: str, version: Version, live: str) -> VersionView:
         state="live" if version.name == live and not version.damage else version.status,
         mean_dice=scores.get("mean_dice"),
         dice=scores.get("dice") or {},
+        judged_on=frozenset(scores.get("per_case") or ()),
+        before=(version.details.get("held_out_before") or {}).get("mean_dice"),
         made=str(version.details.get("created", "")),
         reason=version.damage or str(version.details.get("reason", "")),
         never_compared=not version.compared,
@@ -97,4 +118,4 @@ def _view(model: str, version: Version, live: str) -> VersionView:
 
 
 def _mark(version: VersionView) -> str:
-    return {"live": "champion", "rejected": "rejected", "unproven": "rejected"}.get(version.state, "plain")
+    return {"live": "champion", "rejected": REJECTED, "unproven": REJECTED}.get(version.state, "plain")

@@ -32,18 +32,27 @@ router = APIRouter(tags=["App"])
 def info(parts: Parts, user: AsUser) -> dict[str, Any]:
     """What clients ask first."""
     said: dict[str, Any] = parts.instance.info()
-    said["train_stats"] |= running_training(parts)
+    running = running_training(parts)
+    # 3D Slicer shows the first of them
+    said["train_stats"] = running | {name: stats for name, stats in said["train_stats"].items() if name not in running}
     return said
 
 
-def running_training(parts: Services) -> dict[str, dict[str, int]]:
-    """Epochs of the training that runs, by its model, as OHIF's panel shows them; MONAI Label has the ended ones'."""
+def running_training(parts: Services) -> dict[str, dict[str, float]]:
+    """Epochs of the training that runs or waits, by its model, as OHIF's panel and 3D Slicer show them.
+
+    Slicer divides by ``total_epochs``, also before the training has said anything: then the request tells.
+    """
     job = parts.jobs.current("train")
-    if job is None or job.status != "RUNNING":
+    if job is None:
         return {}
     model = str(job.request["model"])
-    progress = read_json(parts.train_task(model).runs / job.id / PROGRESS_FILE)
-    return {model: {"epoch": progress.get("epoch", 0), "total_epochs": progress.get("max_epochs", 0)}}
+    task = parts.train_task(model)
+    progress = read_json(task.runs / job.id / PROGRESS_FILE)
+    total = int(progress.get("max_epochs") or task.validate_request(job.request).max_epochs)
+    best = progress.get("best_mean_dice")
+    said: dict[str, float] = {"epoch": int(progress.get("epoch", 0)), "total_epochs": total}
+    return {model: said | ({} if best is None else {"best_metric": float(best)})}
 
 
 @router.post("/activelearning/", summary="The next case to label, by the default strategy", openapi_extra=JSON_BODY)

@@ -77,6 +77,7 @@ class Job:
         """The JSON that MONAI Label's clients read."""
         said = {"id": self.id, "status": self.status, "request": self.request, "start_ts": self.start_ts}
         said |= {"details": list(self.details)} if self.status != "SUBMITTED" else {}
+        said |= {"reason": self.reason} if self.reason else {}
         return said | ({"end_ts": self.end_ts} if self.end_ts else {})
 
 

@@ -52,6 +52,14 @@ def test_rejected_points_are_crosses() -> None:
     assert svg.find("svg[@class='mark rejected']/path") is not None
 
 
+def test_line_is_cut_where_another_begins() -> None:
+    points = [Point(1, 1, "plain"), Point(2, 2, "plain"), Point(3, 1, "plain", begins=True), Point(4, 2, "champion")]
+    lines = [line.get("points").split() for line in chart_in(line_chart(points, "", "", "")).findall("svg/polyline")]
+    assert [[float(pair.split(",")[0]) for pair in line] for line in lines] == [[0, 33.33], [66.67, 100]]
+    alone = [Point(1, 1, "plain"), Point(2, 2, "champion", begins=True)]
+    assert chart_in(line_chart(alone, "", "", "")).find("svg/polyline") is None
+
+
 def test_many_points_are_thinned_to_means_of_neighbours() -> None:
     points = [Point(float(step), float(step % 2)) for step in range(10_000)]
     thin = thin_out(points, most=100)
