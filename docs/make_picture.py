@@ -1,6 +1,7 @@
-"""Draw README's picture: a synthetic case with its reference contour and the shipped model's.
+"""Draw README's pictures: a synthetic case with its reference contour and the shipped model's mask.
 
     .venv/bin/python docs/make_picture.py
+    .venv/bin/python docs/make_picture.py --what torso --out docs/images/abdomen.png
 
 It needs the test tools (``run.py setup --dev``), since it draws with matplotlib.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +22,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sample-data")]
 
-from synthetic_hippocampus import SyntheticCase, draw_case  # noqa: E402
+from synthetic_hippocampus import draw_case  # noqa: E402
+from torso_phantom import draw_torso, grid_affine, render, spacing_for  # noqa: E402
 
 from lib.cases.metrics import dice_per_label  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
@@ -33,17 +36,51 @@ PLANES = (("sagittal", 0, "A", "S"), ("coronal", 1, "R", "S"), ("axial", 2, "R",
 """Name, the axis looked along, and the directions in which the picture's horizontal and vertical axes grow (RAS)."""
 
 LabelArray = npt.NDArray[np.uint8]
+PRESETS = {"hippocampus": "hippocampus_mr", "torso": "abdomen_ct"}
+TORSO_SHAPE = (160, 160, 120)
+SOFT_TISSUE_HU = (-160.0, 240.0)
+WORST_DICE_IN_THE_TITLE = 0.7
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drawn image with its reference, axes to right, anterior, superior, and the intensities that are shown.
+
+    Attributes:
+        image: shape (X, Y, Z).
+        label: reference, of the same shape.
+        affine_ras: 4x4, from voxels to millimetres.
+        window: what is shown black and white.
+    """
+
+    image: npt.NDArray[np.float32]
+    label: LabelArray
+    affine_ras: npt.NDArray[np.float64]
+    window: tuple[float, float]
+
+
+def draw_synthetic(what: str, number: int, seed: int) -> Case:
+    """A case of the sample data."""
+    if what == "torso":
+        torso = render(
+            draw_torso(seed + number), TORSO_SHAPE, grid_affine(TORSO_SHAPE, spacing_for(TORSO_SHAPE), "RAS")
+        )
+        return Case(torso.image_hu.astype(np.float32), torso.label, torso.affine_ras, SOFT_TISSUE_HU)
+    crop = draw_case(number, seed)
+    low, high = np.percentile(crop.image, (0.5, 99.5))
+    return Case(crop.image, crop.label, crop.affine_ras, (float(low), float(high)))
 
 
 def main() -> None:
     """Draw one case and write the picture."""
     parser = argparse.ArgumentParser(description="Draw a synthetic case with reference and prediction.")
+    parser.add_argument("--what", choices=sorted(PRESETS), default="hippocampus")
     parser.add_argument("--case", type=int, default=0, help="number of the synthetic case (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the synthetic cases (default %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "segmentation.png")
     options = parser.parse_args()
-    segmenter = load_shipped("hippocampus_mr")
-    case = draw_case(options.case, options.seed)
+    segmenter = load_shipped(PRESETS[options.what])
+    case = draw_synthetic(options.what, options.case, options.seed)
     predicted = segmenter.segment(Volume(case.image, case.affine_ras)).labels
     figure = draw(case, predicted, segmenter)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,18 +96,22 @@ def load_shipped(name: str) -> Segmenter:
     return Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
 
 
-def draw(case: SyntheticCase, predicted: LabelArray, segmenter: Segmenter) -> Figure:
+def draw(case: Case, predicted: LabelArray, segmenter: Segmenter) -> Figure:
     """Three planes through the middle of the reference: filled is the prediction, dashed the reference."""
     matplotlib.use("Agg")
     widths = [case.image.shape[1 if axis == 0 else 0] for _, axis, _, _ in PLANES]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
+    spacing_mm = np.linalg.norm(case.affine_ras[:3, :3], axis=0)
     centre = np.argwhere(case.label > 0).mean(axis=0).round().astype(int)
-    low, high = np.percentile(case.image, (0.5, 99.5))
     for axes, (name, axis, right, up) in zip(figure.subplots(1, 3, width_ratios=widths), PLANES, strict=True):
         image, reference, prediction = (
             np.take(volume, centre[axis], axis=axis).T for volume in (case.image, case.label, predicted)
         )
-        axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin="lower", interpolation="bicubic")
+        axes.imshow(
+            image, cmap="gray", vmin=case.window[0], vmax=case.window[1], origin="lower", interpolation="bicubic"
+        )
+        across, along = [edge for index, edge in enumerate(spacing_mm) if index != axis]
+        axes.set_aspect(along / across)
         for label in segmenter.preset.labels:
             color = tuple(part / 255 for part in label.color)
             shown = prediction == label.index
@@ -90,10 +131,12 @@ def draw(case: SyntheticCase, predicted: LabelArray, segmenter: Segmenter) -> Fi
     return figure
 
 
-def _scores(case: SyntheticCase, predicted: LabelArray, segmenter: Segmenter) -> str:
+def _scores(case: Case, predicted: LabelArray, segmenter: Segmenter) -> str:
     dice = dice_per_label(predicted, case.label, segmenter.preset.label_indices)
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in dice.items())
-    return f"synthetic case: prediction in colour, reference dashed; Dice {scores}"
+    good = {name: value for name, value in dice.items() if value >= WORST_DICE_IN_THE_TITLE}
+    scores = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in good.items())
+    rest = f"; {len(dice) - len(good)} others below {WORST_DICE_IN_THE_TITLE}" if len(good) < len(dice) else ""
+    return f"synthetic case: prediction in colour, reference dashed; Dice {scores}{rest}"
 
 
 if __name__ == "__main__":
