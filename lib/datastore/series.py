@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ class SeriesDatastore(VersionedDatastore):
     Args:
         folder: of the images that are files, and of the labels.
         source: of the series.
+        place: for converted series; beside the labels if not given.
         options: of :class:`VersionedDatastore`.
     """
 
-    def __init__(self, folder: Path, source: SeriesSource, **options: Any) -> None:
+    def __init__(self, folder: Path, source: SeriesSource, place: Path | None = None, **options: Any) -> None:
         self.source = source
-        self.volumes = VolumeCache(source, folder / HIDDEN / "volumes", super().get_labeled_images)
+        self.volumes = VolumeCache(source, (place or folder / HIDDEN) / "volumes", super().get_labeled_images)
         super().__init__(str(folder), **options)
 
     def series(self) -> dict[str, SeriesInfo]:
@@ -171,7 +173,7 @@ class SeriesDatastore(VersionedDatastore):
 
     def _filename(self, id: str, ext: str) -> str:
         """A series has no extension: its file is the converted one."""
-        return f"{id}{ext}" if ext else os.path.join(HIDDEN, "volumes", f"{id}.nii")
+        return f"{id}{ext}" if ext else str(self.volumes.file(id).absolute())
 
 
 def open_datastore(studies: str, modalities: Collection[str], presets: Sequence[Preset] = ()) -> SeriesDatastore:
@@ -186,19 +188,37 @@ def open_datastore(studies: str, modalities: Collection[str], presets: Sequence[
             "wado": settings.MONAI_LABEL_WADO_PREFIX,
             "stow": settings.MONAI_LABEL_STOW_PREFIX,
         }
-        folder = _cache_folder() / hashlib.sha256(studies.rstrip("/").encode()).hexdigest()[:16]
+        folder = _cache_folder() / _key(studies.rstrip("/"))
+        place = folder / HIDDEN
         source: SeriesSource = RemoteSource(connect(studies, user, password, prefixes), modalities)
     else:
         folder = Path(studies)
-        source = FolderSource(DicomIndex(folder, folder / HIDDEN / "index.sqlite", NOT_SCANNED), modalities)
+        place = folder / HIDDEN if can_write_below(folder) else _cache_folder() / _key(str(folder.resolve()))
+        source = FolderSource(DicomIndex(folder, place / "index.sqlite", NOT_SCANNED), modalities)
     return SeriesDatastore(
         folder,
         source,
+        place=place,
         presets=presets,
         extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
     )
+
+
+def can_write_below(folder: Path) -> bool:
+    """Whether the index and converted series can lie in a folder of studies."""
+    try:
+        (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / HIDDEN):
+            return True
+    except OSError as error:
+        logger.warning("%s cannot be written to (%s): converted series are kept elsewhere", folder, error.strerror)
+        return False
+
+
+def _key(studies: str) -> str:
+    return hashlib.sha256(studies.encode()).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,11 +41,13 @@ from lib.datastore.repair import shorten
 from lib.datastore.validation import as_kept
 from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
 from lib.storage.files import read_blocks, stage, sync_folder
+from lib.storage.full_disk import writing
 
 logger = logging.getLogger("unetr.datastore")
 
 MOST_PROBLEMS = 100
 HISTORY_FOLDER = "history"
+ORIGINAL = "original"
 SECONDS_BEFORE_EXPORT = 2.0
 SECONDS_BEFORE_REFRESH = 1.0
 # A file that changed just now may still be on its way into the folder.
@@ -79,6 +82,7 @@ class VersionedDatastore(LocalDatastore):
         self._objects_lock = threading.RLock()
         self._seen: int | None = None  # sequence of the newest version that is shown
         self._config_read = False
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._export = Deferred(self._write_export, SECONDS_BEFORE_EXPORT, "datastore-export")
         self._look_again = Deferred(self.refresh, SECONDS_BEFORE_REFRESH, "datastore-refresh")
         self._follow = Deferred(self.follow_history, SECONDS_BEFORE_REFRESH, "datastore-history")
@@ -92,6 +96,8 @@ class VersionedDatastore(LocalDatastore):
         self.predictions = Predictions(self.history.folder / "predictions")
         if self.leases.repaired:
             logger.warning("label store: %s", self.leases.repaired)
+        if read_only:
+            options = options | {"labels_dir": self._labels_elsewhere(folder / "labels")}
         try:
             super().__init__(datastore_path=datastore_path, **options)
         except OSError as error:
@@ -111,6 +117,15 @@ class VersionedDatastore(LocalDatastore):
         self.history.quarantine.limit_mib = quarantine_limit_mib
         self.predictions.limit_mib = predictions_limit_mib
 
+    def _labels_elsewhere(self, labels: Path) -> str:
+        """A folder of labels that MONAI Label may complete: the one that is there, or links to what is in it."""
+        if all((labels / tag).is_dir() for tag in (FINAL, ORIGINAL)):
+            return str(labels)
+        self._temporary = tempfile.TemporaryDirectory(prefix="unetr-labels-", ignore_cleanup_errors=True)
+        for tag in labels.iterdir() if labels.is_dir() else ():
+            (Path(self._temporary.name) / tag.name).symlink_to(tag.absolute(), target_is_directory=True)
+        return self._temporary.name
+
     def close(self) -> None:
         """Write what is still to be written, and close the files."""
         self._look_again.close()
@@ -121,6 +136,8 @@ class VersionedDatastore(LocalDatastore):
         self.effort.close()
         self.checks.close()
         self.history.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     # ------------------------------------------------------------------------------------------------ images
 
@@ -162,7 +179,8 @@ class VersionedDatastore(LocalDatastore):
         entry = self._entry(image_id)
         for tag in list(entry.labels):
             self.remove_label(image_id, tag)
-        Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).unlink(missing_ok=True)
+        with writing(f"the removal of image {image_id!r}"):
+            Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).unlink(missing_ok=True)
         with self._objects_lock:
             self._datastore.objects.pop(image_id, None)
         self.leases.release(image_id)

@@ -22,6 +22,7 @@ from torch import nn
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import CheckpointError, ConfigError
 from lib.networks.layouts import StateDict, to_current_layout
+from lib.storage.full_disk import writing
 
 FORMAT = "unetr_radiology/1"
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "net", "network")
@@ -85,6 +86,9 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> 
         path: the file; its folder is made.
         checkpoint: what to write; its preset is needed.
         half: keep floating-point weights in fp16 (half the size; about three decimal digits).
+
+    Raises:
+        StorageError: when the disk does not take it; then the file is as it was before.
     """
     if checkpoint.preset is None:
         raise CheckpointError("a checkpoint without its preset would be run with the wrong one; give the preset")
@@ -98,11 +102,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(f"checkpoint {path.name!r}"):
+            with temporary.open("wb") as file:
+                torch.save(data, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

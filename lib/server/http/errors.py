@@ -5,7 +5,6 @@ One table maps the project's exceptions to HTTP status codes; what is not in it 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from lib.errors import (
     UpstreamError,
 )
 from lib.server.http.request_id import current_request_id
+from lib.storage.full_disk import storage_problem
 
 logger = logging.getLogger("unetr.server")
 
@@ -89,7 +89,6 @@ STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
     (BusyError, 503),
     (StorageError, 507),
 )
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HTTP_ERRORS = {
     400: "ParameterError",
     401: "UnauthorizedError",
@@ -107,7 +106,7 @@ def status_of(error: Exception) -> int:
         return error.status_code
     if isinstance(error, RequestValidationError):
         return 400
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if not isinstance(error, UnetrError) and storage_problem(error):
         return 507
     for kind, code in STATUS_CODES:
         if isinstance(error, kind):
@@ -139,7 +138,7 @@ def describe(error: Exception, status: int) -> str:
     if isinstance(error, MONAILabelException):
         return str(error.msg)
     if status == 507 and not isinstance(error, UnetrError):
-        return "the server's disk is full; nothing was kept"
+        return f"nothing was kept: on the server, {storage_problem(error)}"
     if status == 500:
         return "something went wrong in the server; its log has the reason under this request_id"
     return str(error)

@@ -18,7 +18,7 @@ from lib.datastore.records import LabelVersion
 from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
 from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
-from lib.server.routes.health import source_problems
+from lib.server.routes.health import source_problems, store_problems
 from lib.server.services import Services
 from lib.server.work.image_checks import left_out, warned
 
@@ -116,7 +116,7 @@ class ActivityView:
 
 def pool_view(parts: Services, user: User) -> PoolView:
     """Count the cases, and name what is no case or left out."""
-    problem = " ".join(source_problems(parts))
+    problem = " ".join([*source_problems(parts), *store_problems(parts)])
     try:
         images = set(parts.datastore.list_images())
         unlabelled = set(parts.datastore.get_unlabeled_images())

@@ -33,7 +33,7 @@ def readyz(parts: Parts, response: Response) -> dict[str, Any]:
     version, as long as the one before it is served; ``warnings`` says so.
     """
     models, problems = load_models(parts)
-    problems += [*disk_problems(parts), *source_problems(parts)]
+    problems += [*disk_problems(parts), *store_problems(parts), *source_problems(parts)]
     response.status_code = 503 if problems else 200
     state = {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
     return state | {"warnings": weights_warnings(parts)}
@@ -78,6 +78,16 @@ def disk_problems(parts: Services) -> list[str]:
     free_mib = shutil.disk_usage(folder).free // MIB
     wanted = parts.settings.free_disk_mib
     return [f"{free_mib} MiB of disk are free; valid: at least {wanted} MiB"] if free_mib < wanted else []
+
+
+def store_problems(parts: Services) -> list[str]:
+    """What cannot be served since the studies folder cannot be written to."""
+    if not parts.store.history.read_only:
+        return []
+    return [
+        "the studies folder cannot be written to: images are segmented and labels shown as they are; labels and images "
+        "that are sent are refused (507), and who works on which case is forgotten at the next start"
+    ]
 
 
 def source_problems(parts: Services) -> list[str]:
