@@ -58,10 +58,22 @@ def decode(instance: Dataset) -> Pixels:
     Raises:
         ImageError: naming the instance, when its pixels cannot be decoded or are more than fit into memory.
     """
-    shape = _shape(instance)
+    cells = decode_cells(instance)
+    with reading(f"instance {name_of(instance)} cannot be decoded"):
+        return _without_other_bits(cells, instance)
+
+
+def decode_cells(instance: Dataset) -> Pixels:
+    """As :func:`decode`, with the bits of a cell that do not belong to its value.
+
+    Raises:
+        ImageError: as :func:`decode`.
+    """
+    shape = shape_of(instance)
     with reading(f"instance {name_of(instance)} cannot be decoded"):
         _check_code_stream(instance, shape)
-        return _without_other_bits(instance.pixel_array.reshape(shape), instance)
+        cells: Pixels = instance.pixel_array.reshape(shape)
+    return cells
 
 
 def name_of(instance: Dataset) -> str:
@@ -88,13 +100,15 @@ def to_rgb(frame: Pixels, instance: Dataset) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(eight[..., :3])
 
 
-def _shape(instance: Dataset) -> tuple[int, ...]:
+def shape_of(instance: Dataset) -> tuple[int, ...]:
     """Frames, rows, columns and, of colours, samples.
 
     Raises:
         ImageError: when one of them is missing or no number above 0, or all together are too large.
     """
     name = name_of(instance)
+    if "Rows" not in instance:
+        raise ImageError(f"instance {name} ({instance.get('Modality', '')}) has no pixels")
     with reading(f"instance {name} does not say the size of its pixels"):
         rows, columns, bits = (int(instance[key].value) for key in ("Rows", "Columns", "BitsAllocated"))
         samples = int(instance.get("SamplesPerPixel") or 1)

@@ -15,7 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from lib.dicom.files import has_preamble, read_instance, reading
 from lib.dicom.index import Instance
-from lib.dicom.pixels import NATIVE, decode, frame_count, to_rgb
+from lib.dicom.pixels import NATIVE, decode, decode_cells, frame_count, shape_of, to_rgb
 from lib.dicom.resources import MediaType, Resource
 from lib.errors import NotFoundError, ParameterError, UnetrError
 
@@ -160,11 +160,12 @@ def _frame_type(instance: Instance, accepted: Sequence[MediaType]) -> str:
 
 def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> Iterator[bytes]:
     if int(dataset.BitsAllocated) == 1:
-        pixels = dataset.pixel_array.reshape(total, -1)
+        pixels = decode_cells(dataset).reshape(total, -1)
         yield from (np.packbits(pixels[number - 1], bitorder="little").tobytes() for number in numbers)
         return
     if dataset.file_meta.TransferSyntaxUID not in NATIVE:
         _decompress(dataset)
+    shape_of(dataset)
     content = _little_endian_pixels(dataset)
     # two of three samples of a row's neighbours are shared (PS3.3, C.7.6.3.1.2)
     samples = 2 if dataset.PhotometricInterpretation == "YBR_FULL_422" else int(dataset.SamplesPerPixel)
@@ -176,7 +177,7 @@ def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> 
 
 def _decompress(dataset: FileDataset) -> None:
     """Put numbers in place of compressed pixels, in little-endian order, and say what they are."""
-    pixels = dataset.pixel_array
+    pixels = decode_cells(dataset)
     content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
     dataset.PixelData = content + bytes(len(content) % 2)
     dataset["PixelData"].is_undefined_length = False

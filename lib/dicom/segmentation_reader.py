@@ -161,7 +161,10 @@ def _indices(
     rows, columns = shape
     steps = np.rint(to_index[:3]).astype(np.intp)
     corners = np.array([[c, r, 1] for c in (0, columns - 1) for r in (0, rows - 1)]).T
-    if np.abs(to_index[:3] @ corners - steps @ corners).max() > GRID_TOLERANCE_VOXELS:
+    # frames lie where the slices do, which may be a little off the grid that is fitted to them
+    edge_mm = float(np.linalg.norm(series.affine_lps[:3, :3], axis=0).min())
+    tolerance_voxels = GRID_TOLERANCE_VOXELS + float(series.distances_mm.max()) / edge_mm
+    if np.abs(to_index[:3] @ corners - steps @ corners).max() > tolerance_voxels:
         raise LabelError(f"frame {frame + 1} of the DICOM SEG is not on the voxel grid of series {series.uid}")
     at = steps @ corners
     if at.min() < 0 or (at.max(axis=1) >= series.shape).any():

@@ -20,6 +20,7 @@ from lib.dicom.resources import Resource, parse_accept
 from lib.dicom.retrieve import frame_parts, instance_parts, picture
 from lib.errors import ImageError
 from tests.dicom.conftest import edit, strip_preamble
+from tests.dicom.test_pixels import blow_up
 
 Make = Callable[..., list[Path]]
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -154,9 +155,22 @@ def test_picture_of_a_damaged_instance_is_refused_in_words(
     damage(file)
     with pytest.raises(ImageError, match="instance"):
         picture(indexed(file), Resource(view, view), {}, parse_accept("image/png"))  # type: ignore[arg-type]
-    if damage is not of_no_rows:
-        with pytest.raises(ImageError, match="cannot be decoded"):
-            frame_parts(indexed(file), [1], AS_NUMBERS)
+    with pytest.raises(ImageError, match="instance"):
+        frame_parts(indexed(file), [1], AS_NUMBERS)
+
+
+def test_compressed_stream_of_another_size_is_refused_in_every_form(make_series: Make) -> None:
+    file = make_series()[0]
+    blow_up(file, with_header=False)
+    with pytest.raises(ImageError, match="JPEG 2000 stream 60000 and 60000"):
+        frame_parts(indexed(file), [1], AS_NUMBERS)
+    with pytest.raises(ImageError, match="JPEG 2000 stream 60000 and 60000"):
+        sent(file)
+
+
+def test_instance_without_pixels_has_no_picture() -> None:
+    with pytest.raises(ImageError, match=r"\(SR\) has no pixels"):
+        picture(indexed(data_file("test-SR.dcm")), Resource("rendered", "rendered"), {}, parse_accept("image/png"))
 
 
 def test_frame_of_an_instance_that_says_no_number_of_frames_is_its_only_one(make_series: Make) -> None:
