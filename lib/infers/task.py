@@ -244,6 +244,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "centroids": {name: [str(round(c)) for c in centroid] for name, centroid in centroids.items()},
         "label_statistics": measures,
         "model": model.describe(),
+        "engine": result.plan.engine,
         "quality": estimate_quality(result, model),
         "warnings": [warning] if (warning := range_warning(volume.voxels, preset.modality)) else [],
         "plan": result.plan.as_json(),

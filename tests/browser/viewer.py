@@ -54,6 +54,21 @@ class Viewer:
         self.wait_for(lambda: "Auto-Segmentation" in self.panel.text)
         self.wait_for(lambda: self.run("return Boolean(services.segmentationService.getLabelmapVolume('1'))"))
 
+    def models(self) -> list[str]:
+        """The models that the panel offers for Run."""
+        shown = self.panel.find_elements(By.CSS_SELECTOR, ".modelSelector option")
+        return [option.text for option in shown if option.text]
+
+    def training(self) -> str:
+        """How far the panel says that the training is."""
+        self.open_tab("Active Learning")
+        return str(self.run("return document.querySelector(\".monaiLabelPanel [title='Not Running']\").textContent"))
+
+    def brush_mm(self) -> float:
+        """Radius of the brush."""
+        group = "services.toolGroupService.getToolGroupIds()[0]"
+        return float(self.run(f"return cornerstoneTools.utilities.segmentation.getBrushSizeForToolGroup({group})"))
+
     def segment(self) -> None:
         """Press Run, and wait until the labelmap has voxels."""
         self.press("button[title='Run Segmentation']")

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Server:
         uvicorn_app: ours, or MONAI Label's own for comparison.
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
+        options: more of MONAI Label's own, such as ``--root_path``.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Server:
         uvicorn_app: str = "lib.server.app:app",
         dicomweb: str = "",
         environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self._environment = dict(environment or {})
@@ -60,6 +62,7 @@ class Server:
         self._command = [sys.executable, "-m", "monailabel.main", "start_server"]
         self._command += ["--app", str(run.APP), "--studies", dicomweb or str(self.studies)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn_app", uvicorn_app]
+        self._command += options
         quiet = {"model_dir": str(self.models), "scoring_minutes": "0", "retrain": "off", "engine": "pytorch"}
         for key, value in (quiet | dict(conf or {})).items():
             self._command += ["--conf", key, value]

@@ -149,6 +149,8 @@ def choose_preset(
 ) -> Preset:
     """The task that a label is for: the one that the client names, the only one, or the one that has its names.
 
+    A segment of a name that no task has decides nothing; the mask that the client was given then does.
+
     Args:
         presets: those that are served, by name.
         info: what came with the label.
@@ -170,6 +172,8 @@ def choose_preset(
     fitting = [preset for preset in candidates if all(preset.find_label(name) for name in names)]
     if fitting and (names or prediction is not None):
         return fitting[0]
+    if prediction is not None and prediction.preset in presets:
+        return presets[prediction.preset]  # with a segment of another name, which need not have a voxel
     raise LabelError(f"nothing says which of the tasks {', '.join(presets)} this label is for; send model: its name")
 
 

@@ -117,7 +117,7 @@ def find_subject(parts: Services, gallery: Gallery, image: str) -> Subject:
         ImageError: when it cannot be read.
     """
     path = parts.image_file(check_image_known(parts.datastore, image))
-    model = model_for(parts, parts.store.history.latest(image))
+    model = model_for(parts, image, parts.store.history.latest(image))
     return Subject(image, path, stack_of(gallery.volumes, path), model)
 
 

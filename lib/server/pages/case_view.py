@@ -20,7 +20,9 @@ from lib.datastore.records import LabelVersion
 from lib.errors import InputError, UnetrError
 from lib.server.pages.pool_view import ohif_path
 from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, reorient
+from lib.server.pages.titles import Title, titles_of
 from lib.server.services import Services
+from lib.server.work.modality import modality_of, models_for
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import read_volume
 
@@ -60,6 +62,7 @@ class CaseView:
     """All that the page shows beside the pictures."""
 
     id: str
+    title: Title
     model: str
     model_version: str
     estimate: Mapping[str, float] | None
@@ -135,9 +138,13 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def model_for(parts: Services, version: LabelVersion | None) -> str:
-    """The model whose prediction is shown: the label's own, or else the first with weights; empty for none."""
-    ready = [name for name, task in parts.instance._infers.items() if task.is_valid()]
+def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
+    """The model whose prediction is shown: the label's own, or else the first with weights; empty for none.
+
+    Models for images of another modality are not offered.
+    """
+    offered = models_for(parts, [modality_of(parts, image)])
+    ready = [name for name in offered if name in parts.instance._infers and parts.infer_task(name).is_valid()]
     wanted = version.preset if version is not None else ""
     return wanted if wanted in ready else next(iter(sorted(ready)), "")
 
@@ -149,10 +156,11 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     stack = stack_of(volumes, path)
     shape = stack.voxels.shape
     masks = [_read_or_none(volumes, version, shape) for version in versions[: MOST_AGREEMENTS + 1]]
-    model = model_for(parts, newest)
+    model = model_for(parts, image, newest)
     preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
     return CaseView(
         id=image,
+        title=titles_of(parts, [image])[image],
         model=model,
         model_version=parts.train_task(model).serving()[0] if model else "",
         estimate=estimate_of(parts, model, path) if model else None,

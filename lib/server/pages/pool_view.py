@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +18,7 @@ from lib.datastore.records import LabelVersion
 from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
 from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
+from lib.server.pages.titles import Title, titles_of
 from lib.server.routes.health import source_problems, store_problems
 from lib.server.services import Services
 from lib.server.work.image_checks import left_out, warned
@@ -75,6 +76,7 @@ class NextCase:
     """A case that will be handed out soon. ``stamp`` changes with the model, so that its picture is drawn anew."""
 
     id: str
+    title: Title
     reason: str
     stamp: str
     ohif: str | None
@@ -112,6 +114,7 @@ class ActivityView:
     skips: tuple[Any, ...]
     quarantine: tuple[Quarantined, ...]
     effort: EffortView
+    titles: Mapping[str, Title]
 
 
 def pool_view(parts: Services, user: User) -> PoolView:
@@ -158,7 +161,9 @@ def next_view(parts: Services) -> NextView:
     stamp = _stamp(parts, chosen["model"])
     images, reasons = [chosen["id"], *chosen["next"]], [chosen["reason"], *chosen["next_reasons"]]
     pairs = list(zip(images, reasons, strict=True))[:MOST_NEXT]
-    return NextView(name, tuple(NextCase(image, reason, stamp, ohif_path(parts, image)) for image, reason in pairs))
+    titles = titles_of(parts, images)
+    cases = (NextCase(image, titles[image], reason, stamp, ohif_path(parts, image)) for image, reason in pairs)
+    return NextView(name, tuple(cases))
 
 
 def activity_view(parts: Services, user: User) -> ActivityView:
@@ -166,8 +171,11 @@ def activity_view(parts: Services, user: User) -> ActivityView:
     history, leases = parts.store.history, parts.store.leases
     own = user.client("")
     held = sorted(leases.active().values(), key=lambda lease: -lease.since)[:MOST_SHOWN]
+    labels = tuple(reversed(history.since(max(0, history.index.last_sequence() - MOST_SHOWN))))
+    skips = tuple(sorted(leases.skipped().values(), key=lambda skip: -skip.at)[:MOST_SHOWN])
+    named = [image for rows in (labels, held, skips) for image in (row.image_id for row in rows)]
     return ActivityView(
-        labels=tuple(reversed(history.since(max(0, history.index.last_sequence() - MOST_SHOWN)))),
+        labels=labels,
         leases=tuple(
             LeaseView(
                 lease.image_id,
@@ -177,9 +185,10 @@ def activity_view(parts: Services, user: User) -> ActivityView:
             )
             for lease in held
         ),
-        skips=tuple(sorted(leases.skipped().values(), key=lambda skip: -skip.at)[:MOST_SHOWN]),
+        skips=skips,
         quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
         effort=effort_view(history.since(max(0, history.index.last_sequence() - MOST_LABELS))),
+        titles=titles_of(parts, named),
     )
 
 

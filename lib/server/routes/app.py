@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Set
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Depends, Request
 from starlette.exceptions import HTTPException
@@ -20,6 +20,7 @@ from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
 from lib.server.work.image_checks import check_image, left_out
+from lib.server.work.modality import modality_of, models_for
 from lib.server.work.prefetch import PrefetchKey
 from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.reporting.runs import read_json
@@ -27,15 +28,30 @@ from lib.trainers.reporting.runs import read_json
 logger = logging.getLogger("unetr.server")
 router = APIRouter(tags=["App"])
 
+NOT_TRAINED = {"epoch": 0, "total_epochs": 1, "total_time": "0:00:00"}
+"""Clients show a model without figures as in its last epoch (100 %), and one that has a total time as not running."""
+
 
 @router.get("/info/", summary="Models, trainers, labels, strategies")
-def info(parts: Parts, user: AsUser) -> dict[str, Any]:
+def info(request: Request, parts: Parts, user: AsUser) -> dict[str, Any]:
     """What clients ask first."""
     said: dict[str, Any] = parts.instance.info()
-    running = running_training(parts)
-    # 3D Slicer shows the first of them
-    said["train_stats"] = running | {name: stats for name, stats in said["train_stats"].items() if name not in running}
+    running = running_training(parts)  # first: clients show the first one
+    ended = {model: stats or NOT_TRAINED for model, stats in said["train_stats"].items() if model not in running}
+    said["train_stats"] = {**running, **ended}
+    hidden = not_offered_in_viewer(request, parts)
+    said["models"] = {name: model for name, model in said["models"].items() if name not in hidden}
     return said
+
+
+def not_offered_in_viewer(request: Request, parts: Services) -> Set[str]:
+    """The models that OHIF does not offer for the study that it shows; none for other clients."""
+    page = urlsplit(request.headers.get("referer", ""))
+    studies = set(",".join(parse_qs(page.query).get("StudyInstanceUIDs", [])).split(","))
+    if not is_viewer(request):
+        return frozenset()
+    shown = [info.attributes["Modality"] for info in series_store(parts).series().values() if info.study in studies]
+    return parts.presets.keys() - models_for(parts, shown) if shown else frozenset()
 
 
 def running_training(parts: Services) -> dict[str, dict[str, float]]:
@@ -91,10 +107,16 @@ def next_sample(
 
 def not_shown_by(request: Request, parts: Services) -> Set[str]:
     """Images that a client cannot show: OHIF, which names itself as the page that asks, shows DICOM only."""
-    if not urlsplit(request.headers.get("referer", "")).path.startswith("/ohif/"):
+    if not is_viewer(request):
         return frozenset()
     store = series_store(parts)
     return set(store.list_images()) - store.series().keys()
+
+
+def is_viewer(request: Request) -> bool:
+    """Whether OHIF asks, which names itself as the page that asks."""
+    base = str(request.scope.get("root_path", "")).rstrip("/")
+    return urlsplit(request.headers.get("referer", "")).path.startswith(f"{base}/ohif/")
 
 
 def choose_case(
@@ -145,7 +167,10 @@ def own_case(parts: Services, client: str, hidden: Set[str]) -> tuple[dict[str, 
 
 def prepare(parts: Services, chosen: dict[str, Any]) -> None:
     """Have the masks of the case that is handed out, and of those that will probably be next, computed ahead."""
-    model = chosen.get("model") or next(iter(parts.presets))
+    offered = models_for(parts, [modality_of(parts, chosen["id"])])
+    model = chosen.get("model") or next(iter(offered), "")
+    if model not in offered:
+        return
     if parts.infer_task(model).is_valid():
         parts.prefetcher.want([PrefetchKey(model, image) for image in (chosen["id"], *chosen["next"])])
 

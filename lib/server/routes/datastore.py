@@ -25,6 +25,7 @@ from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import submit_label
 from lib.server.services import Parts, Services
 from lib.server.work.image_checks import check_image, forget, inspect_for_any, left_out, warned
+from lib.server.work.modality import modality_of, models_for
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
@@ -112,9 +113,9 @@ def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
 
 @router.get("/image/info", summary="What is known of an image")
 def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
-    """An image's information."""
+    """An image's information, and the models that are meant for it."""
     info: dict[str, Any] = parts.datastore.get_image_info(check_image_known(parts.datastore, image))
-    return info
+    return {**info, "models": models_for(parts, [modality_of(parts, image)])}
 
 
 @router.put("/image/info", summary="Add to what is known of an image")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import anyio.to_thread
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
@@ -28,12 +29,15 @@ from lib.server.labels.segmentations import mask_as_segmentation, series_store
 from lib.server.labels.submissions import keep_prediction, tag_for_prediction
 from lib.server.routes.sessions import session_image
 from lib.server.services import Parts, Services
+from lib.server.work.modality import warnings_for
 from lib.server.work.prefetch import PrefetchKey
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/infer", tags=["Infer"])
 
 INTERACTIVE = (InferType.DEEPEDIT, InferType.DEEPGROW, InferType.SCRIBBLES)
+WARNINGS_HEADER = "X-Warnings"
+"""Percent-encoded, for clients that ask for the mask alone; others find ``warnings`` in ``params``."""
 # What a client may not set through ``params``: they say which file is read.
 NOT_FROM_PARAMS = ("model", "image", "label", "session", "file", "description")
 
@@ -236,9 +240,12 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         info = {"model": asked.model, "params": params}
         client_id = str(asked.params.get("client_id") or "")
         keep_prediction(parts, asked.image_id, mask, tag, info, user, client_id)
+    warnings = [*warnings_for(parts, asked.model, asked.image_id), *params.get("warnings", [])]
+    params = {**params, "warnings": warnings}
     if asked.output is not Output.dicom_seg:
         return Answer(mask.name, content, params)
-    origin = Origin("AUTOMATIC", params["model"]["version"])
+    # PyTorch and OpenVINO may differ in single voxels: the mask says which of them made it
+    origin = Origin("AUTOMATIC", f"{params['model']['version']} ({params['engine']})")
     seg = mask_as_segmentation(parts, str(asked.image_id), mask, parts.infer_task(asked.model).preset, origin)
     packed = io.BytesIO()
     seg.save_as(packed, write_like_original=False)
@@ -247,14 +254,15 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
 
 def respond(answer: Answer, output: Output) -> Response:
     """The answer in the form that MONAI Label's clients read."""
+    told = {WARNINGS_HEADER: quote("; ".join(answer.params["warnings"]))} if answer.params["warnings"] else {}
     if output is Output.json:
-        return Response(json.dumps(answer.params), media_type="application/json")
+        return Response(json.dumps(answer.params), media_type="application/json", headers=told)
     if output is Output.all:
         content, boundary = encode_multipart(answer)
-        return Response(content, media_type=f"multipart/form-data; boundary={boundary}")
+        return Response(content, media_type=f"multipart/form-data; boundary={boundary}", headers=told)
     mime = "application/dicom" if output is Output.dicom_seg else get_mime_type(answer.name)
     attachment = {"Content-Disposition": f'attachment; filename="{answer.name}"'}
-    return Response(answer.content, media_type=mime, headers=attachment)
+    return Response(answer.content, media_type=mime, headers={**attachment, **told})
 
 
 def input_files(parts: Services, asked: Asked, folder: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from monailabel.utils.others.generic import get_mime_type
 
@@ -12,7 +12,9 @@ from lib.datastore.series import SeriesDatastore
 from lib.errors import NotFoundError
 from lib.server.http.auth import AsUser
 from lib.server.labels.segmentations import series_store
+from lib.server.pages.drawing import base_of
 from lib.server.pages.sign_in import page_user
+from lib.server.pages.viewer_files import adapted
 from lib.server.services import Parts
 from lib.server.stock import STATIC_FILES
 
@@ -47,7 +49,7 @@ def last_handed_out(store: SeriesDatastore, image: str) -> float:
 
 
 @router.get("/{path:path}", include_in_schema=False)
-def viewer(request: Request, path: str) -> FileResponse:
+def viewer(request: Request, path: str) -> Response:
     """A file of the viewer; its own addresses, which are no files, all begin with its first page.
 
     Whoever is not known is sent from there to the sign-in: the viewer itself asks for no token, and its requests carry
@@ -61,4 +63,7 @@ def viewer(request: Request, path: str) -> FileResponse:
         raise NotFoundError("viewer file", path[:200])
     if file.name == "index.html":
         page_user(request)
-    return FileResponse(file, media_type=get_mime_type(str(file)))
+    content = adapted(file, base_of(request))
+    if content is None:
+        return FileResponse(file, media_type=get_mime_type(str(file)))
+    return Response(content, media_type=get_mime_type(str(file)), headers={"Cache-Control": "no-cache"})

@@ -6,6 +6,8 @@
 (function () {
   'use strict';
 
+  // where the server is: "" at the root of a host, or the path that a proxy puts before it
+  const BASE = new URL(document.currentScript.src).pathname.replace(/\/ohif\/app-config\.js$/, '');
   const MONAI_LABEL_MODE = 'monai-label';
   const TOOL_GROUPS = ['default', 'mpr', 'SRToolGroup'];
   const SEGMENTATION_PANEL = '@ohif/extension-cornerstone.panelModule.panelSegmentationWithTools';
@@ -14,8 +16,9 @@
   const isLabelMode = () => window.location.pathname.split('/').includes(MONAI_LABEL_MODE);
 
   /** What the viewer reads when it starts: its panel talks to the server that it comes from, on whatever port. */
-  async function prepare() {
-    document.cookie = 'MONAILABEL_SERVER_URL=' + encodeURIComponent(window.location.origin + '/');
+  async function prepare({ servicesManager }) {
+    listenToInferences(servicesManager.services);
+    document.cookie = 'MONAILABEL_SERVER_URL=' + encodeURIComponent(window.location.origin + BASE + '/');
     const style = document.createElement('style'); // the panel writes its progress in white on white
     style.textContent = '.monaiLabelPanel .w3-center { color: #04225b; text-align: center; }';
     document.head.append(style);
@@ -29,12 +32,85 @@
     if (!isLabelMode() || !study || address.searchParams.has('SeriesInstanceUIDs')) {
       return;
     }
-    const answer = await fetch('/ohif/series?study=' + encodeURIComponent(study));
+    const answer = await fetch(BASE + '/ohif/series?study=' + encodeURIComponent(study));
     const named = answer.ok ? (await answer.json()).SeriesInstanceUID : '';
     if (named) {
       address.searchParams.set('SeriesInstanceUIDs', named);
       window.history.replaceState(null, '', address);
     }
+  }
+
+  /** Model of the last inference, by series: what a segmentation that is submitted was made with. */
+  const modelOf = {};
+
+  /** Hear of the panel's inferences: it shows neither why one failed nor what the server warns of. */
+  function listenToInferences(services) {
+    const open = XMLHttpRequest.prototype.open;
+    XMLHttpRequest.prototype.open = function (method, address, ...options) {
+      const asked = new URL(address, window.location.href);
+      const [, model] = asked.pathname.match(/\/infer\/([^/]+)\/?$/) || [];
+      if (model) {
+        this.addEventListener('load', () => tellOfInference(services, decodeURIComponent(model), asked, this));
+      }
+      return open.call(this, method, address, ...options);
+    };
+  }
+
+  function tellOfInference(services, model, asked, answer) {
+    const say = (message, type) =>
+      services.uiNotificationService.show({ title: 'MONAI Label - ' + model, message, type, duration: 15000 });
+    if (answer.status === 200) {
+      modelOf[asked.searchParams.get('image')] = model;
+      const warnings = answer.getResponseHeader('X-Warnings');
+      if (warnings) {
+        say(decodeURIComponent(warnings), 'warning');
+      }
+      return;
+    }
+    try {
+      const body = answer.response;
+      const text = typeof body === 'string' ? body : new TextDecoder().decode(body);
+      say(JSON.parse(text).detail, 'error');
+    } catch (error) {
+      say('The server answered ' + answer.status, 'error');
+    }
+  }
+
+  const BRUSH_PART = 0.04; // radius of the brush, of the shorter side of a slice
+  const [SMALLEST_MM, LARGEST_MM, STEP_MM] = [0.5, 10, 0.5];
+
+  /** The brush's radius for a series, in steps of its slider; undefined where the size of a pixel is not known. */
+  function brushRadius(set) {
+    const { Rows, Columns, PixelSpacing } = (set.instances && set.instances[0]) || {};
+    if (!Rows || !Columns || !PixelSpacing) {
+      return undefined;
+    }
+    const side = Math.min(Rows * Number(PixelSpacing[0]), Columns * Number(PixelSpacing[1]));
+    const radius = Math.round((side * BRUSH_PART) / STEP_MM) * STEP_MM;
+    return Math.min(LARGEST_MM, Math.max(SMALLEST_MM, radius));
+  }
+
+  /** Give brush and eraser, and the sliders that show it, a radius that fits the series; once for each series. */
+  function fitBrush({ servicesManager, commandsManager }) {
+    const { displaySetService, toolbarService, cornerstoneViewportService } = servicesManager.services;
+    let fitted;
+    const { unsubscribe } = cornerstoneViewportService.subscribe(
+      cornerstoneViewportService.EVENTS.VIEWPORT_DATA_CHANGED,
+      () => {
+        const set = displaySetService.getActiveDisplaySets().find(one => brushRadius(one));
+        if (!set || fitted === set.SeriesInstanceUID) {
+          return;
+        }
+        fitted = set.SeriesInstanceUID;
+        const value = brushRadius(set);
+        commandsManager.runCommand('setBrushSize', { value, toolNames: [] });
+        for (const button of Object.values(toolbarService.getButtons() || {})) {
+          const options = (button.props && button.props.options) || [];
+          options.filter(option => /-radius$/.test(option.id)).forEach(option => (option.value = value));
+        }
+      }
+    );
+    return unsubscribe;
   }
 
   const paintTool = (id, icon, label, toolName) => ({
@@ -122,12 +198,16 @@
       }
       const volume = services.segmentationService.getLabelmapVolume(segmentation.segmentationId);
       const series = seriesOf(services, volume);
-      const segments = Object.values(segmentation.segments).filter(Boolean);
+      // without empty segments: the list has the labels of every model, and any that the user added and left
+      const drawn = new Uint8Array(65536);
+      volume.voxelManager.getCompleteScalarDataArray().forEach(value => (drawn[value] = 1));
+      const segments = Object.values(segmentation.segments).filter(segment => segment && drawn[segment.segmentIndex]);
       const info = segments.map(segment => ({ name: segment.label, idx: segment.segmentIndex }));
+      const model = modelOf[series] ? { model: modelOf[series] } : {};
       const form = new FormData();
-      form.append('params', JSON.stringify({ label_info: info }));
+      form.append('params', JSON.stringify({ label_info: info, ...model }));
       form.append('label', asNrrd(volume), 'label.nrrd');
-      const address = '/datastore/label?tag=final&image=' + encodeURIComponent(series);
+      const address = BASE + '/datastore/label?tag=final&image=' + encodeURIComponent(series);
       const answer = await fetch(address, { method: 'PUT', body: form });
       const told = await answer.json();
       if (!answer.ok) {
@@ -141,6 +221,8 @@
     }
   }
 
+  let stopFitting = () => undefined;
+
   const extension = {
     id: 'monailabel-unetr',
     preRegistration: prepare,
@@ -148,20 +230,22 @@
       definitions: { submitLabel: { commandFn: () => submitLabel(servicesManager.services) } },
       defaultContext: 'DEFAULT',
     }),
-    onModeEnter: ({ servicesManager }) => {
+    onModeEnter: ({ servicesManager, commandsManager }) => {
       if (!isLabelMode()) {
         return;
       }
+      stopFitting = fitBrush({ servicesManager, commandsManager });
       const { toolbarService, panelService } = servicesManager.services;
       toolbarService.addButtons(BUTTONS);
       toolbarService.createButtonSection('primary', BUTTONS.map(button => button.id));
       // the mode adds its own panel when its layout is drawn, after this
       setTimeout(() => panelService.addPanel('right', SEGMENTATION_PANEL), 0);
     },
+    onModeExit: () => stopFitting(),
   };
 
   window.config = {
-    routerBasename: '/ohif/',
+    routerBasename: BASE + '/ohif/',
     showStudyList: true,
     extensions: [extension],
     modes: [],
@@ -178,9 +262,9 @@
         configuration: {
           friendlyName: 'Studies of this server',
           name: 'studies',
-          wadoUriRoot: '/dicom-web',
-          qidoRoot: '/dicom-web',
-          wadoRoot: '/dicom-web',
+          wadoUriRoot: BASE + '/dicom-web',
+          qidoRoot: BASE + '/dicom-web',
+          wadoRoot: BASE + '/dicom-web',
           qidoSupportsIncludeField: true,
           supportsReject: false,
           imageRendering: 'wadors',

@@ -1,0 +1,63 @@
+"""What a case is called on the pages: patient, study and series in place of a bare UID."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.sources import SeriesInfo
+from lib.errors import UpstreamError
+from lib.server.services import Services
+
+
+@dataclass(frozen=True)
+class Title:
+    """A case's name, and its id beside it where that is another one."""
+
+    name: str
+    small: str = ""
+
+
+def title_of(image: str, info: SeriesInfo | None) -> Title:
+    """The title of an image; of a series its patient, study, date and description, as far as it has them.
+
+    Whoever sees a page may see the studies by DICOMweb too, patients' names included.
+    """
+    if info is None:
+        return Title(image)
+    shown, known = info.shown, info.attributes
+    patient = " ".join(filter(None, (person(shown.get("PatientName", "")), known["PatientID"])))
+    parts = (patient, shown.get("StudyDescription", ""), day(known["StudyDate"]), shown.get("SeriesDescription", ""))
+    told = ", ".join(part for part in parts if part)
+    return Title(told, image) if told else Title(image)
+
+
+def titles_of(parts: Services, images: Iterable[str]) -> Mapping[str, Title]:
+    """The titles of images, of those that are gone too."""
+    store = parts.datastore
+    try:
+        series = store.series() if isinstance(store, SeriesDatastore) else {}
+    except UpstreamError:  # a PACS that has never answered
+        series = {}
+    return {image: title_of(image, series.get(image)) for image in images}
+
+
+def person(name: str) -> str:
+    """A person's name (PS3.5, 6.2) as people write it.
+
+    >>> person("Yamada^Tarou^^Dr")
+    'Yamada, Dr Tarou'
+    """
+    family, given, middle, prefix, suffix = (*name.split("=")[0].split("^"), "", "", "", "", "")[:5]
+    rest = " ".join(filter(None, (prefix, given, middle, suffix)))
+    return ", ".join(filter(None, (family.strip(), rest.strip())))
+
+
+def day(date: str) -> str:
+    """A date of DICOM as people read it; what is none as it is.
+
+    >>> day("20260131")
+    '2026-01-31'
+    """
+    return f"{date[:4]}-{date[4:6]}-{date[6:]}" if len(date) == 8 and date.isdigit() else date
