@@ -253,7 +253,7 @@ def test_bytes_that_came_are_kept_beside_what_was_made_of_them(
     version = answer.json()["version"]
     assert clinic.get(f"/datastore/label/versions/{version}/sent").content == floats
     cut_off = submit(clinic, "case_0", floats[:-6], ORDER)
-    assert cut_off.status_code == 422 and "damaged or cut off" in cut_off.json()["detail"]
+    assert cut_off.status_code == 422 and "is damaged" in cut_off.json()["detail"]
 
 
 def test_refused_upload_is_named_as_the_user_named_it(clinic: Server) -> None:

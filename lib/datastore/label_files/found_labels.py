@@ -13,10 +13,10 @@ from lib.configs.preset import Preset
 from lib.datastore.label_files.label_file import read_segments
 from lib.datastore.records import FINAL, Submission
 from lib.datastore.validation import check_label
-from lib.errors import ImageError, LabelError
+from lib.errors import FileKindError, ImageError, LabelError
 from lib.transforms.volume import Grid, read_grid
 
-FOUND_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha")
+FOUND_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd")
 """Kinds of a label's file, in whatever case, the longer suffixes first."""
 FOLDER = f"labels/{FINAL}"
 
@@ -103,7 +103,7 @@ def check_found(file: Path, image: Grid, known: Submission, presets: Sequence[Pr
     for preset in named or presets:
         try:
             checked = check_label(file, image, preset, info, _own_folder(folder, preset))
-        except LabelError as error:
+        except (LabelError, FileKindError) as error:
             reasons.append((preset.name, str(error)))
             continue
         submission = replace(known, notes=checked.notes)

@@ -184,6 +184,13 @@ def test_what_is_no_label_is_told(studies: Path, reopen: Open, tmp_path: Path) -
     assert sorted(path.name for path in studies.rglob("*")) == before, "doctor changes nothing"
 
 
+def test_content_of_another_kind_is_told_as_such(studies: Path, reopen: Open) -> None:
+    (studies / "labels" / "final" / "one.nrrd").write_bytes(b"II*\0" + bytes(1000))  # TIFF
+    told = reopen().label_problems()
+    assert [problem.file for problem in told] == ["labels/final/one.nrrd"]
+    assert told[0].reason.startswith("the label cannot be read")
+
+
 def test_label_id_takes_the_longest_suffix() -> None:
     assert [label_id(name) for name in ("a.seg.nrrd", "a.b.NRRD", ".nii.gz", "a.nii.gz.txt")] == [
         "a",
