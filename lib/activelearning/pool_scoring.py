@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from lib.activelearning.score_store import CaseScoreRecord, LabelDisagreement
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
-from lib.errors import CheckpointError, InputError, UnetrError
+from lib.errors import CheckpointError, ImageError, InputError, UnetrError
 from lib.infers.interruption import InterruptedWork, giving_way
 from lib.infers.segmenter import Segmenter
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsFile, preset_for
 from lib.networks.checkpoint import Checkpoint, read_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.transforms.intensity_range import misfit
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import check_segmentable, read_volume
 
@@ -67,6 +68,7 @@ class PoolScorer:
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         passes: see :func:`lib.activelearning.passes.choose_passes`.
         minutes: longest time for all that is asked of it.
+        served_modalities: of all presets that are served; an image that fits another one better is not scored.
 
     Raises:
         CheckpointError: when the weights cannot be used.
@@ -80,8 +82,9 @@ class PoolScorer:
         precision: str = "auto",
         passes: str = "auto",
         minutes: float = 30,
+        served_modalities: Collection[str] = (),
     ) -> None:
-        self._knowledge = knowledge
+        self._knowledge, self._served_modalities = knowledge, served_modalities
         self._until = time.monotonic() + 60 * minutes
         file = knowledge.locator.find()
         self.version = version_key(file)
@@ -158,6 +161,8 @@ class PoolScorer:
         segmenter = self._segmenter
         volume = read_volume(path)
         check_segmentable(volume, segmenter.preset, path.name)
+        if reason := misfit(volume.voxels, segmenter.preset.modality, self._served_modalities):
+            raise ImageError(f"image {path.name!r} is not for {segmenter.preset.name!r}: {reason}")
         picture = preprocess_volume(volume, segmenter.preset)
         where = (segmenter.preset, segmenter.device, segmenter.dtype)
         if stage == "embedding":

@@ -170,7 +170,8 @@ class PoolScoring(ScoringMethod):
 
     def _score(self, knowledge: PoolKnowledge, datastore: Datastore, minutes: float) -> dict[str, Any]:
         device = resolve_device(self._device)
-        scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes)
+        modalities = [other.preset.modality for other in self._insights.values()]
+        scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes, modalities)
         said: dict[str, Any] = {"version": scorer.version}
         if self._name != LABELS:
             unlabelled = newest_first(datastore.get_unlabeled_images(), lambda image: _added_at(datastore, image))

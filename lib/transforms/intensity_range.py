@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +36,24 @@ def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
     if modality == "MR" and low < LOWEST_MR:
         return f"{said} look like Hounsfield units, but the model was trained on MR; the segmentation is probably wrong"
     return ""
+
+
+def misfit(voxels: npt.NDArray[np.generic], modality: str, served_modalities: Collection[str]) -> str:
+    """Why an image is rather for a preset of another modality that is served too; empty where it is not.
+
+    A folder with CT and MR is one pool: nobody should be handed an MR to label the organs of a CT in it.
+
+    Args:
+        voxels: intensities, of any shape.
+        modality: of the preset in question.
+        served_modalities: of all presets that are served.
+    """
+    if not (warning := range_warning(voxels, modality)):
+        return ""
+    fitting = [
+        other for other in sorted(set(served_modalities)) if other != modality and not range_warning(voxels, other)
+    ]
+    return f"it looks like {' or '.join(fitting)}, for which another preset is served: {warning}" if fitting else ""
 
 
 def _odd_for_ct(sample: npt.NDArray[np.float32], low: float, high: float) -> str:

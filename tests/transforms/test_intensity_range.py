@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torso_phantom import draw_torso, grid_affine, render
 
-from lib.transforms.intensity_range import range_warning
+from lib.transforms.intensity_range import misfit, range_warning
 
 SHAPE = (64, 52, 40)
 FAULTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
@@ -44,3 +44,11 @@ def test_ct_for_an_mr_model_is_told_and_any_other_range_is_not(hu: np.ndarray) -
     for scale in (1.0, 4096.0, 1.7e6):
         mr = np.random.default_rng(0).random(SHAPE).astype(np.float32) * scale
         assert range_warning(mr, "MR") == range_warning((mr - mr.mean()) / mr.std(), "MR") == ""
+
+
+def test_image_is_for_the_preset_whose_modality_it_looks_like(hu: np.ndarray) -> None:
+    mr = np.random.default_rng(0).random(SHAPE).astype(np.float32) * 400
+    assert "looks like CT, for which another preset is served" in misfit(hu, "MR", ["MR", "CT"])
+    assert "looks like MR, for which another preset is served" in misfit(mr, "CT", ["MR", "CT"])
+    assert misfit(hu, "CT", ["MR", "CT"]) == misfit(mr, "MR", ["MR", "CT"]) == ""
+    assert misfit(mr, "CT", ["CT"]) == "", "nothing else is served: it is only warned about"

@@ -26,6 +26,9 @@ from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.reporting.runs import read_json
 
 logger = logging.getLogger("unetr.server")
+MOST_UNFIT_IN_A_ROW = 20
+"""Images that one request reads and finds unfit for a preset, before the next preset's cases are offered."""
+
 router = APIRouter(tags=["App"])
 
 NOT_TRAINED = {"epoch": 0, "total_epochs": 1, "total_time": "0:00:00"}
@@ -124,20 +127,40 @@ def choose_case(
 ) -> tuple[dict[str, Any] | None, Lease | None]:
     """Have a strategy choose among the cases that nobody works on and nobody skipped, and lease its choice.
 
-    One that turns out to be damaged or unfit for the model is left out with the reason, and another one chosen.
+    A client that names no model is given a case of the first preset that has any left.
 
     Returns:
         The choice and its lease; one that the client has already when no other is left, None without any.
     """
-    strategy, leases = parts.instance._strategies[request["strategy"]], parts.store.leases
+    models = [str(request["model"])] if request.get("model") else list(parts.presets)
+    for model in models:
+        chosen = choose_for_model(parts, request | {"model": model}, client, hidden, several=len(models) > 1)
+        if chosen is not None:
+            return chosen
+    unfit = frozenset.intersection(*(frozenset(left_out(parts, model)) for model in models))
+    return own_case(parts, client, hidden | unfit)
+
+
+def choose_for_model(
+    parts: Services, request: dict[str, Any], client: str, hidden: Set[str], several: bool
+) -> tuple[dict[str, Any], Lease] | None:
+    """Have a strategy choose a case for one model, and lease it.
+
+    One that turns out to be damaged or unfit for the model is left out with the reason, and another one chosen. Where
+    several models share the pool, only so many images are read before the next model is asked.
+
+    Returns:
+        The choice and its lease; None when no case is left for this model.
+    """
+    strategy, leases, model = parts.instance._strategies[request["strategy"]], parts.store.leases, request["model"]
     taken: set[str] = set()
-    model = str(request.get("model") or next(iter(parts.presets)))
-    while True:
+    unfit = 0
+    while not several or unfit < MOST_UNFIT_IN_A_ROW:
         broken = left_out(parts, model).keys()
         closed = leases.active().keys() | leases.skipped().keys() | broken | taken | hidden
         chosen: dict[str, Any] | None = strategy(request, OpenCases(parts.datastore, closed))
         if not chosen or not chosen.get("id"):
-            return own_case(parts, client, hidden | broken)
+            return None
         lease = leases.take(chosen["id"], client)
         if lease is not None:
             try:
@@ -145,12 +168,14 @@ def choose_case(
                 if not check.problem:
                     return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
                 leases.release(chosen["id"])
+                unfit += 1
             except NotFoundError:  # a series that has just been deleted
                 leases.release(chosen["id"])
             except Exception:  # nobody was given the case
                 leases.release(chosen["id"])
                 raise
         taken.add(chosen["id"])  # by somebody who asked at the same time
+    return None
 
 
 def own_case(parts: Services, client: str, hidden: Set[str]) -> tuple[dict[str, Any] | None, Lease | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
 from lib.errors import ImageError
 from lib.server.services import Services
-from lib.transforms.intensity_range import range_warning
+from lib.transforms.intensity_range import misfit, range_warning
 from lib.transforms.volume import check_segmentable, read_volume
 
 logger = logging.getLogger("unetr.server")
@@ -27,7 +28,7 @@ def check_image(parts: Services, image_id: str, preset: Preset) -> ImageCheck:
         return known
     problem, warning = "", ""
     try:
-        warning = inspect(parts.image_file(image_id), preset)
+        warning = inspect(parts.image_file(image_id), preset, [other.modality for other in parts.presets.values()])
     except ImageError as error:
         problem = str(error)
         logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
@@ -36,14 +37,16 @@ def check_image(parts: Services, image_id: str, preset: Preset) -> ImageCheck:
     return check
 
 
-def inspect(path: Path, preset: Preset) -> str:
+def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> str:
     """Read an image as an inference would; returns what is odd about its intensities.
 
     Raises:
-        ImageError: when a preset's network cannot segment it.
+        ImageError: when a preset's network cannot segment it, or a preset of another modality fits it better.
     """
     volume = read_volume(path)
     check_segmentable(volume, preset, path.name)
+    if reason := misfit(volume.voxels, preset.modality, served_modalities):
+        raise ImageError(f"image {path.name!r} is not for {preset.name!r}: {reason}")
     return range_warning(volume.voxels, preset.modality)
 
 

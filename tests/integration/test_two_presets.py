@@ -1,0 +1,46 @@
+"""A folder with MR and CT, served with a preset for each: everybody is handed cases of the right kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import nibabel as nib
+import pytest
+from synthetic_hippocampus import SyntheticCase
+from torso_phantom import draw_torso, grid_affine, render
+
+from tests.integration.conftest import prepare
+from tests.integration.server import Server
+
+SHAPE = (64, 52, 40)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]) -> Iterator[Server]:
+    """One MR and one CT, whose names put the CT first."""
+    one = dict([*cases.items()][:1])
+    server = prepare(Server(tmp_path_factory.mktemp("mixed"), {"models": "hippocampus_mr,abdomen_ct"}), one)
+    affine = grid_affine(SHAPE, (6.0, 6.0, 8.0))
+    torso = render(draw_torso(3), SHAPE, affine)
+    nib.save(nib.Nifti1Image(torso.image_hu, affine), server.studies / "a_torso.nii.gz")
+    yield server.start()
+    server.stop()
+
+
+def test_next_sample_offers_each_image_for_the_preset_of_its_modality(mixed: Server) -> None:
+    offered = [
+        mixed.post("/activelearning/first", json={"client_id": name}).json() for name in ("anna", "bert", "carl")
+    ]
+    assert [(one.get("id"), one.get("model")) for one in offered] == [
+        ("case_0", "hippocampus_mr"),
+        ("a_torso", "abdomen_ct"),
+        (None, None),
+    ]
+    left_out = mixed.get("/datastore/problems").json()["left_out"]
+    assert list(left_out["hippocampus_mr"]) == ["a_torso"]
+    assert "looks like CT, for which another preset is served" in str(left_out["hippocampus_mr"]["a_torso"])
+
+
+def test_next_sample_for_a_named_model_offers_no_image_of_another_modality(mixed: Server) -> None:
+    answer = mixed.post("/activelearning/first", json={"client_id": "dora", "model": "hippocampus_mr"})
+    assert answer.json() == {}
