@@ -26,8 +26,10 @@ from lib.datastore.batch import DrawnLabelsStay  # noqa: E402
 from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
+from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
+from lib.interaction.task import make_interactive_tasks  # noqa: E402
 from lib.models.weights import WeightsLocator  # noqa: E402
 from lib.trainers.pretraining.task import UnetrPretraining  # noqa: E402
 from lib.trainers.task import UnetrTrainTask  # noqa: E402
@@ -71,14 +73,17 @@ class UnetrRadiologyApp(MONAILabelApp):
         return store
 
     def init_infers(self) -> dict[str, InferTask]:
-        """One inference task a preset."""
+        """For each preset the inference task, and then those that take clicks and scribbles."""
         settings, book = self.settings, CostBook(self.settings.model_dir / COSTS_FILE)
         planner = Planner(settings.memory_budget, book, settings.cuda_graphs)
         compiles = settings.engine == "auto"
-        return {
-            n: UnetrInferTask(p, self.locators[n], settings.device, settings.precision, self.results, planner, compiles)
+        images, results = NetworkImages(settings.result_cache_mib), self.results
+        device, precision = settings.device, settings.precision
+        automatic = {
+            n: UnetrInferTask(p, self.locators[n], device, precision, results, planner, compiles, images)
             for n, p in self.presets.items()
         }
+        return {**automatic, **make_interactive_tasks(automatic, images, results, device)}
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""

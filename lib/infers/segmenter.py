@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -114,7 +114,12 @@ class Segmenter:
         return self.planner.plan(self.network, self.preset, self.device, self.dtype, volume, entropy, name)
 
     def segment(
-        self, volume: Volume, largest_component: bool | None = None, name: str = "image", entropy: bool = False
+        self,
+        volume: Volume,
+        largest_component: bool | None = None,
+        name: str = "image",
+        entropy: bool = False,
+        on_image: Callable[[MetaTensor], None] | None = None,
     ) -> Segmentation:
         """Segment a volume.
 
@@ -124,6 +129,7 @@ class Segmenter:
                 if not given.
             name: what to call the image in an error.
             entropy: tell each voxel's entropy too.
+            on_image: called with the preprocessed image, as the network sees it.
 
         Raises:
             ImageError: when the volume cannot be segmented.
@@ -136,6 +142,8 @@ class Segmenter:
             with clock.stage("preprocess"):
                 image, plan = self._preprocess(volume, plan)
                 affine = image.affine.cpu().numpy()
+                if on_image is not None:
+                    on_image(image)
             with clock.stage("network"):
                 found, plan = self._predict(image, plan, name, entropy)
                 plan = plan.after(found.windows)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
 from lib.configs.preset import Preset
-from lib.errors import ParameterError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.model_cache import LoadedModel, ModelCache
+from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
+from lib.infers.request import InferRequest
 from lib.infers.segmenter import Segmentation
-from lib.infers.writer import DTYPES, EXTENSIONS, write_map, write_mask
+from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
 from lib.networks.precision import resolve_device
@@ -35,44 +35,6 @@ logger = logging.getLogger(__name__)
 COMPUTING = threading.Lock()
 
 
-@dataclass(frozen=True)
-class InferRequest:
-    """A request's parameters, cast and checked."""
-
-    image: Path
-    device: torch.device
-    extension: str
-    dtype: str = "uint8"
-    compress: bool = False
-    largest_component: bool | None = None
-
-    @property
-    def options(self) -> tuple[object, ...]:
-        """What changes the mask itself, and not only how it is written."""
-        return str(self.device), self.largest_component
-
-    @classmethod
-    def parse(cls, request: Mapping[str, Any], default_device: str) -> InferRequest:
-        """Cast the fields that are ours; clients send others too, which are none of our business.
-
-        Raises:
-            ParameterError: naming the parameter, its value and what would be valid.
-        """
-        image = request.get("image")
-        if not isinstance(image, str | Path) or not str(image):
-            raise ParameterError("image", image, "an image id or a file")
-        device = request.get("device")
-        device = device[0] if isinstance(device, list) and device else device
-        return cls(
-            image=Path(image),
-            device=resolve_device(str(device) if device else default_device),
-            extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
-            dtype=_choice("result_dtype", request, DTYPES, "uint8"),
-            compress=bool(_boolean("result_compress", request, False)),
-            largest_component=_boolean("largest_component", request, None),
-        )
-
-
 class UnetrInferTask(InferTask):
     """Segments an image with a preset's newest weights.
 
@@ -84,6 +46,7 @@ class UnetrInferTask(InferTask):
         cache: where masks are kept for those who ask again, or were not the first to ask.
         planner: chooses what fits into memory; by what is free if not given.
         compiles: whether models on the CPU are compiled in the background, and used so where that is faster.
+        images: where preprocessed images are kept for clicks that correct the mask; none are kept if not given.
     """
 
     def __init__(
@@ -95,6 +58,7 @@ class UnetrInferTask(InferTask):
         cache: ResultCache | None = None,
         planner: Planner | None = None,
         compiles: bool = False,
+        images: NetworkImages | None = None,
     ) -> None:
         options: dict[str, Any] = {"device": device_list()}
         # Clients send these options back: one for all labels would override a choice label by label.
@@ -106,7 +70,8 @@ class UnetrInferTask(InferTask):
         self._device = device
         self._models = ModelCache(preset, locator, precision, planner, COMPUTING if compiles else None)
         self._cache = cache if cache is not None else ResultCache(0)
-        self._checksums = Checksums()
+        self._images = images
+        self.checksums = Checksums()
 
     def is_valid(self) -> bool:
         """Whether there are weights to answer with; a model without any is not offered."""
@@ -160,7 +125,9 @@ class UnetrInferTask(InferTask):
             model = self._models.get(asked.device)
             loaded = time.perf_counter()
             unsure = model.calibration is not None
-            result = model.segmenter.segment(volume, asked.largest_component, asked.image.name, entropy=unsure)
+            result = model.segmenter.segment(
+                volume, asked.largest_component, asked.image.name, entropy=unsure, on_image=self._keeper(asked, model)
+            )
         computed = time.perf_counter()
         path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
         written = time.perf_counter()
@@ -175,6 +142,47 @@ class UnetrInferTask(InferTask):
         if (key := self._key(asked, model.stamp)) is not None:
             self._cache.put(key, CachedMask(result.labels, volume.affine_ras, said))
         return str(path), said | {"cache": {"hit": False}}
+
+    def preset_in_use(self) -> Preset:
+        """The preset with the spacing and intensities that the newest weights want; as configured without weights.
+
+        Raises:
+            CheckpointError: when the weights cannot be used.
+        """
+        return self._models.get(resolve_device(self._device)).preset if self.is_valid() else self.preset
+
+    def weights_stamp(self) -> tuple[object, ...]:
+        """Changes with the weights; empty for none."""
+        file = self._locator.find()
+        return () if file is None else file.stamp
+
+    def mask_of(self, request: Mapping[str, Any]) -> CachedMask:
+        """The mask of ``request["image"]`` in memory: the one that is kept, or else a new one, which is kept then.
+
+        Raises:
+            As :meth:`__call__`.
+        """
+        asked = InferRequest.parse(request, self._device)
+        key = self._key(asked)
+        if key is not None and (kept := self._cache.get(key)) is not None:
+            return kept
+        volume = read_volume(asked.image)
+        with COMPUTING:
+            model = self._models.get(asked.device)
+            unsure, keep = model.calibration is not None, self._keeper(asked, model)
+            result = model.segmenter.segment(volume, None, asked.image.name, entropy=unsure, on_image=keep)
+        said = describe_result(result, volume, model) | describe_latencies({**_NO_TIME, **result.latencies_ms})
+        mask = CachedMask(result.labels, volume.affine_ras, said)
+        if (key := self._key(asked, model.stamp)) is not None:
+            self._cache.put(key, mask)
+        return mask
+
+    def _keeper(self, asked: InferRequest, model: LoadedModel) -> Callable[[MetaTensor], None] | None:
+        images = self._images
+        if images is None:
+            return None
+        checksum = self.checksums.of(asked.image)
+        return lambda image: images.put(checksum, model.preset, image)
 
     def map_uncertainty(self, request: Mapping[str, Any]) -> Path:
         """Write how unsure the model is at each voxel of ``request["image"]``, as NIfTI on the image's own grid.
@@ -227,7 +235,7 @@ class UnetrInferTask(InferTask):
         stamp = file.stamp if file is not None else stamp
         if stamp is None or not asked.image.exists():
             return None
-        return CacheKey(self._checksums.of(asked.image), self.preset.name, stamp, asked.options)
+        return CacheKey(self.checksums.of(asked.image), self.preset.name, stamp, asked.options)
 
 
 def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) -> dict[str, Any]:
@@ -273,25 +281,4 @@ STOCK_LATENCIES = {
     "total": "total",
 }
 
-
-def _extension_of(image: Path) -> str:
-    """The image's own kind, where masks can be of it; NIfTI for DICOM."""
-    name = image.name.lower()
-    return next((e for e in (".nii.gz", ".nii", ".nrrd") if name.endswith(e)), ".nii.gz")
-
-
-def _choice(name: str, request: Mapping[str, Any], valid: tuple[str, ...], default: str) -> str:
-    value = request.get(name) or default
-    if value not in valid:
-        raise ParameterError(name, value, ", ".join(valid))
-    return str(value)
-
-
-def _boolean(name: str, request: Mapping[str, Any], default: bool | None) -> bool | None:
-    value = request.get(name, default)
-    if value is None or isinstance(value, bool):
-        return value
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if str(value).lower() not in words:
-        raise ParameterError(name, value, "true, false")
-    return words[str(value).lower()]
+_NO_TIME: dict[str, float] = {**dict.fromkeys(STOCK_LATENCIES.values(), 0.0), "read": 0.0}

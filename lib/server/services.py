@@ -89,7 +89,7 @@ class Services:
         )
         inferences = InferenceQueue(settings.queue_size, lambda busy: jobs.hold("scoring", busy), pause)
         prefetcher = Prefetcher(
-            lambda model: _known(instance._infers, "model", model),
+            lambda model: _known(automatic_tasks(instance._infers), "model", model),
             lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
             inferences,
             metrics,
@@ -148,6 +148,15 @@ class Services:
         task: UnetrInferTask = _known(self.instance._infers, "model", model)
         return task
 
+    def segmentation_task(self, model: str) -> UnetrInferTask:
+        """The inference task of that name that segments by itself, with weights: none that takes clicks.
+
+        Raises:
+            NotFoundError: with the known ones.
+        """
+        task: UnetrInferTask = _known(automatic_tasks(self.instance._infers), "model", model)
+        return task
+
     def train_task(self, model: str) -> UnetrTrainTask:
         """The training task of that name.
 
@@ -180,6 +189,11 @@ def get_services(request: Request) -> Services:
 
 
 Parts = Annotated[Services, Depends(get_services)]
+
+
+def automatic_tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that need no prompts."""
+    return {name: task for name, task in tasks.items() if not getattr(task, "takes_prompts", False)}
 
 
 def _known(tasks: dict[str, Any], kind: str, name: str) -> Any:

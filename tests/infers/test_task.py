@@ -15,8 +15,9 @@ import torch
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
+from lib.infers.request import InferRequest
 from lib.infers.segmenter import Segmentation, Segmenter
-from lib.infers.task import InferRequest, UnetrInferTask
+from lib.infers.task import UnetrInferTask
 from lib.models.calibration import Calibration, calibration_file, foreground_uncertainty
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint

@@ -29,7 +29,9 @@ def test_info_lists_models_trainers_labels_and_strategies(server: Server) -> Non
     assert "tiny" not in info["models"], "a model without weights must not be offered"
     assert set(info["trainers"]) == {"hippocampus_mr", "tiny"}
     assert {"random", "first"} <= set(info["strategies"])
-    assert info["labels"] == ["anterior", "posterior"]
+    assert info["models"]["tiny_edit"]["type"] == "deepedit", "drawing from nothing needs no weights"
+    assert info["models"]["hippocampus_mr_scribbles"]["type"] == "scribbles"
+    assert info["labels"] == ["anterior", "posterior", "background", "Left Box", "core"]
 
 
 def test_address_without_slash_is_redirected(server: Server) -> None:

@@ -196,7 +196,7 @@ def prepare(parts: Services, chosen: dict[str, Any]) -> None:
     model = chosen.get("model") or next(iter(offered), "")
     if model not in offered:
         return
-    if parts.infer_task(model).is_valid():
+    if parts.segmentation_task(model).is_valid():
         parts.prefetcher.want([PrefetchKey(model, image) for image in (chosen["id"], *chosen["next"])])
 
 

@@ -14,7 +14,7 @@ from lib.datastore.series import SeriesDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import MIB
-from lib.server.services import Parts, Services
+from lib.server.services import Parts, Services, automatic_tasks
 
 router = APIRouter(tags=["Health"])
 
@@ -48,7 +48,7 @@ def metrics(parts: Parts, user: AsUser) -> Response:
 def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
     """The version of each model's weights, and a sentence for those that cannot be used. They stay loaded."""
     versions, problems = {}, []
-    for name in parts.instance._infers:
+    for name in automatic_tasks(parts.instance._infers):
         try:
             versions[name] = parts.infer_task(name).load()["version"]
         except ModelNotReadyError:

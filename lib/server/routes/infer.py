@@ -39,7 +39,9 @@ INTERACTIVE = (InferType.DEEPEDIT, InferType.DEEPGROW, InferType.SCRIBBLES)
 WARNINGS_HEADER = "X-Warnings"
 """Percent-encoded, for clients that ask for the mask alone; others find ``warnings`` in ``params``."""
 # What a client may not set through ``params``: they say which file is read.
-NOT_FROM_PARAMS = ("model", "image", "label", "session", "file", "description")
+NOT_FROM_PARAMS = (
+    "model", "image", "label", "session", "file", "description", "label_file", "label_name", "start_from"
+)  # fmt: skip
 
 
 class Output(str, Enum):
@@ -133,6 +135,10 @@ def check(
     elif file is None:
         image_id = choose_image(parts, image, params)
     kept = {key: value for key, value in params.items() if key not in NOT_FROM_PARAMS}
+    if takes_prompts(task):
+        kept["label_name"] = params.get("label")
+        if str(params.get("save_label", "false")).lower() in ("true", "1"):
+            kept["all_labels"] = True  # what is saved is a mask of all labels
     asked = Asked(model, image_id, file, stored, label, kept, output)
     # the name stands in for the file, whose kind the default of result_extension follows
     task.validate_request({**kept, "image": image_id or "image.nii.gz"})
@@ -186,7 +192,9 @@ def recall(parts: Services, asked: Asked, user: User) -> Answer | None:
     if asked.upload is not None or asked.label is not None:
         return None
     image = asked.file if asked.file is not None else parts.image_file(str(asked.image_id))
-    found = parts.infer_task(asked.model).recall({**asked.params, "image": str(image)})
+    found = parts.infer_task(asked.model).recall(
+        {**asked.params, "image": str(image), **start_from(parts, asked, user)}
+    )
     return None if found is None else finish(parts, asked, user, Path(found[0]), found[1])
 
 
@@ -198,7 +206,7 @@ def run(parts: Services, asked: Asked, user: User) -> Answer:
         ModelNotReadyError: when there are no weights, or none that can be used.
     """
     with temporary_folder() as folder:
-        files = input_files(parts, asked, folder)
+        files = input_files(parts, asked, folder) | start_from(parts, asked, user)
         request = {**asked.params, "model": asked.model, **files, "save_label": False}
         try:
             result = parts.instance.infer(request)
@@ -228,7 +236,7 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
     content = mask.read_bytes()
     if asked.image_id is not None:
         client, model = user.client(asked.params.get("client_id")), params["model"]
-        if parts.infer_task(asked.model).type in INTERACTIVE:
+        if takes_prompts(parts.infer_task(asked.model)):
             # what a label is held against stays the automatic mask
             parts.store.effort.count_prompt(asked.image_id, client)
         else:
@@ -265,9 +273,9 @@ def respond(answer: Answer, output: Output) -> Response:
     return Response(answer.content, media_type=mime, headers={**attachment, **told})
 
 
-def input_files(parts: Services, asked: Asked, folder: Path) -> dict[str, str]:
+def input_files(parts: Services, asked: Asked, folder: Path) -> dict[str, Any]:
     """The paths that the task reads, uploads copied into ``folder``."""
-    files = {}
+    files: dict[str, Any] = {}
     if asked.upload is not None:
         uploaded = receive(asked.upload, folder)
         check_header(uploaded, parts.settings.unpacked_limit_mib)
@@ -281,8 +289,26 @@ def input_files(parts: Services, asked: Asked, folder: Path) -> dict[str, str]:
         inside.mkdir()
         label = receive(asked.label, inside, "label.nii.gz")
         check_header(label, parts.settings.unpacked_limit_mib)
-        files["label"] = str(label)
+        files["label_file" if takes_prompts(parts.infer_task(asked.model)) else "label"] = str(label)
     return files
+
+
+def takes_prompts(task: object) -> bool:
+    """Whether a task corrects a mask by clicks or scribbles."""
+    return getattr(task, "type", None) in INTERACTIVE
+
+
+def start_from(parts: Services, asked: Asked, user: User) -> dict[str, Any]:
+    """The newest version that this client saved of the image, for a correction that comes without a mask."""
+    if asked.image_id is None or asked.label is not None or not takes_prompts(parts.infer_task(asked.model)):
+        return {}
+    client, preset = str(asked.params.get("client_id") or ""), parts.infer_task(asked.model).preset
+    newest = parts.store.history.latest(asked.image_id)
+    own = newest is not None and newest.user == user.name and newest.client_id == client
+    if newest is None or not own or newest.preset not in ("", preset.name):
+        return {}
+    saved = {"file": str(newest.file), "label_map": dict(newest.label_map), "version_id": newest.version_id}
+    return {"start_from": saved}
 
 
 def encode_multipart(answer: Answer) -> tuple[bytes, str]:

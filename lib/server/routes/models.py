@@ -113,7 +113,7 @@ def serve_unproven(parts: Parts, user: AsReviewer, model: str, version: str) -> 
 @router.put("/{model}", summary="Upload weights and publish them")
 async def upload(parts: Parts, user: AsAdmin, model: str, file: Annotated[UploadFile, File()]) -> dict[str, Any]:
     """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
-    parts.infer_task(model)
+    parts.segmentation_task(model)
     return await anyio.to_thread.run_sync(lambda: publish_upload(parts, model, file, user.name), limiter=parts.checks)
 
 
@@ -158,7 +158,7 @@ def current_weights(parts: Services, model: str) -> Path:
     Raises:
         NotFoundError: when there is no such model, or it has none.
     """
-    path = parts.infer_task(model).get_path()
+    path = parts.segmentation_task(model).get_path()
     if path is None:
         raise NotFoundError("weights of", model)
     return Path(path)
@@ -170,7 +170,7 @@ def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -
     Raises:
         CheckpointError: when it cannot be read, holds code, does not fit, is not finite, or segments nothing.
     """
-    task = parts.infer_task(model)
+    task = parts.segmentation_task(model)
     with temporary_folder() as folder:
         checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
         check_finite(checkpoint.model)

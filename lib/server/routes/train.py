@@ -216,7 +216,7 @@ def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None
         NotFoundError: for a model or an image that there is not.
         ParameterError: for a field that is not valid.
     """
-    parts.infer_task(model).validate_request({**request, "image": "image.nii.gz"})
+    parts.segmentation_task(model).validate_request({**request, "image": "image.nii.gz"})
     check_gpus(request)
     for name in ("max_workers", "max_batch_size"):
         value = request.get(name, 0)

@@ -25,7 +25,7 @@ NIFTI = "application/gzip"
 @router.get("/uncertainty/{model}", summary="How unsure a model is, voxel by voxel", response_class=Response)
 async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, image: str) -> Response:
     """A NIfTI file (``.nii.gz``, 32-bit numbers) on the image's own grid: entropy, 0 (certain) to 1."""
-    task = parts.infer_task(model)
+    task = parts.segmentation_task(model)
     path = await anyio.to_thread.run_sync(lambda: parts.image_file(check_image_known(parts.datastore, image)))
     asked = {"image": str(path), "device": parts.settings.device}
     task.validate_request(asked)
@@ -47,7 +47,7 @@ def compute(parts: Services, model: str, asked: dict[str, Any]) -> bytes:
         ModelNotReadyError: when there are no weights, or none that can be used.
     """
     try:
-        file = parts.infer_task(model).map_uncertainty(asked)
+        file = parts.segmentation_task(model).map_uncertainty(asked)
     except CheckpointError as error:
         raise ModelNotReadyError(f"the weights of {model!r} cannot be used: {error}") from error
     try:

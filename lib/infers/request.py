@@ -1,0 +1,80 @@
+"""The parameters of an inference request, cast and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.errors import ParameterError
+from lib.infers.writer import DTYPES, EXTENSIONS
+from lib.networks.precision import resolve_device
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A request's parameters, cast and checked."""
+
+    image: Path
+    device: torch.device
+    extension: str
+    dtype: str = "uint8"
+    compress: bool = False
+    largest_component: bool | None = None
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """What changes the mask itself, and not only how it is written."""
+        return str(self.device), self.largest_component
+
+    @classmethod
+    def parse(cls, request: Mapping[str, Any], default_device: str) -> InferRequest:
+        """Cast the fields that are ours; clients send others too, which are none of our business.
+
+        Raises:
+            ParameterError: naming the parameter, its value and what would be valid.
+        """
+        image = request.get("image")
+        if not isinstance(image, str | Path) or not str(image):
+            raise ParameterError("image", image, "an image id or a file")
+        device = request.get("device")
+        device = device[0] if isinstance(device, list) and device else device
+        return cls(
+            image=Path(image),
+            device=resolve_device(str(device) if device else default_device),
+            extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
+            dtype=_choice("result_dtype", request, DTYPES, "uint8"),
+            compress=bool(parse_boolean("result_compress", request, False)),
+            largest_component=parse_boolean("largest_component", request, None),
+        )
+
+
+def _extension_of(image: Path) -> str:
+    """The image's own kind, where masks can be of it; NIfTI for DICOM."""
+    name = image.name.lower()
+    return next((e for e in (".nii.gz", ".nii", ".nrrd") if name.endswith(e)), ".nii.gz")
+
+
+def _choice(name: str, request: Mapping[str, Any], valid: tuple[str, ...], default: str) -> str:
+    value = request.get(name) or default
+    if value not in valid:
+        raise ParameterError(name, value, ", ".join(valid))
+    return str(value)
+
+
+def parse_boolean(name: str, request: Mapping[str, Any], default: bool | None) -> bool | None:
+    """A flag of a request.
+
+    Raises:
+        ParameterError: for anything else than true and false.
+    """
+    value = request.get(name, default)
+    if value is None or isinstance(value, bool):
+        return value
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if str(value).lower() not in words:
+        raise ParameterError(name, value, "true, false")
+    return words[str(value).lower()]

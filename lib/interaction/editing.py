@@ -1,0 +1,116 @@
+"""From prompts to a new mask: what each click claims on the network's grid, merged into the mask on the image's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+
+from lib.interaction.growth import LEAST_VOXELS, Claim, claim_around, reach_of
+from lib.interaction.merge import LabelClaim, apply_claims, obey
+from lib.interaction.prompts import Prompts, Voxel
+from lib.transforms.postprocess import restore_to_grid
+from lib.transforms.volume import Affine, FloatArray
+
+LabelArray = npt.NDArray[np.uint8]
+Points = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A corrected mask.
+
+    Attributes:
+        labels: on the image's own grid, shape (X, Y, Z), with the labels that nobody clicked as they were.
+        values: of the labels that were prompted.
+    """
+
+    labels: LabelArray
+    values: tuple[int, ...]
+
+
+class Scene:
+    """An image as the network sees it, with a mask of it.
+
+    Args:
+        image: shape (1, X, Y, Z), with the network grid's affine.
+        labels: the mask that is corrected, on the image's own grid.
+        affine_ras: of the image's own grid.
+    """
+
+    def __init__(self, image: MetaTensor, labels: LabelArray, affine_ras: Affine) -> None:
+        self.voxels: FloatArray = image.as_subclass(torch.Tensor)[0].numpy()
+        self.affine_network: Affine = np.asarray(image.affine.numpy(), dtype=np.float64)
+        self.labels, self.affine_ras = labels, affine_ras
+        self.coarse = restore_to_grid(labels, affine_ras, self.voxels.shape, self.affine_network)
+        self.spacing_mm = tuple(float(s) for s in np.linalg.norm(self.affine_network[:3, :3], axis=0))
+
+    def on_network(self, points: Sequence[Voxel]) -> Points:
+        """Voxels of the image as voxels of the network's grid, shape (n, 3), each once."""
+        to_network = np.linalg.inv(self.affine_network) @ self.affine_ras
+        homogeneous = np.c_[np.array(points, dtype=float).reshape(-1, 3), np.ones(len(points))]
+        places = np.rint((homogeneous @ to_network.T)[:, :3]).astype(np.int64)
+        found: Points = np.unique(places.clip(0, np.array(self.voxels.shape) - 1), axis=0)
+        return found
+
+
+def edit_clicks(scene: Scene, prompts: Prompts) -> Edited:
+    """The mask after clicks; the same for the same prompts, in whatever order they were made."""
+    claims, values = [], {value for value, _ in prompts.positive}
+    if prompts.of_label is not None:
+        values.add(prompts.of_label)
+    for value, points in prompts.positive:
+        mask = scene.coarse == value
+        claims += [LabelClaim(value, (), c) for c in _click_claims(scene, points, mask, inside=False)]
+    for point in prompts.negative:
+        drawn = int(scene.labels[point])
+        target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
+        if prompts.of_label is None and drawn:
+            values.add(drawn)
+        # A click beside what is drawn still holds off the labels that were clicked.
+        takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
+        mask = scene.coarse == target if target else np.zeros_like(scene.coarse, dtype=bool)
+        if target or takes_from:
+            claims += [LabelClaim(0, takes_from, c) for c in _click_claims(scene, [point], mask, inside=bool(target))]
+    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
+    obey(labels, scene.labels, prompts)
+    return Edited(labels, tuple(sorted(values)))
+
+
+def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prompts) -> LabelArray:
+    """The mask, 0 and 1, of one structure after scribbles.
+
+    Args:
+        scene: its mask is 1 where the structure is drawn.
+        drawn, erased: voxels of the image that are scribbled as the structure's and as not the structure's; (n, 3).
+        inside_box: carries the box.
+    """
+    mask, claims = scene.coarse == 1, []
+    sides = [(1, scene.on_network([tuple(p) for p in drawn.tolist()]), False)]
+    sides += [(0, scene.on_network([tuple(p) for p in erased.tolist()]), True)]
+    reaches = [
+        reach_of(seed.tolist(), mask, inside, scene.spacing_mm)
+        for _, places, inside in sides
+        for seed in places[:: 1 + len(places) // 64]
+        if mask.any() or not inside
+    ]
+    reach = float(np.median(reaches)) if reaches else LEAST_VOXELS
+    for value, places, _ in sides:
+        if len(places):
+            claims.append(LabelClaim(value, (), claim_around(scene.voxels, places, reach, scene.spacing_mm)))
+    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, inside_box.box)
+    labels[tuple(erased.T)] = 0
+    labels[tuple(drawn.T)] = 1
+    return labels
+
+
+def _click_claims(scene: Scene, points: Sequence[Voxel], mask: npt.NDArray[np.bool_], inside: bool) -> list[Claim]:
+    claims = []
+    for seed in scene.on_network(points):
+        reach = reach_of(seed.tolist(), mask, inside, scene.spacing_mm)
+        claims.append(claim_around(scene.voxels, seed[None], reach, scene.spacing_mm))
+    return claims

@@ -1,0 +1,106 @@
+"""What a click changes, from the image alone: the region around it that looks alike, as far as the border nearby.
+
+A click lies in the middle of what is wrong, so that the distance from it to the border of the mask is about how far the
+error reaches. From the click, a front runs through the image (fast marching, Sethian 1996), slowly where intensities
+differ from those at the click; what it reaches within that distance is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+from scipy import ndimage
+
+from lib.transforms.volume import FloatArray
+
+MaskArray = npt.NDArray[np.bool_]
+Place = npt.NDArray[np.int64]
+"""Voxel indices, shape (3,)."""
+
+FROM_NOTHING_VOXELS = 10.0
+"""How far a click reaches where nothing is drawn nearby."""
+LEAST_VOXELS, MOST_VOXELS = 1.5, 14.0
+BEYOND_BORDER = 1.15
+"""Times the distance to the border: the front is to arrive there, also where it runs a little slower."""
+NEVER = 2.0
+"""The claim on voxels that a click does not reach; claims below 1 count."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """How much a prompt wants the voxels around it.
+
+    Attributes:
+        start: the first voxel of ``values`` in the volume.
+        values: from 0 at the prompt to 1 where it ends, and beyond; shape (X, Y, Z).
+    """
+
+    start: Place
+    values: FloatArray
+
+
+def reach_of(seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Sequence[float]) -> float:
+    """How far a click is to reach, in voxels of the finest axis.
+
+    Args:
+        seed: the click.
+        mask: the structure as it is drawn, shape (X, Y, Z).
+        inside: whether the click takes voxels away from the structure, and adds them otherwise.
+        spacing_mm: of the volume.
+    """
+    finest = min(spacing_mm)
+    margin = np.ceil(MOST_VOXELS * finest / np.asarray(spacing_mm)).astype(int) + 1
+    low = np.maximum(np.asarray(seed) - margin, 0)
+    high = np.minimum(np.asarray(seed) + margin + 1, mask.shape)
+    crop = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    other = ~crop if inside else crop
+    if not other.any():
+        return MOST_VOXELS if inside else FROM_NOTHING_VOXELS
+    places = np.argwhere(other) - (np.asarray(seed) - low)
+    distance = float(np.sqrt(((places * np.asarray(spacing_mm)) ** 2).sum(axis=1)).min()) / finest
+    return float(np.clip(BEYOND_BORDER * distance, LEAST_VOXELS, MOST_VOXELS))
+
+
+def claim_around(image: FloatArray, seeds: Place, reach: float, spacing_mm: Sequence[float]) -> Claim:
+    """What the front from ``seeds`` reaches.
+
+    Args:
+        image: shape (X, Y, Z).
+        seeds: voxel indices, shape (n, 3).
+        reach: in voxels of the finest axis.
+        spacing_mm: of the volume.
+    """
+    finest = min(spacing_mm)
+    margin = np.ceil(reach * finest / np.asarray(spacing_mm)).astype(int) + 2
+    low = np.maximum(seeds.min(axis=0) - margin, 0)
+    high = np.minimum(seeds.max(axis=0) + margin + 1, image.shape)
+    crop = image[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    places = seeds - low
+    speed = sitk.GetImageFromArray(_speed(crop, places))
+    speed.SetSpacing([float(s) / finest for s in spacing_mm][::-1])
+    front = sitk.FastMarchingImageFilter()
+    front.SetStoppingValue(float(reach) * 1.5 + 1)
+    front.SetTrialPoints([tuple(int(v) for v in place[::-1]) for place in places])
+    arrival = sitk.GetArrayFromImage(front.Execute(speed))
+    values = np.minimum(arrival / reach, NEVER).astype(np.float32)
+    values[tuple(places.T)] = 0
+    return Claim(low, values)
+
+
+def _speed(crop: FloatArray, places: Place) -> FloatArray:
+    """1 where the image is as at the seeds, towards 0 the more it differs."""
+    smooth = ndimage.gaussian_filter(crop, 0.7)
+    at_seeds = smooth[tuple(places.T)]
+    low, high = (float(end) for end in np.percentile(at_seeds, (10, 90)))
+    near = np.zeros(crop.shape, dtype=bool)
+    near[tuple(places.T)] = True
+    # Noise at the seeds says what alike means; no more than the contrast in the crop, as where a border runs by.
+    noise, contrast = float(smooth[ndimage.binary_dilation(near, iterations=2)].std()), float(smooth.std())
+    scale = max(float(np.clip(2 * noise, 0.35 * contrast, contrast)), 1e-6)
+    off = np.maximum(0, np.maximum(low - smooth, smooth - high) / scale - 1)
+    speed: FloatArray = (1 / (1 + off**2)).astype(np.float32)
+    return speed

@@ -1,0 +1,355 @@
+"""MONAI Label's inference tasks for corrections: clicks (``deepedit``) and scribbles (``scribbles``)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from monai.data import MetaTensor
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from lib.configs.preset import Preset
+from lib.errors import LabelError, ParameterError
+from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
+from lib.infers.network_images import NetworkImages
+from lib.infers.request import InferRequest, parse_boolean
+from lib.infers.writer import write_mask
+from lib.interaction.dialects import BACKGROUND, parse_clicks
+from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
+from lib.interaction.prompts import Prompts, parse_box
+from lib.interaction.starting_mask import names_of, read_mask, read_values
+from lib.transforms.postprocess import measure_labels
+from lib.transforms.preprocess import preprocess_volume
+from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, read_volume
+
+logger = logging.getLogger(__name__)
+
+LabelArray = npt.NDArray[np.uint8]
+
+BACKGROUND_VALUE = 255
+"""Announced for ``background``, which is how negative clicks are named: OHIF takes a value of 0 for a label's."""
+FOREGROUND_SCRIBBLES, BACKGROUND_SCRIBBLES = "foreground_scribbles", "background_scribbles"
+MOST_GRIDS = 64
+METHOD = "growth"
+"""What the answer's ``model`` calls the way in which clicks grow, which needs no weights."""
+
+
+class Automatic(Protocol):
+    """The task that segments an image without any prompt."""
+
+    preset: Preset
+    checksums: Checksums
+
+    def is_valid(self) -> bool:
+        """Whether there are weights."""
+
+    def preset_in_use(self) -> Preset:
+        """The preset of the newest weights."""
+
+    def weights_stamp(self) -> tuple[object, ...]:
+        """Changes with the weights."""
+
+    def mask_of(self, request: Mapping[str, Any]) -> CachedMask:
+        """The automatic mask."""
+
+
+class _InteractiveTask(InferTask):
+    """What clicks and scribbles share: the image as the network sees it, and the mask that they start from."""
+
+    takes_prompts = True
+
+    def __init__(
+        self,
+        kind: InferType,
+        labels: dict[str, int],
+        description: str,
+        automatic: Automatic,
+        images: NetworkImages,
+        cache: ResultCache,
+        device: str,
+    ) -> None:
+        super().__init__(kind, labels, 3, description, {})
+        self.preset = automatic.preset
+        self._automatic, self._images, self._cache, self._device = automatic, images, cache, device
+        self._grids: OrderedDict[str, Grid] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def is_valid(self) -> bool:
+        """Always: without weights, drawing starts from nothing."""
+        return True
+
+    def get_path(self, validate: bool = True) -> str | None:
+        """None: there are no weights of its own."""
+        return None
+
+    def load(self) -> dict[str, str]:
+        """What answers are made with."""
+        return {"preset": self.preset.name, "version": METHOD, "origin": "shipped"}
+
+    def settle(self) -> None:
+        """Nothing is prepared in the background."""
+
+    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        """The answer, where it is kept."""
+        return None
+
+    def is_kept(self, request: Mapping[str, Any]) -> bool:
+        """Whether :meth:`recall` would answer."""
+        return False
+
+    def _grid(self, image: Path, checksum: str) -> Grid:
+        """The image's own grid."""
+        with self._lock:
+            known = self._grids.get(checksum)
+        if known is None:
+            known = read_grid(image)
+            with self._lock:
+                self._grids[checksum] = known
+                while len(self._grids) > MOST_GRIDS:
+                    self._grids.popitem(last=False)
+        return known
+
+    def _network_image(self, image: Path, checksum: str) -> MetaTensor:
+        """The image as the network sees it; the one that the automatic mask was made from, where it is kept."""
+        preset = self._automatic.preset_in_use()
+        kept = self._images.get(checksum, preset)
+        if kept is None:
+            volume = read_volume(image)
+            check_segmentable(volume, preset, image.name)
+            kept = preprocess_volume(volume, preset)
+            self._images.put(checksum, preset, kept)
+        return kept
+
+
+class ClickTask(_InteractiveTask):
+    """Corrects a mask by clicks.
+
+    Args:
+        automatic: segments without prompts.
+        images, cache: where preprocessed images and answers are kept.
+        elsewhere: names of other tasks' labels, whose clicks say nothing here.
+        device: default device.
+    """
+
+    def __init__(
+        self,
+        automatic: Automatic,
+        images: NetworkImages,
+        cache: ResultCache,
+        elsewhere: Collection[str] = (),
+        device: str = "",
+    ) -> None:
+        labels = dict(automatic.preset.label_indices)
+        if BACKGROUND not in labels and BACKGROUND_VALUE not in labels.values():
+            labels[BACKGROUND] = BACKGROUND_VALUE
+        description = f"Corrects {automatic.preset.name} by clicks"
+        super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
+        self._elsewhere = frozenset(elsewhere)
+
+    def validate_request(self, request: Mapping[str, Any]) -> None:
+        """Check a request without running it.
+
+        Raises:
+            ParameterError: naming the parameter or the point, and what would be valid.
+        """
+        InferRequest.parse(request, self._device)
+        parse_boolean("all_labels", request, False)
+        self._prompts(request)
+
+    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        """The answer to the same prompts on the same image and mask, where it is kept."""
+        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
+        kept = self._cache.get(self._key(request, asked)) if not request.get("label_file") else None
+        return None if kept is None else self._write(kept, request, asked, start, hit=True)
+
+    def is_kept(self, request: Mapping[str, Any]) -> bool:
+        """Whether :meth:`recall` would answer."""
+        return self._key(request, InferRequest.parse(request, self._device)) in self._cache
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Correct the mask of ``request["image"]``.
+
+        Returns:
+            The mask's file, to be removed by the caller, and the answer's JSON. Both hold the labels that were
+            prompted; all of them with ``all_labels``, and where nothing was prompted.
+
+        Raises:
+            ImageError, LabelError: when image or mask cannot be used.
+            ParameterError: when a parameter is not valid.
+        """
+        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
+        prompts, checksum = self._prompts(request), self._automatic.checksums.of(asked.image)
+        labels, affine_ras, origin = self._start(request, asked, checksum)
+        x, y, z = labels.shape
+        prompts.check_inside((x, y, z))
+        values: tuple[int, ...] = ()
+        began = time.perf_counter()
+        if not prompts.is_empty:
+            scene = Scene(self._network_image(asked.image, checksum), labels, affine_ras)
+            edited = edit_clicks(scene, prompts)
+            labels, values = edited.labels, edited.values
+        edit_ms = round((time.perf_counter() - began) * 1000, 1)
+        said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
+        made = CachedMask(labels, affine_ras, said)
+        if not request.get("label_file"):
+            self._cache.put(self._key(request, asked), made)
+        return self._write(made, request, asked, start, hit=False, labels=labels)
+
+    def _write(
+        self,
+        made: CachedMask,
+        request: Mapping[str, Any],
+        asked: InferRequest,
+        start: float,
+        hit: bool,
+        labels: LabelArray | None = None,
+    ) -> tuple[str, dict[str, Any]]:
+        values = set(made.said["prompted"])
+        whole = bool(parse_boolean("all_labels", request, False)) or not values
+        named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
+        shown = made.labels if labels is None else labels
+        if not whole:
+            table = np.zeros(256, dtype=np.uint8)
+            table[list(values)] = list(values)
+            shown = np.take(table, shown) if shown.flags.c_contiguous else np.take(table, shown.T).T
+        path = write_mask(shown, made.affine_ras, self.preset, asked.extension, asked.dtype, asked.compress)
+        return str(path), _describe(self, made, shown, named, start, hit)
+
+    def _prompts(self, request: Mapping[str, Any]) -> Prompts:
+        params = {key: value for key, value in request.items() if key not in ("image", "label")}
+        return parse_clicks(params | {"label": request.get("label_name")}, self.preset, self._elsewhere)
+
+    def _start(self, request: Mapping[str, Any], asked: InferRequest, checksum: str) -> tuple[LabelArray, Affine, str]:
+        """The mask that the answer starts from, and where it is from."""
+        grid = self._grid(asked.image, checksum)
+        if file := request.get("label_file"):
+            names = names_of(request["label_info"]) if request.get("label_info") else None
+            return read_mask(Path(file), grid, self.preset, names, "label"), grid.affine_ras, "label"
+        if saved := request.get("start_from"):
+            names = {int(value): name for name, value in saved["label_map"].items()} or None
+            read = read_mask(Path(saved["file"]), grid, self.preset, names, saved["version_id"])
+            return read, grid.affine_ras, str(saved["version_id"])
+        if self._automatic.is_valid():
+            mask = self._automatic.mask_of({"image": str(asked.image), "device": str(asked.device)})
+            return mask.labels.copy(order="K"), mask.affine_ras, "automatic"
+        return np.zeros(grid.shape, dtype=np.uint8, order="F"), grid.affine_ras, "empty"
+
+    def _key(self, request: Mapping[str, Any], asked: InferRequest) -> CacheKey:
+        saved = (request.get("start_from") or {}).get("version_id", "")
+        options: tuple[Hashable, ...] = (str(asked.device), saved, self._prompts(request).key())
+        stamp = self._automatic.weights_stamp()
+        return CacheKey(self._automatic.checksums.of(asked.image), f"{self.preset.name}_edit", stamp, options)
+
+
+class ScribbleTask(_InteractiveTask):
+    """Corrects one structure by scribbles, which come with everything else that is drawn in the part ``label``.
+
+    Args: as of :class:`ClickTask`.
+    """
+
+    def __init__(self, automatic: Automatic, images: NetworkImages, cache: ResultCache, device: str = "") -> None:
+        labels, description = dict(automatic.preset.label_indices), f"Corrects {automatic.preset.name} by scribbles"
+        super().__init__(InferType.SCRIBBLES, labels, description, automatic, images, cache, device)
+
+    def validate_request(self, request: Mapping[str, Any]) -> None:
+        """Check a request without running it.
+
+        Raises:
+            ParameterError: naming the parameter and what would be valid.
+        """
+        InferRequest.parse(request, self._device)
+        self._values(request)
+        parse_box(request.get("roi"))
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Correct the structure that ``selected_label_name`` names.
+
+        Returns:
+            The mask's file, 0 and 1, to be removed by the caller, and the answer's JSON.
+
+        Raises:
+            ImageError, LabelError: when image or mask cannot be used.
+            ParameterError: when a parameter is not valid.
+        """
+        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
+        selected, drawn_value, erased_value = self._values(request)
+        if not request.get("label_file"):
+            raise LabelError("the part 'label' is missing: it carries the scribbles")
+        checksum = self._automatic.checksums.of(asked.image)
+        grid = self._grid(asked.image, checksum)
+        box = parse_box(request.get("roi"), grid.shape)
+        drawing = read_values(Path(str(request["label_file"])), grid, "label")
+        drawn, erased = (
+            np.argwhere(drawing == value) if value else np.zeros((0, 3), int) for value in (drawn_value, erased_value)
+        )
+        if box is not None:
+            drawn, erased = (p[np.all((p >= box.start) & (p < box.stop), axis=1)] for p in (drawn, erased))
+        structure = np.asfortranarray((drawing == selected).astype(np.uint8))
+        began = time.perf_counter()
+        if len(drawn) or len(erased):
+            scene = Scene(self._network_image(asked.image, checksum), structure, grid.affine_ras)
+            structure = edit_scribbles(scene, drawn, erased, Prompts(box=box))
+        edit_ms = round((time.perf_counter() - began) * 1000, 1)
+        name = str(request["selected_label_name"])
+        known = self.preset.find_label(name)
+        single = self.preset.with_labels([known.name if known is not None else name])
+        path = write_mask(structure, grid.affine_ras, single, asked.extension, asked.dtype, asked.compress)
+        said = {"start": "label", "prompts": len(drawn) + len(erased), "prompted": [1], "edit_ms": edit_ms}
+        made = CachedMask(structure, grid.affine_ras, said)
+        return str(path), _describe(self, made, structure, {name: 1}, start, hit=False, measured=single)
+
+    def _values(self, request: Mapping[str, Any]) -> tuple[int, int, int]:
+        """The values of the structure, of what is scribbled as it and as not it; 0 for what is not there."""
+        by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
+        name = request.get("selected_label_name")
+        if not isinstance(name, str) or name not in by_name or name.endswith("_scribbles"):
+            choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
+            raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
+        return by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0)
+
+
+def make_interactive_tasks(
+    automatic: Mapping[str, Automatic], images: NetworkImages, cache: ResultCache, device: str
+) -> dict[str, InferTask]:
+    """The tasks for clicks and scribbles of each preset, all clicks first."""
+    names = {name: set(task.preset.label_indices) for name, task in automatic.items()}
+    made: dict[str, InferTask] = {}
+    for name, task in automatic.items():
+        others: set[str] = set().union(*(labels for other, labels in names.items() if other != name))
+        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device)
+    return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
+
+
+def _describe(
+    task: _InteractiveTask,
+    made: CachedMask,
+    shown: LabelArray,
+    named: Mapping[str, int],
+    start: float,
+    hit: bool,
+    measured: Preset | None = None,
+) -> dict[str, Any]:
+    """The answer's JSON, of the form of an automatic mask's."""
+    measures = measure_labels(shown, made.affine_ras, measured or task.preset)
+    colors = {label.name: list(label.color) for label in task.preset.labels if label.name in named}
+    total_ms = round((time.perf_counter() - start) * 1000, 1)
+    said = dict(made.said)
+    return {
+        "label_names": dict(named),
+        "label_colors": colors,
+        "label_statistics": measures,
+        "centroids": {n: [str(round(c)) for c in m["centroid_voxels"]] for n, m in measures.items()},  # type: ignore[attr-defined]
+        "model": task.load(),
+        "interaction": {"start": said["start"], "prompts": said["prompts"]},
+        "quality": None,
+        "latencies_ms": {"edit": said["edit_ms"], "total": total_ms},
+        "latencies": {"infer": round(said["edit_ms"] / 1000, 3), "total": round(total_ms / 1000, 3)},
+        "cache": {"hit": hit} | ({"computed_in_ms": said["edit_ms"]} if hit else {}),
+    }

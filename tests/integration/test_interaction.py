@@ -1,0 +1,123 @@
+"""Clicks and scribbles over REST, as 3D Slicer and OHIF send them, against the real server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_hippocampus import SyntheticCase
+
+from tests.integration.conftest import encode
+from tests.integration.server import Server, parse_multipart, read_nrrd
+
+
+def click(server: Server, folder: Path, case: str, **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    sent = {"result_extension": ".nrrd", "client_id": "clicker", **params}
+    answer = server.post("/infer/hippocampus_mr_edit", params={"image": case}, data={"params": json.dumps(sent)})
+    assert answer.status_code == 200, answer.text
+    parts = parse_multipart(answer)
+    return read_nrrd(parts["image"][1], folder)[0], json.loads(parts["params"][1])
+
+
+def test_clicks_are_obeyed_and_the_other_label_keeps_its_voxels(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    automatic = parse_multipart(server.infer("hippocampus_mr", "case_1"))
+    before = read_nrrd(automatic["image"][1], tmp_path)[0]
+    point = [2, 3, 4]
+    mask, answer = click(server, tmp_path, "case_1", anterior=[point], posterior=[], background=[], label="anterior")
+    assert answer["label_names"] == {"anterior": 1} and set(np.unique(mask)) == {0, 1} and mask[2, 3, 4] == 1
+    whole, _ = click(server, tmp_path, "case_1", anterior=[point], all_labels=True)
+    assert set(np.unique(whole[whole != before])) <= {1}
+    inside = [int(v) for v in np.argwhere(before == 2)[200]]
+    mask, answer = click(server, tmp_path, "case_1", background=[inside], label="background")
+    assert answer["label_names"] == {"posterior": 2} and mask[tuple(inside)] == 0
+    again, answer = click(server, tmp_path, "case_1", background=[inside])
+    assert answer["cache"]["hit"]
+    np.testing.assert_array_equal(again, mask)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"anterior": [[999, 0, 0]]},
+        {"anterior": [[-1, 0, 0]]},
+        {"anterior": [[1, 2]]},
+        {"anterior": [[1.5, 2, 3]]},
+        {"anterior": "here"},
+        {"anterior": [None]},
+        {"spleen": [[1, 1, 1]]},
+        {"anterior": [[1, 1, 1]], "posterior": [[1, 1, 1]]},
+        {"anterior": [[i % 20, i % 30, i % 20] for i in range(10_000)]},
+        {"foreground": [[1, 1, 1]], "background": []},
+        {"foreground": [[1, 1, 1]], "label": "spleen"},
+        {"roi": "all"},
+    ],
+)
+def test_bad_prompts_are_refused(server: Server, params: dict[str, Any]) -> None:
+    answer = server.post("/infer/hippocampus_mr_edit", params={"image": "case_1"}, data={"params": json.dumps(params)})
+    assert 400 <= answer.status_code < 500, answer.text
+
+
+def test_points_without_a_label_of_ohif_and_of_other_tasks_are_left_out(server: Server, tmp_path: Path) -> None:
+    _, answer = click(server, tmp_path, "case_1", **{"null": [[1, 1, 1]], "core": [[1, 1, 1]], "background": []})
+    assert answer["interaction"]["prompts"] == 0
+
+
+def test_correction_starts_from_what_the_same_client_saved(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_2"]
+    drawn = np.zeros(case.image.shape, np.uint8)
+    drawn[5:9, 5:9, 5:9] = 2
+    info = {"label_info": [{"name": "posterior", "idx": 2}], "client_id": "clicker"}
+    file = ("label.nii.gz", encode(drawn, case.affine_ras, tmp_path))
+    saved = server.put(
+        "/datastore/label", params={"image": "case_2"}, data={"params": json.dumps(info)}, files={"label": file}
+    )
+    assert saved.status_code == 200, saved.text
+    whole, answer = click(server, tmp_path, "case_2", anterior=[[15, 20, 15]], all_labels=True)
+    assert answer["interaction"]["start"] not in ("automatic", "empty")
+    assert (whole[5:9, 5:9, 5:9] == 2).all() and whole[15, 20, 15] == 1
+    _, answer = click(server, tmp_path, "case_2", anterior=[[15, 20, 15]], client_id="somebody else")
+    assert answer["interaction"]["start"] == "automatic"
+
+
+def test_scribbles_of_slicer_change_the_chosen_label(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    case = cases["case_3"]
+    drawing = np.zeros(case.image.shape, np.uint8)
+    drawing[5:9, 5:9, 5:9], drawing[12:15, 20, 15], drawing[2, 2:9, 2] = 1, 4, 3
+    names = ("anterior", "posterior", "background_scribbles", "foreground_scribbles")
+    params = {
+        "label_info": [{"name": name, "id": number} for number, name in enumerate(names, 1)],
+        "roi": [],
+        "selected_label_name": "anterior",
+        "result_extension": ".nrrd",
+    }
+    answer = server.post(
+        "/infer/hippocampus_mr_scribbles",
+        params={"image": "case_3"},
+        data={"params": json.dumps(params)},
+        files={"label": ("scribbles.nii.gz", encode(drawing, case.affine_ras, tmp_path))},
+    )
+    assert answer.status_code == 200, answer.text
+    mask = read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0]
+    assert set(np.unique(mask)) == {0, 1}
+    assert (mask[drawing == 4] == 1).all() and (mask[drawing == 3] == 0).all() and (mask[drawing == 1] == 1).all()
+    for wrong in ({"files": None}, {"data": {"params": json.dumps(params | {"selected_label_name": "no"})}}):
+        request: dict[str, Any] = {"data": {"params": json.dumps(params)}, "files": None} | wrong
+        refused = server.post("/infer/hippocampus_mr_scribbles", params={"image": "case_3"}, **request)
+        assert 400 <= refused.status_code < 500, refused.text
+
+
+def test_click_without_weights_draws_from_nothing(server: Server, tmp_path: Path) -> None:
+    data = {"params": json.dumps({"core": [[15, 20, 15]], "result_extension": ".nrrd"})}
+    answer = server.post("/infer/tiny_edit", params={"image": "case_4"}, data=data)
+    assert answer.status_code == 200, answer.text
+    mask = read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0]
+    assert mask[15, 20, 15] == 2 and 1 < (mask == 2).sum() < mask.size / 4

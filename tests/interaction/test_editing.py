@@ -1,0 +1,89 @@
+"""What a click may do, whatever the image says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
+from lib.interaction.prompts import Box, Prompts, make_prompts
+from lib.transforms.preprocess import preprocess_volume
+from lib.transforms.volume import Volume
+from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
+
+AFFINES = {
+    "RAS": np.eye(4),
+    "LPS at 0.6 mm": axis_affine("LPS", (0.6, 0.6, 1.7)),
+    "turned axes": axis_affine("SLA", (0.8, 1.2, 1.0)),
+    "oblique": oblique_affine("LPS"),
+}
+
+
+def scene_of(affine: np.ndarray, labels: np.ndarray | None = None, seed: int = 0) -> tuple[Scene, np.ndarray]:
+    image, truth = boxes((30, 28, 26), seed)
+    start = np.zeros_like(truth) if labels is None else labels
+    return Scene(preprocess_volume(Volume(image, affine), tiny_preset()), start, affine), truth
+
+
+@pytest.mark.parametrize("name", list(AFFINES))
+def test_every_click_is_obeyed_and_nothing_else_is_touched(name: str) -> None:
+    random = np.random.default_rng(5)
+    for seed in range(8):
+        _, truth = scene_of(AFFINES[name], seed=seed)
+        scene, _ = scene_of(AFFINES[name], truth.copy(), seed)
+        points = [tuple(int(random.integers(0, s)) for s in truth.shape) for _ in range(6)]
+        prompts = make_prompts({2: points[:3]}, points[3:])
+        edited = edit_clicks(scene, prompts)
+        assert all(edited.labels[p] == 2 for p in points[:3])
+        assert all(edited.labels[p] == 0 for p in points[3:])
+        changed = edited.labels != truth
+        assert set(np.unique(edited.labels[changed])) <= {0, 2}
+        lost = truth[changed & (edited.labels == 0)]
+        assert set(np.unique(lost)) <= {*edited.values}, "only labels that were prompted lose voxels to background"
+        np.testing.assert_array_equal(scene.labels, truth)
+
+
+def test_same_prompts_in_another_order_give_the_same_mask() -> None:
+    scene, truth = scene_of(np.eye(4))
+    points = [tuple(int(v) for v in p) for p in np.argwhere(truth)[::97]]
+    one = edit_clicks(scene, make_prompts({1: points})).labels
+    other = edit_clicks(scene, make_prompts({1: points[::-1]})).labels
+    np.testing.assert_array_equal(one, other)
+
+
+def test_click_from_nothing_finds_what_looks_alike() -> None:
+    scene, truth = scene_of(np.eye(4))
+    middle = tuple(int(v) for v in np.argwhere(truth == 2).mean(axis=0).round())
+    found = edit_clicks(scene, make_prompts({2: [middle]})).labels == 2
+    dice = 2 * (found & (truth == 2)).sum() / (found.sum() + (truth == 2).sum())
+    assert dice > 0.75
+
+
+def test_negative_click_takes_a_false_part_away() -> None:
+    _, truth = scene_of(np.eye(4))
+    wrong = truth.copy()
+    x, y, z = (2, 2, 2) if not truth[1:8, 1:8, 1:8].any() else (20, 20, 18)
+    assert not truth[x : x + 5, y : y + 5, z : z + 5].any()
+    wrong[x : x + 5, y : y + 5, z : z + 5] = 1
+    scene, _ = scene_of(np.eye(4), wrong)
+    edited = edit_clicks(scene, make_prompts({}, [(int(x) + 2, int(y) + 2, int(z) + 2)]))
+    assert edited.values == (1,)
+    assert (edited.labels != truth).sum() < 0.7 * (wrong != truth).sum()
+
+
+def test_nothing_changes_outside_of_the_box() -> None:
+    scene, truth = scene_of(np.eye(4))
+    middle = tuple(int(v) for v in np.argwhere(truth == 2).mean(axis=0).round())
+    box = Box((middle[0] - 1, 0, 0), (middle[0] + 2, 28, 26))
+    changed = np.argwhere(edit_clicks(scene, make_prompts({2: [middle]}, box=box)).labels)
+    assert len(changed) > 1
+    assert changed[:, 0].min() >= box.start[0] and changed[:, 0].max() < box.stop[0]
+
+
+def test_scribbles_are_obeyed() -> None:
+    scene, truth = scene_of(np.eye(4))
+    drawn, erased = np.argwhere(truth == 2)[::7], np.argwhere(truth == 0)[::211]
+    labels = edit_scribbles(scene, drawn, erased, Prompts())
+    assert (labels[tuple(drawn.T)] == 1).all() and (labels[tuple(erased.T)] == 0).all()
+    found, core = labels == 1, truth == 2
+    assert 2 * (found & core).sum() / (found.sum() + core.sum()) > 0.35
