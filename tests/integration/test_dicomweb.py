@@ -502,3 +502,19 @@ def test_next_sample_for_ohif_is_a_series_and_one_with_a_gap_is_left_out_with_th
     assert "mm apart" in left_out[broken]
     for name in ("gap", "whole"):
         shutil.rmtree(server.studies / name)
+
+
+def test_organ_that_was_not_drawn_in_ohif_or_slicer_is_missing_in_the_training(studies: Studies) -> None:
+    """Whoever corrects one organ does not teach that there is no other, though Slicer names its empty segment too."""
+    server, (first, second) = studies.server, studies.series[:2]
+    only_anterior = [np.where(draw_mask(series.shape) == 1, 1, 0).astype(np.uint8) for series in (first, second)]
+    seg = write_segmentation(only_anterior[0], first, load_preset("hippocampus_mr"), Origin("MANUAL", "", "Anna"))
+    studies.client.store_instances([seg], study_instance_uid=str(seg.StudyInstanceUID))
+    file = server.folder / "partial.nii.gz"
+    nib.save(nib.Nifti1Image(only_anterior[1], second.affine_ras), file)
+    assert server.save_label(second.uid, file.read_bytes(), ["anterior", "posterior"]).status_code == 200
+    recipe = {"max_epochs": 1, "max_steps": 1, "val_split": 0, "dataset": "Dataset"}
+    made = server.post("/train/hippocampus_mr?run_sync=true", json=recipe).json()["version"]
+    said = server.get(f"/model/versions/hippocampus_mr/{made}").json()
+    assert {first.uid, second.uid} <= set(said["split"]["train"]), said["left_out"]
+    assert said["missing_labels"][first.uid] == said["missing_labels"][second.uid] == ["posterior"]
