@@ -64,8 +64,8 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_datastore(self) -> Datastore:
         """Files and DICOM series side by side, of a folder or a DICOMweb server, with a history of their labels."""
-        presets = list(self.presets.values())
-        store = open_datastore(self._studies, {preset.modality for preset in presets}, presets)
+        presets, roots = list(self.presets.values()), self.settings.image_roots
+        store = open_datastore(self._studies, {preset.modality for preset in presets}, presets, roots)
         store.configure(
             self.settings.lease_minutes, self.settings.quarantine_limit_mib, self.settings.predictions_limit_mib
         )

@@ -25,6 +25,7 @@ from lib.dicom.series import Series
 from lib.dicom.sources import FolderSource, SeriesInfo, SeriesSource
 from lib.dicom.volumes import VolumeCache
 from lib.errors import ImageError, NotFoundError, ParameterError
+from lib.storage.admission import Admission
 
 logger = logging.getLogger("unetr.datastore")
 
@@ -176,10 +177,12 @@ class SeriesDatastore(VersionedDatastore):
         return f"{id}{ext}" if ext else str(self.volumes.file(id).absolute())
 
 
-def open_datastore(studies: str, modalities: Collection[str], presets: Sequence[Preset] = ()) -> SeriesDatastore:
+def open_datastore(
+    studies: str, modalities: Collection[str], presets: Sequence[Preset] = (), image_roots: Sequence[Path] = ()
+) -> SeriesDatastore:
     """The datastore of a folder, or of a DICOMweb server by its address, as MONAI Label's settings have it.
 
-    Nothing is downloaded and no folder is scanned yet.
+    Links out of the folder are followed into ``image_roots`` only. Nothing is downloaded and no folder is scanned yet.
     """
     if studies.startswith(("http://", "https://")):
         user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
@@ -194,12 +197,14 @@ def open_datastore(studies: str, modalities: Collection[str], presets: Sequence[
     else:
         folder = Path(studies)
         place = folder / HIDDEN if can_write_below(folder) else _cache_folder() / _key(str(folder.resolve()))
-        source = FolderSource(DicomIndex(folder, place / "index.sqlite", NOT_SCANNED), modalities)
+        index = DicomIndex(folder, place / "index.sqlite", NOT_SCANNED, Admission(folder, image_roots))
+        source = FolderSource(index, modalities)
     return SeriesDatastore(
         folder,
         source,
         place=place,
         presets=presets,
+        image_roots=image_roots,
         extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,

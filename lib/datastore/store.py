@@ -40,6 +40,7 @@ from lib.datastore.records import FINAL, INFERENCE, LabelVersion, Submission
 from lib.datastore.repair import shorten
 from lib.datastore.validation import as_kept
 from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
+from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, stage, sync_folder
 from lib.storage.full_disk import writing
 
@@ -76,8 +77,12 @@ class VersionedDatastore(LocalDatastore):
         problems: what lies in the folder and looks like an image, but is no case.
     """
 
-    def __init__(self, datastore_path: str, presets: Sequence[Preset] = (), **options: Any) -> None:
+    def __init__(
+        self, datastore_path: str, presets: Sequence[Preset] = (), image_roots: Iterable[Path] = (), **options: Any
+    ) -> None:
         folder = Path(datastore_path)
+        self._admission = Admission(folder, image_roots)
+        self._left_out: dict[Path, str] = {}
         self._reconciling = threading.RLock()
         self._objects_lock = threading.RLock()
         self._seen: int | None = None  # sequence of the newest version that is shown
@@ -140,6 +145,18 @@ class VersionedDatastore(LocalDatastore):
             self._temporary.cleanup()
 
     # ------------------------------------------------------------------------------------------------ images
+
+    def left_out(self) -> dict[str, str]:
+        """Files that are not taken in, and why: ends of sentences by their path below the studies."""
+        with self._objects_lock:
+            return {self._shown(path): why for path, why in self._left_out.items()}
+
+    def why_left_out(self, image_id: str) -> str | None:
+        """Why the file of an id is not taken in, where there is one."""
+        for name, why in self.left_out().items():
+            if os.sep not in name and self._to_id(name)[0] == image_id:
+                return why
+        return None
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is an image of that id."""
@@ -292,7 +309,8 @@ class VersionedDatastore(LocalDatastore):
         """Pairs of image and label files."""
         with self._objects_lock:
             pairs: list[dict[str, Any]] = super().datalist(full_path)
-        return pairs
+        # a file may have become a link since the folders were looked at
+        return [pair for pair in pairs if all(self._may_be_read(file) for file in pair.values())]
 
     def label_problems(self) -> list[Problem]:
         """Files in ``labels/final`` that are left out, and why."""
@@ -339,7 +357,9 @@ class VersionedDatastore(LocalDatastore):
         folder = Path(self._datastore.image_path())
         listing = list_images(folder, self._endings())
         self._tell(listing.problems)
-        files, known = listing.images, self._datastore.objects
+        self._list_files(folder, self._extensions)  # keeps what is left out, and why
+        files = {i: end for i, end in listing.images.items() if self.refusal(folder / f"{i}{end}") is None}
+        known = self._datastore.objects
         gone = [key for key, entry in known.items() if files.get(key) != entry.image.ext]
         for image_id in gone:
             logger.info("image %s is no longer there", image_id)
@@ -367,6 +387,34 @@ class VersionedDatastore(LocalDatastore):
             stock: tuple[str, str] = super()._to_id(file)
             return stock
         return file[: -len(ending)], ending
+
+    def _may_be_read(self, file: str) -> bool:
+        path = Path(self._datastore_path, file)
+        return not os.path.lexists(path) or self._admission.refusal(path) is None
+
+    def _shown(self, file: Path) -> str:
+        """A file's path below the studies, as text that can be sent and logged whatever bytes its name has."""
+        return os.path.relpath(file, self._datastore_path).encode("utf-8", "backslashreplace").decode()
+
+    def refusal(self, file: Path) -> str | None:
+        """Why a file is left out; told once in the log, and kept."""
+        why = self._admission.refusal(file)
+        with self._objects_lock:
+            if why is None:
+                self._left_out.pop(file, None)
+            elif self._left_out.get(file) != why:
+                self._left_out[file] = why
+                logger.warning("%s is left out: it %s", self._shown(file), why)
+        return why
+
+    def _list_files(self, path: str | Path, patterns: Sequence[str]) -> dict[str, str]:
+        """Names of the files of a folder that are taken in."""
+        folder = Path(path)
+        names: dict[str, str] = super()._list_files(folder, patterns)
+        with self._objects_lock:
+            for file in [file for file in self._left_out if file.parent == folder and not os.path.lexists(file)]:
+                del self._left_out[file]
+        return {name: name for name in names if self.refusal(folder / name) is None}
 
     def _find_labels(self) -> int:
         """Take in labels that somebody put into ``labels/``."""
@@ -410,7 +458,7 @@ class VersionedDatastore(LocalDatastore):
 
     def _strange_label(self, file: Path, image_id: str, tag: str) -> Submission | None:
         entry = self._datastore.objects.get(image_id)
-        if entry is None or self.history.published.is_ours(image_id, tag, file):
+        if entry is None or self.history.published.is_ours(image_id, tag, file) or self.refusal(file) is not None:
             return None
         if self._seen is not None and abs(time.time() - file.stat().st_mtime) < SECONDS_TO_SETTLE:
             self._look_again.ask()

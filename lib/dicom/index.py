@@ -25,6 +25,7 @@ from typing import Any
 from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
 from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, read_instance, reading
 from lib.errors import ImageError
+from lib.storage.admission import Admission
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +118,17 @@ class DicomIndex:
         folder: with DICOM files anywhere below it; other files are passed over.
         database: file of the index, made when it is missing and made anew when it is damaged.
         skipped: names of folders, anywhere below, that are not looked into.
+        admission: judges which files are the folder's own.
     """
 
-    def __init__(self, folder: Path, database: Path, skipped: Iterable[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, database: Path, skipped: Iterable[str] = (), admission: Admission | None = None
+    ) -> None:
         self.folder = folder
         self.progress = Progress()
         self._database = database
         self._skipped = frozenset(skipped)
+        self._admission = admission or Admission(folder)
         self._local = threading.local()
         self._writing = threading.Lock()
         self._stopped = threading.Event()
@@ -265,6 +270,8 @@ class DicomIndex:
                 if name.startswith(".") or name.lower().endswith(OTHER_SUFFIXES):
                     continue
                 path = os.path.join(folder, name)
+                if self._admission.refusal_of_place(Path(path)) is not None:  # not even opened
+                    continue
                 try:
                     status = os.stat(path)
                 except OSError:  # gone meanwhile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,40 @@ def test_failing_save_leaves_the_last_good_label(reopen: Open, tmp_path: Path, m
             store.save_label("case_1", str(label(tmp_path, 2)), "final", {})
     assert contents(tmp_path / "studies") == before
     assert store.get_label_info("case_1", "final")["sequence"] == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links and FIFOs of POSIX")
+def test_what_is_not_the_studies_own_is_left_out_everywhere(reopen: Open, tmp_path: Path) -> None:
+    studies, outside = tmp_path / "studies", label(tmp_path)
+    (studies / "linked.nii.gz").symlink_to(outside)
+    os.link(outside, studies / "hard.nii.gz")
+    os.mkfifo(studies / "fifo.nii.gz")
+    (studies / "labels" / "final").mkdir(parents=True)
+    (studies / "labels" / "final" / "case_0.nii.gz").symlink_to(outside)
+    os.link(outside, studies / "labels" / "final" / "case_1.nii.gz")
+    (studies / "labels" / "final" / "case_2.nii.gz").write_bytes(outside.read_bytes())
+    store = reopen()
+    assert sorted(store.list_images()) == [f"case_{n}" for n in range(IMAGES)]
+    assert store.get_labeled_images() == ["case_2"]
+    assert store.history.versions("case_0") == store.history.versions("case_1") == []
+    assert set(store.left_out()) == {
+        "linked.nii.gz", "hard.nii.gz", "fifo.nii.gz",
+        os.path.join("labels", "final", "case_0.nii.gz"), os.path.join("labels", "final", "case_1.nii.gz"),
+    }  # fmt: skip
+    assert "outside the studies folder" in str(store.why_left_out("linked"))
+    (studies / "labels" / "final" / "case_2.nii.gz").unlink()
+    (studies / "labels" / "final" / "case_2.nii.gz").symlink_to(outside)
+    assert store.datalist() == [], "a file that became a link since the folders were looked at"
+    for name in ("linked", "hard", "fifo"):
+        (studies / f"{name}.nii.gz").unlink()
+    store.refresh()
+    assert store.why_left_out("linked") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are bytes")
+def test_name_that_is_not_utf8_is_left_out_and_told(reopen: Open, tmp_path: Path) -> None:
+    (tmp_path / "studies" / os.fsdecode(b"M\xfcller.nii.gz")).write_bytes(label(tmp_path).read_bytes())
+    store = reopen()
+    assert sorted(store.list_images()) == [f"case_{n}" for n in range(IMAGES)]
+    assert list(store.left_out()) == ["M\\udcfcller.nii.gz"]
+    json.dumps(store.json()).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import socket
 import zipfile
@@ -42,6 +43,11 @@ def guarded(
     server = prepare(Server(folder, conf), cases)
     shutil.copy(server.studies / "case_0.nii.gz", folder / SECRET)
     (server.studies / "linked.nii.gz").symlink_to(folder / SECRET)
+    os.mkfifo(server.studies / "fifo.nii.gz")
+    os.link(folder / SECRET, server.studies / "hard.nii.gz")
+    (server.studies / os.fsdecode(b"M\xfcller.nii.gz")).write_bytes(GOOD)
+    (server.studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
+    (server.studies / "labels" / "final" / "plain.nii.gz").symlink_to(folder / SECRET)
     (server.studies / "detached.nrrd").write_bytes(disguised())
     plain = np.random.default_rng(2).normal(100, 20, (40, 50, 40)).astype(np.float32)
     nib.save(nib.Nifti1Image(plain, np.eye(4)), server.studies / "plain.nii.gz")
@@ -115,6 +121,10 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     "infer: a folder": ("POST", "/infer/hippocampus_mr?image=.", {}, (404,)),
     "infer: an overlong id": ("POST", "/infer/hippocampus_mr?image=" + "a" * 5000, {}, (404,)),
     "infer: a link out of the studies": ("POST", "/infer/hippocampus_mr?image=linked", {}, (403,)),
+    "infer: a hard link out of the studies": ("POST", "/infer/hippocampus_mr?image=hard", {}, (403,)),
+    "infer: a FIFO": ("POST", "/infer/hippocampus_mr?image=fifo", {}, (403, 422)),
+    "fetch: a FIFO": ("GET", "/datastore/image?image=fifo", {}, (403, 422)),
+    "fetch: a label that is a link": ("GET", "/datastore/label?label=plain&tag=final", {}, (403, 404)),
     "infer: a path inside params": (
         "POST", "/infer/hippocampus_mr?image=case_0", {"data": {"params": '{"image": "/etc/passwd"}'}}, (404,),
     ),
@@ -219,6 +229,17 @@ def test_hostile_request_is_refused_and_changes_nothing(guarded: Server, tokens:
     assert guarded.get("/healthz").status_code == 200
 
 
+def test_file_that_is_left_out_is_told_and_nothing_else_fails(guarded: Server, tokens: dict[str, str]) -> None:
+    admin = authorised({}, tokens["admin"])
+    for path in ("/", "/datastore/?output=all", "/datastore/?output=stats", "/readyz"):
+        assert guarded.get(path, **admin).status_code == 200, path
+    warnings = " ".join(guarded.get("/readyz", **admin).json()["warnings"])
+    for name in ("fifo.nii.gz", "hard.nii.gz", "linked.nii.gz", "udcfcller.nii.gz", "plain.nii.gz"):
+        assert name in warnings
+    images = guarded.get("/datastore/?output=all", **admin).json()["objects"]
+    assert not {"fifo", "hard", "linked"} & images.keys()
+
+
 SHAPE = (40, 50, 40)
 FITS = np.zeros(SHAPE, np.uint8)
 FITS[10:20, 10:20, 10:20] = 1
@@ -254,7 +275,7 @@ LABELS: dict[str, tuple[bytes, Any, str]] = {
     "fractions": (nifti(with_value(1.5)), TWO, "no whole numbers, such as 1.5"),
     "negative": (nifti(with_value(-1, np.int16)), TWO, "the value -1"),
     "10,000 labels": (nifti((np.arange(80_000) % 10_001).reshape(SHAPE).astype(np.int32)), TWO, "different values"),
-    "a value without a name": (nifti(with_value(3)), TWO, "the values 3, which label_info does not name"),
+    "a value without a name": (nifti(with_value(3)), TWO, "the values 3, which nothing names"),
     "values without names": (nifti(with_value(9)), None, "the values 9, and no label_info to explain them"),
     "unknown names": (nifti(FITS), [{"name": "spleen", "idx": 1}], "known: anterior, posterior"),
     "two names of a value": (nifti(FITS), [*TWO, {"name": "posterior", "idx": 1}], "calls the value 1 both"),

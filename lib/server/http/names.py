@@ -81,9 +81,12 @@ def check_image_known(datastore: Datastore, image_id: str) -> str:
 
     Raises:
         NotFoundError: when it has none of that name.
+        ForbiddenError: when its file is left out: a link out of the studies, no regular file.
     """
     if _has(datastore, image_id):
         return image_id
+    if isinstance(datastore, SeriesDatastore) and (why := datastore.why_left_out(image_id)) is not None:
+        raise ForbiddenError(f"image {image_id!r} {why}")
     try:
         safe = safe_new_id(image_id)
     except ParameterError:
@@ -142,11 +145,16 @@ def find_label(datastore: Datastore, label_id: str, tag: str) -> Path:
 
     Raises:
         NotFoundError: when there is none.
+        ForbiddenError: when it is a link that leads out of the studies.
     """
     uri: Any = datastore.get_label_uri(label_id, tag) if tag in datastore.get_labels_by_image_id(label_id) else ""
     if not uri or not Path(uri).is_file():
         raise NotFoundError(f"label {tag!r} of image", label_id[:200])
-    return Path(uri)
+    file = Path(uri)
+    # it may have become a link since the folders were looked at
+    if isinstance(datastore, SeriesDatastore) and (why := datastore.refusal(file)) is not None:
+        raise ForbiddenError(f"label {tag!r} of image {label_id[:200]!r} {why}")
+    return file
 
 
 def _is_path_inside(text: str, folders: list[Path]) -> bool:

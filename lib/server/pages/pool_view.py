@@ -19,7 +19,7 @@ from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
 from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
 from lib.server.pages.titles import Title, titles_of
-from lib.server.routes.health import source_problems, store_problems
+from lib.server.routes.health import left_out_warnings, source_problems, store_problems
 from lib.server.services import Services
 from lib.server.work.image_checks import left_out, warned
 
@@ -119,7 +119,8 @@ class ActivityView:
 
 def pool_view(parts: Services, user: User) -> PoolView:
     """Count the cases, and name what is no case or left out."""
-    problem = " ".join([*source_problems(parts), *store_problems(parts)])
+    outside = (f"{sentence}." for sentence in left_out_warnings(parts))
+    problem = " ".join([*source_problems(parts), *store_problems(parts), *outside])
     try:
         images = set(parts.datastore.list_images())
         unlabelled = set(parts.datastore.get_unlabeled_images())

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from lib.datastore.repair import shorten
 from lib.datastore.series import SeriesDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.server.http.auth import AsUser
@@ -36,7 +37,7 @@ def readyz(parts: Parts, response: Response) -> dict[str, Any]:
     problems += [*disk_problems(parts), *store_problems(parts), *source_problems(parts)]
     response.status_code = 503 if problems else 200
     state = {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
-    return state | {"warnings": weights_warnings(parts)}
+    return state | {"warnings": [*weights_warnings(parts), *left_out_warnings(parts)]}
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
@@ -63,6 +64,11 @@ def weights_warnings(parts: Services) -> list[str]:
     """A sentence for each model that is served by another version than its live one."""
     states = {name: parts.train_task(name).serving() for name in parts.instance._trainers}
     return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
+
+
+def left_out_warnings(parts: Services) -> list[str]:
+    """A sentence for each of the first files of the studies that are not taken in, and how many more there are."""
+    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(parts.store.left_out().items())])
 
 
 def disk_problems(parts: Services) -> list[str]:

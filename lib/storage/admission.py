@@ -1,0 +1,90 @@
+"""Which files of a folder are its own: regular files whose content no link brings in from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+ALLOW = "an administrator can allow its folder (image_roots)"
+
+
+class Admission:
+    """Judges the files of a folder. It is safe to use from several threads.
+
+    Args:
+        folder: whose files they are.
+        roots: other folders to which links may lead.
+    """
+
+    def __init__(self, folder: Path, roots: Iterable[Path] = ()) -> None:
+        self._folders = [path.resolve() for path in (folder, *roots)]
+        self._lock = threading.Lock()
+        self._resolved: dict[tuple[str, int, int], Path] = {}
+        self._outside: dict[tuple[int, int, int, int], bool] = {}
+
+    def refusal(self, file: Path) -> str | None:
+        """Why a file is left out, as the end of a sentence that begins with its name; None for one that is not.
+
+        It is never opened: opening a FIFO or a device may never end.
+        """
+        try:
+            os.fspath(file).encode()
+        except UnicodeEncodeError:
+            return "has a name that is not UTF-8; rename it"
+        return self.refusal_of_place(file)
+
+    def refusal_of_place(self, file: Path) -> str | None:
+        """The same, whatever the name is."""
+        try:
+            real, status = self._real(file), file.stat()
+        except (OSError, RuntimeError, ValueError) as error:
+            return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        if not any(real.is_relative_to(folder) for folder in self._folders):
+            return f"lies outside the studies folder; {ALLOW}"
+        if not stat.S_ISREG(status.st_mode):
+            return "is no regular file"
+        if status.st_nlink > 1 and self._has_name_outside(status):
+            return f"is a hard link to a file that lies outside the studies folder too; {ALLOW}"
+        return None
+
+    def _real(self, file: Path) -> Path:
+        """Where a file really is; folders are resolved once, for as long as their names mean the same."""
+        if file.is_symlink():
+            return file.resolve(strict=True)
+        status = file.parent.stat()
+        key = (str(file.parent), status.st_dev, status.st_ino)
+        with self._lock:
+            if key not in self._resolved:
+                self._resolved[key] = file.parent.resolve()
+            return self._resolved[key] / file.name
+
+    def _has_name_outside(self, status: os.stat_result) -> bool:
+        """Whether a file of several names has one that is not in the folders; all such files are counted at once."""
+        key = _key(status)
+        with self._lock:
+            if key not in self._outside:
+                names = _count_names(self._folders)
+                self._outside = {found: count < found[2] for found, count in names.items()}
+            return self._outside.get(key, True)
+
+
+def _key(status: os.stat_result) -> tuple[int, int, int, int]:
+    # the time of the last change of the inode: a name that comes or goes changes it
+    return status.st_dev, status.st_ino, status.st_nlink, status.st_ctime_ns
+
+
+def _count_names(folders: Iterable[Path]) -> Counter[tuple[int, int, int, int]]:
+    walked = (walk for top in set(folders) for walk in os.walk(top))
+    counted: Counter[tuple[int, int, int, int]] = Counter()
+    for name in {os.path.join(at, name) for at, _, files in walked for name in files}:
+        try:
+            status = os.lstat(name)
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            counted[_key(status)] += 1
+    return counted
