@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +16,12 @@ import requests
 import urllib3
 from dicomweb_client import DICOMwebClient
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from requests.auth import HTTPBasicAuth
 
 from lib.dicom.attributes import Json, first_value
 from lib.dicom.circuit import Circuit
+from lib.dicom.files import reading
 from lib.dicom.sources import INFO_KEYWORDS, SHOWN_KEYWORDS, SeriesInfo, series_info
 from lib.errors import ImageError, NotFoundError, UpstreamError
 
@@ -34,6 +37,9 @@ UNEXPECTED = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
     InvalidDicomError,
+    BytesLengthException,
+    struct.error,
+    zlib.error,
     ValueError,
     LookupError,
     TypeError,
@@ -110,7 +116,7 @@ class RemoteSource:
 
         Raises:
             NotFoundError, UpstreamError: when there is no such series, or no answer.
-            ImageError: when the server has no instance of it.
+            ImageError: when the server has no instance of it, or a damaged one.
         """
         info = self._known(uid)
         files: list[Path] = []
@@ -118,7 +124,8 @@ class RemoteSource:
         instances = self._ask_for(uid, lambda: self.client.iter_series(info.study, uid, media_types=as_stored))
         while (instance := self._ask_for(uid, lambda: next(instances, None))) is not None:
             file = folder / f"{len(files):05d}.dcm"
-            instance.save_as(file, write_like_original=False)
+            with reading(f"instance {instance.get('SOPInstanceUID', '')} of series {uid} is damaged"):
+                instance.save_as(file, write_like_original=False)
             files.append(file)
         if not files:
             raise ImageError(f"series {uid} has no instances on the DICOMweb server")
