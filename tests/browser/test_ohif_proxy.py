@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_series import SeriesIdentity, write_series
+from pydicom import dcmread
+from pydicom.uid import generate_uid
 from selenium.webdriver.remote.webdriver import WebDriver
 from synthetic_hippocampus import draw_cases
 
@@ -85,6 +87,30 @@ def test_radiologist_works_behind_a_proxy(
     severe = [entry["message"] for entry in viewer.browser.get_log("browser") if entry["level"] == "SEVERE"]
     # MONAI Label's panel asks whether a training runs, and takes 404 for no
     assert [message for message in severe if "/train/?check_if_running=true" not in message] == []
+
+
+@pytest.mark.parametrize(("kind", "sentence"), [("tilted", "tilted by 14.0 degrees"), ("doubled", "cannot show")])
+def test_series_that_the_viewer_cannot_show_is_explained(
+    hospital: Hospital, open_browser: Callable[..., WebDriver], kind: str, sentence: str
+) -> None:
+    """Beside the tilted and the uneven series the server's own reading of them is tested in tests/dicom."""
+    case = next(iter(draw_cases(1, seed=9)))
+    folder = hospital.server.studies / kind
+    files = write_series(folder, case.image, case.affine_ras, SeriesIdentity(f"SYNTH-{kind}", "MR", kind, 30))
+    for number, file in enumerate(files):
+        instance = dcmread(file)
+        if kind == "tilted":
+            instance.ImagePositionPatient[1] += 0.249 * number
+            instance.save_as(file)
+        elif number in (3, 4):
+            instance.SOPInstanceUID = generate_uid()
+            instance.file_meta.MediaStorageSOPInstanceUID = instance.SOPInstanceUID
+            instance.save_as(file.with_name(f"again-{number}.dcm"))
+    study = str(instance.StudyInstanceUID)
+    wait_until(lambda: hospital.server.get(f"/dicom-web/studies/{study}/series").status_code == 200)
+    viewer = Viewer(open_browser(1400, 900), hospital.proxy.url)
+    viewer.browser.get(f"{hospital.proxy.url}/ohif/monai-label?StudyInstanceUIDs={study}")
+    viewer.wait_for(lambda: sentence in viewer.text)
 
 
 def test_model_for_another_modality_warns(hospital: Hospital) -> None:

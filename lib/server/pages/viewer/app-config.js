@@ -113,6 +113,49 @@
     return unsubscribe;
   }
 
+  const SMALLEST_TILT_DEGREES = 0.5;
+
+  /** The angle between the way from the first to the last slice and the normal of the slices, in degrees. */
+  function tiltDegrees(instances) {
+    const [first, last] = [instances[0], instances[instances.length - 1]];
+    if (first === last || !first.ImageOrientationPatient || !first.ImagePositionPatient || !last.ImagePositionPatient) {
+      return 0;
+    }
+    const [a, b, c, d, e, f] = Array.from(first.ImageOrientationPatient, Number);
+    const normal = [b * f - c * e, c * d - a * f, a * e - b * d];
+    const way = [0, 1, 2].map(axis => Number(last.ImagePositionPatient[axis]) - Number(first.ImagePositionPatient[axis]));
+    const length = Math.hypot(...way);
+    const along = Math.abs(normal.reduce((sum, part, axis) => sum + part * way[axis], 0));
+    return length ? (Math.acos(Math.min(1, along / length)) * 180) / Math.PI : 0;
+  }
+
+  /** Why the viewer cannot show a series as the volume that the server segments; "" where it can. */
+  function whyNotShown(set) {
+    const instead = ' The server can segment it all the same: use 3D Slicer, or its REST interface.';
+    if (set.isReconstructable === false) {
+      return 'OHIF cannot show this series as a volume (a localizer, doubled, missing or uneven slices), so that Run does nothing here.' + instead;
+    }
+    const tilt = tiltDegrees(set.instances);
+    return tilt > SMALLEST_TILT_DEGREES
+      ? 'The slices of this series are tilted by ' + tilt.toFixed(1) + ' degrees. OHIF stacks them upright, so that what is drawn here cannot be submitted.' + instead
+      : '';
+  }
+
+  /** Say of each series that is opened what the viewer, which stays black or shows it skewed, does not. */
+  function explainSeries({ servicesManager }) {
+    const { displaySetService, uiNotificationService } = servicesManager.services;
+    const { unsubscribe } = displaySetService.subscribe(displaySetService.EVENTS.DISPLAY_SETS_ADDED, added => {
+      for (const set of added.displaySetsAdded || []) {
+        const why = set.Modality !== 'SEG' && set.instances && set.instances.length > 1 ? whyNotShown(set) : '';
+        if (why) {
+          const title = set.SeriesDescription || 'Series ' + set.SeriesNumber;
+          uiNotificationService.show({ title, message: why, type: 'warning', duration: 60000 });
+        }
+      }
+    });
+    return unsubscribe;
+  }
+
   const paintTool = (id, icon, label, toolName) => ({
     id,
     uiType: 'ohif.radioGroup',
@@ -221,7 +264,7 @@
     }
   }
 
-  let stopFitting = () => undefined;
+  let stopListening = () => undefined;
 
   const extension = {
     id: 'monailabel-unetr',
@@ -234,14 +277,15 @@
       if (!isLabelMode()) {
         return;
       }
-      stopFitting = fitBrush({ servicesManager, commandsManager });
+      const stops = [fitBrush({ servicesManager, commandsManager }), explainSeries({ servicesManager })];
+      stopListening = () => stops.forEach(stop => stop());
       const { toolbarService, panelService } = servicesManager.services;
       toolbarService.addButtons(BUTTONS);
       toolbarService.createButtonSection('primary', BUTTONS.map(button => button.id));
       // the mode adds its own panel when its layout is drawn, after this
       setTimeout(() => panelService.addPanel('right', SEGMENTATION_PANEL), 0);
     },
-    onModeExit: () => stopFitting(),
+    onModeExit: () => stopListening(),
   };
 
   window.config = {
