@@ -48,6 +48,11 @@ class Settings(Retraining):
         image_roots: folders outside the studies whose images may be segmented too, by path or through a link.
         tokens: YAML file of users, their roles and the SHA-256 of their tokens; everybody may do everything without.
         cors_origins: web pages that may call the server from a browser, as ``https://viewer.example``.
+        connection_limit: most connections at a time.
+        client_connection_limit: most connections of one address at a time; those of ``trusted_proxies`` have no limit.
+        header_seconds: longest time in seconds until a request's header is complete.
+        body_seconds: longest time in seconds for a request's body, beside one for each KiB that came, and longest time
+            in which a client takes nothing of its answer.
         trusted_proxies: addresses or networks of reverse proxies whose ``X-Forwarded-For`` and ``-Proto`` are believed.
         log_format: lines for people (``text``) or for programs (``json``).
         free_disk_mib: free disk in MiB below which the server says that it is not ready.
@@ -78,6 +83,10 @@ class Settings(Retraining):
     image_roots: tuple[Path, ...] = ()
     tokens: Path | None = None
     cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s*]+$")], ...] = ()
+    connection_limit: Annotated[int, Field(ge=8)] = 512
+    client_connection_limit: Annotated[int, Field(ge=4)] = 128
+    header_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    body_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     trusted_proxies: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
     free_disk_mib: Annotated[int, Field(ge=0)] = 512

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 
 from lib.server.stock import refuse_unknown, running_stock_app  # isort: skip  (sets how MONAI Label loads lib)
@@ -17,13 +17,16 @@ import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
+from lib.configs.settings import Settings
+from lib.server.http.connections import Limits, limit_connections
 from lib.server.http.errors import register_error_handlers
-from lib.server.http.events import closed_by_signals
-from lib.server.http.exposure import warn_if_exposed
+from lib.server.http.events import called_by_signal, closed_by_signals
+from lib.server.http.exposure import warn_if_closed_to_all, warn_if_exposed
 from lib.server.http.logs import set_log_format
 from lib.server.http.middleware import Surroundings
 from lib.server.http.origins import Origins
 from lib.server.http.proxies import Clients
+from lib.server.http.tokens import WatchedTokens
 from lib.server.labels.segmentations import series_store, show_as_segmentation
 from lib.server.pages import case_routes, documentation, page_routes, sign_in
 from lib.server.pages.drawing import ASSETS
@@ -78,6 +81,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = services = Services.of(instance)
         set_log_format(services.settings.log_format)
         warn_if_exposed(sys.argv, services.authenticator.enabled)
+        tokens = services.authenticator.tokens
+        warn_if_closed_to_all(None if tokens is None else tokens.count)
+        limit_connections(limits_of(services.settings))
         services.label_hooks.append(partial(show_as_segmentation, services))
         app.state.retrainer = retrainer = Retrainer(services, services.journal)
         # what was cut off goes on first, or the policy would see nothing run and begin another
@@ -87,7 +93,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         series_source.start()
         try:
             async with services.prefetcher.running(), services.scoring.running():
-                with closed_by_signals(services.changes):
+                with closed_by_signals(services.changes), read_again_by_signal(tokens):
                     await anyio.to_thread.run_sync(page_routes.prepare, services)
                     spare_what_stays()
                     yield
@@ -96,6 +102,22 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await anyio.to_thread.run_sync(services.jobs.shut_down)
             await anyio.to_thread.run_sync(series_source.stop)
             await anyio.to_thread.run_sync(services.store.close)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits on connections that the settings name."""
+    return Limits(
+        settings.connection_limit,
+        settings.client_connection_limit,
+        settings.header_seconds,
+        settings.body_seconds,
+        settings.trusted_proxies,
+    )
+
+
+def read_again_by_signal(tokens: WatchedTokens | None) -> AbstractContextManager[None]:
+    """While this lasts, SIGUSR1 has the token file read again."""
+    return nullcontext() if tokens is None else called_by_signal("SIGUSR1", tokens.read_again)
 
 
 def spare_what_stays() -> None:

@@ -25,7 +25,7 @@ from lib.server.http.auth import Authenticator
 from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_image_known, find_image
-from lib.server.http.tokens import TokenFile
+from lib.server.http.tokens import WatchedTokens
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
@@ -70,7 +70,7 @@ class Services:
             ConfigError: when the token file is not valid.
         """
         settings: Settings = instance.settings
-        tokens = TokenFile.read(settings.tokens) if settings.tokens else None
+        tokens = WatchedTokens(settings.tokens) if settings.tokens else None
         metrics, changes = Metrics(), Changes()
 
         def on_end(job: Job) -> None:

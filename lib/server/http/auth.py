@@ -22,7 +22,7 @@ from monailabel.config import settings as stock_settings
 from monailabel.endpoints.user.auth import get_public_key
 
 from lib.server.http.errors import ForbiddenError, UnauthorizedError
-from lib.server.http.tokens import TokenFile
+from lib.server.http.tokens import WatchedTokens
 
 logger = logging.getLogger("unetr.server")
 
@@ -74,7 +74,7 @@ class Authenticator:
         openid: whether MONAI Label's OpenID settings are on.
     """
 
-    def __init__(self, tokens: TokenFile | None, openid: bool) -> None:
+    def __init__(self, tokens: WatchedTokens | None, openid: bool) -> None:
         self.tokens = tokens
         self.openid = openid
 

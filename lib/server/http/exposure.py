@@ -51,3 +51,22 @@ def listening_host(arguments: Sequence[str]) -> str | None:
         if name in ("--host", "-i"):
             return value if equals else next(iter(arguments[position + 1 :]), STOCK_HOST)
     return STOCK_HOST
+
+
+def warn_if_closed_to_all(users: int | None) -> bool:
+    """Say at the start that nobody may use the server, when its token file names no user.
+
+    Args:
+        users: how many tokens there are; None without a token file.
+
+    Returns:
+        Whether there was something to warn of.
+    """
+    if users != 0:
+        return False
+    text = (
+        "The token file names NO user, so that nobody may use this server. Add one; it is read while the server runs:"
+    )
+    command = "    python -m lib.server.http.tokens tokens.yaml NAME ROLE"
+    print(f"\n{text}\n{command}\n", file=sys.stderr, flush=True)
+    return True

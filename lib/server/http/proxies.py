@@ -7,6 +7,7 @@ browser here could say that it comes from elsewhere and pass the checks for this
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -68,3 +69,10 @@ def is_loopback(address: str) -> bool:
     found = ipaddress.ip_address(address)
     inside = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None  # ::ffff:127.0.0.1
     return (inside or found).is_loopback
+
+
+def is_among(address: str, networks: Sequence[str]) -> bool:
+    """Whether an address is one of these, or in one of these networks."""
+    if not networks or not is_address(address):
+        return False
+    return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks)

@@ -14,16 +14,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import ConfigError
+
+logger = logging.getLogger("unetr.server")
 
 RoleName = Literal["annotator", "reviewer", "admin"]
 
@@ -44,6 +48,12 @@ class TokenFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: tuple[TokenEntry, ...]
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _nobody(cls, value: Any) -> Any:
+        """``tokens:`` with nothing after it, as is left when all entries are taken out, is an empty list."""
+        return () if value is None else value
 
     @classmethod
     def read(cls, path: Path) -> TokenFile:
@@ -70,6 +80,57 @@ class TokenFile(BaseModel):
         digest = hash_token(token)
         found = [entry for entry in self.tokens if hmac.compare_digest(entry.sha256, digest)]
         return found[0] if found else None
+
+
+class WatchedTokens:
+    """The token file of a running server: read again when it has changed, so that a removed token ends at once.
+
+    A file that is gone or not valid lets nobody in, until it is valid again; the log says why.
+
+    Args:
+        path: the token file.
+
+    Raises:
+        ConfigError: when it is not valid at the start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen: tuple[int, ...] | None = self._state()
+        self._file = TokenFile.read(path)
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return len(self._file.tokens)
+
+    def find(self, token: str) -> TokenEntry | None:
+        """The entry of a token in the file as it is now."""
+        with self._lock:
+            if self._seen != (state := self._state()):
+                self._seen, self._file = state, self._read()
+            return self._file.find(token)
+
+    def read_again(self) -> None:
+        """Have the file read again, whether it looks changed or not (on a network drive, say)."""
+        self._seen = None
+
+    def _state(self) -> tuple[int, ...]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+
+    def _read(self) -> TokenFile:
+        try:
+            file = TokenFile.read(self._path)
+        except ConfigError as error:
+            logger.error("nobody may use this server until its token file is valid again: %s", error)
+            return TokenFile(tokens=())
+        logger.info("the token file %s was read again: %d tokens", self._path, len(file.tokens))
+        return file
 
 
 def hash_token(token: str) -> str:

@@ -14,7 +14,7 @@ from lib.server import app
 from lib.server.http import auth
 from lib.server.http.auth import Authenticator, Role
 from lib.server.http.errors import ForbiddenError, UnauthorizedError
-from lib.server.http.tokens import TokenFile, add_token
+from lib.server.http.tokens import WatchedTokens, add_token
 
 # what clients ask before they have a token, and what holds nothing
 OPEN = {"/healthz", "/readyz", "/auth/", "/auth/token", "/ohif/{path:path}", "/ohif/app-config.js"}
@@ -42,7 +42,7 @@ def test_everybody_may_do_everything_without_tokens() -> None:
 @pytest.fixture
 def with_tokens(tmp_path: Path) -> tuple[Authenticator, str]:
     token = add_token(tmp_path / "tokens.yaml", "anna", "reviewer")
-    return Authenticator(TokenFile.read(tmp_path / "tokens.yaml"), openid=False), token
+    return Authenticator(WatchedTokens(tmp_path / "tokens.yaml"), openid=False), token
 
 
 def test_token_names_its_user_and_role(with_tokens: tuple[Authenticator, str]) -> None:

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from lib.server.http.exposure import listening_host, warn_if_exposed
+from lib.server.http.exposure import listening_host, warn_if_closed_to_all, warn_if_exposed
 from lib.server.http.origins import Origins
 from lib.server.http.proxies import is_loopback
 
@@ -124,3 +124,10 @@ def test_warning_is_printed_only_when_everybody_may_do_everything(capsys: pytest
     assert capsys.readouterr().err == ""
     assert warn_if_exposed(everywhere, authenticated=False)
     assert "asks NOBODY for a password" in capsys.readouterr().err
+
+
+def test_start_says_that_nobody_may_when_there_is_no_user(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not warn_if_closed_to_all(None) and not warn_if_closed_to_all(1)
+    assert capsys.readouterr().err == ""
+    assert warn_if_closed_to_all(0)
+    assert "nobody may use this server" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from lib.errors import ConfigError
 from lib.server.http import tokens
-from lib.server.http.tokens import TokenFile, add_token, hash_token
+from lib.server.http.tokens import TokenFile, WatchedTokens, add_token, hash_token
 
 
 def test_token_is_found_by_its_hash_and_is_not_in_the_file(tmp_path: Path) -> None:
@@ -64,3 +64,38 @@ def test_command_prints_the_token_once(
     assert tokens.main() == 0
     entry = TokenFile.read(path).find(capsys.readouterr().out.strip())
     assert (entry.user, entry.role) == ("anna", "reviewer")
+
+
+def test_a_token_that_is_taken_out_of_the_file_ends_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    anna, ben = add_token(path, "anna", "annotator"), add_token(path, "ben", "admin")
+    watched = WatchedTokens(path)
+    assert watched.find(anna) is not None and watched.count == 2
+    path.write_text(f"tokens: [{{user: ben, role: reviewer, sha256: {hash_token(ben)}}}]")
+    assert watched.find(anna) is None
+    assert watched.find(ben).role == "reviewer"  # type: ignore[union-attr]
+    later = add_token(path, "carl", "annotator")
+    assert watched.find(later).user == "carl"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("content", ["tokens: []", "tokens:", "tokens: [", None])
+def test_an_empty_damaged_or_missing_file_lets_nobody_in_until_it_is_valid_again(
+    tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "tokens.yaml"
+    anna = add_token(path, "anna", "annotator")
+    good, watched = path.read_bytes(), WatchedTokens(path)
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert watched.find(anna) is None
+    path.write_bytes(good)
+    assert watched.find(anna) is not None
+
+
+def test_a_file_that_looks_unchanged_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    anna = add_token(path, "anna", "annotator")
+    watched = WatchedTokens(path)
+    watched.read_again()
+    assert watched.find(anna) is not None
