@@ -602,7 +602,9 @@ def app_settings(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], options: argparse.Namespace) -> int:
     """Run the server until it ends or this process is told to stop; returns the exit code."""
-    server = subprocess.Popen(command, env=dict(environment), **own_process_group())
+    # the server stops when its standard input ends: when this program is gone, by whatever signal
+    told = {**environment, "UNETR_ENDS_WITH_INPUT": "1"}
+    server = subprocess.Popen(command, env=told, stdin=subprocess.PIPE, **own_process_group())
     stopped = threading.Event()
     with stop_requests_set(stopped):
         if wait_until_ready(server, options, stopped):
@@ -612,6 +614,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], options: a
         if stopped.is_set():
             print("stopping the server", flush=True)
         code = stop_tree(server)
+    if server.stdin is not None:
+        server.stdin.close()
     ended_as_told = stopped.is_set() and (WINDOWS or code in (0, -signal.SIGTERM, -signal.SIGINT))
     return 0 if ended_as_told else as_exit_code(code)
 

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from lib.configs.settings import Settings
-from lib.server.http.connections import Limits, limit_connections
+from lib.server.http.connections import Limits, limit_connections, serving_uvicorn
 from lib.server.http.errors import register_error_handlers
 from lib.server.http.events import called_by_signal, closed_by_signals
 from lib.server.http.exposure import warn_if_closed_to_all, warn_if_exposed
@@ -46,7 +46,9 @@ from lib.server.routes import sessions as session_routes
 from lib.server.routes import train as train_routes
 from lib.server.routes import uncertainty as uncertainty_routes
 from lib.server.services import Services
+from lib.server.work.parent import end_with_parent
 from lib.server.work.retraining import Retrainer
+from lib.server.work.temporary import own_temporary_folder, remove_log_configuration
 
 ROUTERS = (
     health.router,
@@ -76,6 +78,17 @@ ROUTERS = (
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """What belongs to the process, and the server inside it."""
+    end_with_parent()
+    uvicorn = serving_uvicorn()
+    remove_log_configuration(uvicorn.config.log_config if uvicorn else None)
+    with own_temporary_folder():
+        async with running_server(app):
+            yield
+
+
+@asynccontextmanager
+async def running_server(app: FastAPI) -> AsyncIterator[None]:
     """MONAI Label's own start and stop, with the server's parts made and ended inside it."""
     async with running_stock_app() as instance:
         app.state.services = services = Services.of(instance)

@@ -133,6 +133,27 @@ def test_stop_request_ends_the_server_and_its_children(how: int) -> None:
     supervisor.stdout.close()
 
 
+WATCHED = "from lib.server.work.parent import end_with_parent; end_with_parent()\n" + SERVER
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads process states from /proc")
+def test_server_ends_when_run_py_is_killed() -> None:
+    supervisor = supervised(
+        WATCHED.replace("print(", "import os; print('server', os.getpid(), flush=True); print("), free_port()
+    )
+    assert supervisor.stdout is not None
+    server = int(supervisor.stdout.readline().split()[1])
+    assert is_running(server)
+    supervisor.kill()
+    deadline = time.monotonic() + 20
+    while is_running(server) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(server)
+    os.kill(int(supervisor.stdout.readline().split()[1]), signal.SIGKILL)
+    supervisor.wait()
+    supervisor.stdout.close()
+
+
 def test_exit_code_of_a_server_that_ends_passes() -> None:
     supervisor = supervised("import sys; sys.exit(9)", free_port())
     out, _ = supervisor.communicate(timeout=30)

@@ -26,6 +26,7 @@ from lib.server.http.proxies import is_among
 logger = logging.getLogger("unetr.server")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_READ_A_REFUSAL = 0.5
 BODY_BYTES_A_SECOND = 1024
 # Connections that the system accepts for the process before it has looked at one of them.
 BACKLOG = 128
@@ -71,6 +72,7 @@ class LimitedProtocol(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._crowd = crowd
+        self._refused = False
         self._phase: object = h11.IDLE
         self._since = time.monotonic()
         self._received = 0
@@ -85,7 +87,13 @@ class LimitedProtocol(H11Protocol):
         """As uvicorn's; a connection too many is refused."""
         super().connection_made(transport)
         if not self._crowd.admit(self):
-            self.close(TOO_MANY)
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Say that there are too many; the connection stays until that has been read, or its request would undo it."""
+        self._refused = True
+        self.transport.write(TOO_MANY)
+        self.loop.call_later(SECONDS_TO_READ_A_REFUSAL, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As uvicorn's."""
@@ -94,6 +102,8 @@ class LimitedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's."""
+        if self._refused:
+            return
         self._received += len(data)
         super().data_received(data)
         self._look_at_phase()
@@ -158,6 +168,11 @@ class Crowd:
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def waiting(self) -> int:
+        """How many ask for nothing, or have not finished their header."""
+        return sum(connection.waits_for_header for connection in list(self._all))
+
     def make(self, **options: Any) -> LimitedProtocol:
         """A connection, as uvicorn asks for one."""
         return LimitedProtocol(self, **options)
@@ -204,17 +219,23 @@ class Crowd:
         self._timer = loop.call_later(SECONDS_BETWEEN_LOOKS, self._look, loop) if self._all else None
 
 
+def serving_uvicorn() -> uvicorn.Server | None:
+    """The uvicorn that serves this app, found as what handles SIGTERM; None under another server."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if isinstance(server, uvicorn.Server) else None
+
+
 def limit_connections(limits: Limits) -> Crowd | None:
     """Have the uvicorn that is starting this app make connections that keep to limits.
 
     MONAI Label's command line starts uvicorn and has no option for its protocol. Uvicorn opens its socket after the app
-    has started, and asks its configuration for the protocol then; it is found as what handles SIGTERM.
+    has started, and asks its configuration for the protocol then.
 
     Returns:
         The connections; None under another server, which has to limit them itself.
     """
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if not isinstance(server, uvicorn.Server):
+    server = serving_uvicorn()
+    if server is None:
         logger.warning("connections are not limited: this app is not served by uvicorn; limit them in front of it")
         return None
     crowd = Crowd(limits)

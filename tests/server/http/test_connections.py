@@ -1,0 +1,176 @@
+"""Slow and half-open connections against a real uvicorn, in this process."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+
+from lib.server.http import connections
+from lib.server.http.connections import Crowd, Limits, limit_connections
+
+HALF_A_HEADER = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Half: "
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+LARGE = 64 * 2**20
+
+
+async def hello(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(f"{len(await request.body())} bytes")
+
+
+async def large(request: Request) -> StreamingResponse:
+    return StreamingResponse(iter([b"0" * 2**20] * (LARGE // 2**20)))
+
+
+@contextmanager
+def serving(limits: Limits) -> Iterator[tuple[int, Crowd]]:
+    """Its port and connections."""
+    app = Starlette(routes=[Route("/", hello, methods=["GET", "POST"]), Route("/large", large)])
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=60)
+    server, crowd = uvicorn.Server(config), Crowd(limits)
+    config.load()
+    config.http_protocol_class = crowd.make  # type: ignore[assignment]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1], crowd
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+def connect(port: int, first: bytes = b"") -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", port), timeout=10)
+    made.sendall(first)
+    return made
+
+
+def answer(made: socket.socket) -> bytes:
+    """All of an answer, which ends with its body or with the connection."""
+    said = b""
+    while not said.endswith(b" bytes") and (block := made.recv(4096)):
+        said += block
+    return said
+
+
+def ask(port: int) -> bytes:
+    with connect(port, GET) as made:
+        return answer(made)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks every hundredth of a second, so that the tests need not wait for seconds."""
+    monkeypatch.setattr(connections, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+
+def test_half_headers_are_closed_and_whole_ones_answered() -> None:
+    with serving(Limits(64, 64, 0.3, 5)) as (port, _crowd):
+        halves = [connect(port, HALF_A_HEADER) for _ in range(20)]
+        silent = connect(port)
+        assert ask(port).startswith(b"HTTP/1.1 200")
+        assert [half.recv(4096)[:12] for half in halves] == [b"HTTP/1.1 408"] * 20
+        assert silent.recv(4096) == b""
+        for each in (*halves, silent):
+            each.close()
+
+
+def test_the_second_header_of_a_connection_has_its_time_too() -> None:
+    with serving(Limits(64, 64, 0.3, 5)) as (port, _), connect(port, GET) as made:
+        assert answer(made).startswith(b"HTTP/1.1 200")
+        made.sendall(HALF_A_HEADER)
+        assert made.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_header_that_drips_is_closed_all_the_same() -> None:
+    with serving(Limits(64, 64, 0.3, 5)) as (port, _), connect(port, HALF_A_HEADER) as made:
+        made.settimeout(0.02)
+        said = b""
+        for _ in range(200):
+            try:
+                made.sendall(b"x")
+                said += made.recv(4096)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            if said:
+                break
+        assert said.startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_does_not_come_is_closed() -> None:
+    with serving(Limits(64, 64, 5, 0.3)) as (port, _), connect(port, POST + b"1") as made:
+        assert made.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_closed() -> None:
+    request = b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving(Limits(64, 64, 5, 0.3)) as (port, crowd), connect(port, request) as made:
+        deadline = time.monotonic() + 10
+        while not len(crowd) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        while len(crowd) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(crowd) == 0
+        assert made.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_beyond_the_limits_the_oldest_half_open_connection_makes_room() -> None:
+    with serving(Limits(40, 20, 60, 60)) as (port, crowd):
+        halves = [connect(port, HALF_A_HEADER) for _ in range(100)]
+        assert ask(port).startswith(b"HTTP/1.1 200")
+        assert len(crowd) <= 20
+        for half in halves:
+            half.close()
+
+
+def test_a_connection_is_refused_where_all_others_are_busy() -> None:
+    with serving(Limits(4, 4, 60, 60)) as (port, crowd):
+        busy = []
+        for number in range(4):
+            busy.append(connect(port, POST))
+            while len(crowd) <= number or crowd.waiting:
+                time.sleep(0.01)
+        assert ask(port).startswith(b"HTTP/1.1 503")
+        busy[0].sendall(b"0" * 1000)
+        assert answer(busy[0]).endswith(b"1000 bytes")
+        for each in busy:
+            each.close()
+
+
+def test_proxies_speak_for_many() -> None:
+    with serving(Limits(40, 4, 60, 60, ("127.0.0.0/8",))) as (port, crowd):
+        halves = [connect(port, HALF_A_HEADER) for _ in range(30)]
+        assert ask(port).startswith(b"HTTP/1.1 200")
+        assert 30 <= len(crowd) <= 32
+        for half in halves:
+            half.close()
+
+
+def test_uvicorn_is_found_as_what_handles_sigterm() -> None:
+    server = uvicorn.Server(uvicorn.Config(Starlette()))
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
+    try:
+        crowd = limit_connections(Limits(4, 4, 60, 60))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert crowd is not None and server.config.http_protocol_class == crowd.make
+
+
+def test_another_server_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert limit_connections(Limits(4, 4, 60, 60)) is None
+    assert "limit them in front of it" in caplog.text
