@@ -137,8 +137,12 @@ class UnetrTrainTask(TrainTask):
         # 3D Slicer computes with it, and knows that it may be absent
         return {name: value for name, value in stats.items() if name != "best_metric" or value is not None}
 
-    def validate_request(self, request: Mapping[str, Any]) -> TrainRequest:
+    def validate_request(self, request: Mapping[str, Any], strict: bool = False) -> TrainRequest:
         """Cast and check a request without running it.
+
+        Args:
+            request: its fields.
+            strict: whether each value must have its type already, as in JSON; else text is cast, as of ``--conf``.
 
         Raises:
             ParameterError: naming the field, its value and what would be valid.
@@ -146,7 +150,7 @@ class UnetrTrainTask(TrainTask):
         try:
             given = {key: value for key, value in request.items() if value is not None}
             rate = {} if given.get("pretrained", True) else {"learning_rate": self._learning_rate(False)}
-            asked = TrainRequest.model_validate(self.config() | rate | given)
+            asked = TrainRequest.model_validate(self.config() | rate | given, strict=strict)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in problem["loc"])

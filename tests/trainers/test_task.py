@@ -113,6 +113,27 @@ def test_bad_field_is_refused_by_name_before_anything_starts(
     assert not locator.folder.exists()
 
 
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"max_epochs": True},
+        {"max_epochs": "10"},
+        {"learning_rate": "0.1"},
+        {"learning_rate": 1e308},
+        {"pretrained": "true"},
+        {"val_split": "0.2"},
+        {"seed": 2**70},
+        {"gpus": "0;1"},
+    ],
+)
+def test_json_of_another_type_or_beyond_the_bounds_is_refused(
+    task: UnetrTrainTask, request_fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ParameterError, match=next(iter(request_fields))):
+        task.validate_request(request_fields, strict=True)
+    assert task.validate_request({"learning_rate": 0.5, "val_split": 0, "device": ["cpu"]}, strict=True).device == "cpu"
+
+
 def test_request_as_slicer_sends_it_is_understood(task: UnetrTrainTask) -> None:
     request = task.config() | {"model": "tiny", "client_id": "user-xyz", "max_epochs": "3", "device": ["cpu"]}
     asked = task.validate_request(request)

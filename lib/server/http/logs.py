@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Literal
 
 from lib.server.http.request_id import current_request_id
 
 LogFormat = Literal["text", "json"]
 # MONAI Label's configuration gives these handlers of their own, and the root logger's do not see what they log.
+# C0, DEL and C1, the line ends of Unicode, and what turns the direction of writing.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LOGGERS = ("", "uvicorn", "uvicorn.access")
+
+
+def escape_controls(text: str, kept: str = "") -> str:
+    """A text with its control characters and line ends as escapes.
+
+    >>> escape_controls("a\\nb")
+    'a\\\\nb'
+    """
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
 
 
 class TextFormatter(logging.Formatter):
@@ -19,7 +31,12 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """As MONAI Label's, with the request's id."""
         record.request_id = current_request_id()
-        return super().format(record)
+        return escape_controls(super().format(record), kept="\n\t")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name is logging's)
+        """The message on one line: what clients send must not look like another line of the log."""
+        record.message = escape_controls(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):

@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 
 from lib.errors import ParameterError
 
+_Model = TypeVar("_Model", bound=BaseModel)
 DEEPEST = 20
 LARGEST_INFO = 64 * 1024
 KEPT_BY_SERVER = ("path", "name", "ts", "strategy")
 """What the datastore and the strategies keep beside an image; a client's own value would break them."""
 JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
 """What OpenAPI says of routes that read their body with :func:`json_body`."""
+
+
+def json_body_of(model: type[BaseModel], hidden: Collection[str] = ()) -> dict[str, Any]:
+    """What OpenAPI says of a route whose body is a model's fields, each of which may be left out.
+
+    Args:
+        model: the fields.
+        hidden: fields that clients may not set.
+    """
+    schema = model.model_json_schema()
+    schema.pop("required", None)
+    schema["properties"] = {name: field for name, field in schema["properties"].items() if name not in hidden}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+
+
+def check_fields(model: type[_Model], params: Mapping[str, Any]) -> _Model:
+    """Check a JSON object against a model; each value must have its type, and null is as if it was left out.
+
+    Raises:
+        ParameterError: naming the first field that is not valid, its value and what would be.
+    """
+    try:
+        return model.model_validate({key: value for key, value in params.items() if value is not None}, strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        name = str(problems[0]["loc"][0])
+        valid = " or ".join(dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name))  # one for each choice
+        raise ParameterError(name, _shorten(str(params[name])), valid) from error
 
 
 def parse_object(text: str, name: str = "params") -> dict[str, Any]:

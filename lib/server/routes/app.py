@@ -15,8 +15,9 @@ from lib.datastore.leases import Lease
 from lib.datastore.open_cases import OpenCases
 from lib.errors import NotFoundError
 from lib.server.http.auth import AsAdmin, AsUser
+from lib.server.http.bodies import NextSampleRequest
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
 from lib.server.work.image_checks import check_image, left_out
@@ -33,6 +34,7 @@ router = APIRouter(tags=["App"])
 
 NOT_TRAINED = {"epoch": 0, "total_epochs": 1, "total_time": "0:00:00"}
 """Clients show a model without figures as in its last epoch (100 %), and one that has a total time as not running."""
+NEXT_BODY = json_body_of(NextSampleRequest)
 
 
 @router.get("/info/", summary="Models, trainers, labels, strategies")
@@ -74,7 +76,7 @@ def running_training(parts: Services) -> dict[str, dict[str, float]]:
     return {model: said | ({} if best is None else {"best_metric": float(best)})}
 
 
-@router.post("/activelearning/", summary="The next case to label, by the default strategy", openapi_extra=JSON_BODY)
+@router.post("/activelearning/", summary="The next case to label, by the default strategy", openapi_extra=NEXT_BODY)
 def next_sample_by_default(
     request: Request, parts: Parts, user: AsUser, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
@@ -82,11 +84,12 @@ def next_sample_by_default(
     return next_sample(request, parts, user, parts.settings.strategy, params)
 
 
-@router.post("/activelearning/{strategy}", summary="The next case to label", openapi_extra=JSON_BODY)
+@router.post("/activelearning/{strategy}", summary="The next case to label", openapi_extra=NEXT_BODY)
 def next_sample(
     request: Request, parts: Parts, user: AsUser, strategy: str, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
     """The chosen image and what is known of it; an empty object when everything is labelled."""
+    check_fields(NextSampleRequest, params)
     known = list(parts.instance._strategies)
     if strategy not in known:
         raise NotFoundError("strategy", strategy[:200], known)

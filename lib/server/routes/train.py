@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,20 +13,22 @@ from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
 from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
+from lib.server.http.bodies import BatchRequest
 from lib.server.http.names import check_image_known
-from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.http.parameters import JSON_BODY, check_fields, json_body, json_body_of
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.services import Parts, Services
 from lib.server.work.jobs import Job, Kind
-from lib.trainers.request import SERVER_FIELDS
+from lib.trainers.request import SERVER_FIELDS, TrainRequest
 
 train_router = APIRouter(prefix="/train", tags=["Train"])
 batch_router = APIRouter(prefix="/batch", tags=["Infer"])
 scoring_router = APIRouter(prefix="/scoring", tags=["Scoring"])
 
 Body = Annotated[dict[str, Any], Depends(json_body)]
+TRAIN_BODY = json_body_of(TrainRequest, SERVER_FIELDS)
+BATCH_BODY = json_body_of(BatchRequest)
 SECONDS_BETWEEN_LOOKS = 0.2
-_GPUS = re.compile(r"all|\d{1,3}(,\d{1,3})*")
 # What a client may not set: they say what runs, and where it reads.
 NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", *SERVER_FIELDS)
 
@@ -40,7 +41,7 @@ def train_status(
     return status(parts, "train", all, check_if_running)
 
 
-@train_router.post("/", summary="Train all models, one after the other", openapi_extra=JSON_BODY)
+@train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
 async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
     """Train every model; settings for all of them, or for each under its name."""
     models = list(parts.instance._trainers)
@@ -58,7 +59,7 @@ async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool
     }
 
 
-@train_router.post("/{model}", summary="Train a model", openapi_extra=JSON_BODY)
+@train_router.post("/{model}", summary="Train a model", openapi_extra=TRAIN_BODY)
 async def train(
     parts: Parts, user: AsReviewer, model: str, params: Body, run_sync: bool = False, enqueue: bool = False
 ) -> Any:
@@ -85,7 +86,7 @@ def batch_status(
     return status(parts, "batch_infer", all, check_if_running)
 
 
-@batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=JSON_BODY)
+@batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=BATCH_BODY)
 async def batch_infer(
     parts: Parts,
     user: AsAnnotator,
@@ -195,8 +196,7 @@ def check_training(parts: Services, model: str, params: Mapping[str, Any]) -> No
         NotFoundError: for a model that there is not.
         ParameterError: for a field that is not valid.
     """
-    parts.train_task(model).validate_request(params)
-    check_gpus(params)
+    parts.train_task(model).validate_request(own(params, model), strict=True)
 
 
 async def notice(parts: Services, model: str, params: Mapping[str, Any]) -> str:
@@ -217,28 +217,10 @@ def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None
         ParameterError: for a field that is not valid.
     """
     parts.segmentation_task(model).validate_request({**request, "image": "image.nii.gz"})
-    check_gpus(request)
-    for name in ("max_workers", "max_batch_size"):
-        value = request.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ParameterError(name, value, "a whole number from 0")
-    images = request["images"]
+    images = check_fields(BatchRequest, request).images
     if isinstance(images, list):
         for image in images:
-            check_image_known(parts.datastore, str(image))
-    elif images not in set(BatchInferImageType):
-        raise ParameterError("images", images, "all, labeled, unlabeled, or a list of ids")
-
-
-def check_gpus(params: Mapping[str, Any]) -> None:
-    """The choice of GPUs becomes an environment variable, so it is only that.
-
-    Raises:
-        ParameterError: for anything else.
-    """
-    gpus = params.get("gpus") or "all"
-    if not isinstance(gpus, str) or not _GPUS.fullmatch(gpus):
-        raise ParameterError("gpus", gpus, "all, or indices separated by commas")
+            check_image_known(parts.datastore, image)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

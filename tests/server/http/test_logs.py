@@ -30,6 +30,13 @@ def test_text_lines_hold_the_request(handler: logging.Handler) -> None:
     assert "[INFO] [abcdef-1] (unetr.server:7) - hello" in handler.format(record("hello"))
 
 
+def test_what_clients_send_cannot_pass_for_another_line_or_command_a_terminal(handler: logging.Handler) -> None:
+    set_log_format("text")
+    line = handler.format(record("refused /a\n[2026-01-01] [INFO] all well\x1b[2J\x9b1m\r\u2028\u202eend"))
+    assert "\n" not in line and "\x1b" not in line and "\x9b" not in line and "\u2028" not in line
+    assert r"refused /a\n[2026-01-01] [INFO] all well\x1b[2J\x9b1m\r\u2028\u202eend" in line
+
+
 def test_json_lines_hold_the_request_and_the_fields(handler: logging.Handler) -> None:
     begin_request("abcdef-2")
     set_log_format("json")
