@@ -28,7 +28,7 @@ from lib.server.http.origins import Origins
 from lib.server.http.proxies import Clients
 from lib.server.http.tokens import WatchedTokens
 from lib.server.labels.segmentations import series_store, show_as_segmentation
-from lib.server.pages import case_routes, documentation, page_routes, sign_in
+from lib.server.pages import case_routes, click_routes, documentation, page_routes, sign_in
 from lib.server.pages.drawing import ASSETS
 from lib.server.routes import app as app_routes
 from lib.server.routes import auth as auth_routes
@@ -73,6 +73,7 @@ ROUTERS = (
     sign_in.router,
     page_routes.router,
     case_routes.router,
+    click_routes.router,
 )
 
 

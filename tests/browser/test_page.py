@@ -161,6 +161,35 @@ def test_training_moves_while_one_looks_and_its_version_can_be_rolled_back(
     keep_screenshot(browser, "page-rolled-back")
 
 
+def test_case_page_is_corrected_with_clicks_and_keys(
+    server: Server, open_browser: OpenBrowser, keep_screenshot: KeepScreenshot
+) -> None:
+    browser = open_browser(width=1280, height=1600)
+    browser.get(f"{server.url}/case/case_4")
+    picture = browser.find_element(By.ID, "slice-axial")
+    ready = "return document.querySelector('#slice-axial').naturalWidth > 0"
+    wait_until(browser, lambda: browser.execute_script(ready))
+    picture.click()
+    shown = "return document.querySelector('#slice-axial').src.includes('edit%3A')"
+    wait_until(browser, lambda: browser.execute_script(shown))
+    assert "1" in text_of(browser, "#clicks-count")
+    picture.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ENTER)
+    wait_until(browser, lambda: "2" in text_of(browser, "#clicks-count"))
+    picture.send_keys(Keys.CONTROL, "z")
+    wait_until(browser, lambda: "1" in text_of(browser, "#clicks-count"))
+    wait_until(browser, lambda: browser.find_element(By.ID, "clicks-redo").is_enabled())
+    keep_screenshot(browser, "page-clicks")
+    assert problems_in(browser) == []
+    wait_until(browser, lambda: browser.find_element(By.ID, "clicks-save").is_enabled())
+    browser.find_element(By.ID, "clicks-save").click()
+
+    def saved() -> bool:
+        versions = server.get("/datastore/label/versions", params={"image": "case_4"}).json()
+        return bool(versions) and versions[0]["source"] == "page"
+
+    wait_until(browser, saved)
+
+
 def test_case_page_scrolls_by_keys_and_shows_its_layers(
     server: Server,
     cases: dict[str, SyntheticCase],

@@ -121,3 +121,27 @@ def test_click_without_weights_draws_from_nothing(server: Server, tmp_path: Path
     assert answer.status_code == 200, answer.text
     mask = read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0]
     assert mask[15, 20, 15] == 2 and 1 < (mask == 2).sum() < mask.size / 4
+
+
+def test_case_page_takes_clicks_shows_them_and_saves(server: Server, cases: dict[str, SyntheticCase]) -> None:
+    page = server.get("/case/case_0").text
+    assert 'id="clicks"' in page and 'value="posterior"' in page
+    clicks = [{"plane": "axial", "index": 10, "across": 0.3, "down": 0.4, "label": "posterior", "kind": "add"}]
+    clicks += [{"plane": "sagittal", "index": 3, "across": 0.1, "down": 0.1, "label": "posterior", "kind": "remove"}]
+    answer = server.post("/case/case_0/clicks", json={"clicks": clicks})
+    assert answer.status_code == 200, answer.text
+    layer = answer.json()["layer"]
+    picture = {"plane": "axial", "index": 10}
+    corrected = server.get("/case/case_0/slice.png", params=picture | {"layers": layer})
+    assert corrected.status_code == 200
+    assert corrected.content != server.get("/case/case_0/slice.png", params=picture).content
+    saved = server.post("/case/case_0/clicks/save", json={"clicks": clicks})
+    assert saved.status_code == 200, saved.text
+    assert saved.json()["preset"] == "hippocampus_mr" and saved.json()["source"] == "page"
+    versions = server.get("/datastore/label/versions", params={"image": "case_0"}).json()
+    assert versions[0]["version_id"] == saved.json()["version_id"]
+    start = {"start": versions[0]["version_id"]}
+    assert server.post("/case/case_0/clicks", json={"clicks": clicks[:1], **start}).status_code == 200
+    for wrong in ({"clicks": []}, {"clicks": [clicks[0] | {"label": "spleen"}]}, {"clicks": clicks, "start": "none"}):
+        assert 400 <= server.post("/case/case_0/clicks", json=wrong).status_code < 500
+    assert server.get("/case/case_0/slice.png", params=picture | {"layers": "edit:none"}).status_code == 404

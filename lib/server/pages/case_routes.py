@@ -14,9 +14,18 @@ import numpy.typing as npt
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
-from lib.errors import ParameterError
+from lib.errors import NotFoundError, ParameterError
 from lib.server.http.names import check_image_known
-from lib.server.pages.case_view import Volumes, as_mask, case_view, mask_of, model_for, stack_of, stamp_of
+from lib.server.pages.case_view import (
+    Volumes,
+    as_mask,
+    case_view,
+    edit_model_for,
+    mask_of,
+    model_for,
+    stack_of,
+    stamp_of,
+)
 from lib.server.pages.drawing import draw
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, middle_of, reorient
@@ -29,7 +38,7 @@ router = APIRouter(prefix="/case", include_in_schema=False)
 MOST_LAYERS = 6
 THUMBNAIL_HEIGHT = 240
 PNG_HEADERS = {"Cache-Control": "private, max-age=60"}
-LINES: Mapping[str, Line] = {"prediction": "solid", "label": "dashed", "compared": "dotted"}
+LINES: Mapping[str, Line] = {"edit": "solid", "prediction": "solid", "label": "dashed", "compared": "dotted"}
 
 
 @dataclass
@@ -75,7 +84,9 @@ async def slice_picture(
         raise ParameterError("layers", layers[:200], f"at most {MOST_LAYERS}")
     contours, uncertainty = [], None
     for name in names:
-        if name == "uncertainty":
+        if name.startswith("edit:"):
+            contours.append(outline(parts, subject, edited(gallery, image, name), "edit"))
+        elif name == "uncertainty":
             uncertainty = await computed(parts, gallery, subject, "uncertainty")
         elif name == "prediction":
             contours.append(outline(parts, subject, await computed(parts, gallery, subject, "prediction"), name))
@@ -123,7 +134,8 @@ def find_subject(parts: Services, gallery: Gallery, image: str) -> Subject:
 
 def outline(parts: Services, subject: Subject, mask: npt.NDArray[np.uint8], layer: str) -> Contour:
     """A mask's contour in its preset's colours."""
-    colors = {label.index: label.color for label in parts.presets[subject.model].labels}
+    model = subject.model or edit_model_for(parts, subject.image, None)
+    colors = {label.index: label.color for label in parts.presets[model].labels}
     return Contour(mask, colors, LINES[layer])
 
 
@@ -144,10 +156,22 @@ def label_outline(parts: Services, gallery: Gallery, subject: Subject, layer: st
     return Contour(mask_of(gallery.volumes, version.file, subject.stack.voxels.shape), colors, LINES[kind])
 
 
+def edited(gallery: Gallery, image: str, name: str) -> npt.NDArray[np.uint8]:
+    """The mask that clicks have made.
+
+    Raises:
+        NotFoundError: when it is not kept any more.
+    """
+    mask: npt.NDArray[np.uint8] | None = gallery.volumes.peek((name, image))
+    if mask is None:
+        raise NotFoundError("corrected mask", name[:100])
+    return mask
+
+
 def kept_prediction(parts: Services, subject: Subject) -> npt.NDArray[np.uint8] | None:
     """The served model's mask where it is ready, turned as the image is."""
     found = parts.infer_task(subject.model).recall(request_for(parts, subject))
-    return None if found is None else _take(Path(found[0]))
+    return None if found is None else take_turned(Path(found[0]))
 
 
 async def computed(parts: Services, gallery: Gallery, subject: Subject, kind: str) -> Any:
@@ -175,9 +199,9 @@ def compute(parts: Services, subject: Subject, kind: str, asked: dict[str, Any])
     """Run the network."""
     task = parts.infer_task(subject.model)
     if kind == "uncertainty":
-        return _take(task.map_uncertainty(asked), np.float32)
+        return take_turned(task.map_uncertainty(asked), np.float32)
     file, _ = task(asked)
-    return _take(Path(str(file)))
+    return take_turned(Path(str(file)))
 
 
 def request_for(parts: Services, subject: Subject) -> dict[str, Any]:
@@ -185,7 +209,7 @@ def request_for(parts: Services, subject: Subject) -> dict[str, Any]:
     return {"image": str(subject.path), "device": parts.settings.device, "result_extension": ".nii"}
 
 
-def _take(file: Path, dtype: type = np.uint8) -> Any:
+def take_turned(file: Path, dtype: type = np.uint8) -> Any:
     """Read an answer's file, remove it, and reorient it as pictures are."""
     try:
         values, affine_ras = as_mask(file, dtype)

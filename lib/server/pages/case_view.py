@@ -71,6 +71,8 @@ class CaseView:
     planes: tuple[PlaneView, ...]
     versions: tuple[VersionRow, ...]
     warning: str = ""
+    edit_model: str = ""
+    edit_labels: tuple[str, ...] = ()
 
 
 class Volumes:
@@ -149,6 +151,14 @@ def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
     return wanted if wanted in ready else next(iter(sorted(ready)), "")
 
 
+def edit_model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
+    """The preset whose labels can be clicked: as :func:`model_for`, but weights are not needed; empty for none."""
+    offered = models_for(parts, [modality_of(parts, image)])
+    if version is not None and version.preset in offered:
+        return version.preset
+    return model_for(parts, image, version) or next(iter(offered), "")
+
+
 def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> CaseView:
     """What the page of an image shows."""
     versions = list(reversed(parts.store.history.versions(image)))
@@ -158,6 +168,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     masks = [_read_or_none(volumes, version, shape) for version in versions[: MOST_AGREEMENTS + 1]]
     model = model_for(parts, image, newest)
     preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
+    edit_model = edit_model_for(parts, image, newest)
     return CaseView(
         id=image,
         title=titles_of(parts, [image])[image],
@@ -171,6 +182,8 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
             VersionRow(version, _agreement(masks, position, version)) for position, version in enumerate(versions)
         ),
         warning="" if preset is None else range_warning(stack.voxels, preset.modality),
+        edit_model=edit_model,
+        edit_labels=tuple(parts.presets[edit_model].label_indices) if edit_model else (),
     )
 
 

@@ -62,6 +62,7 @@ def draw(request: Request, template: str, user: User | None, **values: Any) -> H
             base=base_of(request),
             user=user,
             asks_for_tokens=request.app.state.services.authenticator.enabled,
+            may_annotate=user is not None and user.role >= Role.ANNOTATOR,
             may_review=user is not None and user.role >= Role.REVIEWER,
             may_administrate=user is not None and user.role >= Role.ADMIN,
             **values,
