@@ -59,6 +59,7 @@ class Settings(Retraining):
         lease_minutes: how long a case that was handed out is a client's alone; its requests renew it.
         quarantine_limit_mib: most MiB of refused labels that are kept; the oldest go first.
         predictions_limit_mib: most MiB of predictions that are kept to compare corrections with.
+        ohif_for_files: whether cases that are NIfTI or NRRD are shown in OHIF too, as DICOM series made when asked for.
         volumes_limit_mib: most MiB of converted DICOM series; those with a label stay in any case.
     """
 
@@ -93,6 +94,7 @@ class Settings(Retraining):
     lease_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     quarantine_limit_mib: Annotated[int, Field(ge=0)] = 2048
     predictions_limit_mib: Annotated[int, Field(ge=0)] = 1024
+    ohif_for_files: bool = True
     volumes_limit_mib: Annotated[int, Field(ge=0)] = 20_480
 
     @field_validator("models", "labels", "image_roots", "cors_origins", "trusted_proxies", mode="before")

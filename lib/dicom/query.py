@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from lib.dicom.attributes import OF_LEVEL, STUDY_ATTRIBUTES, SUMMARY, Json, Level, element, parse_path, tag_of
-from lib.dicom.index import DicomIndex, SeriesEntry, by_study, counts
+from lib.dicom.index import SeriesEntry, by_study, counts
 from lib.dicom.matching import matches
 from lib.dicom.resources import Resource, parse_number
 from lib.errors import ParameterError
@@ -24,7 +25,17 @@ COUNTED = frozenset(
 """Attributes that no instance has: they are counted for the answer."""
 
 
-def search(index: DicomIndex, resource: Resource, pairs: Sequence[tuple[str, str]], root: str) -> list[Json]:
+class Searchable(Protocol):
+    """What a query needs of an index."""
+
+    def entries(self) -> list[SeriesEntry]:
+        """The series of all studies."""
+
+    def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
+        """DICOM JSON of the instances of a study, a series, or one instance."""
+
+
+def search(index: Searchable, resource: Resource, pairs: Sequence[tuple[str, str]], root: str) -> list[Json]:
     """Answer a query.
 
     Args:
@@ -56,7 +67,7 @@ def _matches_all(entry: Json, wanted: Sequence[tuple[Sequence[str], str]], fuzzy
     return all(matches(entry, path, value, fuzzy) for path, value in wanted)
 
 
-def _in_full(index: DicomIndex, entry: Json, resource: Resource) -> Json:
+def _in_full(index: Searchable, entry: Json, resource: Resource) -> Json:
     """All attributes of an entity's first instance, and what is counted of the entity."""
     keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
     uids = [_value(entry, keyword) if at < DEPTH[resource.level] else "" for at, keyword in enumerate(keywords)]
@@ -72,7 +83,7 @@ def _known_path(name: str) -> tuple[str, ...]:
     return path
 
 
-def _entries(index: DicomIndex, resource: Resource) -> Iterator[Json]:
+def _entries(index: Searchable, resource: Resource) -> Iterator[Json]:
     """Everything that is known of the level's entities, below the named study and series."""
     studies = by_study(entry for entry in index.entries() if _is_below(entry, resource))
     if resource.level == "studies":
@@ -95,7 +106,7 @@ def _is_below(entry: SeriesEntry, resource: Resource) -> bool:
     return resource.study in ("", entry.study) and resource.series in ("", entry.series)
 
 
-def _shown(index: DicomIndex, entry: Json, resource: Resource, fields: Iterable[str], root: str) -> Json:
+def _shown(index: Searchable, entry: Json, resource: Resource, fields: Iterable[str], root: str) -> Json:
     """What is answered of one entity: what is always told, what was asked for, and where it can be retrieved."""
     level: Level = resource.level  # type: ignore[assignment]  # parse_path lets only these through
     study, series, sop = (_value(entry, k) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))

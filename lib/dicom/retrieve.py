@@ -197,15 +197,21 @@ def picture(instance: Instance, resource: Resource, query: Mapping[str, str], ac
         ParameterError: for a window, a size or a frame that is none.
         ImageError: when the pixels cannot be decoded.
     """
+    return picture_of(_read(instance), resource, query, accepted)
+
+
+def picture_of(
+    dataset: FileDataset, resource: Resource, query: Mapping[str, str], accepted: Sequence[MediaType]
+) -> Part:
+    """As :func:`picture`, of an instance that has been read or made."""
     media_type = _picture_type(accepted)
-    dataset = _read(instance)
     total = frame_count(dataset)
     number = resource.frames[0] if resource.frames else (total + 1) // 2
     if not 1 <= number <= total:
         raise ParameterError("frames", number, f"1 to {total}")
     frame = decode(dataset)[number - 1]
     is_colour = frame.ndim == 3 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR"
-    with reading(f"instance {instance.sop} cannot be shown"):
+    with reading(f"instance {dataset.get('SOPInstanceUID', '')} cannot be shown"):
         image = Image.fromarray(to_rgb(frame, dataset) if is_colour else _windowed(frame, dataset, query))
     size = _viewport(query) or ((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS) if resource.view == "thumbnail" else None)
     if size:

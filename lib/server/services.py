@@ -19,6 +19,7 @@ from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.datastore.records import LabelVersion
 from lib.datastore.store import VersionedDatastore
+from lib.dicom.sources import FolderSource
 from lib.errors import NotFoundError
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
@@ -30,6 +31,7 @@ from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
 from lib.server.work.prefetch import Prefetcher
+from lib.server.work.presented import PresentedCases
 from lib.server.work.queue import InferenceQueue
 from lib.server.work.scoring import BackgroundScoring
 from lib.trainers.task import UnetrTrainTask
@@ -60,6 +62,7 @@ class Services:
     changes: Changes
     pause: Pause
     journal: Journal
+    presented: PresentedCases
     label_hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
 
     @classmethod
@@ -112,6 +115,12 @@ class Services:
             changes=changes,
             pause=pause,
             journal=journal,
+            presented=PresentedCases(
+                instance.datastore(),
+                lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
+                next(iter(instance.presets.values())).modality,
+                settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
+            ),
         )
 
     @property
@@ -169,7 +178,7 @@ class Services:
     def known_id(self, image_id: str) -> str:
         """The id under which the studies have an image; a path below ``image_roots`` as it is."""
         try:
-            return check_image_known(self.datastore, image_id)
+            return check_image_known(self.datastore, self.presented.case_of(image_id) or image_id)
         except NotFoundError:
             return image_id
 
@@ -179,6 +188,7 @@ class Services:
         Raises:
             NotFoundError, ForbiddenError: as :func:`lib.server.http.names.find_image`.
         """
+        image_id = self.presented.case_of(image_id) or image_id
         return find_image(self.datastore, image_id, self.instance.studies, self.settings.image_roots)
 
 

@@ -73,7 +73,8 @@ class Studies:
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studies]:
     cases = list(draw_cases(4, seed=3))
-    server = prepare(Server(tmp_path_factory.mktemp("dicom"), {"models": "hippocampus_mr"}), {"flat": cases[3]})
+    conf = {"models": "hippocampus_mr", "ohif_for_files": "false"}  # tests/integration/test_presented.py has it on
+    server = prepare(Server(tmp_path_factory.mktemp("dicom"), conf), {"flat": cases[3]})
     made = Studies(server, cases[:3])
     server.start()
     wait_until(lambda: server.get("/datastore/").json()["total"] == 4)

@@ -147,6 +147,12 @@ def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:
         UpstreamError: when the PACS does not answer.
     """
     store = series_store(parts)
+    case = parts.presented.case_of(referenced_series(seg))
+    if case is not None:
+        with temporary_folder() as folder:
+            file, volume = parts.presented.mask_of(seg, case, folder)
+            submit_label(parts, case, file, FINAL, {"label_info": label_info(volume)}, user, SOURCE)
+        return
     with temporary_folder() as folder:
         uid, file, info = unpack_segmentation(store, seg, folder)
         submit_label(parts, uid, file, FINAL, {"label_info": info}, user, SOURCE)

@@ -195,7 +195,8 @@ def activity_view(parts: Services, user: User) -> ActivityView:
 
 def ohif_path(parts: Services, image: str) -> str | None:
     """Where OHIF shows an image; None for one that is no DICOM."""
-    study = (parts.datastore.get_image_info(image) or {}).get("StudyInstanceUID")
+    known = (parts.datastore.get_image_info(image) or {}) | parts.presented.attributes(image)
+    study = known.get("StudyInstanceUID")
     return f"/ohif/monai-label?StudyInstanceUIDs={quote(str(study))}" if study else None
 
 

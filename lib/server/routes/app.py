@@ -108,7 +108,7 @@ def next_sample(
     handed_out = dict(known_info.get("strategy", {}))
     handed_out[strategy] = {"ts": time.time(), "client_id": params.get("client_id", user.name)}
     parts.datastore.update_image_info(image, {"strategy": handed_out})
-    return chosen | known_info | {"strategy": handed_out, "lease": lease.describe()}
+    return chosen | known_info | parts.presented.attributes(image) | {"strategy": handed_out, "lease": lease.describe()}
 
 
 def not_shown_by(request: Request, parts: Services) -> Set[str]:
@@ -116,7 +116,8 @@ def not_shown_by(request: Request, parts: Services) -> Set[str]:
     if not is_viewer(request):
         return frozenset()
     store = series_store(parts)
-    return set(store.list_images()) - store.series().keys()
+    shown = {image for image in store.list_images() if parts.presented.attributes(image)}
+    return set(store.list_images()) - store.series().keys() - shown
 
 
 def is_viewer(request: Request) -> bool:

@@ -19,12 +19,12 @@ from monailabel.config import settings as stock_settings
 from pydicom.dataset import FileDataset
 from starlette.exceptions import HTTPException
 
-from lib.dicom.attributes import dump
+from lib.dicom.attributes import dump, to_json
 from lib.dicom.index import DicomIndex, Instance
-from lib.dicom.query import search
+from lib.dicom.query import Searchable, search
 from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS, RemoteSource
 from lib.dicom.resources import MediaType, Resource, parse_accept, parse_path
-from lib.dicom.retrieve import NotAcceptableError, Part, frame_parts, instance_parts, multipart, picture
+from lib.dicom.retrieve import NotAcceptableError, Part, frame_parts, instance_parts, multipart, picture, picture_of
 from lib.dicom.segmentation_reader import is_segmentation
 from lib.dicom.sources import FolderSource
 from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, answer, read_part, split_parts
@@ -33,6 +33,7 @@ from lib.server.http.auth import AsAnnotator, AsUser, User
 from lib.server.http.errors import TooLargeError
 from lib.server.labels.segmentations import series_store, store_segmentation
 from lib.server.services import Parts, Services
+from lib.server.work.presented import PresentedCases, Searched
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(tags=["DICOMweb"])
@@ -76,13 +77,38 @@ def respond(request: Request, parts: Services, resource: Resource, path: str) ->
     """Answer from the index of the folder, or let the PACS answer."""
     source = series_store(parts).source
     if isinstance(source, FolderSource):
-        return answer_from(source.index, request, resource)
+        if parts.presented.case_of(resource.series or resource.study) is not None and resource.view != "query":
+            return answer_presented(parts.presented, request, resource)
+        return answer_from(source.index, request, resource, Searched(source.index, parts.presented))
     if isinstance(source, RemoteSource):
         return forward(request, parts, source, resource, path)
     raise NotFoundError("DICOMweb server behind", str(parts.instance.studies))
 
 
-def answer_from(index: DicomIndex, request: Request, resource: Resource) -> Response:
+def answer_presented(presented: PresentedCases, request: Request, resource: Resource) -> Response:
+    """Answer for a file that is presented as a series.
+
+    Raises:
+        NotFoundError: when there is nothing of that address.
+        ImageError: when the file cannot be read.
+    """
+    accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
+    headers = presented.headers(resource.study, resource.series, resource.sop)
+    if resource.view == "metadata":
+        return Response(dump([to_json(header) for header in headers]), media_type=DICOM_JSON)
+    if resource.view == "instances":
+        return send_parts((presented.file(header) for header in headers), accepted, "application/dicom")
+    if resource.view == "frames":
+        return send_parts(iter(presented.frame(headers[0], resource.frames)), accepted, "")
+    middle = presented.with_pixels(headers[(len(headers) - 1) // 2])
+    try:
+        shown = picture_of(middle, resource, dict(request.query_params), accepted)
+    except NotAcceptableError as error:
+        raise HTTPException(406, str(error)) from error
+    return Response(shown.content, media_type=shown.media_type)
+
+
+def answer_from(index: DicomIndex, request: Request, resource: Resource, searched: Searchable) -> Response:
     """Answer from an index.
 
     Raises:
@@ -91,7 +117,7 @@ def answer_from(index: DicomIndex, request: Request, resource: Resource) -> Resp
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "query":
-        found = search(index, resource, request.query_params.multi_items(), root_of(request))
+        found = search(searched, resource, request.query_params.multi_items(), root_of(request))
         return Response(dump(found), media_type=DICOM_JSON)
     instances = named_instances(index, resource)
     try:

@@ -14,12 +14,14 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.utils.others.generic import get_mime_type
 
 from lib.dicom.segmentation_writer import Origin
 from lib.errors import CheckpointError, ModelNotReadyError, ParameterError
+from lib.infers.writer import EXTENSIONS, write_mask
 from lib.networks.precision import resolve_device
 from lib.server.http.auth import AsUser, Role, User
 from lib.server.http.errors import ForbiddenError
@@ -31,6 +33,7 @@ from lib.server.routes.sessions import session_image
 from lib.server.services import Parts, Services
 from lib.server.work.modality import warnings_for
 from lib.server.work.prefetch import PrefetchKey
+from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/infer", tags=["Infer"])
@@ -64,6 +67,7 @@ class Asked:
     label: UploadFile | None
     params: Mapping[str, Any]
     output: Output
+    on_series: bool = False
 
     @property
     def saves_label(self) -> bool:
@@ -135,11 +139,15 @@ def check(
     elif file is None:
         image_id = choose_image(parts, image, params)
     kept = {key: value for key, value in params.items() if key not in NOT_FROM_PARAMS}
+    asked_for = str(params.get("image") or image)
+    on_series = image_id is not None and parts.presented.case_of(asked_for) is not None
+    if on_series:
+        kept = parts.presented.on_file(str(image_id), kept)
     if takes_prompts(task):
         kept["label_name"] = params.get("label")
         if str(params.get("save_label", "false")).lower() in ("true", "1"):
             kept["all_labels"] = True  # what is saved is a mask of all labels
-    asked = Asked(model, image_id, file, stored, label, kept, output)
+    asked = Asked(model, image_id, file, stored, label, kept, output, on_series)
     # the name stands in for the file, whose kind the default of result_extension follows
     task.validate_request({**kept, "image": image_id or "image.nii.gz"})
     if asked.saves_label:
@@ -250,6 +258,8 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         keep_prediction(parts, asked.image_id, mask, tag, info, user, client_id)
     warnings = [*warnings_for(parts, asked.model, asked.image_id), *params.get("warnings", [])]
     params = {**params, "warnings": warnings}
+    if asked.on_series:
+        content = as_shown(parts, asked, mask)
     if asked.output is not Output.dicom_seg:
         return Answer(mask.name, content, params)
     # PyTorch and OpenVINO may differ in single voxels: the mask says which of them made it
@@ -258,6 +268,20 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
     packed = io.BytesIO()
     seg.save_as(packed, write_like_original=False)
     return Answer(f"{asked.image_id}.dcm", packed.getvalue(), params)
+
+
+def as_shown(parts: Services, asked: Asked, mask: Path) -> bytes:
+    """The mask on the grid of the series that presents its image, as a viewer orders its voxels."""
+    labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+    shown = parts.presented.on_series(str(asked.image_id), labels)
+    suffix = max((end for end in EXTENSIONS if mask.name.endswith(end)), key=len)
+    preset = parts.infer_task(asked.model).preset
+    dtype = str(asked.params.get("result_dtype") or "uint8")
+    file = write_mask(shown.voxels, shown.affine_ras, preset, suffix, dtype, bool(asked.params.get("result_compress")))  # type: ignore[arg-type]
+    try:
+        return file.read_bytes()
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def respond(answer: Answer, output: Output) -> Response:

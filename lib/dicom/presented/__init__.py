@@ -1,0 +1,1 @@
+"""Files presented as DICOM series, for viewers that show nothing else."""

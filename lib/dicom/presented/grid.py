@@ -1,0 +1,113 @@
+"""How the voxels of a file lie in a DICOM series: which axis is sliced, which way rows and columns go, and back.
+
+A series needs columns, rows and slices at right angles, in a right-handed order (PS3.3, C.7.6.2.1.1). The file's axes
+are reordered and reversed, no voxel is resampled; where they are not at right angles, the nearest rotation stands for
+them, so that a voxel keeps its index, and what comes back lies on the file's own grid exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Affine = npt.NDArray[np.float64]
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MUCH_THICKER = 1.5
+"""An axis whose voxels are so much longer than the others' is the one that was sliced."""
+SHOWN_TOWARDS = {0: ((1, 1), (2, -1)), 1: ((0, 1), (2, -1)), 2: ((0, 1), (1, 1))}
+"""By the patient's axis (of L, P, S) that is sliced: axis and sign of columns, and of rows, as radiologists see it."""
+
+
+@dataclass(frozen=True)
+class SeriesGrid:
+    """The grid of a series that presents a file.
+
+    Attributes:
+        order: file axis of columns, rows, slices.
+        flips: whether each of these runs against the file's axis.
+        shape: columns, rows, slices.
+        affine_lps: 4x4, from (column, row, slice) to millimetres in LPS, with axes at right angles.
+    """
+
+    order: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+    shape: tuple[int, int, int]
+    affine_lps: Affine
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], affine_ras: Affine) -> SeriesGrid:
+        """The grid for a file's array and affine."""
+        affine_lps = LPS @ affine_ras
+        spacing = np.linalg.norm(affine_lps[:3, :3], axis=0)
+        directions = affine_lps[:3, :3] / spacing
+        patient_axis = _nearest_axes(directions)
+        thickest = int(np.argmax(spacing))
+        sliced = thickest if spacing[thickest] > MUCH_THICKER * np.sort(spacing)[1] else patient_axis.index(2)
+        order, flips = [], []
+        for wanted, sign in SHOWN_TOWARDS[patient_axis[sliced]]:
+            axis = patient_axis.index(wanted)
+            order.append(axis)
+            flips.append(bool(directions[wanted, axis] * sign < 0))
+        order.append(sliced)
+        signs = [-1.0 if flip else 1.0 for flip in flips]
+        handed = np.linalg.det(directions[:, order] * [*signs, 1.0])
+        flips.append(bool(handed < 0))
+        columns, rows, slices = order
+        size = (shape[columns], shape[rows], shape[slices])
+        return cls(
+            (columns, rows, slices), (flips[0], flips[1], flips[2]), size, _upright(order, flips, shape, affine_lps)
+        )
+
+    def to_series(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """The file's array (X, Y, Z) as (columns, rows, slices), without a copy."""
+        turned = voxels.transpose(self.order)
+        return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
+
+    def to_file(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """The way back, without a copy."""
+        turned = voxels[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
+        return turned.transpose(np.argsort(self.order))
+
+    def index_in_file(self, index: Sequence[float]) -> list[float]:
+        """The file's index (X, Y, Z) of a series' (column, row, slice)."""
+        found = [0.0, 0.0, 0.0]
+        for value, axis, flip, size in zip(index, self.order, self.flips, self.shape, strict=True):
+            found[axis] = size - 1 - value if flip else value
+        return found
+
+    @property
+    def affine_ras(self) -> Affine:
+        """As ``affine_lps``, to RAS."""
+        affine: Affine = LPS @ self.affine_lps
+        return affine
+
+
+def _nearest_axes(directions: Affine) -> list[int]:
+    """The patient's axis (0 to 2 for L, P, S) nearest to each file axis, each once."""
+    left, found = np.abs(directions).copy(), [0, 0, 0]
+    for _ in range(3):
+        patient, axis = np.unravel_index(int(np.argmax(left)), left.shape)
+        found[int(axis)] = int(patient)
+        left[patient, :] = left[:, axis] = -1.0
+    return found
+
+
+def _upright(order: list[int], flips: list[bool], shape: tuple[int, int, int], affine_lps: Affine) -> Affine:
+    """The affine of the reordered array, its axes turned to the nearest right angles around the middle of the image."""
+    turned = np.eye(4)
+    for place, (axis, flip) in enumerate(zip(order, flips, strict=True)):
+        turned[:3, place] = affine_lps[:3, axis] * (-1.0 if flip else 1.0)
+    first = np.array([shape[axis] - 1 if axis in order and flips[order.index(axis)] else 0 for axis in range(3)])
+    middle = affine_lps[:3, :3] @ ((np.array(shape) - 1) / 2) + affine_lps[:3, 3]
+    spacing = np.linalg.norm(turned[:3, :3], axis=0)
+    u, _, vt = np.linalg.svd(turned[:3, :3] / spacing)
+    rotation = u @ np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))]) @ vt
+    sheared = np.abs(rotation * spacing - turned[:3, :3]).max() > 1e-6 * spacing.max()
+    turned[:3, 3] = affine_lps[:3, :3] @ first + affine_lps[:3, 3]
+    if sheared:
+        turned[:3, :3] = rotation * spacing
+        turned[:3, 3] = middle - turned[:3, :3] @ ((np.array([shape[axis] for axis in order]) - 1) / 2)
+    return turned

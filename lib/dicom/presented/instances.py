@@ -1,0 +1,131 @@
+"""The instances of a series that presents a file: made when they are asked for, and never written to disk."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+
+from lib.dicom.presented.grid import SeriesGrid
+from lib.dicom.series import Frame, Series
+
+NAMESPACE = uuid.UUID("8f4f0a1e-7a0e-5d5b-9e55-0b0c6d6f2c11")
+LARGEST_STORED = 65_535
+SHORTEST_WINDOW = 1.0
+
+
+def uid_of(case_id: str, what: str) -> str:
+    """A UID that follows from a case's id (PS3.5, B.2), the same on every machine.
+
+    Args:
+        case_id: the image's id.
+        what: ``study``, ``series``, ``frame``, or ``instance 7``.
+    """
+    return f"2.25.{uuid.uuid5(NAMESPACE, f'{what}/{case_id}').int}"
+
+
+def rescale(lowest: float, highest: float, whole: bool) -> tuple[float, float]:
+    """Slope and intercept with which 16 unsigned bits hold a range; exact for whole numbers that fit."""
+    if whole and highest - lowest <= LARGEST_STORED:
+        return 1.0, lowest
+    slope = float(f"{(highest - lowest) / (LARGEST_STORED - 1):.9e}") or 1.0
+    return slope, float(f"{lowest:.9e}")
+
+
+def store(voxels: npt.NDArray[np.float32], slope: float, intercept: float) -> npt.NDArray[np.uint16]:
+    """Voxels as they stand in Pixel Data; slice by slice, so that no second copy in float64 is made."""
+    stored = np.empty(voxels.shape, dtype=np.uint16)
+    for index in range(voxels.shape[2]):
+        values = (voxels[:, :, index].astype(np.float64) - intercept) / slope
+        stored[:, :, index] = np.clip(np.rint(values), 0, LARGEST_STORED)
+    return stored
+
+
+def name_of(case_id: str) -> str:
+    """A case's id as a person's name, which has a caret where there is no given name (PS3.5, 6.2.1)."""
+    return case_id.replace("^", " ").replace("=", " ").replace("\\", " ")[:63] + "^"
+
+
+def describe_case(case_id: str, modality: str) -> Dataset:
+    """What is the same in all instances of a case, known without opening its file."""
+    told = Dataset()
+    told.SpecificCharacterSet = "ISO_IR 192"
+    told.PatientID = told.StudyDescription = case_id.replace("\\", " ")[:64]
+    told.PatientName = name_of(case_id)
+    told.PatientBirthDate = told.PatientSex = told.StudyDate = told.StudyTime = ""
+    told.AccessionNumber = told.ReferringPhysicianName = told.StudyID = ""
+    told.StudyInstanceUID = uid_of(case_id, "study")
+    told.SeriesInstanceUID = uid_of(case_id, "series")
+    told.FrameOfReferenceUID = uid_of(case_id, "frame")
+    told.PositionReferenceIndicator = ""
+    told.Modality, told.SeriesNumber, told.SeriesDescription = modality, 1, "from a file"
+    told.SOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
+    return told
+
+
+def make_header(
+    case_id: str, modality: str, grid: SeriesGrid, number: int, window: tuple[float, float], scale: tuple[float, float]
+) -> FileDataset:
+    """An instance without its pixels.
+
+    Args:
+        case_id: the image's id.
+        modality: ``CT`` or ``MR``.
+        grid: of the series.
+        number: of the slice, from 0.
+        window: centre and width.
+        scale: slope and intercept.
+    """
+    header = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
+    header.update(describe_case(case_id, modality))
+    header.is_little_endian, header.is_implicit_VR = True, False
+    spacing = np.linalg.norm(grid.affine_lps[:3, :3], axis=0)
+    directions = grid.affine_lps[:3, :3] / spacing
+    header.SOPInstanceUID = uid_of(case_id, f"instance {number + 1}")
+    header.InstanceNumber = number + 1
+    header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"] if modality == "CT" else ["DERIVED", "SECONDARY", "OTHER"]
+    header.Columns, header.Rows = grid.shape[0], grid.shape[1]
+    header.ImagePositionPatient = _decimals(grid.affine_lps[:3, :3] @ [0, 0, number] + grid.affine_lps[:3, 3])
+    header.ImageOrientationPatient = _decimals(np.concatenate([directions[:, 0], directions[:, 1]]))
+    header.PixelSpacing = _decimals(spacing[[1, 0]])
+    header.SliceThickness = header.SpacingBetweenSlices = _decimals(spacing[2:])[0]
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated = header.BitsStored = 16
+    header.HighBit, header.PixelRepresentation = 15, 0
+    header.RescaleSlope, header.RescaleIntercept = _decimals(np.array(scale))
+    header.RescaleType = "HU" if modality == "CT" else "US"
+    header.WindowCenter, header.WindowWidth = _decimals(np.array([window[0], max(window[1], SHORTEST_WINDOW)]))
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return header
+
+
+def as_series(headers: list[FileDataset], file: Path) -> Series:
+    """The series that the headers are of, for placing and making a DICOM SEG."""
+    return Series(tuple(_frame(header, file) for header in headers))
+
+
+def _frame(header: FileDataset, file: Path) -> Frame:
+    orientation = np.array(header.ImageOrientationPatient, dtype=float).reshape(2, 3)
+    rows, columns = (float(value) for value in header.PixelSpacing)
+    position = np.array(header.ImagePositionPatient, dtype=float)
+    scale = float(header.RescaleSlope), float(header.RescaleIntercept)
+    return Frame(header, file, 0, position, orientation, (rows, columns), *scale)
+
+
+def _decimals(values: npt.NDArray[np.float64]) -> list[str]:
+    """Decimal strings of at most 16 characters (PS3.5, 6.2), as exact as that allows."""
+    return [_decimal(float(value)) for value in values]
+
+
+def _decimal(value: float) -> str:
+    for digits in range(16, 5, -1):
+        text = f"{value:.{digits}g}"
+        if len(text) <= 16:
+            return text
+    return f"{value:.5g}"

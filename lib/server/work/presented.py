@@ -1,0 +1,275 @@
+"""NIfTI and NRRD cases as DICOM series: made from the file when a viewer asks, and never written to disk."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.attributes import Json, element, to_json
+from lib.dicom.index import SeriesEntry
+from lib.dicom.presented.grid import SeriesGrid
+from lib.dicom.presented.instances import as_series, describe_case, make_header, name_of, rescale, store, uid_of
+from lib.dicom.retrieve import Part
+from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
+from lib.errors import NotFoundError, ParameterError
+from lib.transforms.volume import Volume, read_volume
+
+MOST_KEPT_BYTES = 512 * 2**20
+SOFT_TISSUE_HU = (40.0, 400.0)
+SHOWN_PERCENTILES = (1.0, 99.0)
+BY_CASE = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDescription")
+
+
+@dataclass(frozen=True)
+class OpenedCase:
+    """A case whose file has been read.
+
+    Attributes:
+        grid: of its series.
+        affine_ras: of the file.
+        headers: of its instances, in the order of the slices.
+        stored: columns, rows, slices, as they stand in Pixel Data.
+    """
+
+    grid: SeriesGrid
+    affine_ras: npt.NDArray[np.float64]
+    headers: list[FileDataset]
+    stored: npt.NDArray[np.uint16]
+
+
+class PresentedCases:
+    """The cases of a studies folder that are files, as series.
+
+    Args:
+        store: the studies.
+        file_of: gives the file of a case, checked to lie inside the studies.
+        modality: that the series have: the served preset's.
+        enabled: whether there are any.
+    """
+
+    def __init__(
+        self, store: SeriesDatastore, file_of: Callable[[str], Path], modality: str, enabled: bool = True
+    ) -> None:
+        self._store, self._file_of, self._modality, self._enabled = store, file_of, modality, enabled
+        self._lock = threading.Lock()
+        self._by_uid: dict[str, str] = {}
+        self._listed: dict[str, SeriesEntry] = {}
+        self._opened: OrderedDict[tuple[str, str], OpenedCase] = OrderedDict()
+        self._template = to_json(describe_case("template", modality))
+
+    # ----------------------------------------------------------------------------------------------- which there are
+
+    def entries(self) -> list[SeriesEntry]:
+        """The series of all cases that are files; none of them is opened."""
+        if not self._enabled:
+            return []
+        cases = [image for image in self._store.list_images() if not self._store.is_series(image)]
+        with self._lock:
+            for case in cases:
+                if case not in self._listed:
+                    self._listed[case] = self._entry(case)
+                    self._by_uid[self._listed[case].study] = self._by_uid[self._listed[case].series] = case
+            return [self._listed[case] for case in cases]
+
+    def case_of(self, uid: str) -> str | None:
+        """The case whose study or series has that UID; None where none has."""
+        if not self._enabled or not uid.startswith("2.25."):
+            return None
+        if uid not in self._by_uid:
+            self.entries()
+        case = self._by_uid.get(uid)
+        return case if case is not None and self._store.has_image(case) else None
+
+    def attributes(self, image_id: str) -> dict[str, str]:
+        """What a client is told of a case beside its id; nothing for one that is a DICOM series itself."""
+        if not self._enabled or not self._store.has_image(image_id) or self._store.is_series(image_id):
+            return {}
+        uids = {"StudyInstanceUID": uid_of(image_id, "study"), "SeriesInstanceUID": uid_of(image_id, "series")}
+        return uids | {"PatientID": image_id, "Modality": self._modality}
+
+    def _entry(self, case: str) -> SeriesEntry:
+        study, series, frame = (uid_of(case, what) for what in ("study", "series", "frame"))
+        told: Json = dict(self._template)
+        for keyword, value in zip(BY_CASE, (study, series, frame, case[:64], case[:64]), strict=True):
+            told |= element(keyword, value)
+        told |= element("SOPInstanceUID", uid_of(case, "instance 1"))
+        told |= element("PatientName", {"Alphabetic": name_of(case)})
+        return SeriesEntry(study, series, told, 1, 1)
+
+    # ----------------------------------------------------------------------------------------------- what is in them
+
+    def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
+        """DICOM JSON of the instances; ``summary`` is that and no less.
+
+        Raises:
+            NotFoundError: when there is none.
+            ImageError: when the file cannot be read.
+        """
+        return [to_json(header) for header in self.headers(study, series, sop)]
+
+    def headers(self, study: str, series: str = "", sop: str = "") -> list[FileDataset]:
+        """The instances that an address names, without pixels.
+
+        Raises:
+            NotFoundError, ImageError: as :meth:`metadata`.
+        """
+        case = self.case_of(series or study)
+        if case is None or (study and self.case_of(study) != case):
+            raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
+        found = [header for header in self.open(case).headers if sop in ("", header.SOPInstanceUID)]
+        if not found:
+            raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
+        return found
+
+    def open(self, case: str) -> OpenedCase:
+        """Read a case, unless it was read lately.
+
+        Raises:
+            NotFoundError, ForbiddenError, ImageError: when it cannot be.
+        """
+        key = case, self._store.stamp(case)
+        with self._lock:
+            if key in self._opened:
+                self._opened.move_to_end(key)
+                return self._opened[key]
+        opened = self._read(case)
+        with self._lock:
+            self._opened[key] = opened
+            while len(self._opened) > 1 and sum(o.stored.nbytes for o in self._opened.values()) > MOST_KEPT_BYTES:
+                self._opened.popitem(last=False)
+        return opened
+
+    def _read(self, case: str) -> OpenedCase:
+        volume = read_volume(self._file_of(case))
+        grid = SeriesGrid.of(volume.grid.shape, volume.affine_ras)
+        voxels = grid.to_series(np.nan_to_num(volume.voxels, copy=False))
+        lowest, highest = float(voxels.min()), float(voxels.max())
+        whole = all(np.array_equal(part, np.rint(part)) for part in volume.voxels)
+        scale = rescale(lowest, highest, whole)
+        window = self._window(volume)
+        headers = [make_header(case, self._modality, grid, n, window, scale) for n in range(grid.shape[2])]
+        return OpenedCase(grid, volume.affine_ras, headers, store(voxels, *scale))  # type: ignore[arg-type]
+
+    def _window(self, volume: Volume) -> tuple[float, float]:
+        if self._modality == "CT":
+            return SOFT_TISSUE_HU
+        flat = volume.voxels.ravel()
+        low, high = np.percentile(flat[:: max(1, flat.size // 500_000)], SHOWN_PERCENTILES)
+        return float(low + high) / 2, float(high - low)
+
+    def pixels(self, header: FileDataset) -> bytes:
+        """Pixel Data of an instance: its rows, in little-endian order."""
+        opened = self.open(str(self.case_of(str(header.SeriesInstanceUID))))
+        return opened.stored[:, :, int(header.InstanceNumber) - 1].T.astype("<u2").tobytes()
+
+    def frame(self, header: FileDataset, numbers: tuple[int, ...]) -> list[Part]:
+        """The frames of an instance, which has one.
+
+        Raises:
+            ParameterError: for another one.
+        """
+        wrong = [number for number in numbers if number != 1]
+        if wrong:
+            raise ParameterError("frames", wrong[0], "1")
+        kind = f"application/octet-stream; transfer-syntax={ExplicitVRLittleEndian}"
+        return [Part(kind, self.pixels(header)) for _ in numbers]
+
+    def with_pixels(self, header: FileDataset) -> FileDataset:
+        """A whole instance."""
+        whole = FileDataset("", header, file_meta=header.file_meta, preamble=header.preamble)
+        whole.is_little_endian, whole.is_implicit_VR = True, False
+        content = self.pixels(header)
+        whole.PixelData = content + bytes(len(content) % 2)
+        whole["PixelData"].VR = "OW"
+        return whole
+
+    def file(self, header: FileDataset) -> Part:
+        """An instance as PS3.10 has it."""
+        buffer = io.BytesIO()
+        self.with_pixels(header).save_as(buffer, write_like_original=False)
+        return Part(f"application/dicom; transfer-syntax={ExplicitVRLittleEndian}", buffer.getvalue())
+
+    # ------------------------------------------------------------------------------------------------------- masks
+
+    def mask_of(self, seg: Dataset, case: str, folder: Path) -> tuple[Path, SegmentedVolume]:
+        """A SEG of a presented series as a mask file on the case's own grid.
+
+        Raises:
+            LabelError: when it cannot be placed on the series.
+        """
+        opened = self.open(case)
+        volume = read_segmentation(seg, as_series(opened.headers, self._file_of(case)))
+        file = folder / "label.nii.gz"
+        nib.save(nib.Nifti1Image(np.ascontiguousarray(opened.grid.to_file(volume.labels)), opened.affine_ras), file)
+        return file, volume
+
+    def on_file(self, case: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters with points, which a viewer gives as (column, row, slice), in the file's own indices.
+
+        A value is points where it is a list of triples of numbers; ``roi`` is three pairs. What is none is left as it
+        is, for whoever reads it to refuse.
+        """
+        changed = dict(params)
+        places = {name: value for name, value in params.items() if _is_place(name, value)}
+        if not places:
+            return changed  # the file need not be read
+        grid = self.open(case).grid
+        for name, value in places.items():
+            if name == "roi":
+                ends = [grid.index_in_file(value[start::2]) for start in (0, 1)]
+                changed[name] = [end for pair in zip(*ends, strict=True) for end in pair]
+            else:
+                changed[name] = [grid.index_in_file(point) for point in value]
+        return changed
+
+    def on_series(self, case: str, labels: npt.NDArray[Any]) -> Volume:
+        """A mask on the case's own grid as it lies on its series."""
+        opened = self.open(case)
+        return Volume(np.ascontiguousarray(opened.grid.to_series(labels)), opened.grid.affine_ras)
+
+
+def _is_place(name: str, value: Any) -> bool:
+    """Whether a parameter is a box, or points."""
+    if name == "roi":
+        return _are_numbers(value, 6)
+    return isinstance(value, list) and bool(value) and all(_are_numbers(point, 3) for point in value)
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    numbers = isinstance(value, list) and len(value) == count
+    return numbers and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+
+
+class Searched:
+    """Two places to search as one: an index of files, and what is presented.
+
+    Args:
+        index: of DICOM files.
+        presented: of other files.
+    """
+
+    def __init__(self, index: Any, presented: PresentedCases) -> None:
+        self._index, self._presented = index, presented
+
+    def entries(self) -> list[SeriesEntry]:
+        """All series."""
+        return [*self._index.entries(), *self._presented.entries()]
+
+    def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
+        """DICOM JSON of the instances of a study, a series, or one instance."""
+        if self._presented.case_of(series or study) is not None:
+            return self._presented.metadata(study, series, sop, summary)
+        found: list[Json] = self._index.metadata(study, series, sop, summary)
+        return found

@@ -1,0 +1,119 @@
+"""NIfTI and NRRD cases in a DICOMweb viewer: found, shown, segmented, corrected, and labelled on their own grid."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import nibabel as nib
+import numpy as np
+import pytest
+from dicomweb_client import DICOMwebClient
+from pydicom import dcmread
+from synthetic_hippocampus import SyntheticCase
+
+from lib.configs.catalogue import load_preset
+from lib.dicom.segmentation_writer import Origin, write_segmentation
+from lib.dicom.series import read_series
+from tests.integration.conftest import prepare
+from tests.integration.server import Server, parse_multipart, read_nrrd
+from tests.tiny import axis_affine, oblique_affine
+
+GRIDS = {
+    "LAS": axis_affine("LAS", (1, 1, 1), (20, -30, 10)),
+    "RPI": axis_affine("RPI", (1, 1, 1)),
+    "oblique": oblique_affine("RAS"),
+    "anisotropic": axis_affine("LPS", (0.8, 0.8, 2.0)),
+    "four": axis_affine("RAS"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]) -> Iterator[Server]:
+    """A server whose studies are NIfTI on all kinds of grids."""
+    server = prepare(Server(tmp_path_factory.mktemp("files"), {"models": "hippocampus_mr"}), {})
+    image = cases["case_0"].image
+    for name, affine in GRIDS.items():
+        voxels = image[..., None] if name == "four" else image
+        nib.save(nib.Nifti1Image(voxels, affine), server.studies / f"{name}.nii.gz")
+    yield server.start()
+    server.stop()
+
+
+def _client(server: Server) -> DICOMwebClient:
+    return DICOMwebClient(f"{server.url}/dicom-web")
+
+
+def _found(server: Server) -> dict[str, dict]:
+    return {study["00100020"]["Value"][0]: study for study in _client(server).search_for_studies()}
+
+
+def test_every_file_is_a_study_of_its_name(files: Server) -> None:
+    found = _found(files)
+    assert set(found) == set(GRIDS)
+    assert found["LAS"]["00081030"]["Value"] == ["LAS"]
+    assert not any((files.studies / ".dicom").rglob("*.dcm"))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_series_has_the_values_and_places_of_the_file_and_a_seg_comes_back_on_its_grid(
+    files: Server, cases: dict[str, SyntheticCase], name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    client, folder = _client(files), tmp_path_factory.mktemp("retrieved")
+    study = _found(files)[name]["0020000D"]["Value"][0]
+    uid = client.search_for_series(study)[0]["0020000E"]["Value"][0]
+    instances = client.retrieve_series(study, uid)
+    for number, instance in enumerate(instances):
+        instance.save_as(folder / f"{number}.dcm", write_like_original=False)
+    assert len(client.retrieve_series_metadata(study, uid)) == len(instances)
+    frame = client.retrieve_instance_frames(study, uid, instances[0].SOPInstanceUID, [1])[0]
+    assert frame == instances[0].PixelData[: len(frame)]
+    series = read_series(sorted(folder.glob("*.dcm")))
+    image, affine = cases["case_0"].image, GRIDS[name]
+    to_file = np.linalg.inv(affine) @ series.affine_ras
+    voxels = series.read_voxels()
+    indices = np.stack(np.meshgrid(*map(np.arange, series.shape), indexing="ij")).reshape(3, -1)
+    there = np.rint(to_file[:3, :3] @ indices + to_file[:3, 3:]).astype(int)
+    np.testing.assert_allclose(
+        voxels.ravel(), image[tuple(there)], atol=1e-4 * float(np.ptp(image)), err_msg="values at their places"
+    )
+    mask = np.zeros(series.shape, dtype=np.uint8)
+    mask.ravel()[:] = cases["case_0"].label[tuple(there)]
+    seg = write_segmentation(mask, series, load_preset("hippocampus_mr"), Origin("MANUAL", "", "anna"))
+    packed = io.BytesIO()
+    seg.save_as(packed, write_like_original=False)
+    packed.seek(0)
+    client.store_instances([dcmread(packed)])
+    kept = files.get("/datastore/label", params={"label": name, "tag": "final"}).content
+    (folder / "kept.nii.gz").write_bytes(kept)
+    label = nib.load(folder / "kept.nii.gz")
+    assert int((np.asarray(label.dataobj) != cases["case_0"].label).sum()) == 0
+    np.testing.assert_allclose(label.affine, affine, atol=1e-5)
+
+
+def test_inference_by_series_is_ordered_as_the_viewer_orders_it(files: Server, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("masks")
+    study = _found(files)["LAS"]["0020000D"]["Value"][0]
+    uid = _client(files).search_for_series(study)[0]["0020000E"]["Value"][0]
+    by_series = read_nrrd(parse_multipart(files.infer("hippocampus_mr", uid))["image"][1], folder)[0]
+    by_case = read_nrrd(parse_multipart(files.infer("hippocampus_mr", "LAS"))["image"][1], folder)[0]
+    assert by_case.any()
+    np.testing.assert_array_equal(by_series, by_case[:, ::-1, :])  # LAS to LPS
+
+
+def test_next_sample_in_ohif_and_the_page_name_the_study_of_a_file(files: Server) -> None:
+    for name in GRIDS:
+        files.delete("/datastore/label", params={"id": name, "tag": "final"})
+    asked = {"Referer": f"{files.url}/ohif/monai-label?StudyInstanceUIDs=1.2"}
+    chosen = files.post("/activelearning/first", json={"client_id": "viewer"}, headers=asked).json()
+    study = _found(files)[chosen["id"]]["0020000D"]["Value"][0]
+    assert chosen["StudyInstanceUID"] == study
+    assert f"/ohif/monai-label?StudyInstanceUIDs={study}" in files.get(f"/case/{chosen['id']}").text
+
+
+def test_pictures_and_wrong_addresses(files: Server) -> None:
+    study = _found(files)["oblique"]["0020000D"]["Value"][0]
+    picture = files.get(f"/dicom-web/studies/{study}/thumbnail", headers={"Accept": "image/png"})
+    assert (picture.status_code, picture.content[:4]) == (200, b"\x89PNG")
+    assert files.get(f"/dicom-web/studies/{study}/series/2.25.1/metadata").status_code == 404
+    assert files.get("/dicom-web/studies/2.25.1/metadata").status_code == 404
