@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lib.configs.preset import Preset, parse_preset
+from lib.configs.yaml_files import read_yaml
 from lib.errors import ConfigError
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
@@ -56,12 +57,7 @@ def _shipped_path(name: str) -> Path:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"preset file {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"preset file {str(path)!r} is not YAML: {error}") from error
+    data = read_yaml(path, f"preset file {str(path)!r}")
     if not isinstance(data, dict):
         raise ConfigError(f"preset file {str(path)!r} holds {type(data).__name__}; valid: a mapping of preset keys")
     return data

@@ -17,6 +17,9 @@ from lib.errors import ConfigError
 MIN_ROI_VOXELS = 16
 """Of a window: the decoder's norms need more than one voxel at the coarsest resolution."""
 
+LONGEST_QUOTE = 200
+"""Of a refused value, in a message."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -363,8 +366,13 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
             problems.append(f"key {key!r} is missing")
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{key!r} is {problem['input']!r}: {text}" if key else text)
+            problems.append(f"{key!r} is {_quoted(problem['input'])}: {text}" if key else text)
     return "; ".join(problems)
+
+
+def _quoted(value: object) -> str:
+    words = repr(value)
+    return words if len(words) <= LONGEST_QUOTE else f"{words[:LONGEST_QUOTE]}..."
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:

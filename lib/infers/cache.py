@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lib.errors import ImageError
+from lib.imagefiles.opening import open_regular
 from lib.transforms.volume import Affine
 
 MIB = 1 << 20
@@ -130,15 +132,20 @@ class Checksums:
         """Checksum of a file, or of all files of a DICOM folder.
 
         Raises:
-            OSError: when it cannot be read.
+            ImageError: when it cannot be read, is no regular file (nothing is opened then), or changes meanwhile.
         """
-        files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
-        stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
+        try:
+            files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+            stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
+        except OSError as error:
+            raise ImageError(f"image {image.name!r} cannot be read: {error.strerror or error}") from error
         with self._lock:
             known = self._known.get(image)
         if known is not None and known[0] == stamp:
             return known[1]
-        digest = _sha256(files)
+        # an empty file adds nothing, and by itself it is no image
+        filled = [path for path, entry in zip(files, stamp, strict=True) if entry[1]]
+        digest = _sha256(files if files == [image] else filled)
         with self._lock:
             self._known[image] = (stamp, digest)
             while len(self._known) > MOST_CHECKSUMS:
@@ -149,7 +156,7 @@ class Checksums:
 def _sha256(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(MIB):
                 digest.update(block)
     return digest.hexdigest()

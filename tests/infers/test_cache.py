@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lib.errors import ImageError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 
 KEY = CacheKey("image", "tiny", ("v1",), ("cpu", None))
@@ -101,3 +102,22 @@ def test_checksum_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
     before = checksums.of(tmp_path)
     (tmp_path / "two").write_bytes(b"22")
     assert checksums.of(tmp_path) != before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs on this system")
+def test_checksum_of_a_fifo_is_refused_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.nii.gz")
+    with pytest.raises(ImageError, match=r"fifo.nii.gz' is no regular file, but a FIFO"):
+        Checksums().of(tmp_path / "fifo.nii.gz")
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "one").write_bytes(b"1")
+    before = Checksums().of(folder)
+    os.mkfifo(folder / "fifo")
+    (folder / "empty").touch()
+    assert Checksums().of(folder) == before, "of a DICOM folder, only files with content count"
+
+
+def test_checksum_of_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.nii' cannot be read: No such file"):
+        Checksums().of(tmp_path / "none.nii")

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lib.configs.yaml_files import read_yaml
 from lib.errors import ConfigError
 
 logger = logging.getLogger("unetr.server")
@@ -62,12 +63,7 @@ class TokenFile(BaseModel):
         Raises:
             ConfigError: when it cannot be read, is not YAML, or an entry is not valid; never quoting a hash.
         """
-        try:
-            data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"--conf tokens: {str(path)!r} cannot be read: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--conf tokens: {str(path)!r} is not YAML") from error
+        data = read_yaml(path, f"--conf tokens: {str(path)!r}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:

@@ -1,0 +1,88 @@
+"""Reading YAML files that people write: plain values only, of a bounded size, even where aliases repeat them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lib.errors import ConfigError
+
+MOST_BYTES = 256 * 1024
+# Characters of all values once every alias is written out; a few nested aliases come to gigabytes.
+MOST_EXPANDED = 16 * MOST_BYTES
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read a YAML file.
+
+    Args:
+        path: of the file.
+        what: how a message calls it.
+
+    Raises:
+        ConfigError: in one line: when it cannot be read, is too large, is not YAML, or is larger than it may be once
+            its aliases are written out.
+    """
+    content = _read_bytes(path, what)
+    try:
+        return _parse(content.decode("utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not YAML: {_in_one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{what} is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not YAML: its text is not UTF-8") from error
+    except (ValueError, LookupError, AttributeError) as error:  # what PyYAML raises for ``!!int x`` and its like
+        raise ConfigError(f"{what} is not YAML: a value does not fit its tag") from error
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    if path.exists() and not path.is_file():  # to open a FIFO may never end
+        raise ConfigError(f"{what} is no regular file")
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be read: {error.strerror or error}") from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{what} is larger than {MOST_BYTES // 1024} KiB")
+    return content
+
+
+def _parse(text: str) -> Any:
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > MOST_EXPANDED:
+            raise yaml.YAMLError(f"its aliases (*) come to more than {MOST_EXPANDED} characters when written out")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Characters of a node's values with every alias written out; each node is visited once."""
+    if id(node) not in known:
+        known[id(node)] = None
+        if isinstance(node, yaml.ScalarNode):
+            size = len(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            size = sum(_expanded_size(part, known) for pair in node.value for part in pair)
+        else:
+            size = sum(_expanded_size(part, known) for part in node.value)
+        known[id(node)] = 1 + size
+    found = known[id(node)]
+    if found is None:
+        raise yaml.YAMLError("an alias (*) stands inside of what it names")
+    return found
+
+
+def _in_one_line(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1})" if mark is not None else ""
+    return f"{problem}{where}" if problem else " ".join(str(error).split())
