@@ -26,6 +26,7 @@ from lib.datastore.batch import DrawnLabelsStay  # noqa: E402
 from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
+from lib.infers.interruption import giving_way  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
@@ -87,7 +88,7 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""
-        return DrawnLabelsStay()
+        return DrawnLabelsStay(interruptible=giving_way)
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """One training task a preset."""

@@ -1,0 +1,93 @@
+"""A batch over a pool with files that cannot be segmented: each is a sentence, and the others are segmented."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from monailabel.interfaces.datastore import Datastore
+
+from lib.datastore.batch import DrawnLabelsStay
+from lib.datastore.store import VersionedDatastore
+from lib.errors import ImageError
+from lib.imagefiles.reading import read_voxels
+from tests.tiny import write_nifti
+
+REQUEST = {"images": "all", "max_workers": 2, "multi_gpu": False, "device": "cpu"}
+
+
+def read(request: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
+    """Stands in for the network: reads what an inference would read."""
+    read_voxels(Path(store.get_image_uri(request["image"])))
+    return {"params": {"read": True}}
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[VersionedDatastore]:
+    """Two good images among a FIFO, links to devices, and damaged files."""
+    for name in ("a", "z"):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.ones((4, 4, 4), np.float32))
+    good = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(good[:-9])
+    (tmp_path / "empty.nii.gz").touch()
+    (tmp_path / "junk.nii.gz").write_bytes(b"\x1f\x8bjunk")
+    os.mkfifo(tmp_path / "fifo.nii.gz")
+    (tmp_path / "device.nii.gz").symlink_to("/dev/zero")
+    store = VersionedDatastore(str(tmp_path), extensions=["*.nii.gz"])
+    yield store
+    store.close()
+
+
+def test_pool_with_foreign_and_damaged_files_comes_to_its_end(
+    pool: VersionedDatastore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    named = ["a", "cut", "device", "fifo", "junk", "z"]
+    result = DrawnLabelsStay(60)({**REQUEST, "images": named}, pool, read)
+    assert list(result) == named
+    assert [name for name, said in result.items() if "error" not in said] == ["a", "z"]
+    assert "damaged" in result["cut"]["error"]
+    assert not any(record.exc_info for record in caplog.records), "a sentence, no stack trace"
+    told = [record.getMessage() for record in caplog.records if "was left out" in record.getMessage()]
+    assert len(told) == 4 and not any("\n" in line for line in told)
+    everything = DrawnLabelsStay(60)(REQUEST, pool, read)
+    assert {"fifo", "device"}.isdisjoint(everything) and everything["a"] == {"params": {"read": True}}
+
+
+def test_batch_of_which_nothing_can_be_segmented_fails_with_the_reason(pool: VersionedDatastore) -> None:
+    with pytest.raises(ImageError, match=r"none of 1 images could be segmented; the first: image 'cut\.nii"):
+        DrawnLabelsStay(60)({**REQUEST, "images": ["cut"]}, pool, read)
+
+
+def test_image_that_takes_too_long_is_left_and_interrupted(pool: VersionedDatastore) -> None:
+    checks: ContextVar[Callable[[], None]] = ContextVar("checks")
+    interrupted = threading.Event()
+
+    @contextmanager
+    def interruptible(check: Callable[[], None]) -> Iterator[None]:
+        token = checks.set(check)
+        yield
+        checks.reset(token)
+
+    def infer(request: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
+        while request["image"] == "a":
+            try:
+                checks.get()()
+            except ImageError:
+                interrupted.set()
+                raise
+        return {"params": {}}
+
+    batch = DrawnLabelsStay(0.1, interruptible)
+    result = batch({**REQUEST, "images": ["a", "z"]}, pool, infer)
+    assert result["a"] == {"error": "image 'a' took longer than 0.2 s, the most for one image of a batch"}
+    assert result["z"] == {"params": {}}
+    assert interrupted.wait(20)
