@@ -23,9 +23,11 @@ Place = npt.NDArray[np.int64]
 
 FROM_NOTHING_VOXELS = 10.0
 """How far a click reaches where nothing is drawn nearby."""
-LEAST_VOXELS, MOST_VOXELS = 1.5, 14.0
-BEYOND_BORDER = 1.15
-"""Times the distance to the border: the front is to arrive there, also where it runs a little slower."""
+LEAST_VOXELS, MOST_VOXELS = 1.05, 4.0
+NEARBY_VOXELS = 14.0
+"""How far the border is looked for; a mask that is further away is another matter."""
+BEYOND_BORDER = 1.0
+"""Times the distance to the border. More fell below the mask before, with clicks that miss the middle of the error."""
 NEVER = 2.0
 """The claim on voxels that a click does not reach; claims below 1 count."""
 
@@ -53,7 +55,7 @@ def reach_of(seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Seq
         spacing_mm: of the volume.
     """
     finest = min(spacing_mm)
-    margin = np.ceil(MOST_VOXELS * finest / np.asarray(spacing_mm)).astype(int) + 1
+    margin = np.ceil(NEARBY_VOXELS * finest / np.asarray(spacing_mm)).astype(int) + 1
     low = np.maximum(np.asarray(seed) - margin, 0)
     high = np.minimum(np.asarray(seed) + margin + 1, mask.shape)
     crop = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]

@@ -120,7 +120,7 @@ def in_preset_numbers(viewer: Viewer) -> np.ndarray:
     labelmap, names = viewer.labelmap(), viewer.segment_names()
     table = np.zeros(256, np.uint8)
     for number, name in names.items():
-        table[number] = PRESET_NUMBERS[name]
+        table[number] = PRESET_NUMBERS[name] if name != "background" else 0
     return table[labelmap]
 
 
