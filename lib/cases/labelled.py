@@ -15,7 +15,7 @@ from monai.transforms import Transform
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, TrainingError
 from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor
-from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, apart_mm, check_segmentable, read_volume
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, check_segmentable, least_apart_mm, read_volume
 
 MISSING = "missing"
 
@@ -102,7 +102,7 @@ def check_same_grid(label: Volume, image: Volume, name: str) -> None:
     """
     if label.voxels.shape != image.voxels.shape:
         raise LabelError(f"label of {name!r} has shape {label.voxels.shape}; valid: its image's {image.voxels.shape}")
-    apart = apart_mm(label.grid, image.grid)
+    apart = least_apart_mm(label.grid, image.grid)
     if apart > image.grid.tolerance_mm:
         raise LabelError(f"label of {name!r} lies up to {apart:.3g} mm away from its image: their affines differ")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lib.datastore.label_names import (
     parse_entries,
 )
 from lib.errors import LabelError
-from lib.transforms.volume import Grid, Volume, apart_mm
+from lib.transforms.volume import Grid, Volume, apart_mm, reading_warning
 
 MaskArray = npt.NDArray[np.uint8 | np.uint16]
 MOST_VALUES = 1000
@@ -76,8 +77,8 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
     mapped = map_values(present, names if label.segments or info.get("label_info") else None, preset, said)
     changed = any(value != index for value, index in mapped.values.items())
     kept = _apply(voxels, mapped.values) if changed else smallest(voxels)
-    notes = tuple(note for note in (reoriented, read_as) if note) + mapped.notes
-    if changed or reoriented or not is_kept_as(file, kept.dtype):
+    notes = tuple(note for note in (reading_warning(image), reoriented, read_as) if note) + mapped.notes
+    if changed or reoriented or not _lies_alike(label.volume, image) or not is_kept_as(file, kept.dtype):
         file = write_label(kept, image.affine_ras, folder / "kept.nii.gz")
     return CheckedLabel(kept, file, mapped, notes)
 
@@ -101,27 +102,34 @@ def smallest(voxels: npt.NDArray[np.uint16]) -> MaskArray:
 def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
     """Bring a mask onto its image's grid where only the order or direction of its axes differ: no voxel is resampled.
 
+    Where ITK and nibabel read one of the two files differently, it may lie on either grid; ITK's goes first, and a
+    mask that need not be turned before one that must.
+
     Returns:
         The mask and a sentence on what was done; an empty one where it lay there already.
 
     Raises:
         LabelError: when it lies on another grid.
     """
-    if lies_on(label, image):
-        return label, ""
-    turned = _turn(label, image)
-    if turned is not None and lies_on(turned, image):
-        before, after = (_axcodes(affine) for affine in (label.affine_ras, image.affine_ras))
-        return turned, f"the mask came in the orientation {before} and was turned to its image's, {after}"
-    apart = [apart_mm(one.grid, image) for one in (label, turned) if one and one.voxels.shape == image.shape]
+    for at, place in product(label.grid.readings, image.readings):
+        if lies_on(at, place):
+            return Volume(label.voxels, image.affine_ras), _read_as(at, place, label, image)
+    apart = []
+    for at, place in product(label.grid.readings, image.readings):
+        turned = _turn(Volume(label.voxels, at.affine_ras), place)
+        if turned is not None and lies_on(turned.grid, place):
+            before, after = (_axcodes(affine) for affine in (at.affine_ras, place.affine_ras))
+            note = f"the mask came in the orientation {before} and was turned to its image's, {after}"
+            return Volume(turned.voxels, image.affine_ras), note
+        apart += [apart_mm(one, place) for one in (at, turned and turned.grid) if one and one.shape == image.shape]
     if not apart:
         raise LabelError(f"the label has shape {label.voxels.shape}; valid: its image's {image.shape}")
     raise LabelError(f"the label lies up to {min(apart):.3g} mm away from its image: their affines differ")
 
 
-def lies_on(label: Volume, image: Grid) -> bool:
+def lies_on(label: Grid, image: Grid) -> bool:
     """Whether a mask has its image's shape and place."""
-    return label.voxels.shape == image.shape and apart_mm(label.grid, image) <= image.tolerance_mm
+    return label.shape == image.shape and apart_mm(label, image) <= image.tolerance_mm
 
 
 def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Path) -> Path:
@@ -133,6 +141,26 @@ def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Pa
     # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     return path
+
+
+def _read_as(at: Grid, place: Grid, label: Volume, image: Grid) -> str:
+    """A sentence where a mask lies on its image only as nibabel reads one of them; empty where it does for ITK."""
+    whose = [
+        name
+        for name, one, itk in (("the mask", at, label.affine_ras), ("its image", place, image.affine_ras))
+        if one.affine_ras is not itk
+    ]
+    if not whose:
+        return ""
+    return (
+        f"the mask lies on its image as nibabel reads {' and '.join(whose)}, which ITK (3D Slicer) reads differently; "
+        "it is kept on the image's grid as ITK reads that"
+    )
+
+
+def _lies_alike(label: Volume, image: Grid) -> bool:
+    """Whether nibabel, too, sees the mask on its image."""
+    return lies_on(label.grid.readings[-1], image.readings[-1])
 
 
 def _names(

@@ -29,7 +29,7 @@ class ImageHeader:
         intercept: plus this.
         layer_axis: the axis of an NRRD's layers, colours or vectors; None where a voxel has one value.
         fields: an NRRD's own keys and values, such as ``Segment0_Name``.
-        other_affine_ras: where another common reader (nibabel) places the image; None where all agree.
+        other_affine_ras: where nibabel places the image; None where only ITK reads it, and for other kinds than NIfTI.
     """
 
     kind: Kind

@@ -11,6 +11,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
 from lib.errors import ImageError
+from lib.imagefiles.geometry import itk_affine_ras, nibabel_affine_ras
 from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
@@ -27,11 +28,12 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
     encoding = "gzip" if kind is Kind.NIFTI_GZ else "raw"
     file.seek(0)
     try:
-        header = _parse(open_stream(file, encoding).read(_SECOND_VERSION_BYTES))
+        block = open_stream(file, encoding).read(_SECOND_VERSION_BYTES)
+        header = _parse(block)
         sizes = tuple(int(size) for size in header.get_data_shape())
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset()) or header.single_vox_offset
         slope, intercept = header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        affine, other = itk_affine_ras(_parse(block, mend=False)), nibabel_affine_ras(header)
     except (HeaderDataError, OSError, ValueError, TypeError, *BROKEN_STREAM) as error:
         raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
     if dtype.kind not in "iufb":
@@ -39,7 +41,15 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
     if not sizes or min(sizes) < 1 or offset < header.sizeof_hdr:
         raise ImageError(f"image {name!r} is damaged: its header says {sizes} voxels from byte {offset} on")
     return ImageHeader(
-        kind, sizes, dtype, affine, offset, encoding, 1.0 if slope is None else float(slope), float(intercept or 0.0)
+        kind,
+        sizes,
+        dtype,
+        affine,
+        offset,
+        encoding,
+        slope=1.0 if slope is None else float(slope),
+        intercept=float(intercept or 0.0),
+        other_affine_ras=other,
     )
 
 
@@ -64,10 +74,11 @@ def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str)
     return _scale(numbers, header.slope, header.intercept)
 
 
-def _parse(block: bytes) -> Any:
+def _parse(block: bytes, mend: bool = True) -> Any:
+    """A header; nibabel mends what it finds wrong, such as a negative ``pixdim``, unless it is to be left."""
     kinds = (nib.Nifti2Header, nib.Nifti1Header)
     kind = next(k for k in kinds if k.sizeof_hdr == _SECOND_VERSION_BYTES) if block[4:8] == b"n+2\0" else kinds[1]
-    return kind(block[: kind.sizeof_hdr])
+    return kind(block[: kind.sizeof_hdr], check=mend)
 
 
 def _scale(numbers: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:

@@ -26,7 +26,7 @@ from lib.models.weights import WeightsLocator
 from lib.networks.precision import resolve_device
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.postprocess import measure_labels
-from lib.transforms.volume import Volume, read_volume
+from lib.transforms.volume import Volume, read_volume, reading_warning
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +244,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
+    found = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid))
     measures = measure_labels(result.labels, volume.affine_ras, preset)
     centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
     return {
@@ -254,7 +255,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "model": model.describe(),
         "engine": result.plan.engine,
         "quality": estimate_quality(result, model),
-        "warnings": [warning] if (warning := range_warning(volume.voxels, preset.modality)) else [],
+        "warnings": [warning for warning in found if warning],
         "plan": result.plan.as_json(),
     }
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, ParameterError
-from lib.transforms.volume import Grid, apart_mm, read_volume
+from lib.transforms.volume import Grid, least_apart_mm, read_volume
 
 LabelArray = npt.NDArray[np.uint8]
 
@@ -46,7 +46,7 @@ def read_values(file: Path, grid: Grid, name: str) -> npt.NDArray[np.int64]:
         raise LabelError(f"{name}: {error}") from error
     if volume.voxels.shape != grid.shape:
         raise LabelError(f"{name} has shape {volume.voxels.shape}; valid: its image's {grid.shape}")
-    apart = apart_mm(volume.grid, grid)
+    apart = least_apart_mm(volume.grid, grid)
     if apart > grid.tolerance_mm:
         raise LabelError(f"{name} lies up to {apart:.3g} mm away from its image: their affines differ")
     values = np.rint(volume.voxels)

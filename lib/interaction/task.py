@@ -27,7 +27,7 @@ from lib.interaction.prompts import Prompts, parse_box
 from lib.interaction.starting_mask import names_of, read_mask, read_values
 from lib.transforms.postprocess import measure_labels
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, read_volume
+from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, read_volume, reading_warning
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,7 @@ class ClickTask(_InteractiveTask):
             labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
+        said["warnings"] = _warnings(self._grid(asked.image, checksum))
         made = CachedMask(labels, affine_ras, said)
         if not request.get("label_file"):
             self._cache.put(self._key(request, asked), made)
@@ -302,6 +303,7 @@ class ScribbleTask(_InteractiveTask):
         single = self.preset.with_labels([known.name if known is not None else name])
         path = write_mask(structure, grid.affine_ras, single, asked.extension, asked.dtype, asked.compress)
         said = {"start": "label", "prompts": len(drawn) + len(erased), "prompted": [1], "edit_ms": edit_ms}
+        said["warnings"] = _warnings(grid)
         made = CachedMask(structure, grid.affine_ras, said)
         return str(path), _describe(self, made, structure, {name: 1}, start, hit=False, measured=single)
 
@@ -327,6 +329,10 @@ def make_interactive_tasks(
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
 
 
+def _warnings(grid: Grid) -> list[str]:
+    return [warning] if (warning := reading_warning(grid)) else []
+
+
 def _describe(
     task: _InteractiveTask,
     made: CachedMask,
@@ -342,6 +348,7 @@ def _describe(
     total_ms = round((time.perf_counter() - start) * 1000, 1)
     said = dict(made.said)
     return {
+        "warnings": list(said["warnings"]),
         "label_names": dict(named),
         "label_colors": colors,
         "label_statistics": measures,

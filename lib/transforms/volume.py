@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +13,7 @@ from lib.configs.preset import Preset
 from lib.dicom.files import find_dicom
 from lib.dicom.series import Series, read_series
 from lib.errors import ImageError
+from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_header, read_kind, read_voxels
 
@@ -23,6 +24,7 @@ MAX_SPACING_MM = 25.0
 MIN_SPACING_MM = 0.01
 MAX_NETWORK_VOXELS = 1_500_000_000
 GRID_TOLERANCE_VOXELS = 0.1
+SMALLEST_VOXEL_MM3 = 1e-12
 
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
@@ -34,11 +36,19 @@ class Grid:
 
     Attributes:
         shape: (X, Y, Z).
-        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS.
+        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
+        other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
     """
 
     shape: tuple[int, int, int]
     affine_ras: Affine
+    other_affine_ras: Affine | None = None
+
+    @property
+    def readings(self) -> list[Grid]:
+        """The grid as ITK reads it, and where nibabel reads another one, that too."""
+        others = [] if self.other_affine_ras is None else [Grid(self.shape, self.other_affine_ras)]
+        return [Grid(self.shape, self.affine_ras), *others]
 
     @property
     def tolerance_mm(self) -> float:
@@ -52,17 +62,19 @@ class Volume:
 
     Attributes:
         voxels: intensities, shape (X, Y, Z), float32.
-        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS.
+        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
+        other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
     """
 
     voxels: FloatArray
     affine_ras: Affine
+    other_affine_ras: Affine | None = None
 
     @property
     def grid(self) -> Grid:
         """Where its voxels lie."""
         x, y, z = self.voxels.shape
-        return Grid((x, y, z), self.affine_ras)
+        return Grid((x, y, z), self.affine_ras, self.other_affine_ras)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -82,10 +94,9 @@ def read_volume(path: Path) -> Volume:
     if _is_dicom(path):
         return _read_dicom(path)
     header, voxels = read_voxels(path)
-    shape = _spatial_shape(header.shape, path.name)
-    return Volume(
-        np.asarray(voxels, dtype=np.float32).reshape(shape, order="A"), _checked_affine(header.affine_ras, path.name)
-    )
+    grid = _grid_of(header, path.name)
+    voxels = np.asarray(voxels, dtype=np.float32).reshape(grid.shape, order="A")
+    return Volume(voxels, grid.affine_ras, grid.other_affine_ras)
 
 
 def read_grid(path: Path) -> Grid:
@@ -97,8 +108,7 @@ def read_grid(path: Path) -> Grid:
     if _is_dicom(path):
         series = _read_series(path)
         return Grid(series.shape, _checked_affine(series.affine_ras, path.name))
-    header = read_header(path)
-    return Grid(_spatial_shape(header.shape, path.name), _checked_affine(header.affine_ras, path.name))
+    return _grid_of(read_header(path), path.name)
 
 
 def apart_mm(one: Grid, other: Grid) -> float:
@@ -106,6 +116,22 @@ def apart_mm(one: Grid, other: Grid) -> float:
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
     corners[:, :3] *= np.array(other.shape) - 1
     return float(np.linalg.norm((corners @ (one.affine_ras - other.affine_ras).T)[:, :3], axis=1).max())
+
+
+def least_apart_mm(one: Grid, other: Grid) -> float:
+    """As :func:`apart_mm`, for the two readings that lie nearest, where ITK and nibabel read a file differently."""
+    return min(apart_mm(a, b) for a in one.readings for b in other.readings)
+
+
+def reading_warning(grid: Grid) -> str:
+    """A sentence where ITK and nibabel place an image differently; empty where they agree."""
+    if grid.other_affine_ras is None:
+        return ""
+    apart = apart_mm(*grid.readings)
+    return (
+        f"ITK (3D Slicer) and nibabel place the image up to {apart:.3g} mm apart, since its NIfTI header contradicts "
+        "itself (qform, sform, pixdim) or has another unit than mm (xyzt_units); it is read as ITK reads it"
+    )
 
 
 def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
@@ -154,6 +180,16 @@ def _read_series(path: Path) -> Series:
     return read_series(find_dicom(path) if path.is_dir() else [path], f"{kind} {path.name!r}")
 
 
+def _grid_of(header: ImageHeader, name: str) -> Grid:
+    grid = Grid(_spatial_shape(header.shape, name), _checked_affine(header.affine_ras, name))
+    other = header.other_affine_ras
+    if other is None or not np.isfinite(other).all() or abs(np.linalg.det(other[:3, :3])) < SMALLEST_VOXEL_MM3:
+        return grid
+    return (
+        grid if apart_mm(Grid(grid.shape, other), grid) <= grid.tolerance_mm else replace(grid, other_affine_ras=other)
+    )
+
+
 def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     """The three spatial axes; trailing axes of length one are no fourth dimension."""
     trimmed = list(shape)
@@ -169,7 +205,7 @@ def _checked_affine(affine: Affine, name: str) -> Affine:
     affine_ras = np.asarray(affine, dtype=np.float64)
     if affine_ras.shape != (4, 4) or not np.isfinite(affine_ras).all():
         raise ImageError(f"image {name!r} has no usable affine: {affine_ras.tolist()}")
-    if abs(np.linalg.det(affine_ras[:3, :3])) < 1e-12:
+    if abs(np.linalg.det(affine_ras[:3, :3])) < SMALLEST_VOXEL_MM3:
         raise ImageError(f"image {name!r} has an affine without volume (an axis of spacing 0, or two parallel axes)")
     return affine_ras
 

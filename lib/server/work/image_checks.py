@@ -11,7 +11,7 @@ from lib.datastore.images.checks import ImageCheck
 from lib.errors import ImageError
 from lib.server.services import Services
 from lib.transforms.intensity_range import misfit, range_warning
-from lib.transforms.volume import check_segmentable, read_volume
+from lib.transforms.volume import check_segmentable, read_volume, reading_warning
 
 logger = logging.getLogger("unetr.server")
 
@@ -51,7 +51,7 @@ def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> s
 
 
 def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
-    """Read an image that is sent; returns what is odd about it for the presets that can segment it.
+    """Read an image that is sent; returns what is odd about it, for the presets that can segment it.
 
     Raises:
         ImageError: when none of them can.
@@ -66,7 +66,8 @@ def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
             problems.append(error)
     if problems and len(problems) == len(presets):
         raise problems[0]
-    return [] if "" in warnings else warnings[:1]
+    reading = reading_warning(volume.grid)
+    return ([] if "" in warnings else warnings[:1]) + ([reading] if reading else [])
 
 
 def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
