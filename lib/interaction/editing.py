@@ -19,6 +19,8 @@ from lib.transforms.volume import Affine, FloatArray
 LabelArray = npt.NDArray[np.uint8]
 Points = npt.NDArray[np.int64]
 
+BESIDE_VOXELS = 2.0
+
 
 @dataclass(frozen=True)
 class Edited:
@@ -73,7 +75,7 @@ def edit_clicks(scene: Scene, prompts: Prompts) -> Edited:
             values.add(drawn)
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        mask = scene.coarse == target if target else np.zeros_like(scene.coarse, dtype=bool)
+        mask = scene.coarse == target if target else None
         if target or takes_from:
             claims += [LabelClaim(0, takes_from, c) for c in _click_claims(scene, [point], mask, inside=bool(target))]
     labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
@@ -108,9 +110,12 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
     return labels
 
 
-def _click_claims(scene: Scene, points: Sequence[Voxel], mask: npt.NDArray[np.bool_], inside: bool) -> list[Claim]:
+def _click_claims(
+    scene: Scene, points: Sequence[Voxel], mask: npt.NDArray[np.bool_] | None, inside: bool
+) -> list[Claim]:
     claims = []
     for seed in scene.on_network(points):
-        reach = reach_of(seed.tolist(), mask, inside, scene.spacing_mm)
+        # A background click beside what is drawn only holds off what other clicks would add there.
+        reach = reach_of(seed.tolist(), mask, inside, scene.spacing_mm) if mask is not None else BESIDE_VOXELS
         claims.append(claim_around(scene.voxels, seed[None], reach, scene.spacing_mm))
     return claims
