@@ -22,6 +22,7 @@ NRRD_SUFFIXES = (".nrrd", ".seg.nrrd")
 MIN_AXIS_VOXELS = 4
 MAX_SPACING_MM = 25.0
 MIN_SPACING_MM = 0.01
+ROUNDING = 1e-4
 MAX_NETWORK_VOXELS = 1_500_000_000
 GRID_TOLERANCE_VOXELS = 0.1
 SMALLEST_VOXEL_MM3 = 1e-12
@@ -142,7 +143,7 @@ def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
     """
     extent_voxels, patch_size = _extent_at(volume, preset), preset.network.patch_size
     spacing = ", ".join(f"{s:.4g}" for s in volume.spacing_mm)
-    if max(volume.spacing_mm) > MAX_SPACING_MM or min(volume.spacing_mm) < MIN_SPACING_MM:
+    if max(volume.spacing_mm) > MAX_SPACING_MM or min(volume.spacing_mm) < MIN_SPACING_MM * (1 - ROUNDING):
         raise ImageError(
             f"image {name!r} has a spacing of {spacing} mm; valid: {MIN_SPACING_MM} to {MAX_SPACING_MM} mm"
         )

@@ -12,10 +12,10 @@ import SimpleITK as sitk
 
 from lib.cases.labelled import check_same_grid
 from lib.datastore.validation import check_label, to_grid
-from lib.errors import LabelError
+from lib.errors import ImageError, LabelError
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.interaction.starting_mask import read_values
-from lib.transforms.volume import read_grid, read_volume, reading_warning
+from lib.transforms.volume import check_segmentable, read_grid, read_volume, reading_warning
 from tests.tiny import oblique_affine, tiny_preset, write_nifti
 
 SHAPE = (5, 6, 7)
@@ -103,6 +103,13 @@ def test_sheared_sform_alone_is_read_though_itk_does_not(tmp_path: Path) -> None
 def test_units_of_length_count(tmp_path: Path, units: tuple[int, float]) -> None:
     path = make(tmp_path / "x.nii", 1, 1, QFORM, units=units[0])
     np.testing.assert_allclose(read_volume(path).spacing_mm, np.array([0.7, 1.3, 2.1]) * units[1], rtol=1e-5)
+
+
+def test_voxels_of_10_micrometres_are_within_the_bounds_of_the_spacing(tmp_path: Path) -> None:
+    volume = read_volume(make(tmp_path / "x.nii", 1, 1, QFORM, pixdim=(10, 10, 10), units=3))
+    np.testing.assert_allclose(volume.spacing_mm, 0.01, rtol=1e-5)
+    with pytest.raises(ImageError, match="too small"):
+        check_segmentable(volume, tiny_preset(), "x")
 
 
 def test_label_on_either_grid_lands_on_the_images(tmp_path: Path) -> None:

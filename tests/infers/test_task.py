@@ -238,3 +238,16 @@ def test_choice_label_by_label_is_no_option_that_clients_send_back(tmp_path: Pat
     preset = tiny_preset(inference={"largest_component": ["core"]})
     task = UnetrInferTask(preset, WeightsLocator(tmp_path / "none"))
     assert "largest_component" not in task.info()["config"]
+
+
+def test_answer_says_where_itk_and_nibabel_read_the_image_differently(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    assert task({"image": str(image)})[1]["warnings"] == []
+    shifted = nib.load(image)
+    shifted.set_qform(oblique_affine("LPS", origin=(-20.0, 12.25, 88.0)), 1)
+    nib.save(shifted, tmp_path / "shifted.nii.gz")
+    file, answer = task({"image": str(tmp_path / "shifted.nii.gz"), "result_extension": ".nii.gz"})
+    (warning,) = answer["warnings"]
+    assert "ITK (3D Slicer) and nibabel place the image up to 11.5 mm apart" in warning
+    np.testing.assert_allclose(nib.load(file).affine[:3, 3], [-20.0, 12.25, 88.0], atol=1e-4)

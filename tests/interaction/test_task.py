@@ -120,3 +120,17 @@ def test_scribbles_change_the_chosen_structure_alone(folder: Path, image: Path) 
             scribbles.validate_request({"image": str(image)} | request | wrong)
     with pytest.raises(LabelError, match="part 'label' is missing"):
         scribbles({"image": str(image), **request, "label_file": None})
+
+
+def test_corrections_say_where_itk_and_nibabel_read_the_image_differently(folder: Path, image: Path) -> None:
+    _, clicks, _ = tasks_of(folder / "none")
+    assert ask(clicks, image, core=[[8, 8, 8]])[1]["warnings"] == []
+    differs = nib.Nifti1Image(boxes()[0], AFFINE + np.diag([0, 0, 0.5, 0]))
+    differs.set_qform(AFFINE, 1)
+    differs.header["pixdim"][1:4] = (0.9, 1.1, 1.0)
+    nib.save(differs, folder / "differs.nii.gz")
+    request = {"core": [[8, 8, 8]]}
+    (warning,) = ask(clicks, folder / "differs.nii.gz", **request)[1]["warnings"]
+    assert "nibabel place the image up to 7.5 mm apart" in warning
+    again = clicks.recall({"image": str(folder / "differs.nii.gz"), **request})
+    assert again is not None and again[1]["warnings"] == [warning]
