@@ -123,10 +123,15 @@ def test_full_queue_is_answered_503_and_others_go_on(cases: dict[str, SyntheticC
         ({"nope": "1"}, "unknown key 'nope'"),
         ({"queue_size": "-1"}, "queue_size"),
         ({"tokens": "none.yaml"}, "'none.yaml' cannot be read"),
+        ({"cors_origins": "*"}, "cors_origins.0' is '*'"),
+        ({"preset": "object.yaml"}, "'object.yaml' is not YAML: could not determine a constructor for the tag"),
+        ({"preset": "aliases.yaml"}, "'aliases.yaml' is not YAML: an alias (*) stands inside of what it names"),
     ],
 )
 def test_wrong_setting_ends_the_start_with_a_sentence(tmp_path: Path, conf: dict[str, str], sentence: str) -> None:
     server = Server(tmp_path / "server", conf)
+    (server.folder / "object.yaml").write_text("!!python/object/apply:os.system ['true']\n")
+    (server.folder / "aliases.yaml").write_text("labels: &a [*a]\n")
     assert server.launch().wait(60) != 0
     said = server.log.read_text()
     assert re.search(rf"The server does not start: .*{re.escape(sentence)}", said)

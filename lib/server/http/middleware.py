@@ -96,7 +96,7 @@ class Surroundings:
         try:
             await self._app(scope, receive, _without_trace(send))
         except ConfigError as error:
-            print(f"\nThe server does not start: {error}\n", file=sys.stderr, flush=True)
+            print(f"\nThe server does not start: {' '.join(str(error).split())}\n", file=sys.stderr, flush=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -178,10 +178,11 @@ class _LimitedBody:
 
 
 def _without_trace(send: Send) -> Send:
+    """Leave the stack trace of a wrong setting out: Starlette tells of the failure while it handles the exception."""
+
     async def sending(message: Message) -> None:
-        if message["type"] == "lifespan.startup.failed":
-            last = message.get("message", "").strip().splitlines()[-1:]
-            message = {**message, "message": last[0] if last and "ConfigError" in last[0] else message["message"]}
+        if message["type"] == "lifespan.startup.failed" and isinstance(sys.exc_info()[1], ConfigError):
+            message = {**message, "message": ""}
         await send(message)
 
     return sending
