@@ -356,9 +356,11 @@ class VersionedDatastore(LocalDatastore):
     def _find_images(self) -> int:
         folder = Path(self._datastore.image_path())
         listing = list_images(folder, self._endings())
-        self._tell(listing.problems)
         self._list_files(folder, self._extensions)  # keeps what is left out, and why
-        files = {i: end for i, end in listing.images.items() if self.refusal(folder / f"{i}{end}") is None}
+        refusals = {f"{i}{end}": self.refusal(folder / f"{i}{end}") for i, end in listing.images.items()}
+        refused = [FolderProblem(self._shown(folder / name), why) for name, why in refusals.items() if why is not None]
+        self._tell(listing.problems, refused)
+        files = {i: end for i, end in listing.images.items() if refusals[f"{i}{end}"] is None}
         known = self._datastore.objects
         gone = [key for key, entry in known.items() if files.get(key) != entry.image.ext]
         for image_id in gone:
@@ -370,9 +372,10 @@ class VersionedDatastore(LocalDatastore):
             known[image_id] = ImageLabelModel(image=DataModel(info=info, ext=files[image_id]))
         return len(gone) + len(new)
 
-    def _tell(self, problems: tuple[FolderProblem, ...]) -> None:
+    def _tell(self, problems: tuple[FolderProblem, ...], told: Iterable[FolderProblem]) -> None:
+        """Keep what is no case; what ``told`` holds is in the log already."""
         new = [str(problem) for problem in problems if problem not in self.problems]
-        self.problems = problems
+        self.problems = (*problems, *told)
         for sentence in shorten(new):
             logger.warning("studies: %s", sentence)
 

@@ -409,3 +409,45 @@ def test_other_pages_get_no_permission_to_read(guarded: Server, tokens: dict[str
     assert "access-control-allow-origin" not in guarded.get("/", headers=headers).headers
     asked = headers | {"Access-Control-Request-Method": "PUT"}
     assert guarded.request("OPTIONS", "/datastore/label", headers=asked).status_code >= 400
+
+
+NOT_OURS = ("linked", "hard", "fifo", "ller", "detached")
+
+
+def test_next_sample_and_dataset_hold_no_foreign_file(
+    guarded: Server, tokens: dict[str, str], cases: dict[str, SyntheticCase]
+) -> None:
+    annotator = authorised({}, tokens["annotator"])
+    given = set()
+    for strategy in ("random", "typical"):
+        for number in range(len(cases) + 3):
+            client = {"client_id": f"{strategy}{number}"}
+            answer = guarded.post(f"/activelearning/{strategy}", json=client, **annotator)
+            assert answer.status_code == 200, answer.text
+            given.add(answer.json().get("id"))
+    assert given <= {*cases, "plain", None} and len(given) > 2
+    label = nifti(cases["case_0"].label.astype(np.uint8), cases["case_0"].affine_ras)
+    for name in (b"linked", b"hard", b"M\xfcller"):
+        (guarded.studies / "labels" / "final" / os.fsdecode(name + b".nii.gz")).write_bytes(label)
+    files = {"params": (None, json.dumps({"label_info": TWO})), "label": ("label.nii.gz", label)}
+    assert guarded.put("/datastore/label?image=case_0", files=files, **annotator).status_code == 200
+    answer = guarded.get("/datastore/dataset", **annotator)
+    assert answer.status_code == 200, answer.text
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        names = archive.namelist()
+    assert any("case_0" in name for name in names)
+    assert not any(part in name for name in names for part in NOT_OURS)
+    problems = guarded.get("/datastore/problems", **annotator).json()["files"]
+    told = " ".join(file["name"] for file in problems)
+    assert all(part in told for part in ("linked", "hard", "fifo", "ller")), told
+
+
+def test_batch_over_a_pool_with_foreign_files_ends_without_a_trace(guarded: Server, tokens: dict[str, str]) -> None:
+    annotator = authorised({}, tokens["annotator"])
+    start = len(guarded.log.read_bytes())
+    images = ["case_1", "detached"]
+    answer = guarded.post("/batch/infer/hippocampus_mr?run_sync=true", json={"images": images}, **annotator)
+    assert answer.status_code == 200, answer.text
+    assert "error" in answer.json()["detached"] and "error" not in answer.json()["case_1"]
+    said = guarded.log.read_bytes()[start:].decode(errors="replace")
+    assert "'detached' was left out: " in said and "Traceback" not in said
