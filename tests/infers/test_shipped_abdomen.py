@@ -89,5 +89,7 @@ def test_large_organs_of_a_ct_of_another_origin_are_found(segmenter: Segmenter, 
     found = segmenter.segment(read_volume(data / "example_ct.nii.gz")).labels[..., FIRST_SLICE_OF_REFERENCE:]
     scores = {organ: dice(found, reference, organ) for organ in ("liver", "spleen", "left_kidney")}
     assert min(scores.values()) > 0.9, scores
+    few_slices = segmenter.segment(read_volume(data / "example_ct_sm.nii.gz")).labels
+    assert min(dice(few_slices, reference, organ) for organ in scores) > 0.9, "the same organs in 90 mm of the torso"
     present = [organ for organ, index in ORGANS.items() if (reference == index).any()]
-    assert np.mean([dice(found, reference, organ) for organ in present]) > 0.75
+    assert np.mean([dice(found, reference, organ) for organ in present]) > 0.8
