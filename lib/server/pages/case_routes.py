@@ -153,7 +153,9 @@ def label_outline(parts: Services, gallery: Gallery, subject: Subject, layer: st
     preset = parts.presets.get(version.preset) or parts.presets.get(subject.model)
     named = {label.index: label.color for label in preset.labels} if preset is not None else {}
     colors = {value: named.get(value, (255, 255, 255)) for value in version.label_map.values()}
-    return Contour(mask_of(gallery.volumes, version.file, subject.stack.voxels.shape), colors, LINES[kind])
+    return Contour(
+        mask_of(gallery.volumes, version.file, subject.path, subject.stack.voxels.shape), colors, LINES[kind]
+    )
 
 
 def edited(gallery: Gallery, image: str, name: str) -> npt.NDArray[np.uint8]:

@@ -24,7 +24,7 @@ from lib.server.pages.titles import Title, titles_of
 from lib.server.services import Services
 from lib.server.work.modality import modality_of, models_for
 from lib.transforms.intensity_range import range_warning
-from lib.transforms.volume import read_volume
+from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
 Kept = TypeVar("Kept")
 MOST_KEPT_BYTES = 512 * 2**20
@@ -117,8 +117,8 @@ def stack_of(volumes: Volumes, path: Path) -> Stack:
     return volumes.get(("image", path, stamp_of(path)), read, lambda stack: stack.voxels.nbytes)
 
 
-def mask_of(volumes: Volumes, path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Read a mask and reorient it as its image is.
+def mask_of(volumes: Volumes, path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Read a mask and reorient it as its image is, whose file or folder is ``image``; ``shape`` is that of the result.
 
     Raises:
         InputError: when it is not on its image's grid.
@@ -126,12 +126,21 @@ def mask_of(volumes: Volumes, path: Path, shape: tuple[int, ...]) -> npt.NDArray
 
     def read() -> npt.NDArray[np.uint8]:
         volume = read_volume(path)
-        turned = reorient(volume.voxels.astype(np.uint8), volume.affine_ras).astype(np.uint8)
+        turned = reorient(volume.voxels.astype(np.uint8), _shown_affine(volume, image)).astype(np.uint8)
         if turned.shape != shape:
             raise InputError(f"mask {path.name!r} has shape {turned.shape}, its image {shape}")
         return turned
 
-    return volumes.get(("mask", path, stamp_of(path)), read, lambda mask: mask.nbytes)
+    return volumes.get(("mask", path, stamp_of(path), image, stamp_of(image)), read, lambda mask: mask.nbytes)
+
+
+def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
+    """The affine by which a mask is turned: its image's, where it lies on that as ITK or as nibabel reads it."""
+    if image.is_dir():
+        return mask.affine_ras
+    grid = read_grid(image)
+    near = mask.voxels.shape == grid.shape and least_apart_mm(mask.grid, grid) <= grid.tolerance_mm
+    return grid.affine_ras if near else mask.affine_ras
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
@@ -165,7 +174,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     newest = versions[0] if versions else None
     stack = stack_of(volumes, path)
     shape = stack.voxels.shape
-    masks = [_read_or_none(volumes, version, shape) for version in versions[: MOST_AGREEMENTS + 1]]
+    masks = [_read_or_none(volumes, version, path, shape) for version in versions[: MOST_AGREEMENTS + 1]]
     model = model_for(parts, image, newest)
     preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
     edit_model = edit_model_for(parts, image, newest)
@@ -212,10 +221,12 @@ def _agreement(masks: list[npt.NDArray[np.uint8] | None], position: int, version
     return None if np.isnan(mean) else mean
 
 
-def _read_or_none(volumes: Volumes, version: LabelVersion, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
+def _read_or_none(
+    volumes: Volumes, version: LabelVersion, image: Path, shape: tuple[int, ...]
+) -> npt.NDArray[np.uint8] | None:
     """A version's mask; None where its file is gone or damaged, which the page's other parts need not suffer from."""
     try:
-        return mask_of(volumes, version.file, shape)
+        return mask_of(volumes, version.file, image, shape)
     except (UnetrError, OSError):
         return None
 

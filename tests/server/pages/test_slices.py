@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
+from lib.server.pages.case_view import Volumes, mask_of, stack_of
 from lib.server.pages.slices import OVERLAY_RGB, PLANES, Contour, Plane, Stack, draw_slice, middle_of, reorient
-from tests.tiny import axis_affine
+from tests.tiny import axis_affine, write_nifti
 
 RED = (255, 0, 0)
 
@@ -100,3 +103,16 @@ def test_masks_are_turned_as_their_images_are() -> None:
     mask = np.zeros((8, 10, 12), dtype=np.uint8)
     mask[0, 0, -1] = 1  # anterior, superior, right
     assert reorient(mask, affine)[-1, -1, -1] == 1
+
+
+def test_mask_on_nibabels_grid_is_shown_over_its_image(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).random((8, 9, 10), dtype=np.float32)
+    image = nib.Nifti1Image(voxels, np.eye(4))
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    image.header["vox_offset"] = 352
+    (tmp_path / "x.nii").write_bytes(image.header.binaryblock + bytes(4) + voxels.tobytes("F"))
+    mask = write_nifti(tmp_path / "mask.nii.gz", (voxels > 0.5).astype(np.uint8), nib.load(tmp_path / "x.nii").affine)
+    volumes = Volumes()
+    stack = stack_of(volumes, tmp_path / "x.nii")
+    shown = mask_of(volumes, mask, tmp_path / "x.nii", stack.voxels.shape)
+    np.testing.assert_array_equal(shown, stack.voxels > 0.5)
