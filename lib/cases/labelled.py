@@ -110,7 +110,7 @@ def check_same_grid(label: Volume, image: Volume, name: str) -> None:
 def to_preset_values(
     voxels: npt.NDArray[np.float32], preset: Preset, values: Mapping[int, int] | None, name: str
 ) -> npt.NDArray[np.uint8]:
-    """DeviceSlot a label file's voxels into the preset's values.
+    """Turn a label file's voxels into the preset's values.
 
     Raises:
         LabelError: for values that are not integers, or that the preset does not have.

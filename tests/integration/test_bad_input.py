@@ -85,7 +85,7 @@ def test_bad_image_to_keep(server: Server, address: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "sentence"),
     [
-        ("/infer/nope?image=case_0", 404, "there is no model 'nope'; known: hippocampus_mr, tiny"),
+        ("/infer/nope?image=case_0", 404, "there is no model 'nope'; known: hippocampus_mr, hippocampus_mr_edit, "),
         ("/infer/tiny?image=case_0", 409, "no trained weights yet"),
         ("/infer/hippocampus_mr?image=nope", 404, "there is no image 'nope'"),
         ("/infer/hippocampus_mr", 400, "'image'"),

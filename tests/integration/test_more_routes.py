@@ -43,7 +43,7 @@ def test_session_unpacks_an_archive(server: Server) -> None:
 def test_uploaded_image_becomes_a_study(server: Server) -> None:
     image = (server.studies / "case_0.nii.gz").read_bytes()
     files = {"params": (None, '{"client_id": "tester"}'), "file": ("/home/anna/new.nii.gz", image)}
-    assert server.put("/datastore/?image=new_case", files=files).json() == {"image": "new_case"}
+    assert server.put("/datastore/?image=new_case", files=files).json() == {"image": "new_case", "warnings": []}
     try:
         assert server.get("/datastore/image?image=new_case").content == image
         assert server.request("HEAD", "/datastore/image?image=new_case").status_code == 200
@@ -58,7 +58,7 @@ def test_uploaded_image_becomes_a_study(server: Server) -> None:
 def test_uploaded_image_without_id_is_named_after_its_file(server: Server) -> None:
     image = (server.studies / "case_0.nii.gz").read_bytes()
     answer = server.put("/datastore/image", files={"file": ("C:\\scans\\brain 1.v2.nii.gz", image)})
-    assert answer.json() == {"image": "brain_1.v2"}
+    assert answer.json() == {"image": "brain_1.v2", "warnings": []}
     assert server.delete("/datastore/image?id=brain_1.v2").status_code == 200
 
 
@@ -71,7 +71,8 @@ def test_checksum_tells_whether_it_is_that_image(server: Server) -> None:
 
 def test_batch_inference_on_a_cpu_labels_all_but_the_bad_image(server: Server, cases: dict[str, SyntheticCase]) -> None:
     bad = server.studies / "aaa_bad.nii.gz"  # the first in order
-    bad.write_bytes(b"no image")
+    good = (server.studies / "case_0.nii.gz").read_bytes()
+    bad.write_bytes(good[: len(good) // 2])
     try:
         wait_until(lambda: server.get("/datastore/").json()["total"] == len(cases) + 1)
         started = server.post("/batch/infer/hippocampus_mr", json={"max_batch_size": 3, "client_id": "tester"})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
-from tests.integration.conftest import prepare
+from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart, read_nrrd, wait_until
 
 
@@ -28,7 +28,8 @@ def test_health_and_readiness(server: Server) -> None:
     ready = server.get("/readyz")
     assert ready.status_code == 200
     assert ready.json() == {
-        "status": "ready", "problems": [], "models": {"hippocampus_mr": "shipped", "tiny": "untrained"},
+        "status": "ready", "problems": [], "warnings": [],
+        "models": {"hippocampus_mr": "shipped", "tiny": "untrained"},
     }  # fmt: skip
 
 
@@ -68,11 +69,14 @@ def test_server_that_compiles_answers_meanwhile_and_the_same_after(
     np.testing.assert_array_equal(masks[0], masks[1])
 
 
-def test_metrics_count_requests_inferences_and_labels(server: Server, cases: dict[str, SyntheticCase]) -> None:
+def test_metrics_count_requests_inferences_and_labels(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
     before = figures(server)
+    constant = encode(np.full_like(cases["case_0"].image, 7), cases["case_0"].affine_ras, tmp_path)
     assert server.infer("hippocampus_mr", "case_0").status_code == 200
     assert server.infer("hippocampus_mr", "nope").status_code == 404
-    assert server.post("/infer/hippocampus_mr", files={"file": ("a.nii.gz", b"")}).status_code == 422
+    assert server.post("/infer/hippocampus_mr", files={"file": ("a.nii.gz", constant)}).status_code == 422
     after = figures(server)
 
     def grown(name: str) -> float:
