@@ -27,7 +27,7 @@ LEAST_VOXELS, MOST_VOXELS = 1.05, 4.0
 NEARBY_VOXELS = 14.0
 """How far the border is looked for; a mask that is further away is another matter."""
 BEYOND_BORDER = 1.0
-"""Times the distance to the border. More fell below the mask before, with clicks that miss the middle of the error."""
+"""Times the distance to the border."""
 NEVER = 2.0
 """The claim on voxels that a click does not reach; claims below 1 count."""
 

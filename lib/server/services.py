@@ -118,7 +118,7 @@ class Services:
             presented=PresentedCases(
                 instance.datastore(),
                 lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
-                next(iter(instance.presets.values())).modality,
+                [preset.modality for preset in instance.presets.values()],
                 settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
             ),
         )

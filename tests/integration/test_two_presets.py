@@ -44,3 +44,21 @@ def test_next_sample_offers_each_image_for_the_preset_of_its_modality(mixed: Ser
 def test_next_sample_for_a_named_model_offers_no_image_of_another_modality(mixed: Server) -> None:
     answer = mixed.post("/activelearning/first", json={"client_id": "dora", "model": "hippocampus_mr"})
     assert answer.json() == {}
+
+
+@pytest.mark.parametrize(("image", "modality"), [("a_torso", "CT"), ("case_0", "MR")])
+def test_file_is_shown_to_viewers_with_the_modality_that_its_intensities_fit(
+    mixed: Server, image: str, modality: str
+) -> None:
+    [found] = mixed.get(f"/dicom-web/studies?PatientID={image}").json()
+    study = found["0020000D"]["Value"][0]
+    instances = mixed.get(f"/dicom-web/studies/{study}/metadata").json()
+    assert {instance["00080060"]["Value"][0] for instance in instances} == {modality}
+    listed = mixed.get(f"/dicom-web/studies/{study}/series").json()
+    assert [series["00080060"]["Value"][0] for series in listed] == [modality]
+    page = {"Referer": f"{mixed.url}/ohif/monai-label?StudyInstanceUIDs={study}"}
+    offered = mixed.get("/info/", headers=page).json()["models"]
+    preset = {"CT": "abdomen_ct", "MR": "hippocampus_mr"}[modality]
+    assert (
+        {f"{preset}_edit", f"{preset}_scribbles"} <= offered.keys() <= {preset, f"{preset}_edit", f"{preset}_scribbles"}
+    )

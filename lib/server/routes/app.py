@@ -45,7 +45,11 @@ def info(request: Request, parts: Parts, user: AsUser) -> dict[str, Any]:
     ended = {model: stats or NOT_TRAINED for model, stats in said["train_stats"].items() if model not in running}
     said["train_stats"] = {**running, **ended}
     hidden = not_offered_in_viewer(request, parts)
-    said["models"] = {name: model for name, model in said["models"].items() if name not in hidden}
+    said["models"] = {
+        name: model
+        for name, model in said["models"].items()
+        if name.removesuffix("_edit").removesuffix("_scribbles") not in hidden
+    }
     return said
 
 
@@ -56,6 +60,8 @@ def not_offered_in_viewer(request: Request, parts: Services) -> Set[str]:
     if not is_viewer(request):
         return frozenset()
     shown = [info.attributes["Modality"] for info in series_store(parts).series().values() if info.study in studies]
+    files = [case for uid in studies if (case := parts.presented.case_of(uid)) is not None]
+    shown += [parts.presented.attributes(case)["Modality"] for case in files]
     return parts.presets.keys() - models_for(parts, shown) if shown else frozenset()
 
 

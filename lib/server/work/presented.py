@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lib.dicom.presented.instances import as_series, describe_case, make_header,
 from lib.dicom.retrieve import Part
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
 from lib.errors import NotFoundError, ParameterError
+from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, read_volume
 
 MOST_KEPT_BYTES = 512 * 2**20
@@ -55,19 +56,21 @@ class PresentedCases:
     Args:
         store: the studies.
         file_of: gives the file of a case, checked to lie inside the studies.
-        modality: that the series have: the served preset's.
+        modalities: of the served presets. A case has the first that its intensities fit, once it has been opened; the
+            first of all until then.
         enabled: whether there are any.
     """
 
     def __init__(
-        self, store: SeriesDatastore, file_of: Callable[[str], Path], modality: str, enabled: bool = True
+        self, store: SeriesDatastore, file_of: Callable[[str], Path], modalities: Sequence[str], enabled: bool = True
     ) -> None:
-        self._store, self._file_of, self._modality, self._enabled = store, file_of, modality, enabled
+        self._store, self._file_of, self._enabled = store, file_of, enabled
+        self._modalities, self._modality_of = tuple(modalities), dict[str, str]()
         self._lock = threading.Lock()
         self._by_uid: dict[str, str] = {}
         self._listed: dict[str, SeriesEntry] = {}
         self._opened: OrderedDict[tuple[str, str], OpenedCase] = OrderedDict()
-        self._template = to_json(describe_case("template", modality))
+        self._templates = {modality: to_json(describe_case("template", modality)) for modality in modalities}
 
     # ----------------------------------------------------------------------------------------------- which there are
 
@@ -97,11 +100,11 @@ class PresentedCases:
         if not self._enabled or not self._store.has_image(image_id) or self._store.is_series(image_id):
             return {}
         uids = {"StudyInstanceUID": uid_of(image_id, "study"), "SeriesInstanceUID": uid_of(image_id, "series")}
-        return uids | {"PatientID": image_id, "Modality": self._modality}
+        return uids | {"PatientID": image_id, "Modality": self._modality(image_id)}
 
     def _entry(self, case: str) -> SeriesEntry:
         study, series, frame = (uid_of(case, what) for what in ("study", "series", "frame"))
-        told: Json = dict(self._template)
+        told: Json = dict(self._templates[self._modality(case)])
         for keyword, value in zip(BY_CASE, (study, series, frame, case[:64], case[:64]), strict=True):
             told |= element(keyword, value)
         told |= element("SOPInstanceUID", uid_of(case, "instance 1"))
@@ -158,12 +161,26 @@ class PresentedCases:
         lowest, highest = float(voxels.min()), float(voxels.max())
         whole = all(np.array_equal(part, np.rint(part)) for part in volume.voxels)
         scale = rescale(lowest, highest, whole)
-        window = self._window(volume)
-        headers = [make_header(case, self._modality, grid, n, window, scale) for n in range(grid.shape[2])]
+        modality = self._learn_modality(case, volume)
+        window = self._window(volume, modality)
+        headers = [make_header(case, modality, grid, n, window, scale) for n in range(grid.shape[2])]
         return OpenedCase(grid, volume.affine_ras, headers, store(voxels, *scale))  # type: ignore[arg-type]
 
-    def _window(self, volume: Volume) -> tuple[float, float]:
-        if self._modality == "CT":
+    def _modality(self, case: str) -> str:
+        return self._modality_of.get(case, self._modalities[0])
+
+    def _learn_modality(self, case: str, volume: Volume) -> str:
+        """The first served modality that a case's intensities fit; it is listed with that from now on."""
+        fitting = (modality for modality in self._modalities if not range_warning(volume.voxels, modality))
+        modality = next(fitting, self._modalities[0])
+        with self._lock:
+            self._modality_of[case] = modality
+            self._listed.pop(case, None)
+        return modality
+
+    @staticmethod
+    def _window(volume: Volume, modality: str) -> tuple[float, float]:
+        if modality == "CT":
             return SOFT_TISSUE_HU
         flat = volume.voxels.ravel()
         low, high = np.percentile(flat[:: max(1, flat.size // 500_000)], SHOWN_PERCENTILES)
