@@ -138,6 +138,7 @@ def test_case_page_takes_clicks_shows_them_and_saves(server: Server, cases: dict
     saved = server.post("/case/case_0/clicks/save", json={"clicks": clicks})
     assert saved.status_code == 200, saved.text
     assert saved.json()["preset"] == "hippocampus_mr" and saved.json()["source"] == "page"
+    assert saved.json()["prompts_used"] == len(clicks)
     versions = server.get("/datastore/label/versions", params={"image": "case_0"}).json()
     assert versions[0]["version_id"] == saved.json()["version_id"]
     start = {"start": versions[0]["version_id"]}

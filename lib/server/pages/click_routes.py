@@ -76,7 +76,7 @@ async def click(request: Request, parts: Parts, user: PageUser, image: str, aske
 async def save(request: Request, parts: Parts, user: AsAnnotator, image: str, asked: Clicks) -> dict[str, Any]:
     """Keep the corrected mask as the newest version of the case's label."""
     file, preset = await _corrected(parts, gallery_of(request), image, asked)
-    info = {"model": preset, "client_id": CLIENT, "prompts": len(asked.clicks), "start": asked.start}
+    info = {"model": preset, "client_id": CLIENT, "prompts_used": len(asked.clicks), "start": asked.start}
     info |= {"label_info": [{"name": n, "idx": v} for n, v in parts.presets[preset].label_indices.items()]}
 
     def keep() -> dict[str, Any]:
