@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import nibabel as nib
+import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 from torso_phantom import draw_torso, grid_affine, render
@@ -17,12 +18,13 @@ SHAPE = (64, 52, 40)
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]) -> Iterator[Server]:
-    """One MR and one CT, whose names put the CT first."""
+    """One MR and one CT, whose names put the CT first, and an image in which there is nothing."""
     one = dict([*cases.items()][:1])
     server = prepare(Server(tmp_path_factory.mktemp("mixed"), {"models": "hippocampus_mr,abdomen_ct"}), one)
     affine = grid_affine(SHAPE, (6.0, 6.0, 8.0))
     torso = render(draw_torso(3), SHAPE, affine)
     nib.save(nib.Nifti1Image(torso.image_hu, affine), server.studies / "a_torso.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 7, dtype=np.int16), affine), server.studies / "z_constant.nii.gz")
     yield server.start()
     server.stop()
 
@@ -37,8 +39,13 @@ def test_next_sample_offers_each_image_for_the_preset_of_its_modality(mixed: Ser
         (None, None),
     ]
     left_out = mixed.get("/datastore/problems").json()["left_out"]
-    assert list(left_out["hippocampus_mr"]) == ["a_torso"]
+    assert sorted(left_out["hippocampus_mr"]) == ["a_torso", "z_constant"]
     assert "looks like CT, for which another preset is served" in str(left_out["hippocampus_mr"]["a_torso"])
+    page = mixed.get("/").text
+    listed = page[page.index('id="left-out"') :].partition("</ul>")[0]
+    assert "z_constant" in listed and "a_torso" not in listed, (
+        "the page lists what is wrong, not what is for another model"
+    )
 
 
 def test_next_sample_for_a_named_model_offers_no_image_of_another_modality(mixed: Server) -> None:

@@ -21,7 +21,7 @@ from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
 from lib.server.pages.titles import Title, titles_of
 from lib.server.routes.health import left_out_warnings, source_problems, store_problems
 from lib.server.services import Services
-from lib.server.work.image_checks import left_out, warned
+from lib.server.work.image_checks import broken, left_out, warned
 
 logger = logging.getLogger("unetr.server")
 
@@ -128,19 +128,19 @@ def pool_view(parts: Services, user: User) -> PoolView:
         images, unlabelled, problem = set(), set(), str(error)
     leased = parts.store.leases.active().keys() & unlabelled
     skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
-    checks = left_out(parts, next(iter(parts.presets))) if images else {}
-    broken = (checks.keys() & unlabelled) - leased - skipped
+    checks = broken(parts) if images else {}
+    unusable = (checks.keys() & unlabelled) - leased - skipped
     return PoolView(
         total=len(images),
         labelled=len(images) - len(unlabelled),
         leased=len(leased),
-        open=len(unlabelled) - len(leased) - len(skipped) - len(broken),
+        open=len(unlabelled) - len(leased) - len(skipped) - len(unusable),
         skipped=len(skipped),
-        broken=len(broken),
+        broken=len(unusable),
         quarantined=parts.store.history.quarantine.count(),
         problem=problem,
         label_problems=tuple(parts.store.label_problems()[:MOST_SHOWN]),
-        left_out=tuple(checks[image] for image in sorted(broken))[:MOST_SHOWN],
+        left_out=tuple(checks[image] for image in sorted(unusable))[:MOST_SHOWN],
         odd=tuple(warned(parts) if images else ())[:MOST_SHOWN],
         files=parts.store.problems[:MOST_SHOWN],
         may_check=user.role >= Role.ANNOTATOR,

@@ -10,7 +10,7 @@ from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
 from lib.errors import ImageError
 from lib.server.services import Services
-from lib.transforms.intensity_range import misfit, range_warning
+from lib.transforms.intensity_range import FITS_ANOTHER, misfit, range_warning
 from lib.transforms.volume import check_segmentable, read_volume, reading_warning
 
 logger = logging.getLogger("unetr.server")
@@ -88,6 +88,12 @@ def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
             else:
                 forget(parts, check.image_id)
     return found
+
+
+def broken(parts: Services) -> dict[str, ImageCheck]:
+    """The images that are left out of a pool for what is wrong with them, and not for their modality."""
+    checks = (check for model in parts.presets for check in left_out(parts, model).values())
+    return {check.image_id: check for check in checks if FITS_ANOTHER not in check.problem}
 
 
 def warned(parts: Services) -> list[ImageCheck]:
