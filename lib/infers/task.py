@@ -118,6 +118,7 @@ class UnetrInferTask(InferTask):
         start = time.perf_counter()
         if (known := self._recall(asked, start)) is not None:
             return known
+        checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
         volume = read_volume(asked.image)
         read = time.perf_counter()
         with COMPUTING:
@@ -126,7 +127,11 @@ class UnetrInferTask(InferTask):
             loaded = time.perf_counter()
             unsure = model.calibration is not None
             result = model.segmenter.segment(
-                volume, asked.largest_component, asked.image.name, entropy=unsure, on_image=self._keeper(asked, model)
+                volume,
+                asked.largest_component,
+                asked.image.name,
+                entropy=unsure,
+                on_image=self._keeper(asked, model, checksum),
             )
         computed = time.perf_counter()
         path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
@@ -139,8 +144,7 @@ class UnetrInferTask(InferTask):
         stages["total"] = round((done - start) * 1000, 1)
         logger.info("segmented %s with %s in %s ms", asked.image.name, model.describe(), stages)
         said |= describe_latencies(stages)
-        if (key := self._key(asked, model.stamp)) is not None:
-            self._cache.put(key, CachedMask(result.labels, volume.affine_ras, said))
+        self._keep(asked, model, checksum, CachedMask(result.labels, volume.affine_ras, said))
         return str(path), said | {"cache": {"hit": False}}
 
     def preset_in_use(self) -> Preset:
@@ -166,23 +170,38 @@ class UnetrInferTask(InferTask):
         key = self._key(asked)
         if key is not None and (kept := self._cache.get(key)) is not None:
             return kept
+        checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
         volume = read_volume(asked.image)
         with COMPUTING:
             model = self._models.get(asked.device)
-            unsure, keep = model.calibration is not None, self._keeper(asked, model)
+            unsure, keep = model.calibration is not None, self._keeper(asked, model, checksum)
             result = model.segmenter.segment(volume, None, asked.image.name, entropy=unsure, on_image=keep)
         said = describe_result(result, volume, model) | describe_latencies({**_NO_TIME, **result.latencies_ms})
         mask = CachedMask(result.labels, volume.affine_ras, said)
-        if (key := self._key(asked, model.stamp)) is not None:
-            self._cache.put(key, mask)
+        self._keep(asked, model, checksum, mask)
         return mask
 
-    def _keeper(self, asked: InferRequest, model: LoadedModel) -> Callable[[MetaTensor], None] | None:
+    def _keep(self, asked: InferRequest, model: LoadedModel, checksum: str, mask: CachedMask) -> None:
+        """Keep an answer, unless the image was replaced while it was read or segmented.
+
+        Args:
+            checksum: of the image before it was read: under the new content's, the old one's mask would be kept.
+        """
+        key = self._key(asked, model.stamp)
+        if key is not None and key.image == checksum:
+            self._cache.put(key, mask)
+
+    def _keeper(self, asked: InferRequest, model: LoadedModel, checksum: str) -> Callable[[MetaTensor], None] | None:
+        """Keeps the preprocessed image, unless the file was replaced after ``checksum`` was taken."""
         images = self._images
         if images is None:
             return None
-        checksum = self.checksums.of(asked.image)
-        return lambda image: images.put(checksum, model.preset, image)
+
+        def keep(image: MetaTensor) -> None:
+            if self.checksums.of(asked.image) == checksum:
+                images.put(checksum, model.preset, image)
+
+        return keep
 
     def map_uncertainty(self, request: Mapping[str, Any]) -> Path:
         """Write how unsure the model is at each voxel of ``request["image"]``, as NIfTI on the image's own grid.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
+from lib.infers.plan import Plan, Planner
 from lib.infers.request import InferRequest
 from lib.infers.segmenter import Segmentation, Segmenter
 from lib.infers.task import UnetrInferTask
@@ -170,6 +172,28 @@ def test_second_answer_comes_from_the_cache_in_any_format(task: UnetrInferTask, 
     assert {key: again[key] for key in same} == {key: said[key] for key in same}
     assert again["latencies"]["infer"] == 0
     assert cached.recall({"image": str(image), "largest_component": True}) is None, "another option, another mask"
+
+
+def test_mask_of_an_image_that_is_replaced_meanwhile_is_not_kept_for_the_new_one(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    """The planner runs after the image was read and before it is segmented."""
+
+    seeds = itertools.count(9)
+
+    class Replacing(Planner):
+        def plan(self, *arguments: Any, **options: Any) -> Plan:
+            nib.save(nib.Nifti1Image(boxes(seed=next(seeds))[0], np.eye(4)), image)
+            return super().plan(*arguments, **options)
+
+    results = ResultCache(16)
+    locator = WeightsLocator(tmp_path / "model")
+    cached = UnetrInferTask(task.preset, locator, "cpu", "fp32", results, planner=Replacing())
+    cached({"image": str(image)})
+    assert len(results) == 0
+    assert cached.recall({"image": str(image)}) is None
+    cached.mask_of({"image": str(image)})
+    assert len(results) == 0
 
 
 def test_cache_forgets_with_new_weights(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
