@@ -42,6 +42,7 @@ class Settings(Retraining):
         passes: how several opinions on a case are made: ``auto``, ``tta``, ``ensemble`` or ``dropout``.
         scoring_minutes: longest background scoring after a new model; it goes on at the next quiet moment. 0: none.
         result_cache_mib: memory for masks that are ready, in MiB; 0 keeps none and computes nothing ahead.
+        picture_cache_mib: memory in MiB for volumes behind case pages, and as much for files in viewers.
         upload_limit_mib: largest upload in MiB.
         unpacked_limit_mib: largest image or label in MiB once it is unpacked, as 32-bit numbers.
         queue_size: inference requests that may wait; more are answered 503.
@@ -78,6 +79,7 @@ class Settings(Retraining):
     passes: Literal["auto", "tta", "ensemble", "dropout"] = "auto"
     scoring_minutes: Annotated[float, Field(ge=0)] = 30.0
     result_cache_mib: Annotated[int, Field(ge=0)] = 256
+    picture_cache_mib: Annotated[int, Field(ge=0)] = 512
     upload_limit_mib: Annotated[int, Field(gt=0)] = 2048
     unpacked_limit_mib: Annotated[int, Field(gt=0)] = 4096
     queue_size: Annotated[int, Field(ge=0)] = 16

@@ -34,6 +34,7 @@ from lib.server.work.prefetch import Prefetcher
 from lib.server.work.presented import PresentedCases
 from lib.server.work.queue import InferenceQueue
 from lib.server.work.scoring import BackgroundScoring
+from lib.storage.disk import MIB
 from lib.trainers.task import UnetrTrainTask
 
 logger = logging.getLogger("unetr.server")
@@ -119,6 +120,7 @@ class Services:
                 instance.datastore(),
                 lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
                 [preset.modality for preset in instance.presets.values()],
+                MIB * settings.picture_cache_mib,
                 settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
             ),
         )

@@ -32,6 +32,7 @@ from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, mid
 from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
+from lib.storage.disk import MIB
 
 router = APIRouter(prefix="/case", include_in_schema=False)
 
@@ -45,7 +46,7 @@ LINES: Mapping[str, Line] = {"edit": "solid", "prediction": "solid", "label": "d
 class Gallery:
     """What pictures are drawn from. One prediction is computed at a time: three planes ask for it at once."""
 
-    volumes: Volumes = field(default_factory=Volumes)
+    volumes: Volumes
     computing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -115,7 +116,7 @@ def gallery_of(request: Request) -> Gallery:
     """The server's gallery, made when the first picture is asked for."""
     state = request.app.state
     if not hasattr(state, "gallery"):
-        state.gallery = Gallery()
+        state.gallery = Gallery(Volumes(MIB * state.services.settings.picture_cache_mib))
     gallery: Gallery = state.gallery
     return gallery
 

@@ -27,7 +27,6 @@ from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
 Kept = TypeVar("Kept")
-MOST_KEPT_BYTES = 512 * 2**20
 MOST_AGREEMENTS = 20
 """Of the newest versions: each is a mask to be read."""
 
@@ -78,7 +77,7 @@ class CaseView:
 class Volumes:
     """Volumes and masks that pictures were drawn from lately, in a bounded part of memory."""
 
-    def __init__(self, most_bytes: int = MOST_KEPT_BYTES) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
         self._kept: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
         self._lock = threading.Lock()

@@ -27,7 +27,6 @@ from lib.errors import NotFoundError, ParameterError
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, read_volume
 
-MOST_KEPT_BYTES = 512 * 2**20
 SOFT_TISSUE_HU = (40.0, 400.0)
 SHOWN_PERCENTILES = (1.0, 99.0)
 BY_CASE = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDescription")
@@ -58,13 +57,20 @@ class PresentedCases:
         file_of: gives the file of a case, checked to lie inside the studies.
         modalities: of the served presets. A case has the first that its intensities fit, once it has been opened; the
             first of all until then.
+        most_bytes: of opened cases that are kept; the one in use is kept whatever its size.
         enabled: whether there are any.
     """
 
     def __init__(
-        self, store: SeriesDatastore, file_of: Callable[[str], Path], modalities: Sequence[str], enabled: bool = True
+        self,
+        store: SeriesDatastore,
+        file_of: Callable[[str], Path],
+        modalities: Sequence[str],
+        most_bytes: int,
+        enabled: bool = True,
     ) -> None:
         self._store, self._file_of, self._enabled = store, file_of, enabled
+        self._most_bytes = most_bytes
         self._modalities, self._modality_of = tuple(modalities), dict[str, str]()
         self._lock = threading.Lock()
         self._by_uid: dict[str, str] = {}
@@ -150,7 +156,7 @@ class PresentedCases:
         opened = self._read(case)
         with self._lock:
             self._opened[key] = opened
-            while len(self._opened) > 1 and sum(o.stored.nbytes for o in self._opened.values()) > MOST_KEPT_BYTES:
+            while len(self._opened) > 1 and sum(o.stored.nbytes for o in self._opened.values()) > self._most_bytes:
                 self._opened.popitem(last=False)
         return opened
 

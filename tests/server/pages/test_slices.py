@@ -112,7 +112,7 @@ def test_mask_on_nibabels_grid_is_shown_over_its_image(tmp_path: Path) -> None:
     image.header["vox_offset"] = 352
     (tmp_path / "x.nii").write_bytes(image.header.binaryblock + bytes(4) + voxels.tobytes("F"))
     mask = write_nifti(tmp_path / "mask.nii.gz", (voxels > 0.5).astype(np.uint8), nib.load(tmp_path / "x.nii").affine)
-    volumes = Volumes()
+    volumes = Volumes(2**20)
     stack = stack_of(volumes, tmp_path / "x.nii")
     shown = mask_of(volumes, mask, tmp_path / "x.nii", stack.voxels.shape)
     np.testing.assert_array_equal(shown, stack.voxels > 0.5)
