@@ -293,9 +293,10 @@ class _Run:
     def _train_step(self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor) -> float:
         torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)) % 2**63)  # dropout repeats itself, too
         image = image.to(memory_format=torch.channels_last_3d)
-        loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once))
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip_norm)
+        loss, norm = self._compute_gradients(image, label, missing, self.dtype)
+        if self.dtype is torch.bfloat16 and not torch.isfinite(norm):
+            logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", self.step + 1)
+            loss, norm = self._compute_gradients(image, label, missing, torch.float32)
         # The norm and not the loss: a finite loss can have infinite gradients, and all processes see the same norm, so
         # that they decide alike.
         if torch.isfinite(norm):
@@ -308,10 +309,20 @@ class _Run:
         self.scaler.update()
         return float(loss.detach())
 
-    def _backward(self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, at_once: int) -> torch.Tensor:
+    def _compute_gradients(
+        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clipped gradients of a step; returns its loss and the norm before clipping."""
+        loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once, dtype))
+        self.scaler.unscale_(self.optimizer)
+        return loss, nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip_norm)
+
+    def _backward(
+        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, at_once: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Gradients of the loss over all crops, of which ``at_once`` go through the network at a time."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, dtype):
             logits = forward_in_parts(self.trained, image, at_once)
         shown, target = leave_out_missing(logits.float(), label.float(), missing)
         loss: torch.Tensor = self.loss(gather(shown), gather(target))

@@ -238,7 +238,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
         waiting.set()
         assert going.wait(60)
 
-    monkeypatch.setattr("lib.models.weights.compile_if_faster", compile_slowly)
+    monkeypatch.setattr("lib.infers.model_cache.compile_if_faster", compile_slowly)
     models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", computing=threading.Lock())
     first = models.get(CPU).segmenter
     assert waiting.wait(60)
@@ -252,7 +252,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
 
 
 def test_cache_that_was_not_told_to_compile_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.models.weights.compile_if_faster", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr("lib.infers.model_cache.compile_if_faster", lambda *_: pytest.fail("compiled"))
     models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32")
     models.get(CPU)
     models.settle()

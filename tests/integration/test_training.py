@@ -18,7 +18,10 @@ ENDLESS = QUICK | {"max_epochs": 10_000}
 
 @pytest.fixture
 def labelled(server: Server, cases: dict[str, SyntheticCase], tmp_path: Path) -> list[str]:
+    """Two labels, and no other of those that earlier tests left in the shared server."""
     names = ["case_0", "case_1"]
+    for name in cases.keys() - set(names):
+        assert server.delete(f"/datastore/label?id={name}&tag=final").status_code in (200, 404)
     for name in names:
         label = encode(cases[name].label, cases[name].affine_ras, tmp_path)
         assert server.save_label(name, label, ["anterior", "posterior"]).status_code == 200

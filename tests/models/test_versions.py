@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.errors import CheckpointError, NotFoundError, TrainingError
+from lib.errors import CheckpointError, NotFoundError, StorageError, TrainingError
 from lib.infers.model_cache import ModelCache
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsLocator
@@ -165,7 +165,7 @@ def test_full_disk_leaves_the_live_version_and_no_left_over(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match="the disk is full; make room"):
             _publish(store, 2)
     assert _live(store) == "v0001"
     assert sorted(path.name for path in store.folder.iterdir()) == ["live.json", "shipped.json", "shipped.pt", "v0001"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.errors import CheckpointError
+from lib.errors import CheckpointError, StorageError
 from lib.networks.checkpoint import Checkpoint, file_sha256, load_weights, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from tests.tiny import preset_data, tiny_preset
@@ -81,7 +81,7 @@ def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full; make room"):
         write_checkpoint(target, Checkpoint(_state(), tiny_preset(), {"version": "new"}))
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

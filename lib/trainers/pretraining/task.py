@@ -11,7 +11,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.cases.labelled import case_id
-from lib.cases.split import known_split
+from lib.cases.split import Split, known_split, shipped_split
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.networks.precision import resolve_device
@@ -59,8 +59,8 @@ class UnetrPretraining(ScoringMethod):
         steps = request.get("steps", STEPS)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ParameterError("steps", steps, "a whole number from 1")
-        split = known_split(self._folder)
-        held_out = {*split.validation, *split.test}
+        splits = [known_split(self._folder), shipped_split(self._folder) or Split((), ())]
+        held_out = {case for split in splits for case in (*split.validation, *split.test)}
         paths = [Path(datastore.get_image_uri(image)) for image in sorted(datastore.list_images())]
         seen = [path for path in paths if case_id(path) not in held_out]
         plan = PretrainingPlan(
