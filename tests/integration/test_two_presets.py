@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from synthetic_hippocampus import SyntheticCase
 from torso_phantom import draw_torso, grid_affine, render
 
-from tests.integration.conftest import prepare
+from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server
 
 SHAPE = (64, 52, 40)
@@ -51,6 +52,19 @@ def test_next_sample_offers_each_image_for_the_preset_of_its_modality(mixed: Ser
 def test_next_sample_for_a_named_model_offers_no_image_of_another_modality(mixed: Server) -> None:
     answer = mixed.post("/activelearning/first", json={"client_id": "dora", "model": "hippocampus_mr"})
     assert answer.json() == {}
+
+
+def test_training_all_models_trains_those_that_have_labels(
+    mixed: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    label = encode(cases["case_0"].label, cases["case_0"].affine_ras, tmp_path)
+    assert mixed.save_label("case_0", label, ["anterior", "posterior"]).status_code == 200
+    answer = mixed.post("/train/", json={"max_epochs": 1, "max_steps": 1}).json()
+    assert answer["abdomen_ct"] == {"result": None, "detail": "no label yet"}
+    assert answer["hippocampus_mr"]["result"]["status"] in ("SUBMITTED", "RUNNING")
+    ended = mixed.wait_for("/train/")
+    assert ended["status"] == "DONE", "\n".join(ended["details"])
+    assert len(mixed.get("/train/?all=true").json()) == 1
 
 
 @pytest.mark.parametrize(("image", "modality"), [("a_torso", "CT"), ("case_0", "MR")])

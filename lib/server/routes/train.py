@@ -43,17 +43,20 @@ def train_status(
 
 @train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
 async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
-    """Train every model; settings for all of them, or for each under its name."""
+    """Train every model that has labels; settings for all of them, or for each under its name.
+
+    Where no model has any, all are tried, and the training says so.
+    """
     models = list(parts.instance._trainers)
     shared = {key: value for key, value in params.items() if key not in models}
     requests = {model: shared | _object(params.get(model, {}), model) for model in models}
     for model, request in requests.items():
         check_training(parts, model, request)
     notices = {model: await notice(parts, model, request) for model, request in requests.items()}
-    jobs = {
-        model: parts.jobs.submit("train", training(parts, request, model), True) for model, request in requests.items()
-    }
-    return {
+    trained = [model for model in models if await has_labels(parts, model)] or models
+    jobs = {model: parts.jobs.submit("train", training(parts, requests[model], model), True) for model in trained}
+    skipped = {model: {"result": None, "detail": "no label yet"} for model in models if model not in trained}
+    return skipped | {
         model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
         for model, job in jobs.items()
     }
@@ -203,6 +206,12 @@ async def notice(parts: Services, model: str, params: Mapping[str, Any]) -> str:
     """What whoever starts a training should know of its result; empty where it will be judged as usual."""
     task = parts.train_task(model)
     return await anyio.to_thread.run_sync(lambda: task.forecast(params, parts.datastore), limiter=parts.checks)
+
+
+async def has_labels(parts: Services, model: str) -> bool:
+    """Whether there is any label to train a model on."""
+    task = parts.train_task(model)
+    return await anyio.to_thread.run_sync(lambda: bool(task.submitted(parts.datastore).cases), limiter=parts.checks)
 
 
 def _noting(answer: Any, words: str) -> Any:
