@@ -136,7 +136,7 @@ def _scores(case: Case, predicted: LabelArray, segmenter: Segmenter) -> str:
     good = {name: value for name, value in dice.items() if value >= WORST_DICE_IN_THE_TITLE}
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in good.items())
     rest = f"; {len(dice) - len(good)} others below {WORST_DICE_IN_THE_TITLE}" if len(good) < len(dice) else ""
-    return f"synthetic case: prediction in colour, reference dashed; Dice {scores}{rest}"
+    return f"synthetic case: prediction in colour, reference dashed\nDice {scores}{rest}"
 
 
 if __name__ == "__main__":
