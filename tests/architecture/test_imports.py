@@ -183,3 +183,11 @@ def test_parts_run_without_monai_label() -> None:
     code = f"import sys, {', '.join(parts)}; sys.exit('monailabel' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_launcher_needs_nothing_installed() -> None:
+    for path in (REPOSITORY / "run.py", *(REPOSITORY / "launcher").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "launcher"}, path

@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import requests
 
-import run
+from launcher.project import SERVER_ENVIRONMENT, Project
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MAIN = run.APP / "main.py"
+APP = Project(REPOSITORY).app
+MAIN = APP / "main.py"
 SECONDS_TO_START = 120
 SECONDS_TO_STOP = 30
 STOCK_APP = "monailabel.app:app"
@@ -60,7 +61,7 @@ class Server:
         self.http = requests.Session()
         self.log = folder / "server.log"
         self._command = [sys.executable, "-m", "monailabel.main", "start_server"]
-        self._command += ["--app", str(run.APP), "--studies", dicomweb or str(self.studies)]
+        self._command += ["--app", str(APP), "--studies", dicomweb or str(self.studies)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn_app", uvicorn_app]
         self._command += options
         quiet = {"model_dir": str(self.models), "scoring_minutes": "0", "retrain": "off", "engine": "pytorch"}
@@ -70,7 +71,7 @@ class Server:
 
     def launch(self) -> subprocess.Popen[bytes]:
         """Start the process, without waiting for an answer."""
-        environment = {**run.SERVER_ENVIRONMENT, **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment = {**SERVER_ENVIRONMENT, **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         environment |= {"TMPDIR": str(self.temporary), "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions")}
         environment |= {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(self.folder / "cache")} | self._environment
         with self.log.open("wb") as log:

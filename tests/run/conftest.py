@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import run
+from launcher.command_line import main
+from launcher.processes import WINDOWS
+from launcher.project import Project
 
 STAND_IN = """\
 import json, os, subprocess, sys
@@ -27,11 +29,13 @@ for key, (code, output) in answers.items():
 """
 
 
-@dataclass
-class Project:
+@dataclass(frozen=True)
+class RecordedProject(Project):
     """The folder, and what has been started in it."""
 
-    root: Path
+    def run(self, *arguments: str) -> int:
+        """Exit code of ``run.py`` with these arguments in this folder."""
+        return main(self, arguments)
 
     def answer(self, key: str, code: int, output: str) -> None:
         """Let each command line with ``key`` in it print this and end with this code."""
@@ -51,9 +55,9 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedProject:
     """An installed-looking project in a folder with spaces in its name; run.py works on it."""
-    if run.WINDOWS:
+    if WINDOWS:
         pytest.skip("the stand-in for Python is a POSIX script")
     root = tmp_path / "a folder with spaces"
     python = root / ".venv" / "bin" / "python"
@@ -69,11 +73,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     for name in ("requirements.txt", "constraints.txt", "requirements-dev.txt"):
         (root / name).write_text(f"# {name}\n")
-    monkeypatch.setattr(run, "ROOT", root)
-    monkeypatch.setattr(run, "VENV", root / ".venv")
-    monkeypatch.setattr(run, "APP", root / "apps" / "unetr_radiology")
-    monkeypatch.setattr(run, "SAMPLE_STUDIES", root / "studies" / "sample")
     for name in list(os.environ):
         if name.startswith("MONAI_LABEL_"):
             monkeypatch.delenv(name)
-    return Project(root)
+    return RecordedProject(root)

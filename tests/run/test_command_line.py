@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
-import run
+from launcher.command_line import parse_arguments
+from launcher.errors import RunError
+from launcher.project import server_environment
+from launcher.serve import DEFAULT_MODELS, run_serve, server_command
+from launcher.supervise import next_steps, server_url
+from run import PROJECT
 
 
 def command_for(*given: str) -> list[str]:
-    return run.server_command(Path("python"), run.parse_arguments(given))
+    return server_command(PROJECT, parse_arguments(given))
 
 
 def values_of(command: list[str], option: str) -> list[str]:
@@ -21,14 +26,14 @@ def conf_of(command: list[str]) -> list[tuple[str, str]]:
 
 
 def test_no_command_means_serve() -> None:
-    assert run.parse_arguments([]).run is run.run_serve
-    assert run.parse_arguments(["--port", "9000"]).port == 9000
+    assert parse_arguments([]).run is run_serve
+    assert parse_arguments(["--port", "9000"]).port == 9000
 
 
 def test_conf_is_passed_on_in_order() -> None:
     command = command_for("--conf", "labels", "spleen,liver", "--conf", "pretrained", "a file.pt")
     assert conf_of(command) == [
-        ("models", run.DEFAULT_MODELS),
+        ("models", DEFAULT_MODELS),
         ("labels", "spleen,liver"),
         ("pretrained", "a file.pt"),
     ]
@@ -54,12 +59,12 @@ def test_studies_folder_is_made_absolute_and_a_url_is_kept(tmp_path: Path, monke
 def test_tls_options_are_passed_on_and_change_the_address() -> None:
     given = ["--ssl_keyfile", "key.pem", "--ssl_certfile", "cert.pem"]
     assert values_of(command_for(*given), "--ssl_keyfile") == ["key.pem"]
-    assert run.server_url(run.parse_arguments(given)) == "https://127.0.0.1:8000"
+    assert server_url(parse_arguments(given)) == "https://127.0.0.1:8000"
 
 
 def test_address_for_clients_is_one_that_can_be_called() -> None:
-    assert run.server_url(run.parse_arguments(["--host", "0.0.0.0"])) == "http://127.0.0.1:8000"
-    assert run.server_url(run.parse_arguments(["--host", "::1", "--port", "81"])) == "http://[::1]:81"
+    assert server_url(parse_arguments(["--host", "0.0.0.0"])) == "http://127.0.0.1:8000"
+    assert server_url(parse_arguments(["--host", "::1", "--port", "81"])) == "http://[::1]:81"
 
 
 def test_server_paths_are_absolute() -> None:
@@ -70,21 +75,21 @@ def test_server_paths_are_absolute() -> None:
 def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONAI_LABEL_TRACKING_ENABLED", "true")
     monkeypatch.setenv("PYTHONPATH", "mine")
-    environment = run.server_environment()
+    environment = server_environment(PROJECT)
     assert environment["MONAI_LABEL_TRACKING_ENABLED"] == "true"
     assert environment["MONAI_LABEL_AUTO_UPDATE_SCORING"] == "false"
-    assert environment["PYTHONPATH"].split(os.pathsep) == [str(run.ROOT), "mine"]
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(PROJECT.root), "mine"]
 
 
 def test_arguments_after_a_double_dash_go_to_pytest_only() -> None:
-    assert run.parse_arguments(["test", "--", "-k", "geometry"]).extra == ["-k", "geometry"]
-    with pytest.raises(run.RunError, match="only 'test'"):
-        run.parse_arguments(["serve", "--", "-k", "geometry"])
+    assert parse_arguments(["test", "--", "-k", "geometry"]).extra == ["-k", "geometry"]
+    with pytest.raises(RunError, match="only 'test'"):
+        parse_arguments(["serve", "--", "-k", "geometry"])
 
 
 def test_next_steps_are_five_lines_and_name_the_address() -> None:
     for given in (["--port", "8123"], ["--port", "8123", "--studies", "http://127.0.0.1:8042/dicom-web"]):
-        lines = run.next_steps(run.parse_arguments(given)).splitlines()
+        lines = next_steps(parse_arguments(given)).splitlines()
         assert len(lines) == 5
         assert "http://127.0.0.1:8123" in lines[0]
         assert "OHIF" in lines[4]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import run
+from launcher.project import SERVER_ENVIRONMENT
 from lib import errors
 from lib.configs.catalogue import shipped_preset_names
 from lib.configs.preset import parse_preset
@@ -16,7 +16,7 @@ from lib.configs.settings import Settings
 from lib.infers.writer import DTYPES, EXTENSIONS
 from lib.trainers.request import SERVER_FIELDS, TrainRequest
 
-ROOT = Path(run.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -47,7 +47,7 @@ def test_environment_variables_are_documented() -> None:
     documented = set(
         re.findall(r"^\| `((?:MONAI_LABEL|OMP)_[A-Z_]+)` \|", page("docs/reference/conf.md"), re.MULTILINE)
     )
-    assert documented == set(run.SERVER_ENVIRONMENT)
+    assert documented == set(SERVER_ENVIRONMENT)
 
 
 def test_every_preset_is_in_the_readme() -> None:

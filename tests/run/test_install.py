@@ -5,61 +5,64 @@ from pathlib import Path
 
 import pytest
 
-import run
-from tests.run.conftest import Project
+from launcher.environment import requirements_digest, requirements_files, set_up
+from launcher.errors import RunError
+from launcher.install import explain_failure
+from launcher.progress import InstallProgress, short_name
+from tests.run.conftest import RecordedProject
 
 
-def test_second_start_installs_nothing(project: Project) -> None:
-    run.set_up(dev=False)
+def test_second_start_installs_nothing(project: RecordedProject) -> None:
+    set_up(project, dev=False)
     assert len(project.installs) == 3
-    run.set_up(dev=False)
+    set_up(project, dev=False)
     assert len(project.installs) == 3
 
 
-def test_install_with_test_tools_serves_without_them_too(project: Project) -> None:
-    run.set_up(dev=True)
+def test_install_with_test_tools_serves_without_them_too(project: RecordedProject) -> None:
+    set_up(project, dev=True)
     before = len(project.installs)
-    run.set_up(dev=False)
+    set_up(project, dev=False)
     assert len(project.installs) == before
 
 
-def test_changed_requirements_are_installed(project: Project) -> None:
-    run.set_up(dev=False)
+def test_changed_requirements_are_installed(project: RecordedProject) -> None:
+    set_up(project, dev=False)
     with (project.root / "constraints.txt").open("a") as constraints:
         constraints.write("numpy==1.26.4\n")
-    run.set_up(dev=False)
+    set_up(project, dev=False)
     assert len(project.installs) == 6
 
 
-def test_line_ends_are_no_change(project: Project) -> None:
-    before = run.requirements_digest(True, (3, 11))
-    for path in run.requirements_files(dev=True):
+def test_line_ends_are_no_change(project: RecordedProject) -> None:
+    before = requirements_digest(project, True, (3, 11))
+    for path in requirements_files(project, dev=True):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert run.requirements_digest(True, (3, 11)) == before
-    assert run.requirements_digest(True, (3, 12)) != before
+    assert requirements_digest(project, True, (3, 11)) == before
+    assert requirements_digest(project, True, (3, 12)) != before
 
 
 def test_failed_install_leaves_no_stamp_and_is_gone_on_with(
-    project: Project, capsys: pytest.CaptureFixture[str]
+    project: RecordedProject, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.answer("requirements.txt", 1, "ERROR: Could not install packages: [Errno 28] No space left on device")
-    assert run.main(["setup"]) == 1
+    assert project.run("setup") == 1
     error = capsys.readouterr().err
     assert "the disk is full" in error and "install.log" in error and len(error.splitlines()) == 1
-    assert not run.stamp_path().exists()
+    assert not project.stamp.exists()
 
     project.answer("requirements.txt", 0, "Successfully installed monailabel-0.8.5")
-    assert run.main(["setup"]) == 0
+    assert project.run("setup") == 0
     assert "did not finish" in capsys.readouterr().out
-    assert run.stamp_path().exists()
+    assert project.stamp.exists()
 
 
-def test_failure_of_an_earlier_install_does_not_explain_this_one(project: Project) -> None:
+def test_failure_of_an_earlier_install_does_not_explain_this_one(project: RecordedProject) -> None:
     project.answer("requirements.txt", 1, "No space left on device")
-    assert run.main(["setup"]) == 1
+    assert project.run("setup") == 1
     project.answer("requirements.txt", 1, "ERROR: the wheel is not a zip file")
-    with pytest.raises(run.RunError, match="the wheel is not a zip file"):
-        run.set_up(dev=False)
+    with pytest.raises(RunError, match="the wheel is not a zip file"):
+        set_up(project, dev=False)
 
 
 @pytest.mark.parametrize(
@@ -80,33 +83,35 @@ def test_failure_of_an_earlier_install_does_not_explain_this_one(project: Projec
     ],
 )
 def test_failure_is_explained(printed: str, sentence: str) -> None:
-    assert sentence in run.explain_failure(printed)
+    assert sentence in explain_failure(printed)
 
 
-def test_environment_whose_python_is_gone_is_made_anew(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = run.venv_python()
+def test_environment_whose_python_is_gone_is_made_anew(
+    project: RecordedProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = project.python
     stand_in = project.root / "python for venv"
     stand_in.write_text(f'#!/bin/sh\necho "$@" > "{project.root}/made"\nmv "{project.root}/spare" "{python}"\n')
     stand_in.chmod(0o755)
     python.rename(project.root / "spare")
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    run.set_up(dev=False)
-    assert (project.root / "made").read_text().strip() == f"-m venv --clear {run.VENV}"
+    set_up(project, dev=False)
+    assert (project.root / "made").read_text().strip() == f"-m venv --clear {project.venv}"
     assert len(project.installs) == 3
 
 
-def test_missing_venv_module_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_venv_module_is_named(project: RecordedProject, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = project.root / "python"
     stand_in.write_text("#!/bin/sh\necho 'Error: ensurepip is not available' >&2\nexit 1\n")
     stand_in.chmod(0o755)
-    run.venv_python().unlink()
+    project.python.unlink()
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    with pytest.raises(run.RunError, match="python3-venv"):
-        run.set_up(dev=False)
+    with pytest.raises(RunError, match="python3-venv"):
+        set_up(project, dev=False)
 
 
-def test_progress_names_counts_and_time(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    with run.InstallProgress("3/3 everything else") as progress:
+def test_progress_names_counts_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with InstallProgress("3/3 everything else", tmp_path) as progress:
         for line in (
             "Collecting numpy==1.26.4",
             "Processing /wheels/torch-2.13.0-cp311.whl",
@@ -125,11 +130,11 @@ def test_progress_names_counts_and_time(project: Project, capsys: pytest.Capture
     ],
 )
 def test_name_is_found_in_requirements_and_files(requirement: str, name: str) -> None:
-    assert run.short_name(requirement) == name
+    assert short_name(requirement) == name
 
 
 def test_each_requirement_is_locked() -> None:
-    root = Path(run.__file__).parent
+    root = Path(__file__).resolve().parents[2]
     locked = {line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines() if "==" in line}
     for path in (root / "requirements.txt", root / "requirements-dev.txt"):
         asked = [line for line in path.read_text().splitlines() if line and line[0] not in "#-"]

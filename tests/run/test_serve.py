@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import run
-from tests.run.conftest import Project
+from launcher.processes import as_exit_code
+from launcher.serve import SAMPLE_COUNTS
+from run import PROJECT
+from tests.run.conftest import RecordedProject
 
 SERVER = """
 import http.server, subprocess, sys
@@ -28,9 +30,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 SUPERVISOR = """
 import os, sys
-import run
-options = run.parse_arguments(["--port", sys.argv[1]])
-sys.exit(run.supervise([sys.executable, "-c", sys.argv[2], sys.argv[1]], os.environ, options))
+from launcher.command_line import parse_arguments
+from launcher.supervise import supervise
+options = parse_arguments(["--port", sys.argv[1]])
+sys.exit(supervise([sys.executable, "-c", sys.argv[2], sys.argv[1]], os.environ, options))
 """
 
 
@@ -50,7 +53,7 @@ def free_port() -> int:
 
 def supervised(server: str, port: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SUPERVISOR, str(port), server]
-    environment = {**os.environ, "PYTHONPATH": str(run.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT.root)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -63,20 +66,20 @@ def is_running(pid: int) -> bool:
 
 
 def test_port_in_use_is_refused_before_anything_starts(
-    project: Project, busy_port: int, capsys: pytest.CaptureFixture[str]
+    project: RecordedProject, busy_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run.main(["serve", "--port", str(busy_port)]) == 4
+    assert project.run("serve", "--port", str(busy_port)) == 4
     assert f"port {busy_port} on 127.0.0.1 is in use" in capsys.readouterr().err
     assert project.calls == []
 
 
-def test_impossible_port_is_refused(project: Project) -> None:
-    assert run.main(["--port", "70000"]) == 4
+def test_impossible_port_is_refused(project: RecordedProject) -> None:
+    assert project.run("--port", "70000") == 4
 
 
-def test_first_start_makes_samples_and_starts_the_server(project: Project) -> None:
+def test_first_start_makes_samples_and_starts_the_server(project: RecordedProject) -> None:
     project.answer("monailabel.main", 5, "cannot start")
-    assert run.main(["serve", "--port", str(free_port())]) == 5
+    assert project.run("serve", "--port", str(free_port())) == 5
     *samples, server = project.calls[-3:]
     folder = str(project.root / "studies" / "sample")
     for command, what in zip(samples, ("hippocampus", "torso"), strict=True):
@@ -87,28 +90,28 @@ def test_first_start_makes_samples_and_starts_the_server(project: Project) -> No
     assert server[server.index("--app") + 1] == str(project.root / "apps" / "unetr_radiology")
 
 
-def test_samples_are_made_once_and_only_without_studies(project: Project) -> None:
-    run.SAMPLE_STUDIES.mkdir(parents=True)
-    for number in range(sum(run.SAMPLE_COUNTS.values())):
-        (run.SAMPLE_STUDIES / f"{number}.nii.gz").touch()
-        (run.SAMPLE_STUDIES / "dicom" / str(number)).mkdir(parents=True)
+def test_samples_are_made_once_and_only_without_studies(project: RecordedProject) -> None:
+    project.sample_studies.mkdir(parents=True)
+    for number in range(sum(SAMPLE_COUNTS.values())):
+        (project.sample_studies / f"{number}.nii.gz").touch()
+        (project.sample_studies / "dicom" / str(number)).mkdir(parents=True)
     project.answer("monailabel.main", 5, "")
-    assert run.main(["serve", "--port", str(free_port())]) == 5
+    assert project.run("serve", "--port", str(free_port())) == 5
     assert not any("generate.py" in word for call in project.calls for word in call)
 
 
-def test_failed_samples_end_with_a_sentence(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_samples_end_with_a_sentence(project: RecordedProject, capsys: pytest.CaptureFixture[str]) -> None:
     project.answer("generate.py", 1, "")
-    assert run.main(["serve", "--port", str(free_port())]) == 1
+    assert project.run("serve", "--port", str(free_port())) == 1
     assert "--studies" in capsys.readouterr().err
 
 
-def test_address_open_to_others_is_warned_about(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_address_open_to_others_is_warned_about(project: RecordedProject, capsys: pytest.CaptureFixture[str]) -> None:
     project.answer("monailabel.main", 5, "")
     port = str(free_port())
-    run.main(["--port", port, "--studies", str(project.root)])
+    project.run("--port", port, "--studies", str(project.root))
     assert "WARNING" not in capsys.readouterr().out
-    run.main(["--port", port, "--studies", str(project.root), "--host", "0.0.0.0"])
+    project.run("--port", port, "--studies", str(project.root), "--host", "0.0.0.0")
     assert "WARNING: 0.0.0.0 can be reached from other machines" in capsys.readouterr().out
 
 
@@ -162,5 +165,5 @@ def test_exit_code_of_a_server_that_ends_passes() -> None:
 
 
 def test_death_by_signal_is_shown_as_a_shell_does() -> None:
-    assert run.as_exit_code(-9) == 137
-    assert run.as_exit_code(3) == 3
+    assert as_exit_code(-9) == 137
+    assert as_exit_code(3) == 3

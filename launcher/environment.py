@@ -1,0 +1,91 @@
+"""The virtual environment: made, kept up to date."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.errors import RunError
+from launcher.install import install
+from launcher.project import Project
+from launcher.pythons import SUPPORTED_PYTHONS, python_version
+
+
+def run_setup(project: Project, options: argparse.Namespace) -> int:
+    """``run.py setup``."""
+    set_up(project, dev=options.dev)
+    print(f"ready: {project.venv}")
+    return 0
+
+
+def set_up(project: Project, dev: bool) -> Path:
+    """Make ``.venv`` and install what is missing; returns its Python. Does nothing when all is in place.
+
+    Raises:
+        RunError: when it cannot be made or the install fails.
+    """
+    python = project.python
+    version = python_version([str(python)])
+    if version not in SUPPORTED_PYTHONS:
+        make_venv(project)
+        version = python_version([str(python)])
+    kind = "dev" if dev else "base"
+    if read_stamp(project).get(kind) == requirements_digest(project, dev, version):
+        return python
+    if subprocess.run([str(python), "-c", "import pip"], capture_output=True).returncode != 0:
+        make_venv(project)  # the making of this one was interrupted
+    install(project, dev)
+    # An install with the test tools is an install without them too. Written last: no stamp, no finished install.
+    kinds = {"base": False, "dev": True} if dev else {"base": False}
+    write_stamp(
+        project, {name: requirements_digest(project, with_tools, version) for name, with_tools in kinds.items()}
+    )
+    return python
+
+
+def make_venv(project: Project) -> None:
+    """Make the virtual environment anew."""
+    print(f"making a virtual environment with Python {sys.version.split()[0]} in {project.venv}", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(project.venv)], capture_output=True, text=True)
+    if made.returncode != 0:
+        if "ensurepip" in made.stdout + made.stderr:
+            raise RunError("this Python comes without venv; on Debian and Ubuntu: sudo apt install python3-venv")
+        reason = (made.stderr or made.stdout).strip().splitlines()
+        raise RunError(f"{project.venv} cannot be made: {reason[-1] if reason else 'no reason given'}")
+
+
+def requirements_files(project: Project, dev: bool) -> list[Path]:
+    """The files that decide what is installed."""
+    names = ["requirements.txt", "constraints.txt"] + (["requirements-dev.txt"] if dev else [])
+    return [project.root / name for name in names]
+
+
+def requirements_digest(project: Project, dev: bool, version: tuple[int, int] | None) -> str:
+    """SHA-256 over what is to be installed and the Python that it is installed for."""
+    digest = hashlib.sha256(repr(version).encode())
+    for path in requirements_files(project, dev):
+        # line ends differ by how git checked the file out, which is no reason to install anew
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()
+
+
+def read_stamp(project: Project) -> dict[str, str]:
+    """What the last finished install installed; empty when none has finished."""
+    try:
+        data = json.loads(project.stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def write_stamp(project: Project, digests: Mapping[str, str]) -> None:
+    """Record a finished install, at once or not at all."""
+    partial = project.stamp.with_suffix(".partial")
+    partial.write_text(json.dumps(dict(digests)), encoding="utf-8")
+    os.replace(partial, project.stamp)

@@ -1,0 +1,98 @@
+"""Installing and starting the server."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from launcher.environment import set_up
+from launcher.errors import RunError
+from launcher.ports import check_port_is_free
+from launcher.project import Project, server_environment
+from launcher.supervise import supervise
+
+SAMPLE_COUNTS = {"hippocampus": 8, "torso": 2}
+"""Synthetic studies of each kind, as NIfTI files and as DICOM series."""
+
+DEFAULT_MODELS = "hippocampus_mr,abdomen_ct"
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+PASSED_ON_OPTIONS = ("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs", "root_path", "log_config")
+
+
+def run_serve(project: Project, options: argparse.Namespace) -> int:
+    """``run.py serve``: install, make samples, start the server, stay until it ends; returns its exit code."""
+    check_port_is_free(options.host, options.port)
+    python = set_up(project, dev=False)
+    if options.studies is None:
+        make_sample_studies(project, python)
+    if options.host not in LOOPBACK_HOSTS:
+        print(
+            f"WARNING: {options.host} can be reached from other machines, and this server asks nobody for a password: "
+            "whoever reaches it can read and change the studies.",
+            flush=True,
+        )
+    check_port_is_free(options.host, options.port)  # once more: the install may have taken minutes
+    return supervise(server_command(project, options), server_environment(project), options)
+
+
+def make_sample_studies(project: Project, python: Path) -> None:
+    """Draw the synthetic sample cases, unless they are there.
+
+    Raises:
+        RunError: when the generator fails.
+    """
+    if all(
+        len(list(project.sample_studies.glob(kind))) >= sum(SAMPLE_COUNTS.values()) for kind in ("*.nii.gz", "dicom/*")
+    ):
+        return
+    print(f"making {sum(SAMPLE_COUNTS.values())} synthetic sample studies in {project.sample_studies}", flush=True)
+    for what, count in SAMPLE_COUNTS.items():
+        command = [str(python), str(project.root / "sample-data" / "generate.py"), "--out", str(project.sample_studies)]
+        command += ["--what", what, "--count", str(count), "--seed", "0", "--format", "both"]
+        if subprocess.call(command, env=server_environment(project)) != 0:
+            raise RunError("the sample studies could not be made; give a folder of your own with --studies")
+
+
+def server_command(project: Project, options: argparse.Namespace) -> list[str]:
+    """The command that starts MONAI Label's server with this project's app around it; all paths absolute."""
+    # not the `monailabel` script: that is a shell script that runs whichever Python is first on the PATH
+    command = [str(project.python), "-m", "monailabel.main", "start_server", "--app", str(project.app)]
+    command += [
+        "--studies",
+        absolute_studies(project, options.studies),
+        "--host",
+        options.host,
+        "--port",
+        str(options.port),
+    ]
+    command += ["--uvicorn_app", "lib.server.app:app"]
+    for option in PASSED_ON_OPTIONS:
+        value = getattr(options, option)
+        if value is not None:
+            command += [f"--{option}", value]
+    for key, value in app_settings(options):
+        command += ["--conf", key, value]
+    return command
+
+
+def absolute_studies(project: Project, studies: str | None) -> str:
+    """The studies as the server is told: a URL as it is, a folder by its full path."""
+    if studies is None:
+        return str(project.sample_studies)
+    if studies.startswith(("http://", "https://")):
+        return studies
+    return str(Path(studies).expanduser().resolve())
+
+
+def app_settings(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The ``--conf`` pairs; ``--models`` stands before a ``--conf models``, and the default behind both."""
+    pairs = [(key, value) for key, value in options.conf if not (key == "models" and options.models)]
+    if options.models:
+        return [("models", options.models), *pairs]
+    # a preset of the user's own is what shall be served, unless told otherwise
+    if {"models", "preset"} & {key for key, _ in pairs}:
+        return pairs
+    return [("models", DEFAULT_MODELS), *pairs]
