@@ -86,3 +86,50 @@ def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[tuple[int, tuple
         for number, box in enumerate(ndimage.find_objects(components), 1):
             found.append((value, box, components[box] == number))
     return found
+
+
+def touch_up(labels: LabelArray, truth: LabelArray, click: Correction, most_voxels: float = 8.0) -> LabelArray:
+    """The mask after an annotator has mended by hand the ball around a click that is wrong in the same way.
+
+    It stands for a correction where no editor is at hand yet, so that the next click lies elsewhere.
+    """
+    wrong = (labels != truth) & (truth == click.value)
+    low = [max(0, v - int(most_voxels) - 1) for v in click.point]
+    part = tuple(slice(a, v + int(most_voxels) + 2) for a, v in zip(low, click.point, strict=True))
+    crop = np.pad(wrong[part], 1)
+    inside = tuple(v - a + 1 for v, a in zip(click.point, low, strict=True))
+    depth = min(float(ndimage.distance_transform_edt(crop)[inside]) + 1.0, most_voxels)
+    away = np.ones(crop.shape, dtype=bool)
+    away[inside] = False
+    ball = (ndimage.distance_transform_edt(away) <= depth)[1:-1, 1:-1, 1:-1]
+    mended = labels.copy()
+    mended[part] = np.where(ball, truth[part], labels[part])
+    return mended
+
+
+def spoil(truth: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """A reference mask of one structure with errors as networks make them: a rough border, parts missing, parts added.
+
+    Args:
+        truth: shape (X, Y, Z).
+        random: draws the errors.
+    """
+    if not truth.any():
+        return truth.copy()
+    box = ndimage.find_objects(truth.astype(np.uint8))[0]
+    part = tuple(slice(max(0, b.start - 10), b.stop + 10) for b in box)
+    crop = truth[part]
+    signed = ndimage.distance_transform_edt(crop) - ndimage.distance_transform_edt(~crop)
+    rough = ndimage.gaussian_filter(random.normal(size=crop.shape), random.uniform(1.5, 4.0))
+    moved = signed + rough / max(float(rough.std()), 1e-6) * random.uniform(0.3, 2.0) + random.uniform(-0.7, 0.7)
+    spoiled = moved > 0
+    near = np.argwhere(abs(signed) <= 1.5)
+    for _ in range(int(random.integers(0, 4))):
+        centre = near[int(random.integers(len(near)))]
+        radius = random.uniform(1.5, 6.0)
+        axes = [np.arange(n) - c for n, c in zip(crop.shape, centre, strict=True)]
+        distance = np.sqrt(axes[0][:, None, None] ** 2 + axes[1][:, None] ** 2 + axes[2] ** 2)
+        spoiled[distance <= radius] = random.random() < 0.4
+    result = np.zeros_like(truth)
+    result[part] = spoiled
+    return result
