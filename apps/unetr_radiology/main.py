@@ -30,6 +30,7 @@ from lib.infers.interruption import giving_way  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
+from lib.interaction.editor import SharedEditor  # noqa: E402
 from lib.interaction.task import make_interactive_tasks  # noqa: E402
 from lib.models.weights import WeightsLocator  # noqa: E402
 from lib.trainers.pretraining.task import UnetrPretraining  # noqa: E402
@@ -84,7 +85,8 @@ class UnetrRadiologyApp(MONAILabelApp):
             n: UnetrInferTask(p, self.locators[n], device, precision, results, planner, compiles, images)
             for n, p in self.presets.items()
         }
-        return {**automatic, **make_interactive_tasks(automatic, images, results, device)}
+        editor = SharedEditor.if_there(settings.editor_file)
+        return {**automatic, **make_interactive_tasks(automatic, images, results, device, editor)}
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""

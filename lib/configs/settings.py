@@ -165,6 +165,12 @@ class Settings(Retraining):
             raise ConfigError("--conf pretrained must say which preset it is for: name=path")
         return self.pretrained.get(name) or self.pretrained.get("")
 
+    @property
+    def editor_file(self) -> Path:
+        """The editor network's weights: those in ``model_dir``, else those that come with the project."""
+        own, shipped = (folder / "editor" / "shipped.pt" for folder in (self.model_dir, REPOSITORY / "model"))
+        return own if own.is_file() else shipped
+
     def weights_folder(self, preset: Preset) -> Path:
         """Where a preset's weights are; label sets of one's own get a folder of their own."""
         if not self.labels:

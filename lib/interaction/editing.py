@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
+from scipy import ndimage
 
-from lib.interaction.growth import LEAST_VOXELS, Claim, claim_around, reach_of
+from lib.interaction.editor import Editor
+from lib.interaction.growth import LEAST_VOXELS, NEVER, Claim, claim_around, reach_of
 from lib.interaction.merge import LabelClaim, apply_claims, obey
 from lib.interaction.prompts import Prompts, Voxel
 from lib.transforms.postprocess import restore_to_grid
@@ -60,27 +62,78 @@ class Scene:
         return found
 
 
-def edit_clicks(scene: Scene, prompts: Prompts) -> Edited:
-    """The mask after clicks; the same for the same prompts, in whatever order they were made."""
-    claims, values = [], {value for value, _ in prompts.positive}
+def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) -> Edited:
+    """The mask after clicks; the same for the same prompts, in whatever order they were made.
+
+    Args:
+        scene: the image and the mask before.
+        prompts: the clicks.
+        editor: the network that says what they change; without it, and where it does not follow a click, a region
+            grows around the click.
+    """
+    values = {value for value, _ in prompts.positive}
     if prompts.of_label is not None:
         values.add(prompts.of_label)
+    elif prompts.negative:
+        values |= {int(scene.labels[point]) for point in prompts.negative} - {0}
+    if editor is None:
+        claims = _grown_claims(scene, prompts)
+    else:
+        claims = [claim for value in sorted(values) for claim in _network_claims(scene, prompts, value, editor)]
+    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
+    if editor is not None and (ignored := _ignored(labels, scene.labels, prompts)) is not None:
+        claims += _grown_claims(scene, ignored)
+        labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
+    obey(labels, scene.labels, prompts)
+    return Edited(labels, tuple(sorted(values)))
+
+
+def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
+    """What grows around each click."""
+    claims = []
     for value, points in prompts.positive:
         mask = scene.coarse == value
         claims += [LabelClaim(value, (), c) for c in _click_claims(scene, points, mask, inside=False)]
     for point in prompts.negative:
         drawn = int(scene.labels[point])
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
-        if prompts.of_label is None and drawn:
-            values.add(drawn)
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        mask = scene.coarse == target if target else None
+        beside = scene.coarse == target if target else None
         if target or takes_from:
-            claims += [LabelClaim(0, takes_from, c) for c in _click_claims(scene, [point], mask, inside=bool(target))]
-    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
-    obey(labels, scene.labels, prompts)
-    return Edited(labels, tuple(sorted(values)))
+            claims += [LabelClaim(0, takes_from, c) for c in _click_claims(scene, [point], beside, inside=bool(target))]
+    return claims
+
+
+def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) -> list[LabelClaim]:
+    """What the editor adds to a label and takes away from it."""
+    own = [point for label, points in prompts.positive if label == value for point in points]
+    not_own = [point for label, points in prompts.positive if label != value for point in points]
+    not_own += prompts.negative if prompts.of_label in (None, value) else ()
+    positive, negative = scene.on_network(own), scene.on_network(not_own)
+    mask = scene.coarse == value
+    found = editor.probability(scene.voxels, mask, positive, negative)
+    changed = (found > 0.5) != mask
+    if not changed.any():
+        return []
+    # The voxels around a change tell where it ends between voxels; further off, the mask's own border stays as drawn.
+    near = ndimage.binary_dilation(changed)
+    box = ndimage.find_objects(near.astype(np.uint8))[0]
+    start = np.array([part.start for part in box])
+    added = np.where(near[box], 2 * (1 - found[box]), NEVER).astype(np.float32)
+    taken = np.where(near[box], 2 * found[box], NEVER).astype(np.float32)
+    return [LabelClaim(value, (), Claim(start, added)), LabelClaim(0, (value,), Claim(start, taken))]
+
+
+def _ignored(labels: LabelArray, before: LabelArray, prompts: Prompts) -> Prompts | None:
+    """The clicks that a mask does not follow; None where there are none."""
+    positive = {value: [p for p in points if labels[p] != value] for value, points in prompts.positive}
+    wrong = [p for p in prompts.negative if before[p] and labels[p] == before[p]]
+    wrong = [p for p in wrong if prompts.of_label in (None, int(before[p]))]
+    if not wrong and not any(positive.values()):
+        return None
+    kept = tuple((value, tuple(points)) for value, points in positive.items() if points)
+    return Prompts(kept, tuple(wrong), prompts.of_label, prompts.box)
 
 
 def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prompts) -> LabelArray:

@@ -1,12 +1,14 @@
 """The editor network: a UNETR that is shown an image, one structure's mask and the prompts, and corrects that mask.
 
-It sees one structure at a time, so that its cost does not grow with the labels of a preset, and so that a structure that
-nobody has trained can be drawn. It predicts what is to be added to the mask's own logit: untrained it gives the mask back.
-Prompts are maps that fall off with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018, arXiv 1707.00652).
+It sees one structure at a time, so that its cost does not grow with the labels of a preset, and so that a structure
+that nobody has trained can be drawn. It predicts what is to be added to the mask's own logit: untrained, it gives the
+mask back. Prompts are maps that fall off with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018,
+arXiv 1707.00652).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,8 +43,8 @@ ZOOMS = (1, 2)
 def build_editor(preset: Preset) -> nn.Module:
     """An editor of the size of ``preset``'s network, with random weights but for its last layer, which gives 0.
 
-    Its input is (batch, 4, *``preset.roi_size``), its output (batch, 2, *roi), of which the second less the first is added
-    to the mask's logit.
+    Its input is (batch, 4, *``preset.roi_size``), its output (batch, 2, *roi), of which the second less the first is
+    added to the mask's logit.
     """
     network = build_unetr(editor_preset(preset), in_channels=CHANNELS)
     for parameter in network.out.parameters():
@@ -71,6 +73,9 @@ def start_from(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[
         elif given.ndim == 5 and given.shape[1] == 1 and value.shape == (given.shape[0], CHANNELS, *given.shape[2:]):
             value.zero_()
             value[:, :1] = given
+        elif given.ndim == 2 and value.shape == (given.shape[0], CHANNELS * given.shape[1]):
+            value.zero_()  # patches as rows, in which the channels of a voxel follow one another
+            value[:, ::CHANNELS] = given
         else:
             left.append(name)
     return left
@@ -89,7 +94,8 @@ def prompt_map(points: Points, shape: Sequence[int]) -> FloatArray:
     away = np.ones(shape, dtype=bool)
     away[tuple(inside.T)] = False
     distance: FloatArray = ndimage.distance_transform_edt(away)
-    return np.exp(-distance / FALL_OFF_VOXELS).astype(np.float32)
+    falling: FloatArray = np.exp(-distance / FALL_OFF_VOXELS).astype(np.float32)
+    return falling
 
 
 def stack_input(image: FloatArray, mask: FloatArray, positive: Points, negative: Points) -> FloatArray:
@@ -164,7 +170,9 @@ class Editor:
         kept: tuple[tuple[slice, ...], FloatArray] | None = None
         for zoom in ZOOMS:
             box = _window(centre, [size * zoom for size in self.window], mask.shape)
-            found = self._infer(image[box], mask[box], *(p - [part.start for part in box] for p in (positive, negative)))
+            found = self._infer(
+                image[box], mask[box], *(p - [part.start for part in box] for p in (positive, negative))
+            )
             if kept is not None:  # the window at full resolution is right inside; the wider one adds what lies around
                 inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(kept[0], box, strict=True))
                 found[inner] = kept[1]
@@ -190,6 +198,35 @@ class Editor:
             logit = nn.functional.interpolate(logit, size=padded.shape, mode="trilinear")
         found: FloatArray = torch.sigmoid(logit[0, 0].float()).cpu().numpy()
         return found[tuple(slice(0, n) for n in image.shape)].copy()
+
+
+class SharedEditor:
+    """An editor that is read from its file when it is first needed.
+
+    Args:
+        path: its checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._editors: dict[str, Editor] = {}
+
+    @classmethod
+    def if_there(cls, path: Path) -> SharedEditor | None:
+        """The editor of that file; None where there is none."""
+        return cls(path) if path.is_file() else None
+
+    def on(self, device: torch.device) -> Editor:
+        """The editor on a device.
+
+        Raises:
+            CheckpointError: when the file is damaged, or holds no editor.
+        """
+        with self._lock:
+            if str(device) not in self._editors:
+                self._editors[str(device)] = Editor.from_file(self.path, device)
+            return self._editors[str(device)]
 
 
 def _window(centre: Points, size: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:

@@ -23,6 +23,7 @@ from lib.infers.request import InferRequest, parse_boolean
 from lib.infers.writer import write_mask
 from lib.interaction.dialects import BACKGROUND, parse_clicks
 from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
+from lib.interaction.editor import SharedEditor
 from lib.interaction.prompts import Prompts, parse_box
 from lib.interaction.starting_mask import names_of, read_mask, read_values
 from lib.transforms.postprocess import measure_labels
@@ -37,8 +38,8 @@ BACKGROUND_VALUE = 255
 """Announced for ``background``, which is how negative clicks are named: OHIF takes a value of 0 for a label's."""
 FOREGROUND_SCRIBBLES, BACKGROUND_SCRIBBLES = "foreground_scribbles", "background_scribbles"
 MOST_GRIDS = 64
-METHOD = "growth"
-"""What the answer's ``model`` calls the way in which clicks grow, which needs no weights."""
+GROWTH, NETWORK = "growth", "editor"
+"""What the answer's ``model`` calls the ways in which clicks change a mask: one without weights, and the network."""
 
 
 class Automatic(Protocol):
@@ -91,7 +92,7 @@ class _InteractiveTask(InferTask):
 
     def load(self) -> dict[str, str]:
         """What answers are made with."""
-        return {"preset": self.preset.name, "version": METHOD, "origin": "shipped"}
+        return {"preset": self.preset.name, "version": GROWTH, "origin": "shipped"}
 
     def settle(self) -> None:
         """Nothing is prepared in the background."""
@@ -136,6 +137,7 @@ class ClickTask(_InteractiveTask):
         images, cache: where preprocessed images and answers are kept.
         elsewhere: names of other tasks' labels, whose clicks say nothing here.
         device: default device.
+        editor: the network that clicks are shown to; None lets them grow without weights.
     """
 
     def __init__(
@@ -145,13 +147,18 @@ class ClickTask(_InteractiveTask):
         cache: ResultCache,
         elsewhere: Collection[str] = (),
         device: str = "",
+        editor: SharedEditor | None = None,
     ) -> None:
         labels = dict(automatic.preset.label_indices)
         if BACKGROUND not in labels and BACKGROUND_VALUE not in labels.values():
             labels[BACKGROUND] = BACKGROUND_VALUE
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
-        self._elsewhere = frozenset(elsewhere)
+        self._elsewhere, self._editor = frozenset(elsewhere), editor
+
+    def load(self) -> dict[str, str]:
+        """What answers are made with."""
+        return super().load() | {"version": GROWTH if self._editor is None else NETWORK}
 
     def validate_request(self, request: Mapping[str, Any]) -> None:
         """Check a request without running it.
@@ -193,7 +200,7 @@ class ClickTask(_InteractiveTask):
         began = time.perf_counter()
         if not prompts.is_empty:
             scene = Scene(self._network_image(asked.image, checksum), labels, affine_ras)
-            edited = edit_clicks(scene, prompts)
+            edited = edit_clicks(scene, prompts, self._editor.on(asked.device) if self._editor else None)
             labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
@@ -318,14 +325,22 @@ class ScribbleTask(_InteractiveTask):
 
 
 def make_interactive_tasks(
-    automatic: Mapping[str, Automatic], images: NetworkImages, cache: ResultCache, device: str
+    automatic: Mapping[str, Automatic],
+    images: NetworkImages,
+    cache: ResultCache,
+    device: str,
+    editor: SharedEditor | None = None,
 ) -> dict[str, InferTask]:
-    """The tasks for clicks and scribbles of each preset, all clicks first."""
+    """The tasks for clicks and scribbles of each preset, all clicks first.
+
+    Args:
+        editor: the network that clicks are shown to; None lets them grow without weights.
+    """
     names = {name: set(task.preset.label_indices) for name, task in automatic.items()}
     made: dict[str, InferTask] = {}
     for name, task in automatic.items():
         others: set[str] = set().union(*(labels for other, labels in names.items() if other != name))
-        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device)
+        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device, editor)
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
 
 

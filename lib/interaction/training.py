@@ -1,9 +1,9 @@
 """Trains the editor network by a simulated annotator, on the labelled cases of one or several presets.
 
-    python -m lib.interaction.training --preset hippocampus_mr --data hippocampus_mr=<folder> --out model/editor --minutes 60
+    python -m lib.interaction.training --data hippocampus_mr=<folder> --data abdomen_ct=<folder> --out <folder>
 
-Each folder holds ``images`` and ``labels``. Cases that ``model/<preset>/split.json`` holds out are left out, as are those
-that ``--without`` names. The run can be ended and taken up again: its state is in ``<out>/state.pt``.
+Each folder of data holds ``images`` and ``labels``. Cases that ``model/<preset>/split.json`` holds out are left out,
+and those that ``--without`` names. The run can be ended and taken up again: its state is in ``<out>/state.pt``.
 """
 
 from __future__ import annotations
@@ -175,7 +175,10 @@ class EditorTraining:
     ) -> None:
         torch.manual_seed(seed)
         self.preset, self.folder, self._batch, self._highest = editor_preset(preset), folder, batch, learning_rate
-        self._material, self._random = [list(cases) for cases in material.values() if cases], np.random.default_rng(seed)
+        self._material, self._random = (
+            [list(cases) for cases in material.values() if cases],
+            np.random.default_rng(seed),
+        )
         if not self._material:
             raise ParameterError("data", "no labelled case", "at least one case that is not held out")
         self.network = build_editor(preset)
@@ -226,7 +229,7 @@ class EditorTraining:
             logit = structure_logit(self.network, self._stack(drawn))
         loss = edit_loss(logit, truth)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
         if torch.isfinite(norm):
             self._optimizer.step()
@@ -236,7 +239,7 @@ class EditorTraining:
 
     def checkpoint(self) -> Checkpoint:
         """The averaged weights, and how they came about."""
-        info = {"steps": self.steps, "seconds": round(self.seconds), "torch": torch.__version__}
+        info = {"steps": self.steps, "seconds": round(self.seconds), "torch": str(torch.__version__)}
         return Checkpoint(self._average.module.state_dict(), self.preset, info)
 
     def editor(self) -> Editor:
