@@ -177,10 +177,18 @@ class Services:
         task: UnetrTrainTask = _known(self.instance._trainers, "model to train", model)
         return task
 
+    def check_image(self, image_id: str) -> str:
+        """The id of an image of the studies; a file may also be named by the UIDs of the series that presents it.
+
+        Raises:
+            NotFoundError: when there is none.
+        """
+        return check_image_known(self.datastore, self.presented.case_of(image_id) or image_id)
+
     def known_id(self, image_id: str) -> str:
         """The id under which the studies have an image; a path below ``image_roots`` as it is."""
         try:
-            return check_image_known(self.datastore, self.presented.case_of(image_id) or image_id)
+            return self.check_image(image_id)
         except NotFoundError:
             return image_id
 

@@ -101,6 +101,18 @@ def test_inference_by_series_is_ordered_as_the_viewer_orders_it(files: Server, t
     np.testing.assert_array_equal(by_series, by_case[:, ::-1, :])  # LAS to LPS
 
 
+def test_label_is_submitted_and_read_under_the_series_of_its_file(files: Server, cases, tmp_path) -> None:
+    """As OHIF's Submit does, which knows no other name of the case."""
+    study = _found(files)["anisotropic"]["0020000D"]["Value"][0]
+    uid = _client(files).search_for_series(study)[0]["0020000E"]["Value"][0]
+    nib.save(nib.Nifti1Image(cases["case_0"].label.astype(np.uint8), GRIDS["anisotropic"]), tmp_path / "label.nii.gz")
+    answer = files.save_label(uid, (tmp_path / "label.nii.gz").read_bytes(), ["anterior", "posterior"])
+    assert (answer.status_code, answer.json()["image"]) == (200, "anisotropic")
+    versions = files.get("/datastore/label/versions", params={"image": uid}).json()
+    assert versions[0]["version_id"] == answer.json()["version"]
+    assert files.save_label("2.25.1", b"", ["anterior"]).status_code == 404
+
+
 def test_next_sample_in_ohif_and_the_page_name_the_study_of_a_file(files: Server) -> None:
     for name in GRIDS:
         files.delete("/datastore/label", params={"id": name, "tag": "final"})

@@ -17,6 +17,8 @@ Affine = npt.NDArray[np.float64]
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MUCH_THICKER = 1.5
 """An axis whose voxels are so much longer than the others' is the one that was sliced."""
+SAME_PLACE_VOXELS = 0.05
+"""Voxels that lie no further apart than this part of the shortest edge are in one place."""
 SHOWN_TOWARDS = {0: ((1, 1), (2, -1)), 1: ((0, 1), (2, -1)), 2: ((0, 1), (1, 1))}
 """By the patient's axis (of L, P, S) that is sliced: axis and sign of columns, and of rows, as radiologists see it."""
 
@@ -77,6 +79,15 @@ class SeriesGrid:
         for value, axis, flip, size in zip(index, self.order, self.flips, self.shape, strict=True):
             found[axis] = size - 1 - value if flip else value
         return found
+
+    def lies_on_file(self, affine_ras: Affine) -> bool:
+        """Whether each voxel has the place that the file's own affine gives it: not so for a sheared file."""
+        corners = [[n * (size - 1) for n, size in zip(at, self.shape, strict=True)] for at in np.ndindex(2, 2, 2)]
+        in_file = np.array([self.index_in_file(corner) for corner in corners])
+        there = in_file @ affine_ras[:3, :3].T + affine_ras[:3, 3]
+        here = np.array(corners) @ self.affine_ras[:3, :3].T + self.affine_ras[:3, 3]
+        shortest = float(np.linalg.norm(affine_ras[:3, :3], axis=0).min())
+        return float(np.linalg.norm(there - here, axis=1).max()) <= SAME_PLACE_VOXELS * shortest
 
     @property
     def affine_ras(self) -> Affine:

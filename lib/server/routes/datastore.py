@@ -19,7 +19,7 @@ from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, 
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_kind
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
-from lib.server.http.names import check_image_known, check_tag, find_label, safe_file_name, safe_new_id
+from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import submit_label
@@ -70,7 +70,7 @@ async def add_image(
 @router.delete("/image", summary="Remove an image and its labels")
 def remove_image(parts: Parts, user: AsAdmin, id: str) -> dict[str, Any]:
     """Remove an image of the studies."""
-    parts.datastore.remove_image(check_image_known(parts.datastore, id))
+    parts.datastore.remove_image(parts.check_image(id))
     logger.info("image %s removed by %s", id, user.name)
     return {}
 
@@ -105,7 +105,7 @@ def list_problems(parts: Parts, user: AsUser) -> dict[str, Any]:
 @router.post("/image/check", summary="Look anew at an image that was left out")
 def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
     """What each model makes of it now: an empty ``problem`` brings it back into the pool."""
-    image = check_image_known(parts.datastore, image)
+    image = parts.check_image(image)
     forget(parts, image)
     checks = [check_image(parts, image, preset) for preset in parts.presets.values()]
     return {"image": image, "checks": {c.preset: {"problem": c.problem, "warning": c.warning} for c in checks}}
@@ -114,7 +114,7 @@ def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
 @router.get("/image/info", summary="What is known of an image")
 def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
     """An image's information, and the models that are meant for it."""
-    info: dict[str, Any] = parts.datastore.get_image_info(check_image_known(parts.datastore, image))
+    info: dict[str, Any] = parts.datastore.get_image_info(parts.check_image(image))
     return {**info, "models": models_for(parts, [modality_of(parts, image)])}
 
 
@@ -122,7 +122,7 @@ def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
 def put_image_info(parts: Parts, user: AsAnnotator, image: str, info: Annotated[str, Form()] = "{}") -> None:
     """Add to an image's information."""
     added = parse_info(info) | {"user": user.name}
-    parts.datastore.update_image_info(check_image_known(parts.datastore, image), added)
+    parts.datastore.update_image_info(parts.check_image(image), added)
 
 
 @router.put("/label", summary="Submit a label")
@@ -242,10 +242,14 @@ def store_label(
         NotFoundError: when there is no such image.
         LabelError, TooLargeError, StorageError: as :func:`submit_label`.
     """
-    image_id = check_image_known(parts.datastore, image_id)
+    presented = parts.presented.case_of(image_id)
+    image_id = parts.check_image(image_id)
     parts.store.leases.renew(user.client(info.get("client_id")))
     with temporary_folder() as folder:
         file = receive(upload, folder, "label.nii.gz")
+        if presented is not None:
+            check_header(file, parts.settings.unpacked_limit_mib)
+            file = parts.presented.label_on_file(presented, file, folder)
         version = submit_label(parts, image_id, file, tag, info, user, source="rest")
     told = version.describe()
     answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}
@@ -280,7 +284,7 @@ def single_file(parts: Services, image: str) -> Path:
     Raises:
         NotFoundError: when there is none, or it is a folder.
     """
-    path = parts.image_file(check_image_known(parts.datastore, image))
+    path = parts.image_file(parts.check_image(image))
     if not path.is_file():
         raise NotFoundError("single file of image", image)
     return path

@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 
 from lib.errors import NotFoundError
 from lib.server.http.auth import AsReviewer, AsUser
-from lib.server.http.names import check_image_known, check_tag
+from lib.server.http.names import check_tag
 from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.labels.submissions import restore_label
 from lib.server.routes.datastore import send_file
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/datastore", tags=["Datastore"])
 @router.get("/label/versions", summary="All versions of an image's label")
 def list_versions(parts: Parts, user: AsUser, image: str, tag: str = "") -> list[dict[str, Any]]:
     """Who saved what when, from which prediction; the newest first."""
-    image = check_image_known(parts.datastore, image)
+    image = parts.check_image(image)
     return [version.describe() for version in reversed(parts.store.history.versions(image, check_tag(tag)))]
 
 

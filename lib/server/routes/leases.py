@@ -9,7 +9,6 @@ from fastapi import APIRouter, Depends
 from lib.errors import NotFoundError, ParameterError
 from lib.server.http.auth import AsAnnotator, AsUser, Role
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.names import check_image_known
 from lib.server.http.parameters import JSON_BODY, json_body
 from lib.server.services import Parts
 
@@ -45,7 +44,7 @@ def skip(
     parts: Parts, user: AsAnnotator, image: str, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
     """Skip a case, with a ``reason`` for whoever looks at it next; its lease ends."""
-    image = check_image_known(parts.datastore, image)
+    image = parts.check_image(image)
     reason = params.get("reason")
     if not isinstance(reason, str) or not 1 <= len(reason.strip()) <= LONGEST_REASON:
         raise ParameterError("reason", str(reason)[:100], f"1 to {LONGEST_REASON} letters on why")

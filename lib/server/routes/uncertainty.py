@@ -12,7 +12,6 @@ from lib.activelearning.score_store import LabelDisagreement
 from lib.activelearning.task import label_stamps
 from lib.errors import CheckpointError, ModelNotReadyError, NotFoundError
 from lib.server.http.auth import AsUser
-from lib.server.http.names import check_image_known
 from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
@@ -26,7 +25,7 @@ NIFTI = "application/gzip"
 async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, image: str) -> Response:
     """A NIfTI file (``.nii.gz``, 32-bit numbers) on the image's own grid: entropy, 0 (certain) to 1."""
     task = parts.segmentation_task(model)
-    path = await anyio.to_thread.run_sync(lambda: parts.image_file(check_image_known(parts.datastore, image)))
+    path = await anyio.to_thread.run_sync(lambda: parts.image_file(parts.check_image(image)))
     asked = {"image": str(path), "device": parts.settings.device}
     task.validate_request(asked)
     async with parts.inferences.slot(

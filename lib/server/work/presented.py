@@ -16,16 +16,18 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from lib.datastore.label_files.label_file import read_label
 from lib.datastore.series import SeriesDatastore
+from lib.datastore.validation import to_grid
 from lib.dicom.attributes import Json, element, to_json
 from lib.dicom.index import SeriesEntry
 from lib.dicom.presented.grid import SeriesGrid
 from lib.dicom.presented.instances import as_series, describe_case, make_header, name_of, rescale, store, uid_of
 from lib.dicom.retrieve import Part
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
-from lib.errors import NotFoundError, ParameterError
+from lib.errors import LabelError, NotFoundError, ParameterError
 from lib.transforms.intensity_range import range_warning
-from lib.transforms.volume import Volume, read_volume
+from lib.transforms.volume import Grid, Volume, read_volume
 
 SOFT_TISSUE_HU = (40.0, 400.0)
 SHOWN_PERCENTILES = (1.0, 99.0)
@@ -237,6 +239,26 @@ class PresentedCases:
         file = folder / "label.nii.gz"
         nib.save(nib.Nifti1Image(np.ascontiguousarray(opened.grid.to_file(volume.labels)), opened.affine_ras), file)
         return file, volume
+
+    def label_on_file(self, case: str, file: Path, folder: Path) -> Path:
+        """A mask that lies on the series of a case, as a file on the case's own grid.
+
+        Where the axes of the case's file are at right angles, the series lies where the file does, and the mask is
+        left as it is, for :func:`submit_label` to turn.
+
+        Raises:
+            ImageError, LabelError: when the case, or the mask, cannot be read.
+        """
+        opened = self.open(case)
+        if opened.grid.lies_on_file(opened.affine_ras):
+            return file
+        label = read_label(file)
+        if label.layered:
+            raise LabelError("the label has several layers; valid for this image, whose axes are sheared: one layer")
+        voxels = to_grid(label.volume, Grid(opened.grid.shape, opened.grid.affine_ras))[0].voxels
+        turned = np.ascontiguousarray(opened.grid.to_file(voxels))
+        nib.save(nib.Nifti1Image(turned, opened.affine_ras), folder / "on-file.nii.gz")
+        return folder / "on-file.nii.gz"
 
     def on_file(self, case: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters with points, which a viewer gives as (column, row, slice), in the file's own indices.
