@@ -42,8 +42,9 @@ from lib.cases.split import read_split, subject_from_consecutive_pair  # noqa: E
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint  # noqa: E402
-from lib.trainers.loop import TrainingJob, run_training  # noqa: E402
+from lib.trainers.loop import run_training  # noqa: E402
 from lib.trainers.reporting.progress import write_json  # noqa: E402
+from lib.trainers.run.job import TrainingJob  # noqa: E402
 from lib.transforms.volume import read_volume  # noqa: E402
 
 LABELS_AT = (8, 16, 32, 64)

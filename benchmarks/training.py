@@ -62,10 +62,11 @@ from lib.infers.memory import (  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
 from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
-from lib.trainers.loop import TrainingJob, run_training  # noqa: E402
+from lib.trainers.loop import run_training  # noqa: E402
 from lib.trainers.memory import count_kept_bytes, forward_in_parts, measure_step  # noqa: E402
 from lib.trainers.optimization import build_average, build_loss, build_optimizer  # noqa: E402
 from lib.trainers.plan import COPIES_OF_WEIGHTS, count_step_bytes  # noqa: E402
+from lib.trainers.run.job import TrainingJob  # noqa: E402
 
 WAYS = ("kept", "recomputed", "one at a time")
 WINDOWS = range(64, 336, 16)

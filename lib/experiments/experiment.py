@@ -43,8 +43,9 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
 from lib.storage.json_files import write_json
 from lib.trainers.judging.evaluate import evaluate
-from lib.trainers.loop import TrainingJob, run_training
+from lib.trainers.loop import run_training
 from lib.trainers.resume import remove_state
+from lib.trainers.run.job import TrainingJob
 
 logger = logging.getLogger("unetr.experiment")
 

@@ -28,7 +28,8 @@ from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, w
 from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.storage.json_files import write_json
-from lib.trainers.loop import TrainingJob, run_training
+from lib.trainers.loop import run_training
+from lib.trainers.run.job import TrainingJob
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
 

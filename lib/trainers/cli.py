@@ -37,8 +37,9 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.json_files import without_nan, write_json
 from lib.trainers.judging.evaluate import Evaluation, evaluate
-from lib.trainers.loop import TrainingJob, TrainingResult, run_training
+from lib.trainers.loop import run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
+from lib.trainers.run.job import TrainingJob, TrainingResult
 
 Sides = tuple[tuple[Case, ...], tuple[Case, ...]]
 

@@ -19,8 +19,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lib.errors import ParameterError, TrainingError, UnetrError
 from lib.infers.memory import is_out_of_memory, release_memory
-from lib.trainers.loop import TrainingJob, TrainingResult, run_training
+from lib.trainers.loop import run_training
 from lib.trainers.parallel import joined_processes
+from lib.trainers.run.job import TrainingJob, TrainingResult
 
 logger = logging.getLogger("unetr.train")
 

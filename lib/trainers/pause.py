@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger("unetr.train")
@@ -23,9 +24,14 @@ def is_paused(file: Path) -> bool:
         return False
 
 
-def wait_while_paused(file: Path | None) -> float:
-    """Stand still until requests no longer wait; returns the seconds that it took."""
+def wait_while_paused(file: Path | None, sleep: Callable[[float], None] = time.sleep) -> float:
+    """Wait until no request waits for the device; returns the seconds that it took.
+
+    Args:
+        file: what the server touches; None: nothing to wait for.
+        sleep: waits so many seconds between two looks at the file.
+    """
     start = time.monotonic()
     while file is not None and is_paused(file):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        sleep(SECONDS_BETWEEN_LOOKS)
     return time.monotonic() - start

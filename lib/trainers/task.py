@@ -50,7 +50,6 @@ from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
 from lib.trainers.launch import launch
-from lib.trainers.loop import TrainingJob, TrainingResult
 from lib.trainers.material import Material, divide, ids_of, keep_cases, kept_cases, read_replay, weigh
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.reporting.progress import format_seconds
@@ -58,6 +57,7 @@ from lib.trainers.reporting.report import as_json, render_html, report_data, wor
 from lib.trainers.reporting.runs import prune_runs
 from lib.trainers.request import TrainRequest
 from lib.trainers.resume import remove_state
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.submitted import SubmittedLabels, missing_labels, submitted_labels, undrawn_as_missing
 
 logger = logging.getLogger("unetr.train")

@@ -21,7 +21,8 @@ from lib.experiments import experiment as room
 from lib.experiments.experiment import Bench, Experiment, draw_cases, main, read_experiment, run_experiment
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.trainers.loop import TrainingJob, TrainingResult, run_training
+from lib.trainers.loop import run_training
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from tests.tiny import preset_data, tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]

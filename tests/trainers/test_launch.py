@@ -14,7 +14,8 @@ from lib.errors import ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
 from lib.trainers import launch as module
 from lib.trainers.launch import launch, launch_processes
-from lib.trainers.loop import BEST_FILE, TrainingJob, TrainingResult, run_training
+from lib.trainers.loop import BEST_FILE, run_training
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +17,17 @@ from torch import nn
 
 from lib.cases.labelled import Case
 from lib.errors import LabelError, TrainingError
+from lib.infers.predictor import Prediction, predict
 from lib.networks.checkpoint import read_checkpoint
+from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
-from lib.trainers import loop
-from lib.trainers.loop import BEST_FILE, TrainingJob, run_training
+from lib.trainers.loop import BEST_FILE, RunFunctions, run_training
+from lib.trainers.memory import forward_in_parts
+from lib.trainers.optimization import build_loss
 from lib.trainers.pause import is_paused, wait_while_paused
+from lib.trainers.run.data import count_loading_threads
+from lib.trainers.run.job import TrainingJob
+from lib.trainers.run.state import RunState
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -149,18 +153,24 @@ def test_full_disk_does_not_end_a_run(
 def test_run_stands_still_while_requests_wait(make_plan: Callable[..., TrainingJob]) -> None:
     plan = replace(make_plan(3, max_epochs=3), pause_file=make_plan(1).run_dir.parent / "pause")
     assert plan.pause_file is not None
-    pause, times = plan.pause_file, list[float]()
+    pause, looks, steps = plan.pause_file, list[bool](), list[int]()
+
+    def sleep(_: float) -> None:
+        """Time passes for the server, too: the third time, no request waits any more."""
+        looks.append(is_paused(pause))
+        if len(looks) == 3:
+            pause.unlink()
+        assert steps[-1] == 4, "no step is taken meanwhile"
 
     def on_step(step: int) -> None:
-        times.append(time.monotonic())
+        steps.append(step)
         if step == 4:
             pause.touch()
-            threading.Timer(0.6, pause.unlink).start()
 
-    assert len(run_training(plan, on_step).losses) == 9
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    assert gaps[3] >= 0.55
-    assert max(gaps[:3] + gaps[4:]) < 0.55
+    functions = RunFunctions(wait=lambda file: wait_while_paused(file, sleep))
+    assert len(run_training(plan, on_step, functions).losses) == 9
+    assert looks == [True] * 3
+    assert steps == list(range(1, 10))
 
 
 def test_pause_of_a_server_that_died_ends_by_itself(tmp_path: Path) -> None:
@@ -178,9 +188,8 @@ def test_freed_memory_is_kept_as_planned(
     roomy: bool, make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = list[bool]()
-    monkeypatch.setattr(loop, "keep_freed_memory", lambda: called.append(True))
     monkeypatch.setattr("lib.trainers.plan.KEEPING_FACTOR", 1.5 if roomy else 1e9)
-    run_training(make_plan(1))
+    run_training(make_plan(1), functions=RunFunctions(keep_freed_memory=lambda: called.append(True)))
     assert bool(called) is roomy
 
 
@@ -190,19 +199,17 @@ def test_dropout_is_repeatable_too(make_plan: Callable[..., TrainingJob]) -> Non
 
 
 def test_run_that_runs_out_of_memory_goes_on_with_less_and_learns_the_same(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob],
 ) -> None:
     plan = make_plan(2, max_epochs=3, batch_size=2)
     roomy = run_training(plan)
-    whole = loop.forward_in_parts
 
     def tight(network: nn.Module, image: torch.Tensor, at_once: int) -> torch.Tensor:
         if at_once > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(network, image, at_once)
+        return forward_in_parts(network, image, at_once)
 
-    monkeypatch.setattr(loop, "forward_in_parts", tight)
-    found = run_training(replace(plan, costs=plan.run_dir / "costs.json"))
+    found = run_training(replace(plan, costs=plan.run_dir / "costs.json"), functions=RunFunctions(forward=tight))
     assert found.losses == pytest.approx(roomy.losses, abs=1e-4)
     assert roomy.step_plan is not None and (roomy.step_plan.at_once, roomy.step_plan.fallbacks) == (2, ())
     assert found.step_plan is not None and found.step_plan.fallbacks == ("2 crops at a time",)
@@ -259,85 +266,91 @@ def test_start_weights_are_where_it_starts(make_plan: Callable[..., TrainingJob]
         torch.testing.assert_close(value, start[f"module.{key}"], rtol=0, atol=1e-6)
 
 
-def test_best_epoch_is_kept_when_later_ones_are_worse(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_epoch_is_kept_when_later_ones_are_worse(make_plan: Callable[..., TrainingJob]) -> None:
     scores = iter([0.3, 0.8, 0.5, 0.8])
-    monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
-    kept: list[dict[str, torch.Tensor]] = []
-    original = loop._Run._averaged_weights
-    monkeypatch.setattr(loop._Run, "_averaged_weights", lambda self: kept.append(original(self)) or kept[-1])
-    result = run_training(make_plan(1, 1, max_epochs=4))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        seen.append({key: value.clone() for key, value in network.state_dict().items()})
+        return {"core": next(scores)}
+
+    result = run_training(make_plan(1, 1, max_epochs=4), functions=RunFunctions(validate=validate))
     assert (result.best_epoch, result.dice) == (2, {"core": 0.8})
-    assert result.weights is kept[1]
-    assert len(kept) == 2, "an epoch that is no better is not even copied"
+    torch.testing.assert_close(result.weights, seen[1], rtol=0, atol=0)
 
 
-def test_validation_comes_every_interval_and_at_the_end(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    epochs = []
-    monkeypatch.setattr(loop._Run, "_validate", lambda self, _: epochs.append(self.epoch) or {"core": 0.5})
-    run_training(make_plan(1, 1, max_epochs=5, val_interval=2))
-    assert epochs == [2, 4, 5]
+def test_epoch_that_is_no_better_is_not_even_copied() -> None:
+    state, kept = RunState(), list[StateDict]()
+
+    def weights() -> StateDict:
+        kept.append({"weight": torch.zeros(1)})
+        return kept[-1]
+
+    for state.epoch, score in enumerate([0.3, 0.8, 0.5, 0.8], 1):
+        state.keep_if_best({"core": score}, weights)
+    assert len(kept) == 2
+    assert state.best is not None
+    assert (state.best.epoch, state.best.weights) == (2, kept[1])
 
 
-def test_early_stop_ends_a_run_that_no_longer_improves(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_comes_every_interval_and_at_the_end(make_plan: Callable[..., TrainingJob]) -> None:
+    steps, validated = list[int](), list[int]()
+
+    def validate(_: nn.Module) -> dict[str, float]:
+        validated.append(len(steps))
+        return {"core": 0.5}
+
+    plan = make_plan(1, 1, max_epochs=5, val_interval=2)
+    run_training(plan, steps.append, RunFunctions(validate=validate))
+    assert validated == [2, 4, 5], "an epoch is one step"
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves(make_plan: Callable[..., TrainingJob]) -> None:
     scores = iter([0.3, 0.8, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(loop._Run, "_validate", lambda *_: {"core": next(scores)})
-    result = run_training(make_plan(1, 1, max_epochs=50, early_stop_patience=2))
+    functions = RunFunctions(validate=lambda _: {"core": next(scores)})
+    result = run_training(make_plan(1, 1, max_epochs=50, early_stop_patience=2), functions=functions)
     assert len(result.losses) == 4, "two epochs after the best, of which the last equals it"
     assert result.best_epoch == 2
 
 
-def test_validation_is_of_the_averaged_weights_on_whole_cases(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_is_of_the_averaged_weights_on_whole_cases(make_plan: Callable[..., TrainingJob]) -> None:
     shown = []
-    original = loop.predict
 
-    def predict(network: nn.Module, image: torch.Tensor, *rest: Any) -> Any:
+    def observed(network: nn.Module, image: torch.Tensor, *rest: Any) -> Prediction:
         shown.append((tuple(image.shape), network.training))
-        return original(network, image, *rest)
+        return predict(network, image, *rest)
 
-    monkeypatch.setattr(loop, "predict", predict)
-    run_training(make_plan(1, 2))
+    run_training(make_plan(1, 2), functions=RunFunctions(predict=observed))
     assert shown == [((1, 20, 18, 16), False)] * 2
 
 
 def test_validation_that_runs_out_of_memory_goes_on_with_fewer_windows_and_says_the_same(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
+    make_plan: Callable[..., TrainingJob],
 ) -> None:
     plan = make_plan(1, 2, max_epochs=2)
     inference = plan.preset.inference.model_copy(update={"window_batch_size": 4})
     plan = replace(plan, preset=plan.preset.model_copy(update={"inference": inference}))
     roomy = run_training(plan)
-    original, tried = loop.predict, list[int]()
+    tried = list[int]()
 
-    def tight(*arguments: Any) -> Any:
+    def tight(*arguments: Any) -> Prediction:
         tried.append(arguments[-1].window_batch)
         if tried[-1] > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return original(*arguments)
+        return predict(*arguments)
 
-    monkeypatch.setattr(loop, "predict", tight)
-    found = run_training(plan)
+    found = run_training(plan, functions=RunFunctions(predict=tight))
     assert found.dice == pytest.approx(roomy.dice, abs=1e-6)
     assert found.losses == roomy.losses
     assert tried == [4, 2, 1, 1, 1, 1], "two cases after each of two epochs"
 
 
-def test_validation_of_which_not_one_window_fits_ends_the_run(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> Any:
+def test_validation_of_which_not_one_window_fits_ends_the_run(make_plan: Callable[..., TrainingJob]) -> None:
+    def full(*_: Any) -> Prediction:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(loop, "predict", full)
     with pytest.raises(torch.OutOfMemoryError):
-        run_training(make_plan(1, 1))
+        run_training(make_plan(1, 1), functions=RunFunctions(predict=full))
 
 
 def test_run_without_validation_ends_with_the_last_weights(make_plan: Callable[..., TrainingJob]) -> None:
@@ -406,24 +419,20 @@ def _infinite_gradient(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("spoil", [_nan_loss, _infinite_gradient])
 def test_step_without_finite_gradients_changes_nothing_and_the_run_goes_on(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch, spoil: Any
+    make_plan: Callable[..., TrainingJob], spoil: Any
 ) -> None:
-    original = loop.build_loss
-    monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), {2, 5}, spoil))
-    result = run_training(make_plan(2, max_epochs=4))
+    functions = RunFunctions(build_loss=lambda recipe: _Spoiling(build_loss(recipe), {2, 5}, spoil))
+    result = run_training(make_plan(2, max_epochs=4), functions=functions)
     assert len(result.losses) == 8
     assert all(torch.isfinite(value).all() for value in result.weights.values())
     assert math.isnan(result.losses[1]) == (spoil is _nan_loss)
     assert math.isfinite(result.losses[-1])
 
 
-def test_run_whose_gradients_stay_infinite_ends_with_advice(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = loop.build_loss
-    monkeypatch.setattr(loop, "build_loss", lambda recipe: _Spoiling(original(recipe), set(range(99)), _nan_loss))
+def test_run_whose_gradients_stay_infinite_ends_with_advice(make_plan: Callable[..., TrainingJob]) -> None:
+    functions = RunFunctions(build_loss=lambda recipe: _Spoiling(build_loss(recipe), set(range(99)), _nan_loss))
     with pytest.raises(TrainingError, match=r"not finite for 20 steps; lower learning_rate \(0.0001\)"):
-        run_training(make_plan(5, max_epochs=50))
+        run_training(make_plan(5, max_epochs=50), functions=functions)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -484,10 +493,9 @@ def test_unusable_case_ends_the_run_and_names_itself(
     [("cpu", 64, 1, 1), ("cuda", 16, 1, 8), ("cuda", 64, 1, 8), ("cuda", 64, 8, 4), ("cuda", 2, 1, 1)],
 )
 def test_crops_for_a_gpu_are_drawn_by_a_share_of_the_cores(
-    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, processes: int, threads: int
+    device: str, cores: int, processes: int, threads: int
 ) -> None:
-    monkeypatch.setattr(loop.os, "cpu_count", lambda: cores)
-    assert loop.count_loading_threads(torch.device(device), processes) == threads
+    assert count_loading_threads(torch.device(device), processes, cores) == threads
 
 
 def test_plan_without_cases_is_refused() -> None:

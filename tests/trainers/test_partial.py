@@ -16,8 +16,9 @@ from lib.cases.labelled import MISSING, Case, ReadCased
 from lib.cases.metrics import without_missing
 from lib.configs.preset import Training
 from lib.datastore.records import LabelVersion
-from lib.trainers.loop import TrainingJob, TrainingResult, run_training
+from lib.trainers.loop import run_training
 from lib.trainers.optimization import build_loss, leave_out_missing
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.submitted import case_of_version
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_nifti
 

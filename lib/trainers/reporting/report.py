@@ -13,9 +13,9 @@ from lib.cases.metrics import mean_known
 from lib.infers.segmenter import Segmenter
 from lib.storage.json_files import without_nan
 from lib.trainers.judging.evaluate import CaseScore, Evaluation
-from lib.trainers.loop import TrainingResult
 from lib.trainers.reporting.picture import draw_slice
 from lib.trainers.reporting.progress import format_seconds
+from lib.trainers.run.job import TrainingResult
 
 WORST = 3
 POINTS = 400

@@ -20,9 +20,9 @@ from lib.cases.labelled import Case
 from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, judge
-from lib.trainers.loop import TrainingResult, Validation
 from lib.trainers.reporting.picture import contour, draw_slice
 from lib.trainers.reporting.report import as_json, draw_curves, render_html, report_data, thin, worst_cases
+from lib.trainers.run.job import TrainingResult, Validation
 from tests.tiny import tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]

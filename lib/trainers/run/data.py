@@ -1,0 +1,81 @@
+"""Where a training run's crops and validation cases come from."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from monai.data import DataLoader, SmartCacheDataset
+
+from lib.trainers.datasets import build_crops, build_dataset, build_loader
+from lib.trainers.parallel import ResumableSampler
+from lib.trainers.run.job import TrainingJob
+
+# Each holds a case in memory while it draws from it.
+MOST_LOADING_THREADS = 8
+
+
+class TrainingData:
+    """Batches of crops of the training cases.
+
+    Args:
+        job: the cases, and how they are kept and loaded.
+        device: where the network is trained.
+        processes: that train together.
+        cache_bytes: of preprocessed cases that may be kept in memory.
+    """
+
+    def __init__(self, job: TrainingJob, device: torch.device, processes: int, cache_bytes: int) -> None:
+        cases, recipe = job.train_cases, job.preset.training
+        # A GPU changes crops in no time; those of a step would take a tenth of a second of a core.
+        later = device.type == "cuda"
+        self.crops = build_crops(
+            cases, job.preset, job.dataset, job.case_folder, recipe.crops_per_case, cache_bytes, later
+        )
+        if isinstance(self.crops.items, SmartCacheDataset):
+            self.crops.items.start()
+        self._sampler = ResumableSampler(self.crops, recipe.seed)
+        threads = count_loading_threads(device, processes)
+        self.loader = build_loader(
+            self.crops, job.dataloader, min(recipe.batch_size, len(cases)), self._sampler, threads
+        )
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Which crops are drawn follows from the seed and the epoch, so that a resumed run draws the same.
+
+        Args:
+            epoch: from 1.
+            step: of the epoch, where it goes on.
+        """
+        self.crops.epoch = epoch
+        self._sampler.begin(epoch, step * int(self.loader.batch_size or 1))
+
+    def end_epoch(self) -> None:
+        """Let a cache that holds a part of the cases exchange some of them."""
+        if isinstance(self.crops.items, SmartCacheDataset):
+            self.crops.items.update_cache()
+
+    def close(self) -> None:
+        """End the threads that prefetch."""
+        if isinstance(self.crops.items, SmartCacheDataset):
+            self.crops.items.shutdown()
+
+
+def build_validation_loader(job: TrainingJob) -> DataLoader:
+    """The job's validation cases, one by one."""
+    kind = "Dataset" if job.dataset == "Dataset" else "PersistentDataset"
+    dataset = build_dataset(job.validation_cases, job.preset, kind, job.case_folder)
+    return build_loader(dataset, "DataLoader", batch_size=1)
+
+
+def count_loading_threads(device: torch.device, processes: int, cores: int | None = None) -> int:
+    """Threads that prepare cases and draw crops: one beside a CPU that trains, several for a GPU, which is faster.
+
+    Args:
+        device: where the network is trained.
+        processes: that train together.
+        cores: of this machine; counted if not given.
+    """
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST_LOADING_THREADS, (cores or os.cpu_count() or 1) // (2 * processes)))

@@ -1,0 +1,173 @@
+"""Optimisation steps: loss, gradients, clipping, optimiser, schedule and the average of the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.configs.preset import Training
+from lib.errors import TrainingError
+from lib.networks.checkpoint import load_weights
+from lib.networks.layouts import StateDict, strip_wrappers
+from lib.networks.precision import autocast, place_for_training
+from lib.networks.unetr import load_encoder
+from lib.trainers.memory import forward_in_parts
+from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
+from lib.trainers.parallel import gather, loss_scale, rank_and_world_size
+from lib.trainers.plan import StepLadder
+from lib.trainers.run.job import TrainingJob
+from lib.trainers.run.state import RunState, Stateful
+
+logger = logging.getLogger("unetr.train")
+
+MAX_STEPS_WITHOUT_FINITE_GRADIENT = 20
+
+Forward = Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
+LossBuilder = Callable[[Training], nn.Module]
+
+
+class StepTrainer:
+    """Takes optimisation steps.
+
+    Args:
+        network: on the device of the ladder's plan.
+        ladder: how many crops go through the network at a time.
+        recipe: of the run, whose seed makes steps repeat themselves.
+        total_steps: of the run, over which the learning rate falls.
+        dtype: number format of the forward pass.
+        build_loss: makes the loss of a recipe.
+        forward: computes the logits of all crops, so many at a time.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        ladder: StepLadder,
+        recipe: Training,
+        total_steps: int,
+        dtype: torch.dtype,
+        build_loss: LossBuilder = build_loss,
+        forward: Forward = forward_in_parts,
+    ) -> None:
+        self.network, self.ladder = network, ladder
+        self._device, self._dtype, self._recipe = torch.device(ladder.plan.device), dtype, recipe
+        self._trained = _distribute(network, self._device)
+        self._loss, self._forward = build_loss(recipe), forward
+        self._optimizer = build_optimizer(network, recipe)
+        self._schedule = build_schedule(self._optimizer, recipe, total_steps)
+        self._average = build_average(network, recipe)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=dtype is torch.float16)
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """By name, what changes with each step."""
+        return {
+            "network": self.network,
+            "average": self._average,
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+            "scaler": self._scaler,
+        }
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    @property
+    def average(self) -> nn.Module:
+        """The network with averaged weights."""
+        return self._average.module
+
+    def averaged_weights(self) -> StateDict:
+        """A copy of the averaged weights in the host's memory."""
+        state = strip_wrappers(self.average.state_dict())
+        return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    def begin_epoch(self) -> None:
+        """Put the network into training mode."""
+        self._trained.train()
+
+    def take(self, state: RunState, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor) -> float:
+        """One step; returns its loss.
+
+        Args:
+            state: counts steps whose gradients are not finite.
+            image: shape (crops, channels, X, Y, Z).
+            label: shape (crops, 1, X, Y, Z), values of the preset.
+            missing: shape (crops, labels), true where a label is unknown.
+
+        Raises:
+            TrainingError: when the gradients stay infinite or NaN.
+        """
+        rank = rank_and_world_size()[0]
+        torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # dropout repeats itself, too
+        image = image.to(memory_format=torch.channels_last_3d)
+        loss, norm = self._compute_gradients(image, label, missing, self._dtype)
+        if self._dtype is torch.bfloat16 and not torch.isfinite(norm):
+            logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", state.step + 1)
+            loss, norm = self._compute_gradients(image, label, missing, torch.float32)
+        # The norm and not the loss: a finite loss can have infinite gradients, and all processes see the same norm, so
+        # that they decide alike.
+        if torch.isfinite(norm):
+            self._scaler.step(self._optimizer)
+            self._schedule.step()
+            self._average.update_parameters(self.network)
+            state.bad_steps = 0
+        else:
+            self._count_bad_step(state)
+        self._scaler.update()
+        return float(loss.detach())
+
+    def _compute_gradients(
+        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clipped gradients of a step; returns its loss and the norm before clipping."""
+        loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once, dtype))
+        self._scaler.unscale_(self._optimizer)
+        return loss, nn.utils.clip_grad_norm_(self.network.parameters(), self._recipe.gradient_clip_norm)
+
+    def _backward(
+        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, at_once: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Gradients of the loss over all crops, of which ``at_once`` go through the network at a time."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with autocast(self._device, dtype):
+            logits = self._forward(self._trained, image, at_once)
+        shown, target = leave_out_missing(logits.float(), label.float(), missing)
+        loss: torch.Tensor = self._loss(gather(shown), gather(target))
+        self._scaler.scale(loss * loss_scale()).backward()
+        return loss
+
+    def _count_bad_step(self, state: RunState) -> None:
+        """Gradients that are not finite change nothing; too many such steps in a row end the run."""
+        state.bad_steps += 1
+        if state.bad_steps >= MAX_STEPS_WITHOUT_FINITE_GRADIENT:
+            raise TrainingError(
+                f"the gradients were not finite for {state.bad_steps} steps; lower learning_rate "
+                f"({self._recipe.learning_rate:g}) or set precision to fp32"
+            )
+
+
+def build_network(job: TrainingJob, device: torch.device, checkpointing: bool) -> nn.Module:
+    """The job's network with the weights that it starts from, on the device."""
+    network = job.build(job.preset, checkpointing)
+    if job.encoder is not None:
+        load_encoder(network, job.encoder)
+    if job.start is not None:
+        load_weights(network, job.start)
+    place_for_training(network, device)
+    return network
+
+
+def _distribute(network: nn.Module, device: torch.device) -> nn.Module:
+    """Average gradients over processes, where there are several."""
+    if rank_and_world_size()[1] == 1:
+        return network
+    ids = [device.index] if device.type == "cuda" else None
+    # MONAI's transformer blocks hold a norm for cross-attention that no forward pass uses.
+    return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
