@@ -64,6 +64,30 @@ class UnetrRadiologyApp(MONAILabelApp):
             version="0.1.0",
         )
 
+    @property
+    def models(self) -> Mapping[str, InferTask]:
+        """Inference tasks by name, those that take clicks among them."""
+        tasks: Mapping[str, InferTask] = self._infers
+        return tasks
+
+    @property
+    def trainers(self) -> Mapping[str, TrainTask]:
+        """Training tasks by name of the model."""
+        tasks: Mapping[str, TrainTask] = self._trainers
+        return tasks
+
+    @property
+    def strategies(self) -> Mapping[str, Strategy]:
+        """Ways to choose the next case, by name."""
+        strategies: Mapping[str, Strategy] = self._strategies
+        return strategies
+
+    @property
+    def scoring_methods(self) -> Mapping[str, ScoringMethod]:
+        """What is computed of all images in the background, by name."""
+        methods: Mapping[str, ScoringMethod] = self._scoring_methods
+        return methods
+
     def init_datastore(self) -> Datastore:
         """Files and DICOM series side by side, of a folder or a DICOMweb server, with a history of their labels."""
         presets, roots = list(self.presets.values()), self.settings.image_roots

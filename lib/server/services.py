@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 from fastapi import Depends, Request
@@ -27,6 +27,7 @@ from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_image_known, find_image
 from lib.server.http.tokens import WatchedTokens
+from lib.server.tasks import TasksByName, infer_tasks, segmentation_tasks, train_tasks
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
@@ -82,7 +83,7 @@ class Services:
             changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
 
         pause = Pause()
-        folders = {name: task.runs for name, task in instance._trainers.items()}
+        folders = {name: task.runs for name, task in instance.trainers.items()}
         journal = Journal(folders, str(instance.studies))
         jobs = Jobs(
             on_end,
@@ -93,7 +94,7 @@ class Services:
         )
         inferences = InferenceQueue(settings.queue_size, lambda busy: jobs.hold("scoring", busy), pause)
         prefetcher = Prefetcher(
-            lambda model: _known(automatic_tasks(instance._infers), "model", model),
+            segmentation_tasks(instance.models).find,
             lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
             inferences,
             metrics,
@@ -142,6 +143,16 @@ class Services:
         presets: Mapping[str, Preset] = self.instance.presets
         return presets
 
+    @property
+    def segmentation_tasks(self) -> TasksByName[UnetrInferTask]:
+        """The inference tasks that segment by themselves."""
+        return segmentation_tasks(self.instance.models)
+
+    @property
+    def train_tasks(self) -> TasksByName[UnetrTrainTask]:
+        """The training task of each model."""
+        return train_tasks(self.instance.trainers)
+
     def on_label_saved(self, version: LabelVersion) -> None:
         """Tell everybody who asked to hear of saved labels; what goes wrong there does not undo the save."""
         for hook in self.label_hooks:
@@ -156,8 +167,7 @@ class Services:
         Raises:
             NotFoundError: with the known ones.
         """
-        task: UnetrInferTask = _known(self.instance._infers, "model", model)
-        return task
+        return infer_tasks(self.instance.models).find(model)
 
     def segmentation_task(self, model: str) -> UnetrInferTask:
         """The inference task of that name that segments by itself, with weights: none that takes clicks.
@@ -165,8 +175,7 @@ class Services:
         Raises:
             NotFoundError: with the known ones.
         """
-        task: UnetrInferTask = _known(automatic_tasks(self.instance._infers), "model", model)
-        return task
+        return self.segmentation_tasks.find(model)
 
     def train_task(self, model: str) -> UnetrTrainTask:
         """The training task of that name.
@@ -174,8 +183,7 @@ class Services:
         Raises:
             NotFoundError: with the known ones.
         """
-        task: UnetrTrainTask = _known(self.instance._trainers, "model to train", model)
-        return task
+        return self.train_tasks.find(model)
 
     def check_image(self, image_id: str) -> str:
         """The id of an image of the studies; a file may also be named by the UIDs of the series that presents it.
@@ -209,17 +217,6 @@ def get_services(request: Request) -> Services:
 
 
 Parts = Annotated[Services, Depends(get_services)]
-
-
-def automatic_tasks(tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that need no prompts."""
-    return {name: task for name, task in tasks.items() if not getattr(task, "takes_prompts", False)}
-
-
-def _known(tasks: dict[str, Any], kind: str, name: str) -> Any:
-    if name not in tasks:
-        raise NotFoundError(kind, name[:200], list(tasks))
-    return tasks[name]
 
 
 def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import jwt
 from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from monailabel.config import settings as stock_settings
 from monailabel.endpoints.user.auth import get_public_key
 
@@ -29,6 +30,14 @@ logger = logging.getLogger("unetr.server")
 COOKIE = "unetr_token"
 # A key that signs must never be read as a shared secret, so the symmetric algorithms are not among these.
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
+
+# Names the scheme in the API's description, so that /docs can send a token. It does not refuse by itself: without a
+# token file everybody may come in, and a browser's token is in a cookie.
+BEARER = HTTPBearer(
+    scheme_name="token",
+    description="A token of the token file, or of the OpenID provider. A server without either asks for none.",
+    auto_error=False,
+)
 
 
 class Role(IntEnum):
@@ -144,7 +153,13 @@ def _highest_role(claimed: list[str], name: str) -> Role:
     return max(roles)
 
 
-def current_user(request: Request) -> User:
+def get_authenticator(request: Request) -> Authenticator:
+    """The dependency of whatever lets clients in."""
+    authenticator: Authenticator = request.app.state.services.authenticator
+    return authenticator
+
+
+def current_user(request: Request, authenticator: Authenticator) -> User:
     """The request's user, found once a request.
 
     Raises:
@@ -152,7 +167,6 @@ def current_user(request: Request) -> User:
     """
     user: User | None = request.scope.get("unetr.user")
     if user is None:
-        authenticator: Authenticator = request.app.state.services.authenticator
         header, kept = request.headers.get("authorization"), request.cookies.get(COOKIE)
         user = authenticator.identify(header or (f"Bearer {kept}" if kept else None))
         if not authenticator.enabled:
@@ -161,11 +175,15 @@ def current_user(request: Request) -> User:
     return user
 
 
-def at_least(role: Role) -> Callable[[Request], User]:
+AuthenticatorDep = Annotated[Authenticator, Depends(get_authenticator)]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+
+
+def at_least(role: Role) -> Callable[..., User]:
     """A dependency that lets users of ``role`` and above in."""
 
-    def check(request: Request) -> User:
-        user = current_user(request)
+    def check(request: Request, authenticator: AuthenticatorDep, _: Credentials) -> User:
+        user = current_user(request, authenticator)
         if user.role < role:
             message = f"this needs the role {role.name.lower()}; {user.name!r} is {user.role.name.lower()}"
             raise ForbiddenError(message)

@@ -154,7 +154,7 @@ def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
     Models for images of another modality are not offered.
     """
     offered = models_for(parts, [modality_of(parts, image)])
-    ready = [name for name in offered if name in parts.instance._infers and parts.infer_task(name).is_valid()]
+    ready = [name for name in offered if name in parts.instance.models and parts.infer_task(name).is_valid()]
     wanted = version.preset if version is not None else ""
     return wanted if wanted in ready else next(iter(sorted(ready)), "")
 

@@ -67,7 +67,7 @@ def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, s
         policy: what the retrain policy thinks of each model, in words.
         notices: what whoever presses Train should know, by model.
     """
-    models = tuple(sorted(parts.instance._trainers))
+    models = tuple(sorted(parts.instance.trainers))
     jobs = parts.jobs.of("train")
     job = parts.jobs.current("train") or (jobs[-1] if jobs else None)
     if job is None:
@@ -91,7 +91,7 @@ def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, s
 def run_folder(parts: Services, job: Job) -> Path | None:
     """Where a training writes how far it is."""
     model = str(job.request.get("model", ""))
-    if model not in parts.instance._trainers:
+    if model not in parts.instance.trainers:
         return None
     return parts.train_task(model).runs / job.id
 

@@ -88,7 +88,7 @@ class ModelView:
 
 def models_view(parts: Services) -> list[ModelView]:
     """Every model that is served or can be trained."""
-    return [model_view(parts, name) for name in sorted(parts.instance._trainers)]
+    return [model_view(parts, name) for name in sorted(parts.instance.trainers)]
 
 
 def model_view(parts: Services, name: str) -> ModelView:

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from lib.errors import NotFoundError
+from lib.server.dependencies import ChangesDep
 from lib.server.http.auth import User
 from lib.server.pages.drawing import draw, environment
 from lib.server.pages.job_view import job_view
@@ -49,11 +51,12 @@ def overview(request: Request, parts: Parts, policy: Policy, user: PageUser) -> 
     return draw(request, "overview.html", user, **{name: view(parts, user, policy) for name, view in VIEWS.items()})
 
 
-@router.get("/page/events")
-async def events(parts: Parts, user: PageUser) -> StreamingResponse:
+@router.get("/page/events", response_class=EventSourceResponse)
+async def events(changes: ChangesDep, user: PageUser) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events ``changed``, each a list of the parts that have."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(tell(parts), media_type="text/event-stream", headers=headers)
+    yield ServerSentEvent(comment="listening")
+    async for topics in changes.listen():
+        yield ServerSentEvent(raw_data=json.dumps(topics), event="changed")
 
 
 @router.get("/page/{section}")
@@ -62,10 +65,3 @@ def part(request: Request, parts: Parts, policy: Policy, user: PageUser, section
     if section not in VIEWS:
         raise NotFoundError("part of the page", section[:200], list(VIEWS))
     return draw(request, f"{section}.html", user, **{section: VIEWS[section](parts, user, policy)})
-
-
-async def tell(parts: Services) -> AsyncIterator[str]:
-    """The stream's text (WHATWG HTML, server-sent events)."""
-    yield ": listening\n\n"
-    async for topics in parts.changes.listen():
-        yield f"event: changed\ndata: {json.dumps(topics)}\n\n"

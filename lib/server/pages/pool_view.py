@@ -153,7 +153,7 @@ def next_view(parts: Services) -> NextView:
     leases = parts.store.leases
     try:
         closed = leases.active().keys() | leases.skipped().keys() | left_out(parts, next(iter(parts.presets))).keys()
-        chosen = parts.instance._strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
+        chosen = parts.instance.strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
     except UnetrError as error:
         logger.info("the page cannot say what comes next: %s", error)
         chosen = None
@@ -206,4 +206,4 @@ def clock(seconds: float) -> str:
 
 
 def _stamp(parts: Services, model: str) -> str:
-    return parts.train_task(model).serving()[0] if model in parts.instance._trainers else ""
+    return parts.train_task(model).serving()[0] if model in parts.instance.trainers else ""

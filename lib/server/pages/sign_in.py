@@ -8,10 +8,9 @@ from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from lib.server.http.auth import COOKIE, User, current_user
+from lib.server.http.auth import COOKIE, AuthenticatorDep, User, current_user
 from lib.server.http.errors import UnauthorizedError
 from lib.server.pages.drawing import base_of, draw
-from lib.server.services import Parts
 
 router = APIRouter(prefix="/page", include_in_schema=False)
 
@@ -26,10 +25,12 @@ def login_page(request: Request) -> HTMLResponse:
 
 
 @router.post("/login")
-def login(request: Request, parts: Parts, token: Annotated[str, Form(max_length=LONGEST_TOKEN)]) -> Response:
+def login(
+    request: Request, authenticator: AuthenticatorDep, token: Annotated[str, Form(max_length=LONGEST_TOKEN)]
+) -> Response:
     """Keep a valid token in a cookie and go to the first page."""
     try:
-        parts.authenticator.identify_token(token.strip())
+        authenticator.identify_token(token.strip())
     except UnauthorizedError:
         page = draw(request, "login.html", None, refused=True)
         page.status_code = 401
@@ -50,14 +51,14 @@ def logout(request: Request) -> RedirectResponse:
     return answer
 
 
-def page_user(request: Request) -> User:
+def page_user(request: Request, authenticator: AuthenticatorDep) -> User:
     """Who looks at a page; whoever is not known is sent to the sign-in.
 
     Raises:
         HTTPException: 303, to the sign-in.
     """
     try:
-        return current_user(request)
+        return current_user(request, authenticator)
     except UnauthorizedError as error:
         raise HTTPException(303, "sign in first", {"Location": f"{base_of(request)}/page/login"}) from error
 

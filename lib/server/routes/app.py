@@ -96,7 +96,7 @@ def next_sample(
 ) -> dict[str, Any]:
     """The chosen image and what is known of it; an empty object when everything is labelled."""
     check_fields(NextSampleRequest, params)
-    known = list(parts.instance._strategies)
+    known = list(parts.instance.strategies)
     if strategy not in known:
         raise NotFoundError("strategy", strategy[:200], known)
     if not parts.datastore.list_images():
@@ -162,7 +162,7 @@ def choose_for_model(
     Returns:
         The choice and its lease; None when no case is left for this model.
     """
-    strategy, leases, model = parts.instance._strategies[request["strategy"]], parts.store.leases, request["model"]
+    strategy, leases, model = parts.instance.strategies[request["strategy"]], parts.store.leases, request["model"]
     taken: set[str] = set()
     unfit = 0
     while not several or unfit < MOST_UNFIT_IN_A_ROW:

@@ -10,31 +10,32 @@ from fastapi import APIRouter, Form
 from monailabel.config import settings as stock_settings
 from monailabel.endpoints.user.auth import token_uri
 
-from lib.server.http.auth import AsUser, Authenticator
+from lib.server.http.auth import AsUser, Authenticator, AuthenticatorDep
 from lib.server.http.errors import UnauthorizedError
-from lib.server.services import Parts
 
 router = APIRouter(prefix="/auth", tags=["Auth"])
 
 
 @router.get("/", summary="Whether clients need a token")
-def enabled(parts: Parts) -> dict[str, Any]:
+def enabled(authenticator: AuthenticatorDep) -> dict[str, Any]:
     """Open to everybody: it is what clients ask before they have a token."""
     return {
-        "enabled": parts.authenticator.enabled,
+        "enabled": authenticator.enabled,
         "client_id": stock_settings.MONAI_LABEL_AUTH_CLIENT_ID,
-        "realm": stock_settings.MONAI_LABEL_AUTH_REALM_URI if parts.authenticator.openid else None,
+        "realm": stock_settings.MONAI_LABEL_AUTH_REALM_URI if authenticator.openid else None,
     }
 
 
 @router.post("/token", summary="Exchange user name and password for a token")
-def token(parts: Parts, username: Annotated[str, Form()], password: Annotated[str, Form()]) -> dict[str, Any]:
+def token(
+    authenticator: AuthenticatorDep, username: Annotated[str, Form()], password: Annotated[str, Form()]
+) -> dict[str, Any]:
     """With a token file, the password is the token; otherwise the OpenID provider decides."""
-    if not parts.authenticator.enabled:
+    if not authenticator.enabled:
         return {"access_token": None, "token_type": None}
-    if is_token_of(parts.authenticator, username, password):
+    if is_token_of(authenticator, username, password):
         return {"access_token": password, "token_type": "bearer"}
-    if not parts.authenticator.openid:
+    if not authenticator.openid:
         raise UnauthorizedError("user name and token do not go together")
     return ask_provider(username, password)
 

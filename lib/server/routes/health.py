@@ -15,7 +15,7 @@ from lib.datastore.series import SeriesDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import MIB
-from lib.server.services import Parts, Services, automatic_tasks
+from lib.server.services import Parts, Services
 
 router = APIRouter(tags=["Health"])
 
@@ -49,7 +49,7 @@ def metrics(parts: Parts, user: AsUser) -> Response:
 def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
     """The version of each model's weights, and a sentence for those that cannot be used. They stay loaded."""
     versions, problems = {}, []
-    for name in automatic_tasks(parts.instance._infers):
+    for name in parts.segmentation_tasks:
         try:
             versions[name] = parts.infer_task(name).load()["version"]
         except ModelNotReadyError:
@@ -62,7 +62,7 @@ def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
 
 def weights_warnings(parts: Services) -> list[str]:
     """A sentence for each model that is served by another version than its live one."""
-    states = {name: parts.train_task(name).serving() for name in parts.instance._trainers}
+    states = {name: parts.train_task(name).serving() for name in parts.instance.trainers}
     return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
 
 

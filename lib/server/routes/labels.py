@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse
 
 from lib.errors import NotFoundError
+from lib.server.dependencies import CheckImageDep, HistoryDep
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.http.names import check_tag
 from lib.server.http.parameters import JSON_BODY, json_body
@@ -19,34 +20,36 @@ router = APIRouter(prefix="/datastore", tags=["Datastore"])
 
 
 @router.get("/label/versions", summary="All versions of an image's label")
-def list_versions(parts: Parts, user: AsUser, image: str, tag: str = "") -> list[dict[str, Any]]:
+def list_versions(
+    check_image: CheckImageDep, history: HistoryDep, user: AsUser, image: str, tag: str = ""
+) -> list[dict[str, Any]]:
     """Who saved what when, from which prediction; the newest first."""
-    image = parts.check_image(image)
-    return [version.describe() for version in reversed(parts.store.history.versions(image, check_tag(tag)))]
+    image = check_image(image)
+    return [version.describe() for version in reversed(history.versions(image, check_tag(tag)))]
 
 
 @router.get("/label/versions/{version}", summary="A version's mask", response_class=FileResponse)
-def get_version(parts: Parts, user: AsUser, version: str) -> FileResponse:
+def get_version(history: HistoryDep, user: AsUser, version: str) -> FileResponse:
     """Download the mask, whether it is the newest or not."""
-    found = parts.store.history.get(version)
+    found = history.get(version)
     if not found.file.is_file():
         raise NotFoundError("file of version", version[:200])
     return send_file(found.file)
 
 
 @router.get("/label/versions/{version}/sent", summary="A version's file as it was sent", response_class=FileResponse)
-def get_sent_file(parts: Parts, user: AsUser, version: str) -> FileResponse:
+def get_sent_file(history: HistoryDep, user: AsUser, version: str) -> FileResponse:
     """Download what the client sent, before it was mapped, turned or packed anew."""
-    file = parts.store.history.sent(parts.store.history.get(version))
+    file = history.sent(history.get(version))
     if not file.is_file():
         raise NotFoundError("sent file of version", version[:200])
     return send_file(file)
 
 
 @router.get("/label/versions/{version}/info", summary="What is known of a version")
-def get_version_info(parts: Parts, user: AsUser, version: str) -> dict[str, Any]:
+def get_version_info(history: HistoryDep, user: AsUser, version: str) -> dict[str, Any]:
     """Its record."""
-    return parts.store.history.get(version).describe()
+    return history.get(version).describe()
 
 
 @router.post("/label/versions/{version}/restore", summary="Make a version the newest again", openapi_extra=JSON_BODY)
@@ -58,15 +61,15 @@ def restore_version(
 
 
 @router.get("/quarantine", summary="Labels that were refused, with the reasons")
-def list_quarantine(parts: Parts, user: AsReviewer) -> list[dict[str, Any]]:
+def list_quarantine(history: HistoryDep, user: AsReviewer) -> list[dict[str, Any]]:
     """The newest first."""
-    return [refused.describe() for refused in parts.store.history.quarantine.all()]
+    return [refused.describe() for refused in history.quarantine.all()]
 
 
 @router.get("/quarantine/{name}", summary="A refused label's file", response_class=FileResponse)
-def get_quarantined(parts: Parts, user: AsReviewer, name: str) -> FileResponse:
+def get_quarantined(history: HistoryDep, user: AsReviewer, name: str) -> FileResponse:
     """Its bytes, as they came."""
-    refused = parts.store.history.quarantine.get(name)
+    refused = history.quarantine.get(name)
     if not refused.file.is_file():
         raise NotFoundError("file of quarantined label", name)
     return FileResponse(refused.file, media_type="application/octet-stream", filename=refused.file.name)

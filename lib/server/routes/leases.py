@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from lib.errors import NotFoundError, ParameterError
+from lib.server.dependencies import CheckImageDep, LeasesDep
 from lib.server.http.auth import AsAnnotator, AsUser, Role
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.parameters import JSON_BODY, json_body
-from lib.server.services import Parts
 
 router = APIRouter(prefix="/leases", tags=["ActiveLearning"])
 
@@ -18,42 +18,46 @@ LONGEST_REASON = 500
 
 
 @router.get("/", summary="Cases in clients' hands, and cases that are skipped")
-def list_leases(parts: Parts, user: AsUser) -> dict[str, Any]:
+def list_leases(leases: LeasesDep, user: AsUser) -> dict[str, Any]:
     """By image; times in seconds since 1970."""
-    leases, skips = parts.store.leases.active(), parts.store.leases.skipped()
+    active, skipped = leases.active(), leases.skipped()
     return {
-        "leases": {image: lease.describe() for image, lease in leases.items()},
-        "skipped": {image: skip.describe() for image, skip in skips.items()},
+        "leases": {image: lease.describe() for image, lease in active.items()},
+        "skipped": {image: skip.describe() for image, skip in skipped.items()},
     }
 
 
 @router.delete("/", summary="Give a case back")
-def give_back(parts: Parts, user: AsAnnotator, image: str, client_id: str = "") -> dict[str, Any]:
+def give_back(leases: LeasesDep, user: AsAnnotator, image: str, client_id: str = "") -> dict[str, Any]:
     """End a lease: one's own; a reviewer anybody's."""
-    lease = parts.store.leases.active().get(image)
+    lease = leases.active().get(image)
     if lease is None:
         raise NotFoundError("lease of image", image[:200])
     if lease.client != user.client(client_id) and user.role < Role.REVIEWER:
         raise ForbiddenError(f"the lease of {image!r} is another client's; a reviewer can end it")
-    parts.store.leases.release(image)
+    leases.release(image)
     return lease.describe()
 
 
 @router.put("/skipped", summary="Have a case not handed out any more", openapi_extra=JSON_BODY)
 def skip(
-    parts: Parts, user: AsAnnotator, image: str, params: Annotated[dict[str, Any], Depends(json_body)]
+    check_image: CheckImageDep,
+    leases: LeasesDep,
+    user: AsAnnotator,
+    image: str,
+    params: Annotated[dict[str, Any], Depends(json_body)],
 ) -> dict[str, Any]:
     """Skip a case, with a ``reason`` for whoever looks at it next; its lease ends."""
-    image = parts.check_image(image)
+    image = check_image(image)
     reason = params.get("reason")
     if not isinstance(reason, str) or not 1 <= len(reason.strip()) <= LONGEST_REASON:
         raise ParameterError("reason", str(reason)[:100], f"1 to {LONGEST_REASON} letters on why")
     client = user.client(params.get("client_id"))
-    return parts.store.leases.skip(image, client, reason.strip()).describe()
+    return leases.skip(image, client, reason.strip()).describe()
 
 
 @router.delete("/skipped", summary="Have a skipped case handed out again")
-def unskip(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
+def unskip(leases: LeasesDep, user: AsAnnotator, image: str) -> dict[str, Any]:
     """Take a skip back."""
-    parts.store.leases.unskip(image)
+    leases.unskip(image)
     return {}

@@ -15,14 +15,17 @@ from fastapi.responses import FileResponse
 
 from lib.errors import CheckpointError, InputError, NotFoundError, TrainingError, UnetrError
 from lib.infers.segmenter import Segmenter
+from lib.infers.task import UnetrInferTask
 from lib.models.provenance import code_version
 from lib.models.versions import Version, VersionStore
 from lib.models.weights import preset_for, read_live
 from lib.networks.checkpoint import check_finite, read_checkpoint
+from lib.server.dependencies import ModelInfoDep, SegmentationTasksDep, TrainTasksDep
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
 from lib.server.services import Parts, Services
+from lib.server.tasks import TasksByName
 from lib.transforms.volume import Volume, read_volume
 
 logger = logging.getLogger("unetr.server")
@@ -33,58 +36,59 @@ router = APIRouter(prefix="/model", tags=["Model"])
 
 
 @router.get("/{model}", summary="Download the weights in use", response_class=FileResponse)
-def download(parts: Parts, user: AsAdmin, model: str) -> FileResponse:
+def download(models: SegmentationTasksDep, user: AsAdmin, model: str) -> FileResponse:
     """The weights that are served now."""
-    path = current_weights(parts, model)
+    path = current_weights(models, model)
     return FileResponse(path, media_type="application/octet-stream", filename=f"{model}{path.suffix}")
 
 
 @router.get("/info/{model}", summary="Checksum and figures of the weights in use")
-def describe(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
+def describe(models: SegmentationTasksDep, model_info: ModelInfoDep, user: AsAdmin, model: str) -> dict[str, Any]:
     """SHA-256, time of change, figures of the last training."""
-    current_weights(parts, model)
-    info: dict[str, Any] = parts.instance.model_info(model)
-    return info
+    current_weights(models, model)
+    return model_info(model)
 
 
 @router.get("/versions/{model}", summary="All versions, and which one is live")
-def versions(parts: Parts, user: AsUser, model: str) -> dict[str, Any]:
+def versions(trainers: TrainTasksDep, user: AsUser, model: str) -> dict[str, Any]:
     """Name, status, time, parent, reason and scores of each version, the oldest first.
 
     ``live`` is the version that was published or chosen last, ``serving`` what is served: another one where the live
     one is damaged, which ``problem`` says.
     """
-    task = parts.train_task(model)
+    task = trainers.find(model)
     serving, problem = task.serving()
     listed = [summarize(version) for version in task.versions.list()]
     return {"live": live_name(task.versions), "serving": serving or None, "problem": problem, "versions": listed}
 
 
 @router.get("/versions/{model}/{version}", summary="All that is known of a version")
-def version_details(parts: Parts, user: AsUser, model: str, version: str) -> dict[str, Any]:
+def version_details(trainers: TrainTasksDep, user: AsUser, model: str, version: str) -> dict[str, Any]:
     """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
-    found = parts.train_task(model).versions.get(version)
+    found = trainers.find(model).versions.get(version)
     damaged = {"reason": found.damage} if found.damage else {}
     return {"version": found.name} | dict(found.details) | {"status": found.status} | damaged
 
 
 @router.get("/versions/{model}/{version}/report", summary="A version's report", response_class=FileResponse)
-def version_report(parts: Parts, user: AsUser, model: str, version: str) -> FileResponse:
+def version_report(trainers: TrainTasksDep, user: AsUser, model: str, version: str) -> FileResponse:
     """One HTML page: curves, scores, comparison, worst cases, data; for versions that a training made."""
-    file = parts.train_task(model).versions.get(version).report
+    file = trainers.find(model).versions.get(version).report
     if file is None:
         raise NotFoundError("report of version", version[:200])
     return FileResponse(file, media_type="text/html")
 
 
 @router.post("/rollback/{model}", summary="Serve another version again")
-def rollback(parts: Parts, user: AsAdmin, model: str, version: str = "", rejected: bool = False) -> dict[str, Any]:
+def rollback(
+    trainers: TrainTasksDep, user: AsAdmin, model: str, version: str = "", rejected: bool = False
+) -> dict[str, Any]:
     """Serve the version that is named, or else the one that was served before the live one.
 
     The next inference takes it; nothing is removed. With ``rejected``, also one that the gate rejected: whoever asks
     answers for it.
     """
-    store = parts.train_task(model).versions
+    store = trainers.find(model).versions
     live = store.rollback(version, rejected, user.name).name if version else store.withdraw()
     against = " against the gate" if version and store.get(version).status == "rejected" else ""
     logger.info("%s rolled back to %s by %s%s", model, live or "what it starts with", user.name, against)
@@ -92,13 +96,13 @@ def rollback(parts: Parts, user: AsAdmin, model: str, version: str = "", rejecte
 
 
 @router.post("/versions/{model}/{version}/serve", summary="Serve a version that nothing has judged")
-def serve_unproven(parts: Parts, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
+def serve_unproven(trainers: TrainTasksDep, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
     """Serve an ``unproven`` version from the next inference on: a reviewer answers for it in the gate's place.
 
     Raises:
         TrainingError: for a version of another status, which is an administrator's to serve.
     """
-    store = parts.train_task(model).versions
+    store = trainers.find(model).versions
     status = store.get(version).status
     if status != "unproven":
         raise TrainingError(
@@ -118,15 +122,15 @@ async def upload(parts: Parts, user: AsAdmin, model: str, file: Annotated[Upload
 
 
 @router.delete("/{model}", summary="Take the published weights out of use")
-def withdraw(parts: Parts, user: AsAdmin, model: str) -> dict[str, Any]:
+def withdraw(models: SegmentationTasksDep, trainers: TrainTasksDep, user: AsAdmin, model: str) -> dict[str, Any]:
     """Serve again what was served before the live version, which is kept.
 
     Raises:
         ForbiddenError: when the weights in use come with the project.
     """
-    current_weights(parts, model)
+    current_weights(models, model)
     try:
-        parts.train_task(model).versions.withdraw()
+        trainers.find(model).versions.withdraw()
     except TrainingError as error:
         raise ForbiddenError(f"model {model!r}: {error}") from error
     logger.info("published weights of %s withdrawn by %s", model, user.name)
@@ -152,13 +156,13 @@ def summarize(version: Version) -> dict[str, Any]:
     return told | {"never_compared": not version.compared} | said | damaged
 
 
-def current_weights(parts: Services, model: str) -> Path:
+def current_weights(models: TasksByName[UnetrInferTask], model: str) -> Path:
     """The file of weights that is served now.
 
     Raises:
         NotFoundError: when there is no such model, or it has none.
     """
-    path = parts.segmentation_task(model).get_path()
+    path = models.find(model).get_path()
     if path is None:
         raise NotFoundError("weights of", model)
     return Path(path)

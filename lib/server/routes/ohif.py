@@ -10,7 +10,7 @@ from monailabel.utils.others.generic import get_mime_type
 
 from lib.datastore.series import SeriesDatastore
 from lib.errors import NotFoundError
-from lib.server.http.auth import AsUser
+from lib.server.http.auth import AsUser, AuthenticatorDep
 from lib.server.labels.segmentations import series_store
 from lib.server.pages.drawing import base_of
 from lib.server.pages.sign_in import page_user
@@ -49,7 +49,7 @@ def last_handed_out(store: SeriesDatastore, image: str) -> float:
 
 
 @router.get("/{path:path}", include_in_schema=False)
-def viewer(request: Request, path: str) -> Response:
+def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -> Response:
     """A file of the viewer; its own addresses, which are no files, all begin with its first page.
 
     Whoever is not known is sent from there to the sign-in: the viewer itself asks for no token, and its requests carry
@@ -62,7 +62,7 @@ def viewer(request: Request, path: str) -> Response:
     if not file.is_file():
         raise NotFoundError("viewer file", path[:200])
     if file.name == "index.html":
-        page_user(request)
+        page_user(request, authenticator)
     content = adapted(file, base_of(request))
     if content is None:
         return FileResponse(file, media_type=get_mime_type(str(file)))

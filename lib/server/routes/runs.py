@@ -14,11 +14,13 @@ from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from lib.errors import NotFoundError
+from lib.server.dependencies import TrainTasksDep
 from lib.server.http.auth import AsReviewer, AsUser
-from lib.server.services import Parts, Services
+from lib.server.tasks import TasksByName
 from lib.server.work.retraining import Retrainer
 from lib.trainers.reporting.progress import PROGRESS_FILE
 from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json
+from lib.trainers.task import UnetrTrainTask
 
 runs_router = APIRouter(prefix="/runs", tags=["Train"])
 retrain_router = APIRouter(prefix="/retrain", tags=["Train"])
@@ -39,9 +41,9 @@ def get_retrainer(request: Request) -> Retrainer:
 Policy = Annotated[Retrainer, Depends(get_retrainer)]
 
 
-def get_run(parts: Parts, user: AsUser, model: str, run: str) -> Path:
+def get_run(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> Path:
     """The dependency of a stream on a run: once it has begun to answer, it cannot refuse any more."""
-    return find_run(parts, model, run)
+    return find_run(trainers, model, run)
 
 
 KnownRun = Annotated[Path, Depends(get_run)]
@@ -54,22 +56,22 @@ def retraining(policy: Policy, user: AsUser) -> dict[str, Any]:
 
 
 @retrain_router.post("/{model}", summary="Retrain now")
-def retrain(parts: Parts, policy: Policy, user: AsReviewer, model: str) -> dict[str, Any]:
+def retrain(trainers: TrainTasksDep, policy: Policy, user: AsReviewer, model: str) -> dict[str, Any]:
     """Start a run of the policy's recipe now; 409 when a training runs already."""
-    parts.train_task(model)
+    trainers.find(model)
     return policy.train_now(model, user.name)
 
 
 @runs_router.get("/{model}", summary="All runs of a model that are kept")
-def runs(parts: Parts, user: AsUser, model: str) -> list[dict[str, Any]]:
+def runs(trainers: TrainTasksDep, user: AsUser, model: str) -> list[dict[str, Any]]:
     """Each run's state, the oldest first."""
-    return [describe(run) for run in list_runs(parts.train_task(model).runs)]
+    return [describe(run) for run in list_runs(trainers.find(model).runs)]
 
 
 @runs_router.get("/{model}/{run}", summary="A run's state and progress")
-def run_state(parts: Parts, user: AsUser, model: str, run: str) -> dict[str, Any]:
+def run_state(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> dict[str, Any]:
     """Status, reason, epoch, step, loss, Dice by label so far, seconds left, memory, and the version that it made."""
-    return describe(find_run(parts, model, run))
+    return describe(find_run(trainers, model, run))
 
 
 @runs_router.get("/{model}/{run}/events", summary="A run's progress as it happens", response_class=EventSourceResponse)
@@ -77,11 +79,11 @@ async def run_events(folder: KnownRun, user: AsUser) -> AsyncIterator[ServerSent
     """Server-sent events: ``progress`` whenever something has changed, ``end`` when the run has ended."""
     last, stop = "", time.monotonic() + LONGEST_STREAM_SECONDS
     while True:
-        said = await anyio.to_thread.run_sync(describe, folder)
-        ended, text = said["status"] not in OPEN, json.dumps(said)
+        state = await anyio.to_thread.run_sync(describe, folder)
+        ended, text = state["status"] not in OPEN, json.dumps(state)
         if text != last:
             event = "end" if ended else "progress"
-            yield ServerSentEvent(data=said, event=event, retry=MILLISECONDS_TO_COME_AGAIN)
+            yield ServerSentEvent(data=state, event=event, retry=MILLISECONDS_TO_COME_AGAIN)
         last = text
         if ended or time.monotonic() > stop:
             return
@@ -89,36 +91,36 @@ async def run_events(folder: KnownRun, user: AsUser) -> AsyncIterator[ServerSent
 
 
 @runs_router.get("/{model}/{run}/report", summary="A run's report", response_class=FileResponse)
-def report(parts: Parts, user: AsUser, model: str, run: str) -> FileResponse:
+def report(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> FileResponse:
     """One HTML page: curves, scores, comparison, worst cases, data."""
-    return FileResponse(report_file(parts, model, run, "report.html"), media_type="text/html")
+    return FileResponse(report_file(trainers, model, run, "report.html"), media_type="text/html")
 
 
 @runs_router.get("/{model}/{run}/report.json", summary="A run's report as JSON", response_class=FileResponse)
-def report_json(parts: Parts, user: AsUser, model: str, run: str) -> FileResponse:
+def report_json(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> FileResponse:
     """The same as JSON."""
-    return FileResponse(report_file(parts, model, run, "report.json"), media_type="application/json")
+    return FileResponse(report_file(trainers, model, run, "report.json"), media_type="application/json")
 
 
-def find_run(parts: Services, model: str, run: str) -> Path:
+def find_run(trainers: TasksByName[UnetrTrainTask], model: str, run: str) -> Path:
     """A run's folder.
 
     Raises:
         NotFoundError: when there is no such model or run.
     """
-    known = {folder.name: folder for folder in list_runs(parts.train_task(model).runs)}
+    known = {folder.name: folder for folder in list_runs(trainers.find(model).runs)}
     if run not in known:
         raise NotFoundError("run", run[:200], list(known)[-10:])
     return known[run]
 
 
-def report_file(parts: Services, model: str, run: str, name: str) -> Path:
+def report_file(trainers: TasksByName[UnetrTrainTask], model: str, run: str, name: str) -> Path:
     """A file of a run's report.
 
     Raises:
         NotFoundError: when it has none, or none yet.
     """
-    file = find_run(parts, model, run) / name
+    file = find_run(trainers, model, run) / name
     if not file.is_file():
         raise NotFoundError("report of run", run)
     return file

@@ -47,7 +47,7 @@ async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool
 
     Where no model has any, all are tried, and the training says so.
     """
-    models = list(parts.instance._trainers)
+    models = list(parts.instance.trainers)
     shared = {key: value for key, value in params.items() if key not in models}
     requests = {model: shared | _object(params.get(model, {}), model) for model in models}
     for model, request in requests.items():
@@ -129,7 +129,7 @@ def scoring_status(
 @scoring_router.post("/{method}", summary="Score the images", openapi_extra=JSON_BODY)
 async def score(parts: Parts, user: AsAnnotator, method: str, params: Body, run_sync: bool = False) -> Any:
     """Run one scoring method over the images."""
-    methods = list(parts.instance._scoring_methods)
+    methods = list(parts.instance.scoring_methods)
     if method not in methods:
         raise NotFoundError("scoring method", method[:200], methods)
     request = {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"method": method}

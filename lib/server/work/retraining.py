@@ -51,7 +51,7 @@ class Retrainer:
         self._reviews: dict[tuple[str, str, str], float] = {}
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
-        for model in parts.instance._trainers:
+        for model in parts.instance.trainers:
             try:
                 parts.train_task(model).validate_request(self.request(model, "", False))
             except ParameterError as error:
@@ -70,7 +70,7 @@ class Retrainer:
 
     def describe(self) -> dict[str, Any]:
         """Each model's decision as of now, and what it comes from."""
-        return {model: self._describe(model) for model in self._parts.instance._trainers}
+        return {model: self._describe(model) for model in self._parts.instance.trainers}
 
     def words(self) -> dict[str, str]:
         """Each model's last decision in words, without deciding anew."""
@@ -149,7 +149,7 @@ class Retrainer:
     def _work(self) -> None:
         while not self._closing.is_set():
             wait = SECONDS_BETWEEN_LOOKS
-            for model in self._parts.instance._trainers:
+            for model in self._parts.instance.trainers:
                 try:
                     wait = min(wait, self._act(model))
                 except (UnetrError, OSError) as error:  # a damaged version, a full disk: said, and looked at again

@@ -1,0 +1,60 @@
+"""The tasks of the served models, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from lib.errors import NotFoundError
+from lib.infers.task import UnetrInferTask
+from lib.trainers.task import UnetrTrainTask
+
+LONGEST_NAME_IN_ERRORS = 200
+Task = TypeVar("Task")
+
+
+class TasksByName(Mapping[str, Task], Generic[Task]):
+    """Tasks of one kind; an unknown name is refused with the known ones.
+
+    Args:
+        tasks: the tasks by name.
+        kind: what a task is called in the error.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], kind: str) -> None:
+        self._tasks, self._kind = tasks, kind
+
+    def __getitem__(self, name: str) -> Task:
+        return self._tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def find(self, name: str) -> Task:
+        """The task of that name.
+
+        Raises:
+            NotFoundError: with the known ones.
+        """
+        if name not in self._tasks:
+            raise NotFoundError(self._kind, name[:LONGEST_NAME_IN_ERRORS], list(self._tasks))
+        return self._tasks[name]
+
+
+def infer_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrInferTask]:
+    """All inference tasks, those that take clicks or scribbles among them."""
+    return TasksByName(tasks, "model")
+
+
+def segmentation_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrInferTask]:
+    """Those that segment by themselves, with weights."""
+    automatic = {name: task for name, task in tasks.items() if not getattr(task, "takes_prompts", False)}
+    return TasksByName(automatic, "model")
+
+
+def train_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrTrainTask]:
+    """The training task of each model."""
+    return TasksByName(tasks, "model to train")
