@@ -14,9 +14,10 @@ from launcher.environment import run_setup
 from launcher.errors import RunError
 from launcher.project import Project
 from launcher.pythons import run_with_supported_python
+from launcher.segment import add_segment
 from launcher.serve import DEFAULT_MODELS, PASSED_ON_OPTIONS, run_serve
 
-COMMANDS = ("serve", "setup", "test", "doctor")
+COMMANDS = ("serve", "segment", "setup", "test", "doctor")
 
 
 def main(project: Project, arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="UNETR for MONAI Label: install, start, test, check.")
     commands = parser.add_subparsers(required=True)
     _add_serve(commands)
+    add_segment(commands)
     setup = commands.add_parser("setup", help="make .venv and install, no more")
     setup.add_argument("--dev", action="store_true", help="the test tools too")
     setup.set_defaults(run=run_setup)

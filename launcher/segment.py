@@ -1,0 +1,35 @@
+"""``run.py segment``: install what is missing, then segment a folder in the virtual environment."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from typing import Any
+
+from launcher.environment import set_up
+from launcher.processes import as_exit_code
+from launcher.project import Project, server_environment
+
+OPTIONS = ("studies", "model", "out", "shard", "model_dir", "device", "threads")
+
+
+def add_segment(commands: Any) -> None:
+    """Add the command; what its values may be is checked by ``lib.batch.cli``."""
+    segment = commands.add_parser("segment", help="segment a folder of images, without a server")
+    segment.add_argument("--studies", required=True, help="folder of NIfTI and NRRD files and folders of DICOM files")
+    segment.add_argument("--model", required=True, help="preset whose weights segment")
+    segment.add_argument("--out", required=True, help="folder of masks, records and the summary")
+    segment.add_argument("--shard", metavar="K/N", help="take the K-th of N shares of the cases")
+    segment.add_argument("--model-dir", help="folder of the weights of each preset")
+    segment.add_argument("--device", help="cpu, cuda, cuda:1 ...; the best there is by default")
+    segment.add_argument("--threads", help="CPU threads")
+    segment.set_defaults(run=run_segment)
+
+
+def run_segment(project: Project, options: argparse.Namespace) -> int:
+    """``run.py segment``; 0 when every case has its mask, 1 when some have not, 2 when the input was wrong."""
+    python = set_up(project, dev=False)
+    given = {name: getattr(options, name) for name in OPTIONS}
+    arguments = [part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", value)]
+    command = [str(python), "-m", "lib.batch.cli", *arguments]
+    return as_exit_code(subprocess.call(command, env=server_environment(project)))

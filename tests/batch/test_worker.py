@@ -1,0 +1,124 @@
+"""Segmenting a folder: what is found, skipped, reported and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lib.batch.cli import main
+from lib.batch.results import ResultFolder, measure_ml
+from lib.batch.source import Shard, find_images
+from lib.batch.worker import Model, segment_cases
+from lib.configs.catalogue import write_preset
+from lib.errors import ConfigError
+from lib.infers.segmenter import Segmenter
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.unetr import build_unetr
+from lib.transforms.volume import read_volume
+from tests.tiny import boxes, tiny_preset, write_nifti
+
+PRESET = tiny_preset()
+
+
+def _network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_unetr(PRESET)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model(Segmenter(_network(), PRESET, torch.device("cpu"), "fp32"), "tiny", "shipped", "a" * 64)
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    for seed in (1, 2):
+        write_nifti(tmp_path / "studies" / f"case{seed}.nii.gz", boxes(seed=seed)[0])
+    return tmp_path / "studies"
+
+
+def test_masks_are_those_of_the_segmenter(studies: Path, tmp_path: Path, model: Model) -> None:
+    outcome = segment_cases(find_images(studies), model, ResultFolder(tmp_path / "out"))
+    assert sorted(outcome.done) == ["case1", "case2"] and not outcome.failed
+    for case, result in outcome.done.items():
+        volume = read_volume(studies / f"{case}.nii.gz")
+        expected = model.segmenter.segment(volume).labels
+        kept = nib.load(tmp_path / "out" / result.mask)
+        assert np.array_equal(np.asarray(kept.dataobj), expected)
+        assert np.allclose(kept.affine, volume.affine_ras)
+        assert result.volumes_ml == measure_ml(expected, volume.affine_ras, PRESET)
+
+
+def test_finished_cases_are_skipped_until_image_or_weights_change(studies: Path, tmp_path: Path, model: Model) -> None:
+    results = ResultFolder(tmp_path / "out")
+    segment_cases(find_images(studies), model, results)
+    assert sorted(segment_cases(find_images(studies), model, results).skipped) == ["case1", "case2"]
+    write_nifti(studies / "case2.nii.gz", boxes(seed=5)[0])
+    assert list(segment_cases(find_images(studies), model, results).done) == ["case2"]
+    other = Model(model.segmenter, "tiny", "v0001", "b" * 64)
+    again = segment_cases(find_images(studies), other, results)
+    assert {result.version for result in again.done.values()} == {"v0001"} and len(again.done) == 2
+
+
+def test_case_whose_mask_is_gone_is_computed_again(studies: Path, tmp_path: Path, model: Model) -> None:
+    results = ResultFolder(tmp_path / "out")
+    segment_cases(find_images(studies), model, results)
+    (tmp_path / "out" / "case1.nii.gz").unlink()
+    assert list(segment_cases(find_images(studies), model, results).done) == ["case1"]
+
+
+def test_broken_case_is_reported_and_the_others_go_on(studies: Path, tmp_path: Path, model: Model) -> None:
+    (studies / "case0.nii.gz").write_bytes(b"no image")
+    seen: list[str] = []
+    outcome = segment_cases(find_images(studies), model, ResultFolder(tmp_path / "out"), seen.append)
+    assert list(outcome.failed) == ["case0"] and "case0" in outcome.failed["case0"]
+    assert sorted(outcome.done) == ["case1", "case2"] and seen == ["case0", "case1", "case2"]
+    assert not (tmp_path / "out" / "case0.nii.gz").exists()
+
+
+def test_shards_hold_each_case_once() -> None:
+    names = [f"case{number}" for number in range(400)]
+    shards = [[name for name in names if name in Shard(number, 8)] for number in range(1, 9)]
+    assert sorted(name for shard in shards for name in shard) == sorted(names)
+    assert min(map(len, shards)) > 25
+
+
+@pytest.mark.parametrize("text", ["0/8", "9/8", "2", "a/b", "1/0", "-1/8", ""])
+def test_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="K from 1 to N"):
+        Shard.parse(text)
+
+
+def test_volume_is_in_millilitres() -> None:
+    labels = np.zeros((4, 4, 4), np.uint8)
+    labels[:2] = 1
+    assert measure_ml(labels, np.diag([2.0, -5.0, 10.0, 1.0]), PRESET) == {"Left Box": 3.2, "core": 0.0}
+
+
+def test_two_images_of_one_id_are_refused(studies: Path) -> None:
+    write_nifti(studies / "case1.nii", boxes()[0])
+    with pytest.raises(ConfigError, match="same id 'case1'"):
+        find_images(studies)
+
+
+def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
+    studies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_preset(tmp_path / "tiny.yaml", PRESET)
+    (tmp_path / "model" / "tiny").mkdir(parents=True)
+    write_checkpoint(tmp_path / "model" / "tiny" / "shipped.pt", Checkpoint(_network().state_dict(), PRESET, {}))
+    places = ["--model-dir", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command = ["--studies", str(studies), "--model", str(tmp_path / "tiny.yaml"), *places]
+    assert main(command) == 0
+    (studies / "bad.nii.gz").write_bytes(b"no image")
+    assert main(command) == 1
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (found["finished_now"], found["finished_before"], list(found["failed"])) == (0, 2, ["bad"])
+    assert "0 finished, 2 finished before, 1 failed" in capsys.readouterr().out
+    assert main([*command, "--shard", "3/2"]) == 2
+    assert main(["--studies", "http://127.0.0.1/dicom", *command[2:]]) == 2
