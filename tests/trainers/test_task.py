@@ -27,6 +27,7 @@ from lib.networks.unetr import build_unetr
 from lib.storage.json_files import write_json
 from lib.trainers.launch import launch
 from lib.trainers.pretraining.loop import ENCODER_FILE
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.task import UnetrTrainTask
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
@@ -433,7 +434,7 @@ def test_weights_of_another_network_go_on_in_their_own(make_cases: MakeCases, lo
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_training_from_nothing_starts_from_a_pretrained_encoder_that_fits(
-    make_cases: MakeCases, locator: WeightsLocator, monkeypatch: pytest.MonkeyPatch, fits: bool,
+    make_cases: MakeCases, locator: WeightsLocator, fits: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     changes = {} if fits else {"network": {"feature_size": 4, "hidden_size": 96, "mlp_dim": 64, "num_heads": 4}}
@@ -441,9 +442,13 @@ def test_training_from_nothing_starts_from_a_pretrained_encoder_that_fits(
     torch.manual_seed(3)
     encoder = {key: value for key, value in build_unetr(preset).state_dict().items() if key.startswith("vit.")}
     write_checkpoint(locator.folder / ENCODER_FILE, Checkpoint(encoder, preset))
-    plans = []
-    monkeypatch.setattr("lib.trainers.task.launch", lambda plan, *rest: (plans.append(plan), launch(plan, *rest))[1])
-    task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu")
+    plans = list[TrainingJob]()
+
+    def launcher(job: TrainingJob, multi_gpu: bool, gpus: str) -> TrainingResult:
+        plans.append(job)
+        return launch(job, multi_gpu, gpus)
+
+    task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu", launcher=launcher)
     datastore = FakeDatastore(make_cases(6))
     task(QUICK, datastore)
     assert (plans[0].encoder is not None) == fits

@@ -1,0 +1,160 @@
+"""Publishing new weights if they are better than those that are served, with the report and the figures of the run."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.configs.preset import Preset
+from lib.configs.retraining import Retraining
+from lib.infers.plan import Planner
+from lib.infers.segmenter import Segmenter
+from lib.models.calibration import CALIBRATION_FILE
+from lib.models.provenance import code_version, trained_on
+from lib.models.versions import Files, VersionStore
+from lib.models.weights import WeightsLocator, preset_for
+from lib.networks.checkpoint import Checkpoint, check_finite
+from lib.storage.json_files import write_json
+from lib.trainers.judging.champion import ServedWeights, read_served
+from lib.trainers.judging.evaluate import Evaluation, evaluate
+from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
+from lib.trainers.material import Material, ids_of
+from lib.trainers.reporting.progress import format_seconds
+from lib.trainers.reporting.report import as_json, render_html, report_data, worst_cases
+from lib.trainers.reporting.runs import prune_runs
+from lib.trainers.resume import remove_state
+from lib.trainers.run.job import TrainingJob, TrainingResult
+from lib.trainers.submitted import missing_labels
+
+logger = logging.getLogger("unetr.train")
+
+STATS_FILE = "stats.json"
+
+
+class Publisher:
+    """Judges the weights of a run, and publishes them if they are better.
+
+    Args:
+        preset: the task.
+        locator: where its weights are, and where they are published.
+        runs: folder of the preset's runs.
+        settings: the gate's rules, and how many versions and runs are kept.
+        planner: plans the memory of the evaluation.
+    """
+
+    def __init__(
+        self, preset: Preset, locator: WeightsLocator, runs: Path, settings: Retraining, planner: Planner
+    ) -> None:
+        self._preset, self._locator, self._runs = preset, locator, runs
+        self._settings, self._planner = settings, planner
+        self._versions = VersionStore(locator.folder)
+
+    def conclude(
+        self, job: TrainingJob, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
+    ) -> None:
+        """Compare on the same validation cases, publish if better, and keep the figures and the report.
+
+        Args:
+            job: the run.
+            result: its weights.
+            material: the cases of all sides.
+            origin: details of the version that are known before the training.
+            started: time of the start, in seconds since the epoch.
+        """
+        check_finite(result.weights)
+        checkpoint = Checkpoint(result.weights, job.preset)
+        new = Segmenter.from_checkpoint(checkpoint, job.preset, job.device, planner=self._planner)
+        scores = evaluate(new, job.validation_cases)
+        served, before, verdict = self._pass_gate(scores, job, material)
+        logger.info("%s", verdict.reason)
+        tested = evaluate(new, material.test) if material.test else None
+        details = origin | {
+            "parent": served.version if served else "",
+            "status": verdict.status,
+            "reason": verdict.reason,
+            "compared": verdict.compared,
+            "comparison": verdict.comparison or None,
+            "held_out": scores.summary(),
+            "held_out_before": before.summary() if before else None,
+            "tested": tested.summary() if tested else None,
+            "recipe": job.preset.training.model_dump(mode="json"),
+            "memory_plan": result.step_plan.as_json() if result.step_plan else None,
+            "split": {side: ids_of(getattr(material, side)) for side in ("train", "validation", "test")},
+            "replayed": list(material.replayed),
+            "left_out": dict(material.left_out or {}),
+            "missing_labels": missing_labels((*material.train, *material.validation, *material.test), job.preset),
+            "trained_on": trained_on(material.train),
+            "label_digests": dict(material.labels),
+            "code": code_version(),
+        }
+        report = report_data(details | {"model": self._preset.name}, scores, before, tested, result)
+        pictures = worst_cases(new, job.validation_cases, scores)
+        files: Files = {
+            "report.html": lambda name: render_html(report | {"version": name}, pictures),
+            "report.json": lambda name: as_json(report | {"version": name}),
+        }
+        if calibration := scores.calibration():
+            text = calibration.to_json()
+            files = {**files, CALIBRATION_FILE: lambda _: text}
+        version = self._versions.add(verdict.status, result.weights, job.preset, details, files)
+        for name in ("report.html", "report.json"):
+            shutil.copyfile(version.folder / name, job.run_dir / name)
+        self._tidy(job, details | {"version": version.name}, _stock_stats(job, result, scores, started))
+
+    def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
+        """Keep the figures for clients, and remove what is no longer needed."""
+        write_json(self._runs / STATS_FILE, {"decision": figures["reason"]} | figures | stock)
+        remove_state(job.run_dir)
+        self._versions.prune(self._settings.keep_versions)
+        prune_runs(self._runs, self._settings.keep_runs)
+
+    def _pass_gate(
+        self, scores: Evaluation, job: TrainingJob, material: Material
+    ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
+        """Judge new weights against those that are served now; somebody may have published while they trained."""
+        rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
+        while True:
+            served, unusable = read_served(self._locator, self._preset)
+            champion = self._score(served, job, material) if served else None
+            verdict = judge(scores, champion, rules, unusable)
+            still = read_served(self._locator, self._preset)[0]
+            if (still and still.version) == (served and served.version):
+                before = champion.scores if champion and champion.scores.cases else None
+                return served, before, verdict
+
+    def _score(self, served: ServedWeights, job: TrainingJob, material: Material) -> Champion:
+        """Try the served weights on the validation cases, and on labels that are new to them."""
+        preset = preset_for(served.checkpoint, self._preset)
+        segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, job.device, planner=self._planner)
+        return Champion(
+            evaluate(segmenter, job.validation_cases),
+            served.familiar(material.labels),
+            served.promised,
+            evaluate(segmenter, served.new_cases(material)),
+        )
+
+
+def _stock_stats(job: TrainingJob, result: TrainingResult, scores: Evaluation, started: float) -> dict[str, Any]:
+    """The figures under the names that MONAI Label's clients show."""
+    best = None if not job.validation_cases else scores.mean_dice
+    metrics = {"loss": result.losses[-1], "first_loss": result.losses[0]}
+    return {
+        "epoch": job.preset.training.max_epochs,
+        "max_epochs": job.preset.training.max_epochs,
+        "start_ts": int(started),
+        "end": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "total_time": format_seconds(max(0.0, time.time() - started)),
+        "best_metric": best,
+        "best_epoch": result.best_epoch,
+        "steps": len(result.losses),
+        "device": str(job.device),
+        "gpu": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None,
+        "train": {"metrics": metrics},
+        "eval": {"metrics": {"mean_dice": best, **scores.dice}, "key_metric_name": "mean_dice", "best_metric": best},
+    }
