@@ -243,6 +243,10 @@ class DicomIndex:
         ).fetchone()
         return Instance(row[0], row[1], row[2], Path(row[3]), row[4]) if row else None
 
+    def first(self, study: str, series: str = "", sop: str = "") -> Json:
+        """DICOM JSON of the first instance of a study, a series, or of one instance."""
+        return self.metadata(study, series, sop)[0]
+
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
         """DICOM JSON of the instances of a study, a series, or one instance."""
         where, values = _where(study, series, sop)

@@ -34,6 +34,9 @@ class Searchable(Protocol):
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
         """DICOM JSON of the instances of a study, a series, or one instance."""
 
+    def first(self, study: str, series: str = "", sop: str = "") -> Json:
+        """DICOM JSON of the first instance of a study, a series, or of one instance."""
+
 
 def search(index: Searchable, resource: Resource, pairs: Sequence[tuple[str, str]], root: str) -> list[Json]:
     """Answer a query.
@@ -71,7 +74,7 @@ def _in_full(index: Searchable, entry: Json, resource: Resource) -> Json:
     """All attributes of an entity's first instance, and what is counted of the entity."""
     keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
     uids = [_value(entry, keyword) if at < DEPTH[resource.level] else "" for at, keyword in enumerate(keywords)]
-    return index.metadata(uids[0], uids[1], uids[2])[0] | entry
+    return index.first(uids[0], uids[1], uids[2]) | entry
 
 
 def _known_path(name: str) -> tuple[str, ...]:

@@ -129,3 +129,49 @@ def test_pictures_and_wrong_addresses(files: Server) -> None:
     assert (picture.status_code, picture.content[:4]) == (200, b"\x89PNG")
     assert files.get(f"/dicom-web/studies/{study}/series/2.25.1/metadata").status_code == 404
     assert files.get("/dicom-web/studies/2.25.1/metadata").status_code == 404
+
+
+def test_dicom_seg_of_a_file_refers_to_its_series_and_comes_back_as_the_same_mask(files: Server, tmp_path) -> None:
+    found = _found(files)["RPI"]["0020000D"]["Value"][0]
+    uid = _client(files).search_for_series(found)[0]["0020000E"]["Value"][0]
+    for image in ("RPI", uid):
+        answer = files.post("/infer/hippocampus_mr", params={"image": image, "output": "dicom_seg"})
+        assert answer.status_code == 200, answer.text
+        seg = dcmread(io.BytesIO(answer.content))
+        assert (seg.Modality, seg.StudyInstanceUID) == ("SEG", found)
+        assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == uid
+    _client(files).store_instances([seg])
+    (tmp_path / "kept.nii.gz").write_bytes(files.get("/datastore/label", params={"label": "RPI"}).content)
+    mask = read_nrrd(parse_multipart(files.infer("hippocampus_mr", "RPI"))["image"][1], tmp_path)[0]
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "kept.nii.gz").dataobj), mask)
+
+
+WRONG = [
+    "studies/{study}/series/{other}/metadata",
+    "studies/{study}/series/{series}/instances/{other_sop}/frames/1",
+    "studies/{study}/series/{series}/instances/{sop}/frames/2",
+    "studies/{study}/series/{series}/instances/{sop}/frames/0",
+    "studies/{study}/series/{series}/instances/{sop}/frames/99999999999999999999",
+    "studies/{study}/series/{series}/instances/{sop}/frames/-1",
+    "studies/{study}/series/..%2f..%2fmetadata",
+    "studies/{study}/../../etc/passwd",
+    "studies?limit=-1",
+    "studies?limit=1.5",
+    "studies?limit=99999999999999999999",
+    "studies?offset=abc",
+    "studies/{study}/series?limit=-5",
+]
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_wrong_address_of_a_presented_series_is_refused(files: Server, path: str) -> None:
+    found = _found(files)
+    study, other_study = (found[name]["0020000D"]["Value"][0] for name in ("LAS", "RPI"))
+    client = _client(files)
+    series, other = (client.search_for_series(uid)[0]["0020000E"]["Value"][0] for uid in (study, other_study))
+    sop, other_sop = (
+        client.retrieve_series_metadata(*uids)[0]["00080018"]["Value"][0]
+        for uids in ((study, series), (other_study, other))
+    )
+    names = {"study": study, "series": series, "other": other, "sop": sop, "other_sop": other_sop}
+    assert 400 <= files.get(f"/dicom-web/{path.format(**names)}").status_code < 500

@@ -43,13 +43,16 @@ def series_store(parts: Services) -> SeriesDatastore:
 def mask_as_segmentation(
     parts: Services, image_id: str, mask: Path, preset: Preset, origin: Origin, number: int = 1
 ) -> Dataset:
-    """A mask file of a series as a DICOM SEG.
+    """A mask file of a series, or of a file that is presented as one, as a DICOM SEG.
 
     Raises:
         ParameterError: when the image is no DICOM series.
         ImageError, LabelError: when the series or the mask does not allow it.
     """
     store = series_store(parts)
+    if parts.presented.attributes(image_id):
+        labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+        return parts.presented.as_segmentation(image_id, labels, preset, origin)
     if not store.is_series(image_id):
         raise ParameterError("image", image_id, "a DICOM series, since a DICOM SEG refers to one")
     with temporary_folder() as folder:

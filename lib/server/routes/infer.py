@@ -180,7 +180,8 @@ def check_dicom_seg(parts: Services, image_id: str | None) -> None:
     Raises:
         ParameterError: saying what would be valid.
     """
-    if image_id is None or not series_store(parts).is_series(image_id):
+    shown = image_id is not None and bool(parts.presented.attributes(image_id))
+    if image_id is None or not (shown or series_store(parts).is_series(image_id)):
         raise ParameterError("output", "dicom_seg", "image, json or all, since the image is no DICOM series")
 
 
@@ -258,7 +259,7 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         keep_prediction(parts, asked.image_id, mask, tag, info, user, client_id)
     warnings = [*warnings_for(parts, asked.model, asked.image_id), *params.get("warnings", [])]
     params = {**params, "warnings": warnings}
-    if asked.on_series:
+    if asked.on_series and asked.output is not Output.dicom_seg:
         content = as_shown(parts, asked, mask)
     if asked.output is not Output.dicom_seg:
         return Answer(mask.name, content, params)

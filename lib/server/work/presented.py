@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from lib.configs.preset import Preset
 from lib.datastore.label_files.label_file import read_label
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.validation import to_grid
@@ -25,6 +26,7 @@ from lib.dicom.presented.grid import SeriesGrid
 from lib.dicom.presented.instances import as_series, describe_case, make_header, name_of, rescale, store, uid_of
 from lib.dicom.retrieve import Part
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
+from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.errors import LabelError, NotFoundError, ParameterError
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Grid, Volume, read_volume
@@ -129,6 +131,17 @@ class PresentedCases:
             ImageError: when the file cannot be read.
         """
         return [to_json(header) for header in self.headers(study, series, sop)]
+
+    def first(self, study: str, series: str = "", sop: str = "") -> Json:
+        """What a query is told of a study or a series, of which all is known without opening its file.
+
+        Raises:
+            NotFoundError, ImageError: as :meth:`metadata`, for one instance.
+        """
+        case = self.case_of(series or study)
+        if sop or case is None:
+            return self.metadata(study, series, sop)[0]
+        return to_json(describe_case(case, self._modality(case)))
 
     def headers(self, study: str, series: str = "", sop: str = "") -> list[FileDataset]:
         """The instances that an address names, without pixels.
@@ -279,6 +292,15 @@ class PresentedCases:
                 changed[name] = [grid.index_in_file(point) for point in value]
         return changed
 
+    def as_segmentation(self, case: str, labels: npt.NDArray[Any], preset: Preset, origin: Origin) -> Dataset:
+        """A mask on the case's own grid as a SEG of the series that presents it.
+
+        Raises:
+            ImageError, LabelError: as :func:`write_segmentation`.
+        """
+        series = as_series(self.open(case).headers, self._file_of(case))
+        return write_segmentation(self.on_series(case, labels).voxels, series, preset, origin)
+
     def on_series(self, case: str, labels: npt.NDArray[Any]) -> Volume:
         """A mask on the case's own grid as it lies on its series."""
         opened = self.open(case)
@@ -317,4 +339,11 @@ class Searched:
         if self._presented.case_of(series or study) is not None:
             return self._presented.metadata(study, series, sop, summary)
         found: list[Json] = self._index.metadata(study, series, sop, summary)
+        return found
+
+    def first(self, study: str, series: str = "", sop: str = "") -> Json:
+        """DICOM JSON of the first instance of a study, a series, or of one instance; no presented file is opened."""
+        if self._presented.case_of(series or study) is not None:
+            return self._presented.first(study, series, sop)
+        found: Json = self._index.first(study, series, sop)
         return found

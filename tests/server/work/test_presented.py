@@ -1,0 +1,69 @@
+"""Queries over files that are presented as series: nothing is opened for a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from lib.dicom.query import search
+from lib.dicom.resources import parse_path
+from lib.server.work.presented import PresentedCases, Searched
+
+CASES = 2_000
+ROOT = "http://server/dicom-web"
+OHIF_FIELDS = ("includefield", "00081030,00080060")
+
+
+class ManyFiles:
+    """A studies folder of many NIfTI files."""
+
+    def list_images(self) -> list[str]:
+        return [f"case_{number:05d}" for number in range(CASES)]
+
+    def has_image(self, image_id: str) -> bool:
+        return image_id.startswith("case_")
+
+    def is_series(self, image_id: str) -> bool:
+        return False
+
+
+class NoSeries:
+    """An index without any DICOM file."""
+
+    def entries(self) -> list[Any]:
+        return []
+
+
+def never_opened(image_id: str) -> NoReturn:
+    raise AssertionError(f"{image_id} was opened")
+
+
+@pytest.fixture(scope="module")
+def searched() -> Searched:
+    many: Any = ManyFiles()
+
+    def file_of(image_id: str) -> Path:
+        never_opened(image_id)
+
+    return Searched(NoSeries(), PresentedCases(many, file_of, ["MR", "CT"], 0))
+
+
+@pytest.mark.parametrize("level", ["studies", "series"])
+def test_list_is_paged_with_the_fields_that_viewers_ask_for_and_opens_no_file(searched: Searched, level: str) -> None:
+    seen: list[str] = []
+    for offset in range(0, CASES, 500):
+        pairs = [("limit", "500"), ("offset", str(offset)), ("fuzzymatching", "true"), OHIF_FIELDS]
+        found = search(searched, parse_path(level), pairs, ROOT)
+        assert all(entry["00081030"]["Value"] == entry["00100020"]["Value"] for entry in found)
+        seen += [entry["00100020"]["Value"][0] for entry in found]
+    assert sorted(seen) == ManyFiles().list_images()
+
+
+def test_search_by_a_patients_name_and_a_studys_series_open_no_file(searched: Searched) -> None:
+    (study,) = search(searched, parse_path("studies"), [("00100020", "case_00017"), OHIF_FIELDS], ROOT)
+    uid = study["0020000D"]["Value"][0]
+    (series,) = search(searched, parse_path(f"studies/{uid}/series"), [("includefield", "all")], ROOT)
+    assert series["0008103E"]["Value"] == ["from a file"]
+    assert series["00080060"]["Value"] == ["MR"]
