@@ -74,7 +74,7 @@ def walk(image: np.ndarray, labels: np.ndarray, click: Correction) -> np.ndarray
     seeds[away >= WALKER_VOXELS**2], seeds[away <= 1] = 2, 1
     seeds[(drawn == click.value) & (away > 1)] = 2
     spread = max(float(crop.std()), 1e-6)
-    reached = random_walker((crop - crop.mean()) / spread, seeds, beta=130, mode="cg_j", tol=1e-2) == 1
+    reached = random_walker((crop - crop.mean()) / spread, seeds, beta=130, mode="cg_j", tol=1e-4, prob_tol=0.01) == 1
     walked = labels.copy()
     walked[box][reached] = click.value
     return walked
