@@ -26,6 +26,7 @@ from lib.datastore.label_names import (
     parse_entries,
 )
 from lib.errors import LabelError
+from lib.imagefiles.geometry import set_affine
 from lib.transforms.volume import Grid, Volume, apart_mm, reading_warning
 
 MaskArray = npt.NDArray[np.uint8 | np.uint16]
@@ -135,9 +136,7 @@ def lies_on(label: Grid, image: Grid) -> bool:
 def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Path) -> Path:
     """Write a mask as ``.nii.gz``."""
     image = nib.Nifti1Image(voxels, affine_ras)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine_ras, code="scanner")
-    image.set_sform(affine_ras, code="scanner")
+    set_affine(image, affine_ras)
     # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.quaternions import quat2mat
@@ -55,6 +56,19 @@ def nibabel_affine_ras(header: Any) -> Affine | None:
         return np.asarray(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError):
         return None
+
+
+def set_affine(image: nib.Nifti1Image, affine_ras: Affine) -> None:
+    """Set where an image lies, in millimetres: as qform and sform, or as sform alone where the axes are sheared.
+
+    A qform cannot say a shear, and ITK would read it in place of the sform.
+    """
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine_ras, code="scanner")
+    if _directions(affine_ras[:3, :3]) is None:
+        image.set_qform(None, code="unknown")
+    else:
+        image.set_qform(affine_ras, code="scanner")
 
 
 def _directions(matrix: Affine) -> Affine | None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
+from lib.imagefiles.geometry import set_affine
 from lib.transforms.volume import Affine, FloatArray
 
 EXTENSIONS = (".nrrd", ".seg.nrrd", ".nii.gz", ".nii")
@@ -75,9 +76,7 @@ def write_map(values: FloatArray, affine_ras: Affine) -> Path:
 
 def _write_nifti(path: Path, voxels: npt.NDArray[Any], affine_ras: Affine) -> None:
     image = nib.Nifti1Image(voxels, affine_ras)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine_ras, code="scanner")
-    image.set_sform(affine_ras, code="scanner")
+    set_affine(image, affine_ras)
     content = image.to_bytes()
     # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
     path.write_bytes(gzip.compress(content, compresslevel=1, mtime=0) if path.name.endswith(".gz") else content)

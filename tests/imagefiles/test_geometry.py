@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from lib.cases.labelled import check_same_grid
-from lib.datastore.validation import check_label, to_grid
+from lib.datastore.validation import check_label, to_grid, write_label
 from lib.errors import ImageError, LabelError
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.interaction.starting_mask import read_values
@@ -97,6 +97,21 @@ def test_both_versions_of_nifti_are_read_alike(tmp_path: Path, codes: tuple[int,
 def test_sheared_sform_alone_is_read_though_itk_does_not(tmp_path: Path) -> None:
     path = make(tmp_path / "x.nii", 0, 2, SHEARED)
     np.testing.assert_allclose(read_grid(path).affine_ras, SHEARED, atol=1e-5)
+
+
+@pytest.mark.parametrize(("affine", "qform_code"), [(SHEARED, 0), (QFORM, 1)], ids=["sheared", "at right angles"])
+def test_written_mask_has_a_qform_only_where_its_axes_are_at_right_angles(
+    tmp_path: Path, affine: np.ndarray, qform_code: int
+) -> None:
+    mask = np.zeros(SHAPE, np.uint8)
+    answered = write_mask(mask, affine, tiny_preset(), ".nii.gz", "uint8", compress=True)
+    try:
+        for path in (answered, write_label(mask, affine, tmp_path / "label.nii.gz")):
+            header = nib.load(path).header
+            assert (int(header["qform_code"]), int(header["sform_code"])) == (qform_code, 1)
+            np.testing.assert_allclose(read_grid(path).affine_ras, affine, atol=1e-4)
+    finally:
+        answered.unlink()
 
 
 @pytest.mark.parametrize("units", [(1, 1000.0), (3, 0.001)])
