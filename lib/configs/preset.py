@@ -6,6 +6,7 @@ than the one that they were trained with.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -204,7 +205,10 @@ class Inference(Model):
     """How a volume is segmented.
 
     Attributes:
-        overlap: share of a window that its neighbour sees again.
+        overlap: share of a window that its neighbour sees again, at least.
+        min_overlap: the least that it may be reduced to where more than ``max_windows`` would be needed; not reduced
+            if not given.
+        max_windows: number of windows beyond which they overlap less.
         window_batch_size: most windows that go through the network at once.
         largest_component: whether only the largest connected component of each label is kept; or the names of the
             labels of which only that is kept.
@@ -215,10 +219,27 @@ class Inference(Model):
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    min_overlap: Annotated[float, Field(ge=0, lt=1)] | None = None
+    max_windows: PositiveInt = 20
     window_batch_size: PositiveInt = 1
     largest_component: bool | tuple[str, ...] = False
     skip_air: bool = True
     restore: Literal["nearest", "linear"] = "nearest"
+
+    @model_validator(mode="after")
+    def _check_overlaps(self) -> Inference:
+        if self.min_overlap is not None and self.min_overlap > self.overlap:
+            raise ValueError(
+                f"min_overlap {self.min_overlap} is above overlap {self.overlap}; valid: at most the overlap"
+            )
+        return self
+
+    @property
+    def overlaps(self) -> tuple[float, ...]:
+        """The overlaps to choose from, largest first, a twentieth of a window apart."""
+        least = self.overlap if self.min_overlap is None else self.min_overlap
+        steps = math.ceil(round((self.overlap - least) * 20, 6))
+        return (*(round(self.overlap - step / 20, 6) for step in range(steps)), least)
 
 
 class Preset(Model):

@@ -18,7 +18,7 @@ from lib.configs.preset import Preset
 from lib.errors import MemoryBudgetError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
 from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory
-from lib.infers.predictor import Stitching, window_starts
+from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
 from lib.transforms.preprocess import network_shape
 from lib.transforms.volume import Volume
@@ -260,9 +260,9 @@ class _Need:
         return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (1 + 2 * self._entropy))
 
     def _windows(self, bands: int) -> int:
+        overlap = choose_overlap(self.shape, self._preset)
         starts = [
-            window_starts(size, edge, self._preset.inference.overlap)
-            for size, edge in zip(self.shape, self._preset.roi_size, strict=True)
+            window_starts(size, edge, overlap) for size, edge in zip(self.shape, self._preset.roi_size, strict=True)
         ]
         counts = [len(s) for s in starts]
         _, across, _ = self._axes()

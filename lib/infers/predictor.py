@@ -9,6 +9,7 @@ even a slab is too large, the volume is cut across it into bands, each decided b
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,15 +87,15 @@ def predict(
         device: where windows are computed.
         dtype: number format of the computation.
         stitching: how windows are put together; one by one on the host if not given.
-        overlap: share of a window that its neighbour sees again; the preset's if not given.
+        overlap: least share of a window that its neighbour sees again; one of the preset's overlaps if not given.
         entropy: whether to tell the entropy of each voxel too.
     """
     plain = image.as_subclass(torch.Tensor)
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
     air = float(plain.min()) if preset.inference.skip_air else None
-    overlap = preset.inference.overlap if overlap is None else overlap
-    body = _whole(labels.shape) if air is None else body_box(plain[0], air, preset.roi_size, overlap)
+    overlaps = preset.inference.overlaps if overlap is None else (overlap,)
+    body, overlap = _place_over_body(plain[0], air, preset, overlaps)
     inside = (slice(None), *body)
     walk = _SlidingWindow(network, plain[inside], preset, device, dtype, stitching or Stitching(), air)
     walk.place(overlap)
@@ -107,16 +108,30 @@ def predict(
 
 
 def window_starts(size: int, edge: int, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis, as MONAI's sliding window places them.
+    """First voxels of the windows along one axis: as few as overlap by this share at least, at even distances.
+
+    MONAI's sliding window places as many, but moves the last one back to the image's end, so that it repeats most of
+    the one before it, and the others overlap no more than they must.
 
     >>> window_starts(size=100, edge=48, overlap=0.25)
-    [0, 36, 52]
+    [0, 26, 52]
     """
     interval = max(1, int(edge * (1 - overlap)))
-    starts = [0]
-    while starts[-1] + edge < size:
-        starts.append(min(starts[-1] + interval, size - edge))
-    return starts
+    steps = math.ceil((size - edge) / interval)
+    return [round(step * (size - edge) / steps) for step in range(steps + 1)] if steps > 0 else [0]
+
+
+def window_count(shape: Sequence[int], roi: Sequence[int], overlap: float) -> int:
+    """How many windows cover a volume."""
+    return math.prod(len(window_starts(size, edge, overlap)) for size, edge in zip(shape, roi, strict=True))
+
+
+def choose_overlap(shape: Sequence[int], preset: Preset) -> float:
+    """The largest of the preset's overlaps that keeps to its number of windows; the smallest if none does."""
+    for overlap in preset.inference.overlaps:
+        if window_count(shape, preset.roi_size, overlap) <= preset.inference.max_windows:
+            return overlap
+    return preset.inference.overlaps[-1]
 
 
 def body_box(image: torch.Tensor, air: float, roi: Sequence[int], overlap: float) -> Box:
@@ -135,6 +150,20 @@ def body_box(image: torch.Tensor, air: float, roi: Sequence[int], overlap: float
     sides = (along_x, seen_yz.any(1), seen_yz.any(0))
     x, y, z = (_reach(side, edge, overlap) for side, edge in zip(sides, roi, strict=True))
     return x, y, z
+
+
+def _place_over_body(
+    image: torch.Tensor, air: float | None, preset: Preset, overlaps: Sequence[float]
+) -> tuple[Box, float]:
+    """The box that the windows cover, and the largest overlap with which they are no more than the preset allows."""
+    box, overlap = _whole(image.shape), overlaps[-1]
+    for overlap in overlaps:
+        if air is not None:
+            box = body_box(image, air, preset.roi_size, overlap)
+        shape = [side.stop - side.start for side in box]
+        if window_count(shape, preset.roi_size, overlap) <= preset.inference.max_windows:
+            break
+    return box, overlap
 
 
 def _reach(occupied: torch.Tensor, edge: int, overlap: float) -> slice:

@@ -131,3 +131,13 @@ def test_with_labels_renumbers_and_keeps_what_is_known() -> None:
 def test_with_labels_that_repeat_is_refused() -> None:
     with pytest.raises(ConfigError, match="share the name 'a'"):
         tiny_preset().with_labels(["a", "A"])
+
+
+def test_overlaps_go_down_by_twentieths_to_the_least() -> None:
+    assert tiny_preset(inference={"overlap": 0.25}).inference.overlaps == (0.25,)
+    assert tiny_preset(inference={"overlap": 0.5, "min_overlap": 0.38}).inference.overlaps == (0.5, 0.45, 0.4, 0.38)
+
+
+def test_min_overlap_above_the_overlap_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"min_overlap 0\.5 is above overlap 0\.25"):
+        parse_preset(preset_data(inference={"overlap": 0.25, "min_overlap": 0.5}), source="x")

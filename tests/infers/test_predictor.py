@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from torch import nn
 
 from lib.infers import predictor
-from lib.infers.predictor import Stitching, body_box, predict, window_starts
+from lib.infers.predictor import Stitching, body_box, choose_overlap, predict, window_starts
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -42,9 +45,9 @@ def _random_unetr(roi_size: list[int]) -> nn.Module:
         (16, 16, 0.25, [0]),
         (17, 16, 0.25, [0, 1]),
         (32, 16, 0.0, [0, 16]),
-        (33, 16, 0.0, [0, 16, 17]),
+        (33, 16, 0.0, [0, 8, 17]),
         (40, 16, 0.25, [0, 12, 24]),
-        (100, 48, 0.25, [0, 36, 52]),
+        (100, 48, 0.25, [0, 26, 52]),
         (18, 16, 0.99, [0, 1, 2]),
     ],
 )
@@ -62,14 +65,38 @@ def test_prediction_of_one_window_is_the_direct_forward_pass() -> None:
     np.testing.assert_array_equal(found, direct)
 
 
-@pytest.mark.parametrize(("shape", "overlap"), [((40, 17, 24), 0.25), ((16, 41, 20), 0.5), ((18, 22, 39), 0.0)])
-def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, int, int], overlap: float) -> None:
+def _blend_whole_volume(network: nn.Module, image: torch.Tensor, overlap: float) -> torch.Tensor:
+    """Gaussian blending of all windows in one tensor of (classes, X, Y, Z)."""
+    weights = compute_importance_map((16, 16, 16), mode="gaussian")
+    starts = itertools.product(*(window_starts(size, 16, overlap) for size in image.shape[1:]))
+    sums: torch.Tensor | None = None
+    with torch.inference_mode():
+        for x, y, z in starts:
+            box = (slice(None), slice(x, x + 16), slice(y, y + 16), slice(z, z + 16))
+            logits = network(image[box][None])[0]
+            sums = torch.zeros(len(logits), *image.shape[1:]) if sums is None else sums
+            sums[box] += weights * logits
+    assert sums is not None
+    return sums
+
+
+@pytest.mark.parametrize(("shape", "overlap"), [((40, 17, 24), 0.25), ((16, 40, 24), 0.5), ((18, 22, 32), 0.0)])
+def test_prediction_is_monais_where_its_windows_lie_evenly(shape: tuple[int, int, int], overlap: float) -> None:
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, *shape)
     with torch.inference_mode():
         logits = sliding_window_inference(image[None], (16, 16, 16), 1, network, overlap=overlap, mode="gaussian")
     preset = tiny_preset(inference={"overlap": overlap, "window_batch_size": 1})
     found = predict(network, image, preset, CPU, FP32).labels
-    expected = logits[0].argmax(0).numpy()
+    # Sums in another order may decide a tie of random logits otherwise.
+    assert (found == logits[0].argmax(0).numpy()).mean() > 0.9999
+
+
+@pytest.mark.parametrize(("shape", "overlap"), [((40, 17, 24), 0.25), ((16, 41, 20), 0.5), ((18, 22, 39), 0.0)])
+def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, int, int], overlap: float) -> None:
+    network, image = _random_unetr([16, 16, 16]), torch.randn(1, *shape)
+    expected = _blend_whole_volume(network, image, overlap).argmax(0).numpy()
+    preset = tiny_preset(inference={"overlap": overlap, "window_batch_size": 1})
+    found = predict(network, image, preset, CPU, FP32).labels
     # Sums in another order may decide a tie of random logits otherwise.
     assert (found == expected).mean() > 0.9999
 
@@ -217,3 +244,22 @@ def test_margin_is_smaller_where_that_saves_a_row_of_windows(body: int, margin: 
 def test_image_of_nothing_but_air_is_background() -> None:
     found = predict(Constant(), torch.zeros(1, 30, 30, 30), tiny_preset(), CPU, FP32)
     assert (found.windows, int(found.labels.max())) == (0, 0)
+
+
+def test_windows_overlap_less_where_they_would_be_too_many() -> None:
+    preset = tiny_preset(inference={"overlap": 0.5, "min_overlap": 0.25, "max_windows": 4})
+    few, many = torch.rand(1, 32, 16, 16) + 0.1, torch.rand(1, 64, 16, 16) + 0.1
+    assert choose_overlap((32, 16, 16), preset) == 0.5
+    assert predict(Constant(), few, preset, CPU, FP32).windows == 3
+    assert choose_overlap((52, 16, 16), preset) == 0.25
+    # Five windows are more than allowed, and still so few only with the least overlap.
+    assert choose_overlap((64, 16, 16), preset) == 0.25
+    assert predict(Constant(), many, preset, CPU, FP32).windows == 5
+
+
+def test_overlap_is_chosen_for_the_body_alone() -> None:
+    preset = tiny_preset(inference={"overlap": 0.5, "min_overlap": 0.0, "max_windows": 8})
+    image = torch.zeros(1, 64, 64, 64)
+    image[:, 30:46, 30:46, 30:46] = 1.0
+    # With 2 voxels of air around it, 20 voxels: two windows along each axis.
+    assert predict(Constant(), image, preset, CPU, FP32).windows == 8
