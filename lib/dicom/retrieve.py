@@ -140,6 +140,27 @@ def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[M
         return [Part(media_type, content) for content in _native_frames(dataset, numbers, total)]
 
 
+def native_frames(dataset: FileDataset, numbers: Sequence[int]) -> list[Part]:
+    """Frames of an instance that has been made, as little-endian numbers.
+
+    Raises:
+        ParameterError: for a frame that there is not.
+    """
+    total = frame_count(dataset)
+    for number in numbers:
+        if not 1 <= number <= total:
+            raise ParameterError("frames", number, f"1 to {total}")
+    media_type = f"application/octet-stream; transfer-syntax={ExplicitVRLittleEndian}"
+    return [Part(media_type, content) for content in _native_frames(dataset, numbers, total)]
+
+
+def whole_file(dataset: FileDataset) -> Part:
+    """An instance that has been made, as PS3.10 has it."""
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, write_like_original=False)
+    return Part(f"application/dicom; transfer-syntax={dataset.file_meta.TransferSyntaxUID}", buffer.getvalue())
+
+
 def _frame_type(instance: Instance, accepted: Sequence[MediaType]) -> str:
     """Content type of the frames of an instance."""
     compressed = COMPRESSED_TYPES.get(instance.syntax, "")

@@ -120,7 +120,7 @@ class Services:
             presented=PresentedCases(
                 instance.datastore(),
                 lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
-                [preset.modality for preset in instance.presets.values()],
+                instance.presets,
                 MIB * settings.picture_cache_mib,
                 settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
             ),

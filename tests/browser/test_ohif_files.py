@@ -71,6 +71,11 @@ def test_file_is_segmented_corrected_and_submitted_on_its_own_grid(
     np.testing.assert_array_equal(np.asarray(label.dataobj), expected)
     keep_screenshot(viewer.browser, f"ohif-file-{name}-submitted")
 
+    again = Viewer(open_browser(1400, 900), files.url)
+    shown = again.open_segmentation(study)
+    assert {segment for segment, _ in shown} == {"anterior", "posterior"}
+    keep_screenshot(again.browser, f"ohif-file-{name}-again")
+
 
 def on_file(viewer: Viewer, labelmap: np.ndarray, affine_ras: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The viewer's labelmap on the grid of the file, by the places that the viewer gives its voxels."""

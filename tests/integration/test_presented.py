@@ -113,6 +113,32 @@ def test_label_is_submitted_and_read_under_the_series_of_its_file(files: Server,
     assert files.save_label("2.25.1", b"", ["anterior"]).status_code == 404
 
 
+def test_newest_label_is_a_seg_beside_the_series_of_its_file(files: Server, cases, tmp_path) -> None:
+    label = cases["case_0"].label.astype(np.uint8)
+    nib.save(nib.Nifti1Image(label, GRIDS["four"]), tmp_path / "label.nii.gz")
+    client, study = _client(files), _found(files)["four"]["0020000D"]["Value"][0]
+    uids = []
+    for _ in range(2):
+        answer = files.save_label("four", (tmp_path / "label.nii.gz").read_bytes(), ["anterior", "posterior"])
+        assert answer.status_code == 200
+        (listed,) = client.search_for_series(study, search_filters={"Modality": "SEG"})
+        uids.append(listed["0020000E"]["Value"][0])
+    assert uids[0] != uids[1]
+    (seg,) = client.retrieve_series(study, uids[1])
+    assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["anterior", "posterior"]
+    assert int(seg.pixel_array.sum()) == int((label > 0).sum())
+    (told,) = client.retrieve_series_metadata(study, uids[1])
+    assert told["00080018"]["Value"] == [seg.SOPInstanceUID]
+    frame = client.retrieve_instance_frames(study, uids[1], seg.SOPInstanceUID, [1])[0]
+    bits = np.unpackbits(np.frombuffer(frame, np.uint8), bitorder="little")[: seg.Rows * seg.Columns]
+    np.testing.assert_array_equal(bits.reshape(seg.Rows, seg.Columns), seg.pixel_array[0])
+    assert "SEG" in {one["00080060"]["Value"][0] for one in client.retrieve_study_metadata(study)}
+    place = f"/dicom-web/studies/{study}/series"
+    assert files.get(f"{place}/{uids[0]}/metadata").status_code == 404, "a newer one has taken its place"
+    assert files.get(f"{place}/{uids[1]}/instances/{seg.SOPInstanceUID}/frames/9999").status_code == 400
+    assert files.infer("hippocampus_mr", uids[1]).status_code == 404
+
+
 def test_next_sample_in_ohif_and_the_page_name_the_study_of_a_file(files: Server) -> None:
     for name in GRIDS:
         files.delete("/datastore/label", params={"id": name, "tag": "final"})

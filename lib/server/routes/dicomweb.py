@@ -24,7 +24,17 @@ from lib.dicom.index import DicomIndex, Instance
 from lib.dicom.query import Searchable, search
 from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS, RemoteSource
 from lib.dicom.resources import MediaType, Resource, parse_accept, parse_path
-from lib.dicom.retrieve import NotAcceptableError, Part, frame_parts, instance_parts, multipart, picture, picture_of
+from lib.dicom.retrieve import (
+    NotAcceptableError,
+    Part,
+    frame_parts,
+    instance_parts,
+    multipart,
+    native_frames,
+    picture,
+    picture_of,
+    whole_file,
+)
 from lib.dicom.segmentation_reader import is_segmentation
 from lib.dicom.sources import FolderSource
 from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, answer, read_part, split_parts
@@ -77,6 +87,11 @@ def respond(request: Request, parts: Services, resource: Resource, path: str) ->
     """Answer from the index of the folder, or let the PACS answer."""
     source = series_store(parts).source
     if isinstance(source, FolderSource):
+        label = parts.presented.labels.find(resource.series)
+        if label is not None and resource.view != "query":
+            return answer_made(
+                request, resource, [parts.presented.labels.instance(label, resource.study, resource.sop)]
+            )
         if parts.presented.case_of(resource.series or resource.study) is not None and resource.view != "query":
             return answer_presented(parts.presented, request, resource)
         return answer_from(source.index, request, resource, Searched(source.index, parts.presented))
@@ -94,15 +109,35 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     headers = presented.headers(resource.study, resource.series, resource.sop)
+    case = None if resource.series else presented.case_of(resource.study)
+    label = None if case is None else presented.labels.of_case(case)
+    beside = [] if label is None else [presented.labels.instance(label)]
     if resource.view == "metadata":
-        return Response(dump([to_json(header) for header in headers]), media_type=DICOM_JSON)
+        return Response(dump([to_json(header) for header in [*headers, *beside]]), media_type=DICOM_JSON)
     if resource.view == "instances":
-        return send_parts((presented.file(header) for header in headers), accepted, "application/dicom")
+        files = itertools.chain((presented.file(header) for header in headers), map(whole_file, beside))
+        return send_parts(files, accepted, "application/dicom")
     if resource.view == "frames":
         return send_parts(iter(presented.frame(headers[0], resource.frames)), accepted, "")
-    middle = presented.with_pixels(headers[(len(headers) - 1) // 2])
+    return answer_made(request, resource, [presented.with_pixels(headers[(len(headers) - 1) // 2])])
+
+
+def answer_made(request: Request, resource: Resource, made: Sequence[FileDataset]) -> Response:
+    """Answer with instances that have been made.
+
+    Raises:
+        ParameterError: for a frame that there is not.
+        HTTPException: 406 when the client accepts no form that they can be sent in.
+    """
+    accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
+    if resource.view == "metadata":
+        return Response(dump([to_json(instance) for instance in made]), media_type=DICOM_JSON)
+    if resource.view == "instances":
+        return send_parts(map(whole_file, made), accepted, "application/dicom")
+    if resource.view == "frames":
+        return send_parts(iter(native_frames(made[0], resource.frames)), accepted, "")
     try:
-        shown = picture_of(middle, resource, dict(request.query_params), accepted)
+        shown = picture_of(made[0], resource, dict(request.query_params), accepted)
     except NotAcceptableError as error:
         raise HTTPException(406, str(error)) from error
     return Response(shown.content, media_type=shown.media_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lib.dicom.retrieve import Part
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.errors import LabelError, NotFoundError, ParameterError
+from lib.server.work.presented_labels import PresentedLabels
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Grid, Volume, read_volume
 
@@ -59,7 +60,8 @@ class PresentedCases:
     Args:
         store: the studies.
         file_of: gives the file of a case, checked to lie inside the studies.
-        modalities: of the served presets. A case has the first that its intensities fit, once it has been opened; the
+        presets: the served ones, by name. A case has the first modality of theirs that its intensities fit, once it has
+            been opened; the
             first of all until then.
         most_bytes: of opened cases that are kept; the one in use is kept whatever its size.
         enabled: whether there are any.
@@ -69,13 +71,15 @@ class PresentedCases:
         self,
         store: SeriesDatastore,
         file_of: Callable[[str], Path],
-        modalities: Sequence[str],
+        presets: Mapping[str, Preset],
         most_bytes: int,
         enabled: bool = True,
     ) -> None:
         self._store, self._file_of, self._enabled = store, file_of, enabled
         self._most_bytes = most_bytes
-        self._modalities, self._modality_of = tuple(modalities), dict[str, str]()
+        self.labels = PresentedLabels(self, store, presets)
+        modalities: tuple[str, ...] = tuple(preset.modality for preset in presets.values())
+        self._modalities, self._modality_of = modalities, dict[str, str]()
         self._lock = threading.Lock()
         self._by_uid: dict[str, str] = {}
         self._listed: dict[str, SeriesEntry] = {}
@@ -332,17 +336,28 @@ class Searched:
 
     def entries(self) -> list[SeriesEntry]:
         """All series."""
-        return [*self._index.entries(), *self._presented.entries()]
+        return [*self._index.entries(), *self._presented.entries(), *self._presented.labels.entries()]
 
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
         """DICOM JSON of the instances of a study, a series, or one instance."""
-        if self._presented.case_of(series or study) is not None:
-            return self._presented.metadata(study, series, sop, summary)
+        label = self._presented.labels.find(series)
+        if label is not None:
+            return [to_json(self._presented.labels.instance(label, study, sop))]
+        case = self._presented.case_of(series or study)
+        if case is not None:
+            found_of_case = self._presented.metadata(study, series, sop, summary)
+            beside = None if series else self._presented.labels.of_case(case)
+            return found_of_case + ([] if beside is None else [to_json(self._presented.labels.instance(beside))])
         found: list[Json] = self._index.metadata(study, series, sop, summary)
         return found
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
         """DICOM JSON of the first instance of a study, a series, or of one instance; no presented file is opened."""
+        label = self._presented.labels.find(series)
+        if label is not None and not sop:
+            return self._presented.labels.first(label)
+        if label is not None:
+            return to_json(self._presented.labels.instance(label, study, sop))
         if self._presented.case_of(series or study) is not None:
             return self._presented.first(study, series, sop)
         found: Json = self._index.first(study, series, sop)

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from lib.configs.catalogue import load_preset
 from lib.dicom.query import search
 from lib.dicom.resources import parse_path
 from lib.server.work.presented import PresentedCases, Searched
@@ -14,6 +15,13 @@ from lib.server.work.presented import PresentedCases, Searched
 CASES = 2_000
 ROOT = "http://server/dicom-web"
 OHIF_FIELDS = ("includefield", "00081030,00080060")
+
+
+class NoLabels:
+    """A history without a label."""
+
+    def all_latest(self) -> list[Any]:
+        return []
 
 
 class ManyFiles:
@@ -24,6 +32,10 @@ class ManyFiles:
 
     def has_image(self, image_id: str) -> bool:
         return image_id.startswith("case_")
+
+    @property
+    def history(self) -> NoLabels:
+        return NoLabels()
 
     def is_series(self, image_id: str) -> bool:
         return False
@@ -43,11 +55,12 @@ def never_opened(image_id: str) -> NoReturn:
 @pytest.fixture(scope="module")
 def searched() -> Searched:
     many: Any = ManyFiles()
+    presets = {name: load_preset(name) for name in ("hippocampus_mr", "abdomen_ct")}
 
     def file_of(image_id: str) -> Path:
         never_opened(image_id)
 
-    return Searched(NoSeries(), PresentedCases(many, file_of, ["MR", "CT"], 0))
+    return Searched(NoSeries(), PresentedCases(many, file_of, presets, 0))
 
 
 @pytest.mark.parametrize("level", ["studies", "series"])

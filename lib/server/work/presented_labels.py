@@ -1,0 +1,128 @@
+"""Final labels of NIfTI and NRRD cases as DICOM SEG beside the series that present the cases; never written to disk."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import SegmentationStorage
+
+from lib.configs.preset import Preset
+from lib.datastore.records import LabelVersion
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.attributes import Json, to_json
+from lib.dicom.index import SeriesEntry
+from lib.dicom.presented.instances import describe_case, uid_of
+from lib.dicom.segmentation_writer import SERIES_NUMBER, Origin
+from lib.errors import NotFoundError
+from lib.transforms.volume import read_volume
+
+
+class Cases(Protocol):
+    """What is needed of the cases that are presented."""
+
+    def attributes(self, image_id: str) -> dict[str, str]:
+        """The UIDs of a case; nothing for one that is not presented."""
+
+    def as_segmentation(self, case: str, labels: npt.NDArray[Any], preset: Preset, origin: Origin) -> Dataset:
+        """A mask on the case's own grid as a SEG of its series."""
+
+
+class PresentedLabels:
+    """The newest final label of each presented case, as a series of its study.
+
+    Args:
+        presented: the cases.
+        store: the studies, with the history of their labels.
+        presets: the served ones, by name; labels of others are not shown.
+    """
+
+    def __init__(self, presented: Cases, store: SeriesDatastore, presets: Mapping[str, Preset]) -> None:
+        self._presented, self._store, self._presets = presented, store, presets
+        self._lock = threading.Lock()
+        self._entries: dict[str, SeriesEntry] = {}
+        self._versions: dict[str, LabelVersion] = {}
+        self._made: tuple[str, FileDataset] | None = None
+
+    def entries(self) -> list[SeriesEntry]:
+        """The series of all labels; no mask is read."""
+        return [self._entry(version) for version in self._store.history.all_latest() if self._is_shown(version)]
+
+    def of_case(self, case: str) -> LabelVersion | None:
+        """The label of a case that is shown; None where there is none."""
+        version = self._store.history.latest(case)
+        return version if version is not None and self._is_shown(version) else None
+
+    def find(self, series: str) -> LabelVersion | None:
+        """The label whose series has that UID; None where none has, or a newer one has taken its place."""
+        if not series.startswith("2.25."):
+            return None
+        if series not in self._versions:
+            self.entries()
+        version = self._versions.get(series)
+        newest = None if version is None else self.of_case(version.image_id)
+        return (
+            version if version is not None and newest is not None and newest.version_id == version.version_id else None
+        )
+
+    def first(self, version: LabelVersion) -> Json:
+        """What a query is told of it, without making it."""
+        return self._entry(version).summary
+
+    def instance(self, version: LabelVersion, study: str = "", sop: str = "") -> FileDataset:
+        """The SEG.
+
+        Raises:
+            NotFoundError: when the study or the instance of the address is another one, or the mask is gone.
+            ImageError, LabelError: when the case or the mask does not allow it.
+        """
+        seg = self._make(version)
+        if study not in ("", str(seg.StudyInstanceUID)) or sop not in ("", str(seg.SOPInstanceUID)):
+            raise NotFoundError("instance below", "/".join(filter(None, (study, seg.SeriesInstanceUID, sop))))
+        return seg
+
+    def _make(self, version: LabelVersion) -> FileDataset:
+        made = self._made
+        if made is not None and made[0] == version.version_id:
+            return made[1]
+        if not version.file.is_file():
+            raise NotFoundError("file of version", version.version_id)
+        labels = np.rint(read_volume(version.file).voxels).astype(np.uint8)
+        preset = self._presets[version.preset]
+        seg = self._presented.as_segmentation(version.image_id, labels, preset, _origin(version))
+        seg.SeriesInstanceUID, seg.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
+        seg.file_meta.MediaStorageSOPInstanceUID = seg.SOPInstanceUID
+        packed = io.BytesIO()
+        seg.save_as(packed, write_like_original=False)
+        packed.seek(0)
+        whole = dcmread(packed)
+        self._made = version.version_id, whole
+        return whole
+
+    def _is_shown(self, version: LabelVersion) -> bool:
+        return version.preset in self._presets and bool(self._presented.attributes(version.image_id))
+
+    def _entry(self, version: LabelVersion) -> SeriesEntry:
+        with self._lock:
+            if version.version_id not in self._entries:
+                told = describe_case(version.image_id, "SEG")
+                told.SeriesInstanceUID, told.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
+                told.SOPClassUID, told.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
+                told.SeriesDescription = _origin(version).description[:64]
+                entry = SeriesEntry(told.StudyInstanceUID, told.SeriesInstanceUID, to_json(told), 1, 1)
+                self._entries[version.version_id], self._versions[entry.series] = entry, version
+            return self._entries[version.version_id]
+
+
+def _uid(version: LabelVersion, what: str) -> str:
+    return uid_of(f"{version.image_id}/{version.version_id}", f"label {what}")
+
+
+def _origin(version: LabelVersion) -> Origin:
+    return Origin("SEMIAUTOMATIC" if version.model_version else "MANUAL", version.model_version, version.user)
