@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy.typing as npt
 import torch
 from monai.transforms import Transform
 
+from lib.cases.channels import ChannelSources, find_channel_sources, missing_channels, read_channels
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, TrainingError
-from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor
+from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, volume_tensor
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, check_segmentable, least_apart_mm, read_volume
+
+logger = logging.getLogger(__name__)
 
 MISSING = "missing"
 
@@ -30,6 +34,7 @@ class Case:
         label: its label's file.
         values: label value in the file to label value of the preset, for files that number them otherwise; values
             that are not named become background. None: the file uses the preset's own numbers.
+        channels: channel name to file, of a case of several sequences; ``image`` is the display channel's.
         missing: values of the preset's labels that the mask does not speak of: what is background in it may be theirs.
     """
 
@@ -38,14 +43,18 @@ class Case:
     label: Path
     values: Mapping[int, int] | None = None
     missing: tuple[int, ...] = ()
+    channels: Mapping[str, Path] = field(default_factory=dict)
 
     def as_item(self) -> dict[str, Any]:
         """Plain data for a MONAI dataset. The files' sizes and times are in it, so that caches notice a new label."""
         stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (self.image, self.label)]
+        channels = {name: str(path) for name, path in self.channels.items()}
+        stamps += [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.channels.values()]
         values = None if self.values is None else sorted(self.values.items())
         paths = {"image": str(self.image), "label": str(self.label)}
         missing = list(self.missing)
-        return {"case": {"id": self.case_id, "stamps": stamps, "values": values, "missing": missing, **paths}}
+        item = {"id": self.case_id, "stamps": stamps, "values": values, "missing": missing, **paths}
+        return {"case": item | ({"channels": channels} if channels else {})}
 
 
 def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = None) -> list[Case]:
@@ -68,6 +77,36 @@ def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = No
     return found
 
 
+def find_channel_cases(
+    images: Path, labels: Path, preset: Preset, values: Mapping[int, int] | None = None
+) -> list[Case]:
+    """Pair the cases of several sequences in a folder with their labels.
+
+    Cases without a label are left out, and so are those that lack a required channel.
+
+    Raises:
+        TrainingError: when there is no such folder, or no pair; then it names what cases lack.
+    """
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise TrainingError(f"there is no folder {str(folder)!r}")
+    by_id = {case_id(path): path for path in sorted(labels.iterdir()) if path.name.endswith(NIFTI_SUFFIXES)}
+    display = preset.channels[preset.display_channel].name
+    sources = [one for one in find_channel_sources(images, preset) if one.case_id in by_id]
+    lacking = [f"{one.case_id} lacks {', '.join(one.missing)}" for one in sources if one.missing]
+    for sentence in lacking:
+        logger.warning("left out: %s", sentence)
+    found = [
+        Case(one.case_id, one.files[display], by_id[one.case_id], values, channels=one.files)
+        for one in sources
+        if not one.missing
+    ]
+    if not found:
+        why = f" ({'; '.join(lacking[:5])})" if lacking else ""
+        raise TrainingError(f"no case in {str(images)!r} has all channels and a label in {str(labels)!r}{why}")
+    return found
+
+
 def case_id(path: Path) -> str:
     """File name without the suffix of an image; a DICOM folder's name as it is."""
     suffix = next((s for s in (*NIFTI_SUFFIXES, *NRRD_SUFFIXES) if path.name.endswith(s)), "")
@@ -84,7 +123,7 @@ def read_case(case: Case, preset: Preset) -> tuple[Volume, npt.NDArray[np.uint8]
         ImageError: when the image cannot be used.
         LabelError: when the label is on another grid, not integer-valued, or has values that the preset lacks.
     """
-    volume = read_volume(case.image)
+    volume = read_image(case, preset)
     check_segmentable(volume, preset, case.case_id)
     try:
         label = read_volume(case.label)
@@ -92,6 +131,18 @@ def read_case(case: Case, preset: Preset) -> tuple[Volume, npt.NDArray[np.uint8]
         raise LabelError(f"label of {case.case_id!r}: {error}") from error
     check_same_grid(label, volume, case.case_id)
     return volume, to_preset_values(label.voxels, preset, case.values, case.case_id)
+
+
+def read_image(case: Case, preset: Preset) -> Volume:
+    """Read the image of a case, with all its channels where the preset has some.
+
+    Raises:
+        ImageError: when it cannot be used, or lacks a required channel.
+    """
+    if not preset.channels:
+        return read_volume(case.image)
+    missing = missing_channels(case.channels, preset)
+    return read_channels(ChannelSources(case.case_id, case.channels, missing), preset)
 
 
 def check_same_grid(label: Volume, image: Volume, name: str) -> None:
@@ -142,13 +193,14 @@ class ReadCased(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = data["case"]
         values = None if item["values"] is None else dict(item["values"])
-        case = Case(item["id"], Path(item["image"]), Path(item["label"]), values)
+        channels = {name: Path(path) for name, path in item.get("channels", {}).items()}
+        case = Case(item["id"], Path(item["image"]), Path(item["label"]), values, channels=channels)
         volume, label = read_case(case, self._preset)
         missing = torch.zeros(self._preset.out_channels, dtype=torch.bool)
         missing[item["missing"]] = True
         return {
             MISSING: missing,
             "case": item["id"],
-            IMAGE: as_meta_tensor(volume.voxels, volume.affine_ras),
+            IMAGE: volume_tensor(volume),
             LABEL: as_meta_tensor(label, volume.affine_ras),
         }

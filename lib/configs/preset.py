@@ -104,6 +104,36 @@ class ZScore(Model):
     upper_percentile: Annotated[float, Field(gt=50, le=100)] = 99.5
 
 
+class Channel(Model):
+    """One sequence of a case, such as T1 or the arterial phase: a channel of the network's input.
+
+    Attributes:
+        name: of the channel; its order among the preset's channels is that of the network's input.
+        aliases: other names that file names may use for it.
+        intensity: its normalisation; the preset's where not given.
+        optional: whether a case may lack it: it is zeros then, and at random in training.
+        display: whether labels lie on its grid; the first channel's where none says so.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    aliases: tuple[str, ...] = ()
+    intensity: Annotated[Window | ZScore, Field(discriminator="kind")] | None = None
+    optional: bool = False
+    display: bool = False
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Channel:
+        if not all(canonical_name(name) for name in (self.name, *self.aliases)):
+            raise ValueError("valid: names and aliases with a letter or a digit in them")
+        if self.optional and self.display:
+            raise ValueError(f"channel {self.name!r} is optional and display; valid: one of the two")
+        return self
+
+    def names(self) -> set[str]:
+        """Every name of this channel in canonical form."""
+        return {canonical_name(name) for name in (self.name, *self.aliases)}
+
+
 class Network(Model):
     """Size of the UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504), in the terms of ``monai.networks.nets.UNETR``.
 
@@ -250,6 +280,7 @@ class Preset(Model):
         axcodes: anatomical directions of the axes that the network sees, in nibabel's letters.
         spacing_mm: voxel size that the network sees, in the order of ``axcodes``.
         roi_size: window of the network in voxels; multiples of ``network.patch_size``, of which each is a token.
+        channels: the sequences of a case, in the order of the network's input channels; empty for one image a case.
         mirror_axes: axes along which a training crop may be mirrored. Empty where left and right differ in name.
     """
 
@@ -262,6 +293,7 @@ class Preset(Model):
     spacing_mm: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     roi_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     intensity: Annotated[Window | ZScore, Field(discriminator="kind")]
+    channels: Annotated[tuple[Channel, ...], Field(max_length=16)] = ()
     padding: Literal["constant", "edge"] = "constant"
     mirror_axes: tuple[Literal[0, 1, 2], ...] = ()
     network: Network = Network()
@@ -304,6 +336,24 @@ class Preset(Model):
         return tuple(sorted(labels, key=lambda label: label.index))
 
     @model_validator(mode="after")
+    def _check_channels(self) -> Preset:
+        owner: dict[str, str] = {}
+        for channel in self.channels:
+            for name in channel.names():
+                if name in owner:
+                    raise ValueError(f"channels {owner[name]!r} and {channel.name!r} share the name {name!r}")
+                owner[name] = channel.name
+        shown = [channel.name for channel in self.channels if channel.display]
+        if len(shown) > 1:
+            raise ValueError(f"channels {', '.join(shown)} are all display; valid: one of them")
+        if self.channels and self.channels[self.display_channel].optional:
+            raise ValueError(
+                f"channel {self.channels[self.display_channel].name!r} is shown and optional; valid: display: true "
+                "at a channel that every case has"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_largest_component(self) -> Preset:
         chosen = self.inference.largest_component
         unknown = [] if isinstance(chosen, bool) else [name for name in chosen if name not in self.label_indices]
@@ -321,6 +371,16 @@ class Preset(Model):
         if isinstance(chosen, bool):
             return frozenset(self.label_indices.values() if chosen else ())
         return frozenset(self.label_indices[name] for name in chosen)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the network's input."""
+        return max(1, len(self.channels))
+
+    @property
+    def display_channel(self) -> int:
+        """Place among the channels of the one that labels lie on."""
+        return next((place for place, channel in enumerate(self.channels) if channel.display), 0)
 
     @property
     def out_channels(self) -> int:

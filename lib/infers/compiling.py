@@ -91,7 +91,9 @@ class _Trial:
 def _try_out(segmenter: Segmenter, network: InferenceNetwork, compiled: CompiledForward | None) -> _Trial:
     """Compute a window in this way, and go on so. The fastest of several counts: a disturbance only slows down."""
     network.use(compiled)
-    noise = torch.randn(1, 1, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        1, segmenter.preset.in_channels, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0)
+    )
     fastest = math.inf
     with torch.inference_mode(), autocast(segmenter.device, segmenter.dtype):
         for _ in range(TRIES):

@@ -111,6 +111,7 @@ class CostBook:
 def cost_key(preset: Preset, device: torch.device, dtype: torch.dtype, engine: str = "pytorch") -> str:
     """What a cost depends on: the device, the number format, what computes, PyTorch, and the network's shape."""
     shape = preset.model_dump_json(include={"roi_size", "network"}) + str(preset.out_channels)
+    shape += f" {preset.in_channels} channels" if preset.channels else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     network = hashlib.sha256(shape.encode()).hexdigest()[:12]
     computing = "" if engine == "pytorch" else f" {engine}"
@@ -128,7 +129,7 @@ def measure_windows(
     if isinstance(network, InferenceNetwork):
         network.release_memory()
     release_memory(device)  # what is kept in hand would be taken again unseen
-    windows = torch.randn((batch, 1, *preset.roi_size), device=device)
+    windows = torch.randn((batch, preset.in_channels, *preset.roi_size), device=device)
     with torch.inference_mode(), autocast(device, dtype):
         with PeakMemory(device) as peak:
             network(windows)

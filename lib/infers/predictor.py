@@ -93,7 +93,8 @@ def predict(
     plain = image.as_subclass(torch.Tensor)
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
-    air = float(plain.min()) if preset.inference.skip_air else None
+    # The lowest value of several channels together says nothing about air in each.
+    air = float(plain.min()) if preset.inference.skip_air and not preset.channels else None
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
     body, overlap = _place_over_body(plain[0], air, preset, overlaps)
     inside = (slice(None), *body)

@@ -213,7 +213,7 @@ def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
     options from the configuration.
 
     Raises:
-        CheckpointError: when the weights segment other labels than configured.
+        CheckpointError: when the weights segment other labels than configured, or take other channels or another order.
     """
     trained = checkpoint.preset
     if trained is None:
@@ -221,6 +221,11 @@ def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
     if trained.label_indices != configured.label_indices:
         raise CheckpointError(
             f"the weights segment {trained.label_indices}, but {configured.name!r} has {configured.label_indices}"
+        )
+    if (had := [c.name for c in trained.channels]) != (wanted := [c.name for c in configured.channels]):
+        raise CheckpointError(
+            f"the weights take {', '.join(had) or 'one image'} as channels, in this order, "
+            f"but {configured.name!r} has {', '.join(wanted) or 'one image'}"
         )
     served = {"name": configured.name, "labels": configured.labels, "inference": configured.inference}
     return trained.model_copy(update=served)

@@ -24,7 +24,7 @@ import monai
 import torch
 
 from lib.cases.data_sets import read_task
-from lib.cases.labelled import Case, find_cases
+from lib.cases.labelled import Case, find_cases, find_channel_cases
 from lib.cases.split import SUBJECT_RULES, Split, extend_split, read_split, subject_until, write_split
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset, shipped_preset_names, write_preset
@@ -213,7 +213,10 @@ def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Pres
 def _cases(options: argparse.Namespace, preset: Preset) -> Sides:
     """Training and held-out cases; without a split, nothing is held out."""
     values = _label_values(options.label_values, preset)
-    cases = find_cases(options.images, options.labels, values)
+    if preset.channels:
+        cases = find_channel_cases(options.images, options.labels, preset, values)
+    else:
+        cases = find_cases(options.images, options.labels, values)
     everything = Split(tuple(case.case_id for case in cases), ())
     return _sides(cases, read_split(options.split) if options.split else everything)
 

@@ -213,5 +213,6 @@ def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int
 
 def preprocessing_digest(preset: Preset) -> str:
     """Name of a preset's cache: cases preprocessed for another spacing or window must not be taken for these."""
-    relevant = preset.model_dump_json(include={"axcodes", "spacing_mm", "roi_size", "intensity", "padding", "labels"})
+    keys = {"axcodes", "spacing_mm", "roi_size", "intensity", "padding", "labels"}
+    relevant = preset.model_dump_json(include=keys | {"channels"} if preset.channels else keys)
     return hashlib.sha256(relevant.encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build_unetr(preset, checkpointing).train()
-        crop = torch.zeros(1, 1, *preset.roi_size)
+        crop = torch.zeros(1, preset.in_channels, *preset.roi_size)
     own = {id(parameter) for parameter in network.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -61,7 +61,7 @@ def measure_step(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         network, loss_of = build_unetr(preset, checkpointing).train(), build_loss(preset.training)
         place_for_training(network, device)
-        image = torch.randn(crops, 1, *preset.roi_size, device=device)
+        image = torch.randn(crops, preset.in_channels, *preset.roi_size, device=device)
         label = torch.zeros(crops, 1, *preset.roi_size, device=device)
         release_memory(device)
         start = time.perf_counter()

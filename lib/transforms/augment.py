@@ -111,6 +111,28 @@ class RandSlabd(MapTransform, Randomizable):
         return changed
 
 
+class RandDropChannelsd(MapTransform, Randomizable):
+    """Sets optional channels to 0 at random, each by itself, as in a case that lacks them.
+
+    Args:
+        key: of the dictionary; a tensor of shape (channels, X, Y, Z).
+        places: of the channels that may be dropped.
+        probability: how often each is.
+    """
+
+    def __init__(self, key: str, places: Sequence[int], probability: float = 0.25) -> None:
+        MapTransform.__init__(self, (key,))
+        self.key, self.places, self.probability = key, tuple(places), probability
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Drop some of the channels, or none."""
+        drawn = self.R.random(len(self.places))
+        gone = [place for place, number in zip(self.places, drawn, strict=True) if number < self.probability]
+        image = torch.as_tensor(data[self.key]).clone()
+        image[gone] = 0
+        return {**data, self.key: image}
+
+
 class RandNoised(MapTransform, Randomizable):
     """Adds Gaussian noise, drawn where the image is, of a deviation drawn up to ``std``."""
 
@@ -174,7 +196,9 @@ def build_changes(preset: Preset) -> Compose:
         EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),
     ]
     slab = [RandSlabd((IMAGE, LABEL), change.slab_probability, change.slab_planes)] if change.slab_probability else []
-    return Compose([*mirror, *_spatial(change), *_intensity(change), *slab, *typed])
+    dropped = [place for place, channel in enumerate(preset.channels) if channel.optional]
+    drop = [RandDropChannelsd(IMAGE, dropped)] if dropped else []
+    return Compose([*mirror, *_spatial(change), *_intensity(change), *slab, *drop, *typed])
 
 
 def _spatial(change: Augmentation) -> list[Transform]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import Compose, MapTransform, Transform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 
@@ -62,3 +62,31 @@ class ClippedToPercentiles(_BetweenEnds):
         ends = percentile(voxels.numpy() if voxels.device.type == "cpu" else voxels, [self.lower, self.upper])
         lowest, highest = torch.as_tensor(ends).tolist()
         return voxels.clamp(lowest, highest)
+
+
+class EachChannel(MapTransform):
+    """Changes each channel of a MetaTensor of shape (C, X, Y, Z) by its own transforms.
+
+    A channel that is 0 everywhere stays so: it stands for a sequence that the case lacks.
+
+    Args:
+        key: of the dictionary.
+        chains: for each channel the transforms of dictionaries with ``key`` of shape (1, X, Y, Z).
+    """
+
+    def __init__(self, key: str, chains: Sequence[Sequence[Transform]]) -> None:
+        super().__init__((key,))
+        self.key, self.chains = key, [Compose(list(chain)) for chain in chains]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change each channel."""
+        image: MetaTensor = data[self.key]
+        plain = image.as_subclass(torch.Tensor)
+        if len(plain) != len(self.chains):
+            raise ValueError(f"an image of {len(plain)} channels was given to a preset of {len(self.chains)}")
+        changed = []
+        for channel, chain in zip(plain.split(1), self.chains, strict=True):
+            if bool(channel.any()):
+                channel = chain({self.key: MetaTensor(channel, affine=image.affine)})[self.key]
+            changed.append(torch.as_tensor(channel).as_subclass(torch.Tensor).float())
+        return {**data, self.key: MetaTensor(torch.cat(changed), affine=image.affine)}

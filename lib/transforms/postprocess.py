@@ -125,7 +125,7 @@ def _add_indicator(
 
 
 def interpolate_to_grid(
-    values: npt.NDArray[np.float16], affine_values: Affine, shape: tuple[int, ...], affine_image: Affine
+    values: npt.NDArray[np.float16] | FloatArray, affine_values: Affine, shape: tuple[int, ...], affine_image: Affine
 ) -> FloatArray:
     """Bring a map of the network's grid onto another grid by linear interpolation.
 

@@ -18,8 +18,8 @@ from monai.transforms import (
     Transform,
 )
 
-from lib.configs.preset import Preset, Window
-from lib.transforms.intensity import Clipped, ClippedToPercentiles, Windowed
+from lib.configs.preset import Preset, Window, ZScore
+from lib.transforms.intensity import Clipped, ClippedToPercentiles, EachChannel, Windowed
 from lib.transforms.resample import Resampled, resampled_size
 from lib.transforms.volume import Affine, Volume
 
@@ -66,15 +66,23 @@ def as_meta_tensor(
     return MetaTensor(tensor if device is None else tensor.to(device), affine=torch.from_numpy(affine_ras))
 
 
+def volume_tensor(volume: Volume, device: torch.device | None = None) -> MetaTensor:
+    """A volume as the (channels, X, Y, Z) MetaTensor that the chain takes; one channel where it has no sequences."""
+    if not volume.channels:
+        return as_meta_tensor(volume.voxels, volume.affine_ras, device)
+    tensor = torch.stack([torch.from_numpy(np.ascontiguousarray(channel)) for channel in volume.channels])
+    return MetaTensor(tensor if device is None else tensor.to(device), affine=torch.from_numpy(volume.affine_ras))
+
+
 def preprocess_volume(volume: Volume, preset: Preset, device: torch.device | None = None) -> MetaTensor:
-    """Return what the network sees of ``volume``: (1, X, Y, Z), float32, with its own affine.
+    """Return what the network sees of ``volume``: (channels, X, Y, Z), float32, with its own affine.
 
     Args:
         volume: the image.
         preset: the task.
         device: where it is computed and stays; the host if not given.
     """
-    image = as_meta_tensor(volume.voxels, volume.affine_ras, device)
+    image = volume_tensor(volume, device)
     data: dict[Hashable, MetaTensor] = {IMAGE: image}
     result: MetaTensor = build_preprocessing(preset)(data)[IMAGE]
     return result
@@ -100,12 +108,24 @@ def _clipping(preset: Preset) -> list[Transform]:
     So a CT of the full range of Hounsfield units and the same CT stored clipped give the network the same: a border
     between air and skin, interpolated first, would lie elsewhere.
     """
-    intensity = preset.intensity
-    return [Clipped((IMAGE,), intensity.lower, intensity.upper)] if isinstance(intensity, Window) else []
+    if preset.channels:
+        return [
+            EachChannel(IMAGE, [_clipping_to(channel.intensity or preset.intensity) for channel in preset.channels])
+        ]
+    return _clipping_to(preset.intensity)
 
 
 def _intensity(preset: Preset) -> list[Transform]:
-    intensity = preset.intensity
+    if preset.channels:
+        return [EachChannel(IMAGE, [_scaled_by(channel.intensity or preset.intensity) for channel in preset.channels])]
+    return _scaled_by(preset.intensity)
+
+
+def _clipping_to(intensity: Window | ZScore) -> list[Transform]:
+    return [Clipped((IMAGE,), intensity.lower, intensity.upper)] if isinstance(intensity, Window) else []
+
+
+def _scaled_by(intensity: Window | ZScore) -> list[Transform]:
     if isinstance(intensity, Window):
         return [Windowed((IMAGE,), intensity.lower, intensity.upper)]
     return [

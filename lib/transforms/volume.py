@@ -65,11 +65,13 @@ class Volume:
         voxels: intensities, shape (X, Y, Z), float32.
         affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
         other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
+        channels: of a case of several sequences, each on this grid, in the preset's order; ``voxels`` is one of them.
     """
 
     voxels: FloatArray
     affine_ras: Affine
     other_affine_ras: Affine | None = None
+    channels: tuple[FloatArray, ...] = ()
 
     @property
     def grid(self) -> Grid:
@@ -141,6 +143,12 @@ def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
     Raises:
         ImageError: when voxels are not finite or all equal, or the size or spacing is out of bounds.
     """
+    if len(volume.channels) != len(preset.channels):
+        needed = ", ".join(channel.name for channel in preset.channels) or "none"
+        raise ImageError(
+            f"image {name!r} was read with {len(volume.channels)} channels; "
+            f"{preset.name!r} needs the channels: {needed}"
+        )
     extent_voxels, patch_size = _extent_at(volume, preset), preset.network.patch_size
     spacing = ", ".join(f"{s:.4g}" for s in volume.spacing_mm)
     if max(volume.spacing_mm) > MAX_SPACING_MM or min(volume.spacing_mm) < MIN_SPACING_MM * (1 - ROUNDING):

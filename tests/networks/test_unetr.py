@@ -80,7 +80,8 @@ def test_activation_checkpointing_is_not_in_the_way_of_evaluation() -> None:
 
 
 def test_output_has_a_class_for_each_label_and_background() -> None:
-    network = build_unetr(tiny_preset(roi_size=[16, 32, 16]), in_channels=2).eval()
+    preset = tiny_preset(roi_size=[16, 32, 16], channels=[{"name": "t1"}, {"name": "flair"}])
+    network = build_unetr(preset).eval()
     with torch.inference_mode():
         assert network(torch.zeros(1, 2, 16, 32, 16)).shape == (1, 3, 16, 32, 16)
 
