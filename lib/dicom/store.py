@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 from pydicom.dataset import FileDataset
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser
 
 from lib.dicom.attributes import Json, element
-from lib.dicom.files import describe, read_instance, reading
+from lib.dicom.files import describe, is_dicom, read_instance, reading
 from lib.errors import ImageError, ParameterError
 
 UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -18,6 +22,8 @@ CANNOT_UNDERSTAND = 0xC000
 REFUSED = 0x0110
 OTHER_STUDY = 0x0119
 """Failure reasons (PS3.18, table I.2-2)."""
+MOST_PARTS = 20_000
+LONGEST_PREAMBLE = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -39,46 +45,112 @@ class Outcome:
     sentence: str = ""
 
 
-def split_parts(body: bytes, content_type: str) -> list[bytes]:
-    """The files in a ``multipart/related`` body.
+class PartWriter:
+    """Writes the parts of a ``multipart/related`` body to files, one by one, while the body arrives.
+
+    Args:
+        content_type: of the request.
+        folder: for the files.
 
     Raises:
-        ParameterError: when it is none, or is cut off.
+        ParameterError: when the content type is another, or has no boundary.
     """
-    boundary = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type, re.IGNORECASE)
-    if not content_type.lower().startswith("multipart/related") or boundary is None:
-        raise ParameterError(
-            "Content-Type", content_type[:200], 'multipart/related; type="application/dicom"; boundary=...'
+
+    def __init__(self, content_type: str, folder: Path) -> None:
+        found = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type, re.IGNORECASE)
+        if not content_type.lower().startswith("multipart/related") or found is None:
+            raise ParameterError(
+                "Content-Type", content_type[:200], 'multipart/related; type="application/dicom"; boundary=...'
+            )
+        boundary = (found[1] or found[2]).encode("latin-1")
+        self._marker = b"\r\n--" + boundary
+        self._preamble: bytes | None = b"\r\n"
+        self._folder, self._files, self._part = folder, list[Path](), ExitStack()
+        self._file: BinaryIO | None = None
+        self._size, self._closed = 0, False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_part_data": self._keep,
+                "on_part_end": self._part.close,
+                "on_end": self._end,
+            },
         )
-    marker = b"--" + (boundary[1] or boundary[2]).encode("latin-1")
-    pieces = (b"\r\n" + body).split(b"\r\n" + marker)
-    if len(pieces) < 3 or not pieces[-1].startswith(b"--"):
-        raise ParameterError("body", f"{len(body)} bytes", "parts between the boundary, closed by it")
-    return [_content(piece) for piece in pieces[1:-1]]
+
+    def write(self, block: bytes) -> None:
+        """Take the next bytes of the body.
+
+        Raises:
+            ParameterError: when they are no parts, or too many.
+        """
+        self._size += len(block)
+        try:
+            self._parser.write(block if self._preamble is None else self._without_preamble(block))
+        except MultipartParseError as error:
+            raise self._error() from error
+
+    def finish(self) -> list[Path]:
+        """The files of all parts, in their order.
+
+        Raises:
+            ParameterError: when the body was cut off, or had no part.
+        """
+        self._part.close()
+        if not self._closed or not self._files:
+            raise self._error()
+        return self._files
+
+    def abandon(self) -> None:
+        """Close the file that was being written."""
+        self._part.close()
+
+    def _without_preamble(self, block: bytes) -> bytes:
+        """What follows the text before the first boundary, which RFC 2046 allows and nobody reads."""
+        start = (self._preamble or b"") + block
+        at = start.find(self._marker)
+        if at >= 0:
+            self._preamble = None
+            return start[at + 2 :]
+        if len(start) > LONGEST_PREAMBLE:
+            raise self._error()
+        self._preamble = start
+        return b""
+
+    def _begin(self) -> None:
+        if len(self._files) == MOST_PARTS:
+            raise ParameterError("body", f"more than {MOST_PARTS} parts", f"at most {MOST_PARTS} in one request")
+        path = self._folder / f"{len(self._files):05d}.dcm"
+        self._file = self._part.enter_context(path.open("wb"))
+        self._files.append(path)
+
+    def _keep(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        self._closed = True
+
+    def _error(self) -> ParameterError:
+        return ParameterError("body", f"{self._size} bytes", "parts between the boundary, closed by it")
 
 
-def _content(piece: bytes) -> bytes:
-    """A part without its headers, which end with an empty line; a part may have none."""
-    if piece.startswith(b"\r\n\r\n"):
-        return piece[4:]
-    _, _, content = piece.partition(b"\r\n\r\n")
-    return content
-
-
-def read_part(content: bytes) -> FileDataset:
-    """A part as an instance.
+def read_part(file: Path) -> FileDataset:
+    """A part as an instance; a file that does not begin as DICOM does is not read further.
 
     Raises:
         ParameterError: when it is no DICOM, or has no UIDs.
     """
     try:
+        if not is_dicom(file):
+            raise ImageError("it does not begin as DICOM does")
         with reading("it cannot be read"):
-            instance = read_instance(io.BytesIO(content))
+            instance = read_instance(file)
             for _ in instance.iterall():  # each value is decoded here, where its damage is told
                 pass
             uids = [str(instance.get(keyword, "")) for keyword in UIDS]
     except ImageError as error:
-        raise ParameterError("part", f"{len(content)} bytes", f"a DICOM file ({describe(error)})") from error
+        raise ParameterError("part", f"{file.stat().st_size} bytes", f"a DICOM file ({describe(error)})") from error
     bad = [uid for uid in uids if not re.fullmatch(r"[0-9.]{1,64}", uid)]
     if bad:
         raise ParameterError(

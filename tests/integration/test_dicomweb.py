@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -395,6 +396,26 @@ def related(parts: list[bytes]) -> tuple[bytes, str]:
 def test_what_is_no_store_request_is_refused(studies: Studies, body: bytes, content_type: str, status: int) -> None:
     said = studies.server.post("/dicom-web/studies", data=body, headers={"Content-Type": content_type})
     assert said.status_code == status, said.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of the memory is Linux's to tell")
+@pytest.mark.parametrize("content_type", [related([])[1], "multipart/related"], ids=["no DICOM", "no boundary"])
+def test_300_mb_of_garbage_to_store_leave_the_memory_as_it_is(studies: Studies, content_type: str) -> None:
+    process = studies.server.process
+    assert process is not None
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mib(process.pid)
+    block = bytes(range(1, 251)) * 4000
+    opening, closing = related([b""])[0][:-13], b"\r\n--limit--\r\n"
+    body = itertools.chain([opening], itertools.repeat(block, 300), [closing])
+    said = studies.server.post("/dicom-web/studies", data=body, headers={"Content-Type": content_type})
+    assert said.status_code == 400, said.text
+    assert peak_mib(process.pid) - before < 50
+
+
+def peak_mib(pid: int) -> float:
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def test_stored_images_are_images_at_once_and_new_files_within_seconds(studies: Studies, tmp_path: Path) -> None:

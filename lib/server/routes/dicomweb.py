@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import anyio.to_thread
@@ -37,10 +38,11 @@ from lib.dicom.retrieve import (
 )
 from lib.dicom.segmentation_reader import is_segmentation
 from lib.dicom.sources import FolderSource
-from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, answer, read_part, split_parts
-from lib.errors import InputError, NotFoundError, StorageError, UpstreamError
+from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, PartWriter, answer, read_part
+from lib.errors import InputError, NotFoundError, ParameterError, StorageError, UpstreamError
 from lib.server.http.auth import AsAnnotator, AsUser, User
 from lib.server.http.errors import TooLargeError
+from lib.server.http.uploads import temporary_folder
 from lib.server.labels.segmentations import series_store, store_segmentation
 from lib.server.services import Parts, Services
 from lib.server.work.presented import PresentedCases, Searched
@@ -72,15 +74,13 @@ async def read_by_service(request: Request, parts: Parts, user: AsUser, service:
 @router.post("/dicom-web/{path:path}", summary="Store instances (STOW-RS)")
 async def write(request: Request, parts: Parts, user: AsAnnotator, path: str) -> Response:
     """Store what is sent; a DICOM SEG of a series is a submission of that series' label."""
-    body = await request.body()
-    return await anyio.to_thread.run_sync(lambda: store(request, parts, user, path, body))
+    return await store(request, parts, user, path)
 
 
 @router.post("/proxy/dicom/{service}/{path:path}", include_in_schema=False)
 async def write_by_service(request: Request, parts: Parts, user: AsAnnotator, service: Service, path: str) -> Response:
     """The same where OHIF looks."""
-    body = await request.body()
-    return await anyio.to_thread.run_sync(lambda: store(request, parts, user, path, body))
+    return await store(request, parts, user, path)
 
 
 def respond(request: Request, parts: Services, resource: Resource, path: str) -> Response:
@@ -245,8 +245,8 @@ def _blocks(said: requests.Response) -> Iterator[bytes]:
         yield from said.iter_content(BLOCK_BYTES)
 
 
-def store(request: Request, parts: Services, user: User, path: str, body: bytes) -> Response:
-    """Store the instances of a request, each by itself.
+async def store(request: Request, parts: Services, user: User, path: str) -> Response:
+    """Store the instances of a request, each by itself; the body is never in memory as a whole.
 
     Raises:
         ParameterError: when the request is no STOW.
@@ -255,8 +255,52 @@ def store(request: Request, parts: Services, user: User, path: str, body: bytes)
     is_study = resource.view == "instances" and not resource.series
     if not is_study and path.strip("/") != "studies":
         raise HTTPException(405, headers={"Allow": "GET"})
-    contents = split_parts(body, request.headers.get("content-type", ""))
-    outcomes = [store_one(parts, user, read_part(content), resource.study, root_of(request)) for content in contents]
+    with temporary_folder() as folder:
+        files = await receive_parts(request, folder)
+        return await anyio.to_thread.run_sync(lambda: store_files(request, parts, user, resource.study, files))
+
+
+async def receive_parts(request: Request, folder: Path) -> list[Path]:
+    """Write the parts of a body to files while it arrives; what follows a fault is read and thrown away.
+
+    A client that is still sending when its connection closes would not hear what was wrong.
+
+    Raises:
+        ParameterError: when the body is no ``multipart/related``, or is cut off.
+    """
+    stream = request.stream()
+    try:
+        writer = PartWriter(request.headers.get("content-type", ""), folder)
+        try:
+            async for block in _joined(stream):
+                await anyio.to_thread.run_sync(writer.write, block)
+            return await anyio.to_thread.run_sync(writer.finish)
+        finally:
+            writer.abandon()
+    except (ParameterError, OSError):
+        async for _ in stream:
+            pass
+        raise
+
+
+async def _joined(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The blocks of a body joined to larger ones, so that fewer of them are handed to a thread."""
+    joined = bytearray()
+    async for block in stream:
+        joined += block
+        if len(joined) >= BLOCK_BYTES:
+            yield bytes(joined)
+            joined.clear()
+    yield bytes(joined)
+
+
+def store_files(request: Request, parts: Services, user: User, study: str, files: Sequence[Path]) -> Response:
+    """Store instances, each read when its turn comes.
+
+    Raises:
+        ParameterError: when one of them is no DICOM.
+    """
+    outcomes = [store_one(parts, user, read_part(file), study, root_of(request)) for file in files]
     status, told = answer(outcomes)
     return Response(dump(told), status, media_type=DICOM_JSON)
 

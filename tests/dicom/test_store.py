@@ -1,0 +1,65 @@
+"""The parts of a STOW request are written to files while the body arrives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lib.dicom.store import MOST_PARTS, PartWriter, read_part
+from lib.errors import ParameterError
+
+TYPE = 'multipart/related; type="application/dicom"; boundary=limit'
+HEADER = b"--limit\r\nContent-Type: application/dicom\r\n\r\n"
+CONTENTS = [b"first\r\n--limi", b"", b"\r\n\r\nthird\r\n--limX\r\n"]
+BODY = b"".join(HEADER + content + b"\r\n" for content in CONTENTS) + b"--limit--\r\n"
+
+
+def write(body: bytes, folder: Path, block: int = 7, content_type: str = TYPE) -> list[bytes]:
+    writer = PartWriter(content_type, folder)
+    try:
+        for start in range(0, len(body), block):
+            writer.write(body[start : start + block])
+        return [file.read_bytes() for file in writer.finish()]
+    finally:
+        writer.abandon()
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 50, 10_000])
+def test_parts_are_the_same_however_the_body_is_cut(tmp_path: Path, block: int) -> None:
+    assert write(BODY, tmp_path, block) == CONTENTS
+
+
+@pytest.mark.parametrize("block", [1, 10_000])
+def test_text_around_the_parts_and_parts_without_headers_are_taken(tmp_path: Path, block: int) -> None:
+    body = b"preamble --limit\r\n--limit\r\n\r\nabc\r\n--limit--\r\nepilogue"
+    assert write(body, tmp_path, block) == [b"abc"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"no parts", BODY[:-12], HEADER, HEADER + b"abc", b"--limit--\r\n", b"--limit" + b"x" * 100, b"x" * 200_000],
+    ids=["empty", "no parts", "cut off", "header alone", "no end", "no part", "other boundary", "long preamble"],
+)
+def test_body_that_is_no_parts_is_refused(tmp_path: Path, body: bytes) -> None:
+    with pytest.raises(ParameterError, match="closed by it"):
+        write(body, tmp_path)
+
+
+@pytest.mark.parametrize("content_type", ["", "application/json", "multipart/related", "multipart/related; boundary="])
+def test_other_content_type_is_refused(tmp_path: Path, content_type: str) -> None:
+    with pytest.raises(ParameterError, match="multipart/related"):
+        PartWriter(content_type, tmp_path)
+
+
+def test_too_many_parts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=f"more than {MOST_PARTS} parts"):
+        write(b"--limit\r\n\r\n\r\n" * (MOST_PARTS + 1), tmp_path, 2**20)
+    assert len(list(tmp_path.iterdir())) == MOST_PARTS
+
+
+def test_part_that_does_not_begin_as_dicom_is_refused_with_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "x.dcm"
+    file.write_bytes(b"\xff" * 5000)
+    with pytest.raises(ParameterError, match=r"'5000 bytes'.*does not begin as DICOM"):
+        read_part(file)
