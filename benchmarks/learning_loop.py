@@ -41,7 +41,8 @@ from lib.cases.metrics import dice_per_label, mean_per_label  # noqa: E402
 from lib.cases.split import read_split, subject_from_consecutive_pair  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
-from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint  # noqa: E402
+from lib.networks.checkpoint import Checkpoint, write_checkpoint  # noqa: E402
+from lib.storage.files import sha256_of  # noqa: E402
 from lib.trainers.loop import run_training  # noqa: E402
 from lib.trainers.reporting.progress import write_json  # noqa: E402
 from lib.trainers.run.job import TrainingJob  # noqa: E402
@@ -229,7 +230,7 @@ def prepare(setting: Setting, folder: Path, first: Path) -> Server:
     target = server.models / setting.preset.name
     target.mkdir()
     shutil.copy(first, target / "shipped.pt")
-    write_json(target / "shipped.json", {"sha256": file_sha256(first)})
+    write_json(target / "shipped.json", {"sha256": sha256_of(first)})
     return server
 
 

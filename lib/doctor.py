@@ -40,10 +40,10 @@ from lib.infers.costs import COSTS_FILE, CostBook
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsFile, WeightsLocator
-from lib.networks.checkpoint import file_sha256
 from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import cpu_computes_bf16, resolve_device, resolve_precision
 from lib.networks.unetr import build_unetr
+from lib.storage.files import sha256_of
 from lib.trainers.plan import StepPlanner
 from lib.transforms.volume import Volume, read_volume
 
@@ -253,7 +253,7 @@ def check_weights(name: str, locator: WeightsLocator) -> Finding:
         side_car = json.loads(file.side_car.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Finding("warn", f"preset {name}: {_describe(file)}", "its side-car (.json) is missing or damaged")
-    if side_car.get("sha256") != file_sha256(file.path):
+    if side_car.get("sha256") != sha256_of(file.path):
         advice = "the file is damaged or was replaced: restore it, or publish again"
         return Finding("FAIL", f"preset {name}: {_describe(file)} is not the file that its side-car describes", advice)
     return Finding("ok", f"preset {name}: {_describe(file)}{_promise(side_car)}")

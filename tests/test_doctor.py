@@ -14,7 +14,7 @@ import torch
 from lib import doctor
 from lib.configs.catalogue import load_preset
 from lib.models.weights import WeightsLocator
-from lib.networks.checkpoint import file_sha256
+from lib.storage.files import sha256_of
 from tests.tiny import boxes, write_nifti
 
 
@@ -22,7 +22,7 @@ from tests.tiny import boxes, write_nifti
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "shipped.pt"
     path.write_bytes(b"weights" * 1000)
-    side_car = {"sha256": file_sha256(path), "held_out": {"mean_dice": 0.8812}}
+    side_car = {"sha256": sha256_of(path), "held_out": {"mean_dice": 0.8812}}
     path.with_suffix(".json").write_text(json.dumps(side_car))
     return path
 

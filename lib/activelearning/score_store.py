@@ -20,6 +20,7 @@ import numpy as np
 
 from lib.activelearning.case_scores import CaseScores
 from lib.activelearning.embedding import FloatArray
+from lib.storage.sqlite import open_database
 
 logger = logging.getLogger("unetr.scoring")
 
@@ -168,28 +169,11 @@ class ScoreStore:
 
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
-            try:
-                self._db = _connect(self._path)
-            except sqlite3.DatabaseError as error:
-                aside = self._path.with_suffix(f".damaged-{int(time.time())}")
-                logger.warning("%s is damaged (%s) and put aside as %s", self._path.name, error, aside.name)
-                self._path.rename(aside)
-                self._db = _connect(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._db, repaired = open_database(self._path, SCHEMA, isolation_level="DEFERRED")
+            if repaired:
+                logger.warning("%s", repaired)
         return self._db
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(path, timeout=30, check_same_thread=False)
-    try:
-        db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.executescript(SCHEMA)
-    except sqlite3.DatabaseError:
-        db.close()
-        raise
-    return db
 
 
 def _score_image(row: sqlite3.Row) -> CaseScoreRecord:

@@ -21,8 +21,9 @@ from lib.errors import CheckpointError, ConfigError
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import read_calibration
 from lib.models.weights import WeightsLocator, preset_for
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
 from lib.networks.precision import resolve_device
+from lib.storage.files import sha256_of
 from lib.storage.full_disk import writing
 from lib.storage.json_files import write_json
 
@@ -81,7 +82,7 @@ def load_model(name: str, model_dir: Path, device: str | None) -> Model:
         raise CheckpointError(f"there are no weights of {preset.name!r} in {str(model_dir / preset.name)!r}")
     checkpoint = read_checkpoint(file.path)
     segmenter = Segmenter.from_checkpoint(checkpoint, preset_for(checkpoint, preset), resolve_device(device))
-    return Model(segmenter, preset.name, file.version, file_sha256(file.path), read_calibration(file.path))
+    return Model(segmenter, preset.name, file.version, sha256_of(file.path), read_calibration(file.path))
 
 
 def summary(outcome: Outcome, model: Model) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import TrainingError
+from lib.storage.json_files import write_json
 
 SPLIT_FILE = "split.json"
 RUNS_FOLDER = "runs"
@@ -200,11 +200,9 @@ def shipped_split(folder: Path) -> Split | None:
 def write_split(path: Path, split: Split, how: str) -> None:
     """Write a split with a sentence on how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     sides = {"train": list(split.train), "validation": list(split.validation), "test": list(split.test)}
     data = {"how": how} | sides | {"subjects": dict(split.subjects)}
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, data)
 
 
 def _digest(subject: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.datastore.index import IN_MEMORY, open_database
+from lib.storage.sqlite import IN_MEMORY, open_database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS work(

@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lib.datastore.index import IN_MEMORY, VersionIndex
+from lib.datastore.index import VersionIndex
 from lib.datastore.published import PublishedLabels
 from lib.datastore.quarantine import Quarantine
 from lib.datastore.records import (
@@ -52,6 +52,7 @@ from lib.storage.files import (
     sync_everything,
     sync_folder,
 )
+from lib.storage.sqlite import IN_MEMORY
 
 logger = logging.getLogger("unetr.datastore")
 

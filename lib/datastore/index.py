@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-IN_MEMORY = Path(":memory:")
-SECONDS_TO_WAIT_FOR_OTHERS = 30.0
+from lib.storage.sqlite import open_database
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS versions(
     sequence INTEGER PRIMARY KEY, version_id TEXT UNIQUE NOT NULL, image_id TEXT NOT NULL, tag TEXT NOT NULL,
@@ -29,35 +27,11 @@ CREATE TABLE IF NOT EXISTS refused(name TEXT PRIMARY KEY, stamp TEXT NOT NULL, r
 NEWEST = "sequence IN (SELECT max(sequence) FROM versions WHERE tag = ? GROUP BY image_id)"
 
 
-def open_database(path: Path, schema: str) -> tuple[sqlite3.Connection, str]:
-    """Open an SQLite file in WAL mode; it is made when it is not there, and anew when it is damaged.
-
-    Commits do not wait for the disk (``synchronous=NORMAL``): they outlive the process, and what a power cut takes is
-    found again by whoever keeps the files that it tells of.
-
-    Returns:
-        The connection, in autocommit mode and for all threads (one at a time), and a sentence on what had to be done.
-
-    Raises:
-        OSError, sqlite3.OperationalError: when the folder cannot be written to.
-    """
-    try:
-        return _open(path, schema), ""
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError as error:
-        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        os.replace(path, aside)
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        return _open(path, schema), f"{path.name} was damaged ({error}); it is kept as {aside.name} and made anew"
-
-
 class VersionIndex:
     """Versions by image and time, what lies in ``labels/<tag>``, and what clients added to images and labels.
 
     Args:
-        path: the file; :data:`IN_MEMORY` for a store that can only be read.
+        path: the file; :data:`~lib.storage.sqlite.IN_MEMORY` for a store that can only be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -194,21 +168,3 @@ class VersionIndex:
     def _execute(self, statement: str, *values: object) -> list[sqlite3.Row]:
         with self._lock:
             return self._db.execute(statement, values).fetchall()
-
-
-def _open(path: Path, schema: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=SECONDS_TO_WAIT_FOR_OTHERS, isolation_level=None, check_same_thread=False
-    )
-    try:
-        connection.row_factory = sqlite3.Row
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(str(found).splitlines()[0])
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.executescript(schema)
-    except BaseException:
-        connection.close()
-        raise
-    return connection

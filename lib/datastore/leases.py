@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.datastore.index import IN_MEMORY, open_database
 from lib.errors import NotFoundError
+from lib.storage.sqlite import IN_MEMORY, open_database
 
 DEFAULT_MINUTES = 30.0
 # A renewal that would move the end by less than this share of a lease is not written down.

@@ -28,7 +28,6 @@ from lib.datastore.effort import EffortCounter
 from lib.datastore.history import LabelHistory
 from lib.datastore.images.checks import ImageChecks
 from lib.datastore.images.folder import FolderProblem, ending_of, list_images
-from lib.datastore.index import IN_MEMORY
 from lib.datastore.label_files.found_labels import Problem, label_id
 from lib.datastore.label_files.label_folder import Candidate, LabelFolder, temporary_folder
 from lib.datastore.label_names import parse_label_info
@@ -43,6 +42,7 @@ from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
 from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, stage, sync_folder
 from lib.storage.full_disk import writing
+from lib.storage.sqlite import IN_MEMORY
 
 logger = logging.getLogger("unetr.datastore")
 

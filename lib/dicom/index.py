@@ -26,6 +26,7 @@ from lib.dicom.attributes import Json, dump, element, first_value, summarize, ta
 from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, read_instance, reading
 from lib.errors import ImageError
 from lib.storage.admission import Admission
+from lib.storage.sqlite import connect, remove_side_files
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,8 @@ class DicomIndex:
             self._make_tables()
         except sqlite3.DatabaseError:
             logger.warning("the index %s is damaged and made anew", database.name)
-            for suffix in ("", "-wal", "-shm"):
-                database.with_name(database.name + suffix).unlink(missing_ok=True)
+            database.unlink(missing_ok=True)
+            remove_side_files(database)
             self._make_tables()
 
     def start(self) -> None:
@@ -348,13 +349,7 @@ class DicomIndex:
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = sqlite3.connect(self._database, timeout=60)
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")  # a lost index is made again
-            except sqlite3.DatabaseError:
-                connection.close()
-                raise
+            connection = connect(self._database, timeout_seconds=60, one_thread=True)
             self._local.connection = connection
         return connection
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from lib.errors import ImageError
 from lib.imagefiles.opening import open_regular
+from lib.storage.files import sha256_of_blocks
 from lib.transforms.volume import Affine
 
 MIB = 1 << 20
@@ -145,7 +145,7 @@ class Checksums:
             return known[1]
         # an empty file adds nothing, and by itself it is no image
         filled = [path for path, entry in zip(files, stamp, strict=True) if entry[1]]
-        digest = _sha256(files if files == [image] else filled)
+        digest = sha256_of_blocks(_contents(files if files == [image] else filled))
         with self._lock:
             self._known[image] = (stamp, digest)
             while len(self._known) > MOST_CHECKSUMS:
@@ -153,10 +153,9 @@ class Checksums:
         return digest
 
 
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+def _contents(files: Iterable[Path]) -> Iterator[bytes]:
+    """The content of regular files, one after the other, a mebibyte at a time."""
     for path in files:
         with open_regular(path) as file:
             while block := file.read(MIB):
-                digest.update(block)
-    return digest.hexdigest()
+                yield block

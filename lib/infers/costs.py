@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from lib.configs.preset import Preset
 from lib.infers.memory import PeakMemory, release_memory
 from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import autocast
+from lib.storage.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,9 @@ class CostBook:
         entries[key] = {**entries.get(key, {}), **values}
         if self._file is None:
             return
-        temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._file)
+            write_json(self._file, entries)
         except OSError as error:
             logger.warning("measured costs are not kept in %s: %s", self._file, error.strerror or error)
 

@@ -13,7 +13,7 @@ import monai
 import torch
 
 from lib.cases.labelled import Case
-from lib.networks.checkpoint import file_sha256
+from lib.storage.files import sha256_of
 
 LIBRARY = Path(__file__).resolve().parents[1]
 
@@ -42,7 +42,7 @@ def label_digests(cases: Iterable[Case]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=100_000)
 def _digest(path: Path, mtime_ns: int, size: int) -> str:
-    return file_sha256(path)
+    return sha256_of(path)
 
 
 @functools.cache

@@ -27,8 +27,9 @@ import psutil
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, NotFoundError, TrainingError
 from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_details, read_live
-from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.layouts import StateDict
+from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
 
 logger = logging.getLogger("unetr.publish")
@@ -197,7 +198,7 @@ class VersionStore:
                 f"version {name!r} was rejected and is not served, unless with rejected=true: "
                 f"{version.details.get('reason')}"
             )
-        if file_sha256(version.weights) != version.details.get("sha256"):
+        if sha256_of(version.weights) != version.details.get("sha256"):
             raise CheckpointError(f"the weights of version {name!r} are damaged: their SHA-256 is another one")
         self._point_to(name, by)
         return version
@@ -248,7 +249,7 @@ class VersionStore:
         folder = self.folder if name == SHIPPED else self.folder / name
         side_car, weights = (SHIPPED + ".json", "shipped.pt") if name == SHIPPED else (VERSION_FILE, WEIGHTS_FILE)
         if name == SHIPPED:
-            details = read_details(folder / side_car) or {"sha256": file_sha256(folder / weights)}
+            details = read_details(folder / side_car) or {"sha256": sha256_of(folder / weights)}
             return Version(name, folder, folder / weights, details)
         try:
             details = json.loads((folder / side_car).read_text(encoding="utf-8"))
@@ -312,7 +313,7 @@ def _write(
     created = now()
     write_checkpoint(folder / WEIGHTS_FILE, Checkpoint(weights, preset, {"version": name, "created": created}))
     said = {"version": name, "created": created, "preset": preset.model_dump(mode="json")}
-    said |= {"labels": preset.label_indices, "sha256": file_sha256(folder / WEIGHTS_FILE)}
+    said |= {"labels": preset.label_indices, "sha256": sha256_of(folder / WEIGHTS_FILE)}
     write_json(folder / VERSION_FILE, said | dict(details))
     for file, text_of in files.items():
         (folder / file).write_text(text_of(name), encoding="utf-8")

@@ -15,7 +15,8 @@ import torch
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint
+from lib.storage.files import sha256_of
 
 logger = logging.getLogger("unetr.publish")
 
@@ -103,7 +104,7 @@ def _damage_of(weights: Path, mtime_ns: int, size: int) -> str:
     try:
         if kept is None:
             read_checkpoint(weights)
-        elif file_sha256(weights) != kept:
+        elif sha256_of(weights) != kept:
             return f"the weights of version {name!r} are damaged: their SHA-256 is another one"
     except (CheckpointError, OSError) as error:
         return f"the weights of version {name!r} cannot be used: {error}"

@@ -7,8 +7,6 @@ with ``weights_only=True``: a checkpoint is data, never code.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from torch import nn
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import CheckpointError, ConfigError
 from lib.networks.layouts import StateDict, to_current_layout
+from lib.storage.files import replacing
 from lib.storage.full_disk import writing
 
 FORMAT = "unetr_radiology/1"
@@ -100,16 +99,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> 
         "info": dict(checkpoint.info),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(f"checkpoint {path.name!r}"):
-            with temporary.open("wb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(f"checkpoint {path.name!r}"), replacing(path, durable=True) as file:
+        torch.save(data, file)
 
 
 def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -135,15 +126,6 @@ def check_finite(state: Mapping[str, torch.Tensor]) -> None:
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"the weights hold values that are not finite (NaN or infinity): {_shorten(bad)}")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _why_unreadable(error: Exception) -> str:

@@ -11,9 +11,10 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -73,6 +74,29 @@ def stage(blocks: Iterable[bytes], folder: Path, durable: bool = True) -> Staged
     return Staged(path, size, digest.hexdigest())
 
 
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name beside ``path``, which it replaces at the end of the block in one step.
+
+    Args:
+        path: its name.
+        durable: wait for the disk before it gets its name.
+
+    Raises:
+        Whatever the block raises; then the file is as it was before, and nothing is left of the new one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write or replace a file in one step.
 
@@ -117,8 +141,13 @@ def sync_everything(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    return sha256_of_blocks(read_blocks(path))
+
+
+def sha256_of_blocks(blocks: Iterable[bytes]) -> str:
+    """SHA-256 of what comes in blocks, in hexadecimal."""
     digest = hashlib.sha256()
-    for block in read_blocks(path):
+    for block in blocks:
         digest.update(block)
     return digest.hexdigest()
 

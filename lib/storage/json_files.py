@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from lib.storage.files import replacing
 
 
 def write_json(path: Path, data: object) -> None:
     """Write plain data so that no reader sees half of it; numbers that are not finite become null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(without_nan(data), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(without_nan(data), indent=1) + "\n").encode())
 
 
 def without_nan(data: object) -> object:

@@ -32,9 +32,10 @@ from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, UnetrError
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import calibration_file
-from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
+from lib.storage.files import sha256_of
 from lib.storage.json_files import without_nan, write_json
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.loop import run_training
@@ -252,7 +253,7 @@ def _side_car(
         "preset": plan.preset.model_dump(mode="json"),
         "labels": plan.preset.label_indices,
         "parameters": parameter_count(build_unetr(plan.preset)),
-        "sha256": file_sha256(options.out),
+        "sha256": sha256_of(options.out),
         "bytes": options.out.stat().st_size,
         "held_out": scores.summary(),
         "data": {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from lib.configs.preset import Preset
+from lib.storage.files import replacing
 
 logger = logging.getLogger("unetr.train")
 
@@ -28,19 +28,12 @@ def fingerprint(preset: Preset, train: list[str], validation: list[str], max_ste
 
 def write_state(run_dir: Path, state: Mapping[str, Any]) -> bool:
     """Replace the state; False where the disk does not take it, since a run is worth more than its state."""
-    path = run_dir / STATE_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(run_dir / STATE_FILE, durable=True) as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch writes archives in C++, which has errors of its own
         logger.warning("the run's state could not be written, and the run goes on without: %s", error)
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 

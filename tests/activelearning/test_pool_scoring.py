@@ -95,4 +95,4 @@ def test_damaged_store_is_put_aside(tmp_path: Path) -> None:
     store.keep("v0001", "a", CaseScoreRecord(CaseScores(), scored=True))
     assert list(store.score_records("v0001")) == ["a"]
     store.close()
-    assert len(list(tmp_path.glob("scores.damaged-*"))) == 1
+    assert len(list(tmp_path.glob("scores.sqlite.damaged-*"))) == 1

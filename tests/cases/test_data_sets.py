@@ -17,7 +17,8 @@ from lib.cases.labelled import Case, read_case
 from lib.cases.split import read_split
 from lib.configs.catalogue import load_preset, read_preset
 from lib.errors import ConfigError, TrainingError
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
+from lib.storage.files import sha256_of
 from lib.trainers.cli import main
 from tests.tiny import boxes, preset_data, tiny_preset, write_nifti
 
@@ -172,7 +173,7 @@ def test_one_command_from_the_folder_to_scored_weights(tmp_path: Path, capsys: p
     split = read_split(out / "split.json")
     assert said["cases"] == len(split.validation) >= 1
     side_car = json.loads((out / "weights.json").read_text(encoding="utf-8"))
-    assert side_car["sha256"] == file_sha256(out / "weights.pt")
+    assert side_car["sha256"] == sha256_of(out / "weights.pt")
     assert side_car["data"] == {
         "name": "Boxes of 2026",
         "licence": "CC0",

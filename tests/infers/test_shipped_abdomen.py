@@ -15,7 +15,8 @@ from torso_phantom import ORGANS, TorsoCase, draw_torso, grid_affine, render, sp
 from lib.configs.catalogue import load_preset
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsLocator, preset_for
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
+from lib.storage.files import sha256_of
 from lib.transforms.volume import Volume, read_volume
 
 FOLDER = Path(__file__).resolve().parents[2] / "model" / "abdomen_ct"
@@ -52,7 +53,7 @@ def dice(found: np.ndarray, reference: np.ndarray, organ: str) -> float:
 
 def test_side_car_belongs_to_the_weights() -> None:
     weights, side_car = FOLDER / "shipped.pt", json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))
-    assert side_car["sha256"] == file_sha256(weights)
+    assert side_car["sha256"] == sha256_of(weights)
     assert side_car["bytes"] == weights.stat().st_size <= 40_000_000
     assert side_car["labels"] == load_preset("abdomen_ct").label_indices == ORGANS
     assert side_car["data"]["licence"], "the data's licence is told"

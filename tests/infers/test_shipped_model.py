@@ -13,7 +13,8 @@ from lib.cases.split import read_split
 from lib.configs.catalogue import load_preset
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsLocator, preset_for
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
+from lib.storage.files import sha256_of
 from lib.trainers.judging.evaluate import evaluate
 
 FOLDER = Path(__file__).resolve().parents[2] / "model" / "hippocampus_mr"
@@ -22,7 +23,7 @@ SIDE_CAR = json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))
 
 def test_side_car_belongs_to_the_weights() -> None:
     weights = FOLDER / "shipped.pt"
-    assert SIDE_CAR["sha256"] == file_sha256(weights)
+    assert SIDE_CAR["sha256"] == sha256_of(weights)
     assert SIDE_CAR["bytes"] == weights.stat().st_size <= 16_000_000
     assert SIDE_CAR["labels"] == load_preset("hippocampus_mr").label_indices
     assert SIDE_CAR["data"]["licence"], "the data's licence is told"

@@ -17,7 +17,8 @@ import requests
 import yaml
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
+from lib.storage.files import sha256_of
 from tests.integration.conftest import encode
 from tests.integration.server import Server, wait_until
 from tests.integration.test_retraining import NAMES, small_preset
@@ -147,7 +148,7 @@ def check(server: Server, cases: dict[str, SyntheticCase]) -> None:
     assert listed["live"]
     for version in listed["versions"]:
         weights = server.models / "small" / version["version"] / "weights.pt"
-        assert file_sha256(weights) == version["sha256"], "every version is whole"
+        assert sha256_of(weights) == version["sha256"], "every version is whole"
         assert read_checkpoint(weights).info["version"] == version["version"]
     answer = server.infer("small", next(iter(cases)), output="json")
     assert answer.status_code == 200

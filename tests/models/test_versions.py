@@ -18,8 +18,9 @@ from lib.errors import CheckpointError, NotFoundError, StorageError, TrainingErr
 from lib.infers.model_cache import ModelCache
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsLocator
-from lib.networks.checkpoint import Checkpoint, file_sha256, read_checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.storage.files import sha256_of
 from tests.tiny import tiny_preset
 
 PRESET = tiny_preset()
@@ -35,7 +36,7 @@ def store(tmp_path: Path) -> VersionStore:
     """A store with shipped weights."""
     folder = tmp_path / "tiny"
     write_checkpoint(folder / "shipped.pt", Checkpoint(_weights(0), PRESET, {"version": "shipped"}))
-    (folder / "shipped.json").write_text(json.dumps({"sha256": file_sha256(folder / "shipped.pt")}), encoding="utf-8")
+    (folder / "shipped.json").write_text(json.dumps({"sha256": sha256_of(folder / "shipped.pt")}), encoding="utf-8")
     return VersionStore(folder)
 
 
@@ -62,7 +63,7 @@ def test_published_version_is_kept_whole_and_served(store: VersionStore) -> None
     assert said == dict(version.details)
     assert (version.folder / "report.html").read_text(encoding="utf-8") == "<p>é v0001"
     assert (said["sha256"], said["dice"], said["labels"]) == (
-        file_sha256(version.weights), None, {"Left Box": 1, "core": 2},
+        sha256_of(version.weights), None, {"Left Box": 1, "core": 2},
     )  # fmt: skip
     checkpoint = read_checkpoint(version.weights)
     assert (checkpoint.info["version"], checkpoint.preset) == ("v0001", PRESET)
@@ -194,7 +195,7 @@ def test_publisher_killed_at_any_moment_leaves_a_live_version_that_loads(store: 
         process.join()
         live = store.live()
         assert live is not None
-        assert file_sha256(live.weights) == live.details["sha256"]
+        assert sha256_of(live.weights) == live.details["sha256"]
         assert cache.get(torch.device("cpu")).version == live.name
     _publish(store)
     assert not list(store.folder.glob(".staging-*")), "what was left over is cleared by the next one"

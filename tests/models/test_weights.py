@@ -13,8 +13,9 @@ from lib.configs.preset import Preset
 from lib.errors import CheckpointError, ModelNotReadyError
 from lib.infers.model_cache import ModelCache
 from lib.models.weights import LIVE_FILE, WeightsLocator, preset_for, read_live
-from lib.networks.checkpoint import Checkpoint, file_sha256, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.storage.files import sha256_of
 from tests.tiny import tiny_preset
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def _keep(folder: Path, name: str, seed: int = 0, **details: object) -> Path:
     """A version as training leaves it."""
     weights = _write(folder / name / "weights.pt", seed=seed, version=name)
     (folder / name / "version.json").write_text(
-        json.dumps({"status": "published", "sha256": file_sha256(weights)} | details), encoding="utf-8"
+        json.dumps({"status": "published", "sha256": sha256_of(weights)} | details), encoding="utf-8"
     )
     return weights
 

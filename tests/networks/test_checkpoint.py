@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lib.errors import CheckpointError, StorageError
-from lib.networks.checkpoint import Checkpoint, file_sha256, load_weights, read_checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.storage.files import sha256_of
 from tests.tiny import preset_data, tiny_preset
 
 
@@ -184,4 +185,4 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     content = bytes(range(256)) * 10_000
     (tmp_path / "x").write_bytes(content)
-    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+    assert sha256_of(tmp_path / "x") == hashlib.sha256(content).hexdigest()

@@ -11,7 +11,8 @@ import yaml
 
 from lib.cases.labelled import Case
 from lib.cases.split import read_split
-from lib.networks.checkpoint import file_sha256, read_checkpoint
+from lib.networks.checkpoint import read_checkpoint
+from lib.storage.files import sha256_of
 from lib.trainers.cli import main
 from tests.tiny import QUIET_AUGMENTATION, preset_data
 
@@ -49,7 +50,7 @@ def test_split_train_evaluate_end_to_end(
     trained = json.loads(capsys.readouterr().out)
     assert trained["mean_dice"] > 0.5
     side_car = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
-    assert side_car["sha256"] == file_sha256(weights)
+    assert side_car["sha256"] == sha256_of(weights)
     assert side_car["held_out"] == trained
     assert side_car["labels"] == {"Left Box": 1, "core": 2}
     assert (side_car["data"]["name"], side_car["data"]["licence"]) == ("boxes", "CC0")

@@ -22,8 +22,9 @@ from lib.errors import CheckpointError, ParameterError, TrainingError
 from lib.infers.model_cache import ModelCache
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsLocator
-from lib.networks.checkpoint import Checkpoint, check_finite, file_sha256, read_checkpoint, write_checkpoint
+from lib.networks.checkpoint import Checkpoint, check_finite, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
 from lib.trainers.launch import launch
 from lib.trainers.pretraining.loop import ENCODER_FILE
@@ -168,12 +169,12 @@ def test_run_publishes_weights_that_are_served(
     served = ModelCache(task.preset, locator, "fp32").get(CPU)
     assert served.describe() == {"preset": "tiny", "version": "v0001", "origin": "published"}
     details = task.versions.get("v0001").details
-    assert details["sha256"] == file_sha256(_served(locator))
+    assert details["sha256"] == sha256_of(_served(locator))
     assert (details["parent"], details["reason"]) == ("", stats["decision"])
     assert details["recipe"]["max_epochs"] == 15
     assert details["memory_plan"]["at_once"] == details["memory_plan"]["crops"] and details["memory_plan"]["text"]
     assert len(details["code"]["source_sha256"]) == 64
-    labels = {case.case_id: file_sha256(case.label) for case in cases}
+    labels = {case.case_id: sha256_of(case.label) for case in cases}
     assert {row["image"]: row["label_sha256"] for row in details["trained_on"]} == {
         name: labels[name] for name in stats["split"]["train"]
     }

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.datastore.index import IN_MEMORY, open_database
+from lib.storage.sqlite import IN_MEMORY, open_database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS checks(

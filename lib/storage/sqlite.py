@@ -1,0 +1,94 @@
+"""SQLite files in WAL mode: opened alike everywhere, and made anew where they are damaged."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Literal
+
+IN_MEMORY = Path(":memory:")
+SECONDS_TO_WAIT_FOR_OTHERS = 30.0
+SIDE_FILES = ("-wal", "-shm")
+
+
+def connect(
+    path: Path,
+    timeout_seconds: float = SECONDS_TO_WAIT_FOR_OTHERS,
+    isolation_level: Literal["DEFERRED"] | None = "DEFERRED",
+    one_thread: bool = False,
+) -> sqlite3.Connection:
+    """Open an SQLite file in WAL mode; it is made when it is not there.
+
+    Commits do not wait for the disk (``synchronous=NORMAL``): they outlive the process, but not a power cut.
+
+    Args:
+        path: the file.
+        timeout_seconds: how long to wait for other processes' locks.
+        isolation_level: ``None`` for autocommit.
+        one_thread: whether SQLite refuses other threads; else the caller locks.
+
+    Raises:
+        sqlite3.DatabaseError: when the file is damaged, or its folder cannot be written to.
+    """
+    connection = sqlite3.connect(
+        path, timeout=timeout_seconds, isolation_level=isolation_level, check_same_thread=one_thread
+    )
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_database(
+    path: Path, schema: str, isolation_level: Literal["DEFERRED"] | None = None
+) -> tuple[sqlite3.Connection, str]:
+    """Open an SQLite file in WAL mode; it is made when it is not there, and anew when it is damaged.
+
+    What a power cut takes is found again by whoever keeps the files that it tells of.
+
+    Args:
+        path: the file; :data:`IN_MEMORY` for none.
+        schema: statements that make the tables where they are missing.
+        isolation_level: ``None`` for autocommit.
+
+    Returns:
+        The connection, for all threads (one at a time), and a sentence on what had to be done.
+
+    Raises:
+        OSError, sqlite3.OperationalError: when the folder cannot be written to.
+    """
+    try:
+        return _open(path, schema, isolation_level), ""
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        os.replace(path, aside)
+        remove_side_files(path)
+        sentence = f"{path.name} was damaged ({error}); it is kept as {aside.name} and made anew"
+        return _open(path, schema, isolation_level), sentence
+
+
+def remove_side_files(path: Path) -> None:
+    """Remove the write-ahead log of a database that is no longer there."""
+    for suffix in SIDE_FILES:
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _open(path: Path, schema: str, isolation_level: Literal["DEFERRED"] | None) -> sqlite3.Connection:
+    connection = connect(path, isolation_level=isolation_level)
+    try:
+        connection.row_factory = sqlite3.Row
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found).splitlines()[0])
+        connection.executescript(schema)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
