@@ -200,6 +200,7 @@ class _Need:
         self._preset, self._entropy = preset, entropy
         self.shape = network_shape(volume.voxels.shape, volume.affine_ras, preset)
         self._image, self._seen = volume.voxels.size, math.prod(self.shape)
+        self._channels = preset.in_channels
 
     def plan(
         self, stitching: Stitching, cost: WindowCost, device: torch.device, dtype: torch.dtype, host_left: int
@@ -207,15 +208,16 @@ class _Need:
         """What these choices come to."""
         windows, slab = self._windows(stitching.bands), self._slab_bytes(stitching.bands)
         batch = stitching.window_batch
-        network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * math.prod(self._preset.roi_size) * FLOAT_BYTES
+        window = self._channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
+        network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * window
         on_gpu, gpu, left = device.type == "cuda", 0, 0
         preprocessing, with_image = self._preprocessing_bytes(), False
         host = slab * (not stitching.on_device) + network * (not on_gpu)
         if on_gpu:
             left, gpu = free_bytes(device), network + self._logits_bytes(batch) + slab * stitching.on_device
-            there = max(preprocessing, FLOAT_BYTES * self._seen + gpu)
+            there = max(preprocessing, FLOAT_BYTES * self._channels * self._seen + gpu)
             if with_image := there <= left:
-                gpu, preprocessing = there, FLOAT_BYTES * self._image
+                gpu, preprocessing = there, FLOAT_BYTES * self._channels * self._image
         return Plan(
             device=str(device),
             precision=str(dtype).removeprefix("torch."),
@@ -232,7 +234,7 @@ class _Need:
     def _preprocessing_bytes(self) -> int:
         """The image turned, and copied where its voxels lie in no order; interpolated axis by axis; then scaled."""
         between = max(self._image, self._seen)
-        return FLOAT_BYTES * (2 * self._image + between + self._seen)
+        return FLOAT_BYTES * self._channels * (2 * self._image + between + self._seen)
 
     def _logits_bytes(self, batch: int) -> int:
         """The logits of a batch that is fetched while the next is computed."""
@@ -240,7 +242,7 @@ class _Need:
 
     def _stitching_bytes(self) -> int:
         """The network's image and the answer on its grid, beside slab and windows."""
-        return self._seen * (FLOAT_BYTES + 1 + 2 * self._entropy)
+        return self._seen * (FLOAT_BYTES * self._channels + 1 + 2 * self._entropy)
 
     def _restoring_bytes(self) -> int:
         """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""

@@ -15,7 +15,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     split.add_argument("--subjects", choices=sorted(SUBJECT_RULES), default="stem", help="what makes a subject")
     split.add_argument("--test-share", type=float, default=0.0, help="from 50 cases on")
     split.add_argument("--subject-separator", default="", help="what stands before it in a stem names the subject")
+    split.add_argument("--preset", default="", help="a preset with channels, where cases have several sequences")
     split.add_argument("--out", type=Path, required=True)
     split.set_defaults(run=_split)
 
@@ -112,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _split(options: argparse.Namespace) -> None:
-    ids = [case.case_id for case in find_cases(options.images, options.labels)]
+    preset = find_preset(options.preset) if options.preset else None
+    ids = [case.case_id for case in _find(options, preset, None)]
     separator = options.subject_separator
     subject_of = subject_until(separator) if separator else SUBJECT_RULES[options.subjects]
     split = extend_split(Split((), ()), ids, options.validation_share, subject_of, options.test_share)
@@ -214,12 +216,16 @@ def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Pres
 def _cases(options: argparse.Namespace, preset: Preset) -> Sides:
     """Training and held-out cases; without a split, nothing is held out."""
     values = _label_values(options.label_values, preset)
-    if preset.channels:
-        cases = find_channel_cases(options.images, options.labels, preset, values)
-    else:
-        cases = find_cases(options.images, options.labels, values)
+    cases = _find(options, preset, values)
     everything = Split(tuple(case.case_id for case in cases), ())
     return _sides(cases, read_split(options.split) if options.split else everything)
+
+
+def _find(options: argparse.Namespace, preset: Preset | None, values: Mapping[int, int] | None) -> list[Case]:
+    """The labelled cases; of several sequences where the preset has some."""
+    if preset is not None and preset.channels:
+        return find_channel_cases(options.images, options.labels, preset, values)
+    return find_cases(options.images, options.labels, values)
 
 
 def _sides(cases: Sequence[Case], split: Split) -> Sides:

@@ -11,17 +11,19 @@ import torch
 
 from lib.cases.channels import find_channel_sources, read_channels
 from lib.cases.labelled import ReadCased, find_channel_cases
+from lib.configs.catalogue import read_preset, write_preset
 from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.errors import CheckpointError, ConfigError, ImageError, TrainingError
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import preset_for
-from lib.networks.checkpoint import Checkpoint
+from lib.networks.checkpoint import Checkpoint, read_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.trainers.cli import main
 from lib.transforms.augment import RandDropChannelsd
 from lib.transforms.preprocess import IMAGE, preprocess_volume
 from lib.transforms.volume import check_segmentable, read_volume
-from tests.tiny import tiny_preset, write_nifti
+from tests.tiny import boxes, tiny_preset, write_nifti
 
 SHAPE = (20, 18, 16)
 
@@ -32,6 +34,33 @@ def _preset(**second: object) -> Preset:
 
 def _noise(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
+
+
+def test_the_example_of_the_docs_is_a_preset_of_four_channels_and_three_labels(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "several-sequences.md"
+    file = tmp_path / "brats_mr.yaml"
+    file.write_text(page.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    preset = read_preset(file)
+    assert [channel.name for channel in preset.channels] == ["flair", "t1", "t1ce", "t2"]
+    assert (preset.in_channels, preset.out_channels, preset.display_channel) == (4, 4, 0)
+
+
+def test_split_and_train_take_cases_of_two_sequences(tmp_path: Path) -> None:
+    for case in ("a", "b", "c"):
+        image, label = boxes(seed=ord(case))
+        write_nifti(tmp_path / "images" / f"{case}_0000.nii.gz", image)
+        write_nifti(tmp_path / "images" / f"{case}_0001.nii.gz", image)
+        write_nifti(tmp_path / "labels" / f"{case}.nii.gz", label)
+    write_preset(tmp_path / "two.yaml", _preset())
+    data = ["--preset", str(tmp_path / "two.yaml"), "--images", str(tmp_path / "images")]
+    data += ["--labels", str(tmp_path / "labels"), "--split", str(tmp_path / "split.json")]
+    split = ["--out", str(tmp_path / "split.json"), "--validation-share", "0.4"]
+    assert main(["split", *data, *split]) == 0
+    more = ["--out", str(tmp_path / "two.pt"), "--run-dir", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main(["train", *data, *more, "--device", "cpu"]) == 0
+    kept = read_checkpoint(tmp_path / "two.pt").preset
+    assert kept is not None
+    assert [channel.name for channel in kept.channels] == ["t1", "flair"]
 
 
 def _write_suffixed(folder: Path) -> None:
