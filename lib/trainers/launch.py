@@ -83,14 +83,14 @@ def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> Training
                 return result
             except ChildFailedError as error:
                 reason = _reason_of(error)
-                _raise_what_was_said(folder, len(devices))
+                _raise_reported_error(folder, len(devices))
             logger.warning("a process has died (%s); restart %d of %d", reason, restart + 1, RESTARTS)
             plan = replace(plan, resume=True)
     raise TrainingError(f"training in {len(devices)} processes failed: {reason}")
 
 
 def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
-    """One of the processes; what it says on purpose is written down, so that it is not taken for a crash."""
+    """One of the processes; an error of ours is written to a file, so that it is not taken for a crash."""
     with joined_processes(torch.device(devices[0])) as joined:
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {rank}] %(message)s", force=True)
@@ -98,8 +98,8 @@ def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
             chosen = torch.device(devices[rank]) if joined.device.type == "cuda" else joined.device
             result = run_training(replace(plan, device=chosen))
         except (UnetrError, torch.OutOfMemoryError) as error:
-            said = {"kind": type(error).__name__, "text": str(error)}
-            (Path(folder) / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+            report = {"kind": type(error).__name__, "text": str(error)}
+            (Path(folder) / f"error-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
             raise
         if rank == 0:
             torch.save(result, Path(folder) / "result.pt")
@@ -136,14 +136,14 @@ def _within_memory(plan: TrainingJob, train: Callable[[TrainingJob], TrainingRes
     )
 
 
-def _raise_what_was_said(folder: str, count: int) -> None:
-    """Raise what one of the processes said on purpose, if one did."""
-    for path in sorted(Path(folder).glob("said-*.json")):
-        said = json.loads(path.read_text(encoding="utf-8"))
+def _raise_reported_error(folder: str, count: int) -> None:
+    """Raise the error that one of the processes reported, if one did."""
+    for path in sorted(Path(folder).glob("error-*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
         path.unlink()
-        if said["kind"] == "OutOfMemoryError":
-            raise torch.OutOfMemoryError(said["text"])
-        raise TrainingError(f"training in {count} processes failed: {said['text']}")
+        if report["kind"] == "OutOfMemoryError":
+            raise torch.OutOfMemoryError(report["text"])
+        raise TrainingError(f"training in {count} processes failed: {report['text']}")
 
 
 def _reason_of(error: ChildFailedError) -> str:

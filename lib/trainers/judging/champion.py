@@ -33,16 +33,16 @@ class ServedWeights:
         checkpoint: the weights.
         judged_on: validation cases that they were judged on.
         labels: digests of the labels that were known when they were made, by case; empty for shipped ones.
-        promised: mean Dice that they were measured at; NaN where that is not known.
+        reported_dice: mean Dice that they were measured at; NaN where that is not known.
     """
 
     version: str
     checkpoint: Checkpoint
     judged_on: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
-    promised: float = math.nan
+    reported_dice: float = math.nan
 
-    def familiar(self, labels: Mapping[str, str]) -> frozenset[str]:
+    def previously_validated(self, labels: Mapping[str, str]) -> frozenset[str]:
         """Validation cases that they were judged on with the label that the case still has.
 
         Args:
@@ -81,13 +81,13 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
         logger.warning("the served weights cannot be compared with: %s", error)
         return None, str(error)
     details = read_json(file.side_car)
-    promised = (details.get("held_out") or {}).get("mean_dice")
+    reported_dice = (details.get("held_out") or {}).get("mean_dice")
     return ServedWeights(
         file.version,
         checkpoint,
         _judged_on(file, details, locator),
         details.get("label_digests") or {} if file.origin == "published" else {},
-        math.nan if promised is None else float(promised),
+        math.nan if reported_dice is None else float(reported_dice),
     ), ""
 
 

@@ -52,17 +52,17 @@ class Champion:
 
     Attributes:
         scores: theirs on the validation cases, in this run.
-        familiar: ids of the validation cases that they were judged on when they were published. New labels cannot pay
-            for a loss on these: a batch of wrong labels that lands on both sides of the split would otherwise raise
-            the challenger's mean.
-        promised: mean Dice that they were measured at before; NaN where that is not known. Gains on new labels that
-            they contradict count for nothing.
+        previously_validated: ids of the validation cases that they were judged on when they were published. New
+            labels cannot pay for a loss on these: a batch of wrong labels that lands on both sides of the split would
+            otherwise raise the challenger's mean.
+        reported_dice: mean Dice that they were measured at before; NaN where that is not known. Gains on new labels
+            that they contradict count for nothing.
         on_new: their scores on labels that the challenger was trained on and they were not.
     """
 
     scores: Evaluation
-    familiar: Collection[str] = ()
-    promised: float = math.nan
+    previously_validated: Collection[str] = ()
+    reported_dice: float = math.nan
     on_new: Evaluation = field(default_factory=lambda: Evaluation(()))
 
 
@@ -110,20 +110,20 @@ def judge(challenger: Evaluation, champion: Champion | None, rules: Rules, unusa
             "unproven: no held-out case has a label to compare on, so nothing judges these weights, and what is served "
             f"stays{words}. A reviewer who has looked may serve this version",
         )
-    known = Evaluation(tuple(case for case in champion.scores.cases if case.case_id in champion.familiar))
+    known = Evaluation(tuple(case for case in champion.scores.cases if case.case_id in champion.previously_validated))
     comparison = compare(challenger, champion.scores)
-    on_familiar = compare(challenger, known) if known.cases else None
-    contradicted = _contradicted(_unfamiliar(champion), champion.promised)
+    on_previously_validated = compare(challenger, known) if known.cases else None
+    contradicted = _contradicted(_new_cases(champion), champion.reported_dice)
     problem = (
-        _problem(comparison, on_familiar, rules)
+        _problem(comparison, on_previously_validated, rules)
         or _bought(challenger, champion, contradicted, rules)
         or _doubtful_batch(agreement)
     )
-    said = comparison | {"familiar": on_familiar, "contradicted": [case.case_id for case in contradicted]}
-    said |= {"agreement": agreement, "margin": rules.margin, "tolerance": rules.tolerance}
+    record = comparison | {"familiar": on_previously_validated, "contradicted": [case.case_id for case in contradicted]}
+    record |= {"agreement": agreement, "margin": rules.margin, "tolerance": rules.tolerance}
     if problem:
-        return Verdict("rejected", f"rejected: {problem}", said)
-    return Verdict("published", f"published: {_in_words(comparison)}", said)
+        return Verdict("rejected", f"rejected: {problem}", record)
+    return Verdict("published", f"published: {_in_words(comparison)}", record)
 
 
 def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
@@ -147,22 +147,22 @@ def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _problem(comparison: Mapping[str, Any], on_familiar: Mapping[str, Any] | None, rules: Rules) -> str:
+def _problem(comparison: Mapping[str, Any], on_previously_validated: Mapping[str, Any] | None, rules: Rules) -> str:
     """Why not to publish; empty if there is no reason."""
     mean = comparison["mean_dice"]
     if worse := _label_that_falls(comparison, rules):
         return f"{worse} ({_in_words(comparison)})"
     if not mean["difference"] > rules.margin:
         return f"{_in_words(comparison)} is not above it by more than the margin of {rules.margin:g}"
-    if on_familiar is None:
+    if on_previously_validated is None:
         return ""
-    was = on_familiar["mean_dice"]
-    worse = _label_that_falls(on_familiar, rules)
+    was = on_previously_validated["mean_dice"]
+    worse = _label_that_falls(on_previously_validated, rules)
     if was["difference"] < -rules.tolerance:
         worse = (
             f"mean Dice falls from {was['champion']:.4f} to {was['challenger']:.4f}, by more than {rules.tolerance:g}"
         )
-    cases = on_familiar["cases"]
+    cases = on_previously_validated["cases"]
     return (
         worse and f"it gains on new validation cases only: on the {cases} that the served model was judged on, {worse}"
     )
@@ -180,14 +180,14 @@ def _label_that_falls(comparison: Mapping[str, Any], rules: Rules) -> str:
     return ""
 
 
-def _unfamiliar(champion: Champion) -> list[CaseScore]:
+def _new_cases(champion: Champion) -> list[CaseScore]:
     """The champion's scores on validation cases that it was not judged on before."""
-    return [case for case in champion.scores.cases if case.case_id not in champion.familiar]
+    return [case for case in champion.scores.cases if case.case_id not in champion.previously_validated]
 
 
-def _contradicted(cases: Iterable[CaseScore], promised: float) -> list[CaseScore]:
+def _contradicted(cases: Iterable[CaseScore], reported_dice: float) -> list[CaseScore]:
     """New labels that the champion contradicts."""
-    return [case for case in cases if case.mean_dice < CONTRADICTED * promised]
+    return [case for case in cases if case.mean_dice < CONTRADICTED * reported_dice]
 
 
 def _agreement(champion: Champion) -> dict[str, Any]:
@@ -196,18 +196,18 @@ def _agreement(champion: Champion) -> dict[str, Any]:
     Returns:
         ``per_case`` mean Dice, their ``median``, the ``contradicted`` ones, what was ``promised``, and ``text``.
     """
-    seen = [*champion.on_new.cases, *_unfamiliar(champion)]
+    seen = [*champion.on_new.cases, *_new_cases(champion)]
     new = {case.case_id: case for case in seen if not math.isnan(case.mean_dice)}
     if not new:
         return {}
-    contradicted = sorted(case.case_id for case in _contradicted(new.values(), champion.promised))
+    contradicted = sorted(case.case_id for case in _contradicted(new.values(), champion.reported_dice))
     median = statistics.median(case.mean_dice for case in new.values())
-    before = "" if math.isnan(champion.promised) else f" where {champion.promised:.3f} was measured before"
+    before = "" if math.isnan(champion.reported_dice) else f" where {champion.reported_dice:.3f} was measured before"
     return {
         "per_case": {name: case.mean_dice for name, case in sorted(new.items())},
         "median": median,
         "contradicted": contradicted,
-        "promised": champion.promised,
+        "promised": champion.reported_dice,
         "text": f"the served weights contradict {len(contradicted)} of {len(new)} new labels (median Dice "
         f"{median:.3f}{before})",
     }
@@ -222,9 +222,7 @@ def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
     if not agreement or len(agreement["contradicted"]) < MOST_CONTRADICTED * len(agreement["per_case"]):
         return ""
     names = ", ".join(agreement["contradicted"][:MOST_NAMED])
-    return (
-        f"{agreement['text']}: {names}. CaseScoreRecord at these labels; if they are right, serve this version by hand"
-    )
+    return f"{agreement['text']}: {names}. Look at these labels; if they are right, serve this version by hand"
 
 
 def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseScore], rules: Rules) -> str:
@@ -237,10 +235,11 @@ def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseS
         return ""
     others = f"; on the others, {_in_words(on_rest)}" if rest.cases else ""
     names = ", ".join(case.case_id for case in contradicted[:MOST_NAMED])
+    mean = Evaluation(tuple(contradicted)).mean_dice
     return (
         f"it gains only on labels that the served weights contradict: {names}, with a mean Dice of "
-        f"{Evaluation(tuple(contradicted)).mean_dice:.3f} where {champion.promised:.3f} was measured before{others}. "
-        "CaseScoreRecord at these labels; if they are right, serve this version by hand"
+        f"{mean:.3f} where {champion.reported_dice:.3f} was measured before{others}. "
+        "Look at these labels; if they are right, serve this version by hand"
     )
 
 

@@ -134,8 +134,8 @@ class Publisher:
         segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, job.device, planner=self._planner)
         return Champion(
             evaluate(segmenter, job.validation_cases),
-            served.familiar(material.labels),
-            served.promised,
+            served.previously_validated(material.labels),
+            served.reported_dice,
             evaluate(segmenter, served.new_cases(material)),
         )
 

@@ -25,10 +25,12 @@ def scores(nsd: float = 0.9, **cases: tuple[float, float]) -> Evaluation:
 
 
 def judge(
-    challenger: Evaluation, champion: Evaluation | None, rules: Rules, familiar: Collection[str] = (),
-    promised: float = math.nan, on_new: Evaluation | None = None,
+    challenger: Evaluation, champion: Evaluation | None, rules: Rules, previously_validated: Collection[str] = (),
+    reported_dice: float = math.nan, on_new: Evaluation | None = None,
 ) -> Verdict:  # fmt: skip
-    served = None if champion is None else Champion(champion, familiar, promised, on_new or Evaluation(()))
+    served = (
+        None if champion is None else Champion(champion, previously_validated, reported_dice, on_new or Evaluation(()))
+    )
     return judge_champion(challenger, served, rules)
 
 
@@ -79,7 +81,7 @@ def test_weights_that_nothing_judges_stay_beside_the_served_ones(empty: Evaluati
     assert (verdict.status, verdict.publish, verdict.compared) == ("unproven", False, False)
     assert verdict.reason.startswith("unproven: no held-out case has a label to compare on, so nothing judges")
     shifted = scores(s1=(0.3, 0.2), s2=(0.2, 0.2), s3=(0.4, 0.3))
-    doubted = judge(empty, empty, RULES, promised=0.886, on_new=shifted)
+    doubted = judge(empty, empty, RULES, reported_dice=0.886, on_new=shifted)
     assert "contradict 3 of 3 new labels (median Dice 0.250 where 0.886 was measured before)" in doubted.reason
 
 
@@ -88,7 +90,7 @@ def test_label_may_not_fall_on_the_familiar_cases_either() -> None:
     champion = scores(a=(0.8, 0.8), b=(0.8, 0.8), new=(0.5, 0.5))
     challenger = scores(a=(0.9, 0.72), b=(0.9, 0.72), new=(0.7, 0.7))
     assert judge(challenger, champion, RULES).publish
-    verdict = judge(challenger, champion, RULES, familiar={"a", "b"})
+    verdict = judge(challenger, champion, RULES, previously_validated={"a", "b"})
     assert verdict.reason == (
         "rejected: it gains on new validation cases only: on the 2 that the served model was judged on, the Dice of y "
         "falls from 0.8000 to 0.7200, by more than the tolerance of 0.05"
@@ -99,12 +101,12 @@ def test_batch_that_the_served_weights_contradict_is_for_somebody_to_look_at() -
     """One case judges, and gains; the labels that were trained on tell that the batch is wrong."""
     champion, challenger = scores(a=(0.66, 0.66)), scores(a=(0.70, 0.70))
     wrong = scores(s1=(0.3, 0.2), s2=(0.2, 0.2), s3=(0.4, 0.3), s4=(0.3, 0.1), s5=(0.6, 0.6))
-    known = {"familiar": {"a"}, "promised": 0.66}
+    known = {"previously_validated": {"a"}, "reported_dice": 0.66}
     assert judge(challenger, champion, RULES, **known).publish
     verdict = judge(challenger, champion, RULES, **known, on_new=wrong)
     assert verdict.reason == (
         "rejected: the served weights contradict 4 of 5 new labels (median Dice 0.250 where 0.660 was measured "
-        "before): s1, s2, s3, s4. CaseScoreRecord at these labels; if they are right, serve this version by hand"
+        "before): s1, s2, s3, s4. Look at these labels; if they are right, serve this version by hand"
     )
     assert verdict.comparison["agreement"]["contradicted"] == ["s1", "s2", "s3", "s4"]
     hard = scores(s1=(0.6, 0.6), s2=(0.7, 0.6), s3=(0.4, 0.4), s4=(0.6, 0.5))
@@ -116,7 +118,7 @@ def test_gain_on_new_cases_does_not_pay_for_a_loss_on_the_familiar_ones() -> Non
     champion = scores(a=(0.9, 0.9), b=(0.9, 0.9), poisoned=(0.2, 0.2))
     challenger = scores(a=(0.84, 0.84), b=(0.84, 0.84), poisoned=(0.5, 0.5))
     assert judge(challenger, champion, RULES).publish, "its mean is higher"
-    verdict = judge(challenger, champion, RULES, familiar={"a", "b"})
+    verdict = judge(challenger, champion, RULES, previously_validated={"a", "b"})
     assert not verdict.publish
     assert verdict.reason == (
         "rejected: it gains on new validation cases only: on the 2 that the served model was judged on, mean Dice "
@@ -124,26 +126,30 @@ def test_gain_on_new_cases_does_not_pay_for_a_loss_on_the_familiar_ones() -> Non
     )
     assert verdict.comparison["familiar"]["cases"] == 2
     a_little = scores(a=(0.88, 0.88), b=(0.88, 0.88), poisoned=(0.5, 0.5))
-    assert judge(a_little, champion, RULES, familiar={"a", "b"}).publish, "within what chance does to few cases"
+    assert judge(a_little, champion, RULES, previously_validated={"a", "b"}).publish, (
+        "within what chance does to few cases"
+    )
 
 
 def test_gain_on_labels_that_the_champion_contradicts_is_for_somebody_to_look_at() -> None:
     champion, challenger = scores(a=(0.3, 0.4), b=(0.2, 0.2)), scores(a=(0.7, 0.7), b=(0.7, 0.7))
     assert judge(challenger, champion, RULES).publish, "nothing is known of the champion"
-    assert judge(challenger, champion, RULES, promised=0.29).publish, "no worse than it usually is"
-    assert judge(challenger, champion, RULES, familiar={"a", "b"}, promised=0.9).publish, "hard cases, known as such"
-    verdict = judge(challenger, champion, RULES, promised=0.876)
+    assert judge(challenger, champion, RULES, reported_dice=0.29).publish, "no worse than it usually is"
+    assert judge(challenger, champion, RULES, previously_validated={"a", "b"}, reported_dice=0.9).publish, (
+        "hard cases, known as such"
+    )
+    verdict = judge(challenger, champion, RULES, reported_dice=0.876)
     assert not verdict.publish
     assert verdict.reason == (
         "rejected: it gains only on labels that the served weights contradict: a, b, with a mean Dice of 0.275 where "
-        "0.876 was measured before. CaseScoreRecord at these labels; if they are right, serve this version by hand"
+        "0.876 was measured before. Look at these labels; if they are right, serve this version by hand"
     )
     assert verdict.comparison["contradicted"] == ["a", "b"]
     others = {name: (0.9, 0.8) for name in "cde"}
     with_good_ones = scores(a=(0.3, 0.4), b=(0.2, 0.2), **others)
     better = scores(a=(0.7, 0.7), b=(0.7, 0.7), **{name: (0.92, 0.84) for name in "cde"})
-    assert judge(better, with_good_ones, RULES, promised=0.876).publish
-    no_better = judge(scores(a=(0.7, 0.7), b=(0.7, 0.7), **others), with_good_ones, RULES, promised=0.876)
+    assert judge(better, with_good_ones, RULES, reported_dice=0.876).publish
+    no_better = judge(scores(a=(0.7, 0.7), b=(0.7, 0.7), **others), with_good_ones, RULES, reported_dice=0.876)
     assert not no_better.publish
     assert "; on the others, mean Dice 0.8500 against 0.8500 of the served weights" in no_better.reason
 
