@@ -1,6 +1,8 @@
 """CUDA graphs: the kernels of a forward pass, recorded once for each shape of input and replayed without the CPU.
 
-A window always has the same shape, and small networks spend their time on launching kernels.
+A window always has the same shape, and small networks spend their time on launching kernels: a window of
+``hippocampus_mr`` takes 2 ms instead of 15 on an H200 (docs/reference/conf.md). It is off by default, since a recording
+keeps the memory of its batch for as long as the network is loaded, and a large network gains little.
 """
 
 from __future__ import annotations

@@ -76,7 +76,11 @@ def build_optimizer(network: nn.Module, recipe: Training) -> AdamW:
 
 
 def build_schedule(optimizer: AdamW, recipe: Training, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then a half cosine to 0 at ``total_steps``."""
+    """Linear warm-up, then a half cosine to 0 at ``total_steps``.
+
+    As MONAI's ``WarmupCosineSchedule``, but for one step: that one begins with a learning rate of 0, with which the
+    first of the few steps of a fine-tuning would be lost.
+    """
     warmup = max(1, round(recipe.warmup_fraction * total_steps))
 
     def factor(step: int) -> float:

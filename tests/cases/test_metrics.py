@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from scipy import ndimage
 
 from lib.cases.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label
 
@@ -129,3 +132,17 @@ def test_means_leave_the_unknown_out() -> None:
     assert math.isnan(mean_known([]))
     assert mean_per_label([{"a": 0.5, "b": math.nan}, {"a": 1.0, "b": 0.25}]) == {"a": 0.75, "b": 0.25}
     assert mean_per_label([]) == {}
+
+
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils get_mask_edges:FutureWarning")  # of MONAI by itself
+def test_surface_distances_are_those_of_monai() -> None:
+    """MONAI's as the reference: it takes one mask at a time, and warns and answers infinity where one is empty."""
+    numbers, spacing = np.random.default_rng(5), (1.0, 1.5, 2.5)
+    smooth = [ndimage.gaussian_filter(numbers.normal(size=(24, 20, 18)), 2) for _ in range(2)]
+    predicted, reference = (np.pad(volume > 0, 2).astype(np.uint8) for volume in smooth)
+    masks = [torch.from_numpy(mask)[None, None].float() for mask in (predicted, reference)]
+    hd95, nsd = surface_per_label(predicted, reference, {"a": 1}, spacing, tolerance_mm=2.0)
+    expected = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=list(spacing))
+    assert hd95["a"] == pytest.approx(float(expected), abs=1e-4)
+    share = compute_surface_dice(*masks, class_thresholds=[2.0], include_background=True, spacing=list(spacing))
+    assert nsd["a"] == pytest.approx(float(share), abs=1e-4)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from monai.optimizers import WarmupCosineSchedule
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
 
 from lib.configs.preset import Training
 from lib.networks.unetr import build_unetr
@@ -127,3 +131,22 @@ def test_average_leaves_the_trained_weights_alone() -> None:
     nn.init.constant_(layer.weight, 4.0)
     average.update_parameters(layer)
     assert layer.weight.item() == 4.0
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(1, 10), (4, 40), (40, 40)])
+def test_schedule_is_that_of_monai_whose_warm_up_begins_a_step_later(warmup: int, total: int) -> None:
+    def rates(schedule_of: Callable[[AdamW], LRScheduler]) -> list[float]:
+        optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule, found = schedule_of(optimizer), list[float]()
+        for _ in range(total):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    recipe = Training(warmup_fraction=warmup / total)
+    own = rates(lambda optimizer: build_schedule(optimizer, recipe, total))
+    monai = rates(lambda optimizer: WarmupCosineSchedule(optimizer, warmup, total))
+    assert own[warmup:] == pytest.approx(monai[warmup:])
+    assert own[: warmup - 1] == pytest.approx(monai[1:warmup])
+    assert (own[0], monai[0]) == (pytest.approx(1 / warmup), 0)
