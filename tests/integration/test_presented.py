@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 
 import nibabel as nib
@@ -13,17 +14,20 @@ from pydicom import dcmread
 from synthetic_hippocampus import SyntheticCase
 
 from lib.configs.catalogue import load_preset
+from lib.dicom.presented.grid import SeriesGrid
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import read_series
-from tests.integration.conftest import prepare
+from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart, read_nrrd
 from tests.tiny import axis_affine, oblique_affine
 
+SHEARED = np.array([[1, 0, 0.3, 0], [0, 1, 0.2, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
 GRIDS = {
     "LAS": axis_affine("LAS", (1, 1, 1), (20, -30, 10)),
     "RPI": axis_affine("RPI", (1, 1, 1)),
     "oblique": oblique_affine("RAS"),
     "anisotropic": axis_affine("LPS", (0.8, 0.8, 2.0)),
+    "sheared": SHEARED,
     "four": axis_affine("RAS"),
 }
 
@@ -55,7 +59,7 @@ def test_every_file_is_a_study_of_its_name(files: Server) -> None:
     assert not any((files.studies / ".dicom").rglob("*.dcm"))
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "sheared"])
 def test_series_has_the_values_and_places_of_the_file_and_a_seg_comes_back_on_its_grid(
     files: Server, cases: dict[str, SyntheticCase], name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -111,6 +115,51 @@ def test_label_is_submitted_and_read_under_the_series_of_its_file(files: Server,
     versions = files.get("/datastore/label/versions", params={"image": uid}).json()
     assert versions[0]["version_id"] == answer.json()["version"]
     assert files.save_label("2.25.1", b"", ["anterior"]).status_code == 404
+
+
+def _series_of(server: Server, name: str) -> tuple[str, SeriesGrid]:
+    """The series of a case and its grid."""
+    study = _found(server)[name]["0020000D"]["Value"][0]
+    uid = _client(server).search_for_series(study)[0]["0020000E"]["Value"][0]
+    return uid, SeriesGrid.of(nib.load(server.studies / f"{name}.nii.gz").shape[:3], GRIDS[name])
+
+
+@pytest.mark.parametrize("name", ["RPI", "sheared"])
+def test_click_on_a_series_is_obeyed_at_its_place_in_the_file(files: Server, name: str, tmp_path) -> None:
+    uid, grid = _series_of(files, name)
+    point, masks = [5, 7, 9], []
+    sent = {"result_extension": ".nrrd", "anterior": [point], "background": [], "all_labels": True}
+    for image, at in ((uid, point), (name, [int(value) for value in grid.index_in_file(point)])):
+        params = {"params": json.dumps(sent | {"anterior": [at]})}
+        answer = files.post("/infer/hippocampus_mr_edit", params={"image": image}, data=params)
+        assert answer.status_code == 200, answer.text
+        masks.append(read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0])
+        assert masks[-1][tuple(at)] == 1
+    np.testing.assert_array_equal(grid.to_file(masks[0]), masks[1])
+
+
+@pytest.mark.parametrize("name", ["RPI", "sheared"])
+def test_scribbles_on_a_series_come_back_on_it(files: Server, cases, name: str, tmp_path) -> None:
+    uid, grid = _series_of(files, name)
+    drawing = cases["case_0"].label.astype(np.uint8)
+    drawing[2, 3, 4:9] = 4
+    drawing[12, 3, 4:9] = 3
+    names = ("anterior", "posterior", "background_scribbles", "foreground_scribbles")
+    label_info = [{"name": label, "id": number} for number, label in enumerate(names, start=1)]
+    params = {"label_info": label_info, "selected_label_name": "anterior", "result_extension": ".nrrd"}
+    series_drawing = np.ascontiguousarray(grid.to_series(drawing))
+    masks = []
+    for image, voxels, affine in ((uid, series_drawing, grid.affine_ras), (name, drawing, GRIDS[name])):
+        answer = files.post(
+            "/infer/hippocampus_mr_scribbles",
+            params={"image": image},
+            data={"params": json.dumps(params)},
+            files={"label": ("scribbles.nii.gz", encode(voxels, affine, tmp_path))},
+        )
+        assert answer.status_code == 200, answer.text
+        masks.append(read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0])
+    assert masks[1][2, 3, 4:9].all() and not masks[1][12, 3, 4:9].any()
+    np.testing.assert_array_equal(grid.to_file(masks[0]), masks[1])
 
 
 def test_newest_label_is_a_seg_beside_the_series_of_its_file(files: Server, cases, tmp_path) -> None:

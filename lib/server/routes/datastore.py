@@ -249,7 +249,7 @@ def store_label(
         file = receive(upload, folder, "label.nii.gz")
         if presented is not None:
             check_header(file, parts.settings.unpacked_limit_mib)
-            file = parts.presented.label_on_file(presented, file, folder)
+            file = parts.presented.submitted_on_file(presented, file, folder)
         version = submit_label(parts, image_id, file, tag, info, user, source="rest")
     told = version.describe()
     answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}

@@ -314,6 +314,8 @@ def input_files(parts: Services, asked: Asked, folder: Path) -> dict[str, Any]:
         inside.mkdir()
         label = receive(asked.label, inside, "label.nii.gz")
         check_header(label, parts.settings.unpacked_limit_mib)
+        if asked.on_series:
+            label = parts.presented.label_on_file(str(asked.image_id), label, inside)
         files["label_file" if takes_prompts(parts.infer_task(asked.model)) else "label"] = str(label)
     return files
 

@@ -257,21 +257,28 @@ class PresentedCases:
         nib.save(nib.Nifti1Image(np.ascontiguousarray(opened.grid.to_file(volume.labels)), opened.affine_ras), file)
         return file, volume
 
-    def label_on_file(self, case: str, file: Path, folder: Path) -> Path:
-        """A mask that lies on the series of a case, as a file on the case's own grid.
+    def submitted_on_file(self, case: str, file: Path, folder: Path) -> Path:
+        """A submitted mask of the series of a case, as a file that :func:`submit_label` can place.
 
         Where the axes of the case's file are at right angles, the series lies where the file does, and the mask is
-        left as it is, for :func:`submit_label` to turn.
+        left as it came, with the names in its header.
 
         Raises:
-            ImageError, LabelError: when the case, or the mask, cannot be read.
+            ImageError, LabelError: as :meth:`label_on_file`.
         """
         opened = self.open(case)
-        if opened.grid.lies_on_file(opened.affine_ras):
-            return file
+        return file if opened.grid.lies_on_file(opened.affine_ras) else self.label_on_file(case, file, folder)
+
+    def label_on_file(self, case: str, file: Path, folder: Path) -> Path:
+        """A mask that lies on the series of a case, voxel for voxel on the grid of the case's file.
+
+        Raises:
+            ImageError, LabelError: when the case or the mask cannot be read, or the mask lies elsewhere.
+        """
+        opened = self.open(case)
         label = read_label(file)
         if label.layered:
-            raise LabelError("the label has several layers; valid for this image, whose axes are sheared: one layer")
+            raise LabelError("the label has several layers; valid for an image shown as a DICOM series: one layer")
         voxels = to_grid(label.volume, Grid(opened.grid.shape, opened.grid.affine_ras))[0].voxels
         turned = np.ascontiguousarray(opened.grid.to_file(voxels))
         nib.save(nib.Nifti1Image(turned, opened.affine_ras), folder / "on-file.nii.gz")
