@@ -11,10 +11,12 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+import anyio
 
 from lib.infers.interruption import InterruptedWork, giving_way
 from lib.server.http.errors import BusyError
@@ -113,6 +115,42 @@ class InferenceQueue:
             lane.ahead = None
             async with lane.left:
                 lane.left.notify_all()
+
+    def run_when_idle(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        device: str,
+        what: object,
+        work: Callable[[], Result],
+        patience_seconds: float,
+    ) -> Result:
+        """Run ``work`` in an idle slot of a device, and wait for its result; for threads other than the event loop's.
+
+        Args:
+            loop: the event loop that the queue is used on.
+            device: which.
+            what: what is computed ahead; see :meth:`slot`.
+            work: what runs in the device's own thread.
+            patience_seconds: how long to wait for a device that others use.
+
+        Raises:
+            InterruptedWork: when the device is not idle in time, somebody else wants it meanwhile, or the server stops.
+        """
+        task = asyncio.run_coroutine_threadsafe(self._run_when_idle(device, what, work, patience_seconds), loop)
+        try:
+            return task.result()
+        except CancelledError as error:
+            raise InterruptedWork from error
+
+    async def _run_when_idle(
+        self, device: str, what: object, work: Callable[[], Result], patience_seconds: float
+    ) -> Result:
+        async with AsyncExitStack() as stack:
+            with anyio.move_on_after(patience_seconds) as waited:
+                slot = await stack.enter_async_context(self.idle_slot(device, what))
+            if waited.cancelled_caught:
+                raise InterruptedWork
+            return await slot.run(work)
 
     def _enter(self, lane: _Lane) -> None:
         if not self.busy and self._on_busy is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -18,9 +19,12 @@ from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, without_missing
 from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
 from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
+from lib.infers.interruption import InterruptedWork
 from lib.models.provenance import label_digests
+from lib.networks.precision import resolve_device
 from lib.server.services import Services
 from lib.server.work.journal import Journal
+from lib.server.work.prefetch import PrefetchKey
 from lib.storage.clock import PastTimes
 from lib.trainers.retrain import Decision, History, Label, decide
 from lib.trainers.submitted import undrawn_as_missing
@@ -30,6 +34,8 @@ logger = logging.getLogger("unetr.retrain")
 
 SECONDS_BETWEEN_LOOKS = 5.0
 RUN_NAME = "retrain"
+# How long the trial of served weights waits for an idle device; afterwards the policy goes on, and tries later.
+PATIENCE_SECONDS = 1.0
 
 
 class Retrainer:
@@ -49,6 +55,7 @@ class Retrainer:
         self._said: dict[str, str] = {}
         self._notices: dict[str, str] = {}
         self._reviews: dict[tuple[str, str, str], float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
         for model in parts.instance.trainers:
@@ -58,7 +65,8 @@ class Retrainer:
                 raise ConfigError(f"--conf retrain_recipe: {error}") from error
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to look; called on the event loop, where the trials of served weights wait for an idle device."""
+        self._loop = asyncio.get_running_loop()
         self._parts.label_hooks.append(lambda _: self._news.set())
         self._thread.start()
 
@@ -195,20 +203,25 @@ class Retrainer:
         dice = []
         for case in new:
             key = (case.case_id, history.labels[case.case_id].digest, served)
-            if review and key not in self._reviews and not history.running and not self._parts.inferences.waiting:
-                self._reviews[key] = self._try_on(model, case)
+            if review and key not in self._reviews and not history.running:
+                try:
+                    self._reviews[key] = self._try_on(model, case)
+                except InterruptedWork:
+                    review = False  # somebody uses the device: the next look goes on here
             dice.append(self._reviews.get(key, math.nan))
         mean = mean_known(dice)
         return replace(history, dice_on_new=None if math.isnan(mean) else mean)
 
     def _try_on(self, model: str, case: Case) -> float:
-        """Mean Dice of the served model on a label; NaN where it cannot be said."""
+        """Mean Dice of the served model on a label; NaN where it cannot be computed.
+
+        Raises:
+            InterruptedWork: when somebody else uses the device, or wants it meanwhile.
+        """
         preset = self._parts.train_task(model).preset
         try:
             _, reference = read_case(case, preset)
-            answer = self._parts.instance.infer({"model": model, "image": str(case.image),
-                                                 "result_extension": ".nii.gz", "save_label": False})  # fmt: skip
-            mask = Path(answer["file"])
+            mask = self._segment_when_idle(model, case)
             try:
                 predicted = read_volume(mask).voxels.astype("uint8")
             finally:
@@ -219,3 +232,17 @@ class Retrainer:
         dice = dice_per_label(predicted, reference, preset.label_indices)
         missing = undrawn_as_missing(case, reference, preset).missing
         return mean_known(without_missing(dice, preset.label_indices, missing).values())
+
+    def _segment_when_idle(self, model: str, case: Case) -> Path:
+        """The served model's mask of a case, computed in an idle slot of the device, as prefetched masks are."""
+        if self._loop is None:
+            raise InterruptedWork
+        request = {"model": model, "image": str(case.image), "result_extension": ".nii.gz", "save_label": False}
+        answer: dict[str, Any] = self._parts.inferences.run_when_idle(
+            self._loop,
+            str(resolve_device(self._parts.settings.device)),
+            PrefetchKey(model, case.case_id),
+            lambda: self._parts.instance.infer(request),
+            PATIENCE_SECONDS,
+        )
+        return Path(answer["file"])

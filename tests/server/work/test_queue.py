@@ -182,3 +182,56 @@ def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
         return said
 
     assert asyncio.run(main()) == [True, False, True, False]
+
+
+def test_idle_work_of_a_thread_gets_its_result_and_leaves_the_device_free() -> None:
+    async def main() -> None:
+        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+
+        def ask() -> str:
+            return queue.run_when_idle(loop, "cpu", "trial", lambda: threading.current_thread().name, 5.0)
+
+        assert (await asyncio.to_thread(ask)).startswith("inference")
+        async with queue.slot("cpu") as slot:
+            assert await slot.run(lambda: 3) == 3
+
+    asyncio.run(main())
+
+
+def test_idle_work_of_a_thread_does_not_start_while_one_request_runs() -> None:
+    async def main() -> None:
+        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+        started: list[str] = []
+
+        def ask() -> None:
+            queue.run_when_idle(loop, "cpu", "trial", lambda: started.append("trial"), 0.01)
+
+        async with queue.slot("cpu"):
+            assert queue.waiting == 0  # the one that runs does not wait, and counts all the same
+            with pytest.raises(InterruptedWork):
+                await asyncio.to_thread(ask)
+        assert started == []
+        await asyncio.to_thread(ask)  # the device is idle again
+        assert started == ["trial"]
+
+    asyncio.run(main())
+
+
+def test_idle_work_of_a_thread_ends_when_a_request_comes() -> None:
+    async def main() -> None:
+        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+        running = asyncio.Event()
+
+        def windows() -> None:
+            loop.call_soon_threadsafe(running.set)
+            while True:
+                _ask(None, None)  # type: ignore[arg-type]
+
+        trial = asyncio.create_task(asyncio.to_thread(lambda: queue.run_when_idle(loop, "cpu", "trial", windows, 5.0)))
+        await running.wait()
+        async with queue.slot("cpu") as slot:
+            assert await slot.run(lambda: 3) == 3
+        with pytest.raises(InterruptedWork):
+            await trial
+
+    asyncio.run(main())
