@@ -242,6 +242,8 @@ class Inference(Model):
         window_batch_size: most windows that go through the network at once.
         largest_component: whether only the largest connected component of each label is kept; or the names of the
             labels of which only that is kept.
+        component_share: of the largest component's voxels, with which another component is kept too; at 1 only the
+            largest is.
         skip_air: whether what holds nothing but air is background without being looked at. Air is the lowest value
             after clipping; false where a label can lie in it.
         restore: how labels come back onto the image's grid: ``nearest``, or ``linear``, which interpolates each label
@@ -253,6 +255,7 @@ class Inference(Model):
     max_windows: PositiveInt = 20
     window_batch_size: PositiveInt = 1
     largest_component: bool | tuple[str, ...] = False
+    component_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     skip_air: bool = True
     restore: Literal["nearest", "linear"] = "nearest"
 

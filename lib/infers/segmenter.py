@@ -165,7 +165,8 @@ class Segmenter:
             indices = self.preset.largest_component_indices
         else:
             indices = frozenset(self.preset.label_indices.values()) if largest_component else frozenset()
-        return keep_largest_components(labels, indices) if indices else labels
+        share = self.preset.inference.component_share
+        return keep_largest_components(labels, indices, share) if indices else labels
 
     def _preprocess(self, volume: Volume, plan: Plan) -> tuple[MetaTensor, Plan]:
         """What the network sees, on the GPU where the plan has room for it there, or else on the host."""

@@ -155,12 +155,15 @@ def interpolate_to_grid(
     return array
 
 
-def keep_largest_components(labels: LabelArray, indices: Collection[int] | None = None) -> LabelArray:
+def keep_largest_components(
+    labels: LabelArray, indices: Collection[int] | None = None, share: float = 1.0
+) -> LabelArray:
     """Keep the largest connected component (26 neighbours) of each label; the rest becomes background.
 
     Args:
         labels: shape (X, Y, Z).
         indices: the labels that this is done for; all if not given.
+        share: of the largest component's voxels, with which another component is kept too; only the largest at 1.
     """
     result = labels.copy(order="K")
     neighbours = np.ones((3, 3, 3), dtype=bool)
@@ -170,8 +173,10 @@ def keep_largest_components(labels: LabelArray, indices: Collection[int] | None 
         mask = labels[box] == index
         components, count = ndimage.label(mask, structure=neighbours)
         if count > 1:
-            largest = np.bincount(components.ravel())[1:].argmax() + 1
-            result[box][mask & (components != largest)] = 0
+            sizes = np.bincount(components.ravel())
+            sizes[0] = 0
+            kept = sizes >= share * sizes.max() if share < 1 else np.arange(len(sizes)) == sizes.argmax()
+            result[box][mask & ~kept[components]] = 0
     return result
 
 

@@ -89,7 +89,9 @@ def test_largest_component_of_an_unknown_label_is_refused(chosen: list[str]) -> 
 
 
 def test_largest_component_of_fewer_labels_names_only_those_that_are_left() -> None:
-    preset = load_preset("abdomen_ct").with_labels(["pancreas", "spleen", "tumour"])
+    data = load_preset("abdomen_ct").model_dump()
+    data["inference"]["largest_component"] = ["spleen", "liver"]
+    preset = parse_preset(data, "test").with_labels(["pancreas", "spleen", "tumour"])
     assert preset.inference.largest_component == ("spleen",)
     assert preset.largest_component_indices == {2}
 

@@ -100,6 +100,15 @@ def test_largest_component_counts_corner_neighbours_as_connected() -> None:
     assert kept[0, 0, 0] == kept[1, 1, 1] == kept[2, 2, 2] == 1
 
 
+def test_components_of_half_the_largest_are_kept_where_asked() -> None:
+    labels = np.zeros((12, 4, 4), dtype=np.uint8)
+    labels[0:4, 0, 0], labels[6:8, 0, 0], labels[9, 0, 0] = 1, 1, 1
+    kept = keep_largest_components(labels, share=0.5)
+    assert np.flatnonzero(kept[:, 0, 0]).tolist() == [0, 1, 2, 3, 6, 7]
+    alone = keep_largest_components(labels)
+    assert np.flatnonzero(alone[:, 0, 0]).tolist() == [0, 1, 2, 3]
+
+
 def test_largest_component_is_chosen_for_each_label_by_itself() -> None:
     labels = np.zeros((10, 4, 4), dtype=np.uint8)
     labels[0:3], labels[3:5], labels[7], labels[9] = 1, 2, 1, 2
