@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import nibabel as nib
@@ -72,6 +73,30 @@ def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str)
         raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
     numbers = content.view(header.dtype).reshape(header.sizes, order="F")
     return _scale(numbers, header.slope, header.intercept)
+
+
+def read_nifti_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
+    """As :func:`read_nifti_voxels`, plane by plane of the first two axes, so that the whole is never in memory.
+
+    Raises:
+        ImageError: as there; damage is found at the latest with the last plane.
+    """
+    packed = size if header.encoding == "gzip" else size - header.offset
+    check_promise(header.size_bytes, packed, header.encoding, name)
+    plane = header.sizes[:2]
+    count = int(np.prod(plane))
+    file.seek(0)
+    try:
+        stream = open_stream(file, header.encoding)
+        stream.seek(header.offset)
+        for _ in range(header.voxel_count // count):
+            content = read_exactly(stream, count * header.dtype.itemsize, name)
+            numbers = content.view(header.dtype).reshape(plane, order="F")
+            yield _scale(numbers, header.slope, header.intercept)
+        if header.encoding != "raw":
+            check_end(stream, name)
+    except (OSError, *BROKEN_STREAM) as error:
+        raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
 
 
 def _parse(block: bytes, mend: bool = True) -> Any:

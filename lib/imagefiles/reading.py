@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import numpy.typing as npt
 import psutil
 
 from lib.errors import FileKindError, ImageError, MemoryBudgetError
 from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import HEAD_BYTES, Kind, find_kind, is_gzip, name_foreign
-from lib.imagefiles.nifti import read_nifti_header, read_nifti_voxels
+from lib.imagefiles.nifti import read_nifti_header, read_nifti_planes, read_nifti_voxels
 from lib.imagefiles.nrrd_format import read_nrrd_header, read_nrrd_voxels
 from lib.imagefiles.opening import open_regular
 
@@ -59,6 +61,22 @@ def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
             return header, read_nifti_voxels(file, size, header, path.name)
         except MemoryError as error:
             raise MemoryBudgetError(f"image {path.name!r} has more voxels than memory holds") from error
+
+
+def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
+    """The voxels plane by plane of the first two axes, in float32; of a NIfTI file no more is in memory than that.
+
+    Raises:
+        MemoryBudgetError, FileKindError, ImageError: as :func:`read_voxels`.
+    """
+    with open_regular(path) as file:
+        header = _header_of(file, path.name)
+        if header.kind is not Kind.NRRD:
+            yield from read_nifti_planes(file, os.fstat(file.fileno()).st_size, header, path.name)
+            return
+    _, voxels = read_voxels(path)
+    planes = voxels.reshape(*voxels.shape[:2], -1, order="A")
+    yield from (np.asarray(planes[:, :, index], dtype=np.float32) for index in range(planes.shape[2]))
 
 
 def _header_of(file: BinaryIO, name: str) -> ImageHeader:

@@ -36,12 +36,10 @@ def rescale(lowest: float, highest: float, whole: bool) -> tuple[float, float]:
     return slope, float(f"{lowest:.9e}")
 
 
-def store(voxels: npt.NDArray[np.float32], slope: float, intercept: float) -> npt.NDArray[np.uint16]:
-    """Voxels as they stand in Pixel Data; slice by slice, so that no second copy in float64 is made."""
-    stored = np.empty(voxels.shape, dtype=np.uint16)
-    for index in range(voxels.shape[2]):
-        values = (voxels[:, :, index].astype(np.float64) - intercept) / slope
-        stored[:, :, index] = np.clip(np.rint(values), 0, LARGEST_STORED)
+def store(plane: npt.NDArray[np.float32], slope: float, intercept: float) -> npt.NDArray[np.uint16]:
+    """Values as they stand in Pixel Data; a plane at a time, so that no whole copy in float64 is made."""
+    values = (plane.astype(np.float64) - intercept) / slope
+    stored: npt.NDArray[np.uint16] = np.clip(np.rint(values), 0, LARGEST_STORED).astype(np.uint16)
     return stored
 
 

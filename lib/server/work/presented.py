@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from lib.dicom.presented.instances import as_series, describe_case, make_header,
 from lib.dicom.retrieve import Part
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
-from lib.errors import LabelError, NotFoundError, ParameterError
+from lib.errors import ImageError, LabelError, NotFoundError, ParameterError
+from lib.imagefiles.reading import read_planes
 from lib.server.work.presented_labels import PresentedLabels
-from lib.transforms.intensity_range import range_warning
-from lib.transforms.volume import Grid, Volume, read_volume
+from lib.transforms.intensity_range import MOST_SAMPLES, range_warning
+from lib.transforms.volume import Grid, Volume, read_grid
 
 SOFT_TISSUE_HU = (40.0, 400.0)
 SHOWN_PERCENTILES = (1.0, 99.0)
@@ -180,23 +181,26 @@ class PresentedCases:
         return opened
 
     def _read(self, case: str) -> OpenedCase:
-        volume = read_volume(self._file_of(case))
-        grid = SeriesGrid.of(volume.grid.shape, volume.affine_ras)
-        voxels = grid.to_series(np.nan_to_num(volume.voxels, copy=False))
-        lowest, highest = float(voxels.min()), float(voxels.max())
-        whole = all(np.array_equal(part, np.rint(part)) for part in volume.voxels)
-        scale = rescale(lowest, highest, whole)
-        modality = self._learn_modality(case, volume)
-        window = self._window(volume, modality)
+        """Read a case's file twice, plane by plane: for the range of its values, and to store them."""
+        file = self._file_of(case)
+        placed = read_grid(file)
+        grid = SeriesGrid.of(placed.shape, placed.affine_ras)
+        seen = _survey(file, placed.shape)
+        scale = rescale(seen.lowest, seen.highest, seen.whole)
+        modality = self._learn_modality(case, seen.sample)
+        window = self._window(seen.sample, modality)
         headers = [make_header(case, modality, grid, n, window, scale) for n in range(grid.shape[2])]
-        return OpenedCase(grid, volume.affine_ras, headers, store(voxels, *scale))  # type: ignore[arg-type]
+        stored = np.empty(placed.shape, dtype=np.uint16, order="F")
+        for index, plane in enumerate(_planes(file, placed.shape)):
+            stored[:, :, index] = store(plane, *scale)
+        return OpenedCase(grid, placed.affine_ras, headers, grid.to_series(stored))  # type: ignore[arg-type]
 
     def _modality(self, case: str) -> str:
         return self._modality_of.get(case, self._modalities[0])
 
-    def _learn_modality(self, case: str, volume: Volume) -> str:
+    def _learn_modality(self, case: str, sample: npt.NDArray[np.float32]) -> str:
         """The first served modality that a case's intensities fit; it is listed with that from now on."""
-        fitting = (modality for modality in self._modalities if not range_warning(volume.voxels, modality))
+        fitting = (modality for modality in self._modalities if not range_warning(sample, modality))
         modality = next(fitting, self._modalities[0])
         with self._lock:
             self._modality_of[case] = modality
@@ -204,11 +208,10 @@ class PresentedCases:
         return modality
 
     @staticmethod
-    def _window(volume: Volume, modality: str) -> tuple[float, float]:
+    def _window(sample: npt.NDArray[np.float32], modality: str) -> tuple[float, float]:
         if modality == "CT":
             return SOFT_TISSUE_HU
-        flat = volume.voxels.ravel()
-        low, high = np.percentile(flat[:: max(1, flat.size // 500_000)], SHOWN_PERCENTILES)
+        low, high = np.percentile(sample, SHOWN_PERCENTILES)
         return float(low + high) / 2, float(high - low)
 
     def pixels(self, header: FileDataset) -> bytes:
@@ -316,6 +319,51 @@ class PresentedCases:
         """A mask on the case's own grid as it lies on its series."""
         opened = self.open(case)
         return Volume(np.ascontiguousarray(opened.grid.to_series(labels)), opened.grid.affine_ras)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What is seen of a file's values before they are stored.
+
+    Attributes:
+        lowest: of all.
+        highest: of all.
+        whole: all are whole numbers.
+        sample: values evenly drawn from the file.
+    """
+
+    lowest: float
+    highest: float
+    whole: bool
+    sample: npt.NDArray[np.float32]
+
+
+def _survey(file: Path, shape: tuple[int, int, int]) -> _Survey:
+    step = max(1, int(np.prod(shape)) // MOST_SAMPLES)
+    lows, highs, drawn, whole, done = [], [], [], True, 0
+    for plane in _planes(file, shape):
+        lows.append(float(plane.min()))
+        highs.append(float(plane.max()))
+        whole = whole and np.array_equal(plane, np.rint(plane))
+        drawn.append(plane.ravel(order="F")[-done % step :: step])
+        done += plane.size
+    return _Survey(min(lows), max(highs), whole, np.concatenate(drawn))
+
+
+def _planes(file: Path, shape: tuple[int, int, int]) -> Iterator[npt.NDArray[np.float32]]:
+    """The planes of a file of which the header has been read, without NaN and infinity.
+
+    Raises:
+        ImageError: when the file cannot be read, or has become another one.
+    """
+    count = 0
+    for plane in read_planes(file):
+        if plane.shape != shape[:2] or count == shape[2]:
+            raise ImageError(f"image {file.name!r} was replaced while it was read; try again")
+        yield np.nan_to_num(plane)
+        count += 1
+    if count != shape[2]:
+        raise ImageError(f"image {file.name!r} was replaced while it was read; try again")
 
 
 def _is_place(name: str, value: Any) -> bool:

@@ -1,0 +1,34 @@
+"""Voxels plane by plane are those of the whole file, and damage is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import nrrd
+import numpy as np
+import pytest
+
+from lib.errors import ImageError
+from lib.imagefiles.reading import read_planes, read_voxels
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.nrrd"])
+def test_planes_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (7, 5, 9), dtype=np.int16)
+    if name.endswith(".nrrd"):
+        nrrd.write(str(tmp_path / name), voxels)
+    else:
+        image = nib.Nifti1Image(voxels, np.eye(4))
+        image.header.set_slope_inter(0.5, -3)
+        nib.save(image, tmp_path / name)
+    whole = np.asarray(read_voxels(tmp_path / name)[1], dtype=np.float32)
+    np.testing.assert_array_equal(np.stack(list(read_planes(tmp_path / name)), axis=2), whole)
+
+
+def test_planes_of_a_file_that_was_cut_off_are_refused(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (7, 5, 9), dtype=np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii.gz")
+    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-9])
+    with pytest.raises(ImageError, match="damaged"):
+        list(read_planes(tmp_path / "cut.nii.gz"))
