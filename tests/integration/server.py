@@ -179,9 +179,12 @@ def read_nrrd(content: bytes, folder: Path) -> tuple[np.ndarray, dict[str, Any]]
 
 
 def fingerprint(*folders: Path) -> dict[str, str]:
-    """Every file below the folders (or a file itself), with the SHA-256 of its content."""
+    """Every file below the folders (or a file itself), with the SHA-256 of its content.
+
+    SQLite's ``-shm`` is left out: it holds no data, and reading changes it too.
+    """
     places = [[folder] if folder.is_file() else sorted(folder.rglob("*")) for folder in folders]
-    files = [path for place in places for path in place if path.is_file()]
+    files = [path for place in places for path in place if path.is_file() and not path.name.endswith("-shm")]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

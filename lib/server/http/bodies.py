@@ -13,6 +13,8 @@ from lib.trainers.request import GPUS
 
 MOST_WORKERS = 64
 MOST_IMAGES = 100_000
+LONGEST_MINUTES = 7 * 24 * 60
+MOST_STEPS = 10_000_000
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -36,6 +38,14 @@ class BatchRequest(_Body):
     def _first_choice(cls, value: Any) -> Any:
         """A client that leaves the list of choices as it is means the first."""
         return value[0] if isinstance(value, list) and value else value
+
+
+class ScoringRequest(_Body):
+    """Score images: of which model (all unless given), for how many minutes at most; or pretraining's steps."""
+
+    model: Name = ""
+    minutes: Annotated[float, Field(ge=0, le=LONGEST_MINUTES)] = 0.0
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
 
 class NextSampleRequest(_Body):

@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
 from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
-from lib.server.http.bodies import BatchRequest
+from lib.server.http.bodies import BatchRequest, ScoringRequest
 from lib.server.http.names import check_image_known
-from lib.server.http.parameters import JSON_BODY, check_fields, json_body, json_body_of
+from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.services import Parts, Services
 from lib.server.work.jobs import Job, Kind
@@ -28,6 +28,7 @@ scoring_router = APIRouter(prefix="/scoring", tags=["Scoring"])
 Body = Annotated[dict[str, Any], Depends(json_body)]
 TRAIN_BODY = json_body_of(TrainRequest, SERVER_FIELDS)
 BATCH_BODY = json_body_of(BatchRequest)
+SCORING_BODY = json_body_of(ScoringRequest)
 SECONDS_BETWEEN_LOOKS = 0.2
 # What a client may not set: they say what runs, and where it reads.
 NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", *SERVER_FIELDS)
@@ -126,13 +127,17 @@ def scoring_status(
     return status(parts, "scoring", all, check_if_running)
 
 
-@scoring_router.post("/{method}", summary="Score the images", openapi_extra=JSON_BODY)
+@scoring_router.post("/{method}", summary="Score the images", openapi_extra=SCORING_BODY)
 async def score(parts: Parts, user: AsAnnotator, method: str, params: Body, run_sync: bool = False) -> Any:
     """Run one scoring method over the images."""
     methods = list(parts.instance.scoring_methods)
     if method not in methods:
         raise NotFoundError("scoring method", method[:200], methods)
-    request = {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"method": method}
+    request = check_fields(ScoringRequest, params).model_dump(exclude_defaults=True)
+    model = request.get("model")
+    if model and model not in parts.instance.trainers:
+        raise NotFoundError("model", model, list(parts.instance.trainers))
+    request["method"] = method
     return await answer(parts.jobs.submit("scoring", request, enqueue=True), run_sync)
 
 

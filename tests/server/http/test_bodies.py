@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lib.errors import ParameterError
-from lib.server.http.bodies import BatchRequest, NextSampleRequest
+from lib.server.http.bodies import BatchRequest, NextSampleRequest, ScoringRequest
 from lib.server.http.parameters import check_fields, json_body_of
 from lib.trainers.request import SERVER_FIELDS, TrainRequest
 
@@ -23,6 +23,16 @@ from lib.trainers.request import SERVER_FIELDS, TrainRequest
         (BatchRequest, {"gpus": "0; rm"}, "gpus"),
         (BatchRequest, {"images": "some"}, "images"),
         (BatchRequest, {"images": [1]}, "images"),
+        (ScoringRequest, {"minutes": True}, "minutes"),
+        (ScoringRequest, {"minutes": "10"}, "minutes"),
+        (ScoringRequest, {"minutes": [1]}, "minutes"),
+        (ScoringRequest, {"minutes": -1}, "minutes"),
+        (ScoringRequest, {"minutes": 1e308}, "minutes"),
+        (ScoringRequest, {"minutes": 10**400}, "minutes"),
+        (ScoringRequest, {"steps": 0}, "steps"),
+        (ScoringRequest, {"steps": 1e308}, "steps"),
+        (ScoringRequest, {"model": ["hippocampus_mr"]}, "model"),
+        (ScoringRequest, {"model": "x" * 201}, "model"),
         (NextSampleRequest, {"model": ["hippocampus_mr"]}, "model"),
         (NextSampleRequest, {"seed": "1"}, "seed"),
         (NextSampleRequest, {"seed": 1.5}, "seed"),
