@@ -57,11 +57,13 @@ def _segment(options: argparse.Namespace) -> Outcome:
     if "://" in options.studies:
         raise ConfigError(f"--studies {options.studies!r} is a URL; run.py segment reads folders only")
     shard = Shard.parse(options.shard)
-    images = {case: path for case, path in find_images(Path(options.studies)).items() if case in shard}
+    found = find_images(Path(options.studies))
+    images = {case: path for case, path in found.images.items() if case in shard}
     model = load_model(options.model, options.model_dir, options.device)
     results = ResultFolder(options.out)
     with tqdm(total=len(images), unit="case", file=sys.stderr) as bar:
         outcome = segment_cases(images, model, results, lambda case: bar.update() and None)
+    outcome.failed |= {name: reason for name, reason in found.broken.items() if name in shard}
     print(as_table(outcome))
     name = "summary.json" if shard.count == 1 else f"summary-{shard.number}-of-{shard.count}.json"
     with writing("the summary"):

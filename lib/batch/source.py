@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.cases.labelled import case_id
+from lib.dicom.files import find_dicom, read_instance, reading
 from lib.errors import ConfigError, ImageError
 from lib.storage.files import sha256_of
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, read_volume
 
+logger = logging.getLogger(__name__)
+
 LABELS_FOLDER = "labels"
+NO_IMAGES = ("SEG", "RTDOSE")
+"""Modalities whose instances have pixels, but of no image."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +58,96 @@ class ReadCase:
     sha256: str
 
 
-def find_images(folder: Path) -> dict[str, Path]:
-    """Case id to file of each NIfTI and NRRD file of a folder, and to each sub-folder but ``labels``, in order of ids.
+@dataclass
+class FoundImages:
+    """What a folder holds.
+
+    Attributes:
+        images: case id to a file, or to a folder whose DICOM files are one case.
+        broken: name of an image that cannot be a case, to the reason.
+        left_out: sub-folders without an image.
+    """
+
+    images: dict[str, Path] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def find_images(folder: Path) -> FoundImages:
+    """Each NIfTI and NRRD file of a folder, and each folder in it, however deep, that has DICOM images of its own.
+
+    The id of a nested folder is its path with ``_`` between the names. Hidden folders and ``labels`` are not looked at.
+    Images that would have the same id are broken, since their masks would have one name.
 
     Raises:
-        ConfigError: when there is no such folder, nothing in it, or two images of one id.
+        ConfigError: when there is no such folder, or nothing in it.
     """
     if not folder.is_dir():
         raise ConfigError(f"--studies {str(folder)!r} is no folder")
-    found: dict[str, Path] = {}
+    found = FoundImages()
+    by_id: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() == LABELS_FOLDER or not _is_image(path):
+        if path.name.startswith(".") or path.name.lower() == LABELS_FOLDER:
             continue
-        name = case_id(path)
-        if name in found:
-            raise ConfigError(f"{found[name].name!r} and {path.name!r} have the same id {name!r}; rename one of them")
-        found[name] = path
-    if not found:
+        if path.is_dir():
+            broken_before = len(found.broken)
+            images = list(_dicom_folders(path, frozenset(), found.broken, folder))
+            if not images and len(found.broken) == broken_before:
+                found.left_out.append(path.name)
+            for image in images:
+                by_id.setdefault("_".join(image.relative_to(folder).parts), []).append(image)
+        elif _is_image_file(path.name):
+            by_id.setdefault(case_id(path), []).append(path)
+    for name, paths in sorted(by_id.items()):
+        if len(paths) == 1:
+            found.images[name] = paths[0]
+            continue
+        for path in paths:
+            others = ", ".join(repr(_below(other, folder)) for other in paths if other != path)
+            found.broken[_below(path, folder)] = f"{others} would have the same id {name!r}; rename one of them"
+    if found.left_out:
+        logger.warning("left out, without a DICOM image: %s", ", ".join(f"{name}/" for name in found.left_out))
+    if not found.images and not found.broken:
         raise ConfigError(f"--studies {str(folder)!r} holds no NIfTI or NRRD file, and no folder of DICOM files")
     return found
 
 
-def _is_image(path: Path) -> bool:
-    name = path.name
-    return path.is_dir() or (name.endswith((*NIFTI_SUFFIXES, *NRRD_SUFFIXES)) and not name.endswith(".seg.nrrd"))
+def _dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], top: Path) -> Iterator[Path]:
+    """The folder and those below it that have DICOM images of their own; one that cannot be read becomes broken."""
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        if any(_is_image_instance(file) for file in find_dicom(folder)):
+            yield folder
+        nested = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        broken[_below(folder, top)] = f"folder {folder.name!r} cannot be read: {error.strerror or error}"
+        return
+    for path in nested:
+        yield from _dicom_folders(path, above | {real}, broken, top)
+
+
+def _is_image_instance(file: Path) -> bool:
+    """Whether a DICOM file has pixels of an image; a damaged one counts, so that it is reported."""
+    try:
+        with reading("it cannot be read"):
+            header = read_instance(file, with_pixels=False)
+    except ImageError:
+        return True
+    return "Rows" in header and str(header.get("Modality", "")) not in NO_IMAGES
+
+
+def _below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _is_image_file(name: str) -> bool:
+    return name.endswith((*NIFTI_SUFFIXES, *NRRD_SUFFIXES)) and not name.endswith(".seg.nrrd")
 
 
 def checksum_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder, of the names and checksums of its files.
+    """SHA-256 of a file; of a folder, of the names and checksums of the files in it (not below it).
 
     Raises:
         ImageError: when it cannot be read.
@@ -86,7 +155,7 @@ def checksum_of(path: Path) -> str:
     try:
         if not path.is_dir():
             return sha256_of(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.iterdir() if file.is_file())
         lines = [f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n" for file in files]
     except OSError as error:
         raise ImageError(f"image {path.name!r} cannot be read: {error.strerror or error}") from error

@@ -9,6 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_series import SeriesIdentity, write_series
+from pydicom import dcmread
 
 from lib.batch.cli import main
 from lib.batch.results import ResultFolder, measure_ml
@@ -43,7 +45,7 @@ def studies(tmp_path: Path) -> Path:
 
 
 def test_masks_are_those_of_the_segmenter(studies: Path, tmp_path: Path, model: Model) -> None:
-    outcome = segment_cases(find_images(studies), model, ResultFolder(tmp_path / "out"))
+    outcome = segment_cases(find_images(studies).images, model, ResultFolder(tmp_path / "out"))
     assert sorted(outcome.done) == ["case1", "case2"] and not outcome.failed
     for case, result in outcome.done.items():
         volume = read_volume(studies / f"{case}.nii.gz")
@@ -56,26 +58,26 @@ def test_masks_are_those_of_the_segmenter(studies: Path, tmp_path: Path, model: 
 
 def test_finished_cases_are_skipped_until_image_or_weights_change(studies: Path, tmp_path: Path, model: Model) -> None:
     results = ResultFolder(tmp_path / "out")
-    segment_cases(find_images(studies), model, results)
-    assert sorted(segment_cases(find_images(studies), model, results).skipped) == ["case1", "case2"]
+    segment_cases(find_images(studies).images, model, results)
+    assert sorted(segment_cases(find_images(studies).images, model, results).skipped) == ["case1", "case2"]
     write_nifti(studies / "case2.nii.gz", boxes(seed=5)[0])
-    assert list(segment_cases(find_images(studies), model, results).done) == ["case2"]
+    assert list(segment_cases(find_images(studies).images, model, results).done) == ["case2"]
     other = Model(model.segmenter, "tiny", "v0001", "b" * 64)
-    again = segment_cases(find_images(studies), other, results)
+    again = segment_cases(find_images(studies).images, other, results)
     assert {result.version for result in again.done.values()} == {"v0001"} and len(again.done) == 2
 
 
 def test_case_whose_mask_is_gone_is_computed_again(studies: Path, tmp_path: Path, model: Model) -> None:
     results = ResultFolder(tmp_path / "out")
-    segment_cases(find_images(studies), model, results)
+    segment_cases(find_images(studies).images, model, results)
     (tmp_path / "out" / "case1.nii.gz").unlink()
-    assert list(segment_cases(find_images(studies), model, results).done) == ["case1"]
+    assert list(segment_cases(find_images(studies).images, model, results).done) == ["case1"]
 
 
 def test_broken_case_is_reported_and_the_others_go_on(studies: Path, tmp_path: Path, model: Model) -> None:
     (studies / "case0.nii.gz").write_bytes(b"no image")
     seen: list[str] = []
-    outcome = segment_cases(find_images(studies), model, ResultFolder(tmp_path / "out"), seen.append)
+    outcome = segment_cases(find_images(studies).images, model, ResultFolder(tmp_path / "out"), seen.append)
     assert list(outcome.failed) == ["case0"] and "case0" in outcome.failed["case0"]
     assert sorted(outcome.done) == ["case1", "case2"] and seen == ["case0", "case1", "case2"]
     assert not (tmp_path / "out" / "case0.nii.gz").exists()
@@ -100,10 +102,41 @@ def test_volume_is_in_millilitres() -> None:
     assert measure_ml(labels, np.diag([2.0, -5.0, 10.0, 1.0]), PRESET) == {"Left Box": 3.2, "core": 0.0}
 
 
-def test_two_images_of_one_id_are_refused(studies: Path) -> None:
+def test_two_images_of_one_id_are_broken_and_the_others_remain(studies: Path) -> None:
     write_nifti(studies / "case1.nii", boxes()[0])
-    with pytest.raises(ConfigError, match="same id 'case1'"):
-        find_images(studies)
+    found = find_images(studies)
+    assert list(found.images) == ["case2"]
+    assert found.broken == {
+        "case1.nii": "'case1.nii.gz' would have the same id 'case1'; rename one of them",
+        "case1.nii.gz": "'case1.nii' would have the same id 'case1'; rename one of them",
+    }
+
+
+def _write_dicom(folder: Path, modality: str = "CT") -> None:
+    write_series(folder, boxes()[0].astype(np.int16), np.eye(4), SeriesIdentity("SYNTH-1", modality, "series"))
+
+
+def test_only_folders_that_hold_dicom_images_are_cases(studies: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (studies / "references").mkdir()
+    write_nifti(studies / "references" / "case1.nii.gz", boxes()[0])
+    for name in ("dicom/P1/series", "dicom/P2/series", "plain", "labels/series"):
+        _write_dicom(studies / name)
+    (studies / "dicom" / "P1" / "loop").symlink_to(studies / "dicom")
+    _write_dicom(studies / "plain" / "nested")
+    found = find_images(studies)
+    assert sorted(found.images) == ["case1", "case2", "dicom_P1_series", "dicom_P2_series", "plain", "plain_nested"]
+    assert found.left_out == ["references"] and not found.broken
+    assert [record.getMessage() for record in caplog.records] == ["left out, without a DICOM image: references/"]
+    assert read_volume(found.images["dicom_P1_series"]).voxels.shape == boxes()[0].shape
+
+
+def test_folder_of_dicom_segmentations_and__no_case(studies: Path) -> None:
+    _write_dicom(studies / "segmentations")
+    for file in (studies / "segmentations").iterdir():
+        instance = dcmread(file)
+        instance.Modality = "SEG"
+        instance.save_as(file)
+    assert sorted(find_images(studies).images) == ["case1", "case2"]
 
 
 def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
@@ -115,10 +148,15 @@ def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
     places = ["--model-dir", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command = ["--studies", str(studies), "--model", str(tmp_path / "tiny.yaml"), *places]
     assert main(command) == 0
+    (studies / "references").mkdir()
+    assert main(command) == 0
     (studies / "bad.nii.gz").write_bytes(b"no image")
+    for suffix in (".nii", ".nii.gz"):
+        write_nifti(studies / f"twice{suffix}", boxes()[0])
     assert main(command) == 1
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (found["finished_now"], found["finished_before"], list(found["failed"])) == (0, 2, ["bad"])
-    assert "0 finished, 2 finished before, 1 failed" in capsys.readouterr().out
+    assert (found["finished_now"], found["finished_before"]) == (0, 2)
+    assert sorted(found["failed"]) == ["bad", "twice.nii", "twice.nii.gz"]
+    assert "0 finished, 2 finished before, 3 failed" in capsys.readouterr().out
     assert main([*command, "--shard", "3/2"]) == 2
     assert main(["--studies", "http://127.0.0.1/dicom", *command[2:]]) == 2
