@@ -215,6 +215,9 @@ def test_dicom_seg_of_a_file_refers_to_its_series_and_comes_back_as_the_same_mas
         seg = dcmread(io.BytesIO(answer.content))
         assert (seg.Modality, seg.StudyInstanceUID) == ("SEG", found)
         assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == uid
+        made_by = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion
+        engine = json.loads(parse_multipart(files.infer("hippocampus_mr", image))["params"][1])["engine"]
+        assert "pytorch" in engine and seg.SoftwareVersions == made_by == f"shipped ({engine})"
     _client(files).store_instances([seg])
     (tmp_path / "kept.nii.gz").write_bytes(files.get("/datastore/label", params={"label": "RPI"}).content)
     mask = read_nrrd(parse_multipart(files.infer("hippocampus_mr", "RPI"))["image"][1], tmp_path)[0]
