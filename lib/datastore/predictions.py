@@ -20,6 +20,7 @@ import numpy as np
 
 from lib.datastore.validation import MaskArray
 from lib.errors import ImageError
+from lib.imagefiles.compression import pack_gzip
 from lib.storage.disk import MIB, make_room
 from lib.transforms.volume import read_volume
 
@@ -112,7 +113,7 @@ class Predictions:
 
     def _write(self, prediction: Prediction, mask: bytes) -> None:
         side_car, packed = self._side_car(prediction.client, prediction.image_id), self._mask(prediction)
-        content = mask if prediction.extension == ".nii.gz" else gzip.compress(mask, compresslevel=1, mtime=0)
+        content = mask if prediction.extension == ".nii.gz" else pack_gzip(mask)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, data in ((packed, content), (side_car, json.dumps(asdict(prediction)).encode())):

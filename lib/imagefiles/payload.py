@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import bz2
-import gzip
-import zlib
 from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from lib.errors import ImageError
+from lib.imagefiles.compression import BROKEN_GZIP, open_gzip
 
 BLOCK_BYTES = 2**20
 # What may follow the voxels; more of it is no header's mistake.
 MOST_BYTES_AFTER = 2**20
 # No DEFLATE stream unpacks to more than 1032 times its size (https://zlib.net/zlib_tech.html).
 MOST_GZIP_RATIO = 1040
-BROKEN_STREAM = (EOFError, zlib.error, gzip.BadGzipFile)
+BROKEN_STREAM = BROKEN_GZIP
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -25,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 def open_stream(file: BinaryIO, encoding: str) -> BinaryIO:
     """What ``file`` unpacks to from where it stands: ``raw``, ``gzip`` or ``bzip2``. Its end compares checksums."""
     if encoding == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb"))
+        return open_gzip(file)
     return cast(BinaryIO, bz2.BZ2File(file)) if encoding == "bzip2" else file
 
 
@@ -71,7 +70,7 @@ def check_end(stream: BinaryIO, name: str) -> None:
 
     Raises:
         ImageError: when there is more than there should be.
-        EOFError, zlib.error, gzip.BadGzipFile: when it was cut off or its checksum is wrong.
+        BROKEN_STREAM: when it was cut off or its checksum is wrong.
     """
     more = 0
     while block := stream.read(BLOCK_BYTES):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
+from lib.imagefiles.compression import pack_gzip
 from lib.imagefiles.geometry import set_affine
 from lib.transforms.volume import Affine, FloatArray
 
@@ -78,8 +78,7 @@ def _write_nifti(path: Path, voxels: npt.NDArray[Any], affine_ras: Affine) -> No
     image = nib.Nifti1Image(voxels, affine_ras)
     set_affine(image, affine_ras)
     content = image.to_bytes()
-    # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
-    path.write_bytes(gzip.compress(content, compresslevel=1, mtime=0) if path.name.endswith(".gz") else content)
+    path.write_bytes(pack_gzip(content) if path.name.endswith(".gz") else content)
 
 
 def _write_nrrd(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -131,7 +130,7 @@ def test_write_that_fails_leaves_no_file(labels: np.ndarray, tmp_path: Path, mon
     def disk_full(*_: object, **__: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gzip, "compress", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(OSError, match="No space left"):
         _write(labels, np.eye(4), ".nii.gz")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,32 @@
+"""Gzip streams by ISA-L (https://github.com/intel/isa-l), or by zlib where the package ``isal`` is missing."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from typing import Any, BinaryIO, cast
+
+_library: Any = gzip
+_error: type[Exception] = zlib.error
+try:
+    from isal import igzip, isal_zlib
+except ImportError:
+    pass  # zlib reads and writes the same, in more time
+else:
+    _library, _error = igzip, cast(type[Exception], isal_zlib.error)
+
+# What reading a stream that is cut off, damaged or has a wrong checksum ends in.
+BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile, _error)
+
+
+def open_gzip(file: BinaryIO) -> BinaryIO:
+    """What ``file`` unpacks to from where it stands; its end compares checksums, and raises of :data:`BROKEN_GZIP`."""
+    return cast(BinaryIO, _library.GzipFile(fileobj=file, mode="rb"))
+
+
+def pack_gzip(content: bytes) -> bytes:
+    """One gzip member without a time, at level 1.
+
+    Masks are runs of zeros, and higher levels take many times as long for a few per cent.
+    """
+    return cast(bytes, _library.compress(content, 1, mtime=0))
