@@ -43,8 +43,8 @@ from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, write_checkpoint  # noqa: E402
 from lib.storage.files import sha256_of  # noqa: E402
+from lib.storage.json_files import write_json  # noqa: E402
 from lib.trainers.loop import run_training  # noqa: E402
-from lib.trainers.reporting.progress import write_json  # noqa: E402
 from lib.trainers.run.job import TrainingJob  # noqa: E402
 from lib.transforms.volume import read_volume  # noqa: E402
 
