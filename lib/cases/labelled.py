@@ -43,7 +43,7 @@ class Case:
     label: Path
     values: Mapping[int, int] | None = None
     missing: tuple[int, ...] = ()
-    channels: Mapping[str, Path] = field(default_factory=dict)
+    channels: Mapping[str, Path] = field(default_factory=dict, hash=False)
 
     def as_item(self) -> dict[str, Any]:
         """Plain data for a MONAI dataset. The files' sizes and times are in it, so that caches notice a new label."""
