@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,26 +129,31 @@ def window_count(shape: Sequence[int], roi: Sequence[int], overlap: float) -> in
 
 def choose_overlap(shape: Sequence[int], preset: Preset) -> float:
     """The largest of the preset's overlaps that keeps to its number of windows; the smallest if none does."""
-    for overlap in preset.inference.overlaps:
-        if window_count(shape, preset.roi_size, overlap) <= preset.inference.max_windows:
-            return overlap
-    return preset.inference.overlaps[-1]
+    return _largest_within(preset, preset.inference.overlaps, lambda _: shape)
 
 
-def body_box(image: torch.Tensor, air: float, roi: Sequence[int], overlap: float) -> Box:
-    """The box around all that is not air, with a margin, and at least as large as a window.
+def occupied_sides(image: torch.Tensor, air: float) -> tuple[torch.Tensor, ...]:
+    """For each axis, at which places there is anything but air.
 
     Args:
-        image: shape (X, Y, Z), at least as large as ``roi``.
+        image: shape (X, Y, Z).
         air: the value of air; the lowest that there is after clipping to the preset's window.
-        roi: shape of a window.
-        overlap: share of a window that its neighbour sees again.
     """
     along_x = torch.tensor([bool((plane > air).any()) for plane in image])
     seen_yz = torch.zeros(image.shape[1:], dtype=torch.bool, device=image.device)
     for plane in image:
         seen_yz |= plane > air
-    sides = (along_x, seen_yz.any(1), seen_yz.any(0))
+    return along_x, seen_yz.any(1), seen_yz.any(0)
+
+
+def body_box(sides: Sequence[torch.Tensor], roi: Sequence[int], overlap: float) -> Box:
+    """The box around all that is not air, with a margin, and at least as large as a window.
+
+    Args:
+        sides: as :func:`occupied_sides` gives them, of an image that is at least as large as ``roi``.
+        roi: shape of a window.
+        overlap: share of a window that its neighbour sees again.
+    """
     x, y, z = (_reach(side, edge, overlap) for side, edge in zip(sides, roi, strict=True))
     return x, y, z
 
@@ -157,14 +162,20 @@ def _place_over_body(
     image: torch.Tensor, air: float | None, preset: Preset, overlaps: Sequence[float]
 ) -> tuple[Box, float]:
     """The box that the windows cover, and the largest overlap with which they are no more than the preset allows."""
-    box, overlap = _whole(image.shape), overlaps[-1]
-    for overlap in overlaps:
-        if air is not None:
-            box = body_box(image, air, preset.roi_size, overlap)
-        shape = [side.stop - side.start for side in box]
-        if window_count(shape, preset.roi_size, overlap) <= preset.inference.max_windows:
-            break
-    return box, overlap
+    sides = None if air is None else occupied_sides(image, air)
+
+    def box_with(overlap: float) -> Box:
+        return _whole(image.shape) if sides is None else body_box(sides, preset.roi_size, overlap)
+
+    overlap = _largest_within(preset, overlaps, lambda one: [side.stop - side.start for side in box_with(one)])
+    return box_with(overlap), overlap
+
+
+def _largest_within(preset: Preset, overlaps: Sequence[float], shape_with: Callable[[float], Sequence[int]]) -> float:
+    """The first overlap with which the preset's number of windows covers the shape that belongs to it, or the last."""
+    most, roi = preset.inference.max_windows, preset.roi_size
+    fitting = (overlap for overlap in overlaps if window_count(shape_with(overlap), roi, overlap) <= most)
+    return next(fitting, overlaps[-1])
 
 
 def _reach(occupied: torch.Tensor, edge: int, overlap: float) -> slice:

@@ -12,7 +12,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 
 from lib.infers import predictor
-from lib.infers.predictor import Stitching, body_box, choose_overlap, predict, window_starts
+from lib.infers.predictor import Stitching, body_box, choose_overlap, occupied_sides, predict, window_starts
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -221,7 +221,7 @@ def test_body_box_holds_the_body_with_its_margin_and_at_least_a_window(corner: t
     image = torch.zeros(80, 60, 70)
     x, y, z = corner
     image[x : x + 10, y : y + 3, z : z + 10] = 1
-    box = body_box(image, air=0.0, roi=(16, 32, 16), overlap=0.25)
+    box = body_box(occupied_sides(image, air=0.0), roi=(16, 32, 16), overlap=0.25)
     for axis, (start, size) in enumerate(zip(corner, (10, 3, 10), strict=True)):
         assert 0 <= box[axis].start <= max(0, start - 2)
         assert image.shape[axis] >= box[axis].stop >= min(image.shape[axis], start + size + 2)
@@ -236,7 +236,7 @@ def test_margin_is_smaller_where_that_saves_a_row_of_windows(body: int, margin: 
     """Windows of 32 begin every 24 voxels: 1, 2, 3 of them see 32, 56, 80."""
     image = torch.zeros(120, 16, 16)
     image[30 : 30 + body] = 1
-    reach = body_box(image, air=0.0, roi=(32, 16, 16), overlap=0.25)[0]
+    reach = body_box(occupied_sides(image, air=0.0), roi=(32, 16, 16), overlap=0.25)[0]
     assert (reach.start, reach.stop) == (30 - margin, 30 + body + margin)
     assert len(window_starts(reach.stop - reach.start, 32, 0.25)) == windows
 
