@@ -154,7 +154,7 @@ def native_frames(dataset: FileDataset, numbers: Sequence[int]) -> list[Part]:
     return [Part(media_type, content) for content in _native_frames(dataset, numbers, total)]
 
 
-def whole_file(dataset: FileDataset) -> Part:
+def whole_file(dataset: Dataset) -> Part:
     """An instance that has been made, as PS3.10 has it."""
     buffer = io.BytesIO()
     dataset.save_as(buffer, write_like_original=False)

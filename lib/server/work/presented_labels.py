@@ -19,6 +19,7 @@ from lib.datastore.series import SeriesDatastore
 from lib.dicom.attributes import Json, to_json
 from lib.dicom.index import SeriesEntry
 from lib.dicom.presented.instances import describe_case, uid_of
+from lib.dicom.retrieve import whole_file
 from lib.dicom.segmentation_writer import SERIES_NUMBER, Origin
 from lib.errors import NotFoundError
 from lib.transforms.volume import read_volume
@@ -26,6 +27,9 @@ from lib.transforms.volume import read_volume
 
 class Cases(Protocol):
     """What is needed of the cases that are presented."""
+
+    def case_of(self, uid: str) -> str | None:
+        """The case whose study or series has that UID; None where none has."""
 
     def attributes(self, image_id: str) -> dict[str, str]:
         """The UIDs of a case; nothing for one that is not presented."""
@@ -64,6 +68,8 @@ class PresentedLabels:
         if not series.startswith("2.25."):
             return None
         if series not in self._versions:
+            if self._presented.case_of(series) is not None:
+                return None  # each frame that a viewer loads comes here: the labels of all cases are not looked at
             self.entries()
         version = self._versions.get(series)
         newest = None if version is None else self.of_case(version.image_id)
@@ -98,10 +104,7 @@ class PresentedLabels:
         seg = self._presented.as_segmentation(version.image_id, labels, preset, _origin(version))
         seg.SeriesInstanceUID, seg.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
         seg.file_meta.MediaStorageSOPInstanceUID = seg.SOPInstanceUID
-        packed = io.BytesIO()
-        seg.save_as(packed, write_like_original=False)
-        packed.seek(0)
-        whole = dcmread(packed)
+        whole = dcmread(io.BytesIO(whole_file(seg).content))
         self._made = version.version_id, whole
         return whole
 

@@ -11,6 +11,7 @@ from lib.configs.catalogue import load_preset
 from lib.dicom.query import search
 from lib.dicom.resources import parse_path
 from lib.server.work.presented import PresentedCases, Searched
+from lib.server.work.presented_labels import PresentedLabels
 
 CASES = 2_000
 ROOT = "http://server/dicom-web"
@@ -39,6 +40,21 @@ class ManyFiles:
 
     def is_series(self, image_id: str) -> bool:
         return False
+
+
+class NoHistory:
+    """A history that must not be asked for the labels of all cases."""
+
+    def all_latest(self) -> NoReturn:
+        raise AssertionError("the labels of all cases were looked at")
+
+
+class _Store:
+    """Studies whose labels must not be listed."""
+
+    @property
+    def history(self) -> NoHistory:
+        return NoHistory()
 
 
 class NoSeries:
@@ -80,3 +96,13 @@ def test_search_by_a_patients_name_and_a_studys_series_open_no_file(searched: Se
     (series,) = search(searched, parse_path(f"studies/{uid}/series"), [("includefield", "all")], ROOT)
     assert series["0008103E"]["Value"] == ["from a file"]
     assert series["00080060"]["Value"] == ["MR"]
+
+
+def test_series_of_a_file_is_no_label_without_a_look_at_all_labels() -> None:
+    """Each frame that a viewer loads asks whether its series is a label's."""
+    many: Any = ManyFiles()
+    presented = PresentedCases(many, never_opened, {"hippocampus_mr": load_preset("hippocampus_mr")}, 0)
+    series = presented.attributes("case_00017")["SeriesInstanceUID"]
+    store: Any = _Store()
+    labels = PresentedLabels(presented, store, {})
+    assert labels.find(series) is None
