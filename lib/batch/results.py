@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from lib.configs.preset import Preset
 from lib.infers.segmenter import Segmentation
 from lib.infers.writer import write_mask
+from lib.storage.files import replacing
 from lib.storage.full_disk import writing
 from lib.storage.json_files import write_json
 from lib.transforms.volume import Affine
@@ -81,13 +81,11 @@ class ResultFolder:
         with writing(f"the mask of {result.case!r}"):
             written = write_mask(found.labels, affine_ras, preset, ".nii.gz", "uint8", True)
             target = self.folder / result.mask
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             try:
-                shutil.copyfile(written, temporary)
-                os.replace(temporary, target)
+                with replacing(target) as file, written.open("rb") as mask:
+                    shutil.copyfileobj(mask, file)
             finally:
                 written.unlink(missing_ok=True)
-                temporary.unlink(missing_ok=True)
             write_json(self._record(result.case), asdict(result))
 
     def _record(self, case: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,6 +25,7 @@ from lib.datastore.label_names import (
     parse_entries,
 )
 from lib.errors import LabelError
+from lib.imagefiles.compression import pack_gzip
 from lib.imagefiles.geometry import set_affine
 from lib.transforms.volume import Grid, Volume, apart_mm, reading_warning
 
@@ -137,8 +137,7 @@ def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Pa
     """Write a mask as ``.nii.gz``."""
     image = nib.Nifti1Image(voxels, affine_ras)
     set_affine(image, affine_ras)
-    # Level 1: masks are runs of zeros, and higher levels take many times as long for a few per cent.
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    path.write_bytes(pack_gzip(image.to_bytes()))
     return path
 
 

@@ -9,7 +9,6 @@ and those that ``--without`` names. The run can be ended and taken up again: its
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,8 @@ from lib.interaction.annotator import Correction, next_click, spoil, touch_up
 from lib.interaction.editor import Editor, build_editor, editor_preset, stack_input, start_from, structure_logit
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.precision import autocast, place_for_training, resolve_precision
+from lib.storage.files import replacing
+from lib.storage.json_files import write_json
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import FloatArray
@@ -253,8 +254,8 @@ class EditorTraining:
             "network": self.network.state_dict(), "average": self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(), "steps": self.steps, "seconds": self.seconds,
         }  # fmt: skip
-        torch.save(state, self.folder / "state.tmp")
-        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+        with replacing(self.folder / "state.pt") as file:
+            torch.save(state, file)
         write_checkpoint(self.folder / "shipped.pt", self.checkpoint(), half=True)
 
     def _resume(self) -> None:
@@ -295,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = EditorTraining(start.preset or load_preset(asked.preset), material, asked.out, start.model)
     training.run(asked.minutes)
     found = {"presets": {name: len(cases) for name, cases in material.items()}, **training.checkpoint().info}
-    (asked.out / "training.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_json(asked.out / "training.json", found)
 
 
 def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most: int) -> list[Material]:
