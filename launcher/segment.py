@@ -14,7 +14,7 @@ OPTIONS = ("studies", "model", "out", "shard", "model_dir", "device", "threads")
 
 
 def add_segment(commands: Any) -> None:
-    """Add the command; what its values may be is checked by ``lib.batch.cli``."""
+    """Add the command; what its values may be is checked by ``lib.cluster.cli``."""
     segment = commands.add_parser("segment", help="segment a folder of images, without a server")
     segment.add_argument("--studies", required=True, help="folder of NIfTI and NRRD files and folders of DICOM files")
     segment.add_argument("--model", required=True, help="preset whose weights segment")
@@ -31,5 +31,5 @@ def run_segment(project: Project, options: argparse.Namespace) -> int:
     python = set_up(project, dev=False)
     given = {name: getattr(options, name) for name in OPTIONS}
     arguments = [part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", value)]
-    command = [str(python), "-m", "lib.batch.cli", *arguments]
+    command = [str(python), "-m", "lib.cluster.cli", *arguments]
     return as_exit_code(subprocess.call(command, env=server_environment(project)))

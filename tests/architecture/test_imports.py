@@ -31,7 +31,7 @@ LEVELS = {
     "models": 6,
     "infers": 7,
     "trainers": 8,
-    "batch": 8,
+    "cluster": 8,
     "interaction": 8,
     "activelearning": 9,
     "experiments": 10,

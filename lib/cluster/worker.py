@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.batch.results import CaseResult, ResultFolder, measure_ml
-from lib.batch.source import ReadCase, checksum_of, read_case
+from lib.cluster.results import CaseResult, ResultFolder, measure_ml
+from lib.cluster.source import ReadCase, checksum_of, read_case
 from lib.errors import InputError
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import Calibration, foreground_uncertainty

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib.batch.results import ResultFolder
-from lib.batch.source import Shard, find_images
-from lib.batch.worker import Model, Outcome, segment_cases
+from lib.cluster.results import ResultFolder
+from lib.cluster.source import Shard, find_images
+from lib.cluster.worker import Model, Outcome, segment_cases
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
 from lib.errors import CheckpointError, ConfigError

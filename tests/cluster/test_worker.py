@@ -12,10 +12,10 @@ import torch
 from dicom_series import SeriesIdentity, write_series
 from pydicom import dcmread
 
-from lib.batch.cli import main
-from lib.batch.results import ResultFolder, measure_ml
-from lib.batch.source import Shard, find_images
-from lib.batch.worker import Model, segment_cases
+from lib.cluster.cli import main
+from lib.cluster.results import ResultFolder, measure_ml
+from lib.cluster.source import Shard, find_images
+from lib.cluster.worker import Model, segment_cases
 from lib.configs.catalogue import write_preset
 from lib.errors import ConfigError
 from lib.infers.segmenter import Segmenter

@@ -1,1 +1,0 @@
-"""Segmenting many images from the command line, without a server."""

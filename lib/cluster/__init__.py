@@ -1,0 +1,1 @@
+"""Segmenting many images from the command line, without a server: the worker."""
