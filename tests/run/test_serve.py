@@ -145,14 +145,14 @@ def test_server_ends_when_run_py_is_killed() -> None:
         WATCHED.replace("print(", "import os; print('server', os.getpid(), flush=True); print("), free_port()
     )
     assert supervisor.stdout is not None
-    server = int(supervisor.stdout.readline().split()[1])
+    server, child = (int(supervisor.stdout.readline().split()[1]) for _ in range(2))
     assert is_running(server)
     supervisor.kill()
     deadline = time.monotonic() + 20
     while is_running(server) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(server)
-    os.kill(int(supervisor.stdout.readline().split()[1]), signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)
     supervisor.wait()
     supervisor.stdout.close()
 
