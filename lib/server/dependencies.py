@@ -1,15 +1,18 @@
 """What routes ask for: single services of the running server, as FastAPI dependencies.
 
 A route names only what it uses. A test puts its own object in place of one with ``app.dependency_overrides``, and
-needs no server, app or studies for it.
+needs no server, app or studies for it. The dependencies are coroutines, since FastAPI would take a thread for each of
+them otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
+import anyio
 from fastapi import Depends
+from monailabel.interfaces.datastore import Datastore
 
 from lib.datastore.history import LabelHistory
 from lib.datastore.leases import Leases
@@ -17,45 +20,73 @@ from lib.infers.task import UnetrInferTask
 from lib.server.http.events import Changes
 from lib.server.services import Services, get_services
 from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Jobs
+from lib.server.work.pause import Pause
 from lib.trainers.task import UnetrTrainTask
 
 AllServices = Annotated[Services, Depends(get_services)]
 
 
-def get_check_image(services: AllServices) -> Callable[[str], str]:
+async def get_check_image(services: AllServices) -> Callable[[str], str]:
     """The check of an image's id: gives the id by which the studies have it, or refuses it."""
     return services.check_image
 
 
-def get_history(services: AllServices) -> LabelHistory:
+async def get_history(services: AllServices) -> LabelHistory:
     """Versions of labels, and the quarantine."""
     return services.store.history
 
 
-def get_leases(services: AllServices) -> Leases:
+async def get_leases(services: AllServices) -> Leases:
     """Who works on which case, and cases that are skipped."""
     return services.store.leases
 
 
-def get_segmentation_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
+async def get_segmentation_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
     """The models that segment by themselves."""
     return services.segmentation_tasks
 
 
-def get_train_tasks(services: AllServices) -> TasksByName[UnetrTrainTask]:
+async def get_train_tasks(services: AllServices) -> TasksByName[UnetrTrainTask]:
     """The training task of each model, with its runs and versions."""
     return services.train_tasks
 
 
-def get_model_info(services: AllServices) -> Callable[[str], dict[str, Any]]:
+async def get_model_info(services: AllServices) -> Callable[[str], dict[str, Any]]:
     """Checksum and figures of a model's weights, as MONAI Label gives them."""
     info: Callable[[str], dict[str, Any]] = services.instance.model_info
     return info
 
 
-def get_changes(services: AllServices) -> Changes:
+async def get_changes(services: AllServices) -> Changes:
     """The topics of page updates."""
     return services.changes
+
+
+async def get_datastore(services: AllServices) -> Datastore:
+    """Images and labels, as MONAI Label knows them."""
+    return services.datastore
+
+
+async def get_jobs(services: AllServices) -> Jobs:
+    """Trainings, batch inferences and scorings, each in a process of its own."""
+    return services.jobs
+
+
+async def get_pause(services: AllServices) -> Pause:
+    """Whether trainings make way for inference."""
+    return services.pause
+
+
+async def get_image_checks(services: AllServices) -> anyio.CapacityLimiter:
+    """The threads that read images or labels of a request, of which there are few, since each takes much memory."""
+    return services.checks
+
+
+async def get_scoring_methods(services: AllServices) -> Collection[str]:
+    """The names of the scoring methods."""
+    methods: Collection[str] = services.instance.scoring_methods
+    return methods
 
 
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
@@ -65,3 +96,8 @@ SegmentationTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_segmen
 TrainTasksDep = Annotated[TasksByName[UnetrTrainTask], Depends(get_train_tasks)]
 ModelInfoDep = Annotated[Callable[[str], dict[str, Any]], Depends(get_model_info)]
 ChangesDep = Annotated[Changes, Depends(get_changes)]
+DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
+JobsDep = Annotated[Jobs, Depends(get_jobs)]
+PauseDep = Annotated[Pause, Depends(get_pause)]
+ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
+ScoringMethodsDep = Annotated[Collection[str], Depends(get_scoring_methods)]

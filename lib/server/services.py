@@ -210,7 +210,7 @@ class Services:
         return find_image(self.datastore, image_id, self.instance.studies, self.settings.image_roots)
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """The dependency of every route that does something."""
     services: Services = request.app.state.services
     return services

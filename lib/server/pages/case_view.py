@@ -153,7 +153,7 @@ def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
 
     Models for images of another modality are not offered.
     """
-    offered = models_for(parts, [modality_of(parts, image)])
+    offered = models_for(parts.presets, [modality_of(parts.datastore, image)])
     ready = [name for name in offered if name in parts.instance.models and parts.infer_task(name).is_valid()]
     wanted = version.preset if version is not None else ""
     return wanted if wanted in ready else next(iter(sorted(ready)), "")
@@ -161,7 +161,7 @@ def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
 
 def edit_model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
     """The preset whose labels can be clicked: as :func:`model_for`, but weights are not needed; empty for none."""
-    offered = models_for(parts, [modality_of(parts, image)])
+    offered = models_for(parts.presets, [modality_of(parts.datastore, image)])
     if version is not None and version.preset in offered:
         return version.preset
     return model_for(parts, image, version) or next(iter(offered), "")
@@ -179,7 +179,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     edit_model = edit_model_for(parts, image, newest)
     return CaseView(
         id=image,
-        title=titles_of(parts, [image])[image],
+        title=titles_of(parts.datastore, [image])[image],
         model=model,
         model_version=parts.train_task(model).serving()[0] if model else "",
         estimate=estimate_of(parts, model, path) if model else None,

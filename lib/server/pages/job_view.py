@@ -10,10 +10,11 @@ from typing import Any
 
 from lib.server.pages.charts import Point, line_chart
 from lib.server.pages.language import Language
-from lib.server.services import Services
-from lib.server.work.jobs import Job
+from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Job, Jobs
 from lib.trainers.reporting.progress import PROGRESS_FILE, format_seconds, read_curve
 from lib.trainers.reporting.runs import read_json
+from lib.trainers.task import UnetrTrainTask
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,24 @@ class JobView:
         return line_chart(points, t("job.curve"), t("job.step"), t("job.loss"))
 
 
-def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, str]) -> JobView:
+def job_view(
+    jobs: Jobs, trainers: TasksByName[UnetrTrainTask], policy: Mapping[str, str], notices: Mapping[str, str]
+) -> JobView:
     """The training that runs, or else the last one.
 
     Args:
-        parts: the server's.
+        jobs: the server's.
+        trainers: the training task of each model.
         policy: what the retrain policy thinks of each model, in words.
         notices: what whoever presses Train should know, by model.
     """
-    models = tuple(sorted(parts.instance.trainers))
-    jobs = parts.jobs.of("train")
-    job = parts.jobs.current("train") or (jobs[-1] if jobs else None)
+    models = tuple(sorted(trainers))
+    trainings = jobs.of("train")
+    job = jobs.current("train") or (trainings[-1] if trainings else None)
     if job is None:
         return JobView(models, policy=policy, notices=notices)
     model = str(job.request.get("model", ""))
-    run = run_folder(parts, job)
+    run = run_folder(trainers, job)
     return JobView(
         models=models,
         state=job.status,
@@ -88,12 +92,10 @@ def job_view(parts: Services, policy: Mapping[str, str], notices: Mapping[str, s
     )
 
 
-def run_folder(parts: Services, job: Job) -> Path | None:
+def run_folder(trainers: TasksByName[UnetrTrainTask], job: Job) -> Path | None:
     """Where a training writes how far it is."""
     model = str(job.request.get("model", ""))
-    if model not in parts.instance.trainers:
-        return None
-    return parts.train_task(model).runs / job.id
+    return trainers[model].runs / job.id if model in trainers else None
 
 
 def outcome_of(job: Job) -> str:

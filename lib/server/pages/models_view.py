@@ -10,7 +10,8 @@ from urllib.parse import quote
 from lib.models.versions import Version
 from lib.server.pages.charts import REJECTED, Point, line_chart
 from lib.server.pages.language import Language
-from lib.server.services import Services
+from lib.server.tasks import TasksByName
+from lib.trainers.task import UnetrTrainTask
 
 MOST_VERSIONS = 30
 """The newest ones are shown."""
@@ -86,14 +87,13 @@ class ModelView:
         return line_chart(points, t("models.chart"), t("models.number"), t("models.dice"))
 
 
-def models_view(parts: Services) -> list[ModelView]:
+def models_view(trainers: TasksByName[UnetrTrainTask]) -> list[ModelView]:
     """Every model that is served or can be trained."""
-    return [model_view(parts, name) for name in sorted(parts.instance.trainers)]
+    return [model_view(name, trainers[name]) for name in sorted(trainers)]
 
 
-def model_view(parts: Services, name: str) -> ModelView:
-    """One model."""
-    task = parts.train_task(name)
+def model_view(name: str, task: UnetrTrainTask) -> ModelView:
+    """One model, with its training task."""
     live, problem = task.serving()
     versions = sorted(task.versions.list(), key=lambda version: -version.number)[:MOST_VERSIONS]
     return ModelView(name, tuple(_view(name, version, live) for version in versions), problem)

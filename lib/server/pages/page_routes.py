@@ -28,10 +28,12 @@ router = APIRouter(include_in_schema=False)
 VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
     "pool": lambda parts, user, _policy: pool_view(parts, user),
     "next": lambda parts, _user, _policy: next_view(parts),
-    "job": lambda parts, _user, policy: job_view(parts, policy.words(), policy.notices()),
-    "models": lambda parts, _user, _policy: models_view(parts),
+    "job": lambda parts, _user, policy: job_view(parts.jobs, parts.train_tasks, policy.words(), policy.notices()),
+    "models": lambda parts, _user, _policy: models_view(parts.train_tasks),
     "activity": lambda parts, user, _policy: activity_view(parts, user),
-    "system": lambda parts, _user, _policy: system_view(parts),
+    "system": lambda parts, _user, _policy: system_view(
+        parts.settings.device, str(parts.instance.studies), parts.metrics, parts.inferences
+    ),
 }
 
 

@@ -162,7 +162,7 @@ def next_view(parts: Services) -> NextView:
     stamp = _stamp(parts, chosen["model"])
     images, reasons = [chosen["id"], *chosen["next"]], [chosen["reason"], *chosen["next_reasons"]]
     pairs = list(zip(images, reasons, strict=True))[:MOST_NEXT]
-    titles = titles_of(parts, images)
+    titles = titles_of(parts.datastore, images)
     cases = (NextCase(image, titles[image], reason, stamp, ohif_path(parts, image)) for image, reason in pairs)
     return NextView(name, tuple(cases))
 
@@ -189,7 +189,7 @@ def activity_view(parts: Services, user: User) -> ActivityView:
         skips=skips,
         quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
         effort=effort_view(history.since(max(0, history.index.last_sequence() - MOST_LABELS))),
-        titles=titles_of(parts, named),
+        titles=titles_of(parts.datastore, named),
     )
 
 

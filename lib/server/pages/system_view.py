@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from lib.networks.precision import resolve_device
-from lib.server.services import Services
+from lib.server.http.metrics import Metrics
+from lib.server.work.queue import InferenceQueue
 
 GIB = 2**30
 
@@ -31,13 +32,19 @@ class SystemView:
     cache_hits: int
 
 
-def system_view(parts: Services) -> SystemView:
-    """The figures as they are now."""
-    device = resolve_device(parts.settings.device)
+def system_view(device_name: str, studies: str, metrics: Metrics, inferences: InferenceQueue) -> SystemView:
+    """The figures as they are now.
+
+    Args:
+        device_name: the setting ``device``.
+        studies: a folder, or the address of a DICOMweb server.
+        metrics: counts and durations of inferences.
+        inferences: the queue in which they wait.
+    """
+    device = resolve_device(device_name)
     free, total = _memory(device)
-    studies = str(parts.instance.studies)
     folder = None if studies.startswith(("http://", "https://")) else Path(studies)
-    count, means = parts.metrics.inference_means()
+    count, means = metrics.inference_means()
     return SystemView(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         memory_free_gib=free / GIB,
@@ -46,8 +53,8 @@ def system_view(parts: Services) -> SystemView:
         inferences=count,
         mean_seconds=means["total"] / 1000 if "total" in means else None,
         stages={stage: value for stage, value in means.items() if stage != "total"},
-        waiting=parts.inferences.waiting,
-        cache_hits=parts.metrics.cache_hits(),
+        waiting=inferences.waiting,
+        cache_hits=metrics.cache_hits(),
     )
 
 

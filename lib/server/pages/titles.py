@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from monailabel.interfaces.datastore import Datastore
+
 from lib.datastore.series import SeriesDatastore
 from lib.dicom.sources import SeriesInfo
 from lib.errors import UpstreamError
-from lib.server.services import Services
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,10 @@ def title_of(image: str, info: SeriesInfo | None) -> Title:
     return Title(told, image) if told else Title(image)
 
 
-def titles_of(parts: Services, images: Iterable[str]) -> Mapping[str, Title]:
+def titles_of(datastore: Datastore, images: Iterable[str]) -> Mapping[str, Title]:
     """The titles of images, of those that are gone too."""
-    store = parts.datastore
     try:
-        series = store.series() if isinstance(store, SeriesDatastore) else {}
+        series = datastore.series() if isinstance(datastore, SeriesDatastore) else {}
     except UpstreamError:  # a PACS that has never answered
         series = {}
     return {image: title_of(image, series.get(image)) for image in images}

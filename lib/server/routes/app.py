@@ -62,7 +62,7 @@ def not_offered_in_viewer(request: Request, parts: Services) -> Set[str]:
     shown = [info.attributes["Modality"] for info in series_store(parts).series().values() if info.study in studies]
     files = [case for uid in studies if (case := parts.presented.case_of(uid)) is not None]
     shown += [parts.presented.attributes(case)["Modality"] for case in files]
-    return parts.presets.keys() - models_for(parts, shown) if shown else frozenset()
+    return parts.presets.keys() - models_for(parts.presets, shown) if shown else frozenset()
 
 
 def running_training(parts: Services) -> dict[str, dict[str, float]]:
@@ -202,7 +202,7 @@ def own_case(parts: Services, client: str, hidden: Set[str]) -> tuple[dict[str, 
 
 def prepare(parts: Services, chosen: dict[str, Any]) -> None:
     """Have the masks of the case that is handed out, and of those that will probably be next, computed ahead."""
-    offered = models_for(parts, [modality_of(parts, chosen["id"])])
+    offered = models_for(parts.presets, [modality_of(parts.datastore, chosen["id"])])
     model = chosen.get("model") or next(iter(offered), "")
     if model not in offered:
         return

@@ -115,7 +115,7 @@ def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
 def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
     """An image's information, and the models that are meant for it."""
     info: dict[str, Any] = parts.datastore.get_image_info(parts.check_image(image))
-    return {**info, "models": models_for(parts, [modality_of(parts, image)])}
+    return {**info, "models": models_for(parts.presets, [modality_of(parts.datastore, image)])}
 
 
 @router.put("/image/info", summary="Add to what is known of an image")

@@ -257,7 +257,7 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         info = {"model": asked.model, "params": params}
         client_id = str(asked.params.get("client_id") or "")
         keep_prediction(parts, asked.image_id, mask, tag, info, user, client_id)
-    warnings = [*warnings_for(parts, asked.model, asked.image_id), *params.get("warnings", [])]
+    warnings = [*warnings_for(parts.presets, parts.datastore, asked.model, asked.image_id), *params.get("warnings", [])]
     params = {**params, "warnings": warnings}
     if asked.on_series and asked.output is not Output.dicom_seg:
         content = as_shown(parts, asked, mask)

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio
 import torch
 from fastapi import APIRouter, Depends
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
+from lib.infers.task import UnetrInferTask
+from lib.server.dependencies import (
+    DatastoreDep,
+    ImageChecksDep,
+    JobsDep,
+    PauseDep,
+    ScoringMethodsDep,
+    SegmentationTasksDep,
+    TrainTasksDep,
+)
 from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
 from lib.server.http.bodies import BatchRequest, ScoringRequest
 from lib.server.http.names import check_image_known
 from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.labels.submissions import tag_for_prediction
-from lib.server.services import Parts, Services
-from lib.server.work.jobs import Job, Kind
+from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Job, Jobs, Kind
+from lib.server.work.pause import Pause
 from lib.trainers.request import SERVER_FIELDS, TrainRequest
+from lib.trainers.task import UnetrTrainTask
 
 train_router = APIRouter(prefix="/train", tags=["Train"])
 batch_router = APIRouter(prefix="/batch", tags=["Infer"])
 scoring_router = APIRouter(prefix="/scoring", tags=["Scoring"])
 
 Body = Annotated[dict[str, Any], Depends(json_body)]
+Status = dict[str, Any] | list[dict[str, Any]]
 TRAIN_BODY = json_body_of(TrainRequest, SERVER_FIELDS)
 BATCH_BODY = json_body_of(BatchRequest)
 SCORING_BODY = json_body_of(ScoringRequest)
@@ -34,65 +48,90 @@ SECONDS_BETWEEN_LOOKS = 0.2
 NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", *SERVER_FIELDS)
 
 
+async def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = False) -> Callable[[Kind], Status]:
+    """The dependency of the routes that tell how jobs stand: gives a kind's status as the query asks for it."""
+    return lambda kind: status(jobs, kind, all, check_if_running)
+
+
+StatusDep = Annotated[Callable[[Kind], Status], Depends(get_status)]
+
+
 @train_router.get("/", summary="Status of the training", response_model=None)
-def train_status(
-    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
-) -> dict[str, Any] | list[dict[str, Any]]:
+def train_status(status: StatusDep, user: AsUser) -> Status:
     """The latest training, with the last 20 lines that it printed; 404 where there is none (or none runs)."""
-    return status(parts, "train", all, check_if_running)
+    return status("train")
 
 
 @train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
-async def train_all(parts: Parts, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
+async def train_all(
+    trainers: TrainTasksDep,
+    jobs: JobsDep,
+    pause: PauseDep,
+    datastore: DatastoreDep,
+    limiter: ImageChecksDep,
+    user: AsReviewer,
+    params: Body,
+    run_sync: bool = False,
+) -> dict[str, Any]:
     """Train every model that has labels; settings for all of them, or for each under its name.
 
     Where no model has any, all are tried, and the training says so.
     """
-    models = list(parts.instance.trainers)
-    shared = {key: value for key, value in params.items() if key not in models}
-    requests = {model: shared | _object(params.get(model, {}), model) for model in models}
+    shared = {key: value for key, value in params.items() if key not in trainers}
+    requests = {model: shared | _object(params.get(model, {}), model) for model in trainers}
     for model, request in requests.items():
-        check_training(parts, model, request)
-    notices = {model: await notice(parts, model, request) for model, request in requests.items()}
-    trained = [model for model in models if await has_labels(parts, model)] or models
-    jobs = {model: parts.jobs.submit("train", training(parts, requests[model], model), True) for model in trained}
-    skipped = {model: {"result": None, "detail": "no label yet"} for model in models if model not in trained}
+        check_training(trainers, model, request)
+    notices = {model: await notice(trainers[model], datastore, limiter, request) for model, request in requests.items()}
+    labelled = [model for model, task in trainers.items() if await has_labels(task, datastore, limiter)]
+    trained = labelled or list(trainers)
+    started = {model: jobs.submit("train", training(pause, requests[model], model), True) for model in trained}
+    skipped = {model: {"result": None, "detail": "no label yet"} for model in trainers if model not in trained}
     return skipped | {
         model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
-        for model, job in jobs.items()
+        for model, job in started.items()
     }
 
 
 @train_router.post("/{model}", summary="Train a model", openapi_extra=TRAIN_BODY)
 async def train(
-    parts: Parts, user: AsReviewer, model: str, params: Body, run_sync: bool = False, enqueue: bool = False
+    trainers: TrainTasksDep,
+    jobs: JobsDep,
+    pause: PauseDep,
+    datastore: DatastoreDep,
+    limiter: ImageChecksDep,
+    user: AsReviewer,
+    model: str,
+    params: Body,
+    run_sync: bool = False,
+    enqueue: bool = False,
 ) -> Any:
     """Start a training; 409 when one runs already, unless ``enqueue`` lets it wait.
 
     The answer's ``notice`` says when nothing will judge the result.
     """
-    check_training(parts, model, params)
-    words = await notice(parts, model, params)
-    return _noting(await answer(parts.jobs.submit("train", training(parts, params, model), enqueue), run_sync), words)
+    check_training(trainers, model, params)
+    words = await notice(trainers[model], datastore, limiter, params)
+    job = jobs.submit("train", training(pause, params, model), enqueue)
+    return _noting(await answer(job, run_sync), words)
 
 
 @train_router.delete("/", summary="Stop the training")
-def stop_training(parts: Parts, user: AsReviewer) -> dict[str, Any] | None:
+def stop_training(jobs: JobsDep, user: AsReviewer) -> dict[str, Any] | None:
     """Stop the training that runs and those that wait; null when there is none."""
-    return stop(parts, "train")
+    return stop(jobs, "train")
 
 
 @batch_router.get("/infer", summary="Status of the batch inference", response_model=None)
-def batch_status(
-    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
-) -> dict[str, Any] | list[dict[str, Any]]:
+def batch_status(status: StatusDep, user: AsUser) -> Status:
     """As the status of the training."""
-    return status(parts, "batch_infer", all, check_if_running)
+    return status("batch_infer")
 
 
 @batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=BATCH_BODY)
 async def batch_infer(
-    parts: Parts,
+    models: SegmentationTasksDep,
+    jobs: JobsDep,
+    datastore: DatastoreDep,
     user: AsAnnotator,
     model: str,
     params: Body,
@@ -107,66 +146,71 @@ async def batch_infer(
     # itself goes on one by one
     request = {"images": images.value, "max_workers": 2} | own(params, model)
     request["label_tag"] = tag_for_prediction(user, request)
-    check_batch(parts, model, request)
+    check_batch(models, datastore, model, request)
     if not torch.cuda.is_available():
         request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number
-    return await answer(parts.jobs.submit("batch_infer", request), run_sync)
+    return await answer(jobs.submit("batch_infer", request), run_sync)
 
 
 @batch_router.delete("/infer", summary="Stop the batch inference")
-def stop_batch(parts: Parts, user: AsAnnotator) -> dict[str, Any] | None:
+def stop_batch(jobs: JobsDep, user: AsAnnotator) -> dict[str, Any] | None:
     """As stopping the training."""
-    return stop(parts, "batch_infer")
+    return stop(jobs, "batch_infer")
 
 
 @scoring_router.get("/", summary="Status of the scoring", response_model=None)
-def scoring_status(
-    parts: Parts, user: AsUser, all: bool = False, check_if_running: bool = False
-) -> dict[str, Any] | list[dict[str, Any]]:
+def scoring_status(status: StatusDep, user: AsUser) -> Status:
     """As the status of the training."""
-    return status(parts, "scoring", all, check_if_running)
+    return status("scoring")
 
 
 @scoring_router.post("/{method}", summary="Score the images", openapi_extra=SCORING_BODY)
-async def score(parts: Parts, user: AsAnnotator, method: str, params: Body, run_sync: bool = False) -> Any:
+async def score(
+    methods: ScoringMethodsDep,
+    trainers: TrainTasksDep,
+    jobs: JobsDep,
+    user: AsAnnotator,
+    method: str,
+    params: Body,
+    run_sync: bool = False,
+) -> Any:
     """Run one scoring method over the images."""
-    methods = list(parts.instance.scoring_methods)
     if method not in methods:
-        raise NotFoundError("scoring method", method[:200], methods)
+        raise NotFoundError("scoring method", method[:200], list(methods))
     request = check_fields(ScoringRequest, params).model_dump(exclude_defaults=True)
     model = request.get("model")
-    if model and model not in parts.instance.trainers:
-        raise NotFoundError("model", model, list(parts.instance.trainers))
+    if model and model not in trainers:
+        raise NotFoundError("model", model, list(trainers))
     request["method"] = method
-    return await answer(parts.jobs.submit("scoring", request, enqueue=True), run_sync)
+    return await answer(jobs.submit("scoring", request, enqueue=True), run_sync)
 
 
 @scoring_router.delete("/", summary="Stop the scoring")
-def stop_scoring(parts: Parts, user: AsAnnotator) -> dict[str, Any] | None:
+def stop_scoring(jobs: JobsDep, user: AsAnnotator) -> dict[str, Any] | None:
     """As stopping the training."""
-    return stop(parts, "scoring")
+    return stop(jobs, "scoring")
 
 
-def status(parts: Services, kind: Kind, everything: bool, only_open: bool) -> dict[str, Any] | list[dict[str, Any]]:
+def status(jobs: Jobs, kind: Kind, everything: bool, only_open: bool) -> Status:
     """A kind's jobs as MONAI Label tells of them.
 
     Raises:
         HTTPException: 404 when there is none.
     """
-    jobs = parts.jobs.of(kind)
-    current = parts.jobs.current(kind)
+    kept = jobs.of(kind)
+    current = jobs.current(kind)
     if only_open and current is None:
         raise HTTPException(404, f"no {kind} task runs or waits")
-    if not jobs:
+    if not kept:
         raise HTTPException(404, f"there has been no {kind} task since the server was started")
     if everything and not only_open:
-        return [job.describe() for job in jobs]
-    return (current or jobs[-1]).describe()
+        return [job.describe() for job in kept]
+    return (current or kept[-1]).describe()
 
 
-def stop(parts: Services, kind: Kind) -> dict[str, Any] | None:
+def stop(jobs: Jobs, kind: Kind) -> dict[str, Any] | None:
     """Stop a kind's jobs; None when none runs or waits."""
-    job = parts.jobs.stop(kind)
+    job = jobs.stop(kind)
     return job.describe() if job else None
 
 
@@ -192,49 +236,51 @@ def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}
 
 
-def training(parts: Services, params: Mapping[str, Any], model: str) -> dict[str, Any]:
+def training(pause: Pause, params: Mapping[str, Any], model: str) -> dict[str, Any]:
     """A Train request as somebody pressed the button: with what the server adds."""
-    return own(params, model) | {"why": "by hand", "pause_file": str(parts.pause.file)}
+    return own(params, model) | {"why": "by hand", "pause_file": str(pause.file)}
 
 
-def check_training(parts: Services, model: str, params: Mapping[str, Any]) -> None:
+def check_training(trainers: TasksByName[UnetrTrainTask], model: str, params: Mapping[str, Any]) -> None:
     """Refuse a training before its process starts.
 
     Raises:
         NotFoundError: for a model that there is not.
         ParameterError: for a field that is not valid.
     """
-    parts.train_task(model).validate_request(own(params, model), strict=True)
+    trainers.find(model).validate_request(own(params, model), strict=True)
 
 
-async def notice(parts: Services, model: str, params: Mapping[str, Any]) -> str:
+async def notice(
+    task: UnetrTrainTask, datastore: Datastore, limiter: anyio.CapacityLimiter, params: Mapping[str, Any]
+) -> str:
     """What whoever starts a training should know of its result; empty where it will be judged as usual."""
-    task = parts.train_task(model)
-    return await anyio.to_thread.run_sync(lambda: task.forecast(params, parts.datastore), limiter=parts.checks)
+    return await anyio.to_thread.run_sync(lambda: task.forecast(params, datastore), limiter=limiter)
 
 
-async def has_labels(parts: Services, model: str) -> bool:
+async def has_labels(task: UnetrTrainTask, datastore: Datastore, limiter: anyio.CapacityLimiter) -> bool:
     """Whether there is any label to train a model on."""
-    task = parts.train_task(model)
-    return await anyio.to_thread.run_sync(lambda: bool(task.submitted(parts.datastore).cases), limiter=parts.checks)
+    return await anyio.to_thread.run_sync(lambda: bool(task.submitted(datastore).cases), limiter=limiter)
 
 
 def _noting(answer: Any, words: str) -> Any:
     return answer | {"notice": words} if words and isinstance(answer, dict) else answer
 
 
-def check_batch(parts: Services, model: str, request: Mapping[str, Any]) -> None:
+def check_batch(
+    models: TasksByName[UnetrInferTask], datastore: Datastore, model: str, request: Mapping[str, Any]
+) -> None:
     """Refuse a batch inference before its process starts.
 
     Raises:
         NotFoundError: for a model or an image that there is not.
         ParameterError: for a field that is not valid.
     """
-    parts.segmentation_task(model).validate_request({**request, "image": "image.nii.gz"})
+    models.find(model).validate_request({**request, "image": "image.nii.gz"})
     images = check_fields(BatchRequest, request).images
     if isinstance(images, list):
         for image in images:
-            check_image_known(parts.datastore, image)
+            check_image_known(datastore, image)
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from monailabel.interfaces.datastore import Datastore
 
 from lib.configs.preset import Preset
 from lib.datastore.series import SeriesDatastore
-from lib.server.services import Services
 
 ANY = "OT"
 """The modality (DICOM PS3.3, C.7.3.1.1.1: other) of a preset that is for images of every kind."""
 
 
-def modality_of(parts: Services, image_id: str) -> str:
+def modality_of(datastore: Datastore, image_id: str) -> str:
     """The modality of a DICOM series; "" for a file, which does not say."""
-    store = parts.datastore
-    info = store.series().get(image_id) if isinstance(store, SeriesDatastore) else None
+    info = datastore.series().get(image_id) if isinstance(datastore, SeriesDatastore) else None
     return info.attributes["Modality"] if info is not None else ""
 
 
@@ -24,15 +24,15 @@ def fits(preset: Preset, modality: str) -> bool:
     return not modality or preset.modality in (ANY, modality)
 
 
-def models_for(parts: Services, modalities: Iterable[str]) -> list[str]:
+def models_for(presets: Mapping[str, Preset], modalities: Iterable[str]) -> list[str]:
     """The models that are meant for images of one of the modalities."""
     wanted = list(modalities)
-    return [name for name, preset in parts.presets.items() if any(fits(preset, modality) for modality in wanted)]
+    return [name for name, preset in presets.items() if any(fits(preset, modality) for modality in wanted)]
 
 
-def warnings_for(parts: Services, model: str, image_id: str | None) -> list[str]:
+def warnings_for(presets: Mapping[str, Preset], datastore: Datastore, model: str, image_id: str | None) -> list[str]:
     """What a user should know of a model's answer for an image; nothing for an image that it is meant for."""
-    preset, modality = parts.presets.get(model), modality_of(parts, image_id) if image_id else ""
+    preset, modality = presets.get(model), modality_of(datastore, image_id) if image_id else ""
     if preset is None or fits(preset, modality):
         return []
     return [f"model {model} is made for {preset.modality} images, and this one is {modality}: do not trust its mask"]
