@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib.errors import ConfigError
 
@@ -231,6 +231,14 @@ class Training(Model):
         return self
 
 
+EntropyLimit = tuple[str, Annotated[float, Field(gt=0, lt=1)]]
+
+
+def _as_pairs(value: object) -> object:
+    """A mapping as its pairs, which can be hashed."""
+    return tuple(value.items()) if isinstance(value, Mapping) else value
+
+
 class Inference(Model):
     """How a volume is segmented.
 
@@ -244,6 +252,9 @@ class Inference(Model):
             labels of which only that is kept.
         component_share: of the largest component's voxels, with which another component is kept too; at 1 only the
             largest is.
+        component_entropy: by the label's name, the entropy from 0 (certain) to 1 that the most certain tenth of a
+            component's voxels may have; a component above it is left out. What a network is nowhere sure of is rarely
+            the structure.
         skip_air: whether what holds nothing but air is background without being looked at. Air is the lowest value
             after clipping; false where a label can lie in it.
         restore: how labels come back onto the image's grid: ``nearest``, or ``linear``, which interpolates each label
@@ -256,6 +267,7 @@ class Inference(Model):
     window_batch_size: PositiveInt = 1
     largest_component: bool | tuple[str, ...] = False
     component_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    component_entropy: Annotated[tuple[EntropyLimit, ...], BeforeValidator(_as_pairs)] = ()
     skip_air: bool = True
     restore: Literal["nearest", "linear"] = "nearest"
 
@@ -357,14 +369,17 @@ class Preset(Model):
         return self
 
     @model_validator(mode="after")
-    def _check_largest_component(self) -> Preset:
+    def _check_names_in_inference(self) -> Preset:
         chosen = self.inference.largest_component
-        unknown = [] if isinstance(chosen, bool) else [name for name in chosen if name not in self.label_indices]
-        if unknown:
-            raise ValueError(
-                f"'inference.largest_component' names {', '.join(map(repr, unknown))}; "
-                f"valid: true, false, or some of {', '.join(self.label_indices)}"
-            )
+        for key, names, others in (
+            ("largest_component", () if isinstance(chosen, bool) else chosen, "true, false, or "),
+            ("component_entropy", tuple(name for name, _ in self.inference.component_entropy), ""),
+        ):
+            if unknown := [name for name in names if name not in self.label_indices]:
+                raise ValueError(
+                    f"'inference.{key}' names {', '.join(map(repr, unknown))}; "
+                    f"valid: {others}some of {', '.join(self.label_indices)}"
+                )
         return self
 
     @property
@@ -374,6 +389,11 @@ class Preset(Model):
         if isinstance(chosen, bool):
             return frozenset(self.label_indices.values() if chosen else ())
         return frozenset(self.label_indices[name] for name in chosen)
+
+    @property
+    def component_entropies(self) -> dict[int, float]:
+        """The limits of ``inference.component_entropy`` by the labels' values."""
+        return {self.label_indices[name]: limit for name, limit in self.inference.component_entropy}
 
     @property
     def in_channels(self) -> int:
@@ -411,9 +431,10 @@ class Preset(Model):
             fields = known.model_dump() | {"index": index} if known else {"index": index, "name": name}
             labels.append(fields)
         inference = self.inference.model_dump()
+        left = {field["name"] for field in labels}
         if not isinstance(self.inference.largest_component, bool):
-            kept = {field["name"] for field in labels} & set(self.inference.largest_component)
-            inference["largest_component"] = sorted(kept)
+            inference["largest_component"] = sorted(left & set(self.inference.largest_component))
+        inference["component_entropy"] = [pair for pair in self.inference.component_entropy if pair[0] in left]
         changes = {"labels": labels, "mirror_axes": (), "inference": inference}
         return parse_preset(self.model_dump() | changes, source=f"labels {names}")
 

@@ -197,7 +197,8 @@ class _Need:
     """Bytes and windows that segmenting one volume takes."""
 
     def __init__(self, preset: Preset, volume: Volume, entropy: bool) -> None:
-        self._preset, self._entropy = preset, entropy
+        self._preset, self._entropy = preset, entropy or bool(preset.inference.component_entropy)
+        self._restores_entropy = entropy
         self.shape = network_shape(volume.voxels.shape, volume.affine_ras, preset)
         self._image, self._seen = volume.voxels.size, math.prod(self.shape)
         self._channels = preset.in_channels
@@ -247,8 +248,9 @@ class _Need:
     def _restoring_bytes(self) -> int:
         """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""
         labels = 2 * (self._seen + self._image)
-        components = 7 * self._seen if self._preset.inference.largest_component else 0
-        entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._entropy else 0
+        inference = self._preset.inference
+        components = 7 * self._seen if inference.largest_component or inference.component_entropy else 0
+        entropy = FLOAT_BYTES * (self._seen + 3 * self._image) if self._restores_entropy else 0
         return labels + components + entropy
 
     def _slab_bytes(self, bands: int) -> int:

@@ -26,6 +26,7 @@ from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.transforms.postprocess import (
     LabelArray,
+    drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
     restore_by_interpolation,
@@ -125,8 +126,8 @@ class Segmenter:
 
         Args:
             volume: the image, on any grid.
-            largest_component: keep only the largest component of each label, or of none; the preset's choice of labels
-                if not given.
+            largest_component: keep only the largest component of each label, or every component, uncertain ones too;
+                the preset's choice if not given.
             name: what to call the image in an error.
             entropy: tell each voxel's entropy too.
             on_image: called with the preprocessed image, as the network sees it.
@@ -145,22 +146,28 @@ class Segmenter:
                 if on_image is not None:
                     on_image(image)
             with clock.stage("network"):
-                found, plan = self._predict(image, plan, name, entropy)
+                judged = bool(self.preset.inference.component_entropy)
+                found, plan = self._predict(image, plan, name, entropy or judged)
                 plan = plan.after(found.windows)
                 del image  # its memory is needed for what follows
                 self._release_network()
             with clock.stage("postprocess"):
-                seen = self._clean(found.labels, largest_component)
+                seen = self._clean(found, largest_component)
             with clock.stage("restore"):
                 grid = (affine, volume.voxels.shape, volume.affine_ras)
                 smooth = self.preset.inference.restore == "linear"
                 labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *grid)
-                uncertainty = None if found.entropy is None else interpolate_to_grid(found.entropy, *grid)
+                uncertainty = (
+                    interpolate_to_grid(found.entropy, *grid) if entropy and found.entropy is not None else None
+                )
         logger.info("%s: %s", name, plan.explain())
         return Segmentation(labels, plan, uncertainty, clock.milliseconds)
 
-    def _clean(self, labels: LabelArray, largest_component: bool | None) -> LabelArray:
-        """Keep the largest component of each label that this is asked for, on the network's grid."""
+    def _clean(self, found: Prediction, largest_component: bool | None) -> LabelArray:
+        """Drop uncertain components, and keep the largest one of each label that this is asked for."""
+        labels, limits = found.labels, self.preset.component_entropies
+        if limits and found.entropy is not None and largest_component is not False:
+            labels = drop_uncertain_components(labels, found.entropy, limits)
         if largest_component is None:
             indices = self.preset.largest_component_indices
         else:

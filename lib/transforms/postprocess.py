@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ LabelArray = npt.NDArray[np.uint8]
 EDGE_TOLERANCE_VOXELS = 1e-3
 # of a voxel that lies wholly in one label, when indicators are interpolated in eight bits
 FULL_WEIGHT = 255
+_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
 
 def restore_to_grid(
@@ -155,6 +156,34 @@ def interpolate_to_grid(
     return array
 
 
+def drop_uncertain_components(
+    labels: LabelArray, entropy: npt.NDArray[np.floating[Any]], limits: Mapping[int, float]
+) -> LabelArray:
+    """Turn into background each connected component (26 neighbours) of a label that is uncertain in every part.
+
+    A structure's border is uncertain, its inside is not: the most certain tenth of a component's voxels decides, so
+    that thin structures are judged as large ones are.
+
+    Args:
+        labels: shape (X, Y, Z).
+        entropy: of each voxel, from 0 (certain) to 1, of the same shape.
+        limits: by label, the entropy that the 10th percentile of a component may have; other labels are kept whole.
+    """
+    result = labels.copy(order="K")
+    for index, box in enumerate(_find_boxes(labels), start=1):
+        if box is None or index not in limits:
+            continue
+        mask = labels[box] == index
+        components, count = ndimage.label(mask, structure=_NEIGHBOURS)
+        numbers, values = components[mask], entropy[box][mask]
+        values = values[np.lexsort((values, numbers))]
+        sizes = np.bincount(numbers, minlength=count + 1)[1:]
+        firsts = np.cumsum(sizes) - sizes
+        uncertain = np.concatenate([[False], values[firsts + (sizes - 1) // 10] > limits[index]])
+        result[box][uncertain[components]] = 0
+    return result
+
+
 def keep_largest_components(
     labels: LabelArray, indices: Collection[int] | None = None, share: float = 1.0
 ) -> LabelArray:
@@ -166,12 +195,11 @@ def keep_largest_components(
         share: of the largest component's voxels, with which another component is kept too; only the largest at 1.
     """
     result = labels.copy(order="K")
-    neighbours = np.ones((3, 3, 3), dtype=bool)
     for index, box in enumerate(_find_boxes(labels), start=1):
         if box is None or (indices is not None and index not in indices):
             continue
         mask = labels[box] == index
-        components, count = ndimage.label(mask, structure=neighbours)
+        components, count = ndimage.label(mask, structure=_NEIGHBOURS)
         if count > 1:
             sizes = np.bincount(components.ravel())
             sizes[0] = 0

@@ -69,6 +69,22 @@ def test_largest_component_may_be_chosen_label_by_label() -> None:
     assert [int((found == index).sum()) for index in (1, 2)] == [800, 801]
 
 
+def test_structure_of_which_the_network_is_nowhere_certain_is_left_out() -> None:
+    image = np.zeros((30, 20, 20), dtype=np.float32)
+    image[2:10, 5:15, 5:15], image[20:28, 5:15, 5:15] = 200, 155  # both nearest to label 2; the second nearly half-way
+    volume = Volume(image, np.eye(4))
+    everything = _segmenter()
+    entropy = everything.segment(volume, entropy=True).entropy
+    assert entropy is not None
+    certain, uncertain = float(entropy[5, 10, 10]), float(entropy[24, 10, 10])
+    assert certain < uncertain
+    careful = _segmenter(inference={"component_entropy": {"core": (certain + uncertain) / 2}})
+    counts = [int((s.segment(volume).labels == 2).sum()) for s in (everything, careful)]
+    assert counts == [1600, 800]
+    assert careful.segment(volume).entropy is None, "on the image's grid it is told where it was asked for only"
+    assert int((careful.segment(volume, largest_component=False).labels == 2).sum()) == 1600
+
+
 def test_latencies_are_told_for_each_stage() -> None:
     found = _segmenter().segment(Volume(boxes()[0], np.eye(4)))
     assert list(found.latencies_ms) == ["plan", "preprocess", "network", "postprocess", "restore"]

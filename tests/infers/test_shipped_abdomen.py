@@ -94,3 +94,16 @@ def test_large_organs_of_a_ct_of_another_origin_are_found(segmenter: Segmenter, 
     assert min(dice(few_slices, reference, organ) for organ in scores) > 0.9, "the same organs in 90 mm of the torso"
     present = [organ for organ, index in ORGANS.items() if (reference == index).any()]
     assert np.mean([dice(found, reference, organ) for organ in present]) > 0.8
+
+
+def test_no_large_organ_is_invented_in_a_pelvis(segmenter: Segmenter, shared_data: Path) -> None:
+    if not (shared_data / "abdomen_ct").is_dir():
+        pytest.skip("needs abdomen_ct in the folder of real data")
+    torso = read_volume(shared_data / "abdomen_ct" / "example_ct.nii.gz")
+    below_the_organs = Volume(np.ascontiguousarray(torso.voxels[..., :45]), torso.affine_ras)
+    everything = segmenter.segment(below_the_organs, largest_component=False).labels
+    assert (everything == ORGANS["liver"]).sum() > 100, "the network itself invents some"
+    found = segmenter.segment(below_the_organs).labels
+    for organ in ("spleen", "right_kidney", "left_kidney", "liver", "stomach", "aorta", "inferior_vena_cava"):
+        assert not (found == ORGANS[organ]).any(), organ
+    assert np.count_nonzero(found) < 100

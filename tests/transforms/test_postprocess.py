@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lib.transforms.postprocess import (
+    drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
     measure_labels,
@@ -124,6 +125,24 @@ def test_largest_component_of_a_label_inside_anothers_box_is_not_lost() -> None:
     labels[0], labels[8], labels[0:9, 0] = 1, 1, 1  # a U around label 3; there is no label 2
     labels[3:6, 3:6] = 3
     np.testing.assert_array_equal(keep_largest_components(labels), labels)
+
+
+def test_component_is_judged_by_its_most_certain_tenth() -> None:
+    labels, entropy = np.zeros((30, 3, 3), dtype=np.uint8), np.full((30, 3, 3), 0.5, dtype=np.float16)
+    labels[0:20, 1, 1], labels[22:30, 1, 1] = 1, 1
+    entropy[5:7, 1, 1] = 0.01  # two of twenty voxels
+    entropy[22:30, 1, 1] = 0.04
+    labels[0:10, 0, 0], labels[12, 0, 0] = 2, 2
+    entropy[3, 0, 0], entropy[12, 0, 0] = 0.03, 0.02  # one of ten, and the only one
+    expected = labels.copy()
+    expected[22:30, 1, 1] = 0
+    np.testing.assert_array_equal(drop_uncertain_components(labels, entropy, {1: 0.03, 2: 0.03}), expected)
+    entropy[6, 1, 1], expected[0:20, 1, 1] = 0.5, 0  # one of twenty is less than a tenth
+    np.testing.assert_array_equal(drop_uncertain_components(labels, entropy, {1: 0.03, 2: 0.03}), expected)
+    assert labels[22:30, 1, 1].all(), "the given volume is left as it was"
+    np.testing.assert_array_equal(drop_uncertain_components(labels, entropy, {2: 0.03}), labels)
+    empty = np.zeros((3, 3, 3), dtype=np.uint8)
+    assert not drop_uncertain_components(empty, entropy[:3], {1: 0.03}).any()
 
 
 def test_largest_component_of_an_empty_mask_is_empty() -> None:
