@@ -7,21 +7,30 @@ them otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends
 from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.sessions import Sessions
 
+from lib.activelearning.pool_knowledge import PoolKnowledge
+from lib.configs.preset import Preset
+from lib.configs.settings import Settings
 from lib.datastore.history import LabelHistory
 from lib.datastore.leases import Leases
+from lib.datastore.store import VersionedDatastore
 from lib.infers.task import UnetrInferTask
 from lib.server.http.events import Changes
+from lib.server.http.metrics import Metrics
 from lib.server.services import Services, get_services
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Jobs
 from lib.server.work.pause import Pause
+from lib.server.work.presented import PresentedCases
+from lib.server.work.queue import InferenceQueue
 from lib.trainers.task import UnetrTrainTask
 
 AllServices = Annotated[Services, Depends(get_services)]
@@ -89,6 +98,61 @@ async def get_scoring_methods(services: AllServices) -> Collection[str]:
     return methods
 
 
+async def get_store(services: AllServices) -> VersionedDatastore:
+    """Images, and labels with all their versions."""
+    return services.store
+
+
+async def get_presets(services: AllServices) -> Mapping[str, Preset]:
+    """The presets that are served, by name."""
+    return services.presets
+
+
+async def get_settings(services: AllServices) -> Settings:
+    """What ``--conf`` says."""
+    return services.settings
+
+
+async def get_sessions(services: AllServices) -> Sessions:
+    """Images that are kept for a while; refused where sessions are switched off."""
+    return services.sessions
+
+
+async def get_image_file(services: AllServices) -> Callable[[str], Path]:
+    """The file or folder of an image, found by its id."""
+    return services.image_file
+
+
+async def get_infer_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
+    """All inference tasks, those that take clicks or scribbles among them."""
+    return services.infer_tasks
+
+
+async def get_inferences(services: AllServices) -> InferenceQueue:
+    """The queue in which inferences wait for a device."""
+    return services.inferences
+
+
+async def get_metrics(services: AllServices) -> Metrics:
+    """Figures for Prometheus."""
+    return services.metrics
+
+
+async def get_presented(services: AllServices) -> PresentedCases:
+    """NIfTI and NRRD files as the DICOM series that OHIF is shown."""
+    return services.presented
+
+
+async def get_pool_knowledge(services: AllServices) -> Mapping[str, PoolKnowledge]:
+    """What the scoring found of the images, by preset."""
+    return services.pool_knowledge
+
+
+async def get_studies(services: AllServices) -> str:
+    """The folder of the studies, or the address of a DICOMweb server."""
+    return services.studies
+
+
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
 HistoryDep = Annotated[LabelHistory, Depends(get_history)]
 LeasesDep = Annotated[Leases, Depends(get_leases)]
@@ -101,3 +165,14 @@ JobsDep = Annotated[Jobs, Depends(get_jobs)]
 PauseDep = Annotated[Pause, Depends(get_pause)]
 ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
 ScoringMethodsDep = Annotated[Collection[str], Depends(get_scoring_methods)]
+StoreDep = Annotated[VersionedDatastore, Depends(get_store)]
+PresetsDep = Annotated[Mapping[str, Preset], Depends(get_presets)]
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+SessionsDep = Annotated[Sessions, Depends(get_sessions)]
+ImageFileDep = Annotated[Callable[[str], Path], Depends(get_image_file)]
+InferTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_infer_tasks)]
+InferencesDep = Annotated[InferenceQueue, Depends(get_inferences)]
+MetricsDep = Annotated[Metrics, Depends(get_metrics)]
+PresentedDep = Annotated[PresentedCases, Depends(get_presented)]
+PoolKnowledgeDep = Annotated[Mapping[str, PoolKnowledge], Depends(get_pool_knowledge)]
+StudiesDep = Annotated[str, Depends(get_studies)]

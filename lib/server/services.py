@@ -14,7 +14,9 @@ from fastapi import Depends, Request
 from monailabel.config import settings as stock_settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.sessions import Sessions
 
+from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.datastore.records import LabelVersion
@@ -23,6 +25,7 @@ from lib.dicom.sources import FolderSource
 from lib.errors import NotFoundError
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
+from lib.server.http.errors import ForbiddenError
 from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_image_known, find_image
@@ -138,10 +141,38 @@ class Services:
         return store
 
     @property
+    def sessions(self) -> Sessions:
+        """Images that are kept for a while.
+
+        Raises:
+            ForbiddenError: when they are switched off.
+        """
+        sessions: Sessions | None = self.instance.sessions()
+        if sessions is None:
+            raise ForbiddenError("sessions are switched off on this server (MONAI_LABEL_SESSIONS)")
+        return sessions
+
+    @property
     def presets(self) -> Mapping[str, Preset]:
         """The tasks that are served, by name."""
         presets: Mapping[str, Preset] = self.instance.presets
         return presets
+
+    @property
+    def studies(self) -> str:
+        """The folder of the studies, or the address of a DICOMweb server."""
+        return str(self.instance.studies)
+
+    @property
+    def pool_knowledge(self) -> Mapping[str, PoolKnowledge]:
+        """What the scoring found of the images, by preset."""
+        knowledge: Mapping[str, PoolKnowledge] = self.instance.knowledge_by_preset
+        return knowledge
+
+    @property
+    def infer_tasks(self) -> TasksByName[UnetrInferTask]:
+        """All inference tasks, those that take clicks or scribbles among them."""
+        return infer_tasks(self.instance.models)
 
     @property
     def segmentation_tasks(self) -> TasksByName[UnetrInferTask]:
@@ -167,7 +198,7 @@ class Services:
         Raises:
             NotFoundError: with the known ones.
         """
-        return infer_tasks(self.instance.models).find(model)
+        return self.infer_tasks.find(model)
 
     def segmentation_task(self, model: str) -> UnetrInferTask:
         """The inference task of that name that segments by itself, with weights: none that takes clicks.

@@ -9,7 +9,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,20 +48,31 @@ MODULES = {
 LIBRARY = [name for name in MODULES if name.startswith("lib")]
 
 
+@cache
+def _nodes(module: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module, its tree first; several tests look at each module."""
+    return tuple(ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"), filename=module)))
+
+
 def _tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"), filename=module)
+    tree = _nodes(module)[0]
+    assert isinstance(tree, ast.Module)
+    return tree
 
 
-def _imports(module: str) -> Iterator[str]:
+@cache
+def _imports(module: str) -> tuple[str, ...]:
     """Full names of what a module imports, also inside its functions."""
-    for node in ast.walk(_tree(module)):
+    names: list[str] = []
+    for node in _nodes(module):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield full if full in MODULES else str(node.module)
+                names.append(full if full in MODULES else str(node.module))
+    return tuple(names)
 
 
 def _room(module: str) -> str:
@@ -155,14 +166,14 @@ def test_library_raises_instead_of_ending_the_process(module: str) -> None:
 
 @pytest.mark.parametrize("module", LIBRARY)
 def test_library_has_no_bare_except(module: str) -> None:
-    handlers = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.ExceptHandler)]
+    handlers = [node for node in _nodes(module) if isinstance(node, ast.ExceptHandler)]
     assert not [f"line {node.lineno}" for node in handlers if node.type is None]
 
 
 @pytest.mark.parametrize("module", LIBRARY)
 def test_library_asserts_only_what_the_type_checker_cannot_see(module: str) -> None:
     """``assert x is not None`` tells mypy what is known; input is checked by raising, which python -O keeps."""
-    asserts = [node for node in ast.walk(_tree(module)) if isinstance(node, ast.Assert)]
+    asserts = [node for node in _nodes(module) if isinstance(node, ast.Assert)]
     assert not [f"line {node.lineno}" for node in asserts if not ast.unparse(node.test).endswith("is not None")]
 
 

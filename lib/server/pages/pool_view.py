@@ -119,8 +119,8 @@ class ActivityView:
 
 def pool_view(parts: Services, user: User) -> PoolView:
     """Count the cases, and name what is no case or left out."""
-    outside = (f"{sentence}." for sentence in left_out_warnings(parts))
-    problem = " ".join([*source_problems(parts), *store_problems(parts), *outside])
+    outside = (f"{sentence}." for sentence in left_out_warnings(parts.store))
+    problem = " ".join([*source_problems(parts.store), *store_problems(parts.store), *outside])
     try:
         images = set(parts.datastore.list_images())
         unlabelled = set(parts.datastore.get_unlabeled_images())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,22 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse, StreamingResponse
+from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum, get_mime_type
 from starlette.exceptions import HTTPException
 
+from lib.configs.preset import Preset
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_kind
+from lib.server.dependencies import (
+    CheckImageDep,
+    DatastoreDep,
+    ImageChecksDep,
+    ImageFileDep,
+    PresetsDep,
+    SettingsDep,
+)
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
@@ -46,16 +56,18 @@ class Listing(str, Enum):
 
 
 @router.get("/", summary="Figures of the studies, or all images and labels", response_model=None)
-def list_datastore(parts: Parts, user: AsUser, output: Listing = Listing.stats) -> Any:
+def list_datastore(store: DatastoreDep, user: AsUser, output: Listing = Listing.stats) -> Any:
     """Counts; with ``all`` everything that is known, with ``train`` the pairs for training."""
-    store = parts.datastore
     return store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
 
 
 @router.put("/", summary="Add an image", include_in_schema=False)
 @router.put("/image", summary="Add an image")
 async def add_image(
-    parts: Parts,
+    datastore: DatastoreDep,
+    presets: PresetsDep,
+    settings: SettingsDep,
+    limiter: ImageChecksDep,
     user: AsAnnotator,
     file: Annotated[UploadFile, File()],
     image: str = "",
@@ -63,31 +75,36 @@ async def add_image(
 ) -> dict[str, Any]:
     """Add an image that is not there yet, under the id given or its file's name, made safe; the answer tells the id."""
     info = parse_info(params, "params") | {"user": user.name}
-    return await anyio.to_thread.run_sync(lambda: store_image(parts, image, file, info), limiter=parts.checks)
+    limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
+    return await anyio.to_thread.run_sync(
+        lambda: store_image(datastore, image, file, info, limit_mib, served), limiter=limiter
+    )
 
 
 @router.delete("/", summary="Remove an image and its labels", include_in_schema=False)
 @router.delete("/image", summary="Remove an image and its labels")
-def remove_image(parts: Parts, user: AsAdmin, id: str) -> dict[str, Any]:
+def remove_image(datastore: DatastoreDep, check_image: CheckImageDep, user: AsAdmin, id: str) -> dict[str, Any]:
     """Remove an image of the studies."""
-    parts.datastore.remove_image(parts.check_image(id))
+    datastore.remove_image(check_image(id))
     logger.info("image %s removed by %s", id, user.name)
     return {}
 
 
 @router.head("/image", summary="Whether an image is there")
-def has_image(parts: Parts, user: AsUser, image: str, check_sum: str = "") -> Response:
+def has_image(
+    check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, check_sum: str = ""
+) -> Response:
     """200 if it is there (and, with ``check_sum`` as ``SHA256:<digest>``, is that file), 404 if not."""
-    path = single_file(parts, image)
+    path = single_file(image_file(check_image(image)), image)
     if check_sum and not matches(path, check_sum):
         raise NotFoundError("image with that checksum", image)
     return Response()
 
 
 @router.get("/image", summary="An image's file", response_class=FileResponse)
-def get_image(parts: Parts, user: AsUser, image: str) -> FileResponse:
+def get_image(check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str) -> FileResponse:
     """Download an image."""
-    return send_file(single_file(parts, image))
+    return send_file(single_file(image_file(check_image(image)), image))
 
 
 @router.get("/problems", summary="Files that are no cases, images that are left out, and images that look odd")
@@ -112,17 +129,25 @@ def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
 
 
 @router.get("/image/info", summary="What is known of an image")
-def get_image_info(parts: Parts, user: AsUser, image: str) -> dict[str, Any]:
+def get_image_info(
+    datastore: DatastoreDep, check_image: CheckImageDep, presets: PresetsDep, user: AsUser, image: str
+) -> dict[str, Any]:
     """An image's information, and the models that are meant for it."""
-    info: dict[str, Any] = parts.datastore.get_image_info(parts.check_image(image))
-    return {**info, "models": models_for(parts.presets, [modality_of(parts.datastore, image)])}
+    info: dict[str, Any] = datastore.get_image_info(check_image(image))
+    return {**info, "models": models_for(presets, [modality_of(datastore, image)])}
 
 
 @router.put("/image/info", summary="Add to what is known of an image")
-def put_image_info(parts: Parts, user: AsAnnotator, image: str, info: Annotated[str, Form()] = "{}") -> None:
+def put_image_info(
+    datastore: DatastoreDep,
+    check_image: CheckImageDep,
+    user: AsAnnotator,
+    image: str,
+    info: Annotated[str, Form()] = "{}",
+) -> None:
     """Add to an image's information."""
     added = parse_info(info) | {"user": user.name}
-    parts.datastore.update_image_info(parts.check_image(image), added)
+    datastore.update_image_info(check_image(image), added)
 
 
 @router.put("/label", summary="Submit a label")
@@ -145,65 +170,80 @@ async def save_label(
 
 
 @router.delete("/label", summary="Remove a label")
-def remove_label(parts: Parts, user: AsAdmin, id: str, tag: str) -> dict[str, Any]:
+def remove_label(datastore: DatastoreDep, user: AsAdmin, id: str, tag: str) -> dict[str, Any]:
     """Remove an image's label."""
-    find_label(parts.datastore, id, check_tag(tag))
-    parts.datastore.remove_label(id, tag)
+    find_label(datastore, id, check_tag(tag))
+    datastore.remove_label(id, tag)
     logger.info("label %s of %s removed by %s", tag, id, user.name)
     return {}
 
 
 @router.head("/label", summary="Whether a label is there")
-def check_label(parts: Parts, user: AsUser, image: str, tag: str = "") -> Response:
+def check_label(datastore: DatastoreDep, user: AsUser, image: str, tag: str = "") -> Response:
     """200 if it is there, 404 if not."""
-    find_label(parts.datastore, image, check_tag(tag))
+    find_label(datastore, image, check_tag(tag))
     return Response()
 
 
 @router.get("/label", summary="A label's file", response_class=FileResponse)
-def get_label(parts: Parts, user: AsUser, label: str, tag: str = "") -> FileResponse:
+def get_label(datastore: DatastoreDep, user: AsUser, label: str, tag: str = "") -> FileResponse:
     """Download a label."""
-    return send_file(find_label(parts.datastore, label, check_tag(tag)))
+    return send_file(find_label(datastore, label, check_tag(tag)))
 
 
 @router.get("/label/info", summary="What is known of a label")
-def get_label_info(parts: Parts, user: AsUser, label: str, tag: str = "") -> dict[str, Any]:
+def get_label_info(datastore: DatastoreDep, user: AsUser, label: str, tag: str = "") -> dict[str, Any]:
     """A label's information."""
-    find_label(parts.datastore, label, check_tag(tag))
-    info: dict[str, Any] = parts.datastore.get_label_info(label, check_tag(tag))
+    find_label(datastore, label, check_tag(tag))
+    info: dict[str, Any] = datastore.get_label_info(label, check_tag(tag))
     return info
 
 
 @router.put("/label/info", summary="Add to what is known of a label")
 def put_label_info(
-    parts: Parts, user: AsAnnotator, label: str, tag: str = "", info: Annotated[str, Form()] = "{}"
+    datastore: DatastoreDep, user: AsAnnotator, label: str, tag: str = "", info: Annotated[str, Form()] = "{}"
 ) -> None:
     """Add to a label's information."""
-    add_label_info(parts, user, label, tag, info)
+    add_label_info(datastore, user, label, tag, info)
 
 
 @router.put("/updatelabelinfo", include_in_schema=False)
 def put_label_info_as_before(
-    parts: Parts, user: AsAnnotator, label: str, tag: str = "", params: Annotated[str, Form()] = "{}"
+    datastore: DatastoreDep, user: AsAnnotator, label: str, tag: str = "", params: Annotated[str, Form()] = "{}"
 ) -> None:
     """The same under the address of older clients."""
-    add_label_info(parts, user, label, tag, params)
+    add_label_info(datastore, user, label, tag, params)
 
 
 @router.get(
     "/dataset", summary="All labelled images and their labels as a ZIP archive", response_class=StreamingResponse
 )
-def get_dataset(parts: Parts, user: AsAnnotator, limit_cases: int | None = None) -> StreamingResponse:
+def get_dataset(datastore: DatastoreDep, user: AsAnnotator, limit_cases: int | None = None) -> StreamingResponse:
     """Download the labelled cases."""
-    if not parts.datastore.datalist():
+    if not datastore.datalist():
         raise HTTPException(404, "there is no labelled case yet")
-    archive = Path(parts.datastore.get_dataset_archive(limit_cases))
+    archive = Path(datastore.get_dataset_archive(limit_cases))
     attachment = {"Content-Disposition": 'attachment; filename="dataset.zip"'}
     return StreamingResponse(read_and_remove(archive), media_type="application/zip", headers=attachment)
 
 
-def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[str, Any]) -> dict[str, Any]:
+def store_image(
+    datastore: Datastore,
+    image_id: str,
+    upload: UploadFile,
+    info: dict[str, Any],
+    limit_mib: int,
+    presets: Collection[Preset],
+) -> dict[str, Any]:
     """Add an uploaded image once it turns out to be one.
+
+    Args:
+        datastore: the studies.
+        image_id: its id; that of its file's name where it is empty.
+        upload: as it came.
+        info: what is kept of it.
+        limit_mib: to how much it may unpack.
+        presets: those of which one must be able to segment it.
 
     Raises:
         ParameterError: for an id that is no plain name.
@@ -219,18 +259,18 @@ def store_image(parts: Services, image_id: str, upload: UploadFile, info: dict[s
     new_id = safe_new_id(image_id or name[: -len(suffix)])
     with temporary_folder() as folder:
         file = receive(upload, folder).rename(folder / f"{name[: -len(suffix)] or 'image'}{suffix}")
-        check_header(file, parts.settings.unpacked_limit_mib)
+        check_header(file, limit_mib)
         kind = read_kind(file)
         if kind is Kind.DICOM:
             raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
         file = file.rename(folder / f"image{kind.suffix}")  # other programs go by the name
-        warnings = inspect_for_any(file, list(parts.presets.values()))
+        warnings = inspect_for_any(file, list(presets))
         with ADDING:
-            if new_id in parts.datastore.list_images():
+            if new_id in datastore.list_images():
                 raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
             if image_id and image_id != new_id:
                 info = {"named": image_id} | info
-            return {"image": parts.datastore.add_image(new_id, str(file), info), "warnings": warnings}
+            return {"image": datastore.add_image(new_id, str(file), info), "warnings": warnings}
 
 
 def store_label(
@@ -268,23 +308,22 @@ def store_label(
     return answer | {"image": image_id, "label": image_id, "version": version.version_id} | {k: told[k] for k in kept}
 
 
-def add_label_info(parts: Services, user: User, label: str, tag: str, info: str) -> None:
+def add_label_info(datastore: Datastore, user: User, label: str, tag: str, info: str) -> None:
     """Add to a label's information.
 
     Raises:
         NotFoundError, ParameterError: for a label that there is not, or what is no JSON object.
     """
-    find_label(parts.datastore, label, check_tag(tag))
-    parts.datastore.update_label_info(label, check_tag(tag), parse_info(info) | {"user": user.name})
+    find_label(datastore, label, check_tag(tag))
+    datastore.update_label_info(label, check_tag(tag), parse_info(info) | {"user": user.name})
 
 
-def single_file(parts: Services, image: str) -> Path:
-    """An image that is one file.
+def single_file(path: Path, image: str) -> Path:
+    """The file of an image that is one file.
 
     Raises:
-        NotFoundError: when there is none, or it is a folder.
+        NotFoundError: when it is a folder.
     """
-    path = parts.image_file(parts.check_image(image))
     if not path.is_file():
         raise NotFoundError("single file of image", image)
     return path

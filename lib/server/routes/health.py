@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
+from monailabel.interfaces.datastore import Datastore
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lib.datastore.repair import shorten
 from lib.datastore.series import SeriesDatastore
+from lib.datastore.store import VersionedDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
+from lib.infers.task import UnetrInferTask
+from lib.server.dependencies import (
+    MetricsDep,
+    SegmentationTasksDep,
+    SettingsDep,
+    StoreDep,
+    StudiesDep,
+    TrainTasksDep,
+)
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import MIB
-from lib.server.services import Parts, Services
+from lib.server.tasks import TasksByName
+from lib.trainers.task import UnetrTrainTask
 
 router = APIRouter(tags=["Health"])
 
@@ -27,31 +39,39 @@ def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", summary="Whether the server can work", responses={503: {"description": "it cannot"}})
-def readyz(parts: Parts, response: Response) -> dict[str, Any]:
+def readyz(
+    models: SegmentationTasksDep,
+    trainers: TrainTasksDep,
+    store: StoreDep,
+    studies: StudiesDep,
+    settings: SettingsDep,
+    response: Response,
+) -> dict[str, Any]:
     """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
 
     A model that nobody has trained yet is no failure: labelling for it is how it gets trained. Nor is a damaged live
     version, as long as the one before it is served; ``warnings`` says so.
     """
-    models, problems = load_models(parts)
-    problems += [*disk_problems(parts), *store_problems(parts), *source_problems(parts)]
+    loaded, problems = load_models(models)
+    problems += disk_problems(studies_folder(studies), settings.free_disk_mib)
+    problems += [*store_problems(store), *source_problems(store)]
     response.status_code = 503 if problems else 200
-    state = {"status": "not ready" if problems else "ready", "problems": problems, "models": models}
-    return state | {"warnings": [*weights_warnings(parts), *left_out_warnings(parts)]}
+    state = {"status": "not ready" if problems else "ready", "problems": problems, "models": loaded}
+    return state | {"warnings": [*weights_warnings(trainers), *left_out_warnings(store)]}
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
-def metrics(parts: Parts, user: AsUser) -> Response:
+def metrics(metrics: MetricsDep, user: AsUser) -> Response:
     """Requests, queue, inferences, jobs, studies, disk, process."""
-    return Response(parts.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
+def load_models(models: TasksByName[UnetrInferTask]) -> tuple[dict[str, str], list[str]]:
     """The version of each model's weights, and a sentence for those that cannot be used. They stay loaded."""
     versions, problems = {}, []
-    for name in parts.segmentation_tasks:
+    for name, task in models.items():
         try:
-            versions[name] = parts.infer_task(name).load()["version"]
+            versions[name] = task.load()["version"]
         except ModelNotReadyError:
             versions[name] = "untrained"
         except CheckpointError as error:
@@ -60,20 +80,19 @@ def load_models(parts: Services) -> tuple[dict[str, str], list[str]]:
     return versions, problems
 
 
-def weights_warnings(parts: Services) -> list[str]:
+def weights_warnings(trainers: TasksByName[UnetrTrainTask]) -> list[str]:
     """A sentence for each model that is served by another version than its live one."""
-    states = {name: parts.train_task(name).serving() for name in parts.instance.trainers}
+    states = {name: task.serving() for name, task in trainers.items()}
     return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
 
 
-def left_out_warnings(parts: Services) -> list[str]:
+def left_out_warnings(store: VersionedDatastore) -> list[str]:
     """A sentence for each of the first files of the studies that are not taken in, and how many more there are."""
-    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(parts.store.left_out().items())])
+    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(store.left_out().items())])
 
 
-def disk_problems(parts: Services) -> list[str]:
-    """What is wrong with the studies folder; nothing where the studies are a server."""
-    folder = studies_folder(parts)
+def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:
+    """What is wrong with the studies folder, on whose disk so much is to be free; nothing where there is no folder."""
     if folder is None:
         return []
     try:
@@ -82,13 +101,12 @@ def disk_problems(parts: Services) -> list[str]:
     except OSError as error:
         return [f"the studies folder cannot be written to: {error.strerror or error}"]
     free_mib = shutil.disk_usage(folder).free // MIB
-    wanted = parts.settings.free_disk_mib
-    return [f"{free_mib} MiB of disk are free; valid: at least {wanted} MiB"] if free_mib < wanted else []
+    return [f"{free_mib} MiB of disk are free; valid: at least {wanted_mib} MiB"] if free_mib < wanted_mib else []
 
 
-def store_problems(parts: Services) -> list[str]:
+def store_problems(store: VersionedDatastore) -> list[str]:
     """What cannot be served since the studies folder cannot be written to."""
-    if not parts.store.history.read_only:
+    if not store.history.read_only:
         return []
     return [
         "the studies folder cannot be written to: images are segmented and labels shown as they are; labels and images "
@@ -96,14 +114,12 @@ def store_problems(parts: Services) -> list[str]:
     ]
 
 
-def source_problems(parts: Services) -> list[str]:
+def source_problems(store: Datastore) -> list[str]:
     """What is wrong with where the series come from: a PACS that does not answer, an index that stands still."""
-    store = parts.datastore
     problem = store.source.problem() if isinstance(store, SeriesDatastore) else ""
     return [problem] if problem else []
 
 
-def studies_folder(parts: Services) -> Path | None:
+def studies_folder(studies: str) -> Path | None:
     """The studies folder; None where the studies are a server."""
-    studies = str(parts.instance.studies)
     return None if studies.startswith(("http://", "https://")) else Path(studies)

@@ -135,7 +135,7 @@ def check(
     task = parts.infer_task(model)
     image_id, stored = None, None
     if session_id:
-        stored, file = session_image(parts, session_id), None
+        stored, file = session_image(parts.sessions, session_id), None
     elif file is None:
         image_id = choose_image(parts, image, params)
     kept = {key: value for key, value in params.items() if key not in NOT_FROM_PARAMS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from fastapi import APIRouter, File, UploadFile
 from fastapi.responses import FileResponse
+from monailabel.interfaces.datastore import Datastore
 
 from lib.errors import CheckpointError, InputError, NotFoundError, TrainingError, UnetrError
 from lib.infers.segmenter import Segmenter
@@ -20,12 +21,19 @@ from lib.models.provenance import code_version
 from lib.models.versions import Version, VersionStore
 from lib.models.weights import preset_for, read_live
 from lib.networks.checkpoint import check_finite, read_checkpoint
-from lib.server.dependencies import ModelInfoDep, SegmentationTasksDep, TrainTasksDep
+from lib.server.dependencies import (
+    DatastoreDep,
+    ImageChecksDep,
+    ImageFileDep,
+    ModelInfoDep,
+    SegmentationTasksDep,
+    TrainTasksDep,
+)
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
-from lib.server.services import Parts, Services
 from lib.server.tasks import TasksByName
+from lib.trainers.task import UnetrTrainTask
 from lib.transforms.volume import Volume, read_volume
 
 logger = logging.getLogger("unetr.server")
@@ -115,10 +123,21 @@ def serve_unproven(trainers: TrainTasksDep, user: AsReviewer, model: str, versio
 
 
 @router.put("/{model}", summary="Upload weights and publish them")
-async def upload(parts: Parts, user: AsAdmin, model: str, file: Annotated[UploadFile, File()]) -> dict[str, Any]:
+async def upload(
+    models: SegmentationTasksDep,
+    trainers: TrainTasksDep,
+    datastore: DatastoreDep,
+    image_file: ImageFileDep,
+    limiter: ImageChecksDep,
+    user: AsAdmin,
+    model: str,
+    file: Annotated[UploadFile, File()],
+) -> dict[str, Any]:
     """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
-    parts.segmentation_task(model)
-    return await anyio.to_thread.run_sync(lambda: publish_upload(parts, model, file, user.name), limiter=parts.checks)
+    task, trainer = models.find(model), trainers.find(model)
+    return await anyio.to_thread.run_sync(
+        lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file), file, user.name), limiter=limiter
+    )
 
 
 @router.delete("/{model}", summary="Take the published weights out of use")
@@ -168,21 +187,26 @@ def current_weights(models: TasksByName[UnetrInferTask], model: str) -> Path:
     return Path(path)
 
 
-def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -> dict[str, Any]:
-    """Publish an uploaded checkpoint that the model's network takes, and that segments something.
+def publish_upload(
+    task: UnetrInferTask,
+    trainer: UnetrTrainTask,
+    cases: Iterable[tuple[str, Volume]],
+    upload: UploadFile,
+    user: str,
+) -> dict[str, Any]:
+    """Publish an uploaded checkpoint that the model's network takes, and that segments something in one of the cases.
 
     Raises:
         CheckpointError: when it cannot be read, holds code, does not fit, is not finite, or segments nothing.
     """
-    task = parts.segmentation_task(model)
     with temporary_folder() as folder:
         checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
         check_finite(checkpoint.model)
         preset = preset_for(checkpoint, task.preset)
         fitted = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
-        tried = try_on_a_case(fitted, cases_to_try(parts))
+        tried = try_on_a_case(fitted, cases)
     details = {
-        "parent": parts.train_task(model).serving()[0],
+        "parent": trainer.serving()[0],
         "reason": f"uploaded by {user}, without a comparison",
         "compared": False,
         "tried_on": tried,
@@ -190,8 +214,8 @@ def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -
         "upload_info": dict(checkpoint.info),
         "code": code_version(),
     }
-    version = parts.train_task(model).versions.publish(fitted.network.state_dict(), preset, details)
-    logger.info("weights of %s uploaded by %s: %s", model, user, version.name)
+    version = trainer.versions.publish(fitted.network.state_dict(), preset, details)
+    logger.info("weights of %s uploaded by %s: %s", task.preset.name, user, version.name)
     return {
         "checksum": f"SHA256:{version.details['sha256']}",
         "modified_time": int(version.weights.stat().st_mtime),
@@ -199,14 +223,13 @@ def publish_upload(parts: Services, model: str, upload: UploadFile, user: str) -
     }
 
 
-def cases_to_try(parts: Services) -> Iterator[tuple[str, Volume]]:
+def cases_to_try(datastore: Datastore, image_file: Callable[[str], Path]) -> Iterator[tuple[str, Volume]]:
     """A few images of the studies that can be read, labelled ones first, since something is to be found there."""
-    datastore = parts.datastore
     labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
     found = 0
     for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:
         try:
-            volume = read_volume(parts.image_file(image))
+            volume = read_volume(image_file(image))
         except UnetrError as error:
             logger.info("uploaded weights are not tried on %s: %s", image, error)
             continue

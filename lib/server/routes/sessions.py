@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +16,11 @@ from monailabel.utils.others.generic import get_mime_type
 from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.responses import Response
 
+from lib.configs.preset import Preset
 from lib.errors import NotFoundError, ParameterError
+from lib.server.dependencies import ImageChecksDep, PresetsDep, SessionsDep, SettingsDep
 from lib.server.http.auth import AsUser
-from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
-from lib.server.services import Parts, Services
 from lib.server.work.image_checks import inspect_for_any
 
 router = APIRouter(prefix="/session", tags=["Session"])
@@ -30,22 +30,28 @@ _SESSION_ID = re.compile(r"[0-9a-f-]{36}")
 
 @router.put("/", summary="Keep an image for a while", response_model=None)
 async def create_session(
-    parts: Parts,
     user: AsUser,
+    sessions: SessionsDep,
+    presets: PresetsDep,
+    settings: SettingsDep,
+    limiter: ImageChecksDep,
     files: Annotated[list[UploadFile], File()],
     uncompress: bool = False,
     expiry: int = 0,
 ) -> dict[str, Any]:
     """Keep one image, or the files of one DICOM series (as files, or as a ZIP archive with ``uncompress``)."""
-    return await anyio.to_thread.run_sync(lambda: store(parts, files, uncompress, expiry), limiter=parts.checks)
+    limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
+    return await anyio.to_thread.run_sync(
+        lambda: store(sessions, files, uncompress, expiry, limit_mib, served), limiter=limiter
+    )
 
 
 @router.get("/{session_id}", summary="What is known of a session, or its image", response_model=None)
 def get_session(
-    parts: Parts, user: AsUser, session_id: str, update_ts: bool = False, image: bool = False
+    user: AsUser, sessions: SessionsDep, session_id: str, update_ts: bool = False, image: bool = False
 ) -> dict[str, Any] | Response:
     """The session's times and image; with ``image``, the image file itself."""
-    session = find_session(parts, session_id, update_ts)
+    session = find_session(sessions, session_id, update_ts)
     if not image:
         return describe(session)
     path = Path(session.image)
@@ -55,29 +61,28 @@ def get_session(
 
 
 @router.delete("/{session_id}", summary="Forget a session")
-def remove_session(parts: Parts, user: AsUser, session_id: str) -> dict[str, Any]:
+def remove_session(user: AsUser, sessions: SessionsDep, session_id: str) -> dict[str, Any]:
     """Remove a session and its files."""
-    session = find_session(parts, session_id)
-    sessions_of(parts).remove_session(session_id)
+    session = find_session(sessions, session_id)
+    sessions.remove_session(session_id)
     return describe(session)
 
 
-def session_image(parts: Services, session_id: str) -> Path:
+def session_image(sessions: Sessions, session_id: str) -> Path:
     """A session's image; asking for it keeps the session alive.
 
     Raises:
         NotFoundError: when there is no such session.
     """
-    return Path(find_session(parts, session_id, update=True).image)
+    return Path(find_session(sessions, session_id, update=True).image)
 
 
-def find_session(parts: Services, session_id: str, update: bool = False) -> SessionInfo:
+def find_session(sessions: Sessions, session_id: str, update: bool = False) -> SessionInfo:
     """A session that has not ended.
 
     Raises:
         NotFoundError: when there is none of that id.
     """
-    sessions = sessions_of(parts)
     session = sessions.get_session(session_id, update_ts=False) if _SESSION_ID.fullmatch(session_id) else None
     if session is not None and has_ended(session, time.time()):
         sessions.remove_session(session_id)
@@ -102,29 +107,31 @@ def has_ended(session: SessionInfo, now: float) -> bool:
     return bool(session.expiry > 0 and now >= last + session.expiry)
 
 
-def sessions_of(parts: Services) -> Sessions:
-    """The server's sessions.
-
-    Raises:
-        ForbiddenError: when they are switched off.
-    """
-    sessions: Sessions | None = parts.instance.sessions()
-    if sessions is None:
-        raise ForbiddenError("sessions are switched off on this server (MONAI_LABEL_SESSIONS)")
-    return sessions
-
-
-def store(parts: Services, files: Sequence[UploadFile], uncompress: bool, expiry: int) -> dict[str, Any]:
+def store(
+    sessions: Sessions,
+    files: Sequence[UploadFile],
+    uncompress: bool,
+    expiry: int,
+    limit_mib: int,
+    presets: Collection[Preset],
+) -> dict[str, Any]:
     """Keep uploaded files as a session, once they turn out to be an image.
+
+    Args:
+        sessions: where they are kept.
+        files: as they came.
+        uncompress: whether the one file is a ZIP archive.
+        expiry: seconds after which the session ends; the server's own at the most.
+        limit_mib: to how much a file or an archive may unpack.
+        presets: those of which one must be able to segment the image.
 
     Raises:
         ImageError: when they are not one.
         ParameterError, TooLargeError, InputError: for what cannot be unpacked.
     """
-    sessions = sessions_of(parts)
     with temporary_folder() as folder:
-        image = _gather(files, folder, uncompress, parts.settings.unpacked_limit_mib)
-        inspect_for_any(image, list(parts.presets.values()))
+        image = _gather(files, folder, uncompress, limit_mib)
+        inspect_for_any(image, list(presets))
         session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
     return {"session_id": session_id, "session_info": describe(session)}
 

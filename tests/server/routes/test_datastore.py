@@ -1,0 +1,80 @@
+"""The routes on images and labels of the studies, with a folder handed in: no server is started."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import anyio
+import nibabel
+import numpy as np
+import pytest
+
+from lib.configs.settings import Settings
+from lib.datastore.store import VersionedDatastore
+from lib.server.dependencies import (
+    get_check_image,
+    get_datastore,
+    get_image_checks,
+    get_image_file,
+    get_presets,
+    get_settings,
+)
+from lib.server.http.names import check_image_known
+from lib.server.routes.datastore import router
+from tests.server.in_process import InProcess
+from tests.tiny import tiny_preset
+
+
+def nifti(path: Path) -> Path:
+    random = np.random.default_rng(3)
+    nibabel.save(nibabel.Nifti1Image(random.normal(300, 50, (18, 18, 18)).astype(np.float32), np.eye(4)), path)
+    return path
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    nifti(folder / "case_0.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def api(studies: Path) -> InProcess:
+    store = VersionedDatastore(str(studies))
+    services = {
+        get_datastore: store,
+        get_check_image: lambda image: check_image_known(store, image),
+        get_image_file: lambda image: Path(store.get_image_uri(image)),
+        get_presets: {"tiny": tiny_preset()},
+        get_settings: Settings(),
+        get_image_checks: anyio.CapacityLimiter(1),
+    }
+    return InProcess(router, services)
+
+
+def test_image_is_known_by_its_checksum(api: InProcess, studies: Path) -> None:
+    digest = hashlib.sha256((studies / "case_0.nii.gz").read_bytes()).hexdigest()
+    for check_sum, status in (("", 200), (f"SHA256:{digest}", 200), (digest, 200), ("SHA256:0", 404), ("CRC:0", 400)):
+        path = f"/datastore/image?image=case_0&check_sum={check_sum}"
+        assert api.request("HEAD", path).status_code == status, check_sum
+    assert api.request("HEAD", "/datastore/image?image=case_9").status_code == 404
+
+
+def test_image_that_is_added_is_listed_and_a_second_of_its_name_is_refused(api: InProcess, tmp_path: Path) -> None:
+    content = nifti(tmp_path / "sent.nii.gz").read_bytes()
+    file = {"file": ("sent.nii.gz", content, "application/gzip")}
+    added = api.request("PUT", "/datastore/image?image=case_1", files=file)
+    assert added.status_code == 200 and added.json() == {"image": "case_1", "warnings": []}
+    assert api.request("GET", "/datastore/image?image=case_1").content == content
+    assert api.request("GET", "/datastore/").json()["total"] == 2
+    assert api.request("PUT", "/datastore/image?image=case_1", files=file).status_code == 409
+    assert api.request("DELETE", "/datastore/image?id=case_1").status_code == 200
+    assert api.request("GET", "/datastore/image?image=case_1").status_code == 404
+
+
+def test_label_that_there_is_not_is_404(api: InProcess) -> None:
+    for method, path in (("GET", "label?label="), ("HEAD", "label?image="), ("GET", "label/info?label=")):
+        assert api.request(method, f"/datastore/{path}case_0").status_code == 404, path
+    assert api.request("GET", "/datastore/dataset").status_code == 404

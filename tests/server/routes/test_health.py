@@ -1,0 +1,77 @@
+"""Whether the server can work, with models, trainers and studies handed in: no server is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.configs.settings import Settings
+from lib.datastore.store import VersionedDatastore
+from lib.errors import CheckpointError, ModelNotReadyError
+from lib.server.dependencies import (
+    get_segmentation_tasks,
+    get_settings,
+    get_store,
+    get_studies,
+    get_train_tasks,
+)
+from lib.server.routes.health import router
+from lib.server.tasks import segmentation_tasks, train_tasks
+from tests.server.in_process import InProcess
+
+
+class Model:
+    """A model whose weights load, or do not."""
+
+    def __init__(self, outcome: str | Exception) -> None:
+        self._outcome = outcome
+
+    def load(self) -> dict[str, Any]:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return {"version": self._outcome}
+
+
+class Trainer:
+    """A trainer whose live version is damaged, so that the one before it is served."""
+
+    def serving(self) -> tuple[str, str]:
+        return "v0001", "v0002 is damaged"
+
+
+def api(studies: Path, models: dict[str, Model], **settings: Any) -> InProcess:
+    services = {
+        get_segmentation_tasks: segmentation_tasks(models),
+        get_train_tasks: train_tasks({"tiny": Trainer()}),
+        get_store: VersionedDatastore(str(studies)),
+        get_studies: str(studies),
+        get_settings: Settings(**settings),
+    }
+    return InProcess(router, services)
+
+
+def test_model_without_weights_is_ready_and_a_damaged_live_version_a_warning(tmp_path: Path) -> None:
+    answer = api(tmp_path, {"a": Model("v0001"), "b": Model(ModelNotReadyError("no weights"))}).request(
+        "GET", "/readyz"
+    )
+    assert answer.status_code == 200
+    assert answer.json()["models"] == {"a": "v0001", "b": "untrained"}
+    assert answer.json()["warnings"] == ["model 'tiny': v0002 is damaged"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "settings", "problem"),
+    [
+        (CheckpointError("no network of this preset"), {}, "model 'a': no network of this preset"),
+        ("v0001", {"free_disk_mib": 2**40}, "MiB of disk are free; valid: at least"),
+    ],
+)
+def test_weights_or_a_disk_that_cannot_be_used_are_503(
+    tmp_path: Path, outcome: str | Exception, settings: dict[str, int], problem: str
+) -> None:
+    answer = api(tmp_path, {"a": Model(outcome)}, **settings).request("GET", "/readyz")
+    assert answer.status_code == 503
+    (said,) = answer.json()["problems"]
+    assert problem in said
