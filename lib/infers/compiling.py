@@ -6,11 +6,12 @@ import logging
 import math
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from lib.infers.memory import GIB, host_bytes_left, release_memory
+from lib.infers.memory import GIB, MemoryProbe, release_memory
 from lib.infers.segmenter import Segmenter
 from lib.networks.compiled import CompiledForward, has_openvino
 from lib.networks.inference import InferenceNetwork
@@ -29,7 +30,23 @@ COPIES_OF_WEIGHTS = 3
 LARGEST_SHARE = 1 / 4
 
 
-def compile_if_faster(segmenter: Segmenter, computing: threading.Lock) -> None:
+@dataclass(frozen=True)
+class Compiler:
+    """What compiles a network, and the memory that there is for it; a test hands in another.
+
+    Attributes:
+        is_installed: whether there is OpenVINO.
+        compile_windows: makes a network's forward pass for windows of (channels, X, Y, Z); it raises whatever OpenVINO
+            raises.
+        memory: says how much is free.
+    """
+
+    is_installed: Callable[[], bool] = has_openvino
+    compile_windows: Callable[[InferenceNetwork, Sequence[int]], CompiledForward] = InferenceNetwork.compile_windows
+    memory: MemoryProbe = field(default_factory=MemoryProbe)
+
+
+def compile_if_faster(segmenter: Segmenter, computing: threading.Lock, compiler: Compiler | None = None) -> None:
     """Have OpenVINO compute a segmenter's windows on the CPU, where it says the same in less time.
 
     Whatever OpenVINO cannot do stays with PyTorch, and the log says why.
@@ -37,27 +54,30 @@ def compile_if_faster(segmenter: Segmenter, computing: threading.Lock) -> None:
     Args:
         segmenter: it may be in use, and stays in use.
         computing: held by whoever computes; taken for a few windows before, and again after it is compiled.
+        compiler: OpenVINO, unless given.
     """
-    network = segmenter.network
-    if not isinstance(network, InferenceNetwork) or segmenter.device.type != "cpu" or not has_openvino():
+    network, compiler = segmenter.network, compiler or Compiler()
+    if not isinstance(network, InferenceNetwork) or segmenter.device.type != "cpu" or not compiler.is_installed():
         return
     name = segmenter.preset.name
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    left = host_bytes_left(segmenter.planner.budget)
+    left = compiler.memory.of_host(segmenter.planner.budget)
     if COPIES_OF_WEIGHTS * weights > LARGEST_SHARE * left:
         logger.info("%s stays with PyTorch: %.2f GiB of memory are too few for OpenVINO", name, left / GIB)
         return
     try:
-        logger.info("%s: %s", name, _compile_and_choose(segmenter, network, computing))
+        logger.info("%s: %s", name, _compile_and_choose(segmenter, network, computing, compiler))
     except Exception:  # OpenVINO raises whatever the tracer, NumPy or C++ raised
         logger.warning("%s stays with PyTorch: OpenVINO cannot compute it", name, exc_info=True)
 
 
-def _compile_and_choose(segmenter: Segmenter, network: InferenceNetwork, computing: threading.Lock) -> str:
+def _compile_and_choose(
+    segmenter: Segmenter, network: InferenceNetwork, computing: threading.Lock, compiler: Compiler
+) -> str:
     """Say what was chosen, and why."""
     with computing:
         pytorch = _try_out(segmenter, network, None)
-    compiled = network.compile_windows((1, *segmenter.preset.roi_size))
+    compiled = compiler.compile_windows(network, (1, *segmenter.preset.roi_size))
     release_memory(segmenter.device)
     with computing:
         try:

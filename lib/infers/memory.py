@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +49,19 @@ def host_bytes_left(budget: int | None) -> int:
     """What this process may still take of the host's memory, of ``budget`` where there is one."""
     free = free_bytes(torch.device("cpu"))
     return free if budget is None else max(0, min(free, budget - psutil.Process().memory_info().rss))
+
+
+@dataclass(frozen=True)
+class MemoryProbe:
+    """How much memory is free; plans are made from it, and a test hands in figures of its own.
+
+    Attributes:
+        of_device: free bytes of a device.
+        of_host: bytes of the host's memory that this process may still take, of a budget where there is one.
+    """
+
+    of_device: Callable[[torch.device], int] = free_bytes
+    of_host: Callable[[int | None], int] = host_bytes_left
 
 
 def release_memory(device: torch.device) -> None:

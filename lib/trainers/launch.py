@@ -28,7 +28,17 @@ logger = logging.getLogger("unetr.train")
 RESTARTS = 3
 
 
-def launch(plan: TrainingJob, multi_gpu: bool = False, gpus: str = "all") -> TrainingResult:
+Train = Callable[[TrainingJob], TrainingResult]
+TrainTogether = Callable[[TrainingJob, list[torch.device]], TrainingResult]
+
+
+def launch(
+    plan: TrainingJob,
+    multi_gpu: bool = False,
+    gpus: str = "all",
+    train: Train = run_training,
+    train_together: TrainTogether | None = None,
+) -> TrainingResult:
     """Train on one device, or on several GPUs with DistributedDataParallel where that is asked for and possible.
 
     A run that is out of memory, however little it does at once, goes on from its state on the CPU.
@@ -37,6 +47,8 @@ def launch(plan: TrainingJob, multi_gpu: bool = False, gpus: str = "all") -> Tra
         plan: what to train.
         multi_gpu: whether several GPUs may be used.
         gpus: ``all``, or comma-separated indices.
+        train: trains on one device.
+        train_together: trains in a process for each of several devices; :func:`launch_processes` if not given.
 
     Raises:
         ParameterError: for a GPU that there is not.
@@ -44,9 +56,10 @@ def launch(plan: TrainingJob, multi_gpu: bool = False, gpus: str = "all") -> Tra
     """
     devices = _gpu_indices(gpus) if multi_gpu and plan.device.type == "cuda" else []
     if len(devices) > 1:
-        return _within_memory(plan, lambda p: launch_processes(p, [torch.device("cuda", index) for index in devices]))
+        together, places = train_together or launch_processes, [torch.device("cuda", index) for index in devices]
+        return _within_memory(plan, lambda job: together(job, places), train)
     chosen = torch.device("cuda", devices[0]) if devices else plan.device
-    return _within_memory(replace(plan, device=chosen), run_training)
+    return _within_memory(replace(plan, device=chosen), train, train)
 
 
 def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> TrainingResult:
@@ -105,10 +118,10 @@ def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
             torch.save(result, Path(folder) / "result.pt")
 
 
-def _within_memory(plan: TrainingJob, train: Callable[[TrainingJob], TrainingResult]) -> TrainingResult:
+def _within_memory(plan: TrainingJob, train: Train, train_alone: Train) -> TrainingResult:
     """Train; where memory does not suffice however little is done at once, go on from the state with less.
 
-    Several processes shrink together: with activation checkpointing. A GPU gives way to the CPU.
+    Several processes shrink together: with activation checkpointing. A GPU gives way to the CPU, in one process.
 
     Raises:
         TrainingError: when memory does not suffice then either.
@@ -121,15 +134,15 @@ def _within_memory(plan: TrainingJob, train: Callable[[TrainingJob], TrainingRes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     release_memory(plan.device)
     recipe = plan.preset.training
-    if train is not run_training and not recipe.activation_checkpointing:
+    if train is not train_alone and not recipe.activation_checkpointing:
         logger.warning("out of memory (%s): going on with activation_checkpointing", reason)
         thrifty = recipe.model_copy(update={"activation_checkpointing": True})
         return _within_memory(
-            replace(plan, preset=plan.preset.model_copy(update={"training": thrifty}), resume=True), train
+            replace(plan, preset=plan.preset.model_copy(update={"training": thrifty}), resume=True), train, train_alone
         )
     if plan.device.type == "cuda":
         logger.warning("out of memory (%s): going on on the CPU", reason)
-        return _within_memory(replace(plan, device=torch.device("cpu"), resume=True), run_training)
+        return _within_memory(replace(plan, device=torch.device("cpu"), resume=True), train_alone, train_alone)
     raise TrainingError(
         f"out of memory on {plan.device} ({reason}); lower train_batch_size ({recipe.batch_size}) or "
         f"crops_per_case ({recipe.crops_per_case})"

@@ -18,7 +18,7 @@ from torch import nn
 from lib.configs.preset import Preset
 from lib.errors import TrainingError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key
-from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory, release_memory
+from lib.infers.memory import GIB, MIB, MemoryProbe, is_out_of_memory, release_memory
 from lib.infers.plan import MEASUREMENT_MARGIN
 from lib.networks.precision import resolve_precision
 from lib.networks.unetr import recompute_blocks
@@ -112,11 +112,20 @@ class StepPlanner:
     Args:
         budget: bytes of the host's memory that this process may use; all that is free, less a reserve, if not given.
         book: where measured costs are kept.
+        memory: says how much is free.
+        measure: measures a step.
     """
 
-    def __init__(self, budget: int | None = None, book: CostBook | None = None) -> None:
+    def __init__(
+        self,
+        budget: int | None = None,
+        book: CostBook | None = None,
+        memory: MemoryProbe | None = None,
+        measure: Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost] = measure_step,
+    ) -> None:
         self.budget = budget
         self.book = book or CostBook()
+        self._memory, self._measure_step = memory or MemoryProbe(), measure
 
     def plan(
         self, preset: Preset, cases: int, device: torch.device, whole: bool = False, always_measure: bool = False
@@ -149,8 +158,8 @@ class StepPlanner:
         """The fastest way on one device that fits, or else the smallest."""
         recipe, dtype = preset.training, resolve_precision(preset.training.precision, device)
         crops = min(recipe.batch_size, cases) * recipe.crops_per_case
-        host = host_bytes_left(self.budget)
-        free = free_bytes(device) if device.type == "cuda" else host
+        host = self._memory.of_host(self.budget)
+        free = self._memory.of_device(device) if device.type == "cuda" else host
         limits = self.book.limits(step_key(preset, device, dtype))
         ways = _ways(crops, recipe.activation_checkpointing or limits.recompute, limits.window_batch or crops, whole)
         plan: StepPlan | None = None
@@ -206,7 +215,7 @@ class StepPlanner:
         self, key: str, needs: _Needs, preset: Preset, crops: int, device: torch.device, dtype: torch.dtype
     ) -> WindowCost | None:
         try:
-            cost = measure_step(preset, crops, needs.recompute, device, dtype)
+            cost = self._measure_step(preset, crops, needs.recompute, device, dtype)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

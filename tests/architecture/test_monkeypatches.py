@@ -14,7 +14,7 @@ LEFT = {
     "dicom/test_index.py": 1,
     "experiments/test_experiment.py": 2,
     "experiments/test_simulate.py": 2,
-    "infers/test_compiling.py": 12,
+    "infers/test_compiling.py": 2,
     "infers/test_memory.py": 1,
     "infers/test_plan.py": 7,
     "infers/test_predictor.py": 1,
@@ -27,9 +27,7 @@ LEFT = {
     "server/work/test_jobs.py": 1,
     "test_doctor.py": 3,
     "trainers/test_datasets.py": 2,
-    "trainers/test_launch.py": 7,
     "trainers/test_loop.py": 3,
-    "trainers/test_plan.py": 7,
     "transforms/test_resample.py": 1,
 }
 # Modules that belong to others, also where they are reached through one of ours (``datasets.shutil``).

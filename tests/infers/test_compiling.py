@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -14,17 +15,16 @@ import torch
 from torch import nn
 
 from lib.configs.settings import Settings
-from lib.infers import compiling as module
-from lib.infers.compiling import compile_if_faster
+from lib.infers.compiling import Compiler, compile_if_faster
 from lib.infers.costs import CostBook, WindowCost, cost_key
-from lib.infers.memory import MIB
+from lib.infers.memory import MIB, MemoryProbe
 from lib.infers.model_cache import ModelCache
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.infers.task import COMPUTING, UnetrInferTask
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
-from lib.networks.compiled import has_openvino
+from lib.networks.compiled import CompiledForward, has_openvino
 from lib.networks.inference import InferenceNetwork
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
@@ -37,22 +37,18 @@ needs_openvino = pytest.mark.skipif(not has_openvino(), reason="there is no Open
 class Instead:
     """In OpenVINO's place: the network itself, without what makes it slow, and what is added to its logits."""
 
-    def __init__(self, network: nn.Module, added: float, seconds: float) -> None:
-        self._network, self._added, self._seconds = network, added, seconds
+    def __init__(self, network: nn.Module, added: float, seconds: float, error: Exception | None = None) -> None:
+        self._network, self._added, self._seconds, self._error = network, added, seconds, error
 
     def __call__(self, windows: torch.Tensor) -> torch.Tensor:
+        if self._error is not None:
+            raise self._error
         time.sleep(self._seconds)
         logits: torch.Tensor = self._network.forward(windows)
         return logits + self._added * torch.arange(logits.shape[1])[:, None, None, None]
 
     def release_memory(self) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not use OpenVINO itself is tested without it too."""
-    monkeypatch.setattr(module, "has_openvino", lambda: True)
 
 
 def _book() -> CostBook:
@@ -62,6 +58,16 @@ def _book() -> CostBook:
         for batch in (1, 2, 4):
             book.keep(cost_key(tiny_preset(), CPU, FP32, engine), batch, WindowCost(MIB, seconds))
     return book
+
+
+class CountingBook(CostBook):
+    """Counts what is measured."""
+
+    kept = 0
+
+    def keep(self, key: str, batch: int, cost: WindowCost) -> None:
+        self.kept += 1
+        super().keep(key, batch, cost)
 
 
 def _slow_down(network: nn.Module, seconds: float) -> None:
@@ -77,8 +83,12 @@ def _segmenter(pytorch: float = 0.5) -> Segmenter:
     return Segmenter(network, tiny_preset(), CPU, "fp32", Planner(None, _book()))
 
 
-def _instead(monkeypatch: pytest.MonkeyPatch, added: float = 0.0, seconds: float = 0.0) -> None:
-    monkeypatch.setattr(InferenceNetwork, "compile_windows", lambda self, shape: Instead(self.network, added, seconds))
+def _instead(
+    added: float = 0.0, seconds: float = 0.0, error: Exception | None = None, memory: MemoryProbe | None = None
+) -> Compiler:
+    """A compiler that makes :class:`Instead`; what does not use OpenVINO itself is tested without it too."""
+    made = partial(Instead, added=added, seconds=seconds, error=error)
+    return Compiler(lambda: True, lambda own, shape: made(own.network), memory or MemoryProbe())
 
 
 def _engine(segmenter: Segmenter) -> str:
@@ -101,14 +111,15 @@ def test_compiled_network_segments_the_same_and_says_who_computed() -> None:
     np.testing.assert_array_equal(after.labels, before.labels)
 
 
-def test_cost_of_a_window_is_measured_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    _instead(monkeypatch)
+def test_cost_of_a_window_is_measured_before_the_next_request() -> None:
     segmenter, key = _segmenter(), cost_key(tiny_preset(), CPU, FP32, "openvino")
-    segmenter.planner = Planner(None, CostBook())
-    compile_if_faster(segmenter, threading.Lock())
-    assert segmenter.planner.book.cost(key, 1) is not None
-    monkeypatch.setattr("lib.infers.plan.measure_windows", lambda *_: pytest.fail("measured again"))
+    book = CountingBook()
+    segmenter.planner = Planner(None, book)
+    compile_if_faster(segmenter, threading.Lock(), _instead())
+    assert book.cost(key, 1) is not None
+    measured = book.kept
     assert segmenter.plan(Volume(boxes()[0], np.eye(4))).engine == "openvino"
+    assert book.kept == measured > 0, "nothing is measured again"
 
 
 @pytest.mark.parametrize(
@@ -123,86 +134,69 @@ def test_cost_of_a_window_is_measured_before_the_next_request(monkeypatch: pytes
     ],
 )
 def test_it_takes_over_where_it_is_clearly_faster_and_says_the_same(
-    monkeypatch: pytest.MonkeyPatch, pytorch: float, openvino: float, added: float, expected: str
+    pytorch: float, openvino: float, added: float, expected: str
 ) -> None:
-    _instead(monkeypatch, added, openvino)
     segmenter = _segmenter(pytorch)
-    compile_if_faster(segmenter, threading.Lock())
+    compile_if_faster(segmenter, threading.Lock(), _instead(added, openvino))
     assert _engine(segmenter) == expected
 
 
-def test_network_that_cannot_be_compiled_stays_as_it_is_and_the_log_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(self: InferenceNetwork, shape: object) -> None:
+def test_network_that_cannot_be_compiled_stays_as_it_is_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(network: InferenceNetwork, shape: object) -> CompiledForward:
         raise TypeError("no rule for aten::fold")
 
-    monkeypatch.setattr(InferenceNetwork, "compile_windows", refuse)
     segmenter = _segmenter()
-    compile_if_faster(segmenter, threading.Lock())
+    compile_if_faster(segmenter, threading.Lock(), Compiler(lambda: True, refuse))
     assert _engine(segmenter) == "pytorch"
     assert "tiny stays with PyTorch: OpenVINO cannot compute it" in caplog.text and "aten::fold" in caplog.text
 
 
-def test_network_that_fails_once_it_is_compiled_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(self: Instead, windows: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("could not create a primitive")
-
-    _instead(monkeypatch)
-    monkeypatch.setattr(Instead, "__call__", fail)
+def test_network_that_fails_once_it_is_compiled_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     segmenter, computing = _segmenter(), threading.Lock()
-    compile_if_faster(segmenter, computing)
+    compile_if_faster(segmenter, computing, _instead(error=RuntimeError("could not create a primitive")))
     assert _engine(segmenter) == "pytorch" and not computing.locked()
     assert "could not create a primitive" in caplog.text
     assert segmenter.segment(Volume(boxes()[0], np.eye(4))).plan.engine == "pytorch"
 
 
-def test_memory_that_requests_need_is_not_spent_on_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_that_requests_need_is_not_spent_on_it(caplog: pytest.LogCaptureFixture) -> None:
     """Three times the weights may be a quarter of what is left, and no more."""
     caplog.set_level(logging.INFO, "unetr.plan")
-    _instead(monkeypatch)
     segmenter = _segmenter()
     weights = sum(parameter.nbytes for parameter in segmenter.network.parameters())
-    monkeypatch.setattr(module, "host_bytes_left", lambda budget: 12 * weights - 1)
-    compile_if_faster(segmenter, threading.Lock())
+    too_little, enough = MemoryProbe(of_host=lambda _: 12 * weights - 1), MemoryProbe(of_host=lambda _: 12 * weights)
+    compile_if_faster(segmenter, threading.Lock(), _instead(memory=too_little))
     assert _engine(segmenter) == "pytorch" and "are too few for OpenVINO" in caplog.text
-    monkeypatch.setattr(module, "host_bytes_left", lambda budget: 12 * weights)
-    compile_if_faster(segmenter, threading.Lock())
+    compile_if_faster(segmenter, threading.Lock(), _instead(memory=enough))
     assert _engine(segmenter) == "openvino"
 
 
-def test_requests_are_answered_while_it_compiles_and_none_while_it_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_answered_while_it_compiles_and_none_while_it_compares() -> None:
     computing, seen = threading.Lock(), list[tuple[str, bool]]()
 
-    def compile_network(self: InferenceNetwork, shape: object) -> Instead:
+    def compile_network(own: InferenceNetwork, shape: object) -> CompiledForward:
         seen.append(("compile", computing.locked()))
-        return Instead(self.network, 0.0, 0.0)
+        return Instead(own.network, 0.0, 0.0)
 
     def look(network: nn.Module, inputs: object) -> None:
         seen.append(("window", computing.locked()))
 
-    monkeypatch.setattr(InferenceNetwork, "compile_windows", compile_network)
     segmenter = _segmenter()
     segmenter.network.register_forward_pre_hook(look)
-    compile_if_faster(segmenter, computing)
+    compile_if_faster(segmenter, computing, Compiler(lambda: True, compile_network))
     assert seen == [*[("window", True)] * 3, ("compile", False), *[("window", True)] * 3]
     assert not computing.locked()
 
 
 @pytest.mark.parametrize("why", ["no OpenVINO", "a GPU", "another kind of network"])
-def test_where_it_has_no_place_nothing_is_tried(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    monkeypatch.setattr(InferenceNetwork, "compile_windows", lambda self, shape: pytest.fail("compiled"))
-    monkeypatch.setattr(module, "has_openvino", lambda: why != "no OpenVINO")
+def test_where_it_has_no_place_nothing_is_tried(why: str) -> None:
+    compiler = Compiler(lambda: why != "no OpenVINO", lambda own, shape: pytest.fail("compiled"))
     segmenter = _segmenter()
     if why == "a GPU":
         segmenter.device = torch.device("cuda")
     if why == "another kind of network":
         segmenter.network = build_unetr(tiny_preset())
-    compile_if_faster(segmenter, threading.Lock())
+    compile_if_faster(segmenter, threading.Lock(), compiler)
 
 
 def _weights(folder: Path, seed: int) -> WeightsLocator:

@@ -12,7 +12,6 @@ import torch
 from lib.cases.labelled import Case
 from lib.errors import ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
-from lib.trainers import launch as module
 from lib.trainers.launch import launch, launch_processes
 from lib.trainers.loop import BEST_FILE, run_training
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -30,16 +29,25 @@ def plan(make_cases: MakeCases, tmp_path: Path) -> TrainingJob:
     return TrainingJob(tiny_preset(training=recipe), cases[:4], cases[4:], tmp_path / "run", CPU)
 
 
+class Launches:
+    """Devices of each launch; nothing is trained."""
+
+    def __init__(self) -> None:
+        self.devices: list[list[str]] = []
+
+    def train(self, plan: TrainingJob) -> TrainingResult:
+        return self.train_together(plan, [plan.device])
+
+    def train_together(self, plan: TrainingJob, devices: list[torch.device]) -> TrainingResult:
+        self.devices.append([str(device) for device in devices])
+        return RESULT
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Devices of each launch on a machine with three GPUs; nothing is trained."""
-    calls: list[list[str]] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Launches on a machine with three GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(module, "run_training", lambda plan: calls.append([str(plan.device)]) or RESULT)
-    monkeypatch.setattr(
-        module, "launch_processes", lambda _, devices: calls.append([str(d) for d in devices]) or RESULT
-    )
-    return calls
+    return Launches()
 
 
 @pytest.mark.parametrize(
@@ -53,17 +61,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ],
 )
 def test_launch_uses_the_gpus_that_it_may(
-    plan: TrainingJob, launched: list[list[str]], device: torch.device, multi_gpu: bool, gpus: str, expected: list[str]
+    plan: TrainingJob, launches: Launches, device: torch.device, multi_gpu: bool, gpus: str, expected: list[str]
 ) -> None:
-    assert launch(replace(plan, device=device), multi_gpu, gpus) is RESULT
-    assert launched == [expected]
+    job = replace(plan, device=device)
+    assert launch(job, multi_gpu, gpus, launches.train, launches.train_together) is RESULT
+    assert launches.devices == [expected]
 
 
 @pytest.mark.parametrize("gpus", ["3", "0,x", "-1", ",", ""])
-def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingJob, launched: list[list[str]], gpus: str) -> None:
+def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingJob, launches: Launches, gpus: str) -> None:
     with pytest.raises(ParameterError, match=r"'gpus' is .*; valid: all, or indices from 0 to 2"):
-        launch(replace(plan, device=CUDA), True, gpus)
-    assert not launched
+        launch(replace(plan, device=CUDA), True, gpus, launches.train, launches.train_together)
+    assert not launches.devices
 
 
 def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: TrainingJob) -> None:
@@ -92,48 +101,49 @@ def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingJob) -> N
         launch_processes(plan, [CPU, CPU])
 
 
-@pytest.fixture
-def memories(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+class Tries:
     """Device and checkpointing of each try; none finds enough memory on a GPU."""
-    tried: list[str] = []
 
-    def train(plan: TrainingJob, devices: object = None) -> TrainingResult:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def train(self, plan: TrainingJob) -> TrainingResult:
         recomputed = plan.preset.training.activation_checkpointing
-        tried.append(f"{plan.device}{' recomputed' * recomputed}{' resumed' * plan.resume}")
+        self.seen.append(f"{plan.device}{' recomputed' * recomputed}{' resumed' * plan.resume}")
         if plan.device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return RESULT
 
+    def train_together(self, plan: TrainingJob, devices: list[torch.device]) -> TrainingResult:
+        return self.train(plan)
+
+
+def test_run_that_is_out_of_memory_on_a_gpu_goes_on_on_the_cpu(plan: TrainingJob) -> None:
+    tries = Tries()
+    assert launch(replace(plan, device=CUDA), train=tries.train) is RESULT
+    assert tries.seen == ["cuda", "cpu resumed"]
+
+
+def test_processes_that_are_out_of_memory_shrink_together_first(
+    plan: TrainingJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(module, "run_training", train)
-    monkeypatch.setattr(module, "launch_processes", train)
-    monkeypatch.setattr(module, "release_memory", lambda device: None)
-    return tried
+    tries, job = Tries(), replace(plan, device=CUDA)
+    assert launch(job, True, train=tries.train, train_together=tries.train_together) is RESULT
+    assert tries.seen == ["cuda", "cuda recomputed resumed", "cpu recomputed resumed"]
 
 
-def test_run_that_is_out_of_memory_on_a_gpu_goes_on_on_the_cpu(plan: TrainingJob, memories: list[str]) -> None:
-    assert launch(replace(plan, device=CUDA)) is RESULT
-    assert memories == ["cuda", "cpu resumed"]
-
-
-def test_processes_that_are_out_of_memory_shrink_together_first(plan: TrainingJob, memories: list[str]) -> None:
-    assert launch(replace(plan, device=CUDA), multi_gpu=True) is RESULT
-    assert memories == ["cuda", "cuda recomputed resumed", "cpu recomputed resumed"]
-
-
-def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_stays_out_of_memory_ends_with_advice(plan: TrainingJob) -> None:
     def train(_: TrainingJob) -> TrainingResult:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(module, "run_training", train)
     with pytest.raises(TrainingError, match=r"out of memory on cpu .*; lower train_batch_size \(1\) or crops_per_case"):
-        launch(plan)
+        launch(plan, train=train)
 
 
-def test_other_errors_are_not_taken_for_memory(plan: TrainingJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_memory(plan: TrainingJob) -> None:
     def train(_: TrainingJob) -> TrainingResult:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(module, "run_training", train)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        launch(plan)
+        launch(plan, train=train)

@@ -13,9 +13,8 @@ from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
 from lib.errors import TrainingError
 from lib.infers.costs import CostBook, WindowCost
-from lib.infers.memory import GIB
+from lib.infers.memory import GIB, MemoryProbe
 from lib.networks.unetr import CheckpointedBlocks, build_unetr
-from lib.trainers import plan as module
 from lib.trainers.memory import count_kept_bytes
 from lib.trainers.plan import StepLadder, StepPlanner, count_step_bytes, step_key
 from tests.tiny import preset_data, tiny_preset
@@ -29,16 +28,15 @@ def _base(**recipe: object) -> Preset:
     return preset.model_copy(update={"training": preset.training.model_copy(update={"precision": "fp32", **recipe})})
 
 
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """``free(gib)``: so much is free on every device; nothing is measured."""
-    monkeypatch.setattr(module, "measure_step", lambda *_: pytest.fail("measured"))
+Measure = Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost]
 
-    def set_free(gib: float) -> None:
-        monkeypatch.setattr(module, "host_bytes_left", lambda budget: int(gib * GIB))
-        monkeypatch.setattr(module, "free_bytes", lambda device: int(gib * GIB))
 
-    return set_free
+def planner_with(
+    gib: float, book: CostBook | None = None, measure: Measure | None = None, gpu_gib: float = 0.0
+) -> StepPlanner:
+    """A planner of a machine with so much free memory, on which nothing is measured unless ``measure`` does it."""
+    memory = MemoryProbe(of_device=lambda device: int(gpu_gib * GIB), of_host=lambda budget: int(gib * GIB))
+    return StepPlanner(book=book, memory=memory, measure=measure or (lambda *_: pytest.fail("measured")))
 
 
 @pytest.fixture
@@ -71,11 +69,9 @@ def test_plan_is_the_fastest_that_fits(
     checkpointing: bool,
     passes_gib: float,
     seconds: float,
-    free: Callable[[float], None],
     book: CostBook,
 ) -> None:
-    free(free_gib)
-    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
+    plan = planner_with(free_gib, book).plan(_base(), 10, CPU)
     assert (plan.at_once, plan.checkpointing, plan.crops) == (at_once, checkpointing, 4)
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + passes_gib, abs=0.01)
     assert plan.seconds == pytest.approx(seconds, rel=0.01)
@@ -86,59 +82,48 @@ def test_plan_is_the_fastest_that_fits(
 
 @pytest.mark.parametrize(("free_gib", "keeps"), [(17.3, True), (16.9, False)])
 def test_freed_memory_is_kept_where_half_more_than_is_needed_is_there(
-    free_gib: float, keeps: bool, free: Callable[[float], None], book: CostBook
+    free_gib: float, keeps: bool, book: CostBook
 ) -> None:
-    free(free_gib)
-    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
+    plan = planner_with(free_gib, book).plan(_base(), 10, CPU)
     assert 1.5 * plan.needed_bytes / GIB == pytest.approx(17.08, abs=0.05)
     assert plan.keeps_freed_memory is keeps
     assert ("freed memory is kept" in plan.explain()) is keeps
 
 
-def test_crop_more_takes_at_least_what_is_counted(free: Callable[[float], None], book: CostBook) -> None:
-    free(24)
+def test_crop_more_takes_at_least_what_is_counted(book: CostBook) -> None:
     book.keep(f"{step_key(_base(), CPU, FP32)} kept", 2, WindowCost(int(2.1 * GIB), 6.0))
-    plan = StepPlanner(book=book).plan(_base(), 10, CPU)
+    plan = planner_with(24, book).plan(_base(), 10, CPU)
     counted = count_kept_bytes(_base(), False)[0] / GIB + LOGITS_GIB
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + 1.25 * (2 + 3 * counted), abs=0.01)
 
 
-def test_step_that_cannot_fit_is_refused_with_the_numbers(free: Callable[[float], None], book: CostBook) -> None:
-    free(2.0)
+def test_step_that_cannot_fit_is_refused_with_the_numbers(book: CostBook) -> None:
     with pytest.raises(
         TrainingError, match=r"\(1 crop of 96x96x96 at a time\) needs 3.30 GiB of memory; there are 2.00"
     ):
-        StepPlanner(book=book).plan(_base(), 10, CPU)
+        planner_with(2.0, book).plan(_base(), 10, CPU)
 
 
-def test_gpu_without_room_gives_way_to_the_cpu(
-    free: Callable[[float], None], book: CostBook, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free(24)
-    monkeypatch.setattr(module, "free_bytes", lambda device: GIB)
+def test_gpu_without_room_gives_way_to_the_cpu(book: CostBook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(module, "measure_step", lambda *_: pytest.fail("measured what does not fit"))
-    plan = StepPlanner(book=book).plan(_base(), 10, CUDA)
+    plan = planner_with(24, book, gpu_gib=1).plan(_base(), 10, CUDA)
     assert (plan.device, plan.at_once) == ("cpu", 4)
     assert "; gave up: cuda (" in plan.explain()
 
 
-def test_recipe_that_asks_for_checkpointing_gets_it(free: Callable[[float], None], book: CostBook) -> None:
-    free(24)
-    plan = StepPlanner(book=book).plan(_base(activation_checkpointing=True), 10, CPU)
+def test_recipe_that_asks_for_checkpointing_gets_it(book: CostBook) -> None:
+    plan = planner_with(24, book).plan(_base(activation_checkpointing=True), 10, CPU)
     assert (plan.at_once, plan.checkpointing) == (4, True)
 
 
-def test_batch_has_no_more_cases_than_there_are(free: Callable[[float], None], book: CostBook) -> None:
-    free(100)
-    plan = StepPlanner(book=book).plan(_base(batch_size=3), 2, CPU)
+def test_batch_has_no_more_cases_than_there_are(book: CostBook) -> None:
+    plan = planner_with(100, book).plan(_base(batch_size=3), 2, CPU)
     assert plan.crops == 8
     assert "2 cases x 4 crops at a time" in plan.explain()
 
 
-def test_processes_that_train_together_do_not_shrink_alone(free: Callable[[float], None], book: CostBook) -> None:
-    free(0.5)
-    plan = StepPlanner(book=book).plan(_base(), 10, CPU, whole=True)
+def test_processes_that_train_together_do_not_shrink_alone(book: CostBook) -> None:
+    plan = planner_with(0.5, book).plan(_base(), 10, CPU, whole=True)
     assert (plan.at_once, plan.checkpointing, plan.fits) == (4, True, False)
 
 
@@ -153,42 +138,38 @@ def test_count_grows_with_crops_and_falls_with_checkpointing() -> None:
     assert count_step_bytes(preset, 2, False, torch.bfloat16) / GIB == pytest.approx(1.38 + 1.6 * 1.31 + 0.46, abs=0.1)
 
 
-def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
     measured = []
 
     def measure(preset: Preset, crops: int, checkpointing: bool, device: object, dtype: object) -> WindowCost:
         measured.append((crops, checkpointing))
         return WindowCost(crops * 1000, 0.5)
 
-    monkeypatch.setattr(module, "measure_step", measure)
     preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 3})
     for _ in range(2):
-        plan = StepPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU, always_measure=True)
+        planner = planner_with(24, CostBook(tmp_path / "costs.json"), measure)
+        plan = planner.plan(preset, 9, CPU, always_measure=True)
         assert plan.seconds == pytest.approx(0.75)
     assert measured == [(1, False), (2, False)]
 
 
-def test_step_that_fits_many_times_over_is_not_measured(free: Callable[[float], None]) -> None:
-    free(4)
-    plan = StepPlanner().plan(tiny_preset(), 9, CPU)
+def test_step_that_fits_many_times_over_is_not_measured() -> None:
+    plan = planner_with(4).plan(tiny_preset(), 9, CPU)
     assert "(counted)" in plan.explain()
 
 
-def test_step_is_measured_where_it_decides(free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    free(4)
-    counted = StepPlanner().plan(tiny_preset(), 9, CPU).needed_bytes
-    monkeypatch.setattr(module, "measure_step", lambda *_: WindowCost(1000, 0.5))
-    free(2 * counted / GIB)
-    assert "(measured; about 0.5 s a step)" in StepPlanner().plan(tiny_preset(), 9, CPU).explain()
+def test_step_is_measured_where_it_decides() -> None:
+    counted = planner_with(4).plan(tiny_preset(), 9, CPU).needed_bytes
+    planner = planner_with(2 * counted / GIB, measure=lambda *_: WindowCost(1000, 0.5))
+    assert "(measured; about 0.5 s a step)" in planner.plan(tiny_preset(), 9, CPU).explain()
 
 
 @pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("can't allocate memory")])
 def test_ladder_goes_down_to_one_recomputed_crop(
-    error: Callable[[], Exception], free: Callable[[float], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    error: Callable[[], Exception], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    free(24)
     preset = tiny_preset(training=preset_data()["training"] | {"batch_size": 4})
-    planner, network, calls = StepPlanner(book=CostBook(tmp_path / "costs.json")), build_unetr(preset), []
+    planner, network, calls = planner_with(24, CostBook(tmp_path / "costs.json")), build_unetr(preset), []
 
     def step(at_once: int) -> torch.Tensor:
         recomputed = isinstance(network.vit.blocks, CheckpointedBlocks)
@@ -202,13 +183,12 @@ def test_ladder_goes_down_to_one_recomputed_crop(
     assert ladder.run(step) == 0.5
     assert calls == [(4, False), (2, False), (1, False), (1, True), (1, True)]
     assert "gave up: 4 crops at a time; gave up: 2 crops at a time; gave up: keeping the transformer's" in caplog.text
-    again = StepPlanner(book=CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU)
+    again = planner_with(24, CostBook(tmp_path / "costs.json")).plan(preset, 9, CPU)
     assert (again.at_once, again.checkpointing) == (1, True), "the next run remembers"
 
 
-def test_step_whose_only_crop_does_not_fit_fails(free: Callable[[float], None]) -> None:
-    free(24)
-    preset, planner = tiny_preset(), StepPlanner()
+def test_step_whose_only_crop_does_not_fit_fails() -> None:
+    preset, planner = tiny_preset(), planner_with(24)
     plan = replace(planner.plan(preset, 9, CPU), at_once=1, checkpointing=True)
 
     def step(at_once: int) -> torch.Tensor:
@@ -219,9 +199,8 @@ def test_step_whose_only_crop_does_not_fit_fails(free: Callable[[float], None]) 
             StepLadder(plan, planner, preset, build_unetr(preset), may_shrink).run(step)
 
 
-def test_other_errors_go_through(free: Callable[[float], None]) -> None:
-    free(24)
-    preset, planner = tiny_preset(), StepPlanner()
+def test_other_errors_go_through() -> None:
+    preset, planner = tiny_preset(), planner_with(24)
 
     def step(at_once: int) -> torch.Tensor:
         raise RuntimeError("shapes differ")
