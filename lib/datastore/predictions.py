@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from lib.datastore.validation import MaskArray
 from lib.errors import ImageError
 from lib.imagefiles.compression import pack_gzip
 from lib.storage.disk import MIB, make_room
+from lib.storage.files import replacing
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.datastore")
@@ -117,9 +117,8 @@ class Predictions:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, data in ((packed, content), (side_car, json.dumps(asdict(prediction)).encode())):
-                part = path.with_name(f".{path.name}.part")
-                part.write_bytes(data)
-                os.replace(part, path)
+                with replacing(path) as file:
+                    file.write(data)
             self._make_room()
         except OSError as error:
             logger.warning("a prediction for %r was not remembered: %s", prediction.image_id, error)

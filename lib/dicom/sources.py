@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from lib.dicom.attributes import Json, first_value
 from lib.dicom.files import read_instance
 from lib.dicom.index import DicomIndex, SeriesEntry
 from lib.errors import NotFoundError, ParameterError
+from lib.storage.files import replacing
 
 INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate", "StudyTime", "Modality")
 """What clients are told of a series."""
@@ -178,12 +178,8 @@ class FolderSource:
 def _write(instance: Dataset, file: Path) -> None:
     """At once or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        instance.save_as(partial, write_like_original=False)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as content:
+        instance.save_as(content, write_like_original=False)
 
 
 def _pixels_and_uids(instance: Dataset) -> tuple[Any, ...]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from lib.errors import ImageError
 from lib.imagefiles.opening import open_regular
@@ -74,30 +75,23 @@ class ResultCache:
     """
 
     def __init__(self, limit_mib: int) -> None:
-        self._limit_bytes = limit_mib * MIB
-        self._kept: OrderedDict[CacheKey, CachedMask] = OrderedDict()
-        self._size_bytes = 0
+        size: Callable[[CachedMask], int] = attrgetter("size_bytes")
+        self._kept: LRUCache[CacheKey, CachedMask] = LRUCache(limit_mib * MIB, getsizeof=size)
         self._lock = threading.Lock()
 
     def get(self, key: CacheKey) -> CachedMask | None:
         """The mask of that key, where it is kept. What other weights of the preset said leaves at the same time."""
         with self._lock:
             self._forget_other_models(key)
-            if key in self._kept:
-                self._kept.move_to_end(key)
             return self._kept.get(key)
 
     def put(self, key: CacheKey, mask: CachedMask) -> None:
         """Keep a mask, where it fits at all."""
         with self._lock:
             self._forget_other_models(key)
-            self._forget(key)
-            if mask.size_bytes > self._limit_bytes:
-                return
-            self._kept[key] = mask
-            self._size_bytes += mask.size_bytes
-            while self._size_bytes > self._limit_bytes:
-                self._forget(next(iter(self._kept)))
+            self._kept.pop(key, None)
+            if mask.size_bytes <= self._kept.maxsize:
+                self._kept[key] = mask
 
     def __contains__(self, key: CacheKey) -> bool:
         with self._lock:
@@ -109,23 +103,19 @@ class ResultCache:
     @property
     def size_bytes(self) -> int:
         """Memory that all of them take, about."""
-        return self._size_bytes
+        return int(self._kept.currsize)
 
     def _forget_other_models(self, key: CacheKey) -> None:
         stale = [k for k in self._kept if k.preset == key.preset and k.model != key.model]
         for old in stale:
-            self._forget(old)
-
-    def _forget(self, key: CacheKey) -> None:
-        mask = self._kept.pop(key, None)
-        self._size_bytes -= 0 if mask is None else mask.size_bytes
+            del self._kept[old]
 
 
 class Checksums:
     """SHA-256 of images, remembered for as long as size and time of the files do not change."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Path, tuple[Stamp, str]] = OrderedDict()
+        self._known: LRUCache[Path, tuple[Stamp, str]] = LRUCache(MOST_CHECKSUMS)
         self._lock = threading.Lock()
 
     def of(self, image: Path) -> str:
@@ -148,8 +138,6 @@ class Checksums:
         digest = sha256_of_blocks(_contents(files if files == [image] else filled))
         with self._lock:
             self._known[image] = (stamp, digest)
-            while len(self._known) > MOST_CHECKSUMS:
-                self._known.popitem(last=False)
         return digest
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from operator import attrgetter
 
 import torch
+from cachetools import LRUCache
 from monai.data import MetaTensor
 
 from lib.configs.preset import Preset
@@ -22,26 +24,22 @@ class NetworkImages:
     """
 
     def __init__(self, limit_mib: int) -> None:
-        self._limit_bytes = limit_mib * MIB
-        self._kept: OrderedDict[Key, MetaTensor] = OrderedDict()
+        size: Callable[[MetaTensor], int] = attrgetter("nbytes")
+        self._kept: LRUCache[Key, MetaTensor] = LRUCache(limit_mib * MIB, getsizeof=size)
         self._lock = threading.Lock()
 
     def put(self, checksum: str, preset: Preset, image: MetaTensor) -> None:
         """Keep an image of shape (1, X, Y, Z), where it fits at all."""
         on_host = MetaTensor(image.as_subclass(torch.Tensor).cpu(), affine=image.affine.cpu())
         with self._lock:
-            self._kept[_key(checksum, preset)] = on_host
-            self._kept.move_to_end(_key(checksum, preset))
-            while self._kept and sum(kept.nbytes for kept in self._kept.values()) > self._limit_bytes:
-                self._kept.popitem(last=False)
+            if on_host.nbytes <= self._kept.maxsize:
+                self._kept[_key(checksum, preset)] = on_host
 
     def get(self, checksum: str, preset: Preset) -> MetaTensor | None:
         """The image, where it is kept."""
         with self._lock:
-            key = _key(checksum, preset)
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
+            image: MetaTensor | None = self._kept.get(_key(checksum, preset))
+            return image
 
 
 def _key(checksum: str, preset: Preset) -> Key:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,18 +76,22 @@ def stage(blocks: Iterable[bytes], folder: Path, durable: bool = True) -> Staged
 
 
 @contextmanager
-def replacing(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = False, mode: int | None = None) -> Iterator[BinaryIO]:
     """Write a file under a temporary name beside ``path``, which it replaces at the end of the block in one step.
 
     Args:
         path: its name.
         durable: wait for the disk before it gets its name.
+        mode: its permissions, from before anything is written into it; as the process makes files where not given.
 
     Raises:
         Whatever the block raises; then the file is as it was before, and nothing is left of the new one.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # the thread's number too: two threads may write a file of the same name at the same time
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        if mode is not None:
+            temporary.touch(mode=mode)
         with temporary.open("wb") as file:
             yield file
             file.flush()

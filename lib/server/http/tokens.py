@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import sys
 import threading
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lib.configs.yaml_files import read_yaml
 from lib.errors import ConfigError
+from lib.storage.files import replacing
 
 logger = logging.getLogger("unetr.server")
 
@@ -144,10 +144,8 @@ def add_token(path: Path, user: str, role: RoleName) -> str:
     before = TokenFile.read(path).tokens if path.exists() else ()
     entry = TokenEntry(user=user, role=role, sha256=hash_token(token))
     data = {"tokens": [kept.model_dump() for kept in (*before, entry)]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.touch(mode=0o600)
-    temporary.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path, mode=0o600) as file:
+        file.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode("utf-8"))
     return token
 
 
