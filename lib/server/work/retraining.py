@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from lib.networks.precision import resolve_device
 from lib.server.services import Services
 from lib.server.work.journal import Journal
 from lib.server.work.prefetch import PrefetchKey
+from lib.server.work.trials import Trial, Trials
 from lib.storage.clock import PastTimes
 from lib.trainers.retrain import Decision, History, Label, decide
 from lib.trainers.submitted import undrawn_as_missing
@@ -54,7 +55,7 @@ class Retrainer:
         self._times = PastTimes()
         self._said: dict[str, str] = {}
         self._notices: dict[str, str] = {}
-        self._reviews: dict[tuple[str, str, str], float] = {}
+        self._trials = Trials(self._try_on)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
@@ -202,18 +203,20 @@ class Retrainer:
             return history
         dice = []
         for case in new:
-            key = (case.case_id, history.labels[case.case_id].digest, served)
-            if review and key not in self._reviews and not history.running:
-                try:
-                    self._reviews[key] = self._try_on(model, case)
-                except InterruptedWork:
-                    review = False  # somebody uses the device: the next look goes on here
-            dice.append(self._reviews.get(key, math.nan))
+            trial = Trial(model, served, case.case_id, history.labels[case.case_id].digest)
+            if review and not history.running:
+                review = self._trials.run(trial, case)  # where somebody uses the device, the next look goes on here
+            dice.append(self._trials.known(trial))
         mean = mean_known(dice)
         return replace(history, dice_on_new=None if math.isnan(mean) else mean)
 
-    def _try_on(self, model: str, case: Case) -> float:
+    def _try_on(self, model: str, case: Case, begin: Callable[[], None]) -> float:
         """Mean Dice of the served model on a label; NaN where it cannot be computed.
+
+        Args:
+            model: which.
+            case: the label's.
+            begin: called when it begins to compute.
 
         Raises:
             InterruptedWork: when somebody else uses the device, or wants it meanwhile.
@@ -221,7 +224,7 @@ class Retrainer:
         preset = self._parts.train_task(model).preset
         try:
             _, reference = read_case(case, preset)
-            mask = self._segment_when_idle(model, case)
+            mask = self._segment_when_idle(model, case, begin)
             try:
                 predicted = read_volume(mask).voxels.astype("uint8")
             finally:
@@ -233,16 +236,21 @@ class Retrainer:
         missing = undrawn_as_missing(case, reference, preset).missing
         return mean_known(without_missing(dice, preset.label_indices, missing).values())
 
-    def _segment_when_idle(self, model: str, case: Case) -> Path:
+    def _segment_when_idle(self, model: str, case: Case, begin: Callable[[], None]) -> Path:
         """The served model's mask of a case, computed in an idle slot of the device, as prefetched masks are."""
         if self._loop is None:
             raise InterruptedWork
         request = {"model": model, "image": str(case.image), "result_extension": ".nii.gz", "save_label": False}
+
+        def infer() -> Any:
+            begin()
+            return self._parts.instance.infer(request)
+
         answer: dict[str, Any] = self._parts.inferences.run_when_idle(
             self._loop,
             str(resolve_device(self._parts.settings.device)),
             PrefetchKey(model, case.case_id),
-            lambda: self._parts.instance.infer(request),
+            infer,
             PATIENCE_SECONDS,
         )
         return Path(answer["file"])
