@@ -1,6 +1,6 @@
 """The server: our routes around MONAI Label's app.
 
-python -m monailabel.main start_server --app apps/unetr_radiology --studies DIR --uvicorn_app lib.server.app:app
+python -m lib.server start_server --app apps/unetr_radiology --studies DIR --uvicorn_app lib.server.app:app
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from lib.configs.settings import Settings
-from lib.server.http.connections import Limits, limit_connections, serving_uvicorn
+from lib.server.http.connections import Limits, serving_uvicorn
+from lib.server.http.encryption import limit_connections
 from lib.server.http.errors import register_error_handlers
 from lib.server.http.events import called_by_signal, closed_by_signals
 from lib.server.http.exposure import warn_if_closed_to_all, warn_if_exposed

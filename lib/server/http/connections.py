@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 import uvicorn
@@ -152,6 +152,28 @@ class LimitedProtocol(H11Protocol):
             self.transport.close()
 
 
+class Connection(Protocol):
+    """What is counted: a connection of HTTP, or one whose encryption is not agreed on yet."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: Any
+
+    @property
+    def cycle(self) -> Any:
+        """The request that was read last; None before the first."""
+
+    @property
+    def waits_for_header(self) -> bool:
+        """Whether no request is being read or answered."""
+
+    @property
+    def address(self) -> str:
+        """The other end."""
+
+    def end_if_overdue(self, now: float, limits: Limits) -> None:
+        """Close the connection of a client that takes too long."""
+
+
 class Crowd:
     """All connections of a server.
 
@@ -161,8 +183,8 @@ class Crowd:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._all: dict[LimitedProtocol, str] = {}
-        self._of_client: dict[str, dict[LimitedProtocol, None]] = {}
+        self._all: dict[Connection, str] = {}
+        self._of_client: dict[str, dict[Connection, None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -177,7 +199,7 @@ class Crowd:
         """A connection, as uvicorn asks for one."""
         return LimitedProtocol(self, **options)
 
-    def admit(self, connection: LimitedProtocol) -> bool:
+    def admit(self, connection: Connection) -> bool:
         """Take a connection in; False when there are too many and none that could make room."""
         address = connection.address
         own = self._of_client.get(address, {})
@@ -194,7 +216,7 @@ class Crowd:
             self._timer = connection.loop.call_later(SECONDS_BETWEEN_LOOKS, self._look, connection.loop)
         return True
 
-    def leave(self, connection: LimitedProtocol) -> None:
+    def leave(self, connection: Connection) -> None:
         """Forget a connection."""
         address = self._all.pop(connection, None)
         if address is not None:
@@ -202,7 +224,7 @@ class Crowd:
             if not self._of_client[address]:
                 del self._of_client[address]
 
-    def _make_room(self, among: Iterable[LimitedProtocol]) -> bool:
+    def _make_room(self, among: Iterable[Connection]) -> bool:
         """End the oldest connection that asks for nothing, first of those that never have."""
         waiting = [connection for connection in among if connection.waits_for_header]
         oldest = next((c for c in waiting if c.cycle is None), next(iter(waiting), None))
@@ -223,22 +245,3 @@ def serving_uvicorn() -> uvicorn.Server | None:
     """The uvicorn that serves this app, found as what handles SIGTERM; None under another server."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
-
-
-def limit_connections(limits: Limits) -> Crowd | None:
-    """Have the uvicorn that is starting this app make connections that keep to limits.
-
-    MONAI Label's command line starts uvicorn and has no option for its protocol. Uvicorn opens its socket after the app
-    has started, and asks its configuration for the protocol then.
-
-    Returns:
-        The connections; None under another server, which has to limit them itself.
-    """
-    server = serving_uvicorn()
-    if server is None:
-        logger.warning("connections are not limited: this app is not served by uvicorn; limit them in front of it")
-        return None
-    crowd = Crowd(limits)
-    server.config.http_protocol_class = crowd.make  # type: ignore[assignment]
-    server.config.backlog = BACKLOG
-    return crowd

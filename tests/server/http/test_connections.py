@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -17,7 +19,9 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from lib.server.http import connections
-from lib.server.http.connections import Crowd, Limits, limit_connections
+from lib.server.http.connections import Crowd, Limits
+from lib.server.http.encryption import limit_connections, protocol_factory
+from tests.certificate import make_certificate
 
 HALF_A_HEADER = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Half: "
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -34,13 +38,16 @@ async def large(request: Request) -> StreamingResponse:
 
 
 @contextmanager
-def serving(limits: Limits) -> Iterator[tuple[int, Crowd]]:
-    """Its port and connections."""
+def serving(limits: Limits, encrypted: tuple[Path, Path] | None = None) -> Iterator[tuple[int, Crowd]]:
+    """Its port and connections; with a key and a certificate, encrypted ones."""
     app = Starlette(routes=[Route("/", hello, methods=["GET", "POST"]), Route("/large", large)])
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=60)
     server, crowd = uvicorn.Server(config), Crowd(limits)
     config.load()
-    config.http_protocol_class = crowd.make  # type: ignore[assignment]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if encrypted else None
+    if context is not None and encrypted is not None:
+        context.load_cert_chain(encrypted[1], encrypted[0])
+    config.http_protocol_class = protocol_factory(crowd, context)  # type: ignore[assignment]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -157,6 +164,70 @@ def test_proxies_speak_for_many() -> None:
         halves = [connect(port, HALF_A_HEADER) for _ in range(30)]
         assert ask(port).startswith(b"HTTP/1.1 200")
         assert 30 <= len(crowd) <= 32
+        for half in halves:
+            half.close()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+def encrypt(made: socket.socket, certificate: tuple[Path, Path]) -> ssl.SSLSocket:
+    return ssl.create_default_context(cafile=certificate[1]).wrap_socket(made, server_hostname="127.0.0.1")
+
+
+def hello_of_a_client() -> bytes:
+    """The first message of a handshake."""
+    outgoing = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+def ask_encrypted(port: int, certificate: tuple[Path, Path], asked: bytes = GET) -> bytes:
+    with encrypt(connect(port), certificate) as made:
+        made.sendall(asked)
+        return answer(made)
+
+
+def test_handshakes_that_are_not_finished_are_closed_and_whole_ones_answered(certificate: tuple[Path, Path]) -> None:
+    hello = hello_of_a_client()
+    firsts = [b"", hello[:1], hello[: len(hello) // 2], hello] * 5
+    with serving(Limits(64, 64, 0.5, 5), certificate) as (port, crowd):
+        halves = [connect(port, first) for first in firsts]
+        assert ask_encrypted(port, certificate).startswith(b"HTTP/1.1 200")
+        assert len(crowd) >= len(halves)
+        for half in halves:
+            with suppress(ConnectionResetError):
+                while half.recv(4096):
+                    pass
+            half.close()
+        deadline = time.monotonic() + 10
+        while len(crowd) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(crowd) == 0
+        with encrypt(connect(port), certificate) as made:
+            made.sendall(HALF_A_HEADER)
+            assert made.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_what_is_no_handshake_is_closed_at_once(certificate: tuple[Path, Path]) -> None:
+    with serving(Limits(64, 64, 60, 60), certificate) as (port, crowd):
+        with connect(port, GET) as made, suppress(ConnectionResetError):
+            while made.recv(4096):
+                pass
+        assert len(crowd) == 0
+        assert ask_encrypted(port, certificate).startswith(b"HTTP/1.1 200")
+
+
+def test_beyond_the_limits_the_oldest_handshake_makes_room(certificate: tuple[Path, Path]) -> None:
+    with serving(Limits(40, 20, 60, 60), certificate) as (port, crowd):
+        halves = [connect(port) for _ in range(100)]
+        body = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 300000\r\n\r\n" + b"0" * 300000
+        assert ask_encrypted(port, certificate, body).endswith(b"300000 bytes")
+        assert len(crowd) <= 20
         for half in halves:
             half.close()
 
