@@ -6,7 +6,7 @@ from the file that is open: no other file can be reached.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import nrrd
@@ -87,6 +87,33 @@ def read_nrrd_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) 
         raise ImageError(f"image {name!r} is damaged: {error}") from error
     voxels = numbers.reshape(header.sizes, order="F")
     return voxels if header.layer_axis is None else np.moveaxis(voxels, header.layer_axis, -1)
+
+
+def read_nrrd_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
+    """As :func:`read_nrrd_voxels`, plane by plane of the first two axes, in float32; no more is in memory than one.
+
+    Text, and layers that lie between the axes in space, are read as a whole.
+
+    Raises:
+        ImageError: as there; damage is found at the latest with the last plane.
+    """
+    if header.encoding == "text" or header.layer_axis not in (None, len(header.sizes) - 1):
+        voxels = read_nrrd_voxels(file, size, header, name)
+        planes = voxels.reshape(*voxels.shape[:2], -1, order="F")
+        yield from (np.asarray(planes[:, :, index], dtype=np.float32) for index in range(planes.shape[2]))
+        return
+    check_promise(header.size_bytes, size - header.offset, header.encoding, name)
+    count = int(np.prod(header.sizes[:2]))
+    file.seek(header.offset)
+    try:
+        stream = open_stream(file, header.encoding)
+        for _ in range(header.voxel_count // count):
+            numbers = read_exactly(stream, count * header.dtype.itemsize, name).view(header.dtype)
+            yield np.asarray(numbers.reshape(header.sizes[:2], order="F"), dtype=np.float32)
+        if header.encoding != "raw":
+            check_end(stream, name)
+    except (OSError, ValueError, *BROKEN_STREAM) as error:
+        raise ImageError(f"image {name!r} is damaged: {error}") from error
 
 
 def _read_lines(file: BinaryIO, name: str) -> tuple[list[str], int]:

@@ -15,7 +15,7 @@ from lib.errors import FileKindError, ImageError, MemoryBudgetError
 from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import HEAD_BYTES, Kind, find_kind, is_gzip, name_foreign
 from lib.imagefiles.nifti import read_nifti_header, read_nifti_planes, read_nifti_voxels
-from lib.imagefiles.nrrd_format import read_nrrd_header, read_nrrd_voxels
+from lib.imagefiles.nrrd_format import read_nrrd_header, read_nrrd_planes, read_nrrd_voxels
 from lib.imagefiles.opening import open_regular
 
 KNOWN_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
@@ -64,19 +64,15 @@ def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
 
 
 def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
-    """The voxels plane by plane of the first two axes, in float32; of a NIfTI file no more is in memory than that.
+    """The voxels plane by plane of the first two axes, in float32; no more is in memory than that.
 
     Raises:
         MemoryBudgetError, FileKindError, ImageError: as :func:`read_voxels`.
     """
     with open_regular(path) as file:
         header = _header_of(file, path.name)
-        if header.kind is not Kind.NRRD:
-            yield from read_nifti_planes(file, os.fstat(file.fileno()).st_size, header, path.name)
-            return
-    _, voxels = read_voxels(path)
-    planes = voxels.reshape(*voxels.shape[:2], -1, order="A")
-    yield from (np.asarray(planes[:, :, index], dtype=np.float32) for index in range(planes.shape[2]))
+        read = read_nrrd_planes if header.kind is Kind.NRRD else read_nifti_planes
+        yield from read(file, os.fstat(file.fileno()).st_size, header, path.name)
 
 
 def _header_of(file: BinaryIO, name: str) -> ImageHeader:

@@ -26,9 +26,29 @@ def test_planes_are_those_of_the_whole_file(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(np.stack(list(read_planes(tmp_path / name)), axis=2), whole)
 
 
-def test_planes_of_a_file_that_was_cut_off_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2", "ascii"])
+@pytest.mark.parametrize("layers", ["none", "first", "last"])
+def test_planes_of_a_nrrd_file_are_those_of_the_whole_however_it_is_stored(
+    tmp_path: Path, encoding: str, layers: str
+) -> None:
+    shape = {"none": (7, 5, 9), "first": (2, 7, 5, 9), "last": (7, 5, 9, 2)}[layers]
+    voxels = np.random.default_rng(0).integers(-1000, 1000, shape, dtype=np.int16)
+    kinds = ["domain"] * 3
+    if layers != "none":
+        kinds.insert(0 if layers == "first" else 3, "list")
+    nrrd.write(str(tmp_path / "a.nrrd"), voxels, {"kinds": kinds, "encoding": encoding})
+    whole = np.asarray(read_voxels(tmp_path / "a.nrrd")[1], dtype=np.float32)
+    planes = np.stack(list(read_planes(tmp_path / "a.nrrd")), axis=2)
+    np.testing.assert_array_equal(planes, whole.reshape(7, 5, -1, order="F"))
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd"])
+def test_planes_of_a_file_that_was_cut_off_are_refused(tmp_path: Path, name: str) -> None:
     voxels = np.random.default_rng(0).integers(-1000, 1000, (7, 5, 9), dtype=np.int16)
-    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "a.nii.gz")
-    (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-9])
+    if name == "a.nrrd":
+        nrrd.write(str(tmp_path / name), voxels)
+    else:
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
+    (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(ImageError, match="damaged"):
-        list(read_planes(tmp_path / "cut.nii.gz"))
+        list(read_planes(tmp_path / f"cut-{name}"))
