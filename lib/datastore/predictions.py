@@ -38,6 +38,7 @@ class Prediction:
         image_id: for which image.
         preset: by which model.
         model_version: the version of its weights.
+        engine: what computed it; empty where that is not known.
         extension: kind of the mask's file.
         at: when, in seconds since 1970.
     """
@@ -48,6 +49,7 @@ class Prediction:
     model_version: str
     extension: str
     at: float
+    engine: str = ""
 
 
 class Predictions:
@@ -64,10 +66,12 @@ class Predictions:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="predictions")
         self._latest: Future[None] | None = None
 
-    def remember(self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes) -> None:
+    def remember(
+        self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes, engine: str = ""
+    ) -> None:
         """Keep a mask that a client is being given; ``name`` is its file's. Returns at once."""
         suffix = next((s for s in (".nii.gz", ".nii", ".nrrd") if name.endswith(s)), ".nii.gz")
-        prediction = Prediction(client, image_id, preset, version, suffix, time.time())
+        prediction = Prediction(client, image_id, preset, version, suffix, time.time(), engine)
         self._latest = self._writer.submit(self._write, prediction, mask)
 
     def find(self, client: str, image_id: str) -> Prediction | None:

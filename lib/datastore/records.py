@@ -27,6 +27,7 @@ class Submission:
         client_id: what the client calls itself.
         preset: the task that its names belong to.
         model_version: of the prediction that it started from; empty where that is not known.
+        engine: what computed that prediction; empty where that is not known.
         label_map: name to value in the file.
         missing_labels: the preset's labels that it does not speak of.
         voxels_changed: how many voxels differ from that prediction; None where that is not known.
@@ -44,6 +45,7 @@ class Submission:
     client_id: str = ""
     preset: str = ""
     model_version: str = ""
+    engine: str = ""
     label_map: Mapping[str, int] = field(default_factory=dict)
     missing_labels: tuple[str, ...] = ()
     voxels_changed: int | None = None

@@ -577,6 +577,7 @@ def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submissio
         client_id=str(info.get("client_id", "")),
         preset=str(info.get("model") or ""),
         model_version=str(model.get("version", "")) if isinstance(model, dict) else "",
+        engine=str(params.get("engine", "")),
         label_map={str(name): int(value) for name, value in (params.get("label_names") or {}).items()},
         source=INFERENCE,
         info=dict(info),

@@ -64,6 +64,11 @@ INSTANCE_ATTRIBUTES = tuple(
     )
 )
 SUMMARY = frozenset((*STUDY_ATTRIBUTES, *SERIES_ATTRIBUTES, *INSTANCE_ATTRIBUTES))
+TYPE_2 = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
+)
+"""Attributes that every image has, if only empty (PS3.3, C.7.1.1 and C.7.2.1); anonymisers remove some."""
 OF_LEVEL: dict[Level, tuple[str, ...]] = {
     "studies": STUDY_ATTRIBUTES,
     "series": (tag_of("StudyInstanceUID"), *SERIES_ATTRIBUTES),

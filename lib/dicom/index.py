@@ -4,12 +4,14 @@ Each thread has a connection of its own, and readers do not wait for the writer 
 read again when its size or its time of change differs, so that the next start is quick.
 
 Each file has a row. Of several files with the same Study, Series and SOP Instance UID the one that was indexed first is
-the instance; the others are copies, or problems where their attributes differ.
+the instance; the others are copies, or problems where their attributes differ. Of several studies with a series of the
+same UID, the one that was indexed first keeps it; the series of another one gets a UID of its own, in all that is told.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,6 +26,8 @@ from typing import Any
 
 from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
 from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, read_instance, reading
+from lib.dicom.presented.instances import uid_of
+from lib.dicom.presented.regular import MODALITIES, Regular, regular_for
 from lib.errors import ImageError
 from lib.storage.admission import Admission
 from lib.storage.sqlite import connect, remove_side_files
@@ -32,19 +36,26 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SCANS = 2.0
 FILES_A_TRANSACTION = 50
-VERSION = 2
+VERSION = 3
 """Of the tables and of what is in them; an index of another version is made anew."""
 TABLES = """
 DROP VIEW IF EXISTS shown;
 DROP TABLE IF EXISTS files;
 DROP TABLE IF EXISTS rows;
 DROP TABLE IF EXISTS instances;
+DROP TABLE IF EXISTS regular;
 CREATE TABLE files (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, problem TEXT);
 CREATE TABLE rows (
     id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, sop TEXT NOT NULL, study TEXT NOT NULL, series TEXT NOT NULL,
-    syntax TEXT NOT NULL, number INTEGER NOT NULL, is_placed INTEGER NOT NULL, summary TEXT NOT NULL,
-    metadata TEXT NOT NULL
+    in_file TEXT NOT NULL, syntax TEXT NOT NULL, number INTEGER NOT NULL, is_placed INTEGER NOT NULL,
+    summary TEXT NOT NULL, metadata TEXT NOT NULL
 );
+CREATE TABLE regular (
+    study TEXT NOT NULL, series TEXT NOT NULL, stamp TEXT NOT NULL, slices INTEGER NOT NULL, why TEXT NOT NULL,
+    PRIMARY KEY (study, series)
+);
+-- kept when the index is made anew, and when a study is gone: its labels do not become another study's
+CREATE TABLE IF NOT EXISTS claims (series TEXT PRIMARY KEY, study TEXT NOT NULL);
 CREATE INDEX by_uids ON rows (study, series, sop, id);
 CREATE INDEX by_series ON rows (series);
 CREATE INDEX by_sop ON rows (sop);
@@ -60,12 +71,16 @@ FROM rows AS own WHERE EXISTS (
     AND first.id < own.id AND first.metadata != own.metadata
 )
 """
+RENAMED_SERIES = """
+SELECT MIN(path), rows.series, in_file, claims.study, rows.study FROM rows JOIN claims ON in_file = claims.series
+WHERE rows.series != in_file GROUP BY rows.study, rows.series
+"""
 UPSERT = """
-INSERT INTO rows (path, sop, study, series, syntax, number, is_placed, summary, metadata)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO rows (path, sop, study, series, in_file, syntax, number, is_placed, summary, metadata)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (path) DO UPDATE SET sop = excluded.sop, study = excluded.study, series = excluded.series,
-    syntax = excluded.syntax, number = excluded.number, is_placed = excluded.is_placed, summary = excluded.summary,
-    metadata = excluded.metadata
+    in_file = excluded.in_file, syntax = excluded.syntax, number = excluded.number, is_placed = excluded.is_placed,
+    summary = excluded.summary, metadata = excluded.metadata
 """
 LARGEST_NUMBER = 1_000_000_000
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
@@ -74,13 +89,18 @@ DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 @dataclass(frozen=True)
 class Instance:
-    """One indexed file."""
+    """One indexed file.
+
+    Attributes:
+        is_renamed: whether the file has another Series Instance UID.
+    """
 
     sop: str
     study: str
     series: str
     file: Path
     syntax: str
+    is_renamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +159,7 @@ class DicomIndex:
         self._unnamed: list[str] = []
         self._entries: list[SeriesEntry] | None = None
         self._by_uid: dict[str, SeriesEntry] = {}
+        self._regular: dict[str, Regular] | None = None
         database.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._make_tables()
@@ -191,6 +212,7 @@ class DicomIndex:
             self.progress.indexed += len(part)
         if self._judged != (judged := self._changes):
             self.progress.problems = {self._below(path): problem for path, problem in self._problems()}
+            self._judge_regular()
             self._judged = judged
         self.progress.scans += 1
 
@@ -214,19 +236,32 @@ class DicomIndex:
         return entries
 
     def series(self) -> dict[str, SeriesEntry]:
-        """The series by their UID; of a UID that is in several studies, the series that was indexed first."""
+        """The series by their UID."""
         self.entries()
         return self._by_uid
+
+    def name_in(self, study: str, series_in_file: str) -> str:
+        """The UID under which a study's series is told, by the one in its files; that one where there is none."""
+        row = self._connection.execute(
+            "SELECT series FROM rows WHERE study = ? AND in_file = ? LIMIT 1", (study, series_in_file)
+        ).fetchone()
+        return row[0] if row else series_in_file
+
+    def regular(self) -> dict[str, Regular]:
+        """What is to be shown beside the series that viewers cannot show, by their UID."""
+        found = self._regular
+        if found is None:
+            rows = self._connection.execute("SELECT series, slices, why FROM regular WHERE slices > 0")
+            self._regular = found = {series: Regular(slices, why) for series, slices, why in rows}
+        return found
 
     def instances(self, study: str = "", series: str = "", sop: str = "") -> list[Instance]:
         """Instances of a study or a series, or with a UID, in the order of their numbers."""
         where, values = _where(study, series, sop)
         rows = self._connection.execute(
-            f"SELECT sop, study, series, path, syntax FROM shown {where} ORDER BY series, number, sop, id", values
+            f"SELECT {INSTANCE} FROM shown {where} ORDER BY series, number, sop, id", values
         )
-        return [
-            Instance(sop, of_study, of_series, Path(path), syntax) for sop, of_study, of_series, path, syntax in rows
-        ]
+        return [_instance(row) for row in rows]
 
     def stamp(self, series: str, study: str = "") -> str:
         """Of a series' files: another one when any is added, changed or gone."""
@@ -239,10 +274,8 @@ class DicomIndex:
     def instance(self, sop: str, study: str = "", series: str = "") -> Instance | None:
         """One instance; of a UID that is in several series, the one that was indexed first."""
         where, values = _where(study, series, sop)
-        row = self._connection.execute(
-            f"SELECT sop, study, series, path, syntax FROM shown {where} ORDER BY id", values
-        ).fetchone()
-        return Instance(row[0], row[1], row[2], Path(row[3]), row[4]) if row else None
+        row = self._connection.execute(f"SELECT {INSTANCE} FROM shown {where} ORDER BY id", values).fetchone()
+        return _instance(row) if row else None
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
         """DICOM JSON of the first instance of a study, a series, or of one instance."""
@@ -290,10 +323,49 @@ class DicomIndex:
             for path, stamp, row, problem in read:
                 connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, stamp, problem))
                 if row:
-                    connection.execute(UPSERT, (path, *row))
+                    connection.execute(UPSERT, (path, *self._named(connection, row)))
                 else:
                     connection.execute("DELETE FROM rows WHERE path = ?", (path,))
         self._entries, self._changes = None, self._changes + 1
+
+    @staticmethod
+    def _named(connection: sqlite3.Connection, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A row with the UID under which its series is told, before the one in its file."""
+        sop, study, series, *others, summary, metadata = row
+        connection.execute("INSERT OR IGNORE INTO claims VALUES (?, ?)", (series, study))
+        (owner,) = connection.execute("SELECT study FROM claims WHERE series = ?", (series,)).fetchone()
+        if owner == study:
+            return sop, study, series, series, *others, summary, metadata
+        own = uid_of(f"{study}/{series}", "series of a second study")
+        renamed = (dump(json.loads(text) | element("SeriesInstanceUID", own)).decode() for text in (summary, metadata))
+        return sop, study, own, series, *others, *renamed
+
+    def _judge_regular(self) -> None:
+        """See which series viewers cannot show, of those whose files have changed."""
+        rows = self._connection.execute(
+            "SELECT study, series, path, stamp FROM files JOIN shown USING (path) ORDER BY study, series, path"
+        )
+        stamps = {
+            uids: hashlib.sha256(repr([row[2:] for row in group]).encode()).hexdigest()[:16]
+            for uids, group in itertools.groupby(rows, key=lambda row: (row[0], row[1]))
+        }
+        known = {
+            (study, series): stamp
+            for study, series, stamp in self._connection.execute("SELECT study, series, stamp FROM regular")
+        }
+        images = {(e.study, e.series) for e in self.entries() if e.modality in MODALITIES and e.frames > 1}
+        wanted = {uids: stamp for uids, stamp in stamps.items() if uids in images}
+        judged = []
+        for (study, series), stamp in wanted.items():
+            if known.get((study, series)) != stamp and not self._stopped.is_set():
+                found = regular_for(self.metadata(study, series))
+                judged.append((study, series, stamp, *((found.slices, found.why) if found else (0, ""))))
+        with self._writing, self._connection as connection:
+            connection.executemany(
+                "DELETE FROM regular WHERE study = ? AND series = ?", [uids for uids in known if uids not in wanted]
+            )
+            connection.executemany("INSERT OR REPLACE INTO regular VALUES (?, ?, ?, ?, ?)", judged)
+        self._regular = None
 
     def _remove(self, paths: list[str]) -> None:
         if not paths:
@@ -325,15 +397,12 @@ class DicomIndex:
         yield from self._connection.execute("SELECT path, problem FROM files WHERE problem IS NOT NULL")
         for path, sop, first in self._connection.execute(DIFFERING_COPIES):
             yield path, f"left out: instance {sop} is in {self._below(first)} too, with other attributes"
-        for entry in self.entries():
-            first_study = self.series()[entry.series].study
-            if first_study != entry.study:
-                file = self.instances(entry.study, entry.series)[0].file
-                yield (
-                    str(file),
-                    f"series {entry.series} is in study {first_study} too, whose series is the image of this UID; that "
-                    f"of study {entry.study} can be viewed, not segmented",
-                )
+        for path, series, in_file, first_study, study in self._connection.execute(RENAMED_SERIES):
+            yield (
+                path,
+                f"series {in_file} is that of study {first_study}, which was indexed first, and an image is named by "
+                f"this UID alone: that of study {study} is shown, segmented and labelled as series {series}",
+            )
 
     def _below(self, path: str) -> str:
         """A path as it is told to clients."""
@@ -356,6 +425,15 @@ class DicomIndex:
 
 OTHER_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".json", ".txt", ".csv", ".db", ".lock", ".zip")
 """Names of files that are no DICOM, and are not even opened."""
+
+
+INSTANCE = "sop, study, series, path, syntax, series != in_file"
+"""Columns of :class:`Instance`."""
+
+
+def _instance(row: tuple[str, str, str, str, str, int]) -> Instance:
+    sop, study, series, path, syntax, is_renamed = row
+    return Instance(sop, study, series, Path(path), syntax, bool(is_renamed))
 
 
 def _is_text(path: str) -> bool:

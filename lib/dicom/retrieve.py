@@ -70,6 +70,8 @@ def _instance_part(instance: Instance, wanted: MediaType) -> Part:
             f"instance {instance.sop} is stored as {instance.syntax} and can be sent as that or as "
             f"{ExplicitVRLittleEndian}, not as {wanted.syntax}"
         )
+    if as_stored and instance.is_renamed:
+        return whole_file(_read(instance))
     content = instance.file.read_bytes() if as_stored else b""
     if not has_preamble(content):  # a data set alone, which is no file of PS3.10, or one that is to be decoded
         as_stored, content = False, _uncompressed(instance)
@@ -306,7 +308,10 @@ def _read(instance: Instance) -> FileDataset:
     if not instance.file.is_file():
         raise NotFoundError("file of instance", instance.sop)
     with reading(f"instance {instance.sop} cannot be read"):
-        return read_instance(instance.file)
+        dataset = read_instance(instance.file)
+        if instance.is_renamed:
+            dataset.SeriesInstanceUID = instance.series
+        return dataset
 
 
 def multipart(parts: Iterator[Part] | Sequence[Part], boundary: str) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydicom.dataset import Dataset
 
 from lib.dicom.files import reading
-from lib.dicom.series import Series
+from lib.dicom.series import UNEVEN, Series
 from lib.errors import LabelError
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -73,6 +73,8 @@ def read_segmentation(seg: Dataset, series: Series) -> SegmentedVolume:
     """
     if not is_segmentation(seg):
         raise LabelError("this instance is no DICOM Segmentation")
+    if series.even:
+        raise LabelError(f"series {series.uid} {UNEVEN}")
     with reading(f"DICOM SEG {seg.get('SOPInstanceUID', '')} cannot be read", LabelError):
         return _read(seg, series)
 

@@ -14,7 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from lib.configs.preset import Code, Label, Preset, canonical_name
-from lib.dicom.series import Series
+from lib.dicom.attributes import TYPE_2
+from lib.dicom.series import UNEVEN, Series
 from lib.errors import ImageError, LabelError
 
 MANUFACTURER = "monailabel-unetr"
@@ -23,11 +24,6 @@ OWN_SCHEME = "99UNETR"
 ANATOMICAL_STRUCTURE = Code(value="123037004", meaning="Anatomical Structure")
 ARTIFICIAL_INTELLIGENCE = Code(value="123110", meaning="Artificial Intelligence", scheme="DCM")
 SERIES_NUMBER = 300
-TYPE_2 = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
-    *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
-)
-"""Attributes that every image has, if only empty (PS3.3, C.7.1.1 and C.7.2.1); anonymisers remove some."""
 D65 = np.array([0.95047, 1.0, 1.08883])
 SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -73,8 +69,10 @@ def write_segmentation(
 
     Raises:
         LabelError: for another shape, or values that the preset does not have.
-        ImageError: for a series that lacks what every SEG must say of its images.
+        ImageError: for a series that lacks what every SEG must say of its images, or whose slices are uneven.
     """
+    if series.even:
+        raise ImageError(f"series {series.uid} {UNEVEN}")
     if labels.shape != series.shape:
         raise LabelError(f"mask of shape {labels.shape} is not on its series' grid; valid: {series.shape}")
     unknown = sorted(set(np.unique(labels).tolist()) - {0, *preset.label_indices.values()})

@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset
 
 from lib.dicom.files import describe, read_instance, reading
 from lib.dicom.pixels import decode_file
+from lib.dicom.spacing import EvenSlices, even_slices
 from lib.errors import ImageError
 
 FloatArray = npt.NDArray[np.float64]
@@ -33,6 +34,11 @@ ROUNDING_MM = 1e-3
 """What the digits of a decimal string leave; a distance below it is told to nobody."""
 SAME_STACK_MM = 1.0
 """Slices whose corners, seen from their first voxels, lie within this of each other are of one size and orientation."""
+UNEVEN = (
+    "has unevenly spaced slices, and its mask lies on even ones; valid: a DICOM SEG of the regular series that is "
+    "shown beside it, or another kind of file"
+)
+"""Why a DICOM SEG cannot refer to the slices of a series that is resampled."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -99,7 +105,8 @@ class Series:
 
     Attributes:
         frames: in order along the normal of the planes.
-        notes: what was left out, one sentence each.
+        notes: what was left out or resampled, one sentence each.
+        even: the slices of the volume, where the frames are not evenly spaced and it is resampled from them.
 
     Raises:
         ImageError: for fewer than two frames.
@@ -107,6 +114,7 @@ class Series:
 
     frames: tuple[Frame, ...]
     notes: tuple[str, ...] = ()
+    even: EvenSlices | None = None
 
     def __post_init__(self) -> None:
         if len(self.frames) < 2:
@@ -125,28 +133,39 @@ class Series:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Columns, rows, slices."""
-        return int(self.header.Columns), int(self.header.Rows), len(self.frames)
+        return int(self.header.Columns), int(self.header.Rows), self.even.count if self.even else len(self.frames)
+
+    @property
+    def positions_mm(self) -> FloatArray:
+        """Where the first voxels of the frames lie, in LPS; shape (frames, 3)."""
+        return np.array([frame.position_mm for frame in self.frames])
 
     @cached_property
     def affine_lps(self) -> FloatArray:
         """4x4, from (column, row, slice) to millimetres in LPS; the slices' step is fitted by least squares."""
         first, count = self.frames[0], len(self.frames)
-        positions = np.array([frame.position_mm for frame in self.frames])
-        numbers = np.arange(count) - (count - 1) / 2
         affine = np.eye(4)
         affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
         affine[:3, 1] = first.orientation[1] * first.spacing_mm[0]
+        if self.even:
+            affine[:3, 2], affine[:3, 3] = self.even.step_mm, self.even.first_mm
+            return affine
+        positions = self.positions_mm
+        numbers = np.arange(count) - (count - 1) / 2
         affine[:3, 2] = numbers @ positions / (numbers @ numbers)
         affine[:3, 3] = positions.mean(axis=0) + affine[:3, 2] * numbers[0]
         return affine
 
     @cached_property
     def distances_mm(self) -> FloatArray:
-        """How far the farthest corner of each slice lies from the fitted grid."""
+        """How far the farthest corner of each frame lies from its place on the fitted grid."""
+        places = self.even.places if self.even else np.arange(len(self.frames), dtype=np.float64)
         rows, columns = self.frames[0].size
         corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]])
         on_grid = corners @ self.affine_lps[:3, :2].T + self.affine_lps[:3, 3]
-        apart = [f.corners_mm - (on_grid + k * self.affine_lps[:3, 2]) for k, f in enumerate(self.frames)]
+        apart = [
+            f.corners_mm - (on_grid + at * self.affine_lps[:3, 2]) for at, f in zip(places, self.frames, strict=True)
+        ]
         distances: FloatArray = np.linalg.norm(apart, axis=2).max(axis=1)
         return distances
 
@@ -167,12 +186,12 @@ class Series:
         return list({frame.uid: frame.header for frame in self.frames}.values())
 
     def read_voxels(self) -> npt.NDArray[np.float32]:
-        """Decode and rescale; shape (columns, rows, slices).
+        """Decode, rescale, and resample where the frames are not evenly spaced; shape (columns, rows, slices).
 
         Raises:
             ImageError: naming the instance that cannot be decoded.
         """
-        voxels = np.empty(self.shape, dtype=np.float32)
+        voxels = np.empty((*self.shape[:2], len(self.frames)), dtype=np.float32)
         places: dict[Path, list[int]] = defaultdict(list)
         for index, frame in enumerate(self.frames):
             places[frame.file].append(index)
@@ -183,29 +202,44 @@ class Series:
                 if pixels.shape[0] <= frame.number or pixels.shape[1:] != voxels.shape[1::-1]:
                     raise ImageError(f"instance {frame.uid} has pixels of shape {pixels.shape}, unlike its header")
                 voxels[:, :, index] = pixels[frame.number].T * frame.slope + frame.intercept
-        return voxels
+        return self.even.resample(voxels) if self.even else voxels
 
 
-def read_series(files: Iterable[Path], name: str = "the selection") -> Series:
+def read_series(files: Iterable[Path], name: str = "the selection", uid: str = "") -> Series:
     """Put the frames of one series in order.
 
     Args:
         files: its instances, in any order.
         name: what to call the files in an error.
+        uid: what it is called here, where that is not the Series Instance UID of its files.
 
     Raises:
         ImageError: when there is no image among them, they are of several series, a slice is missing, slices lie at
             the same place, or one lies farther from an even grid than the tolerance.
     """
     headers, notes = _read_headers(files)
+    ordered = order_series(headers, notes, name)
+    if uid:
+        for _, header in headers:
+            header.SeriesInstanceUID = uid
+    return ordered
+
+
+def order_series(headers: Sequence[tuple[Path, Dataset]], notes: list[str], name: str) -> Series:
+    """As :func:`read_series`, of headers that have been read, each with its file.
+
+    Raises:
+        ImageError: as :func:`read_series`.
+    """
     series = sorted({str(header.get("SeriesInstanceUID", "")) for _, header in headers})
     if len(series) != 1:
         raise ImageError(f"{name} holds {len(series) or 'no'} DICOM series; valid: one")
     frames = [frame for file, header in _slices(headers, notes) for frame in _frames_of(file, header)]
     frames = _one_stack(_without_localizers(frames, notes), notes, name)
     made = Series(tuple(_one_a_place(_in_order(frames), notes, name)))
-    _check_distances(made, name)
-    return Series(made.frames, (*notes, *_distance_note(made)))
+    if made.distances_mm.max() > made.tolerance_mm:
+        made = _resampled(made, name)
+    return Series(made.frames, (*notes, *_spacing_notes(made)), made.even)
 
 
 def tolerance_mm(between_slices_mm: float) -> float:
@@ -386,29 +420,42 @@ def _one_a_place(frames: Sequence[Frame], notes: list[str], name: str) -> list[F
     return kept
 
 
-def _check_distances(series: Series, name: str) -> None:
-    """Refuse a series whose slices are not evenly spaced: on an even grid, voxels would lie somewhere else.
+def _resampled(series: Series, name: str) -> Series:
+    """Even slices for a series whose own lie unevenly on a straight line.
 
     Raises:
-        ImageError: naming the slices on both sides of the largest gap, or the slice that lies farthest off.
+        ImageError: where a slice is missing or lies off the line, naming the slices on both sides of the largest gap,
+            or the slice that lies farthest off.
     """
-    farthest = int(np.argmax(series.distances_mm))
-    if series.distances_mm[farthest] <= series.tolerance_mm:
-        return
     frames = series.frames
-    steps_mm = np.linalg.norm(np.diff([frame.position_mm for frame in frames], axis=0), axis=1)
+    normal = np.cross(*frames[0].orientation)
+    even = even_slices(series.positions_mm, normal / np.linalg.norm(normal))
+    made = Series(frames, even=even) if even else series
+    if even and made.distances_mm.max() <= made.tolerance_mm:
+        return made
+    farthest = int(np.argmax(made.distances_mm))
+    steps_mm = np.linalg.norm(np.diff(series.positions_mm, axis=0), axis=1)
     at = int(np.argmax(np.abs(steps_mm - np.median(steps_mm))))
     raise ImageError(
         f"the slices of {name} are {steps_mm.min():.4g} to {steps_mm.max():.4g} mm apart, most of all between "
         f"instances {frames[at].uid} and {frames[at + 1].uid}, and instance {frames[farthest].uid} lies "
-        f"{series.distances_mm[farthest]:.3g} mm from an even grid; valid: evenly spaced slices, none missing, at most "
-        f"{series.tolerance_mm:.3g} mm from their grid"
+        f"{made.distances_mm[farthest]:.3g} mm from an even grid; valid: evenly spaced slices, none missing, at most "
+        f"{made.tolerance_mm:.3g} mm from their grid"
     )
 
 
-def _distance_note(series: Series) -> list[str]:
-    """Of slices that do not lie quite on their grid, how far off they are."""
+def _spacing_notes(series: Series) -> list[str]:
+    """Of slices that do not lie quite on their grid, how far off they are; of resampled ones, what was done."""
+    notes = []
+    if series.even:
+        apart = np.linalg.norm(np.diff(series.positions_mm, axis=0), axis=1)
+        step = float(np.linalg.norm(series.even.step_mm))
+        notes.append(
+            f"its {len(series.frames)} slices, {apart.min():.4g} to {apart.max():.4g} mm apart, were resampled to "
+            f"{series.even.count} slices that are {step:.4g} mm apart and lie up to {series.even.farthest_mm:.2g} mm "
+            "from the nearest of them"
+        )
     farthest = float(series.distances_mm.max())
-    if farthest <= ROUNDING_MM:
-        return []
-    return [f"slices lie up to {farthest:.2g} mm from an even grid (tolerance {series.tolerance_mm:.2g} mm)"]
+    if farthest > ROUNDING_MM:
+        notes.append(f"slices lie up to {farthest:.2g} mm from an even grid (tolerance {series.tolerance_mm:.2g} mm)")
+    return notes

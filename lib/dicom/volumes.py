@@ -42,13 +42,13 @@ class VolumeCache:
     ) -> None:
         self.limit_mib = limit_mib
         self._source = source
-        self._folder = folder
+        self.folder = folder
         self._kept = kept
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def file(self, uid: str) -> Path:
         """Where a series' volume is or will be."""
-        return self._folder / f"{uid}.nii"
+        return self.folder / f"{uid}.nii"
 
     def get(self, uid: str) -> Path:
         """A series' volume, converted now if need be; what was left out of it is in ``notes``.
@@ -59,12 +59,12 @@ class VolumeCache:
         """
         with self._locks[uid]:
             stamp = self._source.stamp(uid)
-            stamped, file = self._folder / f"{uid}.stamp", self.file(uid)
+            stamped, file = self.folder / f"{uid}.stamp", self.file(uid)
             if not file.is_file() or not stamped.is_file() or stamped.read_text().split("\n")[0] != stamp:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 stamped.unlink(missing_ok=True)
-                with tempfile.TemporaryDirectory(dir=self._folder, prefix=".fetch-") as fetched:
-                    series = read_series(self._source.fetch(uid, Path(fetched)), f"series {uid}")
+                with tempfile.TemporaryDirectory(dir=self.folder, prefix=".fetch-") as fetched:
+                    series = read_series(self._source.fetch(uid, Path(fetched)), f"series {uid}", uid)
                     write_volume(series, file)
                 stamped.write_text("\n".join([stamp, *series.notes]))
                 self._make_room()
@@ -75,16 +75,16 @@ class VolumeCache:
     def _make_room(self) -> None:
         """Remove volumes beyond the limit, but none that is kept or was asked for lately."""
         kept, lately = set(self._kept()), time.time() - SECONDS_IN_USE
-        used = {path: path.stat().st_mtime for path in self._folder.glob("*.stamp") if path.stem not in kept}
+        used = {path: path.stat().st_mtime for path in self.folder.glob("*.stamp") if path.stem not in kept}
         now = lately + SECONDS_IN_USE  # a time beyond it is from before the clock was turned back
         old = [path for path in sorted(used, key=used.__getitem__) if not lately <= used[path] <= now + 1]
         leaving = {path.stem for path in old}
-        staying = sum(file.stat().st_size for file in self._folder.glob("*.nii") if file.stem not in leaving)
+        staying = sum(file.stat().st_size for file in self.folder.glob("*.nii") if file.stem not in leaving)
         make_room([(path, self.file(path.stem)) for path in old], self.limit_mib * MIB - staying)
 
     def notes(self, uid: str) -> list[str]:
         """What was left out of a series that has been converted, one sentence each."""
-        stamped = self._folder / f"{uid}.stamp"
+        stamped = self.folder / f"{uid}.stamp"
         return stamped.read_text().split("\n")[1:] if stamped.is_file() else []
 
     def read_series(self, uid: str, folder: Path) -> Series:
@@ -97,7 +97,7 @@ class VolumeCache:
         Raises:
             NotFoundError, UpstreamError, ImageError: as ``get``.
         """
-        return read_series(self._source.fetch(uid, folder), f"series {uid}")
+        return read_series(self._source.fetch(uid, folder), f"series {uid}", uid)
 
 
 def write_volume(series: Series, file: Path) -> None:

@@ -20,6 +20,7 @@ from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.datastore.records import LabelVersion
+from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.sources import FolderSource
 from lib.errors import NotFoundError
@@ -126,6 +127,8 @@ class Services:
                 instance.presets,
                 MIB * settings.picture_cache_mib,
                 settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
+                getattr(getattr(instance.datastore(), "source", None), "index", None),
+                _modalities_file(instance.datastore()),
             ),
         )
 
@@ -245,6 +248,11 @@ async def get_services(request: Request) -> Services:
     """The dependency of every route that does something."""
     services: Services = request.app.state.services
     return services
+
+
+def _modalities_file(datastore: Datastore) -> Path | None:
+    """Where the modalities of files are kept, beside the converted series."""
+    return datastore.volumes.folder.parent / "modalities.json" if isinstance(datastore, SeriesDatastore) else None
 
 
 Parts = Annotated[Services, Depends(get_services)]

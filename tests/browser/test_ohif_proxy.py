@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from dicom_series import SeriesIdentity, write_series
@@ -13,7 +15,8 @@ from pydicom.uid import generate_uid
 from selenium.webdriver.remote.webdriver import WebDriver
 from synthetic_hippocampus import draw_cases
 
-from lib.dicom.series import read_series
+from lib.dicom.presented.upright import UprightGrid
+from lib.dicom.series import Series, read_series
 from tests.browser.proxy import Proxy
 from tests.browser.viewer import Viewer
 from tests.integration.conftest import prepare
@@ -89,28 +92,70 @@ def test_radiologist_works_behind_a_proxy(
     assert [message for message in severe if "/train/?check_if_running=true" not in message] == []
 
 
-@pytest.mark.parametrize(("kind", "sentence"), [("tilted", "tilted by 14.0 degrees"), ("doubled", "cannot show")])
-def test_series_that_the_viewer_cannot_show_is_explained(
-    hospital: Hospital, open_browser: Callable[..., WebDriver], kind: str, sentence: str
-) -> None:
-    """Beside the tilted and the uneven series the server's own reading of them is tested in tests/dicom."""
+def make_odd(hospital: Hospital, kind: str, number: int) -> Series:
+    """A tilted series, or one with doubled slices, in a study of its own."""
     case = next(iter(draw_cases(1, seed=9)))
     folder = hospital.server.studies / kind
-    files = write_series(folder, case.image, case.affine_ras, SeriesIdentity(f"SYNTH-{kind}", "MR", kind, 30))
-    for number, file in enumerate(files):
+    files = write_series(folder, case.image, case.affine_ras, SeriesIdentity(f"SYNTH-{kind}", "MR", kind, 30 + number))
+    for index, file in enumerate(files):
         instance = dcmread(file)
         if kind == "tilted":
-            instance.ImagePositionPatient[1] += 0.249 * number
+            instance.ImagePositionPatient[1] += 0.249 * index
             instance.save_as(file)
-        elif number in (3, 4):
+        elif index in (3, 4):
             instance.SOPInstanceUID = generate_uid()
             instance.file_meta.MediaStorageSOPInstanceUID = instance.SOPInstanceUID
-            instance.save_as(file.with_name(f"again-{number}.dcm"))
-    study = str(instance.StudyInstanceUID)
-    wait_until(lambda: hospital.server.get(f"/dicom-web/studies/{study}/series").status_code == 200)
+            instance.save_as(file.with_name(f"again-{index}.dcm"))
+    series = read_series(sorted(folder.iterdir()))
+    address = f"/dicom-web/studies/{series.header.StudyInstanceUID}/series"
+    wait_until(lambda: len(hospital.server.get(address).json()) == 2)
+    return series
+
+
+@pytest.mark.parametrize(("kind", "sentence"), [("tilted", "tilted by 14.0 degrees"), ("doubled", "cannot show")])
+def test_series_that_the_viewer_cannot_show_is_explained_and_its_regular_one_works(
+    hospital: Hospital,
+    open_browser: Callable[..., WebDriver],
+    keep_screenshot: Callable[[WebDriver, str], Path],
+    kind: str,
+    sentence: str,
+) -> None:
+    source = make_odd(hospital, kind, ("tilted", "doubled").index(kind))
+    study, address = str(source.header.StudyInstanceUID), f"{hospital.proxy.url}/ohif/monai-label?StudyInstanceUIDs="
     viewer = Viewer(open_browser(1400, 900), hospital.proxy.url)
-    viewer.browser.get(f"{hospital.proxy.url}/ohif/monai-label?StudyInstanceUIDs={study}")
+    viewer.browser.get(f"{address}{study}&SeriesInstanceUIDs={source.uid}")
     viewer.wait_for(lambda: sentence in viewer.text)
+    viewer.wait_for(lambda: f'Open the series "{kind} (regular: ' in viewer.text)
+
+    told = hospital.server.get("/ohif/series", params={"study": study}).json()
+    viewer.open(study, told["SeriesInstanceUID"])
+    viewer.connect()
+    viewer.segment()
+    predicted = viewer.labelmap().copy()
+    keep_screenshot(viewer.browser, f"ohif-{kind}-prediction")
+    viewer.paint()
+    viewer.wait_for(lambda: (viewer.labelmap() != predicted).any())
+    edited, names = viewer.labelmap(), viewer.segment_names()
+    viewer.submit()
+    keep_screenshot(viewer.browser, f"ohif-{kind}-submitted")
+    content = hospital.server.get("/datastore/label", params={"label": source.uid, "tag": "final"}).content
+    label = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+    np.testing.assert_allclose(label.affine, source.affine_ras, atol=1e-4)
+    table = np.zeros(256, np.uint8)
+    for number, name in names.items():
+        table[number] = {"background": 0, "anterior": 1, "posterior": 2}.get(name, 0)
+    grid = UprightGrid.of(source.shape, source.affine_ras)
+    np.testing.assert_array_equal(np.asarray(label.dataobj), grid.to_file(in_order(viewer, table[edited], grid)))
+
+
+def in_order(viewer: Viewer, labelmap: np.ndarray, grid: UprightGrid) -> np.ndarray:
+    """The viewer's labelmap with its slices in the order of the grid, along its normal."""
+    image_data = "services.segmentationService.getLabelmapVolume('1').imageData"
+    first, last = viewer.run(
+        f"const i = {image_data}; return [i.indexToWorld([0, 0, 0]), i.indexToWorld([0, 0, 1])].map(v => Array.from(v))"
+    )
+    along = float(np.dot(np.subtract(last, first), grid.affine_lps[:3, 2]))
+    return labelmap if along > 0 else labelmap[:, :, ::-1]
 
 
 def test_model_for_another_modality_warns(hospital: Hospital) -> None:

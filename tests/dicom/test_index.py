@@ -17,6 +17,10 @@ from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from lib.dicom.index import DicomIndex
+from lib.dicom.presented.regular import Regular
+from lib.dicom.resources import parse_accept
+from lib.dicom.retrieve import instance_parts
+from lib.dicom.series import read_series
 from tests.dicom.conftest import edit, strip_preamble
 
 Make = Callable[..., list[Path]]
@@ -185,16 +189,73 @@ def copy_series(files: list[Path], name: str, **changed: object) -> list[Path]:
     return copies
 
 
-def test_series_of_one_uid_in_two_studies_are_both_shown_and_told(index: DicomIndex, tmp_path: Path) -> None:
+def test_series_of_one_uid_in_two_studies_are_told_under_two_uids(index: DicomIndex, tmp_path: Path) -> None:
     first = index.instances()[0]
-    copy_series(sorted((tmp_path / "one").iterdir()), "another", StudyInstanceUID="1.2.3", PatientID="OTHER")
+    changed = {"StudyInstanceUID": "1.2.3", "PatientID": "OTHER"}
+    copies = copy_series(sorted((tmp_path / "one").iterdir()), "another", **changed)
     index.scan()
-    assert [(entry.study, entry.instances) for entry in index.entries()] == [(first.study, 11), ("1.2.3", 11)]
-    assert index.series()[first.series].study == first.study, "the one that was there first keeps its image"
-    assert len(index.instances("1.2.3", first.series)) == 11
+    kept, named = index.entries()
+    assert (kept.study, kept.series, kept.instances) == (first.study, first.series, 11)
+    assert (named.study, named.instances) == ("1.2.3", 11)
+    assert named.series.startswith("2.25.") and set(index.series()) == {first.series, named.series}
+    assert index.name_in("1.2.3", first.series) == named.series
+    assert index.name_in(first.study, first.series) == first.series
+    assert not index.instances("1.2.3", first.series)
+    assert {told["0020000E"]["Value"][0] for told in index.metadata("1.2.3")} == {named.series}
+    (instance, *_) = index.instances("1.2.3")
+    assert (instance.series, instance.is_renamed, instance.file.parent.name) == (named.series, True, "another")
+    (part,) = instance_parts([instance], parse_accept("application/dicom; transfer-syntax=*"))
+    sent = dcmread(io.BytesIO(part.content))
+    assert (sent.SeriesInstanceUID, sent.StudyInstanceUID) == (named.series, "1.2.3")
+    assert sent.PixelData == dcmread(instance.file).PixelData
+    assert read_series(copies, uid=named.series).uid == named.series
     (path,) = index.progress.problems
     assert path == "another/0001.dcm"
-    assert f"series {first.series} is in study {first.study} too" in index.progress.problems[path]
+    sentence = f"series {first.series} is that of study {first.study}, which was indexed first"
+    assert sentence in index.progress.problems[path] and named.series in index.progress.problems[path]
+
+
+def test_study_keeps_the_uid_of_its_series_when_the_index_is_made_anew(index: DicomIndex, tmp_path: Path) -> None:
+    """Its labels are kept under that UID: they must not become another study's, whose path goes first."""
+    first, database = index.instances()[0], tmp_path / ".dicom" / "index.sqlite"
+    copy_series(sorted((tmp_path / "one").iterdir()), "a-first", StudyInstanceUID="1.2.3")
+    index.scan()
+    names = {entry.study: entry.series for entry in index.entries()}
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("PRAGMA user_version = 1")
+    again = DicomIndex(tmp_path, database)
+    again.scan()
+    assert {entry.study: entry.series for entry in again.entries()} == names
+    assert names[first.study] == first.series
+
+
+def test_study_that_comes_after_another_is_gone_does_not_take_its_labels_over(
+    index: DicomIndex, tmp_path: Path
+) -> None:
+    first = index.instances()[0]
+    copy_series(sorted((tmp_path / "one").iterdir()), "another", StudyInstanceUID="1.2.3")
+    shutil.rmtree(tmp_path / "one")
+    index.scan()
+    (entry,) = index.entries()
+    assert entry.study == "1.2.3" and entry.series != first.series
+    assert f"of study {first.study}, which was indexed first" in index.progress.problems["another/0001.dcm"]
+
+
+def test_series_that_viewers_cannot_show_are_known_after_a_restart_and_a_change(
+    index: DicomIndex, tmp_path: Path
+) -> None:
+    (series,) = index.series()
+    assert index.regular() == {}
+    scout = tmp_path / "one" / "scout.dcm"
+    shutil.copy(tmp_path / "one" / "0001.dcm", scout)
+    edit(scout, SOPInstanceUID="1.2.3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    index.scan()
+    expected = {series: Regular(11, "1 left out")}
+    assert index.regular() == expected
+    assert DicomIndex(tmp_path, tmp_path / ".dicom" / "index.sqlite").regular() == expected
+    scout.unlink()
+    index.scan()
+    assert index.regular() == {}
 
 
 def test_second_series_with_the_same_instance_uids_removes_nothing(index: DicomIndex, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import SimpleITK as sitk
 from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
+from lib.configs.catalogue import load_preset
 from lib.dicom.files import find_dicom
+from lib.dicom.segmentation_reader import read_segmentation
+from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import Series, read_series, tolerance_mm
-from lib.errors import ImageError
-from tests.dicom.conftest import AFFINES, draw_volume, edit, strip_preamble, transcode
+from lib.errors import ImageError, LabelError
+from tests.dicom.conftest import AFFINES, SHAPE, draw_mask, draw_volume, edit, strip_preamble, transcode
 
 Make = Callable[..., list[Path]]
 LOSSLESS = {
@@ -212,13 +216,54 @@ def test_slices_that_wander_sideways_are_refused_with_the_distance_from_the_grid
         read_series(files)
 
 
-def test_spacing_that_grows_is_refused(make_series: Make) -> None:
-    files = sorted(make_series(), key=lambda file: float(dcmread(file).ImagePositionPatient[2]))
-    grown = np.r_[0, np.cumsum(np.linspace(2.3, 2.7, len(files) - 1))]
-    for file, place, even in zip(files, grown, np.arange(len(files)) * 2.5, strict=True):
-        move(file, (0, 0, place - even))
-    with pytest.raises(ImageError, match=r"2\.3 to 2\.7 mm apart"):
-        read_series(files)
+def space(files: list[Path], steps_mm: np.ndarray, sideways: float = 0.0) -> np.ndarray:
+    """Put slices at other distances along the normal, and sideways by a part of them; returns where they lie then."""
+    files.sort(key=lambda file: float(dcmread(file).ImagePositionPatient[2]))
+    places = np.r_[0, np.cumsum(steps_mm)]
+    for file, place, even in zip(files, places, np.arange(len(files)) * 2.5, strict=True):
+        move(file, (0, sideways * place, place - even))
+    return places
+
+
+@pytest.mark.parametrize("sideways", [0.0, 0.3])
+def test_spacing_that_grows_is_resampled_along_the_slices_line_and_told(make_series: Make, sideways: float) -> None:
+    """Values that grow evenly along the normal are the same at each place before and after."""
+    files = make_series()
+    places = space(files, np.linspace(2.3, 2.7, len(files) - 1), sideways)
+    for file, place in zip(files, places, strict=True):
+        edit(file, RescaleSlope=0, RescaleIntercept=f"{10 * place:.6f}")
+    start = dcmread(files[0]).ImagePositionPatient
+    series = read_series(files)
+    step = places[-1] / 10
+    assert series.shape == draw_volume().shape
+    np.testing.assert_allclose(series.affine_lps[:3, 2], [0, sideways * step, step], atol=1e-6)
+    np.testing.assert_allclose(series.affine_lps[:3, 3], [float(value) for value in start], atol=1e-6)
+    expected = np.broadcast_to(10 * step * np.arange(11), series.shape)
+    np.testing.assert_allclose(series.read_voxels(), expected, atol=1e-3)
+    (note,) = series.notes
+    assert re.match(r"its 11 slices, 2\.\d+ to 2\.\d+ mm apart, were resampled to 11 slices that are 2\.\d+ mm", note)
+    farthest = np.abs(step * np.arange(11)[:, None] - places).min(axis=1).max() * np.hypot(1, sideways)
+    assert f"lie up to {farthest:.2g} mm from the nearest of them" in note
+
+
+def test_denser_slices_are_resampled_and_a_gap_among_them_is_refused(make_series: Make) -> None:
+    steps = np.array([1.0, 1, 1, 1, 1.2, 1.4, 1.4, 0.9, 1, 1])
+    files = make_series()
+    space(files, steps)
+    assert read_series(files).shape[2] == 12
+    with pytest.raises(ImageError, match="none missing"):
+        read_series(files[:6] + files[7:])
+
+
+def test_uneven_series_has_no_segmentation_on_its_own_slices(make_series: Make) -> None:
+    files = make_series()
+    seg = write_segmentation(draw_mask(SHAPE), read_series(files), load_preset("hippocampus_mr"), Origin())
+    space(files, np.linspace(2.3, 2.7, len(files) - 1))
+    series = read_series(files)
+    with pytest.raises(ImageError, match=r"unevenly spaced slices.*valid: a DICOM SEG of the regular series"):
+        write_segmentation(draw_mask(SHAPE), series, load_preset("hippocampus_mr"), Origin())
+    with pytest.raises(LabelError, match="unevenly spaced slices"):
+        read_segmentation(seg, series)
 
 
 def test_jitter_within_the_tolerance_is_taken_and_told(make_series: Make) -> None:

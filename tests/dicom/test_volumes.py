@@ -36,19 +36,19 @@ class Folders:
         return list(self._files[uid])
 
 
-@pytest.mark.parametrize(("limit_mib", "left"), [(0, "bcd"), (1, "abcd")])
+@pytest.mark.parametrize(("limit_mib", "left"), [(0, "234"), (1, "1234")])
 def test_what_nobody_asked_for_lately_makes_room(tmp_path: Path, limit_mib: int, left: str) -> None:
-    source, folder = Folders(tmp_path / "series", "abcd"), tmp_path / "volumes"
-    cache = VolumeCache(source, folder, kept=lambda: ["b"], limit_mib=1)  # type: ignore[arg-type]
-    for uid in "abc":
+    source, folder = Folders(tmp_path / "series", "1234"), tmp_path / "volumes"
+    cache = VolumeCache(source, folder, kept=lambda: ["2"], limit_mib=1)  # type: ignore[arg-type]
+    for uid in "123":
         cache.get(uid)
     long_ago = time.time() - 86_400
-    for uid in "abc":
+    for uid in "123":
         os.utime(folder / f"{uid}.stamp", (long_ago, long_ago))
-    cache.get("c")
+    cache.get("3")
     cache.limit_mib = limit_mib
-    cache.get("d")
-    assert sorted(path.stem for path in folder.glob("*.nii")) == list(left), "b is kept, c and d are in use"
+    cache.get("4")
+    assert sorted(path.stem for path in folder.glob("*.nii")) == list(left), "2 is kept, 3 and 4 are in use"
     assert sorted(path.stem for path in folder.glob("*.stamp")) == list(left)
-    assert np.asarray(nib.load(cache.get("a")).dataobj).max() == 0
-    assert source.read == list("abcd") + ["a"] * ("a" not in left), "what is gone is converted again"
+    assert np.asarray(nib.load(cache.get("1")).dataobj).max() == 0
+    assert source.read == list("1234") + ["1"] * ("1" not in left), "what is gone is converted again"

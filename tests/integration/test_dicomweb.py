@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -346,6 +347,25 @@ def test_label_of_slicer_becomes_a_segmentation_that_takes_the_place_of_the_one_
     assert seg.SegmentSequence[0].SegmentAlgorithmType in ("MANUAL", "SEMIAUTOMATIC")
     assert seg.SeriesNumber == 302
     assert len(server.get(f"/datastore/label/versions?image={series.uid}&tag=final").json()) == 2
+
+
+def test_segmentation_beside_an_unchanged_label_names_what_made_its_mask(studies: Studies) -> None:
+    server, series = studies.server, studies.series[0]
+    answer = parse_multipart(server.infer("hippocampus_mr", series.uid, result_extension=".nii.gz"))
+    mask, engine = answer["image"][1], json.loads(answer["params"][1])["engine"]
+    changed = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(mask)).dataobj).copy()
+    changed[0, 0, 0] = 1
+    file = server.folder / "changed.nii.gz"
+    nib.save(nib.Nifti1Image(changed, series.affine_ras), file)
+    for content, kind in ((mask, "AUTOMATIC"), (file.read_bytes(), "SEMIAUTOMATIC")):
+        assert server.save_label(series.uid, content, ["anterior", "posterior"]).status_code == 200
+        study = str(series.header.StudyInstanceUID)
+        (found,) = studies.client.search_for_series(study, search_filters={"Modality": "SEG"})
+        (seg,) = studies.client.retrieve_series(study, found["0020000E"]["Value"][0])
+        segment = seg.SegmentSequence[0]
+        assert segment.SegmentAlgorithmType == kind
+        made_by = segment.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion
+        assert made_by == seg.SoftwareVersions == f"shipped ({engine})"
 
 
 def test_segmentation_that_is_no_label_is_refused_and_the_rest_is_stored(studies: Studies) -> None:

@@ -11,9 +11,11 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 
 from lib.dicom.presented.grid import SeriesGrid
+from lib.dicom.presented.upright import UprightGrid
 from lib.dicom.series import Frame, Series
 
 NAMESPACE = uuid.UUID("8f4f0a1e-7a0e-5d5b-9e55-0b0c6d6f2c11")
+SOP_CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage}
 LARGEST_STORED = 65_535
 SHORTEST_WINDOW = 1.0
 
@@ -61,29 +63,35 @@ def describe_case(case_id: str, modality: str) -> Dataset:
     told.FrameOfReferenceUID = uid_of(case_id, "frame")
     told.PositionReferenceIndicator = ""
     told.Modality, told.SeriesNumber, told.SeriesDescription = modality, 1, "from a file"
-    told.SOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
+    told.SOPClassUID = SOP_CLASSES.get(modality, MRImageStorage)
     return told
 
 
 def make_header(
-    case_id: str, modality: str, grid: SeriesGrid, number: int, window: tuple[float, float], scale: tuple[float, float]
+    described: Dataset,
+    uid: str,
+    grid: SeriesGrid | UprightGrid,
+    number: int,
+    window: tuple[float, float],
+    scale: tuple[float, float],
 ) -> FileDataset:
     """An instance without its pixels.
 
     Args:
-        case_id: the image's id.
-        modality: ``CT`` or ``MR``.
+        described: what is the same in all instances of the series.
+        uid: SOP Instance UID.
         grid: of the series.
         number: of the slice, from 0.
         window: centre and width.
         scale: slope and intercept.
     """
     header = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
-    header.update(describe_case(case_id, modality))
+    header.update(described)
+    modality = str(described.Modality)
     header.is_little_endian, header.is_implicit_VR = True, False
     spacing = np.linalg.norm(grid.affine_lps[:3, :3], axis=0)
     directions = grid.affine_lps[:3, :3] / spacing
-    header.SOPInstanceUID = uid_of(case_id, f"instance {number + 1}")
+    header.SOPInstanceUID = uid
     header.InstanceNumber = number + 1
     header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"] if modality == "CT" else ["DERIVED", "SECONDARY", "OTHER"]
     header.Columns, header.Rows = grid.shape[0], grid.shape[1]

@@ -21,6 +21,7 @@ from lib.server.http.auth import User
 from lib.server.http.uploads import temporary_folder
 from lib.server.labels.submissions import submit_label
 from lib.server.services import Services
+from lib.server.work.presented_labels import origin_of
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.server")
@@ -41,16 +42,31 @@ def series_store(parts: Services) -> SeriesDatastore:
 
 
 def mask_as_segmentation(
-    parts: Services, image_id: str, mask: Path, preset: Preset, origin: Origin, number: int = 1
+    parts: Services,
+    image_id: str,
+    mask: Path,
+    preset: Preset,
+    origin: Origin,
+    number: int = 1,
+    as_presented: bool = False,
 ) -> Dataset:
-    """A mask file of a series, or of a file that is presented as one, as a DICOM SEG.
+    """A mask file of a series, or of an image that is presented as one, as a DICOM SEG.
+
+    Args:
+        parts: the server's parts.
+        image_id: of the mask.
+        mask: the file.
+        preset: of its labels.
+        origin: how it was made.
+        number: counts the segmentations of the series.
+        as_presented: refer to the regular series, where there is one beside the image's own.
 
     Raises:
         ParameterError: when the image is no DICOM series.
         ImageError, LabelError: when the series or the mask does not allow it.
     """
     store = series_store(parts)
-    if parts.presented.attributes(image_id):
+    if parts.presented.attributes(image_id) or (as_presented and parts.presented.regular.has(image_id)):
         labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
         return parts.presented.as_segmentation(image_id, labels, preset, origin)
     if not store.is_series(image_id):
@@ -58,6 +74,8 @@ def mask_as_segmentation(
     with temporary_folder() as folder:
         series = store.read_series(image_id, folder)
         labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+        if series.even and parts.presented.regular.has(image_id):
+            return parts.presented.as_segmentation(image_id, labels, preset, origin)
         return write_segmentation(labels, series, preset, origin, number)
 
 
@@ -67,10 +85,13 @@ def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
     Raises:
         LabelError: when it is none of the images.
     """
-    uid = referenced_series(seg)
-    if uid not in store.series() and isinstance(store.source, FolderSource):
-        found = (store.source.index.instance(sop) for sop in sorted(referenced_instances(seg)))
-        uid = next((instance.series for instance in found if instance), uid)
+    uid, study = referenced_series(seg), str(seg.get("StudyInstanceUID", ""))
+    if isinstance(store.source, FolderSource):
+        index = store.source.index
+        uid = index.name_in(study, uid)  # of two studies with a series of that UID, it is of its own study's
+        if uid not in store.series():
+            found = (index.instance(sop, study) or index.instance(sop) for sop in sorted(referenced_instances(seg)))
+            uid = next((instance.series for instance in found if instance), uid)
     if not uid and not referenced_instances(seg):
         return series_in_its_place(store, seg)
     if uid not in store.series():
@@ -154,7 +175,8 @@ def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:
     if case is not None:
         with temporary_folder() as folder:
             file, volume = parts.presented.mask_of(seg, case, folder)
-            submit_label(parts, case, file, FINAL, {"label_info": label_info(volume)}, user, SOURCE)
+            version = submit_label(parts, case, file, FINAL, {"label_info": label_info(volume)}, user, SOURCE)
+            show_as_segmentation(parts, version, of_regular=True)
         return
     with temporary_folder() as folder:
         uid, file, info = unpack_segmentation(store, seg, folder)
@@ -162,17 +184,25 @@ def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:
     store.source.keep_segmentation(seg, uid)
 
 
-def show_as_segmentation(parts: Services, version: LabelVersion) -> None:
+def show_as_segmentation(parts: Services, version: LabelVersion, of_regular: bool = False) -> None:
     """Put a final label of a series beside it as a DICOM SEG, where it did not come as one; for ``label_hooks``.
+
+    It is a SEG of the series' own slices, which any program can read; uneven ones have none.
+
+    Args:
+        parts: the server's parts.
+        version: the label.
+        of_regular: it came as a SEG, but of the regular series.
 
     Raises:
         InputError, UpstreamError: when it cannot be done; the label itself is safe.
     """
     store = series_store(parts)
-    came_as_one = version.source == SOURCE and not version.restored_from
+    came_as_one = version.source == SOURCE and not version.restored_from and not of_regular
     if version.tag != FINAL or came_as_one or not store.is_series(version.image_id):
         return
-    origin = Origin("SEMIAUTOMATIC" if version.model_version else "MANUAL", version.model_version, version.user)
     number = len(store.history.versions(version.image_id))
-    seg = mask_as_segmentation(parts, version.image_id, version.file, parts.presets[version.preset], origin, number)
-    store.source.keep_segmentation(seg, version.image_id)
+    preset = parts.presets[version.preset]
+    seg = mask_as_segmentation(parts, version.image_id, version.file, preset, origin_of(version), number)
+    if referenced_series(seg) == version.image_id:
+        store.source.keep_segmentation(seg, version.image_id)

@@ -70,6 +70,7 @@ def submit_label(
             client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
             preset=preset.name,
             model_version=started_from.model_version if started_from else "",
+            engine=started_from.engine if started_from else "",
             label_map=checked.mapped.label_map,
             missing_labels=checked.mapped.missing,
             voxels_changed=changed,

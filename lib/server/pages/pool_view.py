@@ -196,8 +196,9 @@ def activity_view(parts: Services, user: User) -> ActivityView:
 def ohif_path(parts: Services, image: str) -> str | None:
     """Where OHIF shows an image; None for one that is no DICOM."""
     known = (parts.datastore.get_image_info(image) or {}) | parts.presented.attributes(image)
-    study = known.get("StudyInstanceUID")
-    return f"/ohif/monai-label?StudyInstanceUIDs={quote(str(study))}" if study else None
+    study, regular = known.get("StudyInstanceUID"), parts.presented.regular.uid(image)
+    named = f"&SeriesInstanceUIDs={quote(regular)}" if regular else ""
+    return f"/ohif/monai-label?StudyInstanceUIDs={quote(str(study))}{named}" if study else None
 
 
 def clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from lib.dicom.attributes import dump, to_json
 from lib.dicom.index import DicomIndex, Instance
-from lib.dicom.query import Searchable, search
+from lib.dicom.query import search
 from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS, RemoteSource
 from lib.dicom.resources import MediaType, Resource, parse_accept, parse_path
 from lib.dicom.retrieve import (
@@ -87,6 +87,8 @@ def respond(request: Request, parts: Services, resource: Resource, path: str) ->
     """Answer from the index of the folder, or let the PACS answer."""
     source = series_store(parts).source
     if isinstance(source, FolderSource):
+        if resource.series in source.index.series():  # each frame that a viewer loads comes here
+            return answer_from(source.index, request, resource, parts.presented)
         label = parts.presented.labels.find(resource.series)
         if label is not None and resource.view != "query":
             return answer_made(
@@ -94,7 +96,7 @@ def respond(request: Request, parts: Services, resource: Resource, path: str) ->
             )
         if parts.presented.case_of(resource.series or resource.study) is not None and resource.view != "query":
             return answer_presented(parts.presented, request, resource)
-        return answer_from(source.index, request, resource, Searched(source.index, parts.presented))
+        return answer_from(source.index, request, resource, parts.presented)
     if isinstance(source, RemoteSource):
         return forward(request, parts, source, resource, path)
     raise NotFoundError("DICOMweb server behind", str(parts.instance.studies))
@@ -143,8 +145,8 @@ def answer_made(request: Request, resource: Resource, made: Sequence[FileDataset
     return Response(shown.content, media_type=shown.media_type)
 
 
-def answer_from(index: DicomIndex, request: Request, resource: Resource, searched: Searchable) -> Response:
-    """Answer from an index.
+def answer_from(index: DicomIndex, request: Request, resource: Resource, presented: PresentedCases) -> Response:
+    """Answer from an index; a whole study with the regular series in it.
 
     Raises:
         NotFoundError: when there is nothing of that address.
@@ -152,14 +154,19 @@ def answer_from(index: DicomIndex, request: Request, resource: Resource, searche
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "query":
+        searched = Searched(index, presented)
         found = search(searched, resource, request.query_params.multi_items(), root_of(request))
         return Response(dump(found), media_type=DICOM_JSON)
     instances = named_instances(index, resource)
     try:
         if resource.view == "metadata":
-            return Response(dump(index.metadata(resource.study, resource.series, resource.sop)), media_type=DICOM_JSON)
+            told = index.metadata(resource.study, resource.series, resource.sop)
+            beside = [] if resource.series else presented.beside(resource.study)
+            return Response(dump([*told, *map(to_json, beside)]), media_type=DICOM_JSON)
         if resource.view == "instances":
-            return send_parts(instance_parts(instances, accepted), accepted, "application/dicom")
+            beside = [] if resource.series else presented.beside(resource.study)
+            files = itertools.chain(instance_parts(instances, accepted), map(presented.file, beside))
+            return send_parts(files, accepted, "application/dicom")
         if resource.view == "frames":
             return send_parts(iter(frame_parts(instances[0], resource.frames, accepted)), accepted, "")
         shown = picture(instances[(len(instances) - 1) // 2], resource, dict(request.query_params), accepted)

@@ -250,7 +250,8 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
             parts.store.effort.count_prompt(asked.image_id, client)
         else:
             name, version = model["preset"], model["version"]
-            parts.store.predictions.remember(client, asked.image_id, name, version, mask.name, content)
+            engine = str(params["engine"])
+            parts.store.predictions.remember(client, asked.image_id, name, version, mask.name, content, engine)
         parts.store.leases.renew(client)
     if asked.image_id is not None and asked.saves_label:
         tag = tag_for_prediction(user, asked.params)
@@ -265,7 +266,8 @@ def keep(parts: Services, asked: Asked, user: User, mask: Path, params: dict[str
         return Answer(mask.name, content, params)
     # PyTorch and OpenVINO may differ in single voxels: the mask says which of them made it
     origin = Origin("AUTOMATIC", f"{params['model']['version']} ({params['engine']})")
-    seg = mask_as_segmentation(parts, str(asked.image_id), mask, parts.infer_task(asked.model).preset, origin)
+    preset = parts.infer_task(asked.model).preset
+    seg = mask_as_segmentation(parts, str(asked.image_id), mask, preset, origin, as_presented=asked.on_series)
     packed = io.BytesIO()
     seg.save_as(packed, write_like_original=False)
     return Answer(f"{asked.image_id}.dcm", packed.getvalue(), params)

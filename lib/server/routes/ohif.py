@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -31,15 +32,21 @@ def configuration() -> FileResponse:
 
 
 @router.get("/series", include_in_schema=False)
-def named_series(parts: Parts, user: AsUser, study: str) -> dict[str, str]:
-    """The series of a study that a strategy handed out last; "" where none was, or a single one is there to be opened.
+def named_series(parts: Parts, user: AsUser, study: str) -> dict[str, Any]:
+    """The series of a study that is to be opened: the one that a strategy handed out last, or "" where none was.
 
-    OHIF's panel opens the study of the next sample, and of a study of several series any may come first.
+    OHIF's panel opens the study of the next sample, and of a study of several series any may come first. In place of
+    one that OHIF cannot show, its regular series is named, also where that is of the only image of the study;
+    ``regular`` has the descriptions of the regular series by the UIDs of their sources.
     """
-    store = series_store(parts)
+    store, regular = series_store(parts), parts.presented.regular
     handed_out = {uid: last_handed_out(store, uid) for uid, info in store.series().items() if info.study == study}
     newest = max(handed_out, key=lambda uid: handed_out[uid], default="")
-    return {"SeriesInstanceUID": newest if handed_out.get(newest) else ""}
+    named = newest if handed_out.get(newest) else ""
+    if newest and (named or len(handed_out) == 1):
+        named = regular.uid(newest) or named
+    descriptions = {uid: str(regular.describe(uid).SeriesDescription) for uid in regular.sources(study)}
+    return {"SeriesInstanceUID": named, "regular": descriptions}
 
 
 def last_handed_out(store: SeriesDatastore, image: str) -> float:

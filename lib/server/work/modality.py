@@ -33,6 +33,12 @@ def models_for(presets: Mapping[str, Preset], modalities: Iterable[str]) -> list
 def warnings_for(presets: Mapping[str, Preset], datastore: Datastore, model: str, image_id: str | None) -> list[str]:
     """What a user should know of a model's answer for an image; nothing for an image that it is meant for."""
     preset, modality = presets.get(model), modality_of(datastore, image_id) if image_id else ""
+    resampled = []
+    if image_id and modality and isinstance(datastore, SeriesDatastore):
+        resampled = [f"series {image_id}: {note}" for note in datastore.volumes.notes(image_id) if "resampled" in note]
     if preset is None or fits(preset, modality):
-        return []
-    return [f"model {model} is made for {preset.modality} images, and this one is {modality}: do not trust its mask"]
+        return resampled
+    return [
+        *resampled,
+        f"model {model} is made for {preset.modality} images, and this one is {modality}: do not trust its mask",
+    ]

@@ -1,8 +1,14 @@
-"""NIfTI and NRRD cases as DICOM series: made from the file when a viewer asks, and never written to disk."""
+"""Cases that viewers cannot show as they are, as DICOM series: made when a viewer asks, and never written to disk.
+
+A series is made from a NIfTI or NRRD file; beside a tilted, uneven or mixed DICOM series, from the volume that it is
+segmented as.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,18 +27,22 @@ from lib.datastore.label_files.label_file import read_label
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.validation import to_grid
 from lib.dicom.attributes import Json, element, to_json
-from lib.dicom.index import SeriesEntry
+from lib.dicom.index import DicomIndex, SeriesEntry
 from lib.dicom.presented.grid import SeriesGrid
 from lib.dicom.presented.instances import as_series, describe_case, make_header, name_of, rescale, store, uid_of
-from lib.dicom.retrieve import Part
+from lib.dicom.presented.upright import UprightGrid
+from lib.dicom.retrieve import Part, whole_file
 from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
-from lib.errors import ImageError, LabelError, NotFoundError, ParameterError
+from lib.errors import ImageError, InputError, LabelError, NotFoundError, ParameterError
 from lib.imagefiles.reading import read_planes
 from lib.server.work.presented_labels import PresentedLabels
+from lib.server.work.presented_regular import RegularSeries
+from lib.storage.json_files import write_json
 from lib.transforms.intensity_range import MOST_SAMPLES, range_warning
 from lib.transforms.volume import Grid, Volume, read_grid
 
+logger = logging.getLogger("unetr.server")
 SOFT_TISSUE_HU = (40.0, 400.0)
 SHOWN_PERCENTILES = (1.0, 99.0)
 BY_CASE = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDescription")
@@ -49,23 +59,24 @@ class OpenedCase:
         stored: columns, rows, slices, as they stand in Pixel Data.
     """
 
-    grid: SeriesGrid
+    grid: SeriesGrid | UprightGrid
     affine_ras: npt.NDArray[np.float64]
     headers: list[FileDataset]
     stored: npt.NDArray[np.uint16]
 
 
 class PresentedCases:
-    """The cases of a studies folder that are files, as series.
+    """The cases of a studies folder that are files, and the DICOM series that viewers cannot show, as series.
 
     Args:
         store: the studies.
         file_of: gives the file of a case, checked to lie inside the studies.
-        presets: the served ones, by name. A case has the first modality of theirs that its intensities fit, once it has
-            been opened; the
-            first of all until then.
+        presets: the served ones, by name. A case has the first modality of theirs that its intensities fit, once it
+            has been opened; the first of all until then.
         most_bytes: of opened cases that are kept; the one in use is kept whatever its size.
         enabled: whether there are any.
+        index: of the DICOM files of the folder.
+        memory: file for the modalities that were found out, for the next start; None for none.
     """
 
     def __init__(
@@ -75,12 +86,16 @@ class PresentedCases:
         presets: Mapping[str, Preset],
         most_bytes: int,
         enabled: bool = True,
+        index: DicomIndex | None = None,
+        memory: Path | None = None,
     ) -> None:
         self._store, self._file_of, self._enabled = store, file_of, enabled
+        self.regular = RegularSeries(store, index if enabled else None)
         self._most_bytes = most_bytes
         self.labels = PresentedLabels(self, store, presets)
         modalities: tuple[str, ...] = tuple(preset.modality for preset in presets.values())
-        self._modalities, self._modality_of = modalities, dict[str, str]()
+        self._modalities, self._memory = modalities, memory if enabled else None
+        self._modality_of = _remembered(self._memory)
         self._lock = threading.Lock()
         self._by_uid: dict[str, str] = {}
         self._listed: dict[str, SeriesEntry] = {}
@@ -90,7 +105,7 @@ class PresentedCases:
     # ----------------------------------------------------------------------------------------------- which there are
 
     def entries(self) -> list[SeriesEntry]:
-        """The series of all cases that are files; none of them is opened."""
+        """The series of all cases that are presented; none of them is opened."""
         if not self._enabled:
             return []
         cases = [image for image in self._store.list_images() if not self._store.is_series(image)]
@@ -99,12 +114,18 @@ class PresentedCases:
                 if case not in self._listed:
                     self._listed[case] = self._entry(case)
                     self._by_uid[self._listed[case].study] = self._by_uid[self._listed[case].series] = case
-            return [self._listed[case] for case in cases]
+            return [*(self._listed[case] for case in cases), *self.regular.entries()]
 
     def case_of(self, uid: str) -> str | None:
-        """The case whose study or series has that UID; None where none has."""
+        """The case whose study or series has that UID; None where none has.
+
+        The study of a regular series is that of its source, which is none of those here.
+        """
         if not self._enabled or not uid.startswith("2.25."):
             return None
+        source = self.regular.source_of(uid)
+        if source is not None:
+            return source
         if uid not in self._by_uid:
             self.entries()
         case = self._by_uid.get(uid)
@@ -116,6 +137,20 @@ class PresentedCases:
             return {}
         uids = {"StudyInstanceUID": uid_of(image_id, "study"), "SeriesInstanceUID": uid_of(image_id, "series")}
         return uids | {"PatientID": image_id, "Modality": self._modality(image_id)}
+
+    def describe(self, case: str) -> Dataset:
+        """What is the same in all instances of a case's series, known without opening its file.
+
+        Raises:
+            NotFoundError: when it is a DICOM series that is shown as it is.
+        """
+        if self._store.is_series(case):
+            return self.regular.describe(case)
+        return describe_case(case, self._modality(case))
+
+    def is_presented(self, image_id: str) -> bool:
+        """Whether a series is made of an image."""
+        return self.regular.has(image_id) or bool(self.attributes(image_id))
 
     def _entry(self, case: str) -> SeriesEntry:
         study, series, frame = (uid_of(case, what) for what in ("study", "series", "frame"))
@@ -146,7 +181,21 @@ class PresentedCases:
         case = self.case_of(series or study)
         if sop or case is None:
             return self.metadata(study, series, sop)[0]
-        return to_json(describe_case(case, self._modality(case)))
+        return to_json(self.describe(case))
+
+    def beside(self, study: str) -> list[FileDataset]:
+        """The instances of the regular series of a study, without pixels, and the labels on them.
+
+        One that cannot be made (its source is damaged) is left out: what is asked for is the study, which has the rest.
+        """
+        found: list[FileDataset] = []
+        for case in self.regular.sources(study):
+            try:
+                label = self.labels.of_case(case)
+                found += [*self.open(case).headers, *([self.labels.instance(label)] if label is not None else [])]
+            except InputError as error:
+                logger.warning("study %s is answered without the regular series of %s: %s", study, case, error)
+        return found
 
     def headers(self, study: str, series: str = "", sop: str = "") -> list[FileDataset]:
         """The instances that an address names, without pixels.
@@ -155,7 +204,7 @@ class PresentedCases:
             NotFoundError, ImageError: as :meth:`metadata`.
         """
         case = self.case_of(series or study)
-        if case is None or (study and self.case_of(study) != case):
+        if case is None or study not in ("", str(self.describe(case).StudyInstanceUID)):
             raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
         found = [header for header in self.open(case).headers if sop in ("", header.SOPInstanceUID)]
         if not found:
@@ -184,28 +233,40 @@ class PresentedCases:
         """Read a case's file twice, plane by plane: for the range of its values, and to store them."""
         file = self._file_of(case)
         placed = read_grid(file)
-        grid = SeriesGrid.of(placed.shape, placed.affine_ras)
+        is_series = self._store.is_series(case)
+        kind = UprightGrid if is_series else SeriesGrid
+        grid: SeriesGrid | UprightGrid = kind.of(placed.shape, placed.affine_ras)
         seen = _survey(file, placed.shape)
         scale = rescale(seen.lowest, seen.highest, seen.whole)
-        modality = self._learn_modality(case, seen.sample)
-        window = self._window(seen.sample, modality)
-        headers = [make_header(case, modality, grid, n, window, scale) for n in range(grid.shape[2])]
+        if not is_series:
+            self._learn_modality(case, seen.sample)
+        described = self.describe(case)
+        window = self._window(seen.sample, described.Modality)
+        name = "regular instance" if is_series else "instance"
+        uids = [uid_of(case, f"{name} {number + 1}") for number in range(grid.shape[2])]
+        headers = [make_header(described, uid, grid, number, window, scale) for number, uid in enumerate(uids)]
         stored = np.empty(placed.shape, dtype=np.uint16, order="F")
         for index, plane in enumerate(_planes(file, placed.shape)):
             stored[:, :, index] = store(plane, *scale)
         return OpenedCase(grid, placed.affine_ras, headers, grid.to_series(stored))  # type: ignore[arg-type]
 
     def _modality(self, case: str) -> str:
-        return self._modality_of.get(case, self._modalities[0])
+        known, stamp = self._modality_of.get(case, ("", ""))
+        is_known = known in self._modalities and stamp == self._store.stamp(case)
+        return known if is_known else self._modalities[0]
 
-    def _learn_modality(self, case: str, sample: npt.NDArray[np.float32]) -> str:
+    def _learn_modality(self, case: str, sample: npt.NDArray[np.float32]) -> None:
         """The first served modality that a case's intensities fit; it is listed with that from now on."""
         fitting = (modality for modality in self._modalities if not range_warning(sample, modality))
         modality = next(fitting, self._modalities[0])
+        learnt = modality, self._store.stamp(case)
         with self._lock:
-            self._modality_of[case] = modality
+            if self._modality_of.get(case) == learnt:
+                return
+            self._modality_of[case] = learnt
             self._listed.pop(case, None)
-        return modality
+            if self._memory is not None:
+                _remember(self._memory, self._modality_of)
 
     @staticmethod
     def _window(sample: npt.NDArray[np.float32], modality: str) -> tuple[float, float]:
@@ -242,6 +303,8 @@ class PresentedCases:
 
     def file(self, header: FileDataset) -> Part:
         """An instance as PS3.10 has it."""
+        if "PixelData" in header:
+            return whole_file(header)
         buffer = io.BytesIO()
         self.with_pixels(header).save_as(buffer, write_like_original=False)
         return Part(f"application/dicom; transfer-syntax={ExplicitVRLittleEndian}", buffer.getvalue())
@@ -319,6 +382,27 @@ class PresentedCases:
         """A mask on the case's own grid as it lies on its series."""
         opened = self.open(case)
         return Volume(np.ascontiguousarray(opened.grid.to_series(labels)), opened.grid.affine_ras)
+
+
+def _remembered(memory: Path | None) -> dict[str, tuple[str, str]]:
+    """Modality and stamp of the cases that have been opened before; none where the file is damaged."""
+    try:
+        kept = json.loads(memory.read_text(encoding="utf-8")) if memory is not None else {}
+        return {str(case): (str(modality), str(stamp)) for case, (modality, stamp) in kept.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is made anew: %s", memory, error)
+        return {}
+
+
+def _remember(memory: Path, modalities: Mapping[str, tuple[str, str]]) -> None:
+    """Keep them for the next start; it can be found out again where the disk does not take it."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, dict(modalities))
+    except OSError as error:
+        logger.warning("the modalities of cases are not kept: %s", error)
 
 
 @dataclass(frozen=True)
@@ -404,6 +488,8 @@ class Searched:
             beside = None if series else self._presented.labels.of_case(case)
             return found_of_case + ([] if beside is None else [to_json(self._presented.labels.instance(beside))])
         found: list[Json] = self._index.metadata(study, series, sop, summary)
+        if study and not series and not sop:
+            found = found + [to_json(instance) for instance in self._presented.beside(study)]
         return found
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:

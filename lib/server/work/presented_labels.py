@@ -1,4 +1,4 @@
-"""Final labels of NIfTI and NRRD cases as DICOM SEG beside the series that present the cases; never written to disk."""
+"""Final labels of cases as DICOM SEG beside the series that present the cases; never written to disk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import SegmentationStorage
 
 from lib.configs.preset import Preset
-from lib.datastore.records import LabelVersion
+from lib.datastore.records import INFERENCE, LabelVersion
 from lib.datastore.series import SeriesDatastore
 from lib.dicom.attributes import Json, to_json
 from lib.dicom.index import SeriesEntry
-from lib.dicom.presented.instances import describe_case, uid_of
+from lib.dicom.presented.instances import uid_of
 from lib.dicom.retrieve import whole_file
 from lib.dicom.segmentation_writer import SERIES_NUMBER, Origin
 from lib.errors import NotFoundError
@@ -31,8 +31,11 @@ class Cases(Protocol):
     def case_of(self, uid: str) -> str | None:
         """The case whose study or series has that UID; None where none has."""
 
-    def attributes(self, image_id: str) -> dict[str, str]:
-        """The UIDs of a case; nothing for one that is not presented."""
+    def is_presented(self, image_id: str) -> bool:
+        """Whether a series is made of an image."""
+
+    def describe(self, case: str) -> Dataset:
+        """What is the same in all instances of its series."""
 
     def as_segmentation(self, case: str, labels: npt.NDArray[Any], preset: Preset, origin: Origin) -> Dataset:
         """A mask on the case's own grid as a SEG of its series."""
@@ -101,7 +104,7 @@ class PresentedLabels:
             raise NotFoundError("file of version", version.version_id)
         labels = np.rint(read_volume(version.file).voxels).astype(np.uint8)
         preset = self._presets[version.preset]
-        seg = self._presented.as_segmentation(version.image_id, labels, preset, _origin(version))
+        seg = self._presented.as_segmentation(version.image_id, labels, preset, origin_of(version))
         seg.SeriesInstanceUID, seg.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
         seg.file_meta.MediaStorageSOPInstanceUID = seg.SOPInstanceUID
         whole = dcmread(io.BytesIO(whole_file(seg).content))
@@ -109,15 +112,16 @@ class PresentedLabels:
         return whole
 
     def _is_shown(self, version: LabelVersion) -> bool:
-        return version.preset in self._presets and bool(self._presented.attributes(version.image_id))
+        return version.preset in self._presets and self._presented.is_presented(version.image_id)
 
     def _entry(self, version: LabelVersion) -> SeriesEntry:
         with self._lock:
             if version.version_id not in self._entries:
-                told = describe_case(version.image_id, "SEG")
+                told = self._presented.describe(version.image_id)
+                told.Modality = "SEG"
                 told.SeriesInstanceUID, told.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
                 told.SOPClassUID, told.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
-                told.SeriesDescription = _origin(version).description[:64]
+                told.SeriesDescription = origin_of(version).description[:64]
                 entry = SeriesEntry(told.StudyInstanceUID, told.SeriesInstanceUID, to_json(told), 1, 1)
                 self._entries[version.version_id], self._versions[entry.series] = entry, version
             return self._entries[version.version_id]
@@ -127,5 +131,10 @@ def _uid(version: LabelVersion, what: str) -> str:
     return uid_of(f"{version.image_id}/{version.version_id}", f"label {what}")
 
 
-def _origin(version: LabelVersion) -> Origin:
-    return Origin("SEMIAUTOMATIC" if version.model_version else "MANUAL", version.model_version, version.user)
+def origin_of(version: LabelVersion) -> Origin:
+    """How a label was made, as a DICOM SEG says it: by a network alone where nothing was changed in its mask."""
+    if not version.model_version:
+        return Origin("MANUAL", "", version.user)
+    made_by = f"{version.model_version} ({version.engine})" if version.engine else version.model_version
+    is_unchanged = version.voxels_changed == 0 or version.source == INFERENCE
+    return Origin("AUTOMATIC" if is_unchanged else "SEMIAUTOMATIC", made_by, version.user)

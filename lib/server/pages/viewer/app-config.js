@@ -25,6 +25,12 @@
     await openNamedSeries();
   }
 
+  /** What the server says of the series of a study: which is to be opened, and which have a regular one beside them. */
+  async function seriesToOpen(study) {
+    const answer = await fetch(BASE + '/ohif/series?study=' + encodeURIComponent(study));
+    return answer.ok ? answer.json() : { SeriesInstanceUID: '', regular: {} };
+  }
+
   /** Add to the address the series that was handed out last in the study that it names. */
   async function openNamedSeries() {
     const address = new URL(window.location.href);
@@ -32,8 +38,7 @@
     if (!isLabelMode() || !study || address.searchParams.has('SeriesInstanceUIDs')) {
       return;
     }
-    const answer = await fetch(BASE + '/ohif/series?study=' + encodeURIComponent(study));
-    const named = answer.ok ? (await answer.json()).SeriesInstanceUID : '';
+    const named = (await seriesToOpen(study)).SeriesInstanceUID;
     if (named) {
       address.searchParams.set('SeriesInstanceUIDs', named);
       window.history.replaceState(null, '', address);
@@ -130,8 +135,10 @@
   }
 
   /** Why the viewer cannot show a series as the volume that the server segments; "" where it can. */
-  function whyNotShown(set) {
-    const instead = ' The server can segment it all the same: use 3D Slicer, or its REST interface.';
+  function whyNotShown(set, regular) {
+    const instead = regular
+      ? ' Open the series "' + regular + '" of this study instead: Run and Submit work on it.'
+      : ' The server can segment it all the same: use 3D Slicer, or its REST interface.';
     if (set.isReconstructable === false) {
       return 'OHIF cannot show this series as a volume (a localizer, doubled, missing or uneven slices), so that Run does nothing here.' + instead;
     }
@@ -144,12 +151,16 @@
   /** Say of each series that is opened what the viewer, which stays black or shows it skewed, does not. */
   function explainSeries({ servicesManager }) {
     const { displaySetService, uiNotificationService } = servicesManager.services;
+    const explain = async set => {
+      const { regular } = await seriesToOpen(set.StudyInstanceUID);
+      const title = set.SeriesDescription || 'Series ' + set.SeriesNumber;
+      const message = whyNotShown(set, regular[set.SeriesInstanceUID]);
+      uiNotificationService.show({ title, message, type: 'warning', duration: 60000 });
+    };
     const { unsubscribe } = displaySetService.subscribe(displaySetService.EVENTS.DISPLAY_SETS_ADDED, added => {
       for (const set of added.displaySetsAdded || []) {
-        const why = set.Modality !== 'SEG' && set.instances && set.instances.length > 1 ? whyNotShown(set) : '';
-        if (why) {
-          const title = set.SeriesDescription || 'Series ' + set.SeriesNumber;
-          uiNotificationService.show({ title, message: why, type: 'warning', duration: 60000 });
+        if (set.Modality !== 'SEG' && set.instances && set.instances.length > 1 && whyNotShown(set)) {
+          explain(set);
         }
       }
     });

@@ -1,0 +1,107 @@
+"""Series that can be segmented but that viewers cannot show, and what is told of the regular ones beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom.dataset import Dataset
+
+from lib.dicom.attributes import STUDY_ATTRIBUTES, TYPE_2, Json, first_value, tag_of
+from lib.dicom.files import reading
+from lib.dicom.presented.instances import SOP_CLASSES, uid_of
+from lib.dicom.presented.upright import UprightGrid
+from lib.dicom.series import order_series
+from lib.errors import ImageError
+
+MODALITIES = frozenset(SOP_CLASSES)
+GEOMETRY = tuple(
+    map(
+        tag_of,
+        (
+            *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "InstanceNumber", "ImageType", "Rows", "Columns"),
+            *("SamplesPerPixel", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames"),
+            *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"),
+        ),
+    )
+)
+COPIED = (*STUDY_ATTRIBUTES, *map(tag_of, ("FrameOfReferenceUID", "BodyPartExamined", "SeriesDate", "SeriesTime")))
+LONGEST_DESCRIPTION = 64
+AFTER_THE_SOURCES = 1_000
+"""Added to the Series Number, so that viewers list the regular series after the studies' own."""
+
+
+@dataclass(frozen=True)
+class Regular:
+    """A regular series that is to be shown beside one that viewers cannot show.
+
+    Attributes:
+        slices: how many it has.
+        why: what is done about the series' own, in a few words.
+    """
+
+    slices: int
+    why: str
+
+
+def regular_for(metadata: Iterable[Json]) -> Regular | None:
+    """What would be shown beside a series; None for one that viewers show, and for one that is no volume.
+
+    Args:
+        metadata: DICOM JSON of its instances.
+    """
+    notes: list[str] = []
+    try:
+        with reading("the geometry cannot be read"):
+            series = order_series(
+                [_geometry(number, told) for number, told in enumerate(metadata)], notes, "the series"
+            )
+    except ImageError:
+        return None  # told when it is opened
+    left_out = sum("left out" in note for note in series.notes)
+    grid = UprightGrid.of(series.shape, series.affine_ras)
+    why = [
+        *(["upright"] if grid.is_tilted else []),
+        *(["resampled"] if series.even else []),
+        *([f"{left_out} left out"] if left_out else []),
+    ]
+    return Regular(series.shape[2], ", ".join(why)) if why else None
+
+
+def describe_regular(source: Json, uid: str, why: str) -> Dataset:
+    """What is the same in all instances of a regular series, known without opening the files of its source.
+
+    Args:
+        source: DICOM JSON of an instance of the source, or its summary.
+        uid: the source's Series Instance UID.
+        why: as in :class:`Regular`.
+    """
+    told = Dataset.from_json({tag: source[tag] for tag in COPIED if tag in source})
+    told.SpecificCharacterSet = "ISO_IR 192"
+    told.StudyInstanceUID = first_value(source, "StudyInstanceUID")
+    told.SeriesInstanceUID = uid_of(uid, "regular series")
+    told.Modality = first_value(source, "Modality")
+    told.SOPClassUID = SOP_CLASSES[told.Modality]
+    told.SeriesNumber = AFTER_THE_SOURCES + _number(first_value(source, "SeriesNumber"))
+    added = f" (regular: {why})"
+    told.SeriesDescription = first_value(source, "SeriesDescription")[: LONGEST_DESCRIPTION - len(added)] + added
+    told.DerivationDescription = f"Shown for viewers that need upright, even slices: {why}; made of series {uid}"
+    if "FrameOfReferenceUID" not in told:
+        told.FrameOfReferenceUID = uid_of(uid, "regular frame")
+    told.PositionReferenceIndicator = ""
+    for keyword in TYPE_2:
+        if keyword not in told:
+            setattr(told, keyword, "")
+    return told
+
+
+def _geometry(number: int, metadata: Json) -> tuple[Path, Dataset]:
+    return Path(f"instance-{number}"), Dataset.from_json({tag: metadata[tag] for tag in GEOMETRY if tag in metadata})
+
+
+def _number(text: str) -> int:
+    try:
+        return max(0, int(text))
+    except ValueError:
+        return 0

@@ -1,0 +1,65 @@
+"""Regular series beside those that viewers cannot show: which there are, and what is told of them."""
+
+from __future__ import annotations
+
+from pydicom.dataset import Dataset
+
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.attributes import to_json
+from lib.dicom.index import DicomIndex, SeriesEntry
+from lib.dicom.presented.instances import uid_of
+from lib.dicom.presented.regular import describe_regular
+from lib.errors import NotFoundError
+
+
+class RegularSeries:
+    """For each tilted, unevenly spaced or mixed series that can be segmented, the one that viewers can show.
+
+    Args:
+        store: the studies.
+        index: of their DICOM files; None where there are none of them, or where nothing is presented.
+    """
+
+    def __init__(self, store: SeriesDatastore, index: DicomIndex | None) -> None:
+        self._store, self._index = store, index
+
+    def sources(self, study: str = "") -> list[str]:
+        """The images that have one, of all studies or of one."""
+        if self._index is None or not (regular := self._index.regular()):
+            return []
+        images = self._store.series()
+        return [uid for uid in regular if uid in images and study in ("", images[uid].study)]
+
+    def has(self, image_id: str) -> bool:
+        """Whether an image has one."""
+        return self._index is not None and image_id in self._index.regular() and image_id in self._store.series()
+
+    def uid(self, image_id: str) -> str:
+        """The Series Instance UID of an image's regular series; "" where it has none."""
+        return uid_of(image_id, "regular series") if self.has(image_id) else ""
+
+    def source_of(self, uid: str) -> str | None:
+        """The image whose regular series has that UID; None where none has."""
+        return next((image for image in self.sources() if uid_of(image, "regular series") == uid), None)
+
+    def entries(self) -> list[SeriesEntry]:
+        """The series for a query; nothing is opened."""
+        return [self._entry(image) for image in self.sources()]
+
+    def describe(self, image_id: str) -> Dataset:
+        """What is the same in all instances of an image's regular series.
+
+        Raises:
+            NotFoundError: when it has none any more.
+        """
+        entry = self._index.series().get(image_id) if self._index is not None else None
+        regular = self._index.regular().get(image_id) if self._index is not None else None
+        if entry is None or regular is None:
+            raise NotFoundError("regular series of image", image_id)
+        return describe_regular(entry.summary, image_id, regular.why)
+
+    def _entry(self, image_id: str) -> SeriesEntry:
+        told = self.describe(image_id)
+        told.SOPInstanceUID, told.InstanceNumber = uid_of(image_id, "regular instance 1"), 1
+        slices = self._index.regular()[image_id].slices if self._index is not None else 0
+        return SeriesEntry(str(told.StudyInstanceUID), str(told.SeriesInstanceUID), to_json(told), slices, slices)
