@@ -2,7 +2,7 @@
 """Install and start everything with one command: ``python3 run.py``.
 
     run.py [serve]   make .venv, install, make sample studies, start the server and say what to do next
-    run.py segment   segment a folder of images, without a server
+    run.py segment   segment many images, without or beside a server
     run.py setup     make .venv and install, no more
     run.py test      install the test tools too, then run ruff, mypy and pytest
     run.py doctor    say what works on this machine and what to do about the rest

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_segment(commands)
     setup = commands.add_parser("setup", help="make .venv and install, no more")
     setup.add_argument("--dev", action="store_true", help="the test tools too")
+    setup.add_argument("--cluster", action="store_true", help="Ray too, to segment on many machines")
     setup.set_defaults(run=run_setup)
     test = commands.add_parser("test", help="run ruff, mypy and pytest (what follows -- goes to pytest)")
     test.set_defaults(run=run_tests)

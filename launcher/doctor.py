@@ -43,7 +43,7 @@ def doctor_venv(project: Project, version: tuple[int, int] | None) -> tuple[str,
     if version is None:
         free_gb = shutil.disk_usage(project.root).free / 1e9
         return "warn", f"no virtual environment yet; {free_gb:.0f} GB free: python3 run.py makes it"
-    if read_stamp(project).get("base") != requirements_digest(project, False, version):
+    if read_stamp(project).get("base") != requirements_digest(project, "base", version):
         return "warn", ".venv is not up to date with requirements.txt: python3 run.py setup installs what is missing"
     return "ok", f".venv is up to date (Python {version[0]}.{version[1]})"
 

@@ -20,11 +20,13 @@ from launcher.pythons import SUPPORTED_PYTHONS, python_version
 def run_setup(project: Project, options: argparse.Namespace) -> int:
     """``run.py setup``."""
     set_up(project, dev=options.dev)
+    if options.cluster:
+        set_up(project, dev=False, cluster=True)
     print(f"ready: {project.venv}")
     return 0
 
 
-def set_up(project: Project, dev: bool) -> Path:
+def set_up(project: Project, dev: bool, cluster: bool = False) -> Path:
     """Make ``.venv`` and install what is missing; returns its Python. Does nothing when all is in place.
 
     Raises:
@@ -35,17 +37,16 @@ def set_up(project: Project, dev: bool) -> Path:
     if version not in SUPPORTED_PYTHONS:
         make_venv(project)
         version = python_version([str(python)])
-    kind = "dev" if dev else "base"
-    if read_stamp(project).get(kind) == requirements_digest(project, dev, version):
+    kind = "cluster" if cluster else "dev" if dev else "base"
+    before = read_stamp(project)
+    if before.get(kind) == requirements_digest(project, kind, version):
         return python
     if subprocess.run([str(python), "-c", "import pip"], capture_output=True).returncode != 0:
         make_venv(project)  # the making of this one was interrupted
-    install(project, dev)
-    # An install with the test tools is an install without them too. Written last: no stamp, no finished install.
-    kinds = {"base": False, "dev": True} if dev else {"base": False}
-    write_stamp(
-        project, {name: requirements_digest(project, with_tools, version) for name, with_tools in kinds.items()}
-    )
+    install(project, requirements_files(project, kind)[-1])
+    # An install with more is an install without it too, and takes nothing away of another. Written last: no stamp, no
+    # finished install.
+    write_stamp(project, before | {name: requirements_digest(project, name, version) for name in {"base", kind}})
     return python
 
 
@@ -60,16 +61,21 @@ def make_venv(project: Project) -> None:
         raise RunError(f"{project.venv} cannot be made: {reason[-1] if reason else 'no reason given'}")
 
 
-def requirements_files(project: Project, dev: bool) -> list[Path]:
-    """The files that decide what is installed."""
-    names = ["requirements.txt", "constraints.txt"] + (["requirements-dev.txt"] if dev else [])
+def requirements_files(project: Project, kind: str) -> list[Path]:
+    """The files that decide what is installed; pip is given the last of them.
+
+    Args:
+        project: the checkout.
+        kind: ``base``, ``dev`` (with the test tools) or ``cluster`` (with the engine for many machines).
+    """
+    names = ["constraints.txt", "requirements.txt"] + ([] if kind == "base" else [f"requirements-{kind}.txt"])
     return [project.root / name for name in names]
 
 
-def requirements_digest(project: Project, dev: bool, version: tuple[int, int] | None) -> str:
+def requirements_digest(project: Project, kind: str, version: tuple[int, int] | None) -> str:
     """SHA-256 over what is to be installed and the Python that it is installed for."""
     digest = hashlib.sha256(repr(version).encode())
-    for path in requirements_files(project, dev):
+    for path in requirements_files(project, kind):
         # line ends differ by how git checked the file out, which is no reason to install anew
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from launcher.errors import RunError
 from launcher.processes import started
@@ -51,8 +52,8 @@ FAILURES: tuple[tuple[str, str], ...] = (
 """What pip prints, and the sentence that it comes to; the first that fits is used."""
 
 
-def install(project: Project, dev: bool) -> None:
-    """Install the requirements into the virtual environment, showing progress.
+def install(project: Project, requirements: Path) -> None:
+    """Install a file of requirements into the virtual environment, showing progress.
 
     Raises:
         RunError: with a sentence that says what to do.
@@ -65,13 +66,12 @@ def install(project: Project, dev: bool) -> None:
     warn_if_disk_is_short(project)
     started = time.monotonic()
     constraints = str(project.root / "constraints.txt")
-    wanted = str(project.root / ("requirements-dev.txt" if dev else "requirements.txt"))
     # sam2 is published as source, and a build in a clean room would download torch a second time: so torch comes
     # first, and sam2 is built beside it.
     for title, arguments in (
         ("1/3 PyTorch", ["setuptools", "torch", "numpy"]),
         ("2/3 SAM 2, from source", ["--no-build-isolation", "--no-deps", "sam2"]),
-        ("3/3 everything else", ["-r", wanted]),
+        ("3/3 everything else", ["-r", str(requirements)]),
     ):
         pip_install(project, title, ["-c", constraints, *arguments])
     unfinished.unlink()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +106,7 @@ def examine() -> Iterable[Finding]:
     yield check_cpu()
     yield check_memory(psutil.virtual_memory().available / GIB)
     yield check_disk(shutil.disk_usage(REPOSITORY).free / GIB)
+    yield check_cluster()
     for name in shipped_preset_names():
         yield check_weights(name, WeightsLocator(Settings().model_dir / name))
 
@@ -241,6 +243,30 @@ def check_disk(free_gib: float) -> Finding:
     if free_gib < MIN_DISK_GIB:
         return Finding("warn", text, f"training keeps caches and weights there: free {MIN_DISK_GIB:.0f} GiB")
     return Finding("ok", text)
+
+
+def check_cluster(
+    is_installed: bool | None = None, environment: Mapping[str, str] = os.environ, home: Path | None = None
+) -> Finding:
+    """Ray, the optional engine for many machines: its ports are a way in for whoever reaches them.
+
+    Args:
+        is_installed: found out if not given.
+        environment: where Ray's settings are.
+        home: where Ray looks for its token; this user's folder if not given.
+    """
+    if not (importlib.util.find_spec("ray") is not None if is_installed is None else is_installed):
+        return Finding("ok", "Ray is not installed (run.py setup --cluster); segmenting on one machine needs none")
+    ways_in = "whoever reaches Ray's ports can run any program on the cluster's machines"
+    token_file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
+    has_token = bool(environment.get("RAY_AUTH_TOKEN")) or token_file.is_file()
+    mode = environment.get("RAY_AUTH_MODE", "token" if has_token else "").lower()  # as Ray decides it
+    if mode != "token":
+        advice = "keep them in a network of their own, and set RAY_AUTH_MODE=token (docs/how-to/many-scans.md, 'Ray')"
+        return Finding("warn", f"Ray is installed without authentication: {ways_in}", advice)
+    if not has_token:
+        return Finding("warn", f"RAY_AUTH_MODE is token, but there is none in {token_file}", "put the cluster's there")
+    return Finding("ok", f"Ray asks for a token; without one {ways_in}: keep its ports in a network of their own")
 
 
 def check_weights(name: str, locator: WeightsLocator) -> Finding:

@@ -36,6 +36,19 @@ def test_line_holds_state_text_and_advice() -> None:
     assert str(doctor.Finding("FAIL", "it broke", "mend it")) == "FAIL  it broke; mend it"
 
 
+def test_ray_without_authentication_is_a_warning_and_with_its_token_none(tmp_path: Path) -> None:
+    assert doctor.check_cluster(False, {}, tmp_path).state == "ok"
+    open_to_all = doctor.check_cluster(True, {}, tmp_path)
+    assert open_to_all.state == "warn" and "can run any program" in open_to_all.text
+    asked = {"RAY_AUTH_MODE": "token"}
+    assert "there is none in" in doctor.check_cluster(True, asked, tmp_path).text
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert doctor.check_cluster(True, asked, tmp_path).state == doctor.check_cluster(True, {}, tmp_path).state == "ok"
+    assert doctor.check_cluster(True, {"RAY_AUTH_MODE": "disabled"}, tmp_path).state == "warn"
+    assert doctor.check_cluster(True, asked | {"RAY_AUTH_TOKEN": "x"}, tmp_path / "elsewhere").state == "ok"
+
+
 def test_weights_are_named_with_the_dice_that_their_side_car_states(weights: Path) -> None:
     finding = doctor.check_weights("task", WeightsLocator(weights.parent))
     assert finding.state == "ok"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from lib.configs.preset import Preset
-from lib.infers.segmenter import Segmentation
 from lib.infers.writer import write_mask
 from lib.storage.files import replacing
 from lib.storage.full_disk import writing
@@ -31,6 +29,10 @@ class CaseResult:
         seconds: of computing, without reading and writing.
         volumes_ml: by label; 0 where the label was not found.
         estimated_dice: None where the weights have no calibration, or nothing was found.
+        engine: what computed the windows, ``pytorch`` or ``openvino``; they may differ in single voxels.
+        image_stamp: by which a PACS' series is known again without its files; empty for files.
+        label_names: name to value in the mask.
+        sent_to: where the mask was sent to, and under which tag.
     """
 
     case: str
@@ -42,6 +44,18 @@ class CaseResult:
     seconds: float
     volumes_ml: dict[str, float]
     estimated_dice: float | None = None
+    engine: str = ""
+    image_stamp: str = ""
+    sent_to: str = ""
+    label_names: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A finished case whose mask, a ``.nii.gz``, is not kept yet."""
+
+    result: CaseResult
+    mask: bytes
 
 
 def measure_ml(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Preset) -> dict[str, float]:
@@ -49,6 +63,15 @@ def measure_ml(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Preset
     voxel_ml = abs(float(np.linalg.det(affine_ras[:3, :3]))) / 1000
     counts = np.bincount(labels.ravel(), minlength=256)
     return {name: round(float(counts[index]) * voxel_ml, 3) for name, index in preset.label_indices.items()}
+
+
+def packed_mask(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Preset) -> bytes:
+    """The mask's ``.nii.gz``, of shape (X, Y, Z)."""
+    written = write_mask(labels, affine_ras, preset, ".nii.gz", "uint8", True)
+    try:
+        return written.read_bytes()
+    finally:
+        written.unlink(missing_ok=True)
 
 
 class ResultFolder:
@@ -63,29 +86,35 @@ class ResultFolder:
         with writing(f"the folder {str(folder)!r}"):
             (folder / RECORDS_FOLDER).mkdir(parents=True, exist_ok=True)
 
-    def find(self, case: str, image_sha256: str, model: str, weights_sha256: str) -> CaseResult | None:
-        """The result of a case, where it is of this very image and of these weights, and its mask is there."""
+    def find(self, case: str, model: str, weights_sha256: str) -> CaseResult | None:
+        """The result of a case, where it is of these weights and its mask is there; of which image, it says itself."""
         try:
             found = CaseResult(**json.loads(self._record(case).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None  # none, or a damaged one: the case is computed again
-        same = (found.image_sha256, found.model, found.weights_sha256) == (image_sha256, model, weights_sha256)
+        same = (found.model, found.weights_sha256) == (model, weights_sha256)
         return found if same and (self.folder / found.mask).is_file() else None
 
-    def keep(self, result: CaseResult, found: Segmentation, affine_ras: Affine, preset: Preset) -> None:
+    def keep(self, masked: Masked) -> CaseResult:
         """Write mask and record, each as a whole or not at all.
 
         Raises:
             StorageError: when the disk does not take them.
         """
+        result = masked.result
         with writing(f"the mask of {result.case!r}"):
-            written = write_mask(found.labels, affine_ras, preset, ".nii.gz", "uint8", True)
-            target = self.folder / result.mask
-            try:
-                with replacing(target) as file, written.open("rb") as mask:
-                    shutil.copyfileobj(mask, file)
-            finally:
-                written.unlink(missing_ok=True)
+            with replacing(self.folder / result.mask) as file:
+                file.write(masked.mask)
+            write_json(self._record(result.case), asdict(result))
+        return result
+
+    def record(self, result: CaseResult) -> None:
+        """Write a record anew.
+
+        Raises:
+            StorageError: when the disk does not take it.
+        """
+        with writing(f"the record of {result.case!r}"):
             write_json(self._record(result.case), asdict(result))
 
     def _record(self, case: str) -> Path:

@@ -1,4 +1,4 @@
-"""The cases of a folder, and the share of them that one of several workers takes."""
+"""Where cases come from, a folder among others, and the share of them that one of several workers takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from lib.cases.labelled import case_id
 from lib.dicom.files import find_dicom, read_instance, reading
@@ -52,10 +53,42 @@ class Shard:
 
 @dataclass(frozen=True)
 class ReadCase:
-    """A case that is in memory, with the SHA-256 of its file or of its folder's files."""
+    """A case that is in memory, with the SHA-256 of its file or of its folder's files, and its stamp."""
 
+    case: str
     volume: Volume
     sha256: str
+    stamp: str = ""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An image on this machine.
+
+    Attributes:
+        path: a file, or a folder of one DICOM series.
+        stamp: changes with the image; empty where only its content tells.
+    """
+
+    path: Path
+    stamp: str = ""
+
+
+class CaseSource(Protocol):
+    """Where cases come from. It is pickled, and asked from several threads and machines."""
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Name of an image that cannot be a case, to the reason; known once the cases are."""
+
+    def cases(self) -> list[str]:
+        """The ids of all cases, in order."""
+
+    def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
+        """Whether an image is still the one of that checksum and stamp; what it costs is less than to read it."""
+
+    def fetch(self, case: str, folder: Path) -> Fetched:
+        """The image; ``folder``, which is empty and soon gone, may be used for it."""
 
 
 @dataclass
@@ -162,13 +195,42 @@ def checksum_of(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
-def read_case(path: Path, sha256: str) -> ReadCase:
+def read_case(case: str, path: Path, sha256: str, stamp: str = "") -> ReadCase:
     """Read an image whose checksum is known.
 
     Raises:
         ImageError: when it cannot be read.
     """
     try:
-        return ReadCase(read_volume(path), sha256)
+        return ReadCase(case, read_volume(path), sha256, stamp)
     except OSError as error:
         raise ImageError(f"image {path.name!r} cannot be read: {error.strerror or error}") from error
+
+
+class FolderSource:
+    """The images of a folder, which has the same path on all machines.
+
+    Args:
+        folder: where :func:`find_images` looks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        found = find_images(folder.absolute())
+        self._images, self._broken = found.images, found.broken
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """As :class:`CaseSource`."""
+        return self._broken
+
+    def cases(self) -> list[str]:
+        """As :class:`CaseSource`."""
+        return list(self._images)
+
+    def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
+        """As :class:`CaseSource`; by its checksum."""
+        return checksum_of(self._images[case]) == sha256
+
+    def fetch(self, case: str, folder: Path) -> Fetched:
+        """As :class:`CaseSource`; it stays where it is."""
+        return Fetched(self._images[case])

@@ -1,29 +1,31 @@
-"""Segments cases one after the other, and reads the next one meanwhile."""
+"""Segments the cases of a source on an engine, and keeps what comes back."""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lib.cluster.results import CaseResult, ResultFolder, measure_ml
-from lib.cluster.source import ReadCase, checksum_of, read_case
-from lib.errors import InputError
-from lib.infers.segmenter import Segmenter
-from lib.models.calibration import Calibration, foreground_uncertainty
+from lib.cluster.engine import Engine, Recipe
+from lib.cluster.model import Model, ModelFile
+from lib.cluster.results import CaseResult, Masked, ResultFolder, measure_ml, packed_mask
+from lib.cluster.source import CaseSource, ReadCase, checksum_of, read_case
+from lib.errors import UnetrError, UpstreamError
+from lib.models.calibration import foreground_uncertainty
+
+PAUSES_SECONDS = (2.0, 5.0, 10.0, 20.0)
+Send = Callable[[CaseResult, Path], str]
+"""Sends a mask somewhere and returns where it is now, for the record."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """What segments: a network, and which weights it has."""
+class Case:
+    """A case to be segmented, and what an earlier run by the same weights made of it."""
 
-    segmenter: Segmenter
-    name: str
-    version: str
-    weights_sha256: str
-    calibration: Calibration | None = None
+    id: str
+    known: CaseResult | None = None
 
 
 @dataclass
@@ -35,73 +37,137 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-Ready = CaseResult | ReadCase
+class SegmentingWorker:
+    """A model on a device, and where its cases come from.
+
+    Args:
+        source: of the cases.
+        model: what segments them.
+        pauses: seconds to wait before a server that does not answer is asked again, each time.
+    """
+
+    def __init__(self, source: CaseSource, model: Model, pauses: Sequence[float] = PAUSES_SECONDS) -> None:
+        self._source, self._model, self._pauses = source, model, pauses
+
+    def read(self, case: Case) -> CaseResult | ReadCase:
+        """The image, or the result that there is of it.
+
+        Raises:
+            UnetrError: when it cannot be had or read.
+        """
+        for pause in self._pauses:
+            try:
+                return self._read(case)
+            except UpstreamError:
+                time.sleep(pause)
+        return self._read(case)
+
+    def _read(self, case: Case) -> CaseResult | ReadCase:
+        known = case.known
+        if known is not None and self._source.is_unchanged(case.id, known.image_sha256, known.image_stamp):
+            return known
+        with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
+            fetched = self._source.fetch(case.id, Path(folder))
+            return read_case(case.id, fetched.path, checksum_of(fetched.path), fetched.stamp)
+
+    def compute(self, ready: CaseResult | ReadCase) -> CaseResult | Masked:
+        """Segment what was read.
+
+        Raises:
+            InputError: when it cannot be segmented.
+        """
+        return ready if isinstance(ready, CaseResult) else segment(ready, self._model)
+
+
+@dataclass(frozen=True)
+class MakeWorker:
+    """Makes workers, here or in other processes."""
+
+    source: CaseSource
+    model: ModelFile
+
+    def __call__(self, device: str) -> SegmentingWorker:
+        return SegmentingWorker(self.source, self.model.load(device))
 
 
 def segment_cases(
-    cases: Mapping[str, Path], model: Model, results: ResultFolder, on_case: Callable[[str], None] = lambda case: None
+    cases: Iterable[str],
+    results: ResultFolder,
+    engine: Engine,
+    recipe: Callable[[], Recipe[Case, CaseResult | Masked]],
+    weights: tuple[str, str],
+    send: Send | None = None,
+    on_case: Callable[[str], None] = lambda case: None,
 ) -> Outcome:
     """Segment each case that has no result yet; a case that cannot be segmented is reported, and the others go on.
 
     Args:
-        cases: id to file or DICOM folder.
-        model: what segments them.
+        cases: ids.
         results: where masks are kept.
+        engine: what computes.
+        recipe: of its workers.
+        weights: name of the preset and checksum of the weights; results by others are computed anew.
+        send: called with each result that was not sent yet.
         on_case: called with each id when it is finished, skipped or failed.
 
     Raises:
         StorageError: when a mask cannot be kept.
     """
     outcome = Outcome()
-
-    def read(case: str) -> Ready:
-        checksum = checksum_of(cases[case])
-        kept = results.find(case, checksum, model.name, model.weights_sha256)
-        return kept if kept is not None else read_case(cases[case], checksum)
-
-    for case, reading in _one_ahead(list(cases), read):
-        try:
-            ready = reading.result()
-            if isinstance(ready, CaseResult):
-                outcome.skipped[case] = ready
-            else:
-                outcome.done[case] = _segment(case, ready, model, results)
-        except InputError as error:
-            outcome.failed[case] = str(error)
+    items: Iterator[Case] = (Case(case, results.find(case, *weights)) for case in cases)
+    for finished in engine.run(items, recipe):
+        case, answer = finished.item.id, finished.answer
+        if isinstance(answer, Masked):
+            outcome.done[case] = results.keep(answer)
+        elif answer is not None:
+            outcome.skipped[case] = answer
+        else:
+            outcome.failed[case] = finished.problem
+        if answer is not None and send is not None:
+            _send(case, outcome, results, send)
         on_case(case)
     return outcome
 
 
-def _one_ahead(cases: Sequence[str], read: Callable[[str], Ready]) -> Iterator[tuple[str, Future[Ready]]]:
-    """Each case while the next one is being read; never more than one ahead, since volumes are large."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        ahead = pool.submit(read, cases[0]) if cases else None
-        for position, case in enumerate(cases):
-            assert ahead is not None
-            current = ahead
-            current.exception()  # waits
-            ahead = pool.submit(read, cases[position + 1]) if position + 1 < len(cases) else None
-            yield case, current
+def _send(case: str, outcome: Outcome, results: ResultFolder, send: Send) -> None:
+    """Send a result; where that fails its mask stays, and the next run sends it."""
+    found = outcome.done if case in outcome.done else outcome.skipped
+    try:
+        sent_to = send(found[case], results.folder / found[case].mask)
+    except UnetrError as error:
+        del found[case]
+        outcome.failed[case] = f"it is segmented, but its mask was not taken: {error}"
+        return
+    if sent_to != found[case].sent_to:
+        found[case] = replace(found[case], sent_to=sent_to)
+        results.record(found[case])
 
 
-def _segment(case: str, ready: ReadCase, model: Model, results: ResultFolder) -> CaseResult:
+def segment(ready: ReadCase, model: Model) -> Masked:
+    """The mask of an image, and what is known of it.
+
+    Raises:
+        InputError: when it cannot be segmented.
+    """
     start = time.perf_counter()
-    found = model.segmenter.segment(ready.volume, name=case, entropy=model.calibration is not None)
+    found = model.segmenter.segment(ready.volume, name=ready.case, entropy=model.calibration is not None)
     seconds = round(time.perf_counter() - start, 3)
     preset, affine = model.segmenter.preset, ready.volume.affine_ras
     quality = None
     if model.calibration is not None and found.entropy is not None:
         quality = model.calibration.estimate(foreground_uncertainty(found.entropy, found.labels))
     result = CaseResult(
-        case=case,
+        case=ready.case,
         image_sha256=ready.sha256,
         model=model.name,
         version=model.version,
         weights_sha256=model.weights_sha256,
-        mask=f"{case}.nii.gz",
+        mask=f"{ready.case}.nii.gz",
         seconds=seconds,
         volumes_ml=measure_ml(found.labels, affine, preset),
         estimated_dice=quality["estimated_dice"] if quality else None,
+        engine=found.plan.engine,
+        image_stamp=ready.stamp,
+        label_names=preset.label_indices,
     )
-    results.keep(result, found, affine, preset)
-    return result
+    return Masked(result, packed_mask(found.labels, affine, preset))

@@ -58,6 +58,23 @@ class Submission:
 
 
 @dataclass(frozen=True)
+class MadeMask:
+    """What a model made of an image on another machine.
+
+    Attributes:
+        image_id: the image.
+        mask: a ``.nii.gz``.
+        params: what the answer of an inference would say of it.
+        problem: why there is none.
+    """
+
+    image_id: str
+    mask: bytes = b""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class LabelVersion(Submission):
     """A label that has been kept, and is never changed again.
 
@@ -89,7 +106,7 @@ class LabelVersion(Submission):
     @property
     def is_drawn(self) -> bool:
         """Whether a person drew it, or chose it; stock MONAI Label keeps predictions in ``labels/original``."""
-        return self.source != INFERENCE and not (self.tag == ORIGINAL and self.source in ("", "folder", "recovered"))
+        return is_drawn(self.source, self.tag)
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a client, without the server's folders."""
@@ -99,6 +116,11 @@ class LabelVersion(Submission):
             | {"label_map": dict(self.label_map), "info": dict(self.info)}
             | {"file": self.file.name, "missing_labels": list(self.missing_labels), "notes": list(self.notes)}
         )
+
+
+def is_drawn(source: str, tag: str) -> bool:
+    """Whether a label that came by ``source`` was drawn or chosen by a person; see :class:`LabelVersion`."""
+    return source != INFERENCE and not (tag == ORIGINAL and source in ("", "folder", "recovered"))
 
 
 def to_record(version: LabelVersion) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class RemoteSource:
         modalities: those that can be segmented.
         circuit: remembers failures.
         clock: seconds that only rise.
+        filters: of the query, by keyword, beside the modality.
+        list_seconds: how long a list is good for.
     """
 
     def __init__(
@@ -68,11 +70,14 @@ class RemoteSource:
         modalities: Collection[str],
         circuit: Circuit | None = None,
         clock: Callable[[], float] = time.monotonic,
+        filters: Mapping[str, str] | None = None,
+        list_seconds: float = SECONDS_A_LIST_IS_KEPT,
     ) -> None:
         self.client = client
         self._circuit = circuit or Circuit(clock=clock)
         self._clock = clock
         self._modalities = sorted(modalities)
+        self._filters, self._list_seconds = dict(filters or {}), list_seconds
         self._listed: tuple[float, dict[str, SeriesInfo]] | None = None
         self._stale = False
         self._listing = threading.Lock()
@@ -209,12 +214,16 @@ class RemoteSource:
         return info
 
     def _is_due(self) -> bool:
-        return self._stale or self._listed is None or self._clock() - self._listed[0] > SECONDS_A_LIST_IS_KEPT
+        return self._stale or self._listed is None or self._clock() - self._listed[0] > self._list_seconds
 
     def _list(self) -> None:
         """Ask for the list, and keep it or the failure."""
         try:
-            entries = [entry for modality in self._modalities for entry in self._search({"Modality": modality})]
+            entries = [
+                entry
+                for modality in self._modalities
+                for entry in self._search({**self._filters, "Modality": modality})
+            ]
             found = {first_value(entry, "SeriesInstanceUID"): series_info(entry) for entry in entries}
         except UNEXPECTED as error:
             logger.warning("the DICOMweb server %s does not list its series: %r", self.client.base_url, error)
@@ -250,7 +259,9 @@ class _Session(requests.Session):
         return super().request(*arguments, **options)
 
 
-def connect(url: str, user: str | None, password: str | None, prefixes: Mapping[str, str | None]) -> DICOMwebClient:
+def connect(
+    url: str, user: str | None, password: str | None, prefixes: Mapping[str, str | None], token: str = ""
+) -> DICOMwebClient:
     """A client of a DICOMweb server.
 
     Args:
@@ -258,9 +269,12 @@ def connect(url: str, user: str | None, password: str | None, prefixes: Mapping[
         user: for basic authentication; none without.
         password: the same.
         prefixes: of ``qido``, ``wado`` and ``stow``, where the server has some.
+        token: a bearer token, in place of user and password.
     """
     session = _Session()
-    if user and password:
+    if token:
+        session.headers["Authorization"] = f"Bearer {token}"
+    elif user and password:
         session.auth = HTTPBasicAuth(user, password)
     given: dict[str, Any] = {f"{name}_url_prefix": prefix for name, prefix in prefixes.items() if prefix}
     client = DICOMwebClient(url.rstrip("/"), session, **given)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,18 +15,22 @@ from dicom_series import SeriesIdentity, write_series
 from pydicom import dcmread
 
 from lib.cluster.cli import main
-from lib.cluster.results import ResultFolder, measure_ml
-from lib.cluster.source import Shard, find_images
-from lib.cluster.worker import Model, segment_cases
+from lib.cluster.engine import LocalEngine, Recipe
+from lib.cluster.model import Model, ModelFile
+from lib.cluster.results import CaseResult, ResultFolder, measure_ml
+from lib.cluster.source import Fetched, FolderSource, Shard, find_images
+from lib.cluster.worker import Case, Outcome, SegmentingWorker, segment_cases
 from lib.configs.catalogue import write_preset
-from lib.errors import ConfigError
+from lib.errors import ConfigError, UpstreamError
 from lib.infers.segmenter import Segmenter
+from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import read_volume
 from tests.tiny import boxes, tiny_preset, write_nifti
 
 PRESET = tiny_preset()
+WEIGHTS = ("tiny", "a" * 64)
 
 
 def _network() -> torch.nn.Module:
@@ -34,7 +40,7 @@ def _network() -> torch.nn.Module:
 
 @pytest.fixture
 def model() -> Model:
-    return Model(Segmenter(_network(), PRESET, torch.device("cpu"), "fp32"), "tiny", "shipped", "a" * 64)
+    return Model(Segmenter(_network(), PRESET, torch.device("cpu"), "fp32"), "tiny", "shipped", WEIGHTS[1])
 
 
 @pytest.fixture
@@ -44,8 +50,15 @@ def studies(tmp_path: Path) -> Path:
     return tmp_path / "studies"
 
 
+def _run(studies: Path, model: Model, results: ResultFolder, **options: Any) -> Outcome:
+    source = FolderSource(studies)
+    recipe = Recipe(model.weights_sha256, lambda device: SegmentingWorker(source, model))
+    weights = (model.name, model.weights_sha256)
+    return segment_cases(source.cases(), results, LocalEngine(["cpu"]), lambda: recipe, weights, **options)
+
+
 def test_masks_are_those_of_the_segmenter(studies: Path, tmp_path: Path, model: Model) -> None:
-    outcome = segment_cases(find_images(studies).images, model, ResultFolder(tmp_path / "out"))
+    outcome = _run(studies, model, ResultFolder(tmp_path / "out"))
     assert sorted(outcome.done) == ["case1", "case2"] and not outcome.failed
     for case, result in outcome.done.items():
         volume = read_volume(studies / f"{case}.nii.gz")
@@ -54,33 +67,85 @@ def test_masks_are_those_of_the_segmenter(studies: Path, tmp_path: Path, model: 
         assert np.array_equal(np.asarray(kept.dataobj), expected)
         assert np.allclose(kept.affine, volume.affine_ras)
         assert result.volumes_ml == measure_ml(expected, volume.affine_ras, PRESET)
+        assert (result.version, result.engine) == ("shipped", "pytorch")
 
 
 def test_finished_cases_are_skipped_until_image_or_weights_change(studies: Path, tmp_path: Path, model: Model) -> None:
     results = ResultFolder(tmp_path / "out")
-    segment_cases(find_images(studies).images, model, results)
-    assert sorted(segment_cases(find_images(studies).images, model, results).skipped) == ["case1", "case2"]
+    _run(studies, model, results)
+    assert sorted(_run(studies, model, results).skipped) == ["case1", "case2"]
     write_nifti(studies / "case2.nii.gz", boxes(seed=5)[0])
-    assert list(segment_cases(find_images(studies).images, model, results).done) == ["case2"]
+    assert list(_run(studies, model, results).done) == ["case2"]
     other = Model(model.segmenter, "tiny", "v0001", "b" * 64)
-    again = segment_cases(find_images(studies).images, other, results)
+    again = _run(studies, other, results)
     assert {result.version for result in again.done.values()} == {"v0001"} and len(again.done) == 2
 
 
 def test_case_whose_mask_is_gone_is_computed_again(studies: Path, tmp_path: Path, model: Model) -> None:
     results = ResultFolder(tmp_path / "out")
-    segment_cases(find_images(studies).images, model, results)
+    _run(studies, model, results)
     (tmp_path / "out" / "case1.nii.gz").unlink()
-    assert list(segment_cases(find_images(studies).images, model, results).done) == ["case1"]
+    assert list(_run(studies, model, results).done) == ["case1"]
 
 
 def test_broken_case_is_reported_and_the_others_go_on(studies: Path, tmp_path: Path, model: Model) -> None:
     (studies / "case0.nii.gz").write_bytes(b"no image")
     seen: list[str] = []
-    outcome = segment_cases(find_images(studies).images, model, ResultFolder(tmp_path / "out"), seen.append)
+    outcome = _run(studies, model, ResultFolder(tmp_path / "out"), on_case=seen.append)
     assert list(outcome.failed) == ["case0"] and "case0" in outcome.failed["case0"]
     assert sorted(outcome.done) == ["case1", "case2"] and seen == ["case0", "case1", "case2"]
     assert not (tmp_path / "out" / "case0.nii.gz").exists()
+
+
+def test_mask_that_was_not_taken_is_sent_by_the_next_run_and_only_then(
+    studies: Path, tmp_path: Path, model: Model
+) -> None:
+    results, sent = ResultFolder(tmp_path / "out"), []
+
+    def send(result: CaseResult, mask: Path) -> str:
+        if result.sent_to == "the server":
+            return result.sent_to
+        sent.append(result.case)
+        if result.case == "case1" and sent.count("case1") == 1:
+            raise UpstreamError("the server is away")
+        assert mask.read_bytes()
+        return "the server"
+
+    first = _run(studies, model, results, send=send)
+    assert list(first.done) == ["case2"] and "the server is away" in first.failed["case1"]
+    second = _run(studies, model, results, send=send)
+    assert sorted(second.skipped) == ["case1", "case2"] and not second.failed
+    assert sorted(_run(studies, model, results, send=send).skipped) == ["case1", "case2"]
+    assert sent == ["case1", "case2", "case1"]
+
+
+def test_server_that_is_away_for_a_moment_costs_no_case(tmp_path: Path, model: Model, studies: Path) -> None:
+    class Away(FolderSource):
+        failures = 2
+
+        def fetch(self, case: str, folder: Path) -> Fetched:
+            if self.failures:
+                self.failures -= 1
+                raise UpstreamError("the server does not answer")
+            return super().fetch(case, folder)
+
+    source = Away(studies)
+    assert SegmentingWorker(source, model, (0.0, 0.0)).read(Case("case1")).case == "case1"
+    source.failures = 2
+    with pytest.raises(UpstreamError):
+        SegmentingWorker(source, model, (0.0,)).read(Case("case1"))
+
+
+def test_weights_that_travel_as_bytes_are_the_same_model(tmp_path: Path, model: Model, studies: Path) -> None:
+    folder = tmp_path / "model" / "tiny"
+    folder.mkdir(parents=True)
+    write_checkpoint(folder / "shipped.pt", Checkpoint(_network().state_dict(), PRESET, {}))
+    packed = ModelFile.find(PRESET, WeightsLocator(folder), compiles=False, precision="fp32").packed()
+    (folder / "shipped.pt").unlink()
+    loaded = pickle.loads(pickle.dumps(packed)).load("cpu")
+    volume = read_volume(studies / "case1.nii.gz")
+    assert np.array_equal(loaded.segmenter.segment(volume).labels, model.segmenter.segment(volume).labels)
+    assert loaded.weights_sha256 == packed.sha256 and loaded.version == "shipped"
 
 
 def test_shards_hold_each_case_once() -> None:
@@ -145,7 +210,7 @@ def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
     write_preset(tmp_path / "tiny.yaml", PRESET)
     (tmp_path / "model" / "tiny").mkdir(parents=True)
     write_checkpoint(tmp_path / "model" / "tiny" / "shipped.pt", Checkpoint(_network().state_dict(), PRESET, {}))
-    places = ["--model-dir", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    places = ["--model-dir", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--devices", "cpu,cpu"]
     command = ["--studies", str(studies), "--model", str(tmp_path / "tiny.yaml"), *places]
     assert main(command) == 0
     (studies / "references").mkdir()
@@ -159,4 +224,9 @@ def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
     assert sorted(found["failed"]) == ["bad", "twice.nii", "twice.nii.gz"]
     assert "0 finished, 2 finished before, 3 failed" in capsys.readouterr().out
     assert main([*command, "--shard", "3/2"]) == 2
-    assert main(["--studies", "http://127.0.0.1/dicom", *command[2:]]) == 2
+    assert main([*command, "--save-labels", "original"]) == 2
+    assert main([*command, "--devices", "cuda:7"]) == 2
+    assert main(["--studies", "http://anna:secret@127.0.0.1/dicom", *command[2:]]) == 2
+    assert main(["--studies", "ftp://127.0.0.1/dicom", *command[2:]]) == 2
+    told = capsys.readouterr().err
+    assert "secret" not in told and "to a running server" in told and "valid: a folder, or an address" in told

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gdcm
 import nibabel as nib
@@ -24,13 +25,15 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
+from lib.cluster.cli import main as segment
 from lib.configs.catalogue import load_preset
 from lib.dicom.segmentation_reader import read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import Series, read_series
+from lib.transforms.volume import read_volume
 from tests.dicom.conftest import draw_mask, edit, transcode
 from tests.dicom.test_segmentation import fill_uids
-from tests.integration.conftest import prepare
+from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart, wait_until
 
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
@@ -560,3 +563,54 @@ def test_organ_that_was_not_drawn_in_ohif_or_slicer_is_missing_in_the_training(s
     said = server.get(f"/model/versions/hippocampus_mr/{made}").json()
     assert {first.uid, second.uid} <= set(said["split"]["train"]), said["left_out"]
     assert said["missing_labels"][first.uid] == said["missing_labels"][second.uid] == ["posterior"]
+
+
+def _segment(studies: Studies, address: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and summary of ``run.py segment`` with the server's weights."""
+    places = ["--model", "hippocampus_mr", "--model-dir", str(studies.server.models), "--out", str(out)]
+    code = segment(["--studies", address, *places, "--devices", "cpu", "--engine", "pytorch", "--threads", "1", *more])
+    return code, json.loads((out / "summary.json").read_text())
+
+
+def test_worker_segments_the_servers_pool_and_sends_its_masks_back_once(studies: Studies, tmp_path: Path) -> None:
+    server, uid = studies.server, studies.series[0].uid
+    code, told = _segment(studies, server.url, tmp_path, "--save-labels", "by-worker")
+    assert (code, told["failed"]) == (0, {})
+    assert {"flat", *(series.uid for series in studies.series)} <= {case["case"] for case in told["cases"]}
+    for case in ("flat", uid):
+        info = server.get("/datastore/label/info", params={"label": case, "tag": "by-worker"}).json()
+        assert (info["source"], info["model_version"], info["preset"]) == ("inference", "shipped", "hippocampus_mr")
+        kept = server.get("/datastore/label", params={"label": case, "tag": "by-worker"}).content
+        (tmp_path / "kept.nii.gz").write_bytes(kept)
+        mask = np.asarray(nib.load(tmp_path / "kept.nii.gz").dataobj)
+        assert mask.any() and np.array_equal(mask, np.asarray(nib.load(tmp_path / f"{case}.nii.gz").dataobj))
+    code, told = _segment(studies, server.url, tmp_path, "--save-labels", "by-worker")
+    assert (code, told["finished_now"]) == (0, 0)
+    versions = server.get("/datastore/label/versions", params={"image": "flat", "tag": "by-worker"}).json()
+    assert len(versions) == 1
+
+
+def test_worker_neither_computes_nor_replaces_what_a_person_drew(studies: Studies, tmp_path: Path) -> None:
+    server = studies.server
+    drawn = np.zeros(nib.load(server.studies / "flat.nii.gz").shape, np.uint8)
+    drawn[:2] = 1
+    label = encode(drawn, nib.load(server.studies / "flat.nii.gz").affine, tmp_path)
+    assert server.save_label("flat", label, ["Anterior"], "by-hand").status_code == 200
+    code, told = _segment(studies, server.url, tmp_path / "out", "--save-labels", "by-hand", "--shard", "1/1")
+    assert code == 0 and "flat" not in {case["case"] for case in told["cases"]} and told["cases"]
+    params = {"model": "hippocampus_mr", "source": "inference"}
+    files = {"params": (None, json.dumps(params)), "label": ("mask.nii.gz", label, "application/gzip")}
+    refused = server.put("/datastore/label", params={"image": "flat", "tag": "by-hand"}, files=files)
+    assert refused.status_code == 409 and "a model's mask does not replace it" in refused.json()["detail"]
+
+
+def test_worker_takes_the_series_of_a_query(studies: Studies, tmp_path: Path) -> None:
+    root, uid = f"{studies.server.url}/dicom-web", studies.series[1].uid
+    code, told = _segment(studies, f"{root}/series?SeriesInstanceUID={uid}", tmp_path)
+    assert (code, [case["case"] for case in told["cases"]]) == (0, [uid])
+    volume = read_volume(studies.files[1][0].parent)
+    assert np.array_equal(nib.load(tmp_path / f"{uid}.nii.gz").affine.round(3), volume.affine_ras.round(3))
+    code, told = _segment(studies, f"{root}?SeriesInstanceUID={uid}", tmp_path)
+    assert (told["finished_now"], told["finished_before"]) == (0, 1)
+    code, told = _segment(studies, f"{root}?Modality=CT", tmp_path)
+    assert (code, told["cases"]) == (0, [])

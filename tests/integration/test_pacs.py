@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from dicomweb_client import DICOMwebClient
 from pydicom import dcmread
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
+from lib.cluster.cli import main as segment
 from lib.configs.catalogue import load_preset
 from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS
 from lib.dicom.segmentation_reader import read_segmentation
@@ -252,3 +254,20 @@ def answers(server: Server) -> bool:
         return requests.get(f"{server.url}/healthz", timeout=5).ok
     except requests.ConnectionError:
         return False
+
+
+def test_worker_segments_a_pacs_query_and_knows_its_series_again(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uid = clinic.series[0].uid
+    places = ["--model", "hippocampus_mr", "--model-dir", str(clinic.server.models), "--out", str(tmp_path)]
+    command = ["--studies", f"{clinic.orthanc.dicomweb}?SeriesInstanceUID={uid}", *places, "--engine", "pytorch"]
+    assert segment(command) == 2
+    assert "does not answer as expected (401)" in capsys.readouterr().err
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_USERNAME", USER)
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_PASSWORD", PASSWORD)
+    for finished in ((1, 0), (0, 1)):
+        assert segment(command) == 0
+        told = json.loads((tmp_path / "summary.json").read_text())
+        assert (told["finished_now"], told["finished_before"]) == finished
+        assert [case["case"] for case in told["cases"]] == [uid]

@@ -26,6 +26,17 @@ def test_install_with_test_tools_serves_without_them_too(project: RecordedProjec
     assert len(project.installs) == before
 
 
+def test_engine_for_many_machines_is_installed_beside_the_test_tools_and_once(project: RecordedProject) -> None:
+    (project.root / "requirements-cluster.txt").write_text("ray==2.60.0\n")
+    set_up(project, dev=True)
+    assert project.run("setup", "--cluster") == 0
+    assert project.installs[-1][-1].endswith("requirements-cluster.txt")
+    before = len(project.installs)
+    assert project.run("setup", "--cluster") == 0
+    set_up(project, dev=True)
+    assert len(project.installs) == before
+
+
 def test_changed_requirements_are_installed(project: RecordedProject) -> None:
     set_up(project, dev=False)
     with (project.root / "constraints.txt").open("a") as constraints:
@@ -35,11 +46,11 @@ def test_changed_requirements_are_installed(project: RecordedProject) -> None:
 
 
 def test_line_ends_are_no_change(project: RecordedProject) -> None:
-    before = requirements_digest(project, True, (3, 11))
-    for path in requirements_files(project, dev=True):
+    before = requirements_digest(project, "dev", (3, 11))
+    for path in requirements_files(project, "dev"):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert requirements_digest(project, True, (3, 11)) == before
-    assert requirements_digest(project, True, (3, 12)) != before
+    assert requirements_digest(project, "dev", (3, 11)) == before
+    assert requirements_digest(project, "dev", (3, 12)) != before
 
 
 def test_failed_install_leaves_no_stamp_and_is_gone_on_with(
@@ -136,7 +147,7 @@ def test_name_is_found_in_requirements_and_files(requirement: str, name: str) ->
 def test_each_requirement_is_locked() -> None:
     root = Path(__file__).resolve().parents[2]
     locked = {line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines() if "==" in line}
-    for path in (root / "requirements.txt", root / "requirements-dev.txt"):
+    for path in sorted(root.glob("requirements*.txt")):
         asked = [line for line in path.read_text().splitlines() if line and line[0] not in "#-"]
         assert all("==" in line for line in asked)
         assert {line.split("==")[0].lower() for line in asked} <= locked

@@ -15,7 +15,7 @@ from lib.datastore.effort import Effort
 from lib.datastore.label_files.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
-from lib.datastore.records import FINAL, ORIGINAL, LabelVersion, Submission
+from lib.datastore.records import FINAL, INFERENCE, ORIGINAL, LabelVersion, Submission
 from lib.datastore.store import submission_of
 from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import FileKindError, ImageError, InputError, LabelError
@@ -43,10 +43,11 @@ def submit_label(
         tag: a checked tag.
         info: what came with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``, more.
         user: who sent it.
-        source: the way by which it came: ``rest``, ``dicom``.
+        source: the way by which it came: ``rest``, ``dicom``; ``inference`` where a model made it elsewhere.
 
     Raises:
         LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine then.
+        ConflictError: when a model made it, and a person drew the label that there is.
         FileKindError: when its file is of a format that is not read here; it is in quarantine then.
         TooLargeError: when it unpacks to more than the limit; it is not kept.
         StorageError: when the disk does not take it; then nothing has changed.
@@ -60,7 +61,10 @@ def submit_label(
         except InputError as error:
             _quarantine(parts, file, str(error), image_id, tag, info, user, source)
             raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
-        started_from = prediction if prediction is not None and prediction.preset == preset.name else None
+        made = source == INFERENCE
+        started_from = prediction if not made and prediction is not None and prediction.preset == preset.name else None
+        told: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
+        model_version, engine = (str(told.get(key) or "")[:LONGEST_TOLD] for key in ("model_version", "engine"))
         changed = _voxels_changed(parts, started_from, checked, folder)
         effort = parts.store.effort.find(image_id, client)
         submission = Submission(
@@ -69,10 +73,11 @@ def submit_label(
             user=user.name,
             client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
             preset=preset.name,
-            model_version=started_from.model_version if started_from else "",
-            engine=started_from.engine if started_from else "",
+            model_version=model_version,
+            engine=engine,
             label_map=checked.mapped.label_map,
-            missing_labels=checked.mapped.missing,
+            # what a model does not find is not there, by what it says
+            missing_labels=() if made else checked.mapped.missing,
             voxels_changed=changed,
             prompts_used=_prompts_used(info, effort),
             seconds_spent=effort.seconds,

@@ -17,6 +17,7 @@ from monailabel.utils.others.generic import file_checksum, get_mime_type
 from starlette.exceptions import HTTPException
 
 from lib.configs.preset import Preset
+from lib.datastore.records import FINAL, INFERENCE
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_kind
@@ -32,7 +33,7 @@ from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
-from lib.server.labels.submissions import submit_label
+from lib.server.labels.submissions import submit_label, tag_for_prediction
 from lib.server.services import Parts, Services
 from lib.server.work.image_checks import check_image, forget, inspect_for_any, left_out, warned
 from lib.server.work.modality import modality_of, models_for
@@ -280,8 +281,13 @@ def store_label(
 
     Raises:
         NotFoundError: when there is no such image.
+        ForbiddenError: for a model's mask as ``final``, without a reviewer's right.
+        ConflictError: for a model's mask in the place of a label that a person drew.
         LabelError, TooLargeError, StorageError: as :func:`submit_label`.
     """
+    made = info.get("source") == INFERENCE
+    if made:  # by a model, elsewhere: as if the server had made it
+        tag = tag_for_prediction(user, {"label_tag": tag or FINAL})
     presented = parts.presented.case_of(image_id)
     image_id = parts.check_image(image_id)
     parts.store.leases.renew(user.client(info.get("client_id")))
@@ -290,7 +296,7 @@ def store_label(
         if presented is not None:
             check_header(file, parts.settings.unpacked_limit_mib)
             file = parts.presented.submitted_on_file(presented, file, folder)
-        version = submit_label(parts, image_id, file, tag, info, user, source="rest")
+        version = submit_label(parts, image_id, file, tag, info, user, source=INFERENCE if made else "rest")
     told = version.describe()
     answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}
     kept = (

@@ -1,0 +1,142 @@
+"""Ray as the engine, on two nodes with one core each: nothing is lost, and nothing comes out differently."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic_hippocampus import draw_cases
+
+from lib.cluster.engine import LocalEngine, Recipe
+from lib.cluster.model import ModelFile
+from lib.cluster.ray_engine import RayEngine
+from lib.cluster.results import ResultFolder
+from lib.cluster.source import FolderSource
+from lib.cluster.worker import MakeWorker, Outcome, segment_cases
+from lib.errors import CheckpointError, ConfigError
+from lib.models.weights import WeightsLocator
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.unetr import build_unetr
+from tests.cluster.ray_nodes import TwoNodes
+from tests.cluster.sleeper import Sleeper
+from tests.integration.conftest import prepare
+from tests.integration.server import Server, wait_until
+from tests.tiny import boxes, tiny_preset, write_nifti
+
+pytest.importorskip("ray", reason="needs Ray: python3 run.py setup --cluster")
+pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
+
+PRESET = tiny_preset()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    made = TwoNodes()
+    yield made
+    made.stop()
+
+
+def _recipe() -> Recipe[Any, str]:
+    return Recipe("v0001", lambda device: Sleeper())
+
+
+def test_case_that_kills_its_worker_three_times_is_reported_and_the_others_are_done(nodes: TwoNodes) -> None:
+    items = [0.01, 0.02, "deadly", 0.03, "unreadable", 0.04, 0.05]
+    finished = {one.item: one for one in RayEngine(nodes.address).run(items, _recipe)}
+    assert list(finished) != items and sorted(map(str, finished)) == sorted(map(str, items))
+    assert "it ended its worker 3 times" in finished.pop("deadly").problem
+    assert finished.pop("unreadable").problem == "it cannot be read"
+    assert {one.answer for one in finished.values()} == {"v0001"}
+
+
+def test_results_are_those_of_one_process_bit_for_bit(nodes: TwoNodes, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "model" / "tiny"
+    folder.mkdir(parents=True)
+    write_checkpoint(folder / "shipped.pt", Checkpoint(build_unetr(PRESET).state_dict(), PRESET, {}))
+    for seed in range(4):
+        write_nifti(tmp_path / "studies" / f"case{seed}.nii.gz", boxes(seed=seed)[0])
+    (tmp_path / "studies" / "broken.nii.gz").write_bytes(b"no image")
+    source, model = FolderSource(tmp_path / "studies"), ModelFile.find(PRESET, WeightsLocator(folder), compiles=False)
+
+    def run(engine: RayEngine | LocalEngine, out: Path, model: ModelFile) -> Outcome:
+        recipe = Recipe(model.sha256, MakeWorker(source, model))
+        return segment_cases(source.cases(), ResultFolder(out), engine, lambda: recipe, (model.name, model.sha256))
+
+    here = run(LocalEngine(["cpu"]), tmp_path / "here", model)
+    there = run(RayEngine(nodes.address), tmp_path / "there", model.packed())
+    assert sorted(there.done) == sorted(here.done) == ["case0", "case1", "case2", "case3"]
+    assert there.failed == here.failed and list(there.failed) == ["broken"]
+    for case, result in here.done.items():
+        assert (tmp_path / "there" / result.mask).read_bytes() == (tmp_path / "here" / result.mask).read_bytes()
+        other = there.done[case]
+        assert (other.volumes_ml, other.version, other.engine) == (result.volumes_ml, "shipped", "pytorch")
+
+
+def test_node_that_is_killed_loses_nothing_and_another_joins(nodes: TwoNodes) -> None:
+    answers = []
+    for one in RayEngine(nodes.address).run([0.3 + number / 1000 for number in range(16)], _recipe):
+        answers.append(one)
+        if len(answers) == 3:
+            nodes.kill_second()
+    assert sorted(one.item for one in answers) == [0.3 + number / 1000 for number in range(16)]
+    assert {(one.answer, one.problem) for one in answers} == {("v0001", "")}
+    nodes.start_second()
+
+
+@pytest.mark.slow
+def test_newer_version_is_used_from_its_next_case_on_and_named(nodes: TwoNodes) -> None:
+    asked: list[int] = []
+
+    def recipe() -> Recipe[Any, str]:
+        asked.append(0)
+        version = "v0001" if len(asked) <= 6 else "v0002"
+        return Recipe(version, lambda device: Sleeper(version))
+
+    versions = [one.answer for one in RayEngine(nodes.address).run([0.01] * 12, recipe)]
+    assert sorted(versions) == ["v0001"] * 6 + ["v0002"] * 6
+
+
+@pytest.mark.slow
+def test_worker_that_cannot_be_made_ends_the_run_with_its_sentence(nodes: TwoNodes) -> None:
+    def make(device: str) -> Sleeper:
+        raise CheckpointError("damaged weights")
+
+    with pytest.raises(CheckpointError, match="damaged weights"):
+        list(RayEngine(nodes.address).run([0.01], lambda: Recipe("v0001", make)))
+
+
+@pytest.mark.slow
+def test_cluster_that_is_not_there_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster to be reached at 'ray://127\.0\.0\.2:1'"):
+        list(RayEngine("ray://127.0.0.2:1").run([0.01], _recipe))
+
+
+@pytest.mark.slow
+def test_batch_of_a_server_runs_on_the_cluster_and_is_found_again_by_the_next(nodes: TwoNodes, tmp_path: Path) -> None:
+    cases = {f"case_{number:02d}": case for number, case in enumerate(draw_cases(16, seed=11))}
+    conf = {"models": "hippocampus_mr", "cluster": nodes.address}
+    server = prepare(Server(tmp_path, conf, environment={"RAY_USAGE_STATS_ENABLED": "0"}), cases).start()
+
+    def labelled() -> list[str]:
+        objects = server.get("/datastore/?output=all").json()["objects"]
+        return sorted(case for case in cases if "original" in objects[case]["labels"])
+
+    assert server.post("/batch/infer/hippocampus_mr", json={"images": "all"}).status_code == 200
+    wait_until(lambda: len(list((server.studies / "labels" / "original").glob("*.nii.gz"))) > 1, 120)
+    server.stop(signal.SIGKILL)
+    before = sorted(file.name for file in (server.studies / "labels" / "original").glob("*.nii.gz"))
+    assert 1 < len(before) < len(cases)
+    server.start()
+    ended = server.wait_for("/batch/infer", 240)
+    assert ended["status"] == "DONE", "\n".join(ended["details"])
+    assert labelled() == sorted(cases)
+    for case in cases:
+        versions = server.get("/datastore/label/versions", params={"image": case, "tag": "original"}).json()
+        assert [(v["source"], v["model_version"]) for v in versions] == [("inference", "shipped")], "made once"
+    assert not list((server.models / "hippocampus_mr" / "batches").glob("*.json"))
+    assert server.stop() in (0, -15)
