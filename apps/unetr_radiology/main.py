@@ -21,6 +21,8 @@ from monailabel.interfaces.tasks.train import TrainTask  # noqa: E402
 from lib.activelearning.pool_knowledge import PoolKnowledge  # noqa: E402
 from lib.activelearning.score_store import ScoreStore  # noqa: E402
 from lib.activelearning.task import check_passes, make_scoring_methods, make_strategies  # noqa: E402
+from lib.cluster.batch import ClusterBatch, ServedModel  # noqa: E402
+from lib.cluster.ray_engine import RayEngine  # noqa: E402
 from lib.configs.settings import Settings  # noqa: E402
 from lib.datastore.batch import DrawnLabelsStay  # noqa: E402
 from lib.datastore.series import open_datastore  # noqa: E402
@@ -114,7 +116,12 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""
-        return DrawnLabelsStay(interruptible=giving_way)
+        settings = self.settings
+        if not settings.cluster:
+            return DrawnLabelsStay(interruptible=giving_way)
+        compiles = settings.engine == "auto"
+        models = {n: ServedModel(p, self.locators[n], settings.precision, compiles) for n, p in self.presets.items()}
+        return DrawnLabelsStay(elsewhere=ClusterBatch(RayEngine(settings.cluster), models))
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """One training task a preset."""
@@ -143,4 +150,5 @@ class UnetrRadiologyApp(MONAILabelApp):
             precision=settings.precision,
             passes=settings.passes,
             minutes=settings.scoring_minutes,
+            cluster=RayEngine(settings.cluster) if settings.cluster else None,
         )

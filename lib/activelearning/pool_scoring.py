@@ -6,57 +6,36 @@ Every case is kept as soon as it is done, so that whoever is interrupted goes on
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
 
 import torch
 
-from lib.activelearning.case_scores import CaseScores, score_case
-from lib.activelearning.embedding import AnyUnetr, embed
-from lib.activelearning.passes import Passes, choose_passes
+from lib.activelearning.case_scores import CaseScores
 from lib.activelearning.pool_knowledge import PoolKnowledge, version_key
 from lib.activelearning.score_store import CaseScoreRecord, LabelDisagreement
-from lib.cases.labelled import Case, read_case
-from lib.cases.metrics import dice_per_label, mean_known
+from lib.activelearning.scoring_worker import Depth, LabelledCase, Look, MakeScoringWorker, ScoringWorker, Seen
+from lib.cases.metrics import mean_known
+from lib.cluster.engine import Engine, Finished, Recipe
+from lib.cluster.model import ModelFile
 from lib.configs.preset import Preset
-from lib.errors import CheckpointError, ImageError, InputError, UnetrError
+from lib.errors import CheckpointError, InputError, UnetrError
 from lib.infers.interruption import InterruptedWork, giving_way
-from lib.infers.segmenter import Segmenter
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsFile, preset_for
-from lib.networks.checkpoint import Checkpoint, read_checkpoint
-from lib.networks.unetr import build_unetr
-from lib.transforms.intensity_range import misfit
-from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import check_segmentable, read_volume
+from lib.networks.checkpoint import read_checkpoint
 
 logger = logging.getLogger("unetr.scoring")
 
-Depth = Literal["embedding", "scores"]
 MOST_IN_ENSEMBLE = 3
 SECONDS_BETWEEN_LINES = 5.0
 MAY_COMPUTE = threading.Event()
 """Clear while somebody waits for an inference; the work waits with it."""
 MAY_COMPUTE.set()
-
-
-@dataclass(frozen=True)
-class LabelledCase:
-    """A case with its label.
-
-    Attributes:
-        case: image and label files.
-        ignored: names of labels that the mask does not speak of.
-    """
-
-    case: Case
-    ignored: frozenset[str] = frozenset()
 
 
 class PoolScorer:
@@ -69,6 +48,7 @@ class PoolScorer:
         passes: see :func:`lib.activelearning.passes.choose_passes`.
         minutes: longest time for all that is asked of it.
         served_modalities: of all presets that are served; an image that fits another one better is not scored.
+        cluster: what looks at the cases instead of this process, from files that its machines see under the same path.
 
     Raises:
         CheckpointError: when the weights cannot be used.
@@ -83,15 +63,21 @@ class PoolScorer:
         passes: str = "auto",
         minutes: float = 30,
         served_modalities: Collection[str] = (),
+        cluster: Engine | None = None,
     ) -> None:
-        self._knowledge, self._served_modalities = knowledge, served_modalities
+        self._knowledge, self._cluster = knowledge, cluster
         self._until = time.monotonic() + 60 * minutes
         file = knowledge.locator.find()
         self.version = version_key(file)
         self._trained = file is not None
-        self._segmenter = _segmenter(file, knowledge.preset, device, precision)
-        self._network = cast(AnyUnetr, self._segmenter.network)
-        self._passes = self._make_passes(passes, device, precision) if file is not None else None
+        files = [] if file is None else _files(knowledge, file, passes, precision)
+        make = MakeScoringWorker(knowledge.preset, files, passes, precision, tuple(served_modalities))
+        self._worker: ScoringWorker | None = None
+        if cluster is None:
+            self._worker = make(str(device))
+        else:
+            make = replace(make, files=[one.packed() for one in files])
+        self._recipe = Recipe(f"{knowledge.preset.name} {self.version}", make)
 
     def score(self, images: Sequence[str], file_of: Callable[[str], Path], depth: Depth = "scores") -> dict[str, int]:
         """Score the images that this version has not scored yet.
@@ -111,11 +97,11 @@ class PoolScorer:
             done = {image for image, record in known.items() if record.scored or stage == "embedding"}
             todo = [image for image in images if image not in done]
             counts["known"] = len(images) - len(todo)
-            reached = _each(
+            reached = self._look_at(
                 todo,
-                self._until,
                 f"{stage} of {self._knowledge.preset.name}, {self.version}",
-                partial(self._score_image, file_of=file_of, stage=stage, counts=counts),
+                partial(_look, file_of=file_of, stage=stage),
+                partial(self._keep_scores, stage=stage, counts=counts),
             )
             counts["left"] = len(todo) - reached
         return counts
@@ -136,72 +122,97 @@ class PoolScorer:
         known = self._knowledge.store.disagreements(self.version)
         todo = [image for image, label in labels.items() if image not in known or known[image].label != label]
         counts["known"] = len(labels) - len(todo)
-        reached = _each(
+        reached = self._look_at(
             todo,
-            self._until,
             f"labels of {self._knowledge.preset.name}, {self.version}",
-            partial(self._compare_label, labels=labels, case_of=case_of, counts=counts),
+            lambda image: Look(image, case_of(image)),
+            partial(self._keep_comparison, labels=labels, counts=counts),
         )
         counts["left"] = len(todo) - reached
         return counts
 
-    def _score_image(self, image: str, file_of: Callable[[str], Path], stage: Depth, counts: dict[str, int]) -> None:
+    def _look_at(
+        self,
+        images: Sequence[str],
+        what: str,
+        look_of: Callable[[str], Look],
+        keep: Callable[[str, Finished[Look, Seen]], None],
+    ) -> int:
+        """Look at images here or on the cluster, until the time is up; returns how many were looked at."""
+        if self._cluster is None:
+            return _each(images, self._until, what, lambda image: keep(image, self._look_here(look_of, image)))
+        looks, said, reached = _Looks(images, self._until, look_of, keep), time.monotonic(), 0
+        for finished in self._cluster.run(looks, lambda: self._recipe):
+            keep(finished.item.image, finished)
+            reached += 1
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                logger.info("%s, on the cluster: %d of %d", what, reached + looks.failed, len(images))
+        return reached + looks.failed
+
+    def _look_here(self, look_of: Callable[[str], Look], image: str) -> Finished[Look, Seen]:
+        assert self._worker is not None
         try:
-            record = CaseScoreRecord(self._examine(file_of(image), stage), scored=stage == "scores")
-            counts["done"] += stage == "scores" or not self._trained
+            look = look_of(image)
+            return Finished(look, self._worker.compute(self._worker.read(look)))
         except UnetrError as error:
+            return _failed(image, error)
+
+    def _keep_scores(self, image: str, found: Finished[Look, Seen], stage: Depth, counts: dict[str, int]) -> None:
+        if found.answer is None:
             counts["failed"] += 1
-            logger.warning("%s is not scored: %s", image, error)
-            if not isinstance(error, InputError):  # it cannot be had now, and may be later
+            logger.warning("%s is not scored: %s", image, found.problem)
+            if not found.refused:  # it cannot be had now, and may be later
                 return
-            record = CaseScoreRecord(CaseScores(), scored=True, problem=str(error))
+            record = CaseScoreRecord(CaseScores(), scored=True, problem=found.problem)
+        else:
+            record = CaseScoreRecord(found.answer.scores, scored=stage == "scores")
+            counts["done"] += stage == "scores" or not self._trained
         self._knowledge.store.keep(self.version, image, record)
 
-    def _examine(self, path: Path, stage: Depth) -> CaseScores:
-        segmenter = self._segmenter
-        volume = read_volume(path)
-        check_segmentable(volume, segmenter.preset, path.name)
-        if reason := misfit(volume.voxels, segmenter.preset.modality, self._served_modalities):
-            raise ImageError(f"image {path.name!r} is not for {segmenter.preset.name!r}: {reason}")
-        picture = preprocess_volume(volume, segmenter.preset)
-        where = (segmenter.preset, segmenter.device, segmenter.dtype)
-        if stage == "embedding":
-            return CaseScores(embedding=embed(self._network, picture, *where))
-        return score_case(self._network, picture, *where, self._passes)
-
-    def _compare_label(
-        self, image: str, labels: Mapping[str, str], case_of: Callable[[str], LabelledCase], counts: dict[str, int]
+    def _keep_comparison(
+        self, image: str, found: Finished[Look, Seen], labels: Mapping[str, str], counts: dict[str, int]
     ) -> None:
-        try:
-            dice = compare(self._segmenter, case_of(image))
-        except UnetrError as error:
+        if found.answer is None:
             counts["failed"] += 1
-            logger.warning("the label of %s cannot be compared: %s", image, error)
-            if not isinstance(error, InputError):
+            logger.warning("the label of %s cannot be compared: %s", image, found.problem)
+            if not found.refused:
                 return
             disagreement = LabelDisagreement(image, labels[image], {}, 1.0)
         else:
             counts["done"] += 1
+            dice = found.answer.dice
             disagreement = LabelDisagreement(image, labels[image], dice, suspicion_of(dice))
         self._knowledge.store.keep_disagreement(self.version, disagreement)
 
-    def _make_passes(self, name: str, device: torch.device, precision: str) -> Passes:
-        networks = [self._segmenter.network]
-        if name in ("auto", "ensemble"):
-            networks += [s.network for s in _earlier(self._knowledge, self._segmenter, device, precision)]
-        return choose_passes(name, self._segmenter.preset, networks)
+
+def _look(image: str, file_of: Callable[[str], Path], stage: Depth) -> Look:
+    return Look(image, file_of(image).absolute(), stage)
 
 
-def compare(segmenter: Segmenter, one: LabelledCase) -> dict[str, float]:
-    """Dice of each label that the mask speaks of and that either the mask or the model sees.
+def _failed(image: str, error: UnetrError) -> Finished[Look, Seen]:
+    return Finished(Look(image, Path()), problem=str(error), refused=isinstance(error, InputError))
 
-    Raises:
-        InputError: when the case cannot be read.
-    """
-    volume, label = read_case(one.case, segmenter.preset)
-    predicted = segmenter.segment(volume, name=one.case.case_id).labels
-    indices = {name: index for name, index in segmenter.preset.label_indices.items() if name not in one.ignored}
-    return {name: dice for name, dice in dice_per_label(predicted, label, indices).items() if not math.isnan(dice)}
+
+@dataclass
+class _Looks:
+    """What the cluster is to look at, until the time is up; what cannot be had is kept at once."""
+
+    images: Sequence[str]
+    until: float
+    look_of: Callable[[str], Look]
+    keep: Callable[[str, Finished[Look, Seen]], None]
+    failed: int = 0
+
+    def __iter__(self) -> Iterator[Look]:
+        for image in self.images:
+            if time.monotonic() > self.until:
+                return
+            try:
+                yield self.look_of(image)
+            except UnetrError as error:
+                self.failed += 1
+                self.keep(image, _failed(image, error))
 
 
 def suspicion_of(dice: Mapping[str, float]) -> float:
@@ -240,34 +251,34 @@ def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], Non
     return len(ids)
 
 
-def _segmenter(file: WeightsFile | None, preset: Preset, device: torch.device, precision: str) -> Segmenter:
-    if file is not None:
-        checkpoint = read_checkpoint(file.path)
-        return Segmenter.from_checkpoint(checkpoint, preset_for(checkpoint, preset), device, precision)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same random weights at every start, so that embeddings stay comparable
-        return Segmenter(build_unetr(preset), preset, device, precision)
+def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: str) -> list[ModelFile]:
+    """The served weights, and for an ensemble the published ones before them that see images alike, the newest first.
 
-
-def _earlier(knowledge: PoolKnowledge, current: Segmenter, device: torch.device, precision: str) -> list[Segmenter]:
-    """The published versions before the served one that see images as it does, the newest first."""
-    found: list[Segmenter] = []
-    served = version_key(knowledge.locator.find())
-    for version in reversed(VersionStore(knowledge.locator.folder).list()):
-        if len(found) + 1 >= MOST_IN_ENSEMBLE:
+    Raises:
+        CheckpointError: when the served ones cannot be used.
+    """
+    served = ModelFile.of(knowledge.preset, file, compiles=False, precision=precision)
+    found = [served]
+    versions = VersionStore(knowledge.locator.folder).list() if passes in ("auto", "ensemble") else []
+    for version in reversed(versions):
+        if len(found) >= MOST_IN_ENSEMBLE:
             break
-        if version.status != "published" or version.name == served:
+        if version.status != "published" or version.name == version_key(file):
             continue
         try:
-            checkpoint: Checkpoint = read_checkpoint(version.weights)
-            preset = preset_for(checkpoint, knowledge.preset)
-            if _sees(preset) == _sees(current.preset):
-                found.append(Segmenter.from_checkpoint(checkpoint, preset, device, precision))
+            if _sees(version.weights, knowledge.preset) == _sees(file.path, knowledge.preset):
+                weights = WeightsFile(version.weights, "published")
+                found.append(ModelFile.of(knowledge.preset, weights, compiles=False, precision=precision))
         except CheckpointError as error:
             logger.warning("version %s is left out of the ensemble: %s", version.name, error)
     return found
 
 
-def _sees(preset: Preset) -> tuple[object, ...]:
-    """What an image becomes before the network."""
+def _sees(weights: Path, configured: Preset) -> tuple[object, ...]:
+    """What an image becomes before the network.
+
+    Raises:
+        CheckpointError: when the weights cannot be used.
+    """
+    preset = preset_for(read_checkpoint(weights), configured)
     return preset.axcodes, preset.spacing_mm, preset.roi_size, preset.intensity, preset.padding

@@ -15,10 +15,12 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from lib.activelearning.case_scores import MEASURES, REGIONS
 from lib.activelearning.passes import MonteCarloDropout, has_dropout, no_dropout
 from lib.activelearning.pool_knowledge import PoolKnowledge, version_name
-from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, newest_first
+from lib.activelearning.pool_scoring import PoolScorer, newest_first
 from lib.activelearning.score_store import UNTRAINED
+from lib.activelearning.scoring_worker import LabelledCase
 from lib.activelearning.selection import MEASURE_OF, STRATEGIES, Pick, select
 from lib.cases.labelled import Case
+from lib.cluster.engine import Engine
 from lib.configs.preset import Preset
 from lib.datastore.label_names import why_not_for
 from lib.errors import ConfigError, NotFoundError, ParameterError
@@ -129,6 +131,7 @@ class PoolScoring(ScoringMethod):
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         passes: how several opinions are made.
         minutes: longest time; half an hour where it is 0, which only means that none starts by itself.
+        cluster: see :class:`PoolScorer`.
     """
 
     def __init__(
@@ -139,10 +142,12 @@ class PoolScoring(ScoringMethod):
         precision: str = "auto",
         passes: str = "auto",
         minutes: float = DEFAULT_MINUTES,
+        cluster: Engine | None = None,
     ) -> None:
         super().__init__(_scoring_description(name))
         self._name, self._insights, self._passes = name, knowledge_by_preset, passes
         self._device, self._precision, self._minutes = device, precision, minutes or DEFAULT_MINUTES
+        self._cluster = cluster
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Score what has not been scored.
@@ -171,7 +176,7 @@ class PoolScoring(ScoringMethod):
     def _score(self, knowledge: PoolKnowledge, datastore: Datastore, minutes: float) -> dict[str, Any]:
         device = resolve_device(self._device)
         modalities = [other.preset.modality for other in self._insights.values()]
-        scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes, modalities)
+        scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes, modalities, self._cluster)
         said: dict[str, Any] = {"version": scorer.version}
         if self._name != LABELS:
             unlabelled = newest_first(datastore.get_unlabeled_images(), lambda image: _added_at(datastore, image))

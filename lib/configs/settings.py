@@ -36,6 +36,8 @@ class Settings(Retraining):
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         memory_budget: memory of the host that the server's process may use, such as ``6GiB``; what is free by default.
         engine: what computes windows on a CPU: ``auto``, OpenVINO where it was measured to be faster, or ``pytorch``.
+        cluster: a Ray cluster that computes batches and background scoring: ``auto``, ``host:port`` or ``ray://host:port``;
+            this machine without.
         cuda_graphs: whether a GPU replays the recorded kernels of a window.
         strategy: the strategy for clients that name none.
         cold_start_labels: with fewer labels than this, strategies that need a model choose typical cases instead.
@@ -73,6 +75,7 @@ class Settings(Retraining):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_budget: Annotated[ByteSize, Field(gt=0)] | None = None
     engine: Literal["auto", "pytorch"] = "auto"
+    cluster: Annotated[str, Field(pattern=r"^(auto|(ray://)?[^/\s:]+:\d{1,5})?$")] = ""
     cuda_graphs: bool = False
     strategy: str = "typical"
     cold_start_labels: Annotated[int, Field(ge=0)] = 5

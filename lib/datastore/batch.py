@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, TimeoutError
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 
-from lib.datastore.records import ORIGINAL
+from lib.datastore.records import ORIGINAL, MadeMask
 from lib.datastore.store import VersionedDatastore, plain
 from lib.errors import ImageError, UnetrError
 
@@ -22,6 +24,7 @@ logger = logging.getLogger("unetr.datastore")
 
 CASE_SECONDS = 30 * 60.0
 Infer = Callable[[Mapping[str, Any], Datastore], dict[str, Any]]
+Elsewhere = Callable[[str, Iterator[tuple[str, Path]]], Iterator[MadeMask]]
 Interruptible = Callable[[Callable[[], None]], AbstractContextManager[None]]
 
 
@@ -34,25 +37,37 @@ class DrawnLabelsStay(BatchInferTask):
     Args:
         case_seconds: longest time of one image, for each worker (they wait for each other).
         interruptible: runs a check now and then in what is computed inside; the check ends it by raising.
+        elsewhere: segments images by a model on other machines, in place of this process.
     """
 
     def __init__(
-        self, case_seconds: float = CASE_SECONDS, interruptible: Interruptible = lambda _: contextlib.nullcontext()
+        self,
+        case_seconds: float = CASE_SECONDS,
+        interruptible: Interruptible = lambda _: contextlib.nullcontext(),
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._case_seconds = case_seconds
         self._interruptible = interruptible
+        self._elsewhere = elsewhere
 
     def get_images(self, request: Mapping[str, Any], datastore: Datastore) -> list[str]:
-        """The ids of the images to be segmented."""
+        """The ids of the images to be segmented; a batch that goes on leaves out what it has done (``begun_at``)."""
         images: list[str] = list(super().get_images(request, datastore))
         if not isinstance(datastore, VersionedDatastore):
             return images
         tag = plain(request.get("label_tag") or ORIGINAL)
-        drawn = {version.image_id for version in datastore.history.all_latest(tag) if version.is_drawn}
+        newest = list(datastore.history.all_latest(tag))
+        drawn = {version.image_id for version in newest if version.is_drawn}
         kept = [image for image in images if image in drawn]
         if kept:
             logger.info("%d images keep their label %r, which a person drew", len(kept), tag)
-        return [image for image in images if image not in drawn]
+        begun_at = str(request.get("begun_at") or "")
+        done = {version.image_id for version in newest if begun_at and version.saved_at >= begun_at} - drawn
+        if done:
+            logger.info("%d images have their mask from this batch already, which goes on", len(done))
+        most = int(request.get("max_batch_size") or 0)
+        left = sorted(image for image in images if image not in drawn | done)
+        return left[: max(0, most - len(done))] if most else left
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore, infer: Infer) -> dict[str, Any]:
         """Segment the images.
@@ -63,21 +78,17 @@ class DrawnLabelsStay(BatchInferTask):
         Raises:
             ImageError: when there were images, and none of them could be segmented.
         """
+        if self._elsewhere is not None:
+            return checked(_made_elsewhere(self._elsewhere, request, self.get_images(request, datastore), datastore))
         seconds = self._case_seconds * max(1, int(request.get("max_workers") or 1))
 
         def infer_one(one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
             try:
                 return self._within(seconds, infer, one, store)
             except (UnetrError, MONAILabelException, OSError) as error:
-                sentence = " ".join(str(getattr(error, "msg", None) or error).split())
-                logger.warning("%r was left out: %s", one["image"], sentence)
-                return {"error": sentence}
+                return _left_out(one["image"], error)
 
-        result: dict[str, Any] = super().__call__(request, datastore, infer_one)
-        failures = [said["error"] for said in result.values() if said and "error" in said]
-        if failures and len(failures) == len([said for said in result.values() if said is not None]):
-            raise ImageError(f"none of {len(failures)} images could be segmented; the first: {failures[0]}")
-        return result
+        return checked(super().__call__(request, datastore, infer_one))
 
     def _within(self, seconds: float, infer: Infer, one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
         """Run one inference, and stop waiting for it in time; reading from a broken disk cannot be interrupted."""
@@ -103,3 +114,55 @@ class DrawnLabelsStay(BatchInferTask):
                 raise  # the inference's own
             late.set()
             raise ImageError(sentence) from error
+
+
+def checked(result: dict[str, Any]) -> dict[str, Any]:
+    """What became of each image of a batch, unless all of them failed.
+
+    Raises:
+        ImageError: when there were images, and none of them could be segmented.
+    """
+    failures = [said["error"] for said in result.values() if said and "error" in said]
+    if failures and len(failures) == len([said for said in result.values() if said is not None]):
+        raise ImageError(f"none of {len(failures)} images could be segmented; the first: {failures[0]}")
+    return result
+
+
+def _made_elsewhere(
+    elsewhere: Elsewhere, request: Mapping[str, Any], images: list[str], datastore: Datastore
+) -> dict[str, Any]:
+    """What is said of each image; its mask is kept here as soon as it comes."""
+    result: dict[str, Any] = dict.fromkeys(images)
+    model, tag = str(request["model"]), plain(request.get("label_tag") or ORIGINAL)
+
+    def files() -> Iterator[tuple[str, Path]]:
+        for image in images:
+            try:
+                yield image, Path(datastore.get_image_uri(image))  # a series is converted now
+            except (UnetrError, MONAILabelException, OSError) as error:
+                result[image] = _left_out(image, error)
+
+    for number, made in enumerate(elsewhere(model, files()), 1):
+        try:
+            result[made.image_id] = _keep(made, model, tag, datastore)
+            logger.info("%s => %d / %d", made.image_id, number, len(images))
+        except (UnetrError, MONAILabelException, OSError) as error:
+            result[made.image_id] = _left_out(made.image_id, error)
+    return result
+
+
+def _keep(made: MadeMask, model: str, tag: str, datastore: Datastore) -> dict[str, Any]:
+    if made.problem:
+        raise ImageError(made.problem)
+    with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
+        file = Path(folder) / "mask.nii.gz"
+        file.write_bytes(made.mask)
+        label = datastore.save_label(made.image_id, str(file), tag, {"model": model, "params": dict(made.params)})
+    return {"label": label, "tag": tag, "params": dict(made.params)}
+
+
+def _left_out(image: str, error: Exception) -> dict[str, Any]:
+    """One line of what went wrong with an image."""
+    sentence = " ".join(str(getattr(error, "msg", None) or error).split())
+    logger.warning("%r was left out: %s", image, sentence)
+    return {"error": sentence}

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lib.activelearning import pool_scoring
 from lib.activelearning.case_scores import CaseScores
-from lib.activelearning.pool_scoring import MAY_COMPUTE, newest_first
+from lib.activelearning.pool_knowledge import PoolKnowledge
+from lib.activelearning.pool_scoring import MAY_COMPUTE, PoolScorer, newest_first
 from lib.activelearning.score_store import SCORES_FILE, CaseScoreRecord, LabelDisagreement, ScoreStore
+from lib.activelearning.scoring_worker import LabelledCase
+from lib.cases.labelled import Case
+from lib.cluster.engine import LocalEngine
+from lib.errors import NotFoundError
 from lib.infers import interruption
+from lib.models.weights import WeightsLocator
+from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.unetr import build_unetr
+from tests.tiny import tiny_preset
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +110,54 @@ def test_damaged_store_is_put_aside(tmp_path: Path) -> None:
     assert list(store.score_records("v0001")) == ["a"]
     store.close()
     assert len(list(tmp_path.glob("scores.sqlite.damaged-*"))) == 1
+
+
+@pytest.fixture
+def knowledge(tmp_path: Path) -> Iterator[PoolKnowledge]:
+    """The tiny task with shipped weights, and nothing looked at yet."""
+    torch.manual_seed(0)
+    preset = tiny_preset()
+    (tmp_path / "tiny").mkdir()
+    write_checkpoint(tmp_path / "tiny" / "shipped.pt", Checkpoint(build_unetr(preset).state_dict(), preset, {}))
+    made = PoolKnowledge(preset, WeightsLocator(tmp_path / "tiny"), ScoreStore(tmp_path / "scores"))
+    yield made
+    made.store.close()
+
+
+def test_cluster_gives_the_scores_that_this_process_would(
+    knowledge: PoolKnowledge, tmp_path: Path, make_cases: Callable[..., tuple[Case, ...]]
+) -> None:
+    cases = {case.case_id: case for case in make_cases(2)}
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+
+    def file_of(image: str) -> Path:
+        if image == "gone":
+            raise NotFoundError("image", image)
+        return cases[image].image if image in cases else tmp_path / "broken.nii.gz"
+
+    def look(cluster: LocalEngine | None) -> tuple[list[dict[str, int]], Any, Any, str]:
+        scorer = PoolScorer(knowledge, torch.device("cpu"), passes="tta", cluster=cluster)
+        images = [*cases, "broken", "gone"]
+        said = [scorer.score(images, file_of, "embedding"), scorer.score(images, file_of)]
+        said.append(scorer.compare_labels(dict.fromkeys(cases, "1"), lambda image: LabelledCase(cases[image])))
+        kept = dict(knowledge.store.score_records(scorer.version)), knowledge.store.disagreements(scorer.version)
+        for image in images:
+            knowledge.store.forget(image)
+        return said, *kept, scorer.version
+
+    said, records, doubts, version = look(None)
+    assert said[1] == {"done": 2, "known": 1, "failed": 2, "left": 0}, "the one that is gone is tried at each stage"
+    assert sorted(records) == ["broken", *sorted(cases)] and "damaged" in records["broken"].problem
+    for image in cases:
+        knowledge.store.keep_disagreement(version, replace(doubts[image], label="another"))
+    said_there, there, doubts_there, _ = look(LocalEngine(["cpu"]))
+    assert said_there == said and doubts_there == doubts
+    for image, record in records.items():
+        assert there[image].problem == record.problem
+        assert dict(there[image].found.values) == dict(record.found.values)
+        assert image == "broken" or np.array_equal(there[image].found.embedding, record.found.embedding)
+
+
+def test_cluster_is_given_nothing_more_once_the_time_is_up(knowledge: PoolKnowledge) -> None:
+    scorer = PoolScorer(knowledge, torch.device("cpu"), passes="tta", minutes=-1, cluster=LocalEngine(["cpu"]))
+    assert scorer.score(["a", "b"], Path) == {"done": 0, "known": 0, "failed": 0, "left": 2}

@@ -11,8 +11,9 @@ from scipy import ndimage
 from synthetic_hippocampus import draw_cases
 
 from lib.activelearning.pool_knowledge import PoolKnowledge
-from lib.activelearning.pool_scoring import LabelledCase, PoolScorer, suspicion_of
+from lib.activelearning.pool_scoring import PoolScorer, suspicion_of
 from lib.activelearning.score_store import ScoreStore
+from lib.activelearning.scoring_worker import LabelledCase
 from lib.cases.labelled import Case
 from lib.configs.catalogue import load_preset
 from lib.models.weights import WeightsLocator

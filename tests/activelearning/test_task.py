@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from lib.activelearning import pool_scoring
 from lib.activelearning.case_scores import CaseScores, score_name
 from lib.activelearning.pool_knowledge import PoolKnowledge, version_key, version_name
 from lib.activelearning.score_store import UNTRAINED, CaseScoreRecord, ScoreStore
@@ -25,6 +24,7 @@ from lib.activelearning.task import (
     make_strategies,
 )
 from lib.cases.labelled import Case
+from lib.cluster.engine import Recipe
 from lib.configs.preset import Preset
 from lib.errors import ConfigError, NotFoundError, ParameterError
 from lib.models.versions import VersionStore
@@ -253,21 +253,20 @@ def test_wrong_scoring_request_is_refused(knowledge: PoolKnowledge) -> None:
         method({"model": "huge"}, Names([]))
 
 
-def test_two_versions_make_an_ensemble(
-    knowledge: PoolKnowledge, make_cases: MakeCases, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
-    original = pool_scoring.choose_passes
+def test_two_versions_make_an_ensemble(knowledge: PoolKnowledge, make_cases: MakeCases) -> None:
+    class Cluster:
+        """Makes the worker that a machine of it would, and does no more."""
 
-    def choose(name: str, preset: Preset, networks: list[torch.nn.Module]):
-        made.append(original(name, preset, networks).name)
-        return original(name, preset, networks)
+        made: ClassVar[set[str]] = set()
 
-    monkeypatch.setattr(pool_scoring, "choose_passes", choose)
+        def run(self, items: Iterable[Any], recipe: Callable[[], Recipe[Any, Any]]) -> Iterator[Any]:
+            self.made.add(recipe().make("cpu").passes.name)
+            return iter(())
+
     store = FakeDatastore(make_cases(1))
-    for passes in ("auto", "tta"):
-        PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32", passes=passes)({}, store)
-    assert made == ["ensemble", "tta"]
+    for passes, made in (("auto", {"ensemble"}), ("tta", {"ensemble", "tta"})):
+        PoolScoring("all", {"tiny": knowledge}, "cpu", "fp32", passes, cluster=Cluster())({}, store)
+        assert Cluster.made == made
 
 
 def test_version_key_of_a_file_that_can_be_replaced_holds_a_stamp(tmp_path: Path) -> None:

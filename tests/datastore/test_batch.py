@@ -16,6 +16,7 @@ import pytest
 from monailabel.interfaces.datastore import Datastore
 
 from lib.datastore.batch import DrawnLabelsStay
+from lib.datastore.records import MadeMask
 from lib.datastore.store import VersionedDatastore
 from lib.errors import ImageError
 from lib.imagefiles.reading import read_voxels
@@ -91,3 +92,39 @@ def test_image_that_takes_too_long_is_left_and_interrupted(pool: VersionedDatast
     assert result["a"] == {"error": "image 'a' took longer than 0.2 s, the most for one image of a batch"}
     assert result["z"] == {"params": {}}
     assert interrupted.wait(20)
+
+
+def test_batch_that_goes_on_leaves_out_what_it_has_done(pool: VersionedDatastore) -> None:
+    begun = "2000-01-01T00:00:00.000+00:00"
+    pool.save_label("a", pool.get_image_uri("a"), "original", {"model": "tiny", "params": {}})
+    batch = DrawnLabelsStay(60)
+    for images in ("all", ["a", "z"]):
+        request = {**REQUEST, "images": images, "label_tag": "original"}
+        assert {"a", "z"} <= set(batch.get_images(request, pool)), "another batch's masks are made anew"
+        assert "a" not in batch.get_images({**request, "begun_at": begun}, pool)
+        assert "a" in batch.get_images({**request, "begun_at": "2999-01-01T00:00:00.000+00:00"}, pool)
+    named = {**REQUEST, "images": ["a", "cut", "z"], "max_batch_size": 2, "begun_at": begun}
+    assert batch.get_images(named, pool) == ["cut"], "one of two is done"
+
+
+def test_masks_from_elsewhere_are_kept_here_and_what_has_none_is_a_sentence(
+    pool: VersionedDatastore, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def elsewhere(model: str, images: Iterator[tuple[str, Path]]) -> Iterator[MadeMask]:
+        for image, file in images:
+            asked.append((model, image, file.is_file()))
+            if image == "cut":
+                yield MadeMask(image, problem="image 'cut' is damaged")
+            else:
+                yield MadeMask(image, file.read_bytes(), {"model": {"version": "v0007"}, "label_names": {"box": 1}})
+
+    request = {**REQUEST, "images": ["a", "cut", "gone", "z"], "model": "tiny", "label_tag": "original"}
+    result = DrawnLabelsStay(elsewhere=elsewhere)(request, pool, read)
+    assert asked == [("tiny", "a", True), ("tiny", "cut", True), ("tiny", "z", True)]
+    assert result["cut"] == {"error": "image 'cut' is damaged"} and "'gone'" in result["gone"]["error"]
+    for image in ("a", "z"):
+        (version,) = pool.history.versions(image, "original")
+        assert (version.model_version, version.is_drawn, version.preset) == ("v0007", False, "tiny")
+        assert dict(version.label_map) == {"box": 1}

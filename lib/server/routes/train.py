@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import anyio
@@ -45,7 +46,7 @@ BATCH_BODY = json_body_of(BatchRequest)
 SCORING_BODY = json_body_of(ScoringRequest)
 SECONDS_BETWEEN_LOOKS = 0.2
 # What a client may not set: they say what runs, and where it reads.
-NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", *SERVER_FIELDS)
+NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", "begun_at", *SERVER_FIELDS)
 
 
 async def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = False) -> Callable[[Kind], Status]:
@@ -146,6 +147,8 @@ async def batch_infer(
     # itself goes on one by one
     request = {"images": images.value, "max_workers": 2} | own(params, model)
     request["label_tag"] = tag_for_prediction(user, request)
+    # by which a server that is restarted knows what the batch has done
+    request["begun_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     check_batch(models, datastore, model, request)
     if not torch.cuda.is_available():
         request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number

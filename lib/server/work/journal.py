@@ -1,4 +1,4 @@
-"""Trainings on disk, so that one that was cut off goes on when the server is there again."""
+"""Trainings and batches on disk, so that one that was cut off goes on when the server is there again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ logger = logging.getLogger("unetr.server")
 
 LOCK_FILE = "deciding.lock"
 SECONDS_OF_SILENCE = 900.0
+BATCHES = "batches"
+"""Folder beside a model's runs: a file for each batch inference that has not ended."""
 
 
 class Journal:
-    """Writes each training's state beside what the training itself writes.
+    """Writes each training's state beside what the training itself writes, and which batch inferences are open.
 
     Args:
         folders: ``model/<preset>/runs`` by model.
@@ -36,7 +38,9 @@ class Journal:
         self._owner = {"pid": own.pid, "started": own.create_time(), "host": socket.gethostname()}
 
     def write(self, job: Job) -> None:
-        """Keep a training's state; a full disk is told in the log, and the training goes on."""
+        """Keep a training's state, or an open batch; a full disk is told in the log, and the job goes on."""
+        if job.kind == "batch_infer":
+            self._write_batch(job)
         if job.kind != "train":
             return
         folder = self.folder_of(job)
@@ -47,9 +51,22 @@ class Journal:
         except OSError as error:
             logger.error("the state of training %s cannot be kept: %s", job.id, error)
 
+    def _write_batch(self, job: Job) -> None:
+        file = self._folders[job.request["model"]].parent / BATCHES / f"{job.id}.json"
+        try:
+            if not job.is_open:
+                file.unlink(missing_ok=True)
+                return
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, job.describe() | {"kind": job.kind, "studies": self._studies, "owner": self._owner})
+        except OSError as error:
+            logger.error("the state of batch inference %s cannot be kept: %s", job.id, error)
+
     def unfinished(self) -> list[Job]:
-        """Trainings that a server which is gone has left, the oldest first."""
+        """Trainings and batches that a server which is gone has left, the oldest first."""
         found = [read_json(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
+        batches = [runs.parent / BATCHES for runs in self._folders.values()]
+        found += [read_json(file) for folder in batches for file in sorted(folder.glob("*.json"))]
         left = [data for data in found if data.get("status") in OPEN and data.get("studies") == self._studies]
         owners = [(data, data.get("owner") or {}) for data in left]
         jobs = [_as_job(data) for data, owner in owners if not (_is_of_another_machine(owner) or _lives(owner))]
@@ -93,6 +110,8 @@ class Journal:
 
 
 def _as_job(data: dict[str, Any]) -> Job:
+    if data.get("kind") == "batch_infer":
+        return Job("batch_infer", dict(data["request"]), id=str(data["id"]), start_ts=str(data["start_ts"]))
     job = Job("train", dict(data["request"]) | {"resume": True}, id=str(data["id"]), start_ts=str(data["start_ts"]))
     job.deaths, job.step = int(data.get("deaths", 0)), int(data.get("step", 0))
     return job

@@ -1,0 +1,162 @@
+"""What looks at one case: in this process, or on the machines of a cluster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from monai.data import MetaTensor
+
+from lib.activelearning.case_scores import CaseScores, score_case
+from lib.activelearning.embedding import AnyUnetr, embed
+from lib.activelearning.passes import Passes, choose_passes
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import dice_per_label
+from lib.cluster.model import ModelFile
+from lib.configs.preset import Preset
+from lib.errors import ImageError, NotFoundError
+from lib.infers.segmenter import Segmenter
+from lib.networks.precision import resolve_device
+from lib.networks.unetr import build_unetr
+from lib.transforms.intensity_range import misfit
+from lib.transforms.preprocess import preprocess_volume
+from lib.transforms.volume import check_segmentable, read_volume
+
+Depth = Literal["embedding", "scores"]
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """A case with its label.
+
+    Attributes:
+        case: image and label files.
+        ignored: names of labels that the mask does not speak of.
+    """
+
+    case: Case
+    ignored: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is to be looked at.
+
+    Attributes:
+        image: the id.
+        at: the image's file, or a case whose label is to be compared.
+        depth: how far it goes with an image.
+    """
+
+    image: str
+    at: Path | LabelledCase
+    depth: Depth = "embedding"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found.
+
+    Attributes:
+        scores: of an image.
+        dice: of each label of a labelled case.
+    """
+
+    scores: CaseScores = field(default_factory=CaseScores)
+    dice: Mapping[str, float] = field(default_factory=dict)
+
+
+class ScoringWorker:
+    """A network on a device, and what it says of cases.
+
+    Args:
+        segmenter: the newest weights, or random ones.
+        passes: several opinions; None where there are only random weights.
+        served_modalities: of all presets that are served; an image that fits another one better is not scored.
+    """
+
+    def __init__(self, segmenter: Segmenter, passes: Passes | None, served_modalities: Collection[str]) -> None:
+        self._segmenter, self.passes, self._served_modalities = segmenter, passes, served_modalities
+
+    def read(self, look: Look) -> tuple[Look, MetaTensor | None]:
+        """The image as the network sees it.
+
+        Raises:
+            ImageError: when it cannot be read, or is not for this preset.
+            NotFoundError: when this machine does not see it.
+        """
+        if isinstance(look.at, LabelledCase):
+            return look, None
+        if not look.at.exists():  # as on a cluster whose machines do not share the studies: nothing is wrong with it
+            raise NotFoundError("file", str(look.at))
+        preset = self._segmenter.preset
+        volume = read_volume(look.at)
+        check_segmentable(volume, preset, look.at.name)
+        if reason := misfit(volume.voxels, preset.modality, self._served_modalities):
+            raise ImageError(f"image {look.at.name!r} is not for {preset.name!r}: {reason}")
+        return look, preprocess_volume(volume, preset)
+
+    def compute(self, ready: tuple[Look, MetaTensor | None]) -> Seen:
+        """What the network makes of it.
+
+        Raises:
+            InputError: when the case cannot be read.
+        """
+        look, picture = ready
+        if isinstance(look.at, LabelledCase):
+            return Seen(dice=compare(self._segmenter, look.at))
+        assert picture is not None
+        segmenter = self._segmenter
+        network, where = cast(AnyUnetr, segmenter.network), (segmenter.preset, segmenter.device, segmenter.dtype)
+        if look.depth == "embedding":
+            return Seen(CaseScores(embedding=embed(network, picture, *where)))
+        return Seen(score_case(network, picture, *where, self.passes))
+
+
+@dataclass(frozen=True)
+class MakeScoringWorker:
+    """Makes workers, here or in other processes.
+
+    Attributes:
+        preset: the task.
+        files: the served weights and those of an ensemble beside them; none for random weights.
+        passes: see :func:`lib.activelearning.passes.choose_passes`.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        served_modalities: see :class:`ScoringWorker`.
+    """
+
+    preset: Preset
+    files: Sequence[ModelFile]
+    passes: str
+    precision: str
+    served_modalities: tuple[str, ...]
+
+    def __call__(self, device: str) -> ScoringWorker:
+        if not self.files:
+            return ScoringWorker(untrained(self.preset, resolve_device(device), self.precision), None, ())
+        segmenters = [file.load(device).segmenter for file in self.files]
+        passes = choose_passes(self.passes, segmenters[0].preset, [one.network for one in segmenters])
+        return ScoringWorker(segmenters[0], passes, self.served_modalities)
+
+
+def untrained(preset: Preset, device: torch.device, precision: str) -> Segmenter:
+    """Random weights, the same at every start, so that embeddings stay comparable."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Segmenter(build_unetr(preset), preset, device, precision)
+
+
+def compare(segmenter: Segmenter, one: LabelledCase) -> dict[str, float]:
+    """Dice of each label that the mask speaks of and that either the mask or the model sees.
+
+    Raises:
+        InputError: when the case cannot be read.
+    """
+    volume, label = read_case(one.case, segmenter.preset)
+    predicted = segmenter.segment(volume, name=one.case.case_id).labels
+    indices = {name: index for name, index in segmenter.preset.label_indices.items() if name not in one.ignored}
+    return {name: dice for name, dice in dice_per_label(predicted, label, indices).items() if not math.isnan(dice)}

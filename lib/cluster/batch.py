@@ -1,0 +1,137 @@
+"""The images of a server's batch inference, segmented on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.cluster.engine import Engine, Recipe
+from lib.cluster.model import Model, ModelFile
+from lib.cluster.results import CaseResult, Masked
+from lib.cluster.source import ReadCase, checksum_of, read_case
+from lib.cluster.worker import segment
+from lib.configs.preset import Preset
+from lib.datastore.records import MadeMask
+from lib.errors import ImageError
+from lib.models.weights import WeightsLocator
+
+
+@dataclass(frozen=True)
+class StudyImage:
+    """An image of the studies, and its file on the server."""
+
+    id: str
+    file: Path
+
+
+class StudiesWorker:
+    """A model on a machine that sees the studies folder under the server's path."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def read(self, image: StudyImage) -> ReadCase:
+        """Read the image.
+
+        Raises:
+            ImageError: when it cannot be read, or is not on this machine.
+        """
+        if not image.file.exists():
+            raise ImageError(
+                f"image {image.id!r} is not on this machine as {str(image.file)!r}: all machines of the cluster must "
+                "see the studies under the server's path (or run.py segment --studies URL --ray fetches them)"
+            )
+        return read_case(image.id, image.file, checksum_of(image.file))
+
+    def compute(self, ready: ReadCase) -> Masked:
+        """Segment it.
+
+        Raises:
+            InputError: when it cannot be segmented.
+        """
+        return segment(ready, self._model)
+
+
+@dataclass(frozen=True)
+class MakeStudiesWorker:
+    """Makes workers in other processes."""
+
+    model: ModelFile
+
+    def __call__(self, device: str) -> StudiesWorker:
+        return StudiesWorker(self.model.load(device))
+
+
+class ServedModel:
+    """The weights that are served at the moment, ready to be sent; a version that is published meanwhile is the next.
+
+    Args:
+        preset: the task.
+        locator: of its weights.
+        precision: as :class:`lib.infers.segmenter.Segmenter`.
+        compiles: as :class:`ModelFile`.
+    """
+
+    def __init__(self, preset: Preset, locator: WeightsLocator, precision: str, compiles: bool) -> None:
+        self._preset, self._locator = preset, locator
+        self._precision, self._compiles = precision, compiles
+        self._kept: tuple[object, Recipe[StudyImage, Masked]] | None = None
+
+    def recipe(self) -> Recipe[StudyImage, Masked]:
+        """Of workers with these weights.
+
+        Raises:
+            CheckpointError: when there are none.
+        """
+        file = self._locator.find()
+        stamp = None if file is None else file.stamp
+        if self._kept is None or self._kept[0] != stamp:
+            model = ModelFile.find(self._preset, self._locator, self._compiles, self._precision).packed()
+            self._kept = (stamp, Recipe(model.sha256, MakeStudiesWorker(model)))
+        return self._kept[1]
+
+
+class ClusterBatch:
+    """What segments the images of a batch inference on a cluster, for :class:`lib.datastore.batch.DrawnLabelsStay`.
+
+    Args:
+        engine: the cluster.
+        models: the served weights, by name of the model.
+    """
+
+    def __init__(self, engine: Engine, models: Mapping[str, ServedModel]) -> None:
+        self._engine, self._models = engine, models
+
+    def __call__(self, model: str, images: Iterator[tuple[str, Path]]) -> Iterator[MadeMask]:
+        """The mask of each image, in no certain order, or why there is none.
+
+        Args:
+            model: which.
+            images: ids and files, taken as they are needed.
+
+        Raises:
+            ConfigError: when the cluster cannot be reached.
+            CheckpointError: when there are no weights.
+        """
+        items = (StudyImage(image, file.absolute()) for image, file in images)
+        for finished in self._engine.run(items, self._models[model].recipe):
+            masked = finished.answer
+            if masked is None:
+                yield MadeMask(finished.item.id, problem=finished.problem)
+            else:
+                yield MadeMask(finished.item.id, masked.mask, _answer(masked.result))
+
+
+def _answer(result: CaseResult) -> dict[str, Any]:
+    """What the answer of an inference would say of it."""
+    quality = None if result.estimated_dice is None else {"estimated_dice": result.estimated_dice}
+    return {
+        "label_names": result.label_names,
+        "model": {"preset": result.model, "version": result.version},
+        "engine": result.engine,
+        "quality": quality,
+        "volumes_ml": result.volumes_ml,
+        "seconds": result.seconds,
+    }
