@@ -2,7 +2,8 @@
 
     python benchmarks/presented.py [--cases 10000] [--out FILE]
 
-A real server over ``--cases`` small files is asked what OHIF's study list asks for; then a process opens one file of
+A real server over ``--cases`` small files is asked what OHIF's study list asks for, and for metadata and a frame of
+three of them; then a process opens one file of
 512x512x300 voxels and says how much memory that took at most, beside the voxels themselves.
 """
 
@@ -61,9 +62,22 @@ def measure_list(count: int) -> dict[str, list[float]]:
             (server.studies / f"case_{number:05d}.nii.gz").write_bytes(first.read_bytes())
         server.start()
         try:
-            return {name: [ask(server, path), ask(server, path)] for name, path in QUERIES.items()}
+            measured = {name: [ask(server, path), ask(server, path)] for name, path in QUERIES.items()}
+            for name, case in (("first", 1), ("middle", count // 2), ("last", count - 1)):
+                place = place_of(server, f"case_{case:05d}")
+                measured[f"metadata of the {name} case"] = [ask(server, f"{place}/metadata") for _ in range(2)]
+                (sop, *_) = server.get(f"/dicom-web/{place}/metadata").json()
+                frame = f"{place}/instances/{sop['00080018']['Value'][0]}/frames/1"
+                measured[f"a frame of the {name} case"] = [ask(server, frame) for _ in range(2)]
+            return measured
         finally:
             server.stop()
+
+
+def place_of(server: object, case: str) -> str:
+    """The address of the series of a case."""
+    (found,) = server.get("/dicom-web/series", params={"PatientID": case}).json()  # type: ignore[attr-defined]
+    return "/".join(["studies", found["0020000D"]["Value"][0], "series", found["0020000E"]["Value"][0]])
 
 
 def ask(server: object, path: str) -> float:
@@ -98,6 +112,9 @@ def open_one(file: Path) -> dict[str, float]:
 
         def stamp(self, image_id: str) -> str:
             return "1"
+
+        def is_series(self, image_id: str) -> bool:
+            return False
 
     cases = PresentedCases(One(), lambda _: file, {"abdomen_ct": load_preset("abdomen_ct")}, 0)  # type: ignore[arg-type]
     before, began = peak_mib(), time.perf_counter()

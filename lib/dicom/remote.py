@@ -79,6 +79,7 @@ class RemoteSource:
         self._modalities = sorted(modalities)
         self._filters, self._list_seconds = dict(filters or {}), list_seconds
         self._listed: tuple[float, dict[str, SeriesInfo]] | None = None
+        self._shared: dict[str, list[str]] = {}
         self._stale = False
         self._listing = threading.Lock()
 
@@ -108,6 +109,7 @@ class RemoteSource:
 
         Raises:
             NotFoundError, UpstreamError: when there is no such series, or no answer.
+            ImageError: when it is in several studies.
         """
         info = self._known(uid)
         found = self._ask_for(uid, lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
@@ -121,7 +123,7 @@ class RemoteSource:
 
         Raises:
             NotFoundError, UpstreamError: when there is no such series, or no answer.
-            ImageError: when the server has no instance of it, or a damaged one.
+            ImageError: when the server has no instance of it, or a damaged one, or when it is in several studies.
         """
         info = self._known(uid)
         files: list[Path] = []
@@ -163,6 +165,8 @@ class RemoteSource:
     def status(self) -> dict[str, Any]:
         """Where it is, how old the list of its series is, and what is wrong with it."""
         told: dict[str, Any] = {"dicomweb": self.client.base_url, "list_age_seconds": self.list_age_seconds()}
+        problems = {f"series {uid}": self._ambiguous(uid) for uid in self._shared}
+        told |= {"problems": problems} if problems else {}
         return {**told, **({"problem": self._sentence()} if self._circuit.is_open else {})}
 
     def list_age_seconds(self) -> float | None:
@@ -211,7 +215,16 @@ class RemoteSource:
         info = self.series().get(uid)
         if info is None:
             raise NotFoundError("series", uid)
+        if uid in self._shared:
+            raise ImageError(self._ambiguous(uid))
         return info
+
+    def _ambiguous(self, uid: str) -> str:
+        """Why a series is not segmented that several studies have: its mask might be taken for another one's."""
+        return (
+            f"series {uid} is in the studies {' and '.join(self._shared[uid])}, and viewers name an image by this UID "
+            "alone; valid: a series of one study"
+        )
 
     def _is_due(self) -> bool:
         return self._stale or self._listed is None or self._clock() - self._listed[0] > self._list_seconds
@@ -224,12 +237,17 @@ class RemoteSource:
                 for modality in self._modalities
                 for entry in self._search({**self._filters, "Modality": modality})
             ]
-            found = {first_value(entry, "SeriesInstanceUID"): series_info(entry) for entry in entries}
+            infos = [series_info(entry) for entry in entries]
+            studies: dict[str, set[str]] = {}
+            for info in infos:
+                studies.setdefault(info.uid, set()).add(info.study)
+            shared = {uid: sorted(of_uid) for uid, of_uid in studies.items() if len(of_uid) > 1}
+            found = {info.uid: info for info in infos}
         except UNEXPECTED as error:
             logger.warning("the DICOMweb server %s does not list its series: %r", self.client.base_url, error)
             self._circuit.fail(_reason(error))
         else:
-            self._listed, self._stale = (self._clock(), found), False
+            self._listed, self._shared, self._stale = (self._clock(), found), shared, False
             self._circuit.succeed()
 
     def _look_again(self) -> None:

@@ -13,7 +13,7 @@ import requests
 from lib.dicom.attributes import element
 from lib.dicom.circuit import SECONDS_OPEN, Circuit
 from lib.dicom.remote import SECONDS_A_LIST_IS_KEPT, RemoteSource
-from lib.errors import NotFoundError, UpstreamError
+from lib.errors import ImageError, NotFoundError, UpstreamError
 
 
 class Clock:
@@ -31,13 +31,15 @@ class Pacs:
 
     def __init__(self) -> None:
         self.uids = ["1.1", "1.2"]
+        self.second_study: list[str] = []
         self.failure: Exception | None = None
         self.asked = 0
         self.before_answer: Callable[[], object] = lambda: None
 
     def search_for_series(self, **_: Any) -> list[dict[str, Any]]:
         self._answer()
-        return [element("SeriesInstanceUID", uid) | element("StudyInstanceUID", "1") for uid in self.uids]
+        listed = [("1", uid) for uid in self.uids] + [("2", uid) for uid in self.second_study]
+        return [element("SeriesInstanceUID", uid) | element("StudyInstanceUID", study) for study, uid in listed]
 
     def search_for_instances(self, study: str, uid: str, **_: Any) -> list[dict[str, Any]]:
         self._answer()
@@ -166,3 +168,19 @@ def test_error_of_one_series_leaves_the_circuit_closed(source: RemoteSource, pac
         source.stamp("1.1")
     pacs.failure = None
     assert len(source.stamp("1.2")) == 16
+
+
+def test_series_of_one_uid_in_two_studies_is_refused_and_told_and_the_others_go_on(
+    pacs: Pacs, source: RemoteSource, clock: Clock, tmp_path: Path
+) -> None:
+    assert source.stamp("1.2")
+    pacs.second_study = ["1.2"]
+    clock.now += SECONDS_A_LIST_IS_KEPT + 1
+    for question in (lambda: source.stamp("1.2"), lambda: source.fetch("1.2", tmp_path)):
+        with pytest.raises(ImageError, match=r"series 1\.2 is in the studies 1 and 2, and viewers name an image by"):
+            question()
+    assert source.stamp("1.1")
+    assert list(source.status()["problems"]) == ["series 1.2"]
+    pacs.second_study = []
+    clock.now += SECONDS_A_LIST_IS_KEPT + 1
+    assert source.stamp("1.2") and "problems" not in source.status()

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicomweb_client import DICOMwebClient
+from PIL import Image
 from pydicom import dcmread
 from synthetic_hippocampus import SyntheticCase
 
@@ -70,8 +71,13 @@ def test_series_has_the_values_and_places_of_the_file_and_a_seg_comes_back_on_it
     for number, instance in enumerate(instances):
         instance.save_as(folder / f"{number}.dcm", write_like_original=False)
     assert len(client.retrieve_series_metadata(study, uid)) == len(instances)
-    frame = client.retrieve_instance_frames(study, uid, instances[0].SOPInstanceUID, [1])[0]
+    sop = instances[0].SOPInstanceUID
+    frame = client.retrieve_instance_frames(study, uid, sop, [1])[0]
     assert frame == instances[0].PixelData[: len(frame)]
+    place = f"{files.url}/dicom-web/studies/{study}/series/{uid}/instances/{sop}"
+    assert client.retrieve_bulkdata(f"{place}/frames/1") == list(client.iter_instance_frames(study, uid, sop, [1]))
+    picture = client.retrieve_instance_rendered(study, uid, sop, media_types=("image/png",))
+    assert Image.open(io.BytesIO(picture)).size == (instances[0].Columns, instances[0].Rows)
     series = read_series(sorted(folder.glob("*.dcm")))
     image, affine = cases["case_0"].image, GRIDS[name]
     to_file = np.linalg.inv(affine) @ series.affine_ras

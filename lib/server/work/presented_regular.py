@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydicom.dataset import Dataset
 
 from lib.datastore.series import SeriesDatastore
 from lib.dicom.attributes import to_json
 from lib.dicom.index import DicomIndex, SeriesEntry
 from lib.dicom.presented.instances import uid_of
-from lib.dicom.presented.regular import describe_regular
+from lib.dicom.presented.regular import Regular, describe_regular
 from lib.errors import NotFoundError
 
 
@@ -22,6 +24,7 @@ class RegularSeries:
 
     def __init__(self, store: SeriesDatastore, index: DicomIndex | None) -> None:
         self._store, self._index = store, index
+        self._by_uid: tuple[Mapping[str, Regular], dict[str, str]] = ({}, {})
 
     def sources(self, study: str = "") -> list[str]:
         """The images that have one, of all studies or of one."""
@@ -40,7 +43,13 @@ class RegularSeries:
 
     def source_of(self, uid: str) -> str | None:
         """The image whose regular series has that UID; None where none has."""
-        return next((image for image in self.sources() if uid_of(image, "regular series") == uid), None)
+        if self._index is None:
+            return None
+        regular, by_uid = self._index.regular(), self._by_uid
+        if by_uid[0] is not regular:  # the index makes another dictionary when anything has changed
+            self._by_uid = by_uid = (regular, {uid_of(image, "regular series"): image for image in regular})
+        source = by_uid[1].get(uid)
+        return source if source is not None and self.has(source) else None
 
     def entries(self) -> list[SeriesEntry]:
         """The series for a query; nothing is opened."""

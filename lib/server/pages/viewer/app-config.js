@@ -143,7 +143,7 @@
       return 'OHIF cannot show this series as a volume (a localizer, doubled, missing or uneven slices), so that Run does nothing here.' + instead;
     }
     const tilt = tiltDegrees(set.instances);
-    return tilt > SMALLEST_TILT_DEGREES
+    return tilt > SMALLEST_TILT_DEGREES || / \(regular: upright/.test(regular)
       ? 'The slices of this series are tilted by ' + tilt.toFixed(1) + ' degrees. OHIF stacks them upright, so that what is drawn here cannot be submitted.' + instead
       : '';
   }
@@ -152,14 +152,16 @@
   function explainSeries({ servicesManager }) {
     const { displaySetService, uiNotificationService } = servicesManager.services;
     const explain = async set => {
-      const { regular } = await seriesToOpen(set.StudyInstanceUID);
-      const title = set.SeriesDescription || 'Series ' + set.SeriesNumber;
-      const message = whyNotShown(set, regular[set.SeriesInstanceUID]);
-      uiNotificationService.show({ title, message, type: 'warning', duration: 60000 });
+      const regular = (await seriesToOpen(set.StudyInstanceUID)).regular[set.SeriesInstanceUID];
+      const message = whyNotShown(set, regular);
+      if (message) {
+        const title = set.SeriesDescription || 'Series ' + set.SeriesNumber;
+        uiNotificationService.show({ title, message, type: 'warning', duration: 60000 });
+      }
     };
     const { unsubscribe } = displaySetService.subscribe(displaySetService.EVENTS.DISPLAY_SETS_ADDED, added => {
       for (const set of added.displaySetsAdded || []) {
-        if (set.Modality !== 'SEG' && set.instances && set.instances.length > 1 && whyNotShown(set)) {
+        if (set.Modality !== 'SEG' && set.instances && set.instances.length > 1) {
           explain(set);
         }
       }
