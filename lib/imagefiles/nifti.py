@@ -18,6 +18,8 @@ from lib.imagefiles.kinds import Kind
 from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
 
 _SECOND_VERSION_BYTES = 540
+# Extensions of the header lie before the voxels.
+_FARTHEST_VOXELS = 2**40
 
 
 def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
@@ -35,11 +37,15 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset()) or header.single_vox_offset
         slope, intercept = header.get_slope_inter()
         affine, other = itk_affine_ras(_parse(block, mend=False)), nibabel_affine_ras(header)
-    except (HeaderDataError, OSError, ValueError, TypeError, *BROKEN_STREAM) as error:
+    except (HeaderDataError, OSError, ValueError, TypeError, OverflowError, *BROKEN_STREAM) as error:
         raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
+    with np.errstate(over="ignore"):
+        scaling = np.array([1.0 if slope is None else slope, intercept or 0.0]).astype(np.float32)
+    if not np.isfinite(scaling).all():
+        raise ImageError(f"image {name!r} is damaged: it scales its voxels by {slope} and adds {intercept}")
     if dtype.kind not in "iufb":
         raise ImageError(f"image {name!r} has voxels of type {dtype}; valid: one real number each")
-    if not sizes or min(sizes) < 1 or offset < header.sizeof_hdr:
+    if not sizes or min(sizes) < 1 or not header.sizeof_hdr <= offset <= _FARTHEST_VOXELS:
         raise ImageError(f"image {name!r} is damaged: its header says {sizes} voxels from byte {offset} on")
     return ImageHeader(
         kind,
@@ -48,8 +54,8 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
         affine,
         offset,
         encoding,
-        slope=1.0 if slope is None else float(slope),
-        intercept=float(intercept or 0.0),
+        slope=float(scaling[0]),
+        intercept=float(scaling[1]),
         other_affine_ras=other,
     )
 

@@ -62,7 +62,7 @@ def read_nrrd_header(file: BinaryIO, name: str) -> ImageHeader:
         fields = nrrd.read_header(lines)
         _check_attached(fields, name)
         return _header_of(fields, offset, name)
-    except (NRRDError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (NRRDError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         said = f"it has no field {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise ImageError(f"image {name!r} is damaged or no image: {said}") from error
 
