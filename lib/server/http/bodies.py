@@ -15,6 +15,7 @@ MOST_WORKERS = 64
 MOST_IMAGES = 100_000
 LONGEST_MINUTES = 7 * 24 * 60
 MOST_STEPS = 10_000_000
+LONGEST_REASON = 500
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -48,10 +49,21 @@ class ScoringRequest(_Body):
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
 
 
-class NextSampleRequest(_Body):
-    """The next case to label: who asks, and what it is chosen by."""
+class ClientRequest(_Body):
+    """Who asks."""
 
     client_id: Name | int = ""
+
+
+class NextSampleRequest(ClientRequest):
+    """The next case to label: who asks, and what it is chosen by."""
+
     model: Name = ""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     region: Literal["foreground", "volume", "patches"] = "foreground"
+
+
+class SkipRequest(ClientRequest):
+    """Have a case not handed out any more: why, and who says so."""
+
+    reason: Annotated[str, Field(max_length=LONGEST_REASON)] = ""

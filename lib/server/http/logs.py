@@ -14,6 +14,8 @@ LogFormat = Literal["text", "json"]
 # C0, DEL and C1, the line ends of Unicode, and what turns the direction of writing.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LOGGERS = ("", "uvicorn", "uvicorn.access")
+# What the processes of jobs print, which has the form of a log already.
+TASK_LOGGERS = ("task_train", "task_scoring", "task_batch_infer")
 
 
 def escape_controls(text: str, kept: str = "") -> str:
@@ -61,6 +63,8 @@ def set_log_format(log_format: LogFormat) -> None:
     """Give the handlers that MONAI Label's logging configuration made this form."""
     text = "[%(asctime)s] [%(process)s] [%(levelname)s] [%(request_id)s] (%(name)s:%(lineno)d) - %(message)s"
     formatter = JsonFormatter() if log_format == "json" else TextFormatter(text)
-    for name in LOGGERS:
-        for handler in logging.getLogger(name).handlers:
-            handler.setFormatter(formatter)
+    tasks = JsonFormatter() if log_format == "json" else TextFormatter("%(message)s")
+    for form, names in ((formatter, LOGGERS), (tasks, TASK_LOGGERS)):
+        for name in names:
+            for handler in logging.getLogger(name).handlers:
+                handler.setFormatter(form)

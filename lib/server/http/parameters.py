@@ -15,10 +15,9 @@ from lib.errors import ParameterError
 _Model = TypeVar("_Model", bound=BaseModel)
 DEEPEST = 20
 LARGEST_INFO = 64 * 1024
+LARGEST_NUMBER = 2**63
 KEPT_BY_SERVER = ("path", "name", "ts", "strategy")
 """What the datastore and the strategies keep beside an image; a client's own value would break them."""
-JSON_BODY = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
-"""What OpenAPI says of routes that read their body with :func:`json_body`."""
 
 
 def json_body_of(model: type[BaseModel], hidden: Collection[str] = ()) -> dict[str, Any]:
@@ -53,12 +52,13 @@ def parse_object(text: str, name: str = "params") -> dict[str, Any]:
     """Parse a JSON object; empty text is an empty object.
 
     Raises:
-        ParameterError: for anything else, for NaN and infinities, and for text that UTF-8 cannot hold.
+        ParameterError: for anything else, for a key that stands twice, for NaN and infinities, for whole numbers of
+            more than 64 bits, and for text that UTF-8 cannot hold.
     """
     if not text.strip():
         return {}
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ParameterError(name, _shorten(text), f"a JSON object ({error})") from error
     if not isinstance(data, dict):
@@ -107,8 +107,20 @@ def _check_plain(value: Any, name: str, levels: int) -> None:
             _check_plain(item, name, levels - 1)
     elif isinstance(value, float) and not math.isfinite(value):  # 1e999
         raise ParameterError(name, value, "finite numbers")
+    elif isinstance(value, int) and not -LARGEST_NUMBER <= value < LARGEST_NUMBER:
+        raise ParameterError(name, _shorten(str(value)), "whole numbers of at most 64 bits")
     elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ParameterError(name, _shorten(value), "Unicode text")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key stands twice: readers differ in which of the two values counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {_shorten(twice, 40)!r} stands twice")
+    return found
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -9,12 +9,11 @@ from fastapi import APIRouter, Depends
 from lib.errors import NotFoundError, ParameterError
 from lib.server.dependencies import CheckImageDep, LeasesDep
 from lib.server.http.auth import AsAnnotator, AsUser, Role
+from lib.server.http.bodies import LONGEST_REASON, SkipRequest
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.parameters import JSON_BODY, json_body
+from lib.server.http.parameters import check_fields, json_body, json_body_of
 
 router = APIRouter(prefix="/leases", tags=["ActiveLearning"])
-
-LONGEST_REASON = 500
 
 
 @router.get("/", summary="Cases in clients' hands, and cases that are skipped")
@@ -39,7 +38,7 @@ def give_back(leases: LeasesDep, user: AsAnnotator, image: str, client_id: str =
     return lease.describe()
 
 
-@router.put("/skipped", summary="Have a case not handed out any more", openapi_extra=JSON_BODY)
+@router.put("/skipped", summary="Have a case not handed out any more", openapi_extra=json_body_of(SkipRequest))
 def skip(
     check_image: CheckImageDep,
     leases: LeasesDep,
@@ -49,11 +48,10 @@ def skip(
 ) -> dict[str, Any]:
     """Skip a case, with a ``reason`` for whoever looks at it next; its lease ends."""
     image = check_image(image)
-    reason = params.get("reason")
-    if not isinstance(reason, str) or not 1 <= len(reason.strip()) <= LONGEST_REASON:
-        raise ParameterError("reason", str(reason)[:100], f"1 to {LONGEST_REASON} letters on why")
-    client = user.client(params.get("client_id"))
-    return leases.skip(image, client, reason.strip()).describe()
+    asked = check_fields(SkipRequest, params)
+    if not asked.reason.strip():
+        raise ParameterError("reason", asked.reason, f"1 to {LONGEST_REASON} letters on why")
+    return leases.skip(image, user.client(asked.client_id), asked.reason.strip()).describe()
 
 
 @router.delete("/skipped", summary="Have a skipped case handed out again")

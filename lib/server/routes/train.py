@@ -146,10 +146,10 @@ async def batch_infer(
     # with more than one worker, one bad image among a thousand is logged instead of ending the run; the computing
     # itself goes on one by one
     request = {"images": images.value, "max_workers": 2} | own(params, model)
+    check_batch(models, datastore, model, request)
     request["label_tag"] = tag_for_prediction(user, request)
     # by which a server that is restarted knows what the batch has done
     request["begun_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    check_batch(models, datastore, model, request)
     if not torch.cuda.is_available():
         request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number
     return await answer(jobs.submit("batch_infer", request), run_sync)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lib.server.http.logs import set_log_format
+from lib.server.http.logs import TASK_LOGGERS, set_log_format
 from lib.server.http.request_id import begin_request, current_request_id
 
 
@@ -35,6 +35,19 @@ def test_what_clients_send_cannot_pass_for_another_line_or_command_a_terminal(ha
     line = handler.format(record("refused /a\n[2026-01-01] [INFO] all well\x1b[2J\x9b1m\r\u2028\u202eend"))
     assert "\n" not in line and "\x1b" not in line and "\x9b" not in line and "\u2028" not in line
     assert r"refused /a\n[2026-01-01] [INFO] all well\x1b[2J\x9b1m\r\u2028\u202eend" in line
+
+
+@pytest.mark.parametrize("name", TASK_LOGGERS)
+def test_what_the_processes_of_jobs_print_is_escaped_too(name: str) -> None:
+    handler = logging.StreamHandler()
+    logging.getLogger(name).addHandler(handler)
+    try:
+        set_log_format("text")
+        assert handler.format(record("left out x\x1b]0;evil\x07\nnext")) == r"left out x\x1b]0;evil\x07\nnext"
+        set_log_format("json")
+        assert json.loads(handler.format(record("loss 0.5")))["message"] == "loss 0.5"
+    finally:
+        logging.getLogger(name).removeHandler(handler)
 
 
 def test_json_lines_hold_the_request_and_the_fields(handler: logging.Handler) -> None:
