@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -27,6 +28,7 @@ from lib.datastore.background import Deferred
 from lib.datastore.effort import EffortCounter
 from lib.datastore.history import LabelHistory
 from lib.datastore.images.checks import ImageChecks
+from lib.datastore.images.events import FolderEvents, listen
 from lib.datastore.images.folder import FolderProblem, ending_of, list_images
 from lib.datastore.label_files.found_labels import Problem, label_id
 from lib.datastore.label_files.label_folder import Candidate, LabelFolder, temporary_folder
@@ -108,8 +110,20 @@ class VersionedDatastore(LocalDatastore):
         except OSError as error:
             raise ConfigError(f"the studies folder {datastore_path!r} cannot be used: {error.strerror}") from error
         self._export.flush()
-        if self._auto_reload:
-            self._handler.on_moved = self._on_moved_event
+        self._listen()
+
+    def _listen(self) -> None:
+        """Hear of the files that matter here, where MONAI Label has begun to listen to all there are."""
+        observer = getattr(self, "_observer", None)
+        if observer is None or not observer.is_alive():
+            return
+        handler = FolderEvents(self._endings(), self._look_again.ask, self._follow.ask)
+        labels = Path(self._datastore.label_path(FINAL)).parent
+        try:
+            listen(observer, handler, self._datastore.image_path(), str(labels))
+        except OSError as error:
+            logger.error("files that others put into the studies are not seen before a restart: %s", error)
+        self._look_again.ask()  # what came between the two ways of listening
 
     def configure(
         self,
@@ -312,6 +326,30 @@ class VersionedDatastore(LocalDatastore):
         # a file may have become a link since the folders were looked at
         return [pair for pair in pairs if all(self._may_be_read(file) for file in pair.values())]
 
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """A ZIP file with images, labels and what is known of them, in folders ``image`` and ``label``.
+
+        Args:
+            limit_cases: the first so many cases alone.
+
+        Returns:
+            Its path; the caller removes it. Nothing is left where the disk does not take it.
+        """
+        pairs = self.datalist()
+        with self._objects_lock:
+            known = self._datastore.model_dump_json(exclude={"base_path"})
+        with tempfile.NamedTemporaryFile(prefix="unetr-dataset-", suffix=".zip", delete=False) as file:
+            try:
+                with zipfile.ZipFile(file, "w") as archive:
+                    for pair in pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs:
+                        for kind, path in pair.items():
+                            archive.write(path, f"{kind}/{os.path.basename(path)}")
+                    archive.writestr("metadata.json", known)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        return file.name
+
     def label_problems(self) -> list[Problem]:
         """Files in ``labels/final`` that are left out, and why."""
         return self.final.problems(self._datastore.objects)
@@ -505,17 +543,6 @@ class VersionedDatastore(LocalDatastore):
             return False
         entry.labels[version.tag] = DataModel(ext=version.suffix, info={**info_of(version), **info})
         return True
-
-    def _on_any_event(self, event: Any) -> None:
-        self._look_again.ask()
-
-    def _on_moved_event(self, event: Any) -> None:
-        # A label that gets its name: this store's own, or another process's through the history.
-        self._follow.ask()
-
-    def _on_modify_event(self, event: Any) -> None:
-        if event.src_path != self._datastore_config_path:
-            self._look_again.ask()
 
     # ------------------------------------------------------------------------------------------------ the export
 

@@ -11,11 +11,12 @@ send it, since the cookie is ``SameSite=Strict``, nor call this server at all (`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Annotated, Any
 
+import anyio.to_thread
 import jwt
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -153,7 +154,7 @@ def _highest_role(claimed: list[str], name: str) -> Role:
     return max(roles)
 
 
-def get_authenticator(request: Request) -> Authenticator:
+async def get_authenticator(request: Request) -> Authenticator:
     """The dependency of whatever lets clients in."""
     authenticator: Authenticator = request.app.state.services.authenticator
     return authenticator
@@ -175,15 +176,26 @@ def current_user(request: Request, authenticator: Authenticator) -> User:
     return user
 
 
+async def user_of(request: Request, authenticator: Authenticator) -> User:
+    """As :func:`current_user`, on the event loop; in a thread only where a provider may have to be asked for its key.
+
+    A dependency that is no coroutine is given to a thread, and comes back from there, for each request: with busy
+    threads that takes longer than most requests do.
+    """
+    if authenticator.openid:
+        return await anyio.to_thread.run_sync(current_user, request, authenticator)
+    return current_user(request, authenticator)
+
+
 AuthenticatorDep = Annotated[Authenticator, Depends(get_authenticator)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
 
 
-def at_least(role: Role) -> Callable[..., User]:
+def at_least(role: Role) -> Callable[..., Awaitable[User]]:
     """A dependency that lets users of ``role`` and above in."""
 
-    def check(request: Request, authenticator: AuthenticatorDep, _: Credentials) -> User:
-        user = current_user(request, authenticator)
+    async def check(request: Request, authenticator: AuthenticatorDep, _: Credentials) -> User:
+        user = await user_of(request, authenticator)
         if user.role < role:
             message = f"this needs the role {role.name.lower()}; {user.name!r} is {user.role.name.lower()}"
             raise ForbiddenError(message)

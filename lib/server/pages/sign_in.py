@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
-from lib.server.http.auth import COOKIE, AuthenticatorDep, User, current_user
+from lib.server.http.auth import COOKIE, AuthenticatorDep, User, user_of
 from lib.server.http.errors import UnauthorizedError
 from lib.server.pages.drawing import base_of, draw
 
@@ -51,14 +51,14 @@ def logout(request: Request) -> RedirectResponse:
     return answer
 
 
-def page_user(request: Request, authenticator: AuthenticatorDep) -> User:
+async def page_user(request: Request, authenticator: AuthenticatorDep) -> User:
     """Who looks at a page; whoever is not known is sent to the sign-in.
 
     Raises:
         HTTPException: 303, to the sign-in.
     """
     try:
-        return current_user(request, authenticator)
+        return await user_of(request, authenticator)
     except UnauthorizedError as error:
         raise HTTPException(303, "sign in first", {"Location": f"{base_of(request)}/page/login"}) from error
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import APIRouter, Depends, Request
+from monailabel.interfaces.exception import ImageNotFoundException
 from starlette.exceptions import HTTPException
 
 from lib.datastore.leases import Lease
@@ -179,7 +180,7 @@ def choose_for_model(
                     return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
                 leases.release(chosen["id"])
                 unfit += 1
-            except NotFoundError:  # a series that has just been deleted
+            except (NotFoundError, ImageNotFoundException):  # one that has just been deleted
                 leases.release(chosen["id"])
             except Exception:  # nobody was given the case
                 leases.release(chosen["id"])

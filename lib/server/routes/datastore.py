@@ -350,7 +350,13 @@ def matches(path: Path, check_sum: str) -> bool:
 
 def send_file(path: Path) -> FileResponse:
     """A file as a download under its own name."""
-    return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+    return Download(path, media_type=get_mime_type(str(path)), filename=path.name, stat_result=path.stat())
+
+
+class Download(FileResponse):
+    """A file in few pieces: each is read by a thread, whose turn a busy server's answer waits for."""
+
+    chunk_size = 8 * MIB
 
 
 def read_and_remove(path: Path) -> Iterator[bytes]:

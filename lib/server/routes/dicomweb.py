@@ -46,6 +46,7 @@ from lib.server.http.uploads import temporary_folder
 from lib.server.labels.segmentations import series_store, store_segmentation
 from lib.server.services import Parts, Services
 from lib.server.work.presented import PresentedCases, Searched
+from lib.storage.disk import MIB
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(tags=["DICOMweb"])
@@ -115,7 +116,8 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
     label = None if case is None else presented.labels.of_case(case)
     beside = [] if label is None else [presented.labels.instance(label)]
     if resource.view == "metadata":
-        return Response(dump([to_json(header) for header in [*headers, *beside]]), media_type=DICOM_JSON)
+        told = presented.metadata(resource.study, resource.series, resource.sop)
+        return Response(dump([*told, *map(to_json, beside)]), media_type=DICOM_JSON)
     if resource.view == "instances":
         files = itertools.chain((presented.file(header) for header in headers), map(whole_file, beside))
         return send_parts(files, accepted, "application/dicom")
@@ -204,10 +206,20 @@ def send_parts(parts: Iterator[Part], accepted: Sequence[MediaType], related: st
         return Response(first.content, media_type=first.media_type)
     boundary = secrets.token_hex(16)
     kind = related or first.media_type.split(";")[0]
-    return StreamingResponse(
-        multipart(itertools.chain([first], parts), boundary),
-        media_type=f'multipart/related; type="{kind}"; boundary={boundary}',
-    )
+    body = in_blocks(multipart(itertools.chain([first], parts), boundary))
+    return StreamingResponse(body, media_type=f'multipart/related; type="{kind}"; boundary={boundary}')
+
+
+def in_blocks(pieces: Iterator[bytes], least_bytes: int = MIB) -> Iterator[bytes]:
+    """The same bytes in fewer pieces: each is fetched from a thread, whose turn a busy server's answer waits for."""
+    block = bytearray()
+    for piece in pieces:
+        block += piece
+        if len(block) >= least_bytes:
+            yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)
 
 
 def root_of(request: Request) -> str:

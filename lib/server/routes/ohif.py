@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from monailabel.utils.others.generic import get_mime_type
@@ -56,11 +57,23 @@ def last_handed_out(store: SeriesDatastore, image: str) -> float:
 
 
 @router.get("/{path:path}", include_in_schema=False)
-def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -> Response:
+async def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -> Response:
     """A file of the viewer; its own addresses, which are no files, all begin with its first page.
 
     Whoever is not known is sent from there to the sign-in: the viewer itself asks for no token, and its requests carry
     the cookie.
+    """
+    file = await anyio.to_thread.run_sync(viewer_file, path)
+    if file.name == "index.html":
+        await page_user(request, authenticator)
+    return await anyio.to_thread.run_sync(send, file, base_of(request))
+
+
+def viewer_file(path: str) -> Path:
+    """The file that an address of the viewer means.
+
+    Raises:
+        NotFoundError: when the viewer is not installed.
     """
     file = FOLDER / "index.html"
     if path and "\0" not in path:
@@ -68,9 +81,12 @@ def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -> Resp
         file = wanted if wanted.is_relative_to(FOLDER) and wanted.is_file() else file
     if not file.is_file():
         raise NotFoundError("viewer file", path[:200])
-    if file.name == "index.html":
-        page_user(request, authenticator)
-    content = adapted(file, base_of(request))
+    return file
+
+
+def send(file: Path, base: str) -> Response:
+    """A file of the viewer, adapted to this server where it has to be."""
+    content = adapted(file, base)
     if content is None:
         return FileResponse(file, media_type=get_mime_type(str(file)))
     return Response(content, media_type=get_mime_type(str(file)), headers={"Cache-Control": "no-cache"})

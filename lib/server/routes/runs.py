@@ -32,7 +32,7 @@ LONGEST_STREAM_SECONDS = 10.0
 MILLISECONDS_TO_COME_AGAIN = 500
 
 
-def get_retrainer(request: Request) -> Retrainer:
+async def get_retrainer(request: Request) -> Retrainer:
     """The dependency of routes that ask the policy."""
     retrainer: Retrainer = request.app.state.retrainer
     return retrainer

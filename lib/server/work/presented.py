@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class OpenedCase:
     affine_ras: npt.NDArray[np.float64]
     headers: list[FileDataset]
     stored: npt.NDArray[np.uint16]
+
+    @cached_property
+    def told(self) -> dict[str, Json]:
+        """The headers as DICOM JSON, by SOP Instance UID."""
+        return {str(header.SOPInstanceUID): to_json(header) for header in self.headers}
 
 
 class PresentedCases:
@@ -170,7 +176,9 @@ class PresentedCases:
             NotFoundError: when there is none.
             ImageError: when the file cannot be read.
         """
-        return [to_json(header) for header in self.headers(study, series, sop)]
+        headers = self.headers(study, series, sop)
+        told = self.open(str(self.case_of(series or study))).told
+        return [told[str(header.SOPInstanceUID)] for header in headers]
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
         """What a query is told of a study or a series, of which all is known without opening its file.
