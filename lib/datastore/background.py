@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from lib.storage.full_disk import storage_problem
+
 logger = logging.getLogger("unetr.datastore")
 
 # Work that takes long is done seldom: no more than a twentieth of the time goes into it.
@@ -71,5 +73,10 @@ class Deferred:
     def _do(self) -> None:
         try:
             self._work()
-        except Exception:
-            logger.exception("%s failed, and is tried again when it is asked for next", self._name)
+        except Exception as error:
+            problem = storage_problem(error)
+            logger.log(
+                logging.WARNING if problem else logging.ERROR,
+                "%s failed, and is tried again when it is asked for next: %s", self._name, problem or error,
+                exc_info=None if problem else error,
+            )  # fmt: skip

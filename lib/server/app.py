@@ -50,6 +50,7 @@ from lib.server.services import Services
 from lib.server.work.parent import end_with_parent
 from lib.server.work.retraining import Retrainer
 from lib.server.work.temporary import own_temporary_folder, remove_log_configuration
+from lib.server.work.waiting_for_room import WaitingForRoom
 
 ROUTERS = (
     health.router,
@@ -104,6 +105,8 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
         # what was cut off goes on first, or the policy would see nothing run and begin another
         services.jobs.recover(services.journal.unfinished())
         retrainer.start()
+        waiting = WaitingForRoom(services.jobs, services.journal.folder_of)
+        waiting.start()
         series_source = series_store(services).source
         series_source.start()
         try:
@@ -113,6 +116,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
                     spare_what_stays()
                     yield
         finally:
+            waiting.stop()
             await anyio.to_thread.run_sync(retrainer.stop)
             await anyio.to_thread.run_sync(services.jobs.shut_down)
             await anyio.to_thread.run_sync(series_source.stop)

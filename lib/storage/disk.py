@@ -1,9 +1,14 @@
-"""Folders that grow by themselves are kept within a size."""
+"""Folders that grow by themselves are kept within a size, and whether a disk has room."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from lib.storage.full_disk import storage_problem
 
 MIB = 2**20
 
@@ -28,3 +33,21 @@ def make_room(groups: Sequence[Sequence[Path]], limit_bytes: int) -> list[Path]:
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def has_room(folder: Path, size_bytes: int) -> bool:
+    """Whether a folder takes a file of that size now: tried with one, since quotas are not in what a disk tells.
+
+    Raises:
+        OSError: when the folder is not there, or the disk fails in another way.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+                return True
+        return shutil.disk_usage(folder).free > size_bytes
+    except OSError as error:
+        if not storage_problem(error):
+            raise
+        return False

@@ -16,6 +16,8 @@ TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "unexpected pos")
 
 def storage_problem(error: BaseException) -> str:
     """Why something could not be written, in words; empty for an error of another kind."""
+    if isinstance(error, StorageError) and error.__cause__ is not None:
+        return storage_problem(error.__cause__)
     if isinstance(error, OSError):
         return (
             "the disk is full"

@@ -34,6 +34,7 @@ class History:
         last_run_at: when it ended.
         runs: how many runs have ended with a version.
         running: whether a training runs or waits.
+        waits_for_room: whether a full disk has ended a training, which goes on by itself when there is room.
         serving: whether any weights are served.
         dice_on_new: mean Dice of the served model on new labels; None where it was not looked at.
         failures: how many runs have failed since the last version, and when the last of them did.
@@ -49,6 +50,7 @@ class History:
     last_run_at: float = 0.0
     runs: int = 0
     running: bool = False
+    waits_for_room: bool = False
     serving: bool = False
     dice_on_new: float | None = None
     failures: int = 0
@@ -88,6 +90,8 @@ def decide(history: History) -> Decision:
         return Decision(False, "retraining is off; it trains when somebody presses Train", count)
     if history.running:
         return Decision(False, "a training runs; labels that come in meanwhile are for the next one", count)
+    if history.waits_for_room:
+        return Decision(False, "the disk was full, and a training waits until it has room to go on", count)
     if not new:
         since = f"since {history.last_version}" if history.last_version else "yet"
         return Decision(False, f"no label is new {since}", 0)

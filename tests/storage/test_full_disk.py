@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from starlette.exceptions import HTTPException
 
 from lib.errors import StorageError
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.server.http.errors import describe, status_of
+from lib.storage.disk import has_room
 from lib.storage.full_disk import storage_problem, writing
+from tests.small_disk import mounted
 from tests.tiny import tiny_preset
 
 FULL: list[Exception] = [
@@ -40,10 +42,27 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
         raise error
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
-def test_checkpoint_that_a_disk_does_not_take_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-    full = lambda path, *a, **k: opened(Path("/dev/full") if path.suffix == ".tmp" else path, *a, **k)  # noqa: E731
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(StorageError, match=r"checkpoint 'w\.pt' was not kept: the disk is full"):
-        write_checkpoint(tmp_path / "w.pt", Checkpoint({"a": torch.zeros(100_000)}, tiny_preset()))
+def test_checkpoint_that_a_disk_does_not_take_is_a_sentence(tmp_path: Path) -> None:
+    weights = Checkpoint({"a": torch.zeros(100_000)}, tiny_preset())
+    with mounted(tmp_path / "disk", 1) as disk:
+        write_checkpoint(disk.folder / "w.pt", weights)
+        kept = (disk.folder / "w.pt").read_bytes()
+        disk.fill()
+        with pytest.raises(StorageError, match=r"checkpoint 'w\.pt' was not kept: the disk is full"):
+            write_checkpoint(disk.folder / "w.pt", weights)
+        assert (disk.folder / "w.pt").read_bytes() == kept
+        assert not has_room(disk.folder, 4096)
+        disk.make_room()
+        assert has_room(disk.folder, 4096) and not has_room(disk.folder, 2**21)
+        disk.set_read_only(True)
+        assert not has_room(disk.folder, 4096)
+
+
+def test_error_of_a_disk_is_found_in_what_was_made_of_it() -> None:
+    with pytest.raises(HTTPException) as wrapped:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise HTTPException(400, "There was an error parsing the body") from error
+    assert status_of(wrapped.value) == 507
+    assert describe(wrapped.value, 507) == "nothing was kept: on the server, the disk is full"

@@ -102,11 +102,13 @@ HTTP_ERRORS = {
 
 def status_of(error: Exception) -> int:
     """HTTP status code for an exception; 500 for one that nobody expected."""
+    if isinstance(error, HTTPException) and _disk_problem(error):
+        return 507
     if isinstance(error, HTTPException):
         return error.status_code
     if isinstance(error, RequestValidationError):
         return 400
-    if not isinstance(error, UnetrError) and storage_problem(error):
+    if not isinstance(error, UnetrError) and _disk_problem(error):
         return 507
     for kind, code in STATUS_CODES:
         if isinstance(error, kind):
@@ -130,6 +132,8 @@ def error_response(error: Exception) -> Response:
 
 def describe(error: Exception, status: int) -> str:
     """One sentence for the client."""
+    if status == 507 and not isinstance(error, UnetrError):
+        return f"nothing was kept: on the server, {_disk_problem(error)}"
     if isinstance(error, RequestValidationError):
         return _describe_validation(error.errors())
     if isinstance(error, HTTPException):
@@ -137,8 +141,6 @@ def describe(error: Exception, status: int) -> str:
         return f"method not allowed; valid: {allowed}" if allowed else str(error.detail)
     if isinstance(error, MONAILabelException):
         return str(error.msg)
-    if status == 507 and not isinstance(error, UnetrError):
-        return f"nothing was kept: on the server, {storage_problem(error)}"
     if status == 500:
         return "something went wrong in the server; its log has the reason under this request_id"
     return str(error)
@@ -167,7 +169,15 @@ async def _handle(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
+def _disk_problem(error: BaseException) -> str:
+    """Why a disk did not take something, in words; FastAPI wraps what goes wrong while a body comes in."""
+    cause = error.__cause__ if isinstance(error, HTTPException) else error
+    return "" if cause is None else storage_problem(cause)
+
+
 def _kind(error: Exception, status: int) -> str:
+    if status == 507:
+        return StorageError.__name__
     if isinstance(error, HTTPException | RequestValidationError):
         return HTTP_ERRORS.get(status, "HTTPError")
     return "InternalError" if status >= 500 and not isinstance(error, UnetrError) else type(error).__name__

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.errors import ConfigError
-from lib.server.http.errors import error_response
+from lib.server.http.errors import describe, error_response, status_of
 from lib.server.http.events import topics_of
 from lib.server.http.origins import SAFE_METHODS
 from lib.server.http.request_id import HEADER, begin_request
@@ -118,7 +118,11 @@ class Surroundings:
         except ClientDisconnect:
             logger.info("the client of request %s left", request_id)
         except Exception as error:
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            asked = f"request {request_id}: {scope['method']} {scope['path']}"
+            if status_of(error) == 500:
+                logger.exception("%s failed", asked)
+            else:
+                logger.warning("%s: %s", asked, describe(error, status_of(error)))
             if not exchange.status:
                 await error_response(error)(scope, receive, sending)
         finally:

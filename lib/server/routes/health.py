@@ -27,6 +27,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import MIB
 from lib.server.tasks import TasksByName
+from lib.storage.full_disk import storage_problem
 from lib.trainers.task import UnetrTrainTask
 
 router = APIRouter(tags=["Health"])
@@ -99,7 +100,8 @@ def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"?")
     except OSError as error:
-        return [f"the studies folder cannot be written to: {error.strerror or error}"]
+        problem = storage_problem(error) or error.strerror or error
+        return [f"the studies folder cannot be written to: {problem}"]
     free_mib = shutil.disk_usage(folder).free // MIB
     return [f"{free_mib} MiB of disk are free; valid: at least {wanted_mib} MiB"] if free_mib < wanted_mib else []
 

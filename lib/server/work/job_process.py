@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -26,6 +27,8 @@ from monailabel.interfaces.utils.app import app_instance
 
 from lib.activelearning.pool_scoring import MAY_COMPUTE
 from lib.errors import UnetrError
+from lib.server.work.jobs import EXIT_NO_ROOM, KINDS, Kind, sentence_of
+from lib.storage.full_disk import storage_problem
 
 STANDARD_INPUT = 0
 EXIT_SERVER_GONE = 3
@@ -33,7 +36,7 @@ LOWEST_PRIORITY = 19
 NICER_THAN_THE_SERVER = 5
 
 
-def main(kind: str, result_file: Path) -> int:
+def main(kind: Kind, result_file: Path) -> int:
     """Run one job; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -41,10 +44,15 @@ def main(kind: str, result_file: Path) -> int:
     threading.Thread(target=_end_with_server, daemon=True).start()
     try:
         result = run(kind, request)
-    except (UnetrError, OSError) as error:  # a full disk, say
+        result_file.write_text(json.dumps(result, default=str), encoding="utf-8")
+    except (UnetrError, OSError, RuntimeError, sqlite3.OperationalError) as error:
+        problem = storage_problem(error)
+        if not problem and not isinstance(error, UnetrError | OSError):
+            raise
         print(f"{type(error).__name__}: {error}", flush=True)
-        return 1
-    result_file.write_text(json.dumps(result, default=str), encoding="utf-8")
+        if problem:
+            print(sentence_of(kind, problem), flush=True)
+        return EXIT_NO_ROOM if problem else 1
     return 0
 
 
@@ -98,4 +106,4 @@ def _end_with_server() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(next(kind for kind in KINDS if kind == sys.argv[1]), Path(sys.argv[2])))

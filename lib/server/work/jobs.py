@@ -28,6 +28,7 @@ from typing import Any, Literal
 import psutil
 
 from lib.errors import TrainingError
+from lib.storage.full_disk import storage_problem
 
 logger = logging.getLogger("unetr.server")
 
@@ -39,6 +40,9 @@ KEPT_JOBS = 100
 LONGEST_LINE = 1000
 SECONDS_TO_END = 5.0
 DEATHS_WITHOUT_PROGRESS = 5
+COULD_NOT_RUN = "the server could not run this to its end; its log has the reason"
+EXIT_NO_ROOM = 4
+"""A job's process ends with this where the disk does not take what it writes."""
 REPOSITORY = Path(__file__).resolve().parents[3]
 # What a job reads from its standard input after the request.
 HOLD, GO_ON = "-", "+"
@@ -52,6 +56,7 @@ class Job:
         deaths: how often its process was killed since it last came further.
         step: how far it had come when its process was last started.
         reason: why it ended in an error.
+        waits_for_room: whether a full disk has ended it, and it goes on when there is room.
     """
 
     kind: Kind
@@ -67,6 +72,7 @@ class Job:
     deaths: int = 0
     step: int = 0
     reason: str = ""
+    waits_for_room: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -75,9 +81,15 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The JSON that MONAI Label's clients read."""
-        said = {"id": self.id, "status": self.status, "request": self.request, "start_ts": self.start_ts}
+        said: dict[str, Any] = {
+            "id": self.id,
+            "status": self.status,
+            "request": self.request,
+            "start_ts": self.start_ts,
+        }
         said |= {"details": list(self.details)} if self.status != "SUBMITTED" else {}
         said |= {"reason": self.reason} if self.reason else {}
+        said |= {"waits_for_room": True} if self.waits_for_room else {}
         return said | ({"end_ts": self.end_ts} if self.end_ts else {})
 
 
@@ -122,8 +134,30 @@ class Jobs:
                 raise TrainingError(f"a {_words(kind)} runs already; stop it, wait for it, or send enqueue=true")
             job = Job(kind, dict(request))
             jobs.append(job)
+        for waiting in self.waiting_for_room():
+            if waiting.request.get("model") == job.request.get("model"):
+                self._wait_no_longer(waiting)  # this one is trained on all that there is
         self._start(job)
         return job
+
+    def waiting_for_room(self) -> list[Job]:
+        """The trainings that a full disk has ended, and that go on when there is room."""
+        return [job for job in self.of("train") if job.waits_for_room]
+
+    def go_on(self, job: Job) -> None:
+        """Start a training again that waits for room on the disk; it goes on from its state."""
+        with self._lock:
+            if self._closing or not job.waits_for_room:
+                return
+            job.waits_for_room, job.status, job.end_ts, job.reason = False, "SUBMITTED", None, ""
+            job.request["resume"], job.finished, job.process = True, threading.Event(), None
+        job.details.append("there is room on the disk again, and the training goes on")
+        logger.info("training %s: %s", job.id, job.details[-1])
+        self._start(job)
+
+    def _wait_no_longer(self, job: Job) -> None:
+        job.waits_for_room = False
+        self._on_change(job)
 
     def recover(self, jobs: Iterable[Job]) -> None:
         """Let jobs go on that an earlier server has left."""
@@ -155,9 +189,12 @@ class Jobs:
 
     def stop(self, kind: Kind) -> Job | None:
         """Stop the job that runs and all that wait; returns the first of them, None when there is none."""
-        current = self.current(kind)
+        waiting = [job for job in self.of(kind) if job.waits_for_room]
+        current = self.current(kind) or next(iter(waiting), None)
         for job in reversed(self.of(kind)):  # the waiting ones first, or the next would start
             self._stop(job)
+        for job in waiting if not self._closing else ():
+            self._wait_no_longer(job)
         return current
 
     def hold(self, kind: Kind, held: bool) -> None:
@@ -200,10 +237,15 @@ class Jobs:
                     if not self._goes_on(job, code):
                         self._conclude(job, code)
                         break
-        except Exception:
-            logger.exception("%s %s could not be run to its end", _words(job.kind), job.id)
-            job.details.append("the server could not run this to its end; its log has the reason")
-            self._conclude(job, 1)
+        except Exception as error:
+            problem = storage_problem(error)
+            logger.log(
+                logging.WARNING if problem else logging.ERROR,
+                "%s %s could not be run to its end: %s", _words(job.kind), job.id, error,
+                exc_info=None if problem else error,
+            )  # fmt: skip
+            job.details.append(sentence_of(job.kind, problem) if problem else COULD_NOT_RUN)
+            self._conclude(job, EXIT_NO_ROOM if problem else 1)
         finally:
             job.finished.set()
 
@@ -251,6 +293,7 @@ class Jobs:
             self._before_end(job)
         with self._lock:
             if job.is_open:
+                job.waits_for_room = code == EXIT_NO_ROOM and job.kind == "train"
                 job.status, job.end_ts = "DONE" if code == 0 else "ERROR", _now()
                 job.reason = "" if code == 0 else job.details[-1] if job.details else f"it ended with {code}"
         logger.info("%s %s ended: %s", _words(job.kind), job.id, job.status)
@@ -258,6 +301,17 @@ class Jobs:
             self._on_change(job)
         if self._on_end is not None:
             self._on_end(job)
+
+
+def sentence_of(kind: Kind, problem: str) -> str:
+    """What is told of a job whose files a disk did not take.
+
+    Args:
+        kind: the job's.
+        problem: why, as :func:`lib.storage.full_disk.storage_problem` says it.
+    """
+    told = f"{problem}, and the {_words(kind)} ended"
+    return f"{told}; it goes on from its state when there is room" if kind == "train" else f"{told}; make room for it"
 
 
 def start_process(job: Job, result: Path) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from lib.server.work.jobs import Job
 from lib.storage.json_files import write_json
-from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json, steps_done
+from lib.trainers.reporting.runs import JOB_FILE, OPEN, is_unfinished, list_runs, read_json, steps_done
 
 logger = logging.getLogger("unetr.server")
 
@@ -67,7 +67,7 @@ class Journal:
         found = [read_json(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
         batches = [runs.parent / BATCHES for runs in self._folders.values()]
         found += [read_json(file) for folder in batches for file in sorted(folder.glob("*.json"))]
-        left = [data for data in found if data.get("status") in OPEN and data.get("studies") == self._studies]
+        left = [data for data in found if is_unfinished(data) and data.get("studies") == self._studies]
         owners = [(data, data.get("owner") or {}) for data in left]
         jobs = [_as_job(data) for data, owner in owners if not (_is_of_another_machine(owner) or _lives(owner))]
         return sorted(jobs, key=lambda job: job.id)
@@ -97,7 +97,8 @@ class Journal:
     def failures(self, model: str, since: float) -> list[float]:
         """When trainings of a model have failed since a time."""
         runs = [run / JOB_FILE for run in list_runs(self._folders[model])]
-        ended = [path.stat().st_mtime for path in runs if read_json(path).get("status") == "ERROR"]
+        told = [(path, read_json(path)) for path in runs]
+        ended = [p.stat().st_mtime for p, said in told if said.get("status") == "ERROR" and not is_unfinished(said)]
         return sorted(when for when in ended if when > since)
 
     def folder_of(self, job: Job) -> Path:

@@ -130,6 +130,7 @@ class Retrainer:
             last_run_at=ended_at,
             runs=len(runs),
             running=self._parts.jobs.open("train") > 0 or self._journal.others_running(model),
+            waits_for_room=any(job.request.get("model") == model for job in self._parts.jobs.waiting_for_room()),
             serving=bool(task.serving()[0]),
             failures=len(failed),
             failed_at=self._times.of((model, "failure"), failed[-1]) if failed else 0.0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def is_unfinished(job: Mapping[str, Any]) -> bool:
+    """Whether a run goes on, or will: it waits for its turn, or for room on the disk.
+
+    Args:
+        job: what ``job.json`` says.
+    """
+    return job.get("status") in OPEN or bool(job.get("waits_for_room"))
+
+
 def list_runs(runs: Path) -> list[Path]:
     """Folders of runs, the oldest first.
 
@@ -49,7 +59,7 @@ def steps_done(run_dir: Path) -> int:
 
 def prune_runs(runs: Path, keep: int) -> None:
     """Remove the oldest runs beyond ``keep``, but none that is open, and the states of those that have ended."""
-    ended = [path for path in list_runs(runs) if read_json(path / JOB_FILE).get("status") not in OPEN]
+    ended = [path for path in list_runs(runs) if not is_unfinished(read_json(path / JOB_FILE))]
     for path in ended[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in ended[-keep:-1]:

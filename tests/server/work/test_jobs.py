@@ -16,9 +16,10 @@ import pytest
 from filelock import Timeout
 
 from lib.server.work import jobs as module
-from lib.server.work.jobs import Job, Jobs
+from lib.server.work.jobs import EXIT_NO_ROOM, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
+from lib.server.work.waiting_for_room import WaitingForRoom
 from lib.storage.json_files import write_json
 from lib.trainers.pause import is_paused
 
@@ -50,6 +51,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dic
 
 KILLED = "import os, signal; print('step', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
 DONE = "import sys; open(sys.argv[1], 'w').write('{\"version\": 1}')"
+FULL = f"print('the disk is full'); raise SystemExit({EXIT_NO_ROOM})"
 FAILED = "print('TrainingError: no label'); raise SystemExit(1)"
 
 
@@ -102,6 +104,42 @@ def test_training_that_fails_on_its_own_is_not_started_again(
     job = Jobs(on_change=journal.write).submit("train", {"model": MODEL})
     assert job.finished.wait(60)
     assert (job.status, job.reason, len(requests)) == ("ERROR", "TrainingError: no label", 1)
+
+
+def test_training_that_a_full_disk_has_ended_goes_on_when_there_is_room(
+    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([FULL, FULL, DONE])
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    job = jobs.submit("train", {"model": MODEL})
+    assert job.finished.wait(60)
+    assert (job.status, job.reason, job.waits_for_room) == ("ERROR", "the disk is full", True)
+    assert [left.id for left in journal.unfinished()] == [job.id], "the next server takes it up"
+    assert journal.failures(MODEL, 0) == [], "it has not failed"
+    waiting = WaitingForRoom(jobs, journal.folder_of)
+    for _ in range(2):
+        waiting.look()
+        assert job.finished.wait(60)
+    assert (job.status, job.result, job.reason, job.waits_for_room) == ("DONE", {"version": 1}, "", False)
+    assert [request.get("resume", False) for request in requests] == [False, True, True]
+    assert journal.unfinished() == []
+
+
+@pytest.mark.parametrize("by", ["another training", "stopping"])
+def test_training_that_nobody_wants_any_more_does_not_wait_for_room(
+    by: str, journal: Journal, processes: Callable[[list[str]], list[dict[str, object]]]
+) -> None:
+    requests = processes([FULL, DONE])
+    jobs = Jobs(on_change=journal.write)
+    job = jobs.submit("train", {"model": MODEL})
+    assert job.finished.wait(60)
+    if by == "stopping":
+        assert jobs.stop("train") is job
+    else:
+        assert jobs.submit("train", {"model": MODEL}).finished.wait(60)
+    WaitingForRoom(jobs, journal.folder_of).look()
+    assert job.status == "ERROR" and jobs.waiting_for_room() == journal.unfinished() == []
+    assert len(requests) == (1 if by == "stopping" else 2)
 
 
 def leave_behind(tmp_path: Path, name: str, status: str, studies: str = "studies", pid: int = 2**22) -> None:
