@@ -106,4 +106,7 @@ def _end_with_server() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(next(kind for kind in KINDS if kind == sys.argv[1]), Path(sys.argv[2])))
+    code = main(next(kind for kind in KINDS if kind == sys.argv[1]), Path(sys.argv[2]))
+    if code == EXIT_NO_ROOM:
+        os._exit(code)  # what TensorBoard writes at the end does not fit either, and its trace would be the last word
+    sys.exit(code)
