@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, NotFoundError, TrainingError
@@ -36,20 +37,41 @@ logger = logging.getLogger("unetr.publish")
 
 REPORT_FILE = "report.html"
 STAGING = ".staging-"
+FIRST_YEAR, LAST_YEAR = 1970, 9998
 Status = Literal["shipped", "published", "rejected", "unproven", "damaged"]
-NOTHING = type(None)
-KINDS: Mapping[str, tuple[type, ...]] = {
-    "status": (str,),
-    "sha256": (str,),
-    "created": (str,),
-    "parent": (str, NOTHING),
-    "held_out": (dict, NOTHING),
-    "held_out_before": (dict, NOTHING),
-    "label_digests": (dict, NOTHING),
-    "split": (dict, NOTHING),
-}
-"""What others rely on in ``version.json``, where it is there."""
 Files = Mapping[str, Callable[[str], str]]
+
+
+class _Scores(BaseModel):
+    """Dice on held-out cases."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    mean_dice: float | None = None
+    dice: dict[str, float | None] | None = None
+    per_case: dict[str, float | None] | None = None
+
+
+class _Details(BaseModel):
+    """What others rely on in ``version.json``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    status: str
+    sha256: str
+    created: str
+    parent: str | None = None
+    held_out: _Scores | None = None
+    held_out_before: _Scores | None = None
+    label_digests: dict[str, str] | None = None
+    split: dict[str, Any] | None = None
+
+    @field_validator("created")
+    @classmethod
+    def _check_time(cls, value: str) -> str:
+        if not FIRST_YEAR <= datetime.datetime.fromisoformat(value).year <= LAST_YEAR:
+            raise ValueError("a time that no server can have had")
+        return value
 
 
 @dataclass(frozen=True)
@@ -293,13 +315,14 @@ def check_details(details: Any) -> dict[str, Any]:
     Raises:
         ValueError: naming what is not as it was written.
     """
-    if not isinstance(details, dict):
-        raise ValueError("it is no JSON object")
-    for key, kinds in KINDS.items():
-        if not isinstance(details.get(key), kinds):
-            raise ValueError(f"{key} is {details.get(key)!r:.80}")
-    datetime.datetime.fromisoformat(details["created"])
-    return details
+    try:
+        _Details.model_validate(details)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "it"
+        missing = problem["type"] == "missing"
+        raise ValueError(f"{where} is missing" if missing else f"{where} is {problem['input']!r:.80}") from error
+    return dict(details)
 
 
 def now() -> str:

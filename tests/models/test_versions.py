@@ -16,7 +16,7 @@ import torch
 
 from lib.errors import CheckpointError, NotFoundError, StorageError, TrainingError
 from lib.infers.model_cache import ModelCache
-from lib.models.versions import VersionStore
+from lib.models.versions import VersionStore, check_details
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
@@ -106,7 +106,31 @@ def test_rollback_to_damaged_weights_is_refused(store: VersionStore) -> None:
     assert _live(store) == "v0002"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"status": 1}', '{"status": "published", "sha256": "x"}'])
+RECORD = {"status": "published", "sha256": "x", "created": "2026-11-25T15:00:34+00:00"}
+DAMAGED = {
+    "held_out": [], "held_out_before": {"mean_dice": [2]}, "label_digests": {"case": 5}, "split": "x", "created": 5,
+    "parent": 7,
+}  # fmt: skip
+
+
+def test_record_with_what_others_rely_on_is_taken_as_it_is() -> None:
+    scores = {"mean_dice": 0.8, "dice": {"a": 1, "b": None}, "per_case": {"x": 0.5}, "cases": 3}
+    details = RECORD | {"held_out": scores, "held_out_before": None, "label_digests": {}, "more": [1]}
+    assert check_details(details) == details
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"status": 1}', '{"status": "published", "sha256": "x"}'),
+        *(json.dumps(RECORD | {key: value}) for key, value in DAMAGED.items()),
+        json.dumps(RECORD | {"created": "0001-01-01T00:00:00"}),
+        json.dumps(RECORD | {"held_out": {"mean_dice": "0.9"}}),
+        json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "dice": [1]}}),
+        json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "dice": {"a": "x"}}}),
+        json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "per_case": 7}}),
+    ],
+)
 def test_version_whose_record_is_damaged_is_listed_as_damaged_beside_the_others(
     store: VersionStore, content: str
 ) -> None:

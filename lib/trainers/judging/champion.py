@@ -7,11 +7,13 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lib.cases.labelled import Case
 from lib.cases.split import shipped_split
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
+from lib.models.versions import check_details
 from lib.models.weights import WeightsFile, WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lib.networks.unetr import build_unetr
@@ -80,7 +82,7 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
     except CheckpointError as error:
         logger.warning("the served weights cannot be compared with: %s", error)
         return None, str(error)
-    details = read_json(file.side_car)
+    details = _details_of(file)
     reported_dice = (details.get("held_out") or {}).get("mean_dice")
     return ServedWeights(
         file.version,
@@ -89,6 +91,18 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
         details.get("label_digests") or {} if file.origin == "published" else {},
         math.nan if reported_dice is None else float(reported_dice),
     ), ""
+
+
+def _details_of(file: WeightsFile) -> dict[str, Any]:
+    """What is known of weights; nothing where that is damaged."""
+    details = read_json(file.side_car)
+    if file.origin != "published":
+        return details
+    try:
+        return check_details(details)
+    except ValueError as error:
+        logger.warning("nothing is known of the served version %s: %s", file.version, error)
+        return {}
 
 
 def _judged_on(
