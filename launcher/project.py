@@ -17,6 +17,8 @@ SERVER_ENVIRONMENT = {
     # threads that wait for each other let go of the core; where another program computes too, each of a network's
     # hundreds of operations would otherwise wait for a scheduler's turn
     "OMP_WAIT_POLICY": "passive",
+    # glibc makes eight regions of memory a core, and each keeps the most that a request has taken in it
+    "MALLOC_ARENA_MAX": "4",
 }
 
 

@@ -69,7 +69,13 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif malloc_trim := _of_glibc("malloc_trim"):
+    else:
+        give_back_freed()
+
+
+def give_back_freed() -> None:
+    """Give back to the system what glibc keeps of freed memory for later; elsewhere than on glibc nothing changes."""
+    if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
 
 

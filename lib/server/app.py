@@ -47,6 +47,7 @@ from lib.server.routes import sessions as session_routes
 from lib.server.routes import train as train_routes
 from lib.server.routes import uncertainty as uncertainty_routes
 from lib.server.services import Services
+from lib.server.trimming import trimming
 from lib.server.work.parent import end_with_parent
 from lib.server.work.retraining import Retrainer
 from lib.server.work.temporary import own_temporary_folder, remove_log_configuration
@@ -110,7 +111,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
         series_source = series_store(services).source
         series_source.start()
         try:
-            async with services.prefetcher.running(), services.scoring.running():
+            async with services.prefetcher.running(), services.scoring.running(), trimming():
                 with closed_by_signals(services.changes), read_again_by_signal(tokens):
                     await anyio.to_thread.run_sync(page_routes.prepare, services)
                     spare_what_stays()

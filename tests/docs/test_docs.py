@@ -45,7 +45,7 @@ def test_every_conf_key_is_documented() -> None:
 
 def test_environment_variables_are_documented() -> None:
     documented = set(
-        re.findall(r"^\| `((?:MONAI_LABEL|OMP)_[A-Z_]+)` \|", page("docs/reference/conf.md"), re.MULTILINE)
+        re.findall(r"^\| `((?:MONAI_LABEL|OMP|MALLOC)_[A-Z_]+)` \|", page("docs/reference/conf.md"), re.MULTILINE)
     )
     assert documented == set(SERVER_ENVIRONMENT)
 

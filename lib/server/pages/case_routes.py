@@ -37,6 +37,8 @@ from lib.storage.disk import MIB
 router = APIRouter(prefix="/case", include_in_schema=False)
 
 MOST_LAYERS = 6
+SHARE_OF_EDITS = 32
+LEAST_EDITS = 8
 THUMBNAIL_HEIGHT = 240
 PNG_HEADERS = {"Cache-Control": "private, max-age=60"}
 LINES: Mapping[str, Line] = {"edit": "solid", "prediction": "solid", "label": "dashed", "compared": "dotted"}
@@ -44,9 +46,13 @@ LINES: Mapping[str, Line] = {"edit": "solid", "prediction": "solid", "label": "d
 
 @dataclass
 class Gallery:
-    """What pictures are drawn from. One prediction is computed at a time: three planes ask for it at once."""
+    """What pictures are drawn from. One prediction is computed at a time: three planes ask for it at once.
+
+    ``edits`` are masks that clicks have made, each of which is looked at for a moment and never again.
+    """
 
     volumes: Volumes
+    edits: Volumes
     computing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -116,7 +122,8 @@ def gallery_of(request: Request) -> Gallery:
     """The server's gallery, made when the first picture is asked for."""
     state = request.app.state
     if not hasattr(state, "gallery"):
-        state.gallery = Gallery(Volumes(MIB * state.services.settings.picture_cache_mib))
+        size = MIB * state.services.settings.picture_cache_mib
+        state.gallery = Gallery(Volumes(size), Volumes(size // SHARE_OF_EDITS, LEAST_EDITS))
     gallery: Gallery = state.gallery
     return gallery
 
@@ -165,7 +172,7 @@ def edited(gallery: Gallery, image: str, name: str) -> npt.NDArray[np.uint8]:
     Raises:
         NotFoundError: when it is not kept any more.
     """
-    mask: npt.NDArray[np.uint8] | None = gallery.volumes.peek((name, image))
+    mask: npt.NDArray[np.uint8] | None = gallery.edits.peek((name, image))
     if mask is None:
         raise NotFoundError("corrected mask", name[:100])
     return mask

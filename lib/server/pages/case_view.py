@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -27,6 +29,7 @@ from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
 Kept = TypeVar("Kept")
+BYTES_OF_A_FIGURE = 500  # with its key
 MOST_AGREEMENTS = 20
 """Of the newest versions: each is a mask to be read."""
 
@@ -75,11 +78,17 @@ class CaseView:
 
 
 class Volumes:
-    """Volumes and masks that pictures were drawn from lately, in a bounded part of memory."""
+    """Volumes and masks that pictures were drawn from lately, in a bounded part of memory.
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
+    Args:
+        most_bytes: that they may take.
+        least: how many are kept whatever they take.
+    """
+
+    def __init__(self, most_bytes: int, least: int = 1) -> None:
+        self._most, self._least = most_bytes, least
         self._kept: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self._size = 0
         self._lock = threading.Lock()
 
     def peek(self, key: Hashable) -> Any:
@@ -96,9 +105,11 @@ class Volumes:
                 return found
         made = make()
         with self._lock:
+            self._size -= self._kept.pop(key, (None, 0))[1]
             self._kept[key] = (made, size(made))
-            while len(self._kept) > 1 and sum(bytes_ for _, bytes_ in self._kept.values()) > self._most:
-                self._kept.popitem(last=False)
+            self._size += self._kept[key][1]
+            while len(self._kept) > self._least and self._size > self._most:
+                self._size -= self._kept.popitem(last=False)[1][1]
         return made
 
 
@@ -123,14 +134,17 @@ def mask_of(volumes: Volumes, path: Path, image: Path, shape: tuple[int, ...]) -
         InputError: when it is not on its image's grid.
     """
 
-    def read() -> npt.NDArray[np.uint8]:
-        volume = read_volume(path)
-        turned = reorient(volume.voxels.astype(np.uint8), _shown_affine(volume, image)).astype(np.uint8)
-        if turned.shape != shape:
-            raise InputError(f"mask {path.name!r} has shape {turned.shape}, its image {shape}")
-        return turned
+    key = ("mask", path, stamp_of(path), image, stamp_of(image))
+    return volumes.get(key, lambda: read_mask(path, image, shape), lambda mask: mask.nbytes)
 
-    return volumes.get(("mask", path, stamp_of(path), image, stamp_of(image)), read, lambda mask: mask.nbytes)
+
+def read_mask(path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """As :func:`mask_of`, and not kept."""
+    volume = read_volume(path)
+    turned = reorient(volume.voxels.astype(np.uint8), _shown_affine(volume, image)).astype(np.uint8)
+    if turned.shape != shape:
+        raise InputError(f"mask {path.name!r} has shape {turned.shape}, its image {shape}")
+    return turned
 
 
 def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
@@ -173,7 +187,8 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
     newest = versions[0] if versions else None
     stack = stack_of(volumes, path)
     shape = stack.voxels.shape
-    masks = [_read_or_none(volumes, version, path, shape) for version in versions[: MOST_AGREEMENTS + 1]]
+    shown = None if newest is None else _or_none(lambda: mask_of(volumes, newest.file, path, shape))
+    agreements = _agreements(volumes, versions[: MOST_AGREEMENTS + 1], path, shape)
     model = model_for(parts, image, newest)
     preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
     edit_model = edit_model_for(parts, image, newest)
@@ -185,9 +200,9 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
         estimate=estimate_of(parts, model, path) if model else None,
         ohif=ohif_path(parts, image),
         colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},
-        planes=tuple(_plane(stack, plane, masks[0] if masks else None) for plane in PLANES),
+        planes=tuple(_plane(stack, plane, shown) for plane in PLANES),
         versions=tuple(
-            VersionRow(version, _agreement(masks, position, version)) for position, version in enumerate(versions)
+            VersionRow(version, agreement) for version, agreement in itertools.zip_longest(versions, agreements)
         ),
         warning="" if preset is None else range_warning(stack.voxels, preset.modality),
         edit_model=edit_model,
@@ -210,22 +225,36 @@ def _plane(stack: Stack, plane: Plane, mask: npt.NDArray[np.uint8] | None) -> Pl
     return PlaneView(plane, stack.count(plane), stack.count(plane) // 2 if middle is None else middle)
 
 
-def _agreement(masks: list[npt.NDArray[np.uint8] | None], position: int, version: LabelVersion) -> float | None:
-    if position + 1 >= len(masks):
-        return None
-    newer, older = masks[position], masks[position + 1]
-    if newer is None or older is None:
-        return None
-    mean = mean_known(dice_per_label(newer, older, dict(version.label_map)).values())
-    return None if np.isnan(mean) else mean
+def _agreements(
+    volumes: Volumes, versions: Sequence[LabelVersion], image: Path, shape: tuple[int, ...]
+) -> list[float | None]:
+    """Mean Dice of each version but the last against the one after it, the newest first.
+
+    The figures are kept, and the masks are not: a case of many versions would fill the memory that is for pictures.
+    """
+    read = lru_cache(maxsize=2)(lambda file: _or_none(lambda: read_mask(file, image, shape)))
+
+    def agree(newer: LabelVersion, older: LabelVersion) -> float | None:
+        masks = read(newer.file), read(older.file)
+        if masks[0] is None or masks[1] is None:
+            return None
+        mean = mean_known(dice_per_label(masks[0], masks[1], dict(newer.label_map)).values())
+        return None if np.isnan(mean) else mean
+
+    return [
+        volumes.get(
+            ("agreement", newer.version_id, older.version_id, image, stamp_of(image)),
+            lambda newer=newer, older=older: agree(newer, older),  # type: ignore[misc]
+            lambda _: BYTES_OF_A_FIGURE,
+        )
+        for newer, older in itertools.pairwise(versions)
+    ]
 
 
-def _read_or_none(
-    volumes: Volumes, version: LabelVersion, image: Path, shape: tuple[int, ...]
-) -> npt.NDArray[np.uint8] | None:
+def _or_none(read: Callable[[], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
     """A version's mask; None where its file is gone or damaged, which the page's other parts need not suffer from."""
     try:
-        return mask_of(volumes, version.file, image, shape)
+        return read()
     except (UnetrError, OSError):
         return None
 

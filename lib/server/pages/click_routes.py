@@ -68,7 +68,7 @@ async def click(request: Request, parts: Parts, user: PageUser, image: str, aske
     name = f"edit:{hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:24]}"
     file, _ = await _corrected(parts, gallery, image, asked)
     mask = await anyio.to_thread.run_sync(lambda: take_turned(file))
-    gallery.volumes.get((name, image), lambda: mask, lambda array: array.nbytes)
+    gallery.edits.get((name, image), lambda: mask, lambda array: array.nbytes)
     return {"layer": name}
 
 

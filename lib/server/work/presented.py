@@ -116,6 +116,11 @@ class PresentedCases:
             return []
         cases = [image for image in self._store.list_images() if not self._store.is_series(image)]
         with self._lock:
+            for gone in self._listed.keys() - set(cases):
+                entry = self._listed.pop(gone)
+                self._modality_of.pop(gone, None)
+                for uid in (entry.study, entry.series):
+                    self._by_uid.pop(uid, None)
             for case in cases:
                 if case not in self._listed:
                     self._listed[case] = self._entry(case)

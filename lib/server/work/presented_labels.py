@@ -53,13 +53,17 @@ class PresentedLabels:
     def __init__(self, presented: Cases, store: SeriesDatastore, presets: Mapping[str, Preset]) -> None:
         self._presented, self._store, self._presets = presented, store, presets
         self._lock = threading.Lock()
-        self._entries: dict[str, SeriesEntry] = {}
-        self._versions: dict[str, LabelVersion] = {}
+        self._entries: dict[str, tuple[LabelVersion, SeriesEntry]] = {}  # by case, of the newest that was asked for
+        self._versions: dict[str, LabelVersion] = {}  # by series, of the same
         self._made: tuple[str, FileDataset] | None = None
 
     def entries(self) -> list[SeriesEntry]:
         """The series of all labels; no mask is read."""
-        return [self._entry(version) for version in self._store.history.all_latest() if self._is_shown(version)]
+        shown = [version for version in self._store.history.all_latest() if self._is_shown(version)]
+        with self._lock:
+            for case in self._entries.keys() - {version.image_id for version in shown}:
+                self._forget(case)
+        return [self._entry(version) for version in shown]
 
     def of_case(self, case: str) -> LabelVersion | None:
         """The label of a case that is shown; None where there is none."""
@@ -116,15 +120,24 @@ class PresentedLabels:
 
     def _entry(self, version: LabelVersion) -> SeriesEntry:
         with self._lock:
-            if version.version_id not in self._entries:
-                told = self._presented.describe(version.image_id)
-                told.Modality = "SEG"
-                told.SeriesInstanceUID, told.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
-                told.SOPClassUID, told.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
-                told.SeriesDescription = origin_of(version).description[:64]
-                entry = SeriesEntry(told.StudyInstanceUID, told.SeriesInstanceUID, to_json(told), 1, 1)
-                self._entries[version.version_id], self._versions[entry.series] = entry, version
-            return self._entries[version.version_id]
+            known = self._entries.get(version.image_id)
+            if known is not None and known[0].version_id == version.version_id:
+                return known[1]
+            told = self._presented.describe(version.image_id)
+            told.Modality = "SEG"
+            told.SeriesInstanceUID, told.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
+            told.SOPClassUID, told.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
+            told.SeriesDescription = origin_of(version).description[:64]
+            entry = SeriesEntry(told.StudyInstanceUID, told.SeriesInstanceUID, to_json(told), 1, 1)
+            self._forget(version.image_id)
+            self._entries[version.image_id], self._versions[entry.series] = (version, entry), version
+            return entry
+
+    def _forget(self, case: str) -> None:
+        """Keep nothing of a case's label: there is a newer one, or none any more."""
+        known = self._entries.pop(case, None)
+        if known is not None:
+            self._versions.pop(known[1].series, None)
 
 
 def _uid(version: LabelVersion, what: str) -> str:
