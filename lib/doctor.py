@@ -33,7 +33,7 @@ import torch
 from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
-from lib.datastore.images.folder import list_images
+from lib.datastore.images.folder import NOT_SCANNED, list_images
 from lib.datastore.label_files.found_labels import find_problems
 from lib.errors import ImageError, UnetrError
 from lib.infers.compiling import compile_if_faster
@@ -46,6 +46,8 @@ from lib.networks.precision import cpu_computes_bf16, resolve_device, resolve_pr
 from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
 from lib.trainers.plan import StepPlanner
+from lib.transforms.channel_search import find_channel_sources
+from lib.transforms.channels import read_channels
 from lib.transforms.volume import Volume, read_volume
 
 State = Literal["ok", "warn", "FAIL"]
@@ -127,7 +129,7 @@ def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Find
     except UnetrError as error:
         yield Finding("FAIL", str(error), "name presets that there are")
         return
-    yield from check_images(studies)
+    yield from check_images(studies, list(presets.values()))
     advice = "put a label there that fits its image, or remove it; its case is handed out meanwhile"
     left_out = 0
     with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
@@ -138,9 +140,17 @@ def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Find
         yield Finding("ok", f"no label in {studies.name!r} is left out")
 
 
-def check_images(folder: Path) -> Iterable[Finding]:
+def check_images(folder: Path, presets: Sequence[Preset] = ()) -> Iterable[Finding]:
     """What in a studies folder would be a case, and what would not; each image is read."""
-    listing = list_images(folder, STUDIES_ENDINGS)
+    taken: set[Path] = set()
+    for preset in presets:
+        for sources in find_channel_sources(folder, preset, NOT_SCANNED) if preset.channels else ():
+            taken.update(sources.files.values())
+            try:
+                read_channels(sources, preset)
+            except ImageError as error:
+                yield Finding("warn", f"{preset.name}: {error}", "it will be left out of Next Sample")
+    listing = list_images(folder, STUDIES_ENDINGS, taken)
     yield Finding("ok", f"{len(listing.images)} images that are files in {folder}")
     for problem in listing.problems:
         yield Finding("warn", str(problem), "it is no case")

@@ -22,9 +22,10 @@ from lib.errors import ImageError, NotFoundError
 from lib.infers.segmenter import Segmenter
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr
+from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import misfit
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import check_segmentable, read_volume
+from lib.transforms.volume import check_segmentable
 
 Depth = Literal["embedding", "scores"]
 
@@ -94,7 +95,7 @@ class ScoringWorker:
         if not look.at.exists():  # as on a cluster whose machines do not share the studies: nothing is wrong with it
             raise NotFoundError("file", str(look.at))
         preset = self._segmenter.preset
-        volume = read_volume(look.at)
+        volume = read_input(look.at, preset)
         check_segmentable(volume, preset, look.at.name)
         if reason := misfit(volume.voxels, preset.modality, self._served_modalities):
             raise ImageError(f"image {look.at.name!r} is not for {preset.name!r}: {reason}")

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 from monai.transforms import Transform
 
-from lib.cases.channels import ChannelSources, find_channel_sources, missing_channels, read_channels
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, TrainingError
+from lib.transforms.channel_search import find_channel_sources
+from lib.transforms.channels import ChannelSources, files_of, missing_channels, read_channels
+from lib.transforms.inputs import read_input
 from lib.transforms.preprocess import IMAGE, LABEL, as_meta_tensor, volume_tensor
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, check_segmentable, least_apart_mm, read_volume
 
@@ -34,7 +36,8 @@ class Case:
         label: its label's file.
         values: label value in the file to label value of the preset, for files that number them otherwise; values
             that are not named become background. None: the file uses the preset's own numbers.
-        channels: channel name to file, of a case of several sequences; ``image`` is the display channel's.
+        channels: channel name to file, of a case of several sequences whose files are not written down beside
+            ``image``, which is the display channel's.
         missing: values of the preset's labels that the mask does not speak of: what is background in it may be theirs.
     """
 
@@ -47,9 +50,9 @@ class Case:
 
     def as_item(self) -> dict[str, Any]:
         """Plain data for a MONAI dataset. The files' sizes and times are in it, so that caches notice a new label."""
-        stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (self.image, self.label)]
         channels = {name: str(path) for name, path in self.channels.items()}
-        stamps += [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.channels.values()]
+        read = [*files_of(self.image), self.label, *self.channels.values()]
+        stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in read]
         values = None if self.values is None else sorted(self.values.items())
         paths = {"image": str(self.image), "label": str(self.label)}
         missing = list(self.missing)
@@ -93,13 +96,14 @@ def find_channel_cases(
     by_id = {case_id(path): path for path in sorted(labels.iterdir()) if path.name.endswith(NIFTI_SUFFIXES)}
     display = preset.channels[preset.display_channel].name
     sources = [one for one in find_channel_sources(images, preset) if one.case_id in by_id]
-    lacking = [f"{one.case_id} lacks {', '.join(one.missing)}" for one in sources if one.missing]
+    lacking = [f"{one.case_id} {one.problem}" for one in sources if one.problem]
+    lacking += [f"{one.case_id} lacks {', '.join(one.missing)}" for one in sources if one.missing and not one.problem]
     for sentence in lacking:
         logger.warning("left out: %s", sentence)
     found = [
         Case(one.case_id, one.files[display], by_id[one.case_id], values, channels=one.files)
         for one in sources
-        if not one.missing
+        if not one.missing and not one.problem
     ]
     if not found:
         why = f" ({'; '.join(lacking[:5])})" if lacking else ""
@@ -139,8 +143,8 @@ def read_image(case: Case, preset: Preset) -> Volume:
     Raises:
         ImageError: when it cannot be used, or lacks a required channel.
     """
-    if not preset.channels:
-        return read_volume(case.image)
+    if not preset.channels or not case.channels:
+        return read_input(case.image, preset)
     missing = missing_channels(case.channels, preset)
     return read_channels(ChannelSources(case.case_id, case.channels, missing), preset)
 

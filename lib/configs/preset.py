@@ -104,12 +104,38 @@ class ZScore(Model):
     upper_percentile: Annotated[float, Field(gt=50, le=100)] = 99.5
 
 
+class SeriesRules(Model):
+    """What a DICOM series must have to be a channel, by the keywords of attributes; what is empty is not asked for.
+
+    Each is a text with the wildcards ``*`` and ``?``, or a range of numbers such as ``80..120``.
+    """
+
+    SeriesDescription: str = ""
+    ProtocolName: str = ""
+    Modality: str = ""
+    BodyPartExamined: str = ""
+    ImageType: str = ""
+    SequenceName: str = ""
+    ScanningSequence: str = ""
+    SequenceVariant: str = ""
+    ContrastBolusAgent: str = ""
+    EchoTime: str = ""
+    RepetitionTime: str = ""
+    InversionTime: str = ""
+
+    def asked(self) -> dict[str, str]:
+        """Keyword to rule, of those that there are."""
+        return {keyword: rule for keyword, rule in self.model_dump().items() if rule}
+
+
 class Channel(Model):
     """One sequence of a case, such as T1 or the arterial phase: a channel of the network's input.
 
     Attributes:
         name: of the channel; its order among the preset's channels is that of the network's input.
         aliases: other names that file names may use for it.
+        series: what a DICOM series must have to be this channel; without any rule its SeriesDescription must have the
+            name or an alias among its words.
         intensity: its normalisation; the preset's where not given.
         optional: whether a case may lack it: it is zeros then, and at random in training.
         display: whether labels lie on its grid; the first channel's where none says so.
@@ -117,6 +143,7 @@ class Channel(Model):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     aliases: tuple[str, ...] = ()
+    series: SeriesRules = SeriesRules()
     intensity: Annotated[Window | ZScore, Field(discriminator="kind")] | None = None
     optional: bool = False
     display: bool = False

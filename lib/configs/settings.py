@@ -148,11 +148,6 @@ class Settings(Retraining):
         presets = [preset.with_labels(list(self.labels)) if self.labels else preset for preset in wanted]
         if len({preset.name for preset in presets}) < len(presets):
             raise ConfigError(f"--conf models names a preset twice: {', '.join(names)}")
-        if several := [preset.name for preset in presets if preset.channels]:
-            raise ConfigError(
-                f"preset {several[0]!r} has 'channels'; it is trained and evaluated on the command line "
-                "(lib.trainers.cli), and the server does not serve cases of several sequences yet"
-            )
         served = {preset.name: preset for preset in presets}
         unserved = sorted(self.pretrained.keys() - served.keys() - {""})
         if unserved:

@@ -17,6 +17,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from lib.configs.preset import Preset
+from lib.datastore.images.channel_series import SeriesCases
 from lib.datastore.images.folder import HIDDEN, NOT_SCANNED
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.index import DicomIndex
@@ -26,6 +27,7 @@ from lib.dicom.sources import FolderSource, SeriesInfo, SeriesSource
 from lib.dicom.volumes import VolumeCache
 from lib.errors import ImageError, NotFoundError, ParameterError
 from lib.storage.admission import Admission
+from lib.transforms.channels import ChannelSources, read_stamp, record_of, write_sources
 
 logger = logging.getLogger("unetr.datastore")
 
@@ -42,8 +44,9 @@ class SeriesDatastore(VersionedDatastore):
 
     def __init__(self, folder: Path, source: SeriesSource, place: Path | None = None, **options: Any) -> None:
         self.source = source
-        self.volumes = VolumeCache(source, (place or folder / HIDDEN) / "volumes", super().get_labeled_images)
-        super().__init__(str(folder), **options)
+        self.volumes = VolumeCache(source, (place or folder / HIDDEN) / "volumes", self._kept_series)
+        self._cases: tuple[dict[str, SeriesInfo], SeriesCases] | None = None
+        super().__init__(str(folder), place=place, **options)
 
     def series(self) -> dict[str, SeriesInfo]:
         """The series that there are now, by UID; each gets its entry beside the files.
@@ -56,6 +59,17 @@ class SeriesDatastore(VersionedDatastore):
             with self._objects_lock:
                 self._admit([info for uid, info in known.items() if uid not in self._datastore.objects])
         return known
+
+    def series_cases(self) -> SeriesCases:
+        """Which series are the channels of one case.
+
+        Raises:
+            UpstreamError: when a PACS does not answer.
+        """
+        known = self.series()
+        if self._cases is None or self._cases[0] is not known:  # the source makes another dictionary for a change
+            self._cases = known, SeriesCases(self.channels.presets, known)
+        return self._cases[1]
 
     def read_series(self, uid: str, folder: Path) -> Series:
         """A series with its headers; what is fetched for it goes into ``folder``.
@@ -73,29 +87,35 @@ class SeriesDatastore(VersionedDatastore):
 
     def has_image(self, image_id: str) -> bool:
         """Whether there is an image of that id now."""
-        known = self.series()
-        return super().has_image(image_id) and (image_id in known or not self.is_series(image_id))
+        if self.series_cases().channel_of(image_id) is not None:
+            return False
+        return super().has_image(image_id) and (image_id in self.series() or not self.is_series(image_id))
 
     def list_images(self) -> list[str]:
-        """Files, then the series that there are now."""
-        known = self.series()
+        """Files, then the series that there are now, each case of several once."""
+        known, cases = self.series(), self.series_cases()
         files = [image for image, entry in list(self._datastore.objects.items()) if entry.image.ext]
-        return [*files, *known]
+        return [*files, *(uid for uid in known if cases.channel_of(uid) is None)]
 
     def get_image_uri(self, image_id: str) -> str:
-        """A file; a series as the NIfTI file that it is converted to.
+        """A file; a series as the NIfTI file that it is converted to, and beside it those of its case's channels.
 
         Raises:
             NotFoundError, UpstreamError, ImageError: when a series cannot be had or is no volume.
         """
         if self.is_series(image_id):
-            return str(self.volumes.get(image_id))
+            file = self.volumes.get(image_id)
+            self._gather_channels(image_id, file)
+            return str(file)
         uri: str = super().get_image_uri(image_id)
         return uri
 
     def stamp(self, image_id: str) -> str:
         """What changes when an image does."""
-        return self.source.stamp(image_id) if self.is_series(image_id) else super().stamp(image_id)
+        if not self.is_series(image_id):
+            return super().stamp(image_id)
+        others = sorted(self.series_cases().series_of(image_id))
+        return "-".join(self.source.stamp(uid) for uid in (image_id, *others))
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """What is known of an image; of a series its UIDs, patient, date and modality too, as OHIF shows them."""
@@ -122,7 +142,7 @@ class SeriesDatastore(VersionedDatastore):
         for image in self.get_labeled_images():
             if self.is_series(image):
                 try:
-                    self.volumes.get(image)
+                    self.get_image_uri(image)
                 except (ImageError, NotFoundError) as error:  # no volume, or deleted meanwhile
                     logger.warning("labelled series %s is left out of the training: %s", image, error)
                     broken.add(str(self.volumes.file(image).resolve()))
@@ -144,9 +164,34 @@ class SeriesDatastore(VersionedDatastore):
         return {**super().status(), "dicom": self.source.status()}
 
     def json(self) -> dict[str, Any]:
-        """All that is known."""
-        self.series()
-        return super().json()
+        """All that is known; of a case of several series the one that stands for it."""
+        cases, known = self.series_cases(), super().json()
+        return known | {"objects": {i: one for i, one in known["objects"].items() if cases.channel_of(i) is None}}
+
+    def _gather_channels(self, uid: str, file: Path) -> None:
+        """Convert the other series of a case, and write down which they are; a series that is no volume is told."""
+        by_preset = self.series_cases().of(uid)
+        if not by_preset:
+            record_of(file).unlink(missing_ok=True)
+            return
+        found = {}
+        for name, case in by_preset.items():
+            files, problem = {}, case.problem
+            for channel, other in case.series.items():
+                try:
+                    files[channel] = file if other == uid else self.volumes.get(other)
+                except (ImageError, NotFoundError) as error:
+                    problem = problem or f"has no volume for the channel {channel!r}: {error}"
+            found[name] = ChannelSources(uid, files, case.missing, problem, case.notes, shown=file)
+        stamp = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+        if read_stamp(file) != stamp:
+            write_sources(file, found, stamp)
+
+    def _kept_series(self) -> set[str]:
+        """The series that a training may read."""
+        labelled = super().get_labeled_images()
+        cases = self.series_cases()
+        return {uid for image in labelled for uid in (image, *cases.series_of(image))}
 
     def _admit(self, found: list[SeriesInfo]) -> None:
         """Make entries for series, with the labels and the information that were kept of them."""
@@ -183,7 +228,10 @@ def open_datastore(
     """The datastore of a folder, or of a DICOMweb server by its address, as MONAI Label's settings have it.
 
     Links out of the folder are followed into ``image_roots`` only. Nothing is downloaded and no folder is scanned yet.
+    Series of a channel's own modality (PT beside CT) are looked for too.
     """
+    channels = [channel for preset in presets for channel in preset.channels]
+    modalities = {*modalities, *(channel.series.Modality for channel in channels if channel.series.Modality)}
     if studies.startswith(("http://", "https://")):
         user, password = settings.MONAI_LABEL_DICOMWEB_USERNAME, settings.MONAI_LABEL_DICOMWEB_PASSWORD
         prefixes = {

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -23,13 +24,14 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException
 
-from lib.configs.preset import Preset
+from lib.configs.preset import Preset, canonical_name
 from lib.datastore.background import Deferred
 from lib.datastore.effort import EffortCounter
 from lib.datastore.history import LabelHistory
+from lib.datastore.images.channel_cases import ChannelCases
 from lib.datastore.images.checks import ImageChecks
-from lib.datastore.images.events import FolderEvents, listen
-from lib.datastore.images.folder import FolderProblem, ending_of, list_images
+from lib.datastore.images.events import CaseFolderEvents, FolderEvents, listen, listen_to_folders
+from lib.datastore.images.folder import HIDDEN, FolderProblem, ending_of, list_images
 from lib.datastore.label_files.found_labels import Problem, label_id
 from lib.datastore.label_files.label_folder import Candidate, LabelFolder, temporary_folder
 from lib.datastore.label_names import parse_label_info
@@ -40,7 +42,7 @@ from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
 from lib.datastore.records import FINAL, INFERENCE, LabelVersion, Submission
 from lib.datastore.repair import shorten
 from lib.datastore.validation import as_kept
-from lib.errors import ConfigError, LabelError, NotFoundError, StorageError
+from lib.errors import ConfigError, ConflictError, ImageError, LabelError, NotFoundError, StorageError
 from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, stage, sync_folder
 from lib.storage.full_disk import writing
@@ -66,7 +68,8 @@ class VersionedDatastore(LocalDatastore):
     Args:
         datastore_path: the folder of the studies.
         presets: the tasks by which labels are checked that somebody puts into ``labels/final``; without any they are
-            taken in as they are.
+            taken in as they are. Those with channels make cases of several sequences.
+        place: hidden folder of what is made of images; in the studies if not given.
         options: of MONAI Label's datastore.
 
     Attributes:
@@ -75,14 +78,21 @@ class VersionedDatastore(LocalDatastore):
         leases: who works on which case.
         effort: what clients have spent on the cases that they work on.
         predictions: what clients were given, to tell what they changed.
+        channels: the cases of several sequences.
         checks: which images cannot be segmented, and which look odd.
         problems: what lies in the folder and looks like an image, but is no case.
     """
 
     def __init__(
-        self, datastore_path: str, presets: Sequence[Preset] = (), image_roots: Iterable[Path] = (), **options: Any
+        self,
+        datastore_path: str,
+        presets: Sequence[Preset] = (),
+        image_roots: Iterable[Path] = (),
+        place: Path | None = None,
+        **options: Any,
     ) -> None:
         folder = Path(datastore_path)
+        self.channels = ChannelCases(place or folder / HIDDEN, presets)
         self._admission = Admission(folder, image_roots)
         self._left_out: dict[Path, str] = {}
         self._reconciling = threading.RLock()
@@ -121,6 +131,9 @@ class VersionedDatastore(LocalDatastore):
         labels = Path(self._datastore.label_path(FINAL)).parent
         try:
             listen(observer, handler, self._datastore.image_path(), str(labels))
+            if self.channels.presets:
+                folder = Path(self._datastore.image_path())
+                listen_to_folders(observer, folder, CaseFolderEvents(folder, self._endings(), self._look_again.ask))
         except OSError as error:
             logger.error("files that others put into the studies are not seen before a restart: %s", error)
         self._look_again.ask()  # what came between the two ways of listening
@@ -198,7 +211,42 @@ class VersionedDatastore(LocalDatastore):
         with self._objects_lock:
             self._datastore.objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=ext))
         self.history.keep_info(image_id, "", info)
+        self._find_channel_cases(folder)  # a 4D file is one
         self._export.ask()
+        return image_id
+
+    def add_case(self, image_id: str, files: Mapping[str, Path], info: dict[str, Any]) -> str:
+        """Add a case of several sequences durably, as a folder of files named by channel; returns its id.
+
+        Args:
+            image_id: of the new case.
+            files: channel to its file.
+            info: what is known of it.
+
+        Raises:
+            ConflictError: when there is a folder of that name.
+            StorageError: when it cannot be written; then nothing has changed.
+        """
+        folder = Path(self._datastore.image_path())
+        incoming, target = folder / f".incoming-{image_id}", folder / image_id
+        if target.exists():
+            raise ConflictError(f"there is a folder {image_id!r} already; choose another id")
+        try:
+            incoming.mkdir(exist_ok=True)
+            for channel, file in files.items():
+                staged = stage(read_blocks(file), incoming)
+                os.replace(staged.path, incoming / f"{canonical_name(channel)}{ending_of(file.name, self._endings())}")
+            sync_folder(incoming)
+            os.replace(incoming, target)
+            sync_folder(folder)
+        except OSError as error:
+            raise StorageError(
+                f"the image {image_id!r} was not kept: {(error.strerror or str(error)).lower()}"
+            ) from error
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+        self.refresh()
+        self.update_image_info(image_id, {**info, "ts": int(time.time()), "name": image_id})
         return image_id
 
     def remove_image(self, image_id: str) -> None:
@@ -211,7 +259,12 @@ class VersionedDatastore(LocalDatastore):
         for tag in list(entry.labels):
             self.remove_label(image_id, tag)
         with writing(f"the removal of image {image_id!r}"):
-            Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).unlink(missing_ok=True)
+            for file in self._own_files(image_id):
+                file.unlink(missing_ok=True)
+                if file.parent != Path(self._datastore.image_path()) and not any(file.parent.iterdir()):
+                    file.parent.rmdir()  # the folder of a case
+            if image_id in self.channels:
+                self.channels.forget(image_id)
         with self._objects_lock:
             self._datastore.objects.pop(image_id, None)
         self.leases.release(image_id)
@@ -224,6 +277,8 @@ class VersionedDatastore(LocalDatastore):
             ImageNotFoundException: when there is none of that id.
         """
         entry = self._entry(image_id)
+        if image_id in self.channels:
+            return self.channels.stamp(image_id)
         try:
             status = Path(self._datastore.image_path(), self._filename(image_id, entry.image.ext)).stat()
         except FileNotFoundError:
@@ -272,13 +327,16 @@ class VersionedDatastore(LocalDatastore):
         return image_id
 
     def get_image_uri(self, image_id: str) -> str:
-        """The file of an image.
+        """The file of an image; of a case of several sequences that of the channel that is shown.
 
         Raises:
             NotFoundError: when there is none of that id (any more), for which MONAI Label answers an empty path.
+            ImageError: when it is in a 4D file that cannot be read.
         """
         if image_id not in self._datastore.objects:
             raise NotFoundError("image", str(image_id)[:200])
+        if image_id in self.channels:
+            return str(self.channels.get(image_id).absolute())
         uri: str = super().get_image_uri(image_id)
         return uri
 
@@ -320,11 +378,29 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Pairs of image and label files."""
+        """Pairs of image and label files; the image of a case of several sequences is the channel that is shown."""
         with self._objects_lock:
             pairs: list[dict[str, Any]] = super().datalist(full_path)
-        # a file may have become a link since the folders were looked at
-        return [pair for pair in pairs if all(self._may_be_read(file) for file in pair.values())]
+            ids = list(self._datastore.filter_by_tag(FINAL))
+        found = []
+        for image_id, pair in zip(ids, pairs, strict=True):
+            files = [Path(file) for file in pair.values()]
+            if image_id in self.channels:
+                try:
+                    pair["image"] = self.get_image_uri(image_id)
+                except ImageError as error:
+                    logger.warning("labelled case %s is left out: %s", image_id, error)
+                    continue
+                files = [*self.channels.files(image_id), Path(pair["label"])]
+            # a file may have become a link since the folders were looked at
+            if all(self._may_be_read(str(file)) for file in files):
+                found.append(pair)
+        return found
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """What is known of an image."""
+        info: dict[str, Any] = super().get_image_info(image_id)
+        return info | {"path": str(self.channels.file(image_id).absolute())} if image_id in self.channels else info
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """A ZIP file with images, labels and what is known of them, in folders ``image`` and ``label``.
@@ -393,12 +469,19 @@ class VersionedDatastore(LocalDatastore):
 
     def _find_images(self) -> int:
         folder = Path(self._datastore.image_path())
-        listing = list_images(folder, self._endings())
+        taken, incomplete = self._find_channel_cases(folder)
+        listing = list_images(folder, self._endings(), taken)
         self._list_files(folder, self._extensions)  # keeps what is left out, and why
         refusals = {f"{i}{end}": self.refusal(folder / f"{i}{end}") for i, end in listing.images.items()}
         refused = [FolderProblem(self._shown(folder / name), why) for name, why in refusals.items() if why is not None]
-        self._tell(listing.problems, refused)
         files = {i: end for i, end in listing.images.items() if refusals[f"{i}{end}"] is None}
+        cases = self.channels.endings()
+        doubled = [
+            FolderProblem(f"{i}{files[i]}", f"has the same id as the case of several sequences {i!r}; rename it")
+            for i in sorted(files.keys() & cases.keys())
+        ]
+        self._tell((*listing.problems, *incomplete, *doubled), refused)
+        files |= cases
         known = self._datastore.objects
         gone = [key for key, entry in known.items() if files.get(key) != entry.image.ext]
         for image_id in gone:
@@ -409,6 +492,17 @@ class VersionedDatastore(LocalDatastore):
             info = {"ts": int(time.time()), "name": self._filename(image_id, files[image_id])}
             known[image_id] = ImageLabelModel(image=DataModel(info=info, ext=files[image_id]))
         return len(gone) + len(new)
+
+    def _find_channel_cases(self, folder: Path) -> tuple[frozenset[Path], list[FolderProblem]]:
+        return self.channels.update(folder, self.refusal) if self.channels.presets else (frozenset(), [])
+
+    def _own_files(self, image_id: str) -> list[Path]:
+        """The files in the studies that an image consists of."""
+        if image_id in self.channels:
+            return self.channels.files(image_id)
+        return [
+            Path(self._datastore.image_path(), self._filename(image_id, self._datastore.objects[image_id].image.ext))
+        ]
 
     def _tell(self, problems: tuple[FolderProblem, ...], told: Iterable[FolderProblem]) -> None:
         """Keep what is no case; what ``told`` holds is in the log already."""
@@ -487,7 +581,12 @@ class VersionedDatastore(LocalDatastore):
         if submission is None:
             return None
         entry = self._datastore.objects[submission.image_id]
-        image = Path(self._datastore.image_path(), self._filename(submission.image_id, entry.image.ext))
+        image_id = submission.image_id
+        try:
+            image = self.channels.get(image_id) if image_id in self.channels else self._own_files(image_id)[0]
+        except ImageError as error:
+            logger.warning("label %s is not taken in: %s", file.name, error)
+            return None
         return Candidate(file, image if entry.image.ext else None, submission)
 
     def _strange_labels(self, folder: Path) -> Iterator[tuple[Path, Submission]]:

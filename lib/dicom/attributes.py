@@ -63,7 +63,12 @@ INSTANCE_ATTRIBUTES = tuple(
         ),
     )
 )
-SUMMARY = frozenset((*STUDY_ATTRIBUTES, *SERIES_ATTRIBUTES, *INSTANCE_ATTRIBUTES))
+SEQUENCE_KEYWORDS = (
+    *("ImageType", "SequenceName", "ScanningSequence", "SequenceVariant", "ContrastBolusAgent"),
+    *("EchoTime", "RepetitionTime", "InversionTime"),
+)
+"""By which the sequences of a study are told apart."""
+SUMMARY = frozenset((*STUDY_ATTRIBUTES, *SERIES_ATTRIBUTES, *INSTANCE_ATTRIBUTES, *map(tag_of, SEQUENCE_KEYWORDS)))
 TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
@@ -112,6 +117,11 @@ def first_value(metadata: Mapping[str, Any], keyword: str) -> str:
     """An attribute's first value as text; "" where there is none."""
     values = metadata.get(tag_of(keyword), {}).get("Value") or [""]
     return _as_text(values[0])
+
+
+def all_values(metadata: Mapping[str, Any], keyword: str) -> tuple[str, ...]:
+    """An attribute's values as texts."""
+    return tuple(_as_text(value) for value in metadata.get(tag_of(keyword), {}).get("Value") or [])
 
 
 def element(keyword: str, *values: Any) -> Json:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SCANS = 2.0
 FILES_A_TRANSACTION = 50
-VERSION = 3
+VERSION = 4
 """Of the tables and of what is in them; an index of another version is made anew."""
 TABLES = """
 DROP VIEW IF EXISTS shown;

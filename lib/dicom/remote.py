@@ -22,7 +22,7 @@ from requests.auth import HTTPBasicAuth
 from lib.dicom.attributes import Json, first_value
 from lib.dicom.circuit import Circuit
 from lib.dicom.files import reading
-from lib.dicom.sources import INFO_KEYWORDS, SHOWN_KEYWORDS, SeriesInfo, series_info
+from lib.dicom.sources import INFO_KEYWORDS, MATCHED_KEYWORDS, SHOWN_KEYWORDS, SeriesInfo, series_info
 from lib.errors import ImageError, NotFoundError, UpstreamError
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class RemoteSource:
             threading.Thread(target=self._list, name="dicomweb-attempt", daemon=True).start()
 
     def _search(self, filters: dict[str, str]) -> list[Json]:
-        fields = [*INFO_KEYWORDS, *SHOWN_KEYWORDS]
+        fields = [*INFO_KEYWORDS, *SHOWN_KEYWORDS, *MATCHED_KEYWORDS]
         found: list[Json] = self.client.search_for_series(search_filters=filters, fields=fields, get_remaining=True)
         return found
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pydicom.dataset import Dataset
 
-from lib.dicom.attributes import Json, first_value
+from lib.dicom.attributes import SEQUENCE_KEYWORDS, Json, all_values, first_value
 from lib.dicom.files import read_instance
 from lib.dicom.index import DicomIndex, SeriesEntry
 from lib.errors import NotFoundError, ParameterError
@@ -20,6 +20,11 @@ INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDat
 """What clients are told of a series."""
 SHOWN_KEYWORDS = ("PatientName", "StudyDescription", "SeriesDescription")
 """What the page shows of it beside that."""
+MATCHED_KEYWORDS = (
+    *("SeriesDescription", "ProtocolName", "Modality", "BodyPartExamined", "FrameOfReferenceUID"),
+    *SEQUENCE_KEYWORDS,
+)
+"""By which series are told apart as the sequences of a case."""
 MOST_PROBLEMS = 200
 SEGMENTATIONS = "segmentations"
 STORED = "stored"
@@ -35,12 +40,14 @@ class SeriesInfo:
         study: Study Instance UID.
         attributes: what clients show of it, by keyword.
         shown: patient's name and descriptions, which the page shows and nothing keeps.
+        matched: values of the attributes by which sequences are told apart, as far as they are known.
     """
 
     uid: str
     study: str
     attributes: Mapping[str, str]
     shown: Mapping[str, str] = field(default_factory=dict)
+    matched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class SeriesSource(Protocol):
@@ -190,4 +197,5 @@ def series_info(summary: Json) -> SeriesInfo:
     """What is told of a series, from its attributes as DICOM JSON."""
     attributes = {keyword: first_value(summary, keyword) for keyword in (*INFO_KEYWORDS, "SeriesDescription")}
     shown = {keyword: first_value(summary, keyword) for keyword in SHOWN_KEYWORDS}
-    return SeriesInfo(attributes["SeriesInstanceUID"], attributes["StudyInstanceUID"], attributes, shown)
+    matched = {keyword: values for keyword in MATCHED_KEYWORDS if (values := all_values(summary, keyword))}
+    return SeriesInfo(attributes["SeriesInstanceUID"], attributes["StudyInstanceUID"], attributes, shown, matched)

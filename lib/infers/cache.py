@@ -17,6 +17,7 @@ from cachetools import LRUCache
 from lib.errors import ImageError
 from lib.imagefiles.opening import open_regular
 from lib.storage.files import sha256_of_blocks
+from lib.transforms.channels import files_of
 from lib.transforms.volume import Affine
 
 MIB = 1 << 20
@@ -119,13 +120,13 @@ class Checksums:
         self._lock = threading.Lock()
 
     def of(self, image: Path) -> str:
-        """Checksum of a file, or of all files of a DICOM folder.
+        """Checksum of a file, or of all files of a DICOM folder or of a case of several sequences.
 
         Raises:
             ImageError: when it cannot be read, is no regular file (nothing is opened then), or changes meanwhile.
         """
         try:
-            files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+            files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else files_of(image)
             stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
         except OSError as error:
             raise ImageError(f"image {image.name!r} cannot be read: {error.strerror or error}") from error

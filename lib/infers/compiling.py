@@ -77,7 +77,8 @@ def _compile_and_choose(
     """Say what was chosen, and why."""
     with computing:
         pytorch = _try_out(segmenter, network, None)
-    compiled = compiler.compile_windows(network, (1, *segmenter.preset.roi_size))
+    shape = (segmenter.preset.in_channels, *segmenter.preset.roi_size)
+    compiled = compiler.compile_windows(network, shape)
     release_memory(segmenter.device)
     with computing:
         try:

@@ -29,7 +29,7 @@ class NetworkImages:
         self._lock = threading.Lock()
 
     def put(self, checksum: str, preset: Preset, image: MetaTensor) -> None:
-        """Keep an image of shape (1, X, Y, Z), where it fits at all."""
+        """Keep an image of shape (channels, X, Y, Z), where it fits at all."""
         on_host = MetaTensor(image.as_subclass(torch.Tensor).cpu(), affine=image.affine.cpu())
         with self._lock:
             if on_host.nbytes <= self._kept.maxsize:
@@ -44,4 +44,5 @@ class NetworkImages:
 
 def _key(checksum: str, preset: Preset) -> Key:
     """All that preprocessing depends on."""
-    return checksum, preset.axcodes, preset.spacing_mm, preset.roi_size, preset.padding, str(preset.intensity)
+    seen = preset.axcodes, preset.spacing_mm, preset.roi_size, preset.padding, str(preset.intensity)
+    return checksum, *seen, str(preset.channels)

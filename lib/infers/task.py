@@ -24,9 +24,10 @@ from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
 from lib.networks.precision import resolve_device
+from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.postprocess import measure_labels
-from lib.transforms.volume import Volume, read_volume, reading_warning
+from lib.transforms.volume import Volume, reading_warning
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class UnetrInferTask(InferTask):
         if (known := self._recall(asked, start)) is not None:
             return known
         checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
-        volume = read_volume(asked.image)
+        volume = read_input(asked.image, self.preset)
         read = time.perf_counter()
         with COMPUTING:
             waited = time.perf_counter()
@@ -171,7 +172,7 @@ class UnetrInferTask(InferTask):
         if key is not None and (kept := self._cache.get(key)) is not None:
             return kept
         checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
-        volume = read_volume(asked.image)
+        volume = read_input(asked.image, self.preset)
         with COMPUTING:
             model = self._models.get(asked.device)
             unsure, keep = model.calibration is not None, self._keeper(asked, model, checksum)
@@ -213,7 +214,7 @@ class UnetrInferTask(InferTask):
             As :meth:`__call__`.
         """
         asked = InferRequest.parse(request, self._device)
-        volume = read_volume(asked.image)
+        volume = read_input(asked.image, self.preset)
         with COMPUTING:
             segmenter = self._models.get(asked.device).segmenter
             result = segmenter.segment(volume, name=asked.image.name, entropy=True)
@@ -263,7 +264,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
-    found = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid))
+    found = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
     measures = measure_labels(result.labels, volume.affine_ras, preset)
     centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
     return {
@@ -275,6 +276,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "engine": result.plan.engine,
         "quality": estimate_quality(result, model),
         "warnings": [warning for warning in found if warning],
+        "channels": [channel.name for channel in preset.channels],
         "plan": result.plan.as_json(),
     }
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
@@ -26,9 +27,10 @@ from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import SharedEditor
 from lib.interaction.prompts import Prompts, parse_box
 from lib.interaction.starting_mask import names_of, read_mask, read_values
+from lib.transforms.inputs import read_input
 from lib.transforms.postprocess import measure_labels
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, read_volume, reading_warning
+from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, reading_warning
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +120,20 @@ class _InteractiveTask(InferTask):
         return known
 
     def _network_image(self, image: Path, checksum: str) -> MetaTensor:
-        """The image as the network sees it; the one that the automatic mask was made from, where it is kept."""
+        """The image as the network sees it; the one that the automatic mask was made from, where it is kept.
+
+        Of a case of several sequences the one that is shown, where the clicks were made; shape (1, X, Y, Z).
+        """
         preset = self._automatic.preset_in_use()
         kept = self._images.get(checksum, preset)
         if kept is None:
-            volume = read_volume(image)
+            volume = read_input(image, preset)
             check_segmentable(volume, preset, image.name)
             kept = preprocess_volume(volume, preset)
             self._images.put(checksum, preset, kept)
-        return kept
+        place = preset.display_channel
+        one = kept.as_subclass(torch.Tensor)[place : place + 1]
+        return MetaTensor(one, affine=kept.affine) if preset.channels else kept
 
 
 class ClickTask(_InteractiveTask):

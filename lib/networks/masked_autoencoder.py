@@ -36,7 +36,7 @@ class MaskedAutoencoder(nn.Module):
         if tokens < 2:
             raise TrainingError(f"the window of {preset.name!r} is a single patch: there is nothing to hide in it")
         self.autoencoder = MaskedAutoEncoderViT(
-            in_channels=1,
+            in_channels=preset.in_channels,
             img_size=preset.roi_size,
             patch_size=size.patch_size,
             hidden_size=size.hidden_size,
@@ -55,7 +55,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the hidden patches of windows of shape (batch, 1, X, Y, Z)."""
+        """Mean loss over the hidden patches of windows of shape (batch, channels, X, Y, Z)."""
         drawn, hidden = self.autoencoder(windows)
         error = (drawn.float() - self._targets(windows)).square().mean(dim=-1)
         loss: torch.Tensor = (error * hidden).sum() / hidden.sum()
@@ -72,9 +72,12 @@ class MaskedAutoencoder(nn.Module):
         return renamed
 
     def _targets(self, windows: torch.Tensor) -> torch.Tensor:
-        """Patches in the order of the tokens, (batch, tokens, voxels), each with mean 0 and deviation 1."""
+        """Patches in the order of the tokens, (batch, tokens, channels * voxels).
+
+        Each channel of each has mean 0 and deviation 1.
+        """
         edge = self.patch_size
-        cut = windows[:, 0].unfold(1, edge, edge).unfold(2, edge, edge).unfold(3, edge, edge)
-        patches = cut.flatten(1, 3).flatten(2)
+        cut = windows.unfold(2, edge, edge).unfold(3, edge, edge).unfold(4, edge, edge)
+        patches = cut.flatten(2, 4).flatten(3).transpose(1, 2)
         mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-        return (patches - mean) / (variance + 1e-6).sqrt()
+        return ((patches - mean) / (variance + 1e-6).sqrt()).flatten(2)

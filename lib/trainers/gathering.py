@@ -98,7 +98,7 @@ class CaseGatherer:
         if self._settings.replay is None:
             return []
         held_out = {*split.validation, *split.test}
-        return read_replay(self._settings.replay, shipped_split(self._folder), held_out)
+        return read_replay(self._settings.replay, self._preset, shipped_split(self._folder), held_out)
 
     def _extend_split(self, datastore: Any, cases: Sequence[Case], validation_share: float) -> Split:
         """Assign new cases to a side, for good."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.cases.labelled import Case, find_cases
+from lib.cases.labelled import Case, find_cases, find_channel_cases
 from lib.cases.split import Split
+from lib.configs.preset import Preset
 from lib.errors import TrainingError
 from lib.storage.json_files import write_json
 
@@ -59,18 +60,20 @@ def divide(cases: Sequence[Case], split: Split) -> Material:
     return Material(train, validation, test)
 
 
-def read_replay(folder: Path, shipped: Split | None, held_out: Collection[str]) -> list[Case]:
+def read_replay(folder: Path, preset: Preset, shipped: Split | None, held_out: Collection[str]) -> list[Case]:
     """The cases that the shipped weights were trained on, from ``images`` and ``labels`` in a folder.
 
     Args:
         folder: where they are.
+        preset: the task.
         shipped: the split that the shipped weights were trained with; without one, all cases were trained on.
         held_out: ids that are not trained on in this server.
 
     Raises:
         TrainingError: when there are none.
     """
-    cases = find_cases(folder / "images", folder / "labels")
+    images, labels = folder / "images", folder / "labels"
+    cases = find_channel_cases(images, labels, preset) if preset.channels else find_cases(images, labels)
     allowed = None if shipped is None else set(shipped.train)
     chosen = [c for c in cases if (allowed is None or c.case_id in allowed) and c.case_id not in held_out]
     if not chosen:

@@ -66,12 +66,14 @@ class Volume:
         affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
         other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
         channels: of a case of several sequences, each on this grid, in the preset's order; ``voxels`` is one of them.
+        notes: what was done to the channels so that they lie on it, one sentence each.
     """
 
     voxels: FloatArray
     affine_ras: Affine
     other_affine_ras: Affine | None = None
     channels: tuple[FloatArray, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def grid(self) -> Grid:

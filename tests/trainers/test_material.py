@@ -13,7 +13,7 @@ from lib.cases.split import Split
 from lib.cases.studies import corrected_ids, subject_rule
 from lib.errors import TrainingError
 from lib.trainers.material import Material, divide, keep_cases, kept_cases, read_replay, weigh
-from tests.tiny import boxes, write_nifti
+from tests.tiny import boxes, tiny_preset, write_nifti
 
 
 def case(name: str) -> Case:
@@ -43,10 +43,10 @@ def test_replay_takes_nothing_that_was_or_is_held_out(tmp_path: Path) -> None:
         for kind, voxels in zip(("images", "labels"), boxes(), strict=True):
             write_nifti(tmp_path / kind / f"{name}.nii.gz", voxels)
     shipped = Split(("a", "b", "c"), ("d",))
-    assert [one.case_id for one in read_replay(tmp_path, shipped, {"b"})] == ["a", "c"]
-    assert [one.case_id for one in read_replay(tmp_path, None, ())] == ["a", "b", "c", "d"]
+    assert [one.case_id for one in read_replay(tmp_path, tiny_preset(), shipped, {"b"})] == ["a", "c"]
+    assert [one.case_id for one in read_replay(tmp_path, tiny_preset(), None, ())] == ["a", "b", "c", "d"]
     with pytest.raises(TrainingError, match=r"none of the 4 cases in .* may be trained on"):
-        read_replay(tmp_path, shipped, {"a", "b", "c"})
+        read_replay(tmp_path, tiny_preset(), shipped, {"a", "b", "c"})
 
 
 def test_run_that_goes_on_has_the_cases_that_it_had(tmp_path: Path) -> None:

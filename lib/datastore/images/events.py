@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Protocol
 
 from watchdog.events import (
@@ -17,6 +18,7 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 
+from lib.datastore.images.folder import NOT_SCANNED
 from lib.storage.files import PARTIAL
 
 HEARD: list[type[FileSystemEvent]] = [
@@ -73,3 +75,35 @@ def listen(observer: Observer, handler: FolderEvents, images: str, labels: str) 
     observer.unschedule_all()
     observer.schedule(handler, images, event_filter=HEARD)
     observer.schedule(handler, labels, recursive=True, event_filter=HEARD)
+
+
+class CaseFolderEvents(FileSystemEventHandler):
+    """Passes on that files of certain endings in the folders of cases, or such folders, came, changed or went.
+
+    Args:
+        studies: in which the folders of cases lie.
+        endings: of images, as ``.nii.gz``.
+        look: called then.
+    """
+
+    def __init__(self, studies: Path, endings: Collection[str], look: Callable[[], None]) -> None:
+        self._studies, self._look = studies, look
+        self._endings = tuple(ending.lower() for ending in endings)
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """As watchdog's."""
+        if any(self._is_of_case(path, event.is_directory) for path in (str(event.dest_path), str(event.src_path))):
+            self._look()
+
+    def _is_of_case(self, path: str, is_directory: bool) -> bool:
+        if not path or not Path(path).is_relative_to(self._studies):
+            return False
+        below = Path(path).relative_to(self._studies).parts
+        if not below or below[0].startswith(".") or below[0] in NOT_SCANNED:
+            return False
+        return len(below) == 1 if is_directory else len(below) == 2 and path.lower().endswith(self._endings)
+
+
+def listen_to_folders(observer: Observer, studies: Path, handler: CaseFolderEvents) -> None:
+    """Have an observer tell of the folders of cases in the studies."""
+    observer.schedule(handler, str(studies), recursive=True, event_filter=HEARD)

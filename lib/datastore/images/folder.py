@@ -48,7 +48,7 @@ class FolderListing:
     problems: tuple[FolderProblem, ...]
 
 
-def list_images(folder: Path, endings: Sequence[str]) -> FolderListing:
+def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = ()) -> FolderListing:
     """The images directly in a folder.
 
     Of two files with one id, that whose ending stands first in ``endings`` is the image (of two that differ in capitals
@@ -57,10 +57,13 @@ def list_images(folder: Path, endings: Sequence[str]) -> FolderListing:
     Args:
         folder: where they lie.
         endings: of image files, as ``.nii.gz``, in order of preference.
+        taken: files that belong to cases of several sequences, and are no images by themselves.
     """
     found: dict[str, list[str]] = {}
     problems: list[FolderProblem] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if Path(entry.path) in taken:
+            continue
         problem = _problem_of(entry, endings)
         if problem:
             problems.append(FolderProblem(shown(entry.name), problem))
@@ -74,7 +77,8 @@ def list_images(folder: Path, endings: Sequence[str]) -> FolderListing:
             )
             for ending in several[1:]
         ]
-    problems += _in_sub_folders(folder, endings)
+    of_cases = {path.parent.name for path in taken if path.parent != folder}
+    problems += _in_sub_folders(folder, endings, of_cases)
     return FolderListing({image_id: several[0] for image_id, several in found.items()}, tuple(problems[:MOST_TOLD]))
 
 
@@ -112,12 +116,12 @@ def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
     return ""
 
 
-def _in_sub_folders(folder: Path, endings: Sequence[str]) -> Iterator[FolderProblem]:
-    """A sentence for each sub-folder with images in it: they are no cases."""
+def _in_sub_folders(folder: Path, endings: Sequence[str], of_cases: Collection[str]) -> Iterator[FolderProblem]:
+    """A sentence for each sub-folder with images in it that is no case of several sequences."""
     left = MOST_ENTRIES
     for place, folders, files in os.walk(folder):
         inside = Path(place).relative_to(folder)
-        hidden = (HIDDEN, *NOT_SCANNED) if place == str(folder) else ()
+        hidden = (HIDDEN, *NOT_SCANNED, *of_cases) if place == str(folder) else ()
         folders[:] = sorted(name for name in folders if name not in hidden and not name.startswith("."))
         if place == str(folder):
             continue

@@ -81,12 +81,16 @@ def check_image_known(datastore: Datastore, image_id: str) -> str:
 
     Raises:
         NotFoundError: when it has none of that name.
+        ParameterError: when it is a series that belongs to a case which another series stands for.
         ForbiddenError: when its file is left out: a link out of the studies, no regular file.
     """
     if _has(datastore, image_id):
         return image_id
     if isinstance(datastore, SeriesDatastore) and (why := datastore.why_left_out(image_id)) is not None:
         raise ForbiddenError(f"image {image_id!r} {why}")
+    if isinstance(datastore, SeriesDatastore) and (found := datastore.series_cases().channel_of(image_id)) is not None:
+        case, channel = found
+        raise ParameterError("image", image_id, f"{case}, the case of which this series is the channel {channel!r}")
     try:
         safe = safe_new_id(image_id)
     except ParameterError:
@@ -124,6 +128,10 @@ def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[P
         raise NotFoundError("image file of", image_id)
     if isinstance(datastore, SeriesDatastore) and datastore.is_series(image_id):
         return file  # made by this server, in a folder of its own
+    if isinstance(datastore, SeriesDatastore) and image_id in datastore.channels:
+        for one in datastore.channels.files(image_id):
+            check_inside(one, [Path(studies).resolve(), *allowed], f"image {image_id!r}")
+        return file
     return check_inside(file, [Path(studies).resolve(), *allowed], f"image {image_id!r}")
 
 

@@ -94,6 +94,8 @@ def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
             uid = next((instance.series for instance in found if instance), uid)
     if not uid and not referenced_instances(seg):
         return series_in_its_place(store, seg)
+    if (of_case := store.series_cases().channel_of(uid)) is not None:
+        raise LabelError(f"DICOM SEG is of series {uid}, the channel {of_case[1]!r}; valid: of series {of_case[0]}")
     if uid not in store.series():
         raise LabelError(f"DICOM SEG is of series {uid or '(none)'}, which is none of the images here")
     return uid

@@ -82,10 +82,14 @@ async def slice_picture(
     plane: Plane = "axial",
     index: Annotated[int, Query(ge=0, le=100_000)] = 0,
     layers: Annotated[str, Query(max_length=1000)] = "",
+    channel: Annotated[str, Query(max_length=100)] = "",
 ) -> Response:
-    """One slice, with the layers that are asked for: ``prediction``, ``uncertainty``, ``label:<version>`` ..."""
+    """One slice, with the layers that are asked for: ``prediction``, ``uncertainty``, ``label:<version>`` ...
+
+    ``channel`` is the sequence that is drawn below them, of a case that has several.
+    """
     gallery = gallery_of(request)
-    subject = await anyio.to_thread.run_sync(lambda: find_subject(parts, gallery, image))
+    subject = await anyio.to_thread.run_sync(lambda: find_subject(parts, gallery, image, channel))
     names = [name for name in layers.split(",") if name]
     if len(names) > MOST_LAYERS:
         raise ParameterError("layers", layers[:200], f"at most {MOST_LAYERS}")
@@ -128,16 +132,17 @@ def gallery_of(request: Request) -> Gallery:
     return gallery
 
 
-def find_subject(parts: Services, gallery: Gallery, image: str) -> Subject:
-    """Read an image of the studies.
+def find_subject(parts: Services, gallery: Gallery, image: str, channel: str = "") -> Subject:
+    """Read an image of the studies, or a channel of it.
 
     Raises:
         NotFoundError, ForbiddenError: when it is not one.
         ImageError: when it cannot be read.
+        ParameterError: when it has no such channel.
     """
     path = parts.image_file(check_image_known(parts.datastore, image))
     model = model_for(parts, image, parts.store.history.latest(image))
-    return Subject(image, path, stack_of(gallery.volumes, path), model)
+    return Subject(image, path, stack_of(gallery.volumes, path, parts.presets.values(), channel), model)
 
 
 def outline(parts: Services, subject: Subject, mask: npt.NDArray[np.uint8], layer: str) -> Contour:

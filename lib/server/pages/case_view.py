@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +15,19 @@ from urllib.parse import quote
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from monailabel.interfaces.datastore import Datastore
 
 from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
-from lib.errors import InputError, UnetrError
+from lib.errors import ImageError, InputError, ParameterError, UnetrError
 from lib.server.pages.pool_view import ohif_path
 from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, reorient
 from lib.server.pages.titles import Title, titles_of
 from lib.server.services import Services
 from lib.server.work.modality import modality_of, models_for
+from lib.transforms.channels import files_of
+from lib.transforms.inputs import read_input, sources_of
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
@@ -74,6 +77,7 @@ class CaseView:
     versions: tuple[VersionRow, ...]
     warning: str = ""
     edit_model: str = ""
+    channels: tuple[str, ...] = ()
     edit_labels: tuple[str, ...] = ()
 
 
@@ -113,18 +117,60 @@ class Volumes:
         return made
 
 
-def stack_of(volumes: Volumes, path: Path) -> Stack:
+def stack_of(volumes: Volumes, path: Path, presets: Iterable[Preset] = (), channel: str = "") -> Stack:
     """Read an image, unless it is kept.
+
+    Args:
+        volumes: what is kept.
+        path: its file or folder.
+        presets: the served ones.
+        channel: of a case of several sequences, the one that is wanted; the one that is shown if not given.
 
     Raises:
         ImageError: when it cannot be read.
+        ParameterError: when the case has no such channel.
     """
 
     def read() -> Stack:
-        volume = read_volume(path)
+        volume = read_volume(path) if not channel else read_channel(path, presets, channel)
         return Stack.of(volume.voxels, volume.affine_ras)
 
-    return volumes.get(("image", path, stamp_of(path)), read, lambda stack: stack.voxels.nbytes)
+    return volumes.get(("image", path, stamp_of(path), channel), read, lambda stack: stack.voxels.nbytes)
+
+
+def read_channel(path: Path, presets: Iterable[Preset], channel: str) -> Volume:
+    """One channel of a case, on the grid of the one that is shown.
+
+    Raises:
+        ImageError: when the case cannot be read.
+        ParameterError: when it has no such channel.
+    """
+    preset, names = channels_of(path, presets)
+    if preset is None or channel not in names:
+        raise ParameterError("channel", channel[:100], ", ".join(names) or "none, since the image is a single one")
+    volume = read_input(path, preset)
+    place = [one.name for one in preset.channels].index(channel)
+    return replace(volume, voxels=volume.channels[place])
+
+
+def channels_of(path: Path, presets: Iterable[Preset]) -> tuple[Preset | None, tuple[str, ...]]:
+    """The channels that can be shown of an image, the one that stands for it first; none of a single image."""
+    for preset in presets:
+        if takes(preset, path) and preset.channels:
+            names = [channel.name for channel in preset.channels if channel.name in sources_of(path, preset).files]
+            display = preset.channels[preset.display_channel].name
+            return preset, tuple(sorted(names, key=lambda name: name != display))
+    return None, ()
+
+
+def takes(preset: Preset, path: Path) -> bool:
+    """Whether an image has the sequences that a preset's network needs; nothing but records is read."""
+    try:
+        if preset.channels:
+            sources_of(path, preset).check()
+    except ImageError:
+        return False
+    return True
 
 
 def mask_of(volumes: Volumes, path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
@@ -156,18 +202,17 @@ def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
     return grid.affine_ras if near else mask.affine_ras
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Changes when the file does."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+def stamp_of(path: Path) -> tuple[tuple[int, int], ...]:
+    """Changes when the file does, or another one of its case."""
+    return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files_of(path)))
 
 
 def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
     """The model whose prediction is shown: the label's own, or else the first with weights; empty for none.
 
-    Models for images of another modality are not offered.
+    Models for images of another modality are not offered, nor those that need sequences which the image lacks.
     """
-    offered = models_for(parts.presets, [modality_of(parts.datastore, image)])
+    offered = offered_for(parts.presets, parts.datastore, image, parts.image_file(image))
     ready = [name for name in offered if name in parts.instance.models and parts.infer_task(name).is_valid()]
     wanted = version.preset if version is not None else ""
     return wanted if wanted in ready else next(iter(sorted(ready)), "")
@@ -175,10 +220,16 @@ def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
 
 def edit_model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
     """The preset whose labels can be clicked: as :func:`model_for`, but weights are not needed; empty for none."""
-    offered = models_for(parts.presets, [modality_of(parts.datastore, image)])
+    offered = offered_for(parts.presets, parts.datastore, image, parts.image_file(image))
     if version is not None and version.preset in offered:
         return version.preset
     return model_for(parts, image, version) or next(iter(offered), "")
+
+
+def offered_for(presets: Mapping[str, Preset], datastore: Datastore, image: str, path: Path) -> list[str]:
+    """The models that are meant for an image and can take it."""
+    meant = models_for(presets, [modality_of(datastore, image)])
+    return [name for name in meant if takes(presets[name], path)]
 
 
 def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> CaseView:
@@ -207,6 +258,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
         warning="" if preset is None else range_warning(stack.voxels, preset.modality),
         edit_model=edit_model,
         edit_labels=tuple(parts.presets[edit_model].label_indices) if edit_model else (),
+        channels=channels_of(path, parts.presets.values())[1],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from lib.configs.preset import Preset
 from lib.datastore.records import FINAL, INFERENCE
+from lib.datastore.store import VersionedDatastore
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
 from lib.imagefiles.kinds import Kind
 from lib.imagefiles.reading import read_kind
@@ -37,6 +38,8 @@ from lib.server.labels.submissions import submit_label, tag_for_prediction
 from lib.server.services import Parts, Services
 from lib.server.work.image_checks import check_image, forget, inspect_for_any, left_out, warned
 from lib.server.work.modality import modality_of, models_for
+from lib.transforms.channels import ChannelSources
+from lib.transforms.inputs import sources_of
 
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
@@ -70,16 +73,23 @@ async def add_image(
     settings: SettingsDep,
     limiter: ImageChecksDep,
     user: AsAnnotator,
-    file: Annotated[UploadFile, File()],
+    file: Annotated[list[UploadFile], File()],
     image: str = "",
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, Any]:
-    """Add an image that is not there yet, under the id given or its file's name, made safe; the answer tells the id."""
+    """Add an image that is not there yet, under the id given or its file's name, made safe; the answer tells the id.
+
+    Several parts ``file`` are the sequences of one case, each named by its channel; they need an id.
+    """
     info = parse_info(params, "params") | {"user": user.name}
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
-    return await anyio.to_thread.run_sync(
-        lambda: store_image(datastore, image, file, info, limit_mib, served), limiter=limiter
-    )
+
+    def keep() -> dict[str, Any]:
+        if len(file) == 1:
+            return store_image(datastore, image, file[0], info, limit_mib, served)
+        return store_case(datastore, image, file, info, limit_mib, served)
+
+    return await anyio.to_thread.run_sync(keep, limiter=limiter)
 
 
 @router.delete("/", summary="Remove an image and its labels", include_in_schema=False)
@@ -272,6 +282,65 @@ def store_image(
             if image_id and image_id != new_id:
                 info = {"named": image_id} | info
             return {"image": datastore.add_image(new_id, str(file), info), "warnings": warnings}
+
+
+def store_case(
+    datastore: Datastore,
+    image_id: str,
+    uploads: Sequence[UploadFile],
+    info: dict[str, Any],
+    limit_mib: int,
+    presets: Collection[Preset],
+) -> dict[str, Any]:
+    """Add the uploaded sequences of a case once a served model can segment them.
+
+    Args:
+        datastore: the studies.
+        image_id: its id.
+        uploads: a file for each channel.
+        info: what is known of it.
+        limit_mib: most MiB of a file once it is unpacked.
+        presets: the served ones.
+
+    Raises:
+        ParameterError: for an id that is no plain name, or when no served model takes several sequences.
+        ConflictError: when there is an image of that id.
+        ImageError: when a file cannot be read or is no channel, or one is missing or there twice.
+    """
+    taking = [preset for preset in presets if preset.channels]
+    if not taking or not isinstance(datastore, VersionedDatastore):
+        raise ParameterError("file", f"{len(uploads)} files", "one file: no served model takes several sequences")
+    new_id = safe_new_id(image_id)
+    with temporary_folder() as folder:
+        place = folder / new_id
+        place.mkdir()
+        for upload in uploads:
+            check_header(receive(upload, place), limit_mib)
+        sources = channels_sent(place, taking)
+        warnings = inspect_for_any(place, taking)
+        with ADDING:
+            if new_id in datastore.list_images():
+                raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
+            return {"image": datastore.add_case(new_id, sources.files, info), "warnings": warnings}
+
+
+def channels_sent(folder: Path, presets: Sequence[Preset]) -> ChannelSources:
+    """Which uploaded file is which channel of the first preset that has them all.
+
+    Raises:
+        ImageError: when none has.
+    """
+    problems = []
+    for preset in presets:
+        try:
+            sources = sources_of(folder, preset)
+            sources.check()
+            if others := sorted({path.name for path in folder.iterdir()} - {p.name for p in sources.files.values()}):
+                raise ImageError(f"case {folder.name!r} has files that are no channel of {preset.name!r}: {others}")
+            return sources
+        except ImageError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def store_label(

@@ -14,6 +14,7 @@ from fastapi import APIRouter, File, UploadFile
 from fastapi.responses import FileResponse
 from monailabel.interfaces.datastore import Datastore
 
+from lib.configs.preset import Preset
 from lib.errors import CheckpointError, InputError, NotFoundError, TrainingError, UnetrError
 from lib.infers.segmenter import Segmenter
 from lib.infers.task import UnetrInferTask
@@ -34,7 +35,8 @@ from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
 from lib.server.tasks import TasksByName
 from lib.trainers.task import UnetrTrainTask
-from lib.transforms.volume import Volume, read_volume
+from lib.transforms.inputs import read_input
+from lib.transforms.volume import Volume
 
 logger = logging.getLogger("unetr.server")
 
@@ -136,7 +138,8 @@ async def upload(
     """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
     task, trainer = models.find(model), trainers.find(model)
     return await anyio.to_thread.run_sync(
-        lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file), file, user.name), limiter=limiter
+        lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file, task.preset), file, user.name),
+        limiter=limiter,
     )
 
 
@@ -223,13 +226,15 @@ def publish_upload(
     }
 
 
-def cases_to_try(datastore: Datastore, image_file: Callable[[str], Path]) -> Iterator[tuple[str, Volume]]:
+def cases_to_try(
+    datastore: Datastore, image_file: Callable[[str], Path], preset: Preset
+) -> Iterator[tuple[str, Volume]]:
     """A few images of the studies that can be read, labelled ones first, since something is to be found there."""
     labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
     found = 0
     for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:
         try:
-            volume = read_volume(image_file(image))
+            volume = read_input(image_file(image), preset)
         except UnetrError as error:
             logger.info("uploaded weights are not tried on %s: %s", image, error)
             continue

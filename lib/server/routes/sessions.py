@@ -22,6 +22,7 @@ from lib.server.dependencies import ImageChecksDep, PresetsDep, SessionsDep, Set
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
 from lib.server.work.image_checks import inspect_for_any
+from lib.transforms.channel_search import ENDINGS
 
 router = APIRouter(prefix="/session", tags=["Session"])
 
@@ -39,7 +40,10 @@ async def create_session(
     uncompress: bool = False,
     expiry: int = 0,
 ) -> dict[str, Any]:
-    """Keep one image, or the files of one DICOM series (as files, or as a ZIP archive with ``uncompress``)."""
+    """Keep one image, or the files of one DICOM series or of one case of several sequences.
+
+    Several come as files, or as a ZIP archive with ``uncompress``; sequences are named as in a folder of the studies.
+    """
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
     return await anyio.to_thread.run_sync(
         lambda: store(sessions, files, uncompress, expiry, limit_mib, served), limiter=limiter
@@ -161,6 +165,8 @@ def _gather(files: Sequence[UploadFile], folder: Path, uncompress: bool, limit_m
             one = receive(file, place, "file.dcm")
             one.rename(series / f"{number:05d}-{one.name}")
         received = series
-    if received.is_file():  # of a folder, only DICOM files are read
-        check_header(received, limit_mib)
+    # of other files in a folder only DICOM is read
+    for path in [received] if received.is_file() else received.iterdir():
+        if received.is_file() or path.name.lower().endswith(ENDINGS):
+            check_header(path, limit_mib)
     return received

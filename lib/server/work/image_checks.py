@@ -10,8 +10,9 @@ from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
 from lib.errors import ImageError
 from lib.server.services import Services
+from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import FITS_ANOTHER, misfit, range_warning
-from lib.transforms.volume import check_segmentable, read_volume, reading_warning
+from lib.transforms.volume import check_segmentable, reading_warning
 
 logger = logging.getLogger("unetr.server")
 
@@ -43,7 +44,7 @@ def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> s
     Raises:
         ImageError: when a preset's network cannot segment it, or a preset of another modality fits it better.
     """
-    volume = read_volume(path)
+    volume = read_input(path, preset)
     check_segmentable(volume, preset, path.name)
     if reason := misfit(volume.voxels, preset.modality, served_modalities):
         raise ImageError(f"image {path.name!r} is not for {preset.name!r}: {reason}")
@@ -56,18 +57,20 @@ def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
     Raises:
         ImageError: when none of them can.
     """
-    volume = read_volume(path)
-    problems, warnings = [], []
+    problems, warnings, readings = [], [], []
+    plain = None
     for preset in presets:
         try:
+            volume = plain if plain is not None and not preset.channels else read_input(path, preset)
+            plain = plain if preset.channels else volume
             check_segmentable(volume, preset, path.name)
             warnings.append(range_warning(volume.voxels, preset.modality))
+            readings.append(reading_warning(volume.grid))
         except ImageError as error:
             problems.append(error)
     if problems and len(problems) == len(presets):
         raise problems[0]
-    reading = reading_warning(volume.grid)
-    return ([] if "" in warnings else warnings[:1]) + ([reading] if reading else [])
+    return ([] if "" in warnings else warnings[:1]) + [reading for reading in readings[:1] if reading]
 
 
 def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:

@@ -25,8 +25,10 @@ from lib.trainers.datasets import BoundedPersistentDataset, preprocessing_digest
 from lib.trainers.optimization import build_optimizer, build_schedule
 from lib.trainers.pause import wait_while_paused
 from lib.trainers.resume import fingerprint, read_state, write_state
-from lib.transforms.preprocess import IMAGE, as_meta_tensor, build_preprocessing
-from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, check_segmentable, read_volume
+from lib.transforms.channels import files_of
+from lib.transforms.inputs import read_input
+from lib.transforms.preprocess import IMAGE, build_preprocessing, volume_tensor
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, check_segmentable
 
 logger = logging.getLogger("unetr.pretrain")
 
@@ -143,7 +145,7 @@ def usable_images(paths: Sequence[Path], preset: Preset) -> tuple[Path, ...]:
     usable = []
     for path in paths:
         try:
-            check_segmentable(read_volume(path), preset, path.name)
+            check_segmentable(read_input(path, preset), preset, path.name)
         except ImageError as error:
             logger.warning("left out: %s", error)
         else:
@@ -163,15 +165,15 @@ def find_images(folder: Path) -> list[Path]:
 
 
 class _ReadImaged(Transform):
-    """Reads the file of an item as ``image``, shape (1, X, Y, Z)."""
+    """Reads the file of an item as ``image``, shape (channels, X, Y, Z)."""
 
     def __init__(self, preset: Preset) -> None:
         self._preset = preset
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        volume = read_volume(Path(data["path"]))
+        volume = read_input(Path(data["path"]), self._preset)
         check_segmentable(volume, self._preset, Path(data["path"]).name)
-        return {IMAGE: as_meta_tensor(volume.voxels, volume.affine_ras)}
+        return {IMAGE: volume_tensor(volume)}
 
 
 class _Windows:
@@ -182,14 +184,14 @@ class _Windows:
         chain = [_ReadImaged(preset), *build_preprocessing(preset).transforms]
         whole = Compose([*chain, EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False)])
         # the files' sizes and times are in it, so that the cache notices another image of the same name
-        items = [{"path": str(p), "stamp": [p.stat().st_size, p.stat().st_mtime_ns]} for p in plan.images]
+        items = [{"path": str(p), "stamp": [_stamp_of(file) for file in files_of(p)]} for p in plan.images]
         cache = plan.run_dir / "cache" / f"{preprocessing_digest(preset)}-images"
         self._images = BoundedPersistentDataset(items, whole, cache_dir=cache)
         self._count, self._batch = len(items), plan.batch_size
         self._roi, self._axes, self._seed = preset.roi_size, preset.mirror_axes, preset.training.seed
 
     def of_step(self, step: int) -> torch.Tensor:
-        """Shape (batch, 1, *roi)."""
+        """Shape (batch, channels, *roi)."""
         random = np.random.default_rng([self._seed, step])
         chosen = random.choice(self._count, self._batch, replace=self._count < self._batch)
         return torch.stack([self._cut(self._images[int(index)][IMAGE], random) for index in chosen])
@@ -200,6 +202,11 @@ class _Windows:
         box = [slice(None), *(slice(start, start + edge) for start, edge in zip(starts, self._roi, strict=True))]
         mirrored = [axis + 1 for axis in self._axes if random.random() < 0.5]
         return image[tuple(box)].flip(mirrored)
+
+
+def _stamp_of(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _state(plan: PretrainingPlan, moving: Mapping[str, Any], losses: list[float]) -> dict[str, Any]:

@@ -180,6 +180,8 @@ for (const figure of document.querySelectorAll("figure[data-plane]")) {
     const shown = [...document.querySelectorAll("[name=layer]:checked")].map((box) => box.value);
     const layers = (clicked.layer ? [clicked.layer] : shown).join(",");
     const query = new URLSearchParams({ plane: figure.dataset.plane, index: slider.value, layers });
+    const channel = document.querySelector("[name=channel]:checked")?.value;
+    if (channel) query.set("channel", channel);
     const address = `${figure.dataset.source}?${query}`;
     text.textContent = `${Number(slider.value) + 1} / ${Number(slider.max) + 1}`;
     if (wanted !== null) { wanted = address; return; }
@@ -195,7 +197,7 @@ for (const figure of document.querySelectorAll("figure[data-plane]")) {
     slider.value = Number(slider.value) - Math.sign(event.deltaY);
     draw();
   }, { passive: false });
-  document.addEventListener("change", (event) => { if (event.target.name === "layer") draw(); });
+  document.addEventListener("change", (event) => { if (["layer", "channel"].includes(event.target.name)) draw(); });
   document.addEventListener("clicked", draw);
   draw();
 }

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.cases.channels import find_channel_sources, read_channels
 from lib.cases.labelled import ReadCased, find_channel_cases
 from lib.configs.catalogue import read_preset, write_preset
 from lib.configs.preset import Preset
-from lib.configs.settings import Settings
 from lib.errors import CheckpointError, ConfigError, ImageError, TrainingError
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import preset_for
@@ -21,6 +19,8 @@ from lib.networks.checkpoint import Checkpoint, read_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers.cli import main
 from lib.transforms.augment import RandDropChannelsd
+from lib.transforms.channel_search import find_channel_sources
+from lib.transforms.channels import read_channels
 from lib.transforms.preprocess import IMAGE, preprocess_volume
 from lib.transforms.volume import check_segmentable, read_volume
 from tests.tiny import boxes, tiny_preset, write_nifti
@@ -93,6 +93,7 @@ def test_a_4d_file_has_the_channels_on_its_last_axis(tmp_path: Path) -> None:
     voxels = np.stack([_noise(1), _noise(2)], axis=-1)
     write_nifti(tmp_path / "scan.nii.gz", voxels)
     write_nifti(tmp_path / "single.nii.gz", _noise(3))
+    (tmp_path / "damaged.nii.gz").write_bytes(b"no image")
     preset = _preset(display=True)
     (case,) = find_channel_sources(tmp_path, preset)
     volume = read_channels(case, preset)
@@ -112,8 +113,9 @@ def test_a_folder_holds_files_named_by_channel_or_alias(tmp_path: Path) -> None:
     }
     assert p2.missing == ("t1",)
     shutil.copy(tmp_path / "p1" / "p1_T1.nii.gz", tmp_path / "p1" / "again_T1.nii.gz")
+    again, _ = find_channel_sources(tmp_path, preset)
     with pytest.raises(ImageError, match="case 'p1' has two files for the channel 't1'"):
-        find_channel_sources(tmp_path, preset)
+        read_channels(again, preset)
 
 
 def test_other_channels_are_brought_onto_the_display_grid(tmp_path: Path) -> None:
@@ -187,10 +189,3 @@ def test_only_optional_channels_are_dropped() -> None:
 def test_channels_that_contradict_each_other_are_refused(channels: list[dict[str, object]], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_preset(channels=channels)
-
-
-def test_the_server_says_that_it_does_not_serve_channels_yet(tmp_path: Path) -> None:
-    preset = tmp_path / "two.yaml"
-    preset.write_text("extends: hippocampus_mr\nchannels: [{name: t1}, {name: flair}]\n")
-    with pytest.raises(ConfigError, match="'two' has 'channels'"):
-        Settings.from_conf({"preset": str(preset)}).load_presets()
