@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.configs.preset import Preset
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
@@ -24,7 +25,8 @@ from lib.models.calibration import Calibration, calibration_file, foreground_unc
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
-from lib.transforms.volume import Volume, read_volume
+from lib.transforms.inputs import read_input
+from lib.transforms.volume import Volume
 from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
 
 
@@ -239,8 +241,8 @@ def test_next_image_is_read_while_one_is_computed(
     both_read, reads = threading.Event(), []
     segment = Segmenter.segment
 
-    def read(path: Path) -> Volume:
-        volume = read_volume(path)
+    def read(path: Path, preset: Preset) -> Volume:
+        volume = read_input(path, preset)
         reads.append(path.name)
         if len(reads) == 2:
             both_read.set()
@@ -250,7 +252,7 @@ def test_next_image_is_read_while_one_is_computed(
         assert both_read.wait(60), "nothing was read meanwhile"
         return segment(self, *arguments, **options)
 
-    monkeypatch.setattr(task_module, "read_volume", read)
+    monkeypatch.setattr(task_module, "read_input", read)
     monkeypatch.setattr(Segmenter, "segment", waiting)
     with ThreadPoolExecutor(2) as workers:
         answers = list(workers.map(lambda path: task({"image": str(path)})[0], (image, other)))

@@ -206,3 +206,18 @@ def test_corrections_are_trained_on_and_the_gate_decides(two: Server, tmp_path: 
     assert stats["status"] in ("published", "rejected"), stats
     assert "shipped" in stats["decision"] or stats["status"] == "published"
     assert two.post("/infer/two?image=stacked&output=json").json()["channels"] == ["t1", "flair", "t2"]
+
+
+@pytest.mark.slow
+def test_batch_inference_and_scoring_take_all_channels(two: Server) -> None:
+    assert two.post("/batch/infer/two", json={"images": "unlabeled", "max_batch_size": 20}).status_code == 200
+    ended = two.wait_for("/batch/infer", seconds=300)
+    assert ended["status"] == "DONE", "\n".join(ended["details"])
+    labelled = {
+        image: two.request("HEAD", f"/datastore/label?tag=original&image={image}").ok
+        for image in ("stacked", "suffixed", _flair_series(two), "no_t1")
+    }
+    assert labelled == {"stacked": True, "suffixed": True, _flair_series(two): True, "no_t1": False}
+    assert two.post("/scoring/all?run_sync=true", json={"model": "two", "minutes": 3}).status_code == 200
+    left_out = two.get("/datastore/problems").json()["left_out"]["two"]
+    assert "stacked" not in left_out and "lacks the channels t1" in left_out["no_t1"]

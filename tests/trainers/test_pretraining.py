@@ -58,6 +58,21 @@ def test_encoder_fits_the_unetr_and_changes_what_it_says(
     )
 
 
+def test_two_sequences_make_an_encoder_of_two_channels(tmp_path: Path) -> None:
+    preset = tiny_preset(network=FINE, roi_size=[32, 16, 16], channels=[{"name": "t1"}, {"name": "flair"}])
+    voxels = np.random.default_rng(0).normal(100, 20, (32, 18, 16, 2)).astype(np.float32)
+    images = (write_nifti(tmp_path / "stacked.nii.gz", voxels), write_nifti(tmp_path / "one.nii.gz", voxels[..., 0]))
+    usable = usable_images(images, preset)
+    assert [path.name for path in usable] == ["stacked.nii.gz"]
+    result = pretrain(PretrainingPlan(preset, usable, tmp_path / "run", torch.device("cpu"), 2, batch_size=1))
+    assert all(0 < loss < 10 for loss in result.losses)
+    network = build_unetr(preset)
+    load_encoder(network, result.encoder)
+    (key,) = [key for key in result.encoder if key.endswith("patch_embeddings.weight")]
+    assert result.encoder[key].shape == (48, 2, 8, 8, 8)
+    torch.testing.assert_close(network.state_dict()[key], result.encoder[key])
+
+
 def test_it_learns_to_draw_what_is_hidden(tmp_path: Path) -> None:
     """Waves that go on through all of an image can be drawn from a quarter of it."""
     random, files = np.random.default_rng(0), []
