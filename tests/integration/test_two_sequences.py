@@ -185,6 +185,19 @@ def test_sessions_and_uploads_take_the_files_of_a_case(two: Server, tmp_path: Pa
     assert not (two.studies / "sent").exists()
 
 
+def test_a_session_takes_the_files_of_two_series(two: Server, tmp_path: Path) -> None:
+    sent = sorted((two.studies / "dicom").rglob("*.dcm"))
+    files = [("files", (f"{number}.dcm", file.read_bytes())) for number, file in enumerate(sent)]
+    session = two.put("/session/", files=files)
+    assert session.status_code == 200, session.text
+    said = json.loads(parse_multipart(two.infer("two", session=session.json()["session_id"]))["params"][1])
+    assert "channel t1 was resampled onto the grid of flair" in said["warnings"]
+    alone = two.put("/session/", files=[one for one, file in zip(files, sent, strict=True) if file.parent.name == "T1"])
+    assert alone.status_code == 200, "the other preset takes one series"
+    refused = two.infer("two", session=alone.json()["session_id"])
+    assert refused.status_code == 422 and "needs the channels t1, flair, t2" in refused.json()["detail"]
+
+
 def test_clicks_correct_a_case_on_what_is_shown(two: Server, tmp_path: Path) -> None:
     answer = two.infer("two_edit", "stacked", **{"Left Box": [[9, 9, 7]], "core": []})
     assert answer.status_code == 200, answer.text

@@ -17,6 +17,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.responses import Response
 
 from lib.configs.preset import Preset
+from lib.datastore.images.sent_series import unite_series
 from lib.errors import NotFoundError, ParameterError
 from lib.server.dependencies import ImageChecksDep, PresetsDep, SessionsDep, SettingsDep
 from lib.server.http.auth import AsUser
@@ -42,7 +43,8 @@ async def create_session(
 ) -> dict[str, Any]:
     """Keep one image, or the files of one DICOM series or of one case of several sequences.
 
-    Several come as files, or as a ZIP archive with ``uncompress``; sequences are named as in a folder of the studies.
+    Several come as files, or as a ZIP archive with ``uncompress``; sequences are named as in a folder of the studies,
+    or are DICOM series that fit the channels of a served model.
     """
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
     return await anyio.to_thread.run_sync(
@@ -134,10 +136,12 @@ def store(
         ParameterError, TooLargeError, InputError: for what cannot be unpacked.
     """
     with temporary_folder() as folder:
-        image = _gather(files, folder, uncompress, limit_mib)
+        received = _gather(files, folder, uncompress, limit_mib)
+        image, notes = unite_series(received, folder / "case", presets)
         inspect_for_any(image, list(presets))
         session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
-    return {"session_id": session_id, "session_info": describe(session)}
+    told = {"session_id": session_id, "session_info": describe(session)}
+    return told | ({"warnings": list(notes)} if notes else {})
 
 
 def describe(session: SessionInfo) -> dict[str, Any]:
