@@ -43,7 +43,7 @@ class StudiesWorker:
                 f"image {image.id!r} is not on this machine as {str(image.file)!r}: all machines of the cluster must "
                 "see the studies under the server's path (or run.py segment --studies URL --ray fetches them)"
             )
-        return read_case(image.id, image.file, checksum_of(image.file))
+        return read_case(image.id, image.file, checksum_of(image.file), self._model.segmenter.preset)
 
     def compute(self, ready: ReadCase) -> Masked:
         """Segment it.

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from lib.cases.labelled import case_id
+from lib.configs.preset import Preset
 from lib.dicom.files import find_dicom, read_instance, reading
 from lib.errors import ConfigError, ImageError
 from lib.storage.files import sha256_of
-from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, read_volume
+from lib.transforms.inputs import read_input
+from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +197,14 @@ def checksum_of(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
-def read_case(case: str, path: Path, sha256: str, stamp: str = "") -> ReadCase:
-    """Read an image whose checksum is known.
+def read_case(case: str, path: Path, sha256: str, preset: Preset, stamp: str = "") -> ReadCase:
+    """Read what a preset's network takes of an image whose checksum is known.
 
     Raises:
         ImageError: when it cannot be read.
     """
     try:
-        return ReadCase(case, read_volume(path), sha256, stamp)
+        return ReadCase(case, read_input(path, preset), sha256, stamp)
     except OSError as error:
         raise ImageError(f"image {path.name!r} cannot be read: {error.strerror or error}") from error
 

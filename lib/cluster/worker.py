@@ -68,7 +68,8 @@ class SegmentingWorker:
             return known
         with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
             fetched = self._source.fetch(case.id, Path(folder))
-            return read_case(case.id, fetched.path, checksum_of(fetched.path), fetched.stamp)
+            preset = self._model.segmenter.preset
+            return read_case(case.id, fetched.path, checksum_of(fetched.path), preset, fetched.stamp)
 
     def compute(self, ready: CaseResult | ReadCase) -> CaseResult | Masked:
         """Segment what was read.
