@@ -38,6 +38,7 @@ from lib.datastore.label_files.found_labels import find_problems
 from lib.errors import ImageError, UnetrError
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook
+from lib.infers.lanes import ALL, parse_devices, try_device
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsFile, WeightsLocator
@@ -105,6 +106,7 @@ def examine() -> Iterable[Finding]:
     yield check_versions((REPOSITORY / "requirements.txt").read_text(encoding="utf-8"))
     yield from (check_module(name) for name in NEEDED_MODULES)
     yield check_torch()
+    yield from check_devices()
     yield check_cpu()
     yield check_memory(psutil.virtual_memory().available / GIB)
     yield check_disk(shutil.disk_usage(REPOSITORY).free / GIB)
@@ -225,6 +227,24 @@ def check_torch(find_program: Callable[[str], str | None] = shutil.which) -> Fin
         advice = f"update it for CUDA {torch.version.cuda}, or take an older CUDA build (README, 'GPU')"
         return Finding("warn", f"{version} does not get on with the NVIDIA driver", advice)
     return Finding("ok", f"{version} computes on the CPU (no NVIDIA GPU seen)")
+
+
+def check_devices(devices: str = ALL, compute: Callable[[torch.device], None] = try_device) -> Iterable[Finding]:
+    """Whether each device computes; those that do are what ``--conf devices all`` uses.
+
+    Args:
+        devices: as of ``--conf devices``.
+        compute: computes something on a device; raises where it does not work.
+    """
+    for lane in parse_devices(devices):
+        try:
+            compute(lane.device)
+        except (RuntimeError, MemoryError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            advice = "the server goes on with the others; see nvidia-smi, or restart the machine"
+            yield Finding("FAIL", f"device {lane.name} does not compute: {reason}", advice)
+        else:
+            yield Finding("ok", f"device {lane.name} computes")
 
 
 def _describe_gpu(index: int) -> str:

@@ -8,6 +8,7 @@
     |   |-- LabelError     the label does not belong to its image or to the preset
     |   |-- MemoryBudgetError the image needs more memory than there is
     |   `-- ParameterError a request parameter has a value outside what is valid
+    |-- DeviceError        no device that may compute something works
     |-- ConflictError      something of that name is there already, is busy, or is not to be replaced
     |-- NotFoundError      no model, image, label or strategy of that name
     |-- CheckpointError    weights that do not fit the network, or a file that holds none
@@ -56,6 +57,19 @@ class ParameterError(InputError):
     def __init__(self, name: str, value: object, valid: str) -> None:
         super().__init__(f"parameter {name!r} is {value!r}; valid: {valid}")
         self.name = name
+
+
+class DeviceError(UnetrError):
+    """None of the devices that may compute something works.
+
+    Args:
+        message: the sentence.
+        retry_after_seconds: when one of them is tried again.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class ConflictError(UnetrError):

@@ -103,6 +103,20 @@ def test_driver_beside_a_cpu_build_is_pointed_out(monkeypatch: pytest.MonkeyPatc
     assert finding.state == "warn" and "README" in finding.advice
 
 
+def test_each_device_computes_or_is_named_with_its_reason() -> None:
+    assert [str(finding) for finding in doctor.check_devices("cpu,cpu")] == [
+        "ok    device cpu computes",
+        "ok    device cpu#2 computes",
+    ]
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    (finding,) = doctor.check_devices("cpu", broken)
+    assert finding.state == "FAIL"
+    assert finding.text == "device cpu does not compute: CUDA error: no kernel image is available"
+
+
 def test_whole_examination_runs_without_the_server_app() -> None:
     code = (
         "import sys; from lib import doctor; code = doctor.main();"
@@ -113,6 +127,7 @@ def test_whole_examination_runs_without_the_server_app() -> None:
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ok ", "warn ")) for line in lines)
     assert any("PyTorch" in line for line in lines) and any("preset hippocampus_mr" in line for line in lines)
+    assert any(line.startswith("ok    device ") for line in lines)
 
 
 def test_plan_of_an_image_is_told(

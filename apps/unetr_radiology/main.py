@@ -29,6 +29,7 @@ from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
 from lib.infers.interruption import giving_way  # noqa: E402
+from lib.infers.lanes import Lanes  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
@@ -51,6 +52,7 @@ class UnetrRadiologyApp(MONAILabelApp):
             )
             for name, preset in self.presets.items()
         }
+        self.lanes = Lanes.of(self.settings.devices or self.settings.device)
         self._studies = studies.strip()
         self.results = ResultCache(self.settings.result_cache_mib)
         self.knowledge_by_preset = {
@@ -106,9 +108,9 @@ class UnetrRadiologyApp(MONAILabelApp):
         planner = Planner(settings.memory_budget, book, settings.cuda_graphs)
         compiles = settings.engine == "auto"
         images, results = NetworkImages(settings.result_cache_mib), self.results
-        device, precision = settings.device, settings.precision
+        device, precision, lanes = str(self.lanes.first.device), settings.precision, self.lanes
         automatic = {
-            n: UnetrInferTask(p, self.locators[n], device, precision, results, planner, compiles, images)
+            n: UnetrInferTask(p, self.locators[n], device, precision, results, planner, compiles, images, lanes)
             for n, p in self.presets.items()
         }
         editor = SharedEditor.if_there(settings.editor_file)
@@ -126,9 +128,9 @@ class UnetrRadiologyApp(MONAILabelApp):
     def init_trainers(self) -> dict[str, TrainTask]:
         """One training task a preset."""
         settings, costs = self.settings, self.settings.model_dir / COSTS_FILE
-        budget, names = settings.memory_budget, list(self.presets)
+        budget, names, device = settings.memory_budget, list(self.presets), str(self.lanes.first.device)
         return {
-            n: UnetrTrainTask(p, self.locators[n], settings.device, settings, budget, costs, names)
+            n: UnetrTrainTask(p, self.locators[n], device, settings, budget, costs, names)
             for n, p in self.presets.items()
         }
 
@@ -138,15 +140,14 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """What the strategies choose by, and what learns from all images without labels."""
-        settings = self.settings
+        settings, device = self.settings, str(self.lanes.first.device)
         check_passes(settings.passes, self.presets)
         pretraining = {
-            f"pretrain_{n}": UnetrPretraining(p, self.locators[n].folder, settings.device)
-            for n, p in self.presets.items()
+            f"pretrain_{n}": UnetrPretraining(p, self.locators[n].folder, device) for n, p in self.presets.items()
         }
         return pretraining | make_scoring_methods(
             self.knowledge_by_preset,
-            device=settings.device,
+            device=device,
             precision=settings.precision,
             passes=settings.passes,
             minutes=settings.scoring_minutes,

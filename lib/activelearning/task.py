@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -153,7 +154,8 @@ class PoolScoring(ScoringMethod):
         """Score what has not been scored.
 
         Args:
-            request: ``model`` for one preset (all otherwise), ``minutes`` for another longest time.
+            request: ``model`` for one preset (all otherwise), ``minutes`` for another longest time, ``device`` for
+                another device.
             datastore: the studies.
 
         Returns:
@@ -171,10 +173,12 @@ class PoolScoring(ScoringMethod):
         if model and model not in self._insights:
             raise NotFoundError("model", str(model)[:200], list(self._insights))
         chosen = [self._insights[model]] if model else list(self._insights.values())
-        return {knowledge.preset.name: self._score(knowledge, datastore, float(minutes)) for knowledge in chosen}
+        device = resolve_device(str(request.get("device") or self._device))
+        return {one.preset.name: self._score(one, datastore, float(minutes), device) for one in chosen}
 
-    def _score(self, knowledge: PoolKnowledge, datastore: Datastore, minutes: float) -> dict[str, Any]:
-        device = resolve_device(self._device)
+    def _score(
+        self, knowledge: PoolKnowledge, datastore: Datastore, minutes: float, device: torch.device
+    ) -> dict[str, Any]:
         modalities = [other.preset.modality for other in self._insights.values()]
         scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes, modalities, self._cluster)
         said: dict[str, Any] = {"version": scorer.version}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
 from lib.configs.catalogue import load_preset, read_preset, shipped_preset_names
 from lib.configs.preset import Preset, canonical_name, describe_validation_error
@@ -33,6 +33,7 @@ class Settings(Retraining):
         pretrained: path or URL of weights to start with; ``name=path`` for one of several presets.
         model_dir: folder of versions and training runs.
         device: where to compute; the best there is by default.
+        devices: several, in place of ``device``: ``all``, or names with commas between. Each has weights of its own.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         memory_budget: memory of the host that the server's process may use, such as ``6GiB``; what is free by default.
         engine: what computes windows on a CPU: ``auto``, OpenVINO where it was measured to be faster, or ``pytorch``.
@@ -72,6 +73,7 @@ class Settings(Retraining):
     pretrained: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     model_dir: Path = REPOSITORY / "model"
     device: str = ""
+    devices: str = ""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     memory_budget: Annotated[ByteSize, Field(gt=0)] | None = None
     engine: Literal["auto", "pytorch"] = "auto"
@@ -122,6 +124,12 @@ class Settings(Retraining):
         parts = re.split(r",(?=\s*[A-Za-z0-9][\w\-]*\s*=)", value)
         found = [match for part in parts if part.strip() and (match := NAMED_WEIGHTS.fullmatch(part.strip()))]
         return {match["name"] or "": match["path"].strip() for match in found}
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Settings:
+        if self.device and self.devices:
+            raise ValueError(f"device is {self.device!r} and devices {self.devices!r}; valid: one of the two")
+        return self
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Settings:

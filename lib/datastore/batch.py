@@ -81,14 +81,16 @@ class DrawnLabelsStay(BatchInferTask):
         if self._elsewhere is not None:
             return checked(_made_elsewhere(self._elsewhere, request, self.get_images(request, datastore), datastore))
         seconds = self._case_seconds * max(1, int(request.get("max_workers") or 1))
+        # MONAI Label deals the images out in advance; here each takes the device that is free first
+        device = request.get("device") or ""
 
         def infer_one(one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
             try:
-                return self._within(seconds, infer, one, store)
+                return self._within(seconds, infer, {**one, "device": device}, store)
             except (UnetrError, MONAILabelException, OSError) as error:
                 return _left_out(one["image"], error)
 
-        return checked(super().__call__(request, datastore, infer_one))
+        return checked(super().__call__({**request, "multi_gpu": False}, datastore, infer_one))
 
     def _within(self, seconds: float, infer: Infer, one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
         """Run one inference, and stop waiting for it in time; reading from a broken disk cannot be interrupted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,7 @@ class CostBook:
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._entries: dict[str, dict[str, Any]] | None = None
+        self._lock = threading.Lock()
 
     def cost(self, key: str, batch: int) -> WindowCost | None:
         """What was measured for a batch."""
@@ -92,6 +94,10 @@ class CostBook:
         return self._entries
 
     def _change(self, key: str, values: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._write(key, values)
+
+    def _write(self, key: str, values: Mapping[str, Any]) -> None:
         entries = self._read()
         if self._file is not None and self._file.is_file():
             # a training measures in a process of its own, into the same file

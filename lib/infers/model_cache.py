@@ -1,15 +1,16 @@
-"""The newest weights of a preset, loaded on each device."""
+"""The newest weights of a preset, loaded on each lane."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from lib.configs.preset import Preset
 from lib.errors import ModelNotReadyError
 from lib.infers.compiling import compile_if_faster
+from lib.infers.lanes import Lane
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import Calibration, read_calibration
@@ -33,15 +34,26 @@ class LoadedModel:
         return {"preset": self.preset.name, "version": self.version, "origin": self.origin}
 
 
+@dataclass
+class _Kept:
+    """What a lane has loaded; the lock is held while that changes."""
+
+    lane: Lane
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stamp: tuple[str, int, int] = ("", 0, 0)
+    generation: int = 0
+    model: LoadedModel | None = None
+
+
 class ModelCache:
-    """Keeps the newest weights of a preset loaded, per device.
+    """Keeps the newest weights of a preset loaded, per lane.
 
     Args:
         preset: the task as configured.
         locator: where its weights are.
         precision, planner: see :class:`Segmenter`.
-        computing: held by whoever computes with a model. With it, models that are loaded are compiled in the
-            background (:func:`compile_if_faster`) while they answer.
+        compiles: whether models that are loaded are compiled in the background (:func:`compile_if_faster`) while they
+            answer; whoever computes with one holds its lane's lock.
     """
 
     def __init__(
@@ -50,34 +62,42 @@ class ModelCache:
         locator: WeightsLocator,
         precision: str = "auto",
         planner: Planner | None = None,
-        computing: threading.Lock | None = None,
+        compiles: bool = False,
     ) -> None:
         self._preset, self._locator, self._precision, self._planner = preset, locator, precision, planner
-        self._loaded: dict[torch.device, tuple[tuple[str, int, int], LoadedModel]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._lock = threading.Lock()
-        self._computing, self._compiling = computing, threading.Lock()
+        self._compiles, self._compiling = compiles, threading.Lock()
         self._background: threading.Thread | None = None
 
-    def get(self, device: torch.device) -> LoadedModel:
-        """Return the newest model on ``device``; a file that changed is loaded again.
+    def get(self, where: Lane | torch.device) -> LoadedModel:
+        """Return the newest model on a lane, or on a device; a file that changed is loaded again.
 
         Raises:
             ModelNotReadyError: when the preset has no weights.
             CheckpointError: when they cannot be read or do not fit.
         """
-        with self._lock:
+        kept = self._place(where)
+        with kept.lock:  # the lane's alone: others go on while it loads
             file = self._locator.find()
             if file is None:
                 raise ModelNotReadyError(
                     f"{self._preset.name!r} has no trained weights yet; train it, or start with --conf pretrained FILE"
                 )
-            stamp = file.stamp
-            kept = self._loaded.get(device)
-            if kept is None or kept[0] != stamp:
-                kept = (stamp, self._load(file, stamp, device))
-                self._loaded[device] = kept
-                self._compile(kept[1].segmenter, device)
-            return kept[1]
+            stamp, generation = file.stamp, kept.lane.generation
+            if kept.model is None or kept.stamp != stamp or kept.generation != generation:
+                kept.model = None  # what is to be replaced makes room first
+                kept.model, kept.stamp = self._load(file, stamp, kept.lane.device), stamp
+                kept.generation = generation
+                self._compile(kept)
+            return kept.model
+
+    def _place(self, where: Lane | torch.device) -> _Kept:
+        with self._lock:
+            name = where.name if isinstance(where, Lane) else str(where)
+            if name not in self._kept:
+                self._kept[name] = _Kept(where if isinstance(where, Lane) else Lane(name, where))
+            return self._kept[name]
 
     def settle(self) -> None:
         """Wait for what is compiled in the background."""
@@ -86,19 +106,20 @@ class ModelCache:
         if background is not None:
             background.join()
 
-    def _compile(self, segmenter: Segmenter, device: torch.device) -> None:
+    def _compile(self, kept: _Kept) -> None:
         """Begin, one model after the other. No daemon: it would be torn off inside of C++ when the server ends."""
-        computing = self._computing
-        if computing is None:
+        model = kept.model
+        if not self._compiles or model is None:
             return
 
         def work() -> None:
             with self._compiling:
-                if self._loaded[device][1].segmenter is segmenter:
-                    compile_if_faster(segmenter, computing)
+                if kept.model is model:
+                    compile_if_faster(model.segmenter, kept.lane.lock)
 
-        self._background = threading.Thread(target=work, name=f"compile {self._preset.name}")
-        self._background.start()
+        with self._lock:
+            self._background = threading.Thread(target=work, name=f"compile {self._preset.name}")
+            self._background.start()
 
     def _load(self, file: WeightsFile, stamp: tuple[str, int, int], device: torch.device) -> LoadedModel:
         checkpoint = read_checkpoint(file.path)

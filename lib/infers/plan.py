@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +24,7 @@ from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_m
 from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
 from lib.transforms.preprocess import network_shape
-from lib.transforms.volume import Volume
+from lib.transforms.volume import Affine, Grid, Volume
 
 logger = logging.getLogger("unetr.plan")
 
@@ -106,6 +109,8 @@ class Planner:
     def __init__(self, budget: int | None = None, book: CostBook | None = None, cuda_graphs: bool = False) -> None:
         self.budget, self.cuda_graphs = budget, cuda_graphs
         self.book = book or CostBook()
+        self._reserved: list[int] = []
+        self._changed = threading.Condition()
 
     def plan(
         self,
@@ -122,7 +127,7 @@ class Planner:
         Raises:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.
         """
-        engine, host_left = engine_of(network), host_bytes_left(self.budget)
+        engine, host_left = engine_of(network), max(0, host_bytes_left(self.budget) - sum(self._reserved))
         limits = self.book.limits(cost_key(preset, device, dtype, engine))
         # OpenVINO takes a batch's windows one by one
         most = 1 if engine == "openvino" else preset.inference.window_batch_size
@@ -132,7 +137,7 @@ class Planner:
         costs = {size: cost for size in sizes if (cost := self.cost(network, preset, device, dtype, size))}
         if not costs:
             raise MemoryBudgetError(f"not even one window of {preset.name!r} fits into the memory of {device}")
-        need = _Need(preset, volume, entropy)
+        need = _Need(preset, volume.voxels.shape, volume.affine_ras, entropy)
         best: Plan | None = None
         for stitching in _choices(costs, device, limits):
             best = need.plan(stitching, costs[stitching.window_batch], device, dtype, host_left)
@@ -149,6 +154,43 @@ class Planner:
             + "; valid: a smaller image, or a larger --conf memory_budget"
         )
 
+    @contextmanager
+    def reserving(self, make: Callable[[], Plan]) -> Iterator[Plan]:
+        """Make a plan, and keep what it takes of the host's memory from other lanes' plans until the block ends.
+
+        A plan that does not fit beside them waits for their end.
+
+        Args:
+            make: makes it by :meth:`plan`.
+
+        Raises:
+            MemoryBudgetError: when it does not fit by itself.
+        """
+        with self._changed:
+            while True:
+                try:
+                    plan = make()
+                    break
+                except MemoryBudgetError:
+                    if not self._reserved:
+                        raise
+                self._changed.wait()
+            self._reserved.append(plan.host_bytes)
+        try:
+            yield plan
+        finally:
+            with self._changed:
+                self._reserved.remove(plan.host_bytes)
+                self._changed.notify_all()
+
+    def expected_seconds(self, preset: Preset, grid: Grid, device: torch.device, dtype: torch.dtype) -> float | None:
+        """What the windows of an image of that grid take on a device; None where nothing was measured yet."""
+        for engine in ("openvino", "pytorch"):
+            cost = self.book.cost(cost_key(preset, device, dtype, engine), 1)
+            if cost is not None:
+                return cost.seconds * _Need(preset, grid.shape, grid.affine_ras, False).windows()
+        return None
+
     def cost(
         self, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int = 1
     ) -> WindowCost | None:
@@ -157,13 +199,15 @@ class Planner:
         known = self.book.cost(key, batch)
         if known is not None:
             return known
-        try:
-            cost = measure_windows(network, preset, device, dtype, batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        self.book.keep(key, batch, cost)
+        with self._changed:  # what others take meanwhile would be taken for the window's
+            self._changed.wait_for(lambda: not self._reserved)
+            try:
+                cost = measure_windows(network, preset, device, dtype, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+            self.book.keep(key, batch, cost)
         logger.info("measured %s, batch %d: %.0f MiB, %.3f s", key, batch, cost.bytes / MIB, cost.seconds)
         return cost
 
@@ -196,18 +240,18 @@ def engine_of(network: nn.Module) -> str:
 class _Need:
     """Bytes and windows that segmenting one volume takes."""
 
-    def __init__(self, preset: Preset, volume: Volume, entropy: bool) -> None:
+    def __init__(self, preset: Preset, shape: Sequence[int], affine_ras: Affine, entropy: bool) -> None:
         self._preset, self._entropy = preset, entropy or bool(preset.inference.component_entropy)
         self._restores_entropy = entropy
-        self.shape = network_shape(volume.voxels.shape, volume.affine_ras, preset)
-        self._image, self._seen = volume.voxels.size, math.prod(self.shape)
+        self.shape = network_shape(shape, affine_ras, preset)
+        self._image, self._seen = math.prod(shape), math.prod(self.shape)
         self._channels = preset.in_channels
 
     def plan(
         self, stitching: Stitching, cost: WindowCost, device: torch.device, dtype: torch.dtype, host_left: int
     ) -> Plan:
         """What these choices come to."""
-        windows, slab = self._windows(stitching.bands), self._slab_bytes(stitching.bands)
+        windows, slab = self.windows(stitching.bands), self._slab_bytes(stitching.bands)
         batch = stitching.window_batch
         window = self._channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
         network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * window
@@ -263,7 +307,8 @@ class _Need:
         classes = self._preset.out_channels + self._entropy
         return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (1 + 2 * self._entropy))
 
-    def _windows(self, bands: int) -> int:
+    def windows(self, bands: int = 1) -> int:
+        """How many windows there are at most."""
         overlap = choose_overlap(self.shape, self._preset)
         starts = [
             window_starts(size, edge, overlap) for size, edge in zip(self.shape, self._preset.roi_size, strict=True)

@@ -10,16 +10,23 @@ from typing import Any
 import torch
 
 from lib.errors import ParameterError
+from lib.infers.lanes import ALL
 from lib.infers.writer import DTYPES, EXTENSIONS
 from lib.networks.precision import resolve_device
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request's parameters, cast and checked."""
+    """A request's parameters, cast and checked.
+
+    Attributes:
+        device: that the request names; the default one where it names none.
+        wanted: that it names; None: any of the server's.
+    """
 
     image: Path
     device: torch.device
+    wanted: torch.device | None
     extension: str
     dtype: str = "uint8"
     compress: bool = False
@@ -28,7 +35,7 @@ class InferRequest:
     @property
     def options(self) -> tuple[object, ...]:
         """What changes the mask itself, and not only how it is written."""
-        return str(self.device), self.largest_component
+        return self.device.type, self.largest_component  # devices of a kind say the same
 
     @classmethod
     def parse(cls, request: Mapping[str, Any], default_device: str) -> InferRequest:
@@ -42,9 +49,11 @@ class InferRequest:
             raise ParameterError("image", image, "an image id or a file")
         device = request.get("device")
         device = device[0] if isinstance(device, list) and device else device
+        wanted = resolve_device(str(device)) if device and device != ALL else None
         return cls(
             image=Path(image),
-            device=resolve_device(str(device) if device else default_device),
+            device=wanted if wanted is not None else resolve_device(default_device),
+            wanted=wanted,
             extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
             dtype=_choice("result_dtype", request, DTYPES, "uint8"),
             compress=bool(parse_boolean("result_compress", request, False)),

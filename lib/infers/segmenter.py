@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -137,9 +137,10 @@ class Segmenter:
             MemoryBudgetError: when it does not fit into memory.
         """
         clock = _Clock()
-        with clock.stage("plan"):
-            plan = self.plan(volume, name, entropy)
-        with _refusing(name, plan):
+        with ExitStack() as stack:
+            with clock.stage("plan"):
+                plan = stack.enter_context(self.planner.reserving(lambda: self.plan(volume, name, entropy)))
+            stack.enter_context(_refusing(name, plan))
             with clock.stage("preprocess"):
                 image, plan = self._preprocess(volume, plan)
                 affine = image.affine.cpu().numpy()

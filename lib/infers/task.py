@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
 from lib.configs.preset import Preset
+from lib.errors import ImageError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
+from lib.infers.lanes import ALL, Lane, Lanes, lane_in_use
+from lib.infers.memory import host_bytes_left
 from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest
+from lib.infers.schedule import Forecast
 from lib.infers.segmenter import Segmentation
 from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
-from lib.networks.precision import resolve_device
+from lib.networks.precision import resolve_precision
 from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.postprocess import measure_labels
-from lib.transforms.volume import Volume, reading_warning
+from lib.transforms.volume import Volume, read_grid, reading_warning
 
 logger = logging.getLogger(__name__)
 
-# One computation at a time in this process: two on one device are slower than one after the other, and need twice
-# the memory. The server's queue decides who waits and for how long.
-COMPUTING = threading.Lock()
+Result = TypeVar("Result")
+
+SHARE_AHEAD = 1 / 16
+"""Of the memory that is free, for an image that is read before its turn."""
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image in memory, and the checksum that its file had before it was read."""
+
+    checksum: str
+    volume: Volume
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A segmentation, the model that made it, and when the lane was there and the weights were."""
+
+    model: LoadedModel
+    result: Segmentation
+    began: float
+    loaded: float
 
 
 class UnetrInferTask(InferTask):
@@ -42,12 +67,13 @@ class UnetrInferTask(InferTask):
     Args:
         preset: the task.
         locator: where its weights are.
-        device: default device; the best there is if empty.
+        device: default device, where no ``lanes`` are given; the best there is if empty.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         cache: where masks are kept for those who ask again, or were not the first to ask.
         planner: chooses what fits into memory; by what is free if not given.
         compiles: whether models on the CPU are compiled in the background, and used so where that is faster.
         images: where preprocessed images are kept for clicks that correct the mask; none are kept if not given.
+        lanes: the devices, each with weights of its own.
     """
 
     def __init__(
@@ -60,16 +86,20 @@ class UnetrInferTask(InferTask):
         planner: Planner | None = None,
         compiles: bool = False,
         images: NetworkImages | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
-        options: dict[str, Any] = {"device": device_list()}
+        self._lanes = lanes if lanes is not None else Lanes.of(device)
+        # clients send the first back, which would take all of them to one device
+        several = [ALL] if self._lanes.several else []
+        options: dict[str, Any] = {"device": several + device_list()}
         # Clients send these options back: one for all labels would override a choice label by label.
         if isinstance(preset.inference.largest_component, bool):
             options["largest_component"] = preset.inference.largest_component
         super().__init__(InferType.SEGMENTATION, preset.label_indices, 3, preset.description, options)
         self.preset = preset
         self._locator = locator
-        self._device = device
-        self._models = ModelCache(preset, locator, precision, planner, COMPUTING if compiles else None)
+        self._precision, self._planner = precision, planner if planner is not None else Planner()
+        self._models = ModelCache(preset, locator, precision, self._planner, compiles)
         self._cache = cache if cache is not None else ResultCache(0)
         self._images = images
         self.checksums = Checksums()
@@ -89,7 +119,7 @@ class UnetrInferTask(InferTask):
         Raises:
             ModelNotReadyError, CheckpointError: when there are no usable weights.
         """
-        return self._models.get(resolve_device(self._device)).describe()
+        return self._models.get(self._lanes.first).describe()
 
     def settle(self) -> None:
         """Wait for what is prepared in the background."""
@@ -101,7 +131,7 @@ class UnetrInferTask(InferTask):
         Raises:
             ParameterError: naming the parameter, its value and what would be valid.
         """
-        InferRequest.parse(request, self._device)
+        self._parse(request)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Segment ``request["image"]``.
@@ -115,31 +145,20 @@ class UnetrInferTask(InferTask):
             ParameterError: when a parameter is not valid.
             ModelNotReadyError, CheckpointError: when there are no usable weights.
         """
-        asked = InferRequest.parse(request, self._device)
+        asked = self._parse(request)
         start = time.perf_counter()
         if (known := self._recall(asked, start)) is not None:
             return known
-        checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
-        volume = read_input(asked.image, self.preset)
+        image = self._read(asked.image)
+        checksum, volume = image.checksum, image.volume
         read = time.perf_counter()
-        with COMPUTING:
-            waited = time.perf_counter()
-            model = self._models.get(asked.device)
-            loaded = time.perf_counter()
-            unsure = model.calibration is not None
-            result = model.segmenter.segment(
-                volume,
-                asked.largest_component,
-                asked.image.name,
-                entropy=unsure,
-                on_image=self._keeper(asked, model, checksum),
-            )
-        computed = time.perf_counter()
+        made = self._compute(asked, volume, checksum, asked.largest_component)
+        model, result, computed = made.model, made.result, time.perf_counter()
         path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
         written = time.perf_counter()
         said = describe_result(result, volume, model)
         done = time.perf_counter()
-        timings = {"read": read - start, "wait": waited - read, "load": loaded - waited}
+        timings = {"read": read - start, "wait": made.began - read, "load": made.loaded - made.began}
         timings |= {"write": written - computed, "measure": done - written}
         stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
         stages["total"] = round((done - start) * 1000, 1)
@@ -154,33 +173,95 @@ class UnetrInferTask(InferTask):
         Raises:
             CheckpointError: when the weights cannot be used.
         """
-        return self._models.get(resolve_device(self._device)).preset if self.is_valid() else self.preset
+        return self._models.get(lane_in_use() or self._lanes.first).preset if self.is_valid() else self.preset
 
     def weights_stamp(self) -> tuple[object, ...]:
         """Changes with the weights; empty for none."""
         file = self._locator.find()
         return () if file is None else file.stamp
 
-    def mask_of(self, request: Mapping[str, Any]) -> CachedMask:
+    def mask_of(self, request: Mapping[str, Any], read: ReadImage | None = None) -> CachedMask:
         """The mask of ``request["image"]`` in memory: the one that is kept, or else a new one, which is kept then.
+
+        Args:
+            request: as of :meth:`__call__`.
+            read: the image, where it was read before (:meth:`read_ahead`).
 
         Raises:
             As :meth:`__call__`.
         """
-        asked = InferRequest.parse(request, self._device)
+        asked, start = self._parse(request), time.perf_counter()
         key = self._key(asked)
         if key is not None and (kept := self._cache.get(key)) is not None:
             return kept
-        checksum = self.checksums.of(asked.image) if asked.image.exists() else ""
-        volume = read_input(asked.image, self.preset)
-        with COMPUTING:
-            model = self._models.get(asked.device)
-            unsure, keep = model.calibration is not None, self._keeper(asked, model, checksum)
-            result = model.segmenter.segment(volume, None, asked.image.name, entropy=unsure, on_image=keep)
-        said = describe_result(result, volume, model) | describe_latencies({**_NO_TIME, **result.latencies_ms})
-        mask = CachedMask(result.labels, volume.affine_ras, said)
-        self._keep(asked, model, checksum, mask)
+        image = read if read is not None else self._read(asked.image)
+        made = self._compute(asked, image.volume, image.checksum)
+        model, result = made.model, made.result
+        said = describe_result(result, image.volume, model)
+        total = round((time.perf_counter() - start) * 1000, 1)
+        said |= describe_latencies({**_NO_TIME, **result.latencies_ms, "total": total})
+        mask = CachedMask(result.labels, image.volume.affine_ras, said)
+        self._keep(asked, model, image.checksum, mask)
         return mask
+
+    def read_ahead(self, request: Mapping[str, Any]) -> ReadImage | None:
+        """Read ``request["image"]`` before its turn, so that no device waits for that.
+
+        Returns:
+            None where its mask is kept already, or the image would take a large part of the memory that is free.
+
+        Raises:
+            ImageError: when it cannot be read.
+            ParameterError: when a parameter is not valid.
+        """
+        asked = self._parse(request)
+        if self.is_kept(request) or self.preset.channels or asked.image.is_dir():
+            return None
+        size = np.dtype(np.float32).itemsize * math.prod(read_grid(asked.image).shape)
+        return self._read(asked.image) if size <= SHARE_AHEAD * host_bytes_left(self._planner.budget) else None
+
+    def _read(self, image: Path) -> ReadImage:
+        checksum = self.checksums.of(image) if image.exists() else ""
+        return ReadImage(checksum, read_input(image, self.preset))
+
+    def forecast(self, request: Mapping[str, Any]) -> Forecast:
+        """What computing ``request["image"]`` needs, for whoever chooses a device; only the image's header is read.
+
+        Raises:
+            ParameterError: when a parameter is not valid.
+        """
+        asked = self._parse(request)
+        weights = (self.preset.name, self.weights_stamp())
+        if self.preset.channels or asked.image.is_dir():
+            return Forecast(weights)  # several files take long to look through
+        try:
+            grid = read_grid(asked.image)
+        except (ImageError, OSError):
+            return Forecast(weights)  # what is wrong with it is said where it is read
+        dtype = resolve_precision(self._precision, asked.device)
+        return Forecast(weights, self._planner.expected_seconds(self.preset, grid, asked.device, dtype))
+
+    def _parse(self, request: Mapping[str, Any]) -> InferRequest:
+        return InferRequest.parse(request, str(self._lanes.first.device))
+
+    def _compute(
+        self, asked: InferRequest, volume: Volume, checksum: str, largest_component: bool | None = None
+    ) -> _Made:
+        """Segment with the weights of the lane that this thread has, or gets."""
+
+        def compute(lane: Lane) -> _Made:
+            began = time.perf_counter()
+            model = self._models.get(lane)
+            loaded = time.perf_counter()
+            unsure, keep = model.calibration is not None, self._keeper(asked, model, checksum)
+            result = model.segmenter.segment(volume, largest_component, asked.image.name, entropy=unsure, on_image=keep)
+            return _Made(model, result, began, loaded)
+
+        return self._on_a_lane(asked, compute)
+
+    def _on_a_lane(self, asked: InferRequest, compute: Callable[[Lane], Result]) -> Result:
+        weights = (self.preset.name, self.weights_stamp())
+        return self._lanes.run(self._lanes.work(asked.wanted, weights=weights), compute)
 
     def _keep(self, asked: InferRequest, model: LoadedModel, checksum: str, mask: CachedMask) -> None:
         """Keep an answer, unless the image was replaced while it was read or segmented.
@@ -213,11 +294,11 @@ class UnetrInferTask(InferTask):
         Raises:
             As :meth:`__call__`.
         """
-        asked = InferRequest.parse(request, self._device)
+        asked = self._parse(request)
         volume = read_input(asked.image, self.preset)
-        with COMPUTING:
-            segmenter = self._models.get(asked.device).segmenter
-            result = segmenter.segment(volume, name=asked.image.name, entropy=True)
+        result = self._on_a_lane(
+            asked, lambda lane: self._models.get(lane).segmenter.segment(volume, name=asked.image.name, entropy=True)
+        )
         assert result.entropy is not None
         return write_map(result.entropy, volume.affine_ras)
 
@@ -227,11 +308,11 @@ class UnetrInferTask(InferTask):
         Raises:
             ParameterError: when a parameter is not valid.
         """
-        return self._recall(InferRequest.parse(request, self._device), time.perf_counter())
+        return self._recall(self._parse(request), time.perf_counter())
 
     def is_kept(self, request: Mapping[str, Any]) -> bool:
         """Whether :meth:`recall` would answer."""
-        key = self._key(InferRequest.parse(request, self._device))
+        key = self._key(self._parse(request))
         return key is not None and key in self._cache
 
     def _recall(self, asked: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:

@@ -19,8 +19,10 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from lib.configs.preset import Preset
 from lib.errors import LabelError, ParameterError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
+from lib.infers.lanes import device_in_use
 from lib.infers.network_images import NetworkImages
 from lib.infers.request import InferRequest, parse_boolean
+from lib.infers.schedule import Forecast
 from lib.infers.writer import write_mask
 from lib.interaction.dialects import BACKGROUND, parse_clicks
 from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
@@ -106,6 +108,10 @@ class _InteractiveTask(InferTask):
     def is_kept(self, request: Mapping[str, Any]) -> bool:
         """Whether :meth:`recall` would answer."""
         return False
+
+    def forecast(self, request: Mapping[str, Any]) -> Forecast:
+        """What computing needs: the weights of the automatic mask."""
+        return Forecast((self.preset.name, self._automatic.weights_stamp()))
 
     def _grid(self, image: Path, checksum: str) -> Grid:
         """The image's own grid."""
@@ -207,7 +213,7 @@ class ClickTask(_InteractiveTask):
         began = time.perf_counter()
         if not prompts.is_empty:
             scene = Scene(self._network_image(asked.image, checksum), labels, affine_ras)
-            edited = edit_clicks(scene, prompts, self._editor.on(asked.device) if self._editor else None)
+            edited = edit_clicks(scene, prompts, self._editor.on(device_in_use(asked.device)) if self._editor else None)
             labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
@@ -252,13 +258,14 @@ class ClickTask(_InteractiveTask):
             read = read_mask(Path(saved["file"]), grid, self.preset, names, saved["version_id"])
             return read, grid.affine_ras, str(saved["version_id"])
         if self._automatic.is_valid():
-            mask = self._automatic.mask_of({"image": str(asked.image), "device": str(asked.device)})
+            device = {} if asked.wanted is None else {"device": str(asked.wanted)}
+            mask = self._automatic.mask_of({"image": str(asked.image)} | device)
             return mask.labels.copy(order="K"), mask.affine_ras, "automatic"
         return np.zeros(grid.shape, dtype=np.uint8, order="F"), grid.affine_ras, "empty"
 
     def _key(self, request: Mapping[str, Any], asked: InferRequest) -> CacheKey:
         saved = (request.get("start_from") or {}).get("version_id", "")
-        options: tuple[Hashable, ...] = (str(asked.device), saved, self._prompts(request).key())
+        options: tuple[Hashable, ...] = (asked.device.type, saved, self._prompts(request).key())
         stamp = self._automatic.weights_stamp()
         return CacheKey(self._automatic.checksums.of(asked.image), f"{self.preset.name}_edit", stamp, options)
 

@@ -22,6 +22,7 @@ from lib.configs.settings import Settings
 from lib.datastore.history import LabelHistory
 from lib.datastore.leases import Leases
 from lib.datastore.store import VersionedDatastore
+from lib.infers.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.http.events import Changes
 from lib.server.http.metrics import Metrics
@@ -85,6 +86,11 @@ async def get_jobs(services: AllServices) -> Jobs:
 async def get_pause(services: AllServices) -> Pause:
     """Whether trainings make way for inference."""
     return services.pause
+
+
+async def get_lanes(services: AllServices) -> Lanes:
+    """The devices."""
+    return services.inferences.lanes
 
 
 async def get_image_checks(services: AllServices) -> anyio.CapacityLimiter:
@@ -163,6 +169,7 @@ ChangesDep = Annotated[Changes, Depends(get_changes)]
 DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
 PauseDep = Annotated[Pause, Depends(get_pause)]
+LanesDep = Annotated[Lanes, Depends(get_lanes)]
 ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
 ScoringMethodsDep = Annotated[Collection[str], Depends(get_scoring_methods)]
 StoreDep = Annotated[VersionedDatastore, Depends(get_store)]

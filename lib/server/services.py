@@ -24,8 +24,11 @@ from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.sources import FolderSource
 from lib.errors import NotFoundError
+from lib.infers.lanes import Lanes
+from lib.infers.schedule import Forecast
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
+from lib.server.http.devices import DeviceFigures
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
@@ -35,6 +38,7 @@ from lib.server.tasks import TasksByName, infer_tasks, segmentation_tasks, train
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
+from lib.server.work.places import devices_of, occupied, pooled_devices
 from lib.server.work.prefetch import Prefetcher
 from lib.server.work.presented import PresentedCases
 from lib.server.work.queue import InferenceQueue
@@ -86,6 +90,11 @@ class Services:
             metrics.count_job(job.kind, job.status)
             changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
 
+        def on_change(job: Job) -> None:
+            journal.write(job)
+            open_ones = [one for kind in KINDS for one in jobs.of(kind)]
+            instance.lanes.occupy(occupied(open_ones, pooled_devices(instance.lanes)))
+
         pause = Pause()
         folders = {name: task.runs for name, task in instance.trainers.items()}
         journal = Journal(folders, str(instance.studies))
@@ -93,19 +102,20 @@ class Services:
             on_end,
             partial(_see_new_labels, instance),
             on_output=lambda job: changes.mark("job"),
-            on_change=journal.write,
+            on_change=on_change,
             steps_of=journal.steps,
         )
-        inferences = InferenceQueue(settings.queue_size, lambda busy: jobs.hold("scoring", busy), pause)
+        inferences = InferenceQueue(settings.queue_size, instance.lanes, pause)
+        _share_devices(instance.lanes, jobs)
         prefetcher = Prefetcher(
             segmentation_tasks(instance.models).find,
             lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
             inferences,
             metrics,
-            settings.device,
             enabled=settings.result_cache_mib > 0,
         )
         _watch(metrics, instance, inferences, jobs)
+        metrics.registry.register(DeviceFigures(instance.lanes))
         metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
         metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)
         return cls(
@@ -203,6 +213,12 @@ class Services:
         """
         return self.infer_tasks.find(model)
 
+    def forecast(self, model: str, image: Path | None) -> Forecast:
+        """What segmenting an image needs, where there are several devices to choose from."""
+        if image is None or not self.inferences.lanes.several:
+            return Forecast()
+        return self.infer_task(model).forecast({"image": str(image)})
+
     def segmentation_task(self, model: str) -> UnetrInferTask:
         """The inference task of that name that segments by itself, with weights: none that takes clicks.
 
@@ -266,6 +282,17 @@ def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:
         instance.datastore().refresh()
     except Exception:
         logger.exception("the labels of batch inference %s are seen later", job.id)
+
+
+def _share_devices(lanes: Lanes, jobs: Jobs) -> None:
+    """A scoring stands still while somebody computes on its device, or waits for it."""
+
+    def hold(in_use: frozenset[str]) -> None:
+        scoring = jobs.current("scoring")
+        own = devices_of(scoring.request if scoring else {}, "scoring", pooled_devices(lanes))
+        jobs.hold("scoring", bool(in_use & own))
+
+    lanes.watch(hold)
 
 
 def _watch(metrics: Metrics, instance: MONAILabelApp, inferences: InferenceQueue, jobs: Jobs) -> None:

@@ -63,6 +63,12 @@ def test_from_conf_with_a_bad_value_is_refused_in_words(conf: dict[str, str], pa
     assert [part for part in parts if part not in str(refused.value)] == [], str(refused.value)
 
 
+def test_device_and_devices_are_not_both_given() -> None:
+    assert Settings.from_conf({"devices": "cpu,cpu"}).devices == "cpu,cpu"
+    with pytest.raises(ConfigError, match="device is 'cuda' and devices 'all'; valid: one of the two"):
+        Settings.from_conf({"device": "cuda", "devices": "all"})
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings.from_conf({}).device = "cpu"  # type: ignore[misc]

@@ -17,11 +17,12 @@ from torch import nn
 from lib.configs.settings import Settings
 from lib.infers.compiling import Compiler, compile_if_faster
 from lib.infers.costs import CostBook, WindowCost, cost_key
+from lib.infers.lanes import Lanes
 from lib.infers.memory import MIB, MemoryProbe
 from lib.infers.model_cache import ModelCache
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
-from lib.infers.task import COMPUTING, UnetrInferTask
+from lib.infers.task import UnetrInferTask
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.compiled import CompiledForward, has_openvino
@@ -211,10 +212,13 @@ def test_task_answers_at_once_and_later_with_what_was_compiled(tmp_path: Path) -
     image = tmp_path / "image.nii.gz"
     nib.save(nib.Nifti1Image(boxes()[0], axis_affine("LPS", (1, 1, 1))), image)
     planner = Planner(book=_book())
-    task = UnetrInferTask(tiny_preset(), _weights(tmp_path, 0), precision="fp32", planner=planner, compiles=True)
-    with COMPUTING:  # nothing can have been compared yet
+    lanes = Lanes.of("cpu")
+    task = UnetrInferTask(
+        tiny_preset(), _weights(tmp_path, 0), precision="fp32", planner=planner, compiles=True, lanes=lanes
+    )
+    with lanes.first.lock:  # nothing can have been compared yet
         task.load()
-        segmenter = task._models.get(CPU).segmenter
+        segmenter = task._models.get(lanes.first).segmenter
         assert isinstance(segmenter.network, InferenceNetwork)
         assert segmenter.plan(Volume(boxes()[0], np.eye(4))).engine == "pytorch"
         _slow_down(segmenter.network.network, 0.5)
@@ -233,7 +237,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
         assert going.wait(60)
 
     monkeypatch.setattr("lib.infers.model_cache.compile_if_faster", compile_slowly)
-    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", computing=threading.Lock())
+    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", compiles=True)
     first = models.get(CPU).segmenter
     assert waiting.wait(60)
     _weights(tmp_path, 1)

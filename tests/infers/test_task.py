@@ -19,6 +19,7 @@ from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
 from lib.infers.plan import Plan, Planner
 from lib.infers.request import InferRequest
+from lib.infers.schedule import Forecast
 from lib.infers.segmenter import Segmentation, Segmenter
 from lib.infers.task import UnetrInferTask
 from lib.models.calibration import Calibration, calibration_file, foreground_uncertainty
@@ -277,3 +278,47 @@ def test_answer_says_where_itk_and_nibabel_read_the_image_differently(
     (warning,) = answer["warnings"]
     assert "ITK (3D Slicer) and nibabel place the image up to 11.5 mm apart" in warning
     np.testing.assert_allclose(nib.load(file).affine[:3, 3], [-20.0, 12.25, 88.0], atol=1e-4)
+
+
+def test_image_that_was_read_ahead_gives_the_same_mask_and_is_kept(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    plain = task.mask_of({"image": str(image)})
+    results = ResultCache(16)
+    cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", results)
+    read = cached.read_ahead({"image": str(image)})
+    assert read is not None and read.volume.voxels.shape == (20, 18, 16)
+    made = cached.mask_of({"image": str(image)}, read)
+    np.testing.assert_array_equal(made.labels, plain.labels)
+    assert cached.is_kept({"image": str(image)})
+    assert made.said["latencies_ms"]["total"] >= made.said["latencies_ms"]["network"] > 0
+    assert cached.read_ahead({"image": str(image)}) is None, "its mask is there"
+
+
+def test_image_that_was_replaced_after_it_was_read_is_not_kept(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    results = ResultCache(16)
+    cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", results)
+    read = cached.read_ahead({"image": str(image)})
+    nib.save(nib.Nifti1Image(boxes(seed=5)[0], np.eye(4)), image)
+    cached.mask_of({"image": str(image)}, read)
+    assert len(results) == 0
+
+
+def test_image_is_not_read_ahead_where_memory_is_short(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+    small = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", planner=Planner(budget=1))
+    assert small.read_ahead({"image": str(image)}) is None
+
+
+def test_request_names_its_weights_and_its_seconds_once_a_window_was_measured(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    request = {"image": str(image)}
+    assert task.forecast(request) == Forecast((task.preset.name, task.weights_stamp()))
+    answer = task.mask_of(request).said
+    known = task.forecast(request)
+    assert known.weights == (task.preset.name, task.weights_stamp())
+    # the plan in the answer leaves out windows of air
+    assert known.seconds is not None and known.seconds >= answer["plan"]["seconds"] - 0.005
+    assert task.forecast({"image": str(tmp_path / "none.nii.gz")}).seconds is None

@@ -24,6 +24,7 @@ from lib.errors import (
     CheckpointError,
     ConfigError,
     ConflictError,
+    DeviceError,
     FileKindError,
     InputError,
     MemoryBudgetError,
@@ -87,6 +88,7 @@ STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
     (CheckpointError, 422),
     (UpstreamError, 502),
     (BusyError, 503),
+    (DeviceError, 503),
     (StorageError, 507),
 )
 HTTP_ERRORS = {
@@ -184,7 +186,7 @@ def _kind(error: Exception, status: int) -> str:
 
 
 def _headers(error: Exception) -> Mapping[str, str] | None:
-    if isinstance(error, BusyError):
+    if isinstance(error, BusyError | DeviceError):
         return {"Retry-After": str(error.retry_after_seconds)}
     if isinstance(error, UnauthorizedError):
         return {"WWW-Authenticate": "Bearer"}

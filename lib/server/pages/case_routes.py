@@ -29,7 +29,6 @@ from lib.server.pages.case_view import (
 from lib.server.pages.drawing import draw
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.slices import Contour, Line, Plane, Stack, draw_slice, middle_of, reorient
-from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
 from lib.storage.disk import MIB
@@ -205,7 +204,8 @@ async def computed(parts: Services, gallery: Gallery, subject: Subject, kind: st
             return kept
         asked = request_for(parts, subject)
         wanted = PrefetchKey(subject.model, subject.image)
-        async with parts.inferences.slot(str(device_of(parts, asked)), wanted) as slot:
+        forecast = await anyio.to_thread.run_sync(parts.forecast, subject.model, subject.path)
+        async with parts.inferences.slot(what=wanted, forecast=forecast) as slot:
             made = await slot.run(lambda: compute(parts, subject, kind, asked))
         return gallery.volumes.get(key, lambda: made, lambda array: array.nbytes)
 
@@ -221,7 +221,7 @@ def compute(parts: Services, subject: Subject, kind: str, asked: dict[str, Any])
 
 def request_for(parts: Services, subject: Subject) -> dict[str, Any]:
     """What an inference is asked for the pictures; the same as 3D Slicer's, so that one answer serves both."""
-    return {"image": str(subject.path), "device": parts.settings.device, "result_extension": ".nii"}
+    return {"image": str(subject.path), "result_extension": ".nii"}
 
 
 def take_turned(file: Path, dtype: type = np.uint8) -> Any:

@@ -264,7 +264,7 @@ def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> Case
 
 def estimate_of(parts: Services, model: str, path: Path) -> Mapping[str, float] | None:
     """The prediction's probable Dice and its error, where the prediction is ready and its weights are calibrated."""
-    found = parts.infer_task(model).recall({"image": str(path), "device": parts.settings.device})
+    found = parts.infer_task(model).recall({"image": str(path)})
     if found is None:
         return None
     Path(found[0]).unlink(missing_ok=True)

@@ -21,7 +21,6 @@ from lib.server.pages.case_routes import Gallery, gallery_of, take_turned
 from lib.server.pages.case_view import edit_model_for, stack_of
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.slices import AXES, Plane
-from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
 from lib.transforms.volume import Grid, read_grid
@@ -110,7 +109,9 @@ async def _corrected(parts: Services, gallery: Gallery, image: str, asked: Click
     known = await anyio.to_thread.run_sync(lambda: task.recall(params))
     if known is not None:
         return Path(known[0]), preset
-    async with parts.inferences.slot(str(device_of(parts, params)), PrefetchKey(f"{preset}_edit", image)) as slot:
+    what = PrefetchKey(f"{preset}_edit", image)
+    forecast = await anyio.to_thread.run_sync(parts.forecast, f"{preset}_edit", path)
+    async with parts.inferences.slot(what=what, forecast=forecast) as slot:
         made = await slot.run(lambda: task(params))
     return Path(str(made[0])), preset
 

@@ -31,9 +31,7 @@ VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
     "job": lambda parts, _user, policy: job_view(parts.jobs, parts.train_tasks, policy.words(), policy.notices()),
     "models": lambda parts, _user, _policy: models_view(parts.train_tasks),
     "activity": lambda parts, user, _policy: activity_view(parts, user),
-    "system": lambda parts, _user, _policy: system_view(
-        parts.settings.device, str(parts.instance.studies), parts.metrics, parts.inferences
-    ),
+    "system": lambda parts, _user, _policy: system_view(str(parts.instance.studies), parts.metrics, parts.inferences),
 }
 
 

@@ -15,8 +15,10 @@ from lib.datastore.repair import shorten
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
+from lib.infers.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
+    LanesDep,
     MetricsDep,
     SegmentationTasksDep,
     SettingsDep,
@@ -46,19 +48,21 @@ def readyz(
     store: StoreDep,
     studies: StudiesDep,
     settings: SettingsDep,
+    lanes: LanesDep,
     response: Response,
 ) -> dict[str, Any]:
     """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
 
     A model that nobody has trained yet is no failure: labelling for it is how it gets trained. Nor is a damaged live
-    version, as long as the one before it is served; ``warnings`` says so.
+    version, as long as the one before it is served, or a device that fell out beside others; ``warnings`` says so.
     """
     loaded, problems = load_models(models)
+    problems += device_problems(lanes)
     problems += disk_problems(studies_folder(studies), settings.free_disk_mib)
     problems += [*store_problems(store), *source_problems(store)]
     response.status_code = 503 if problems else 200
     state = {"status": "not ready" if problems else "ready", "problems": problems, "models": loaded}
-    return state | {"warnings": [*weights_warnings(trainers), *left_out_warnings(store)]}
+    return state | {"warnings": [*device_warnings(lanes), *weights_warnings(trainers), *left_out_warnings(store)]}
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
@@ -79,6 +83,16 @@ def load_models(models: TasksByName[UnetrInferTask]) -> tuple[dict[str, str], li
             versions[name] = "unusable"
             problems.append(f"model {name!r}: {error}")
     return versions, problems
+
+
+def device_problems(lanes: Lanes) -> list[str]:
+    """A sentence for each device that is out, where no other is left."""
+    return [] if lanes.any_works else lanes.problems()
+
+
+def device_warnings(lanes: Lanes) -> list[str]:
+    """A sentence for each device that is out beside others that work."""
+    return lanes.problems() if lanes.any_works else []
 
 
 def weights_warnings(trainers: TasksByName[UnetrTrainTask]) -> list[str]:

@@ -21,6 +21,8 @@ from monailabel.utils.others.generic import get_mime_type
 
 from lib.dicom.segmentation_writer import Origin
 from lib.errors import CheckpointError, ModelNotReadyError, ParameterError
+from lib.infers.lanes import ALL
+from lib.infers.schedule import Forecast
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.networks.precision import resolve_device
 from lib.server.http.auth import AsUser, Role, User
@@ -107,7 +109,8 @@ async def infer(
     if ready is not None:
         return respond(ready, output)
     what = PrefetchKey(asked.model, str(asked.image_id or asked.file))
-    async with parts.inferences.slot(str(device_of(parts, asked.params)), what) as slot:
+    forecast = await anyio.to_thread.run_sync(lambda: forecast_of(parts, asked))
+    async with parts.inferences.slot(device_of(asked.params), what, forecast) as slot:
         if await request.is_disconnected():
             logger.info("the client left while it waited for %s", model)
             return Response(status_code=499)
@@ -185,11 +188,19 @@ def check_dicom_seg(parts: Services, image_id: str | None) -> None:
         raise ParameterError("output", "dicom_seg", "image, json or all, since the image is no DICOM series")
 
 
-def device_of(parts: Services, params: Mapping[str, Any]) -> object:
-    """The device that a request computes on."""
+def device_of(params: Mapping[str, Any]) -> str:
+    """The device that a request names; ``all`` where it names none."""
     device = params.get("device")
     device = device[0] if isinstance(device, list) and device else device
-    return resolve_device(str(device) if device else parts.settings.device)
+    return str(resolve_device(str(device))) if device and device != ALL else ALL
+
+
+def forecast_of(parts: Services, asked: Asked) -> Forecast:
+    """What a request needs, where there are several devices to choose from."""
+    image = asked.file
+    if image is None and asked.image_id is not None:
+        image = parts.image_file(asked.image_id)
+    return parts.forecast(asked.model, image)
 
 
 def recall(parts: Services, asked: Asked, user: User) -> Answer | None:

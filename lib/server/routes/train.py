@@ -7,18 +7,19 @@ from datetime import datetime, timezone
 from typing import Annotated, Any
 
 import anyio
-import torch
 from fastapi import APIRouter, Depends
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
+from lib.infers.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
     DatastoreDep,
     ImageChecksDep,
     JobsDep,
+    LanesDep,
     PauseDep,
     ScoringMethodsDep,
     SegmentationTasksDep,
@@ -32,6 +33,7 @@ from lib.server.labels.submissions import tag_for_prediction
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Job, Jobs, Kind
 from lib.server.work.pause import Pause
+from lib.server.work.places import idle_place, pause_file
 from lib.trainers.request import SERVER_FIELDS, TrainRequest
 from lib.trainers.task import UnetrTrainTask
 
@@ -68,6 +70,7 @@ async def train_all(
     trainers: TrainTasksDep,
     jobs: JobsDep,
     pause: PauseDep,
+    lanes: LanesDep,
     datastore: DatastoreDep,
     limiter: ImageChecksDep,
     user: AsReviewer,
@@ -85,7 +88,7 @@ async def train_all(
     notices = {model: await notice(trainers[model], datastore, limiter, request) for model, request in requests.items()}
     labelled = [model for model, task in trainers.items() if await has_labels(task, datastore, limiter)]
     trained = labelled or list(trainers)
-    started = {model: jobs.submit("train", training(pause, requests[model], model), True) for model in trained}
+    started = {model: jobs.submit("train", training(pause, lanes, requests[model], model), True) for model in trained}
     skipped = {model: {"result": None, "detail": "no label yet"} for model in trainers if model not in trained}
     return skipped | {
         model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
@@ -98,6 +101,7 @@ async def train(
     trainers: TrainTasksDep,
     jobs: JobsDep,
     pause: PauseDep,
+    lanes: LanesDep,
     datastore: DatastoreDep,
     limiter: ImageChecksDep,
     user: AsReviewer,
@@ -112,7 +116,7 @@ async def train(
     """
     check_training(trainers, model, params)
     words = await notice(trainers[model], datastore, limiter, params)
-    job = jobs.submit("train", training(pause, params, model), enqueue)
+    job = jobs.submit("train", training(pause, lanes, params, model), enqueue)
     return _noting(await answer(job, run_sync), words)
 
 
@@ -132,6 +136,7 @@ def batch_status(status: StatusDep, user: AsUser) -> Status:
 async def batch_infer(
     models: SegmentationTasksDep,
     jobs: JobsDep,
+    lanes: LanesDep,
     datastore: DatastoreDep,
     user: AsAnnotator,
     model: str,
@@ -143,15 +148,13 @@ async def batch_infer(
 
     Another tag is the request's ``label_tag``; ``final`` needs a reviewer. Labels that a person drew are not replaced.
     """
-    # with more than one worker, one bad image among a thousand is logged instead of ending the run; the computing
-    # itself goes on one by one
-    request = {"images": images.value, "max_workers": 2} | own(params, model)
+    # each device computes one image at a time; one more worker reads the next image meanwhile
+    workers = 1 + sum(lane.pooled for lane in lanes)
+    request = {"images": images.value, "max_workers": workers} | own(params, model)
     check_batch(models, datastore, model, request)
     request["label_tag"] = tag_for_prediction(user, request)
     # by which a server that is restarted knows what the batch has done
     request["begun_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    if not torch.cuda.is_available():
-        request["multi_gpu"] = False  # MONAI Label shares images out among GPUs, and divides by their number
     return await answer(jobs.submit("batch_infer", request), run_sync)
 
 
@@ -172,6 +175,7 @@ async def score(
     methods: ScoringMethodsDep,
     trainers: TrainTasksDep,
     jobs: JobsDep,
+    lanes: LanesDep,
     user: AsAnnotator,
     method: str,
     params: Body,
@@ -184,7 +188,7 @@ async def score(
     model = request.get("model")
     if model and model not in trainers:
         raise NotFoundError("model", model, list(trainers))
-    request["method"] = method
+    request |= {"method": method} | idle_place(lanes)
     return await answer(jobs.submit("scoring", request, enqueue=True), run_sync)
 
 
@@ -239,9 +243,10 @@ def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}
 
 
-def training(pause: Pause, params: Mapping[str, Any], model: str) -> dict[str, Any]:
+def training(pause: Pause, lanes: Lanes, params: Mapping[str, Any], model: str) -> dict[str, Any]:
     """A Train request as somebody pressed the button: with what the server adds."""
-    return own(params, model) | {"why": "by hand", "pause_file": str(pause.file)}
+    asked = own(params, model)
+    return asked | {"why": "by hand", "pause_file": str(pause_file(pause, lanes, asked))}
 
 
 def check_training(trainers: TasksByName[UnetrTrainTask], model: str, params: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ from lib.activelearning.score_store import LabelDisagreement
 from lib.activelearning.task import label_stamps
 from lib.errors import CheckpointError, ModelNotReadyError, NotFoundError
 from lib.server.http.auth import AsUser
-from lib.server.routes.infer import device_of
 from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
 
@@ -26,11 +25,11 @@ async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, 
     """A NIfTI file (``.nii.gz``, 32-bit numbers) on the image's own grid: entropy, 0 (certain) to 1."""
     task = parts.segmentation_task(model)
     path = await anyio.to_thread.run_sync(lambda: parts.image_file(parts.check_image(image)))
-    asked = {"image": str(path), "device": parts.settings.device}
+    asked = {"image": str(path)}
     task.validate_request(asked)
-    async with parts.inferences.slot(
-        str(device_of(parts, asked)), PrefetchKey(model, f"uncertainty of {image}")
-    ) as slot:
+    what = PrefetchKey(model, f"uncertainty of {image}")
+    forecast = await anyio.to_thread.run_sync(parts.forecast, model, path)
+    async with parts.inferences.slot(what=what, forecast=forecast) as slot:
         if await request.is_disconnected():
             return Response(status_code=499)
         content = await slot.run(lambda: compute(parts, model, asked))

@@ -377,7 +377,13 @@ def _environment(job: Job) -> dict[str, str]:
     environment["PYTHONUTF8"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     gpus = str(job.request.get("gpus") or "all")
-    return environment | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus != "all" else {})
+    if gpus == "all":
+        return environment
+    # the process counts what it sees from 0, so that names of devices do not mean what they mean here
+    conf = json.loads(environment.get("MONAI_LABEL_APP_CONF") or "{}")
+    conf = {key: value for key, value in conf.items() if key not in ("device", "devices")}
+    environment["MONAI_LABEL_APP_CONF"] = json.dumps(conf | {"devices": "all"})
+    return environment | {"CUDA_VISIBLE_DEVICES": gpus}
 
 
 def _now() -> str:

@@ -1,10 +1,11 @@
-"""Asking a training that computes on the same GPU to stand still while requests wait or are answered."""
+"""Asking a training that computes on the same GPU to stand still while requests are answered on it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,24 @@ SECONDS_BETWEEN_TOUCHES = 1.0
 
 
 class Pause:
-    """Keeps a file fresh for as long as somebody needs the GPU; trainings look at it (``lib.trainers.pause``)."""
+    """Keeps files fresh for as long as somebody needs a GPU; trainings look at one of them (``lib.trainers.pause``)."""
 
     def __init__(self) -> None:
         self.file = Path(tempfile.gettempdir()) / f"unetr-pause-{os.getpid()}"
-        self._count = 0
+        self._groups: dict[Path, frozenset[str]] = {}
+        self._asked: Counter[str] = Counter()
+        self._fresh: set[Path] = set()
         self._lock = threading.Lock()
         self._nobody = threading.Event()
         self._nobody.set()
+
+    def file_for(self, devices: frozenset[str]) -> Path:
+        """The file for a training on these GPUs; ``file`` is for one that may be on any."""
+        indices = "-".join(sorted(device.removeprefix("cuda:") for device in devices))
+        path = self.file.with_name(f"{self.file.name}-{indices}")
+        with self._lock:
+            self._groups[path] = devices
+        return path
 
     @contextmanager
     def asked(self, device: str) -> Iterator[None]:
@@ -28,26 +39,34 @@ class Pause:
         if not device.startswith("cuda"):
             yield
             return
-        self._change(1)
+        self._change(device, 1)
         try:
             yield
         finally:
-            self._change(-1)
+            self._change(device, -1)
 
-    def _change(self, by: int) -> None:
+    def _change(self, device: str, by: int) -> None:
         with self._lock:
-            self._count += by
-            if self._count == 1 and by == 1:
+            self._asked[device] += by
+            began = bool(+self._asked) and self._nobody.is_set()
+            self._touch()
+            if began:
                 self._nobody.clear()
-                self.file.touch()
                 threading.Thread(target=self._keep_fresh, daemon=True, name="pause").start()
-            elif self._count == 0:
+            elif not +self._asked:
                 self._nobody.set()
-                self.file.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        asked = set(+self._asked)
+        wanted = {path for path, devices in self._groups.items() if devices & asked} | ({self.file} if asked else set())
+        for path in self._fresh - wanted:
+            path.unlink(missing_ok=True)
+        for path in wanted:
+            path.touch()
+        self._fresh = wanted
 
     def _keep_fresh(self) -> None:
-        """Touch the file as long as an inference takes, however long."""
+        """Touch the files as long as an inference takes, however long."""
         while not self._nobody.wait(SECONDS_BETWEEN_TOUCHES):
             with self._lock:
-                if self._count:
-                    self.file.touch()
+                self._touch()

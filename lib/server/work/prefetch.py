@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 
 from lib.errors import UnetrError
 from lib.infers.interruption import InterruptedWork
-from lib.infers.task import UnetrInferTask
-from lib.networks.precision import resolve_device
+from lib.infers.lanes import ALL
+from lib.infers.task import ReadImage, UnetrInferTask
 from lib.server.http.metrics import Metrics
 from lib.server.work.queue import InferenceQueue
 
 logger = logging.getLogger("unetr.server")
 
 MOST_WANTED = 16
+MOST_AT_ONCE = 4
 TRIES = 3
 """Starts of one prefetch: a server that is never quiet does not finish any."""
 
@@ -35,14 +37,13 @@ class PrefetchKey:
 
 
 class Prefetcher:
-    """Computes masks ahead, one at a time, into the result cache.
+    """Computes masks ahead, one at a time on each device, into the result cache.
 
     Args:
         task_of: gives the inference task of a model.
         file_of: gives the file of an image.
         inferences: where it waits for idle turns.
         metrics: where it counts.
-        device: the device that requests are computed on by default.
         enabled: whether anything is computed ahead.
     """
 
@@ -52,12 +53,12 @@ class Prefetcher:
         file_of: Callable[[str], Path],
         inferences: InferenceQueue,
         metrics: Metrics,
-        device: str,
         enabled: bool,
     ) -> None:
         self._task_of, self._file_of, self._inferences, self._metrics = task_of, file_of, inferences, metrics
-        self._device, self._enabled = device, enabled
+        self._enabled = enabled
         self._wanted: OrderedDict[PrefetchKey, int] = OrderedDict()
+        self._begun: set[PrefetchKey] = set()
         self._more = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -65,13 +66,16 @@ class Prefetcher:
     async def running(self) -> AsyncIterator[None]:
         """Work in the background for as long as this is open."""
         self._loop = asyncio.get_running_loop()
-        task = asyncio.create_task(self._work(), name="prefetch")
+        # one more than there are devices: it reads the next image while they compute
+        count = 1 + min(MOST_AT_ONCE, sum(lane.pooled for lane in self._inferences.lanes))
+        tasks = [asyncio.create_task(self._work(), name="prefetch") for _ in range(count)]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
     def want(self, wanted: Sequence[PrefetchKey]) -> None:
         """Have these computed next, the first of them first; may be called from any thread."""
@@ -94,27 +98,34 @@ class Prefetcher:
     async def _work(self) -> None:
         while True:
             await self._more.wait()
-            if not self._wanted:
+            one = next((wanted for wanted in self._wanted if wanted not in self._begun), None)
+            if one is None:
                 self._more.clear()
                 continue
-            one, tries = next(iter(self._wanted.items()))
+            tries = self._wanted[one]
+            self._begun.add(one)
             outcome = await self._try(one)
+            self._begun.discard(one)
             if outcome == "interrupted" and tries + 1 < TRIES:
                 if one in self._wanted:
                     self._wanted[one] = tries + 1
+                self._more.set()
                 continue
             self._wanted.pop(one, None)
             self._metrics.count_prefetch(one.model, outcome)
 
     async def _try(self, one: PrefetchKey) -> str:
         """``done``, ``known``, ``interrupted`` or ``failed``."""
-        device = str(resolve_device(self._device))
         try:
             task = self._task_of(one.model)
-            # fetched before it takes its slot: the device does not wait for a PACS
+            # fetched and read before it takes its slot: neither a device nor a request waits for a PACS or a disk
             image = await anyio.to_thread.run_sync(self._file_of, one.image)
-            async with self._inferences.idle_slot(device, one) as slot:
-                return await slot.run(lambda: _compute(task, image))
+            request, needs = {"image": str(image)}, None
+            read = await anyio.to_thread.run_sync(task.read_ahead, request)
+            if self._inferences.lanes.several:
+                needs = await anyio.to_thread.run_sync(task.forecast, request)
+            async with self._inferences.idle_slot(ALL, one, needs) as slot:
+                return await slot.run(lambda: _compute(task, request, read))
         except InterruptedWork:
             return "interrupted"
         except UnetrError as error:
@@ -125,11 +136,8 @@ class Prefetcher:
             return "failed"
 
 
-def _compute(task: UnetrInferTask, image: Path) -> str:
-    request = {"image": str(image)}
+def _compute(task: UnetrInferTask, request: Mapping[str, Any], read: ReadImage | None) -> str:
     if task.is_kept(request):
         return "known"
-    file, _ = task(request)
-    if file is not None:
-        Path(file).unlink(missing_ok=True)
+    task.mask_of(request, read)
     return "done"

@@ -1,6 +1,7 @@
-"""One inference at a time on each device; a bounded number wait, the rest are told when to come back.
+"""Requests wait for a device without holding a thread; a bounded number wait, the rest are told when to come back.
 
-What is computed ahead takes the turns that nobody wants, and gives them back as soon as somebody does.
+Who gets which device is decided in ``lib.infers.schedule``. What is computed ahead takes the devices that nobody wants,
+and gives them back as soon as somebody does.
 """
 
 from __future__ import annotations
@@ -8,119 +9,106 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Hashable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import anyio
+import torch
 
 from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.lanes import ALL, Lane, Lanes, computing_on
+from lib.infers.schedule import Forecast, Work
 from lib.server.http.errors import BusyError
 from lib.server.work.pause import Pause
 
 Result = TypeVar("Result")
-# How much the latest inference counts in the mean that Retry-After is estimated with.
-WEIGHT_OF_LATEST = 0.3
-
-
-@dataclass
-class _Lane:
-    """What runs and waits on one device. Only the event loop's thread touches it."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="inference"))
-    inside: int = 0
-    mean_seconds: float = 1.0
-    left: asyncio.Condition = field(default_factory=asyncio.Condition)
-    ahead: tuple[object, threading.Event] | None = None
 
 
 class InferenceQueue:
-    """Runs blocking work off the event loop, one piece at a time on each device, first come first served.
+    """Runs blocking work off the event loop, one piece at a time on each lane, first come first served.
 
     Args:
-        size: how many may wait on a device besides the one that runs.
-        on_busy: called with True when the first comes in and with False when the last has left.
+        size: how many may wait besides those that run.
+        lanes: the devices.
         pause: asks trainings on the same device to stand still meanwhile.
     """
 
-    def __init__(self, size: int, on_busy: Callable[[bool], None] | None = None, pause: Pause | None = None) -> None:
+    def __init__(self, size: int, lanes: Lanes, pause: Pause | None = None) -> None:
+        self.lanes = lanes
         self._size = size
-        self._on_busy = on_busy
         self._pause = pause or Pause()
-        self._lanes: dict[str, _Lane] = {}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
 
     @property
     def waiting(self) -> int:
         """How many wait now, on all devices."""
-        return sum(max(0, lane.inside - 1) for lane in self._lanes.values())
+        return self.lanes.waiting()
 
     @property
     def busy(self) -> bool:
         """Whether anybody computes or waits; what is computed ahead does not count."""
-        return any(lane.inside for lane in self._lanes.values())
+        return any(not self.lanes.is_idle(str(lane.device)) for lane in self.lanes)
 
     @asynccontextmanager
-    async def slot(self, device: str, what: object = None) -> AsyncIterator[DeviceSlot]:
+    async def slot(
+        self, device: str = ALL, what: Hashable = None, forecast: Forecast | None = None
+    ) -> AsyncIterator[DeviceSlot]:
         """Wait for a device; what runs inside has it alone.
 
         Args:
-            device: which.
-            what: what is to be computed. Where the same is being computed ahead, that is waited for; anything else
-                that is computed ahead is ended.
+            device: which; ``all``: the one that will have finished first.
+            what: what is to be computed. Where the same is being computed, also ahead, that is waited for; anything
+                else that is computed ahead gives way.
+            forecast: what it needs.
 
         Raises:
             BusyError: at once, when too many wait already.
+            DeviceError: when no device that may compute it works.
         """
-        lane = self._lanes.setdefault(device, _Lane())
-        if lane.inside > self._size:
-            seconds = max(1, math.ceil(lane.mean_seconds * lane.inside))
-            message = f"{lane.inside} inferences run or wait on {device}; come back in {seconds} s"
-            raise BusyError(message, seconds)
-        self._enter(lane)
-        if lane.ahead is not None and lane.ahead[0] != what:
-            lane.ahead[1].set()
-        try:
-            with self._pause.asked(device):
-                async with lane.lock:
-                    yield DeviceSlot(lane)
-        finally:
-            await self._leave(lane)
+        known = forecast or Forecast()
+        wanted = _device(device)
+        work = self.lanes.work(wanted, what, known.weights, known.seconds)
+        inside = self.lanes.wanted(wanted)
+        if inside >= self._size + len(work.lanes):
+            seconds = self.lanes.seconds_until_free(wanted)
+            seconds = max(1, math.ceil(seconds)) if math.isfinite(seconds) else 1
+            where = ", ".join(work.lanes)
+            raise BusyError(f"{inside} inferences run or wait on {where}; come back in {seconds} s", seconds)
+        async with self._granted(work) as slot:
+            yield slot
 
     @asynccontextmanager
-    async def idle_slot(self, device: str, what: object) -> AsyncIterator[DeviceSlot]:
+    async def idle_slot(
+        self, device: str, what: Hashable, forecast: Forecast | None = None
+    ) -> AsyncIterator[DeviceSlot]:
         """Wait until nobody wants a device, and take it until somebody does.
 
         Args:
-            device: which.
+            device: which; ``all``: any.
             what: what is computed ahead; see :meth:`slot`.
+            forecast: what it needs.
 
         Raises:
             InterruptedWork: from inside, before the next window, when somebody else wants the device.
         """
-        lane = self._lanes.setdefault(device, _Lane())
-        wanted = threading.Event()
-        async with lane.left:
-            await lane.left.wait_for(lambda: lane.inside == 0 and lane.ahead is None)
-        lane.ahead = (what, wanted)
-        try:
-            async with lane.lock:
-                with giving_way(lambda: _give_way(wanted)):
-                    yield DeviceSlot(lane)
-        finally:
-            lane.ahead = None
-            async with lane.left:
-                lane.left.notify_all()
+        known = forecast or Forecast()
+        work = self.lanes.work(_device(device), what, known.weights, known.seconds, ahead=True)
+
+        def give_way() -> None:
+            if work.ends:
+                raise InterruptedWork
+
+        async with self._granted(work) as slot:
+            with giving_way(give_way):
+                yield slot
 
     def run_when_idle(
         self,
         loop: asyncio.AbstractEventLoop,
         device: str,
-        what: object,
+        what: Hashable,
         work: Callable[[], Result],
         patience_seconds: float,
     ) -> Result:
@@ -128,7 +116,7 @@ class InferenceQueue:
 
         Args:
             loop: the event loop that the queue is used on.
-            device: which.
+            device: which; ``all``: any.
             what: what is computed ahead; see :meth:`slot`.
             work: what runs in the device's own thread.
             patience_seconds: how long to wait for a device that others use.
@@ -143,7 +131,7 @@ class InferenceQueue:
             raise InterruptedWork from error
 
     async def _run_when_idle(
-        self, device: str, what: object, work: Callable[[], Result], patience_seconds: float
+        self, device: str, what: Hashable, work: Callable[[], Result], patience_seconds: float
     ) -> Result:
         async with AsyncExitStack() as stack:
             with anyio.move_on_after(patience_seconds) as waited:
@@ -152,40 +140,68 @@ class InferenceQueue:
                 raise InterruptedWork
             return await slot.run(work)
 
-    def _enter(self, lane: _Lane) -> None:
-        if not self.busy and self._on_busy is not None:
-            self._on_busy(True)
-        lane.inside += 1
+    @asynccontextmanager
+    async def _granted(self, work: Work) -> AsyncIterator[DeviceSlot]:
+        slot = DeviceSlot(self, work)
+        try:
+            await slot.wait(self.lanes.enter(work))
+            yield slot
+        finally:
+            self.lanes.leave(work, slot.finished)
 
-    async def _leave(self, lane: _Lane) -> None:
-        lane.inside -= 1
-        if not self.busy and self._on_busy is not None:
-            self._on_busy(False)
-        async with lane.left:
-            lane.left.notify_all()
-
-
-def _give_way(wanted: threading.Event) -> None:
-    if wanted.is_set():
-        raise InterruptedWork
-
-
-class DeviceSlot:
-    """The right to compute on a device."""
-
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
-
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` in the device's own thread.
+    async def compute(self, lane: Lane, work: Work, compute: Callable[[], Result]) -> Result:
+        """Run ``compute`` in the lane's own thread, with trainings on its device standing still.
 
         Neither waiting nor computing takes a thread from other requests. It is always the same one, since each thread
         that computes keeps buffers of its own: spread over a pool of forty, that is a gigabyte.
         """
-        start = time.monotonic()
-        try:
-            context = contextvars.copy_context()
-            return await asyncio.get_running_loop().run_in_executor(self._lane.thread, context.run, work)
-        finally:
-            seconds = time.monotonic() - start
-            self._lane.mean_seconds += WEIGHT_OF_LATEST * (seconds - self._lane.mean_seconds)
+        if lane.name not in self._threads:
+            self._threads[lane.name] = ThreadPoolExecutor(1, thread_name_prefix=f"inference {lane.name}")
+        context = contextvars.copy_context()
+
+        def on_lane() -> Result:
+            with computing_on(lane):
+                return compute()
+
+        with self._pause.asked(str(lane.device) if not work.ahead else ""):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads[lane.name], context.run, on_lane)
+
+
+class DeviceSlot:
+    """The right to compute on a device; where that one fails, on another.
+
+    Attributes:
+        finished: whether the work was done to its end.
+    """
+
+    def __init__(self, queue: InferenceQueue, work: Work) -> None:
+        self._queue, self._work = queue, work
+        self._lane: Lane | None = None
+        self.finished = False
+
+    async def wait(self, granted: Future[Lane]) -> None:
+        """Wait for the lane."""
+        self._lane = await asyncio.wrap_future(granted)
+
+    async def run(self, compute: Callable[[], Result]) -> Result:
+        """Run ``compute`` in the device's own thread; once more on another device, where this one fails.
+
+        Raises:
+            DeviceError: when no device that may compute it works.
+        """
+        while True:
+            assert self._lane is not None
+            try:
+                result = await self._queue.compute(self._lane, self._work, compute)
+                self.finished = True
+                return result
+            except Exception as error:
+                elsewhere = self._queue.lanes.moves_on(self._work, error)
+                if elsewhere is None:
+                    raise
+            await self.wait(elsewhere)
+
+
+def _device(name: str) -> torch.device | None:
+    return None if name == ALL else torch.device(name)

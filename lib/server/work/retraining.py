@@ -20,10 +20,11 @@ from lib.cases.metrics import dice_per_label, mean_known, without_missing
 from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
 from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
 from lib.infers.interruption import InterruptedWork
+from lib.infers.lanes import ALL
 from lib.models.provenance import label_digests
-from lib.networks.precision import resolve_device
 from lib.server.services import Services
 from lib.server.work.journal import Journal
+from lib.server.work.places import idle_place, pause_file
 from lib.server.work.prefetch import PrefetchKey
 from lib.server.work.trials import Trial, Trials
 from lib.storage.clock import PastTimes
@@ -101,9 +102,11 @@ class Retrainer:
     def request(self, model: str, why: str, from_nothing: bool) -> dict[str, Any]:
         """The Train request of a run."""
         recipe = dict(self._parts.settings.retrain_recipe)
-        pause = str(self._parts.pause.file)
         start = {"pretrained": False} if from_nothing else {}
-        return {"name": RUN_NAME} | recipe | start | {"model": model, "why": why, "pause_file": pause}
+        place = idle_place(self._parts.inferences.lanes)
+        place |= {"multi_gpu": False} if place else {}
+        asked = {"name": RUN_NAME} | place | recipe | start | {"model": model, "why": why}
+        return asked | {"pause_file": str(pause_file(self._parts.pause, self._parts.inferences.lanes, asked))}
 
     def look(self, model: str, review: bool = False) -> tuple[History, Decision]:
         """What is known of a model's labels and runs, and what follows.
@@ -249,7 +252,7 @@ class Retrainer:
 
         answer: dict[str, Any] = self._parts.inferences.run_when_idle(
             self._loop,
-            str(resolve_device(self._parts.settings.device)),
+            ALL,
             PrefetchKey(model, case.case_id),
             infer,
             PATIENCE_SECONDS,

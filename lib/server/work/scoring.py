@@ -14,6 +14,7 @@ from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.task import ALL_SCORES, label_stamps
 from lib.server.work.jobs import Jobs
+from lib.server.work.places import devices_of, idle_place, occupied, pooled_devices
 from lib.server.work.queue import InferenceQueue
 
 logger = logging.getLogger("unetr.server")
@@ -31,7 +32,7 @@ class BackgroundScoring:
     Args:
         instance: the app with its ``knowledge_by_preset``.
         jobs: where jobs run; nothing is started while a training or another scoring does.
-        inferences: nothing is started while somebody infers.
+        inferences: nothing is started while somebody infers on the device that it would take.
         minutes: longest time of a job; 0: none is started.
     """
 
@@ -65,7 +66,12 @@ class BackgroundScoring:
 
     def start_if_wanted(self) -> bool:
         """Start a job if there is something to look at and nothing else is going on."""
-        if self._inferences.busy or any(self._jobs.open(kind) for kind in ("train", "batch_infer", "scoring")):
+        if any(self._jobs.open(kind) for kind in ("batch_infer", "scoring")):
+            return False
+        lanes = self._inferences.lanes
+        devices, place = pooled_devices(lanes), idle_place(lanes)
+        own = devices_of(place, "scoring", devices)
+        if not all(lanes.is_idle(device) for device in own) or own & occupied(self._jobs.of("train"), devices):
             return False
         wanted = {name: self.left(knowledge) for name, knowledge in self._insights.items()}
         if not any(wanted.values()):
@@ -75,7 +81,7 @@ class BackgroundScoring:
         again = wanted == self._started_with
         self._rest = min(2 * self._rest, LONGEST_REST_SECONDS) if again else SECONDS_BETWEEN_LOOKS
         self._started_with = wanted
-        self._jobs.submit("scoring", {"method": ALL_SCORES, "minutes": self._minutes}, enqueue=True)
+        self._jobs.submit("scoring", {"method": ALL_SCORES, "minutes": self._minutes} | place, enqueue=True)
         logger.info("looking at the studies in the background: %s", wanted)
         return True
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lib.configs.settings import Settings
 from lib.datastore.store import VersionedDatastore
-from lib.errors import CheckpointError, ModelNotReadyError
+from lib.errors import CheckpointError, DeviceError, ModelNotReadyError
+from lib.infers.lanes import Lane, Lanes
 from lib.server.dependencies import (
+    get_lanes,
     get_segmentation_tasks,
     get_settings,
     get_store,
@@ -41,12 +45,13 @@ class Trainer:
         return "v0001", "v0002 is damaged"
 
 
-def api(studies: Path, models: dict[str, Model], **settings: Any) -> InProcess:
+def api(studies: Path, models: dict[str, Model], lanes: Lanes | None = None, **settings: Any) -> InProcess:
     services = {
         get_segmentation_tasks: segmentation_tasks(models),
         get_train_tasks: train_tasks({"tiny": Trainer()}),
         get_store: VersionedDatastore(str(studies)),
         get_studies: str(studies),
+        get_lanes: lanes or Lanes.of("cpu"),
         get_settings: Settings(**settings),
     }
     return InProcess(router, services)
@@ -75,3 +80,24 @@ def test_weights_or_a_disk_that_cannot_be_used_are_503(
     assert answer.status_code == 503
     (said,) = answer.json()["problems"]
     assert problem in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "status", "where"), [(("cpu",), 200, "warnings"), (("cpu", "cpu#2"), 503, "problems")]
+)
+def test_device_that_is_out_is_a_warning_and_all_of_them_are_503(
+    tmp_path: Path, broken: tuple[str, ...], status: int, where: str
+) -> None:
+    lanes = Lanes([Lane(name, torch.device("cpu")) for name in ("cpu", "cpu#2")], retry_seconds=60)
+
+    def compute(lane: Lane) -> None:
+        if lane.name in broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with contextlib.suppress(DeviceError):
+        lanes.run(lanes.work(None), compute)
+    answer = api(tmp_path, {"a": Model("v0001")}, lanes).request("GET", "/readyz")
+    assert answer.status_code == status
+    said = [sentence for sentence in answer.json()[where] if sentence.startswith("device")]
+    assert [sentence.split(" failed (")[0] for sentence in said] == [f"device {name}" for name in broken]
+    assert all("CUDA error: unspecified launch failure" in sentence for sentence in said)

@@ -11,10 +11,12 @@ import pytest
 from fastapi import APIRouter
 
 from lib.errors import ParameterError
+from lib.infers.lanes import Lanes
 from lib.server.dependencies import (
     get_datastore,
     get_image_checks,
     get_jobs,
+    get_lanes,
     get_pause,
     get_scoring_methods,
     get_segmentation_tasks,
@@ -42,6 +44,7 @@ def api(tmp_path: Path) -> InProcess:
     tasks = {"tiny": Refusing()}
     services = {
         get_jobs: Jobs(),
+        get_lanes: Lanes.of("cpu"),
         get_pause: Pause(),
         get_datastore: None,
         get_image_checks: anyio.CapacityLimiter(1),

@@ -5,11 +5,17 @@ import threading
 import time
 
 import pytest
+import torch
 
 from lib.infers.interruption import InterruptedWork, _ask
+from lib.infers.lanes import Lane, Lanes
 from lib.server.http.errors import BusyError
 from lib.server.http.request_id import begin_request, current_request_id
 from lib.server.work.queue import InferenceQueue
+
+
+def _queue(size: int, devices: str = "cpu") -> InferenceQueue:
+    return InferenceQueue(size, Lanes.of(devices))
 
 
 def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
@@ -28,7 +34,7 @@ def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
             await slot.run(lambda: work(number))
 
     async def main() -> None:
-        queue = InferenceQueue(size=8)
+        queue = _queue(8)
         await asyncio.gather(*(ask(queue, number) for number in range(8)))
         assert queue.waiting == 0
 
@@ -39,7 +45,7 @@ def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
 
 def test_full_queue_says_when_to_come_back() -> None:
     async def main() -> None:
-        queue = InferenceQueue(size=2)
+        queue = _queue(2)
         release = threading.Event()
 
         async def ask() -> None:
@@ -60,15 +66,17 @@ def test_full_queue_says_when_to_come_back() -> None:
 
 
 def test_devices_do_not_wait_for_each_other() -> None:
+    lanes = Lanes([Lane(name, torch.device("cpu")) for name in ("cpu", "cpu#2")])
+
     async def main() -> None:
-        queue = InferenceQueue(size=0)
+        queue = InferenceQueue(0, lanes)
         meeting = threading.Barrier(2, timeout=5)
 
-        async def ask(device: str) -> None:
-            async with queue.slot(device) as slot:
+        async def ask() -> None:
+            async with queue.slot() as slot:
                 await slot.run(meeting.wait)
 
-        await asyncio.gather(ask("cuda:0"), ask("cuda:1"))
+        await asyncio.gather(ask(), ask())
 
     asyncio.run(main())
 
@@ -80,7 +88,7 @@ def test_work_runs_in_one_thread_and_knows_its_request() -> None:
             return await slot.run(lambda: (current_request_id(), threading.current_thread().name))
 
     async def main() -> list[tuple[str, str]]:
-        queue = InferenceQueue(size=4)
+        queue = _queue(4)
         return await asyncio.gather(*(asyncio.create_task(ask(queue, number)) for number in range(4)))
 
     seen = asyncio.run(main())
@@ -90,7 +98,7 @@ def test_work_runs_in_one_thread_and_knows_its_request() -> None:
 
 def test_failure_leaves_the_queue_usable() -> None:
     async def main() -> None:
-        queue = InferenceQueue(size=0)
+        queue = _queue(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 async with queue.slot("cpu") as slot:
@@ -101,7 +109,7 @@ def test_failure_leaves_the_queue_usable() -> None:
 
 def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> None:
     async def main() -> None:
-        queue, order = InferenceQueue(size=8), []
+        queue, order = _queue(8), []
         release, begun = threading.Event(), threading.Event()
 
         def ahead() -> None:
@@ -142,7 +150,7 @@ def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> N
 
 def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
     async def main() -> None:
-        queue, order = InferenceQueue(size=8), []
+        queue, order = _queue(8), []
         begun = threading.Event()
 
         def ahead() -> None:
@@ -169,7 +177,9 @@ def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
 def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
     async def main() -> list[bool]:
         said: list[bool] = []
-        queue = InferenceQueue(size=8, on_busy=said.append)
+        lanes = Lanes.of("cpu")
+        lanes.watch(lambda in_use: said.append("cpu" in in_use))
+        queue = InferenceQueue(8, lanes)
 
         async def ask() -> None:
             async with queue.slot("cpu") as slot:
@@ -186,7 +196,7 @@ def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
 
 def test_idle_work_of_a_thread_gets_its_result_and_leaves_the_device_free() -> None:
     async def main() -> None:
-        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+        queue, loop = _queue(0), asyncio.get_running_loop()
 
         def ask() -> str:
             return queue.run_when_idle(loop, "cpu", "trial", lambda: threading.current_thread().name, 5.0)
@@ -200,7 +210,7 @@ def test_idle_work_of_a_thread_gets_its_result_and_leaves_the_device_free() -> N
 
 def test_idle_work_of_a_thread_does_not_start_while_one_request_runs() -> None:
     async def main() -> None:
-        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+        queue, loop = _queue(0), asyncio.get_running_loop()
         started: list[str] = []
 
         def ask() -> None:
@@ -219,7 +229,7 @@ def test_idle_work_of_a_thread_does_not_start_while_one_request_runs() -> None:
 
 def test_idle_work_of_a_thread_ends_when_a_request_comes() -> None:
     async def main() -> None:
-        queue, loop = InferenceQueue(size=0), asyncio.get_running_loop()
+        queue, loop = _queue(0), asyncio.get_running_loop()
         running = asyncio.Event()
 
         def windows() -> None:

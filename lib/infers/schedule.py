@@ -1,0 +1,308 @@
+"""Which device computes what: the one that will have finished first. Plain state and arithmetic, without a clock.
+
+A lane is a device with its own weights, or a share of one. Work that somebody waits for is looked at in the order of
+its coming, and each piece reserves its lane before the next is looked at, so that nobody is overtaken on a lane. Work
+that is done ahead takes lanes that nobody wants, and ends when somebody does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+FIRST_SECONDS = 1.0
+"""Taken for work of which nothing is known."""
+LOADING_SECONDS = 3.0
+"""Taken for weights that were never loaded."""
+YIELDING_SECONDS = 0.5
+"""Until what is done ahead, or a training beside, has let go."""
+REMEMBERED = 9
+RETRY_SECONDS = 30.0
+LONGEST_RETRY_SECONDS = 600.0
+
+Weights = tuple[str, Hashable]
+"""Name of a model, and what changes with its weights."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a request needs: which weights, and seconds by measured costs (None where nothing was measured)."""
+
+    weights: Weights | None = None
+    seconds: float | None = None
+
+
+@dataclass(eq=False)
+class Work:
+    """A piece of work that one lane does alone.
+
+    Attributes:
+        lanes: those that may do it.
+        what: two pieces with the same are not done at the same time: the second will find the result of the first.
+        weights: what must be loaded for it.
+        seconds: what it takes by measured costs; None where nothing is known.
+        ahead: nobody waits for it.
+        tried: lanes that failed on it.
+        lacked_memory: those of them whose memory did not suffice.
+        lane: which does it; empty while it waits.
+        since: when that began.
+        loads: whether the weights are loaded first.
+        ends: whether it shall give way now.
+    """
+
+    lanes: tuple[str, ...]
+    what: Hashable = None
+    weights: Weights | None = None
+    seconds: float | None = None
+    ahead: bool = False
+    tried: set[str] = field(default_factory=set)
+    lacked_memory: set[str] = field(default_factory=set)
+    lane: str = ""
+    since: float = 0.0
+    loads: bool = False
+    ends: bool = False
+    place: int = -1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a lane is out, when it is tried again, and how often it has failed in a row."""
+
+    reason: str
+    until: float
+    count: int
+
+
+@dataclass
+class _Experience:
+    """The latest times that work took: against what was counted, in seconds, and of loading weights."""
+
+    paces: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    loading: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+
+@dataclass
+class LaneState:
+    """What is known of a lane.
+
+    Attributes:
+        work: what it does now.
+        weights: what is loaded, by name of the model.
+        failure: set while it is out.
+        failures: how often it fell out.
+        done: pieces of work that it has finished.
+        waiting: how many pieces are meant for it.
+        occupied: whether a training or a scoring computes on the same device.
+    """
+
+    name: str
+    work: Work | None = None
+    weights: dict[str, Hashable] = field(default_factory=dict)
+    failure: Failure | None = None
+    failures: int = 0
+    in_a_row: int = 0
+    done: int = 0
+    waiting: int = 0
+    occupied: bool = False
+    own: _Experience = field(default_factory=_Experience)
+    of_all: _Experience = field(default_factory=_Experience)
+
+    def has_loaded(self, weights: Weights | None) -> bool:
+        """Whether the work can begin at once."""
+        return weights is None or (weights[0] in self.weights and self.weights[weights[0]] == weights[1])
+
+    def computing_seconds(self, work: Work) -> float:
+        """What the work takes here, with its weights loaded: as counted, times how counting has erred here so far.
+
+        A lane that has done nothing yet is taken to be like the others.
+        """
+        if work.seconds is not None:
+            return work.seconds * median(self.own.paces or self.of_all.paces or [1.0])
+        return median(self.own.durations or self.of_all.durations or [FIRST_SECONDS])
+
+    def loading_seconds(self) -> float:
+        """What loading weights takes here."""
+        return median(self.own.loading or self.of_all.loading or [LOADING_SECONDS])
+
+    def free_at(self, now: float) -> float:
+        """When it will be free; what takes longer than expected is given a quarter more of what it took so far."""
+        if self.work is None:
+            return now + YIELDING_SECONDS * self.occupied
+        if self.work.ahead:
+            return now + YIELDING_SECONDS
+        whole = self.computing_seconds(self.work) + self.loading_seconds() * self.work.loads
+        elapsed = now - self.work.since
+        return now + max(whole - elapsed, elapsed / 4)
+
+
+class Schedule:
+    """The lanes, what they do, and what waits. Every method is called by one thread at a time.
+
+    Args:
+        lanes: their names; where several would finish at the same time, the first of them is taken.
+    """
+
+    def __init__(self, lanes: Collection[str]) -> None:
+        self._of_all = _Experience()
+        self._lanes = {name: LaneState(name, of_all=self._of_all) for name in lanes}
+        self._waiting: list[Work] = []
+        self._count = 0
+
+    @property
+    def lanes(self) -> Mapping[str, LaneState]:
+        """What is known of each lane."""
+        return self._lanes
+
+    def add_lane(self, name: str) -> None:
+        """Have one more lane, unless it is there."""
+        self._lanes.setdefault(name, LaneState(name, of_all=self._of_all))
+
+    def wanted(self) -> list[Work]:
+        """Work that somebody waits for: what is being done, and then what waits."""
+        doing = [lane.work for lane in self._lanes.values() if lane.work is not None]
+        return [work for work in (*doing, *self._waiting) if not work.ahead]
+
+    def waiting(self) -> list[Work]:
+        """Work that has no lane yet, also what is done ahead, in the order of its coming."""
+        return list(self._waiting)
+
+    def working(self, work: Work) -> list[LaneState]:
+        """Lanes that may do the work: those that are not out, and did not fail on it."""
+        lanes = [self._lanes[name] for name in work.lanes]
+        return [lane for lane in lanes if lane.failure is None and lane.name not in work.tried]
+
+    def add(self, work: Work) -> None:
+        """Have work wait; work that comes back from a lane takes the place that it had."""
+        if work.place < 0:
+            work.place, self._count = self._count, self._count + 1
+        work.lane, work.ends = "", False
+        self._waiting.append(work)
+        self._waiting.sort(key=lambda one: one.place)
+
+    def end(self, work: Work, now: float, finished: bool = True) -> None:
+        """Work is over, or is not wanted any more.
+
+        Args:
+            work: which; it may still wait.
+            now: the time.
+            finished: whether it was done to its end, so that its time says something.
+        """
+        if not work.lane:
+            if work in self._waiting:
+                self._waiting.remove(work)
+            return
+        lane = self._lanes[work.lane]
+        work.lane, lane.work = "", None
+        if not finished:
+            if work.loads and work.weights is not None:
+                lane.weights.pop(work.weights[0], None)  # it may not have come so far
+            return
+        lane.done, lane.in_a_row = lane.done + 1, 0
+        self._learn(lane, work, now - work.since)
+
+    def step(self, now: float) -> list[Work]:
+        """Give lanes to whom they are free for; returns what begins now, with ``lane`` set.
+
+        Work that is done ahead on a lane that somebody wants has ``ends`` set afterwards.
+        """
+        begun: list[Work] = []
+        free = {name: lane.free_at(now) for name, lane in self._lanes.items()}
+        coming: dict[str, list[Work]] = {name: [] for name in self._lanes}
+        for work in [work for work in self._waiting if not work.ahead]:
+            lane = self._first_to_finish(work, free, coming)
+            if lane is None:
+                continue
+            free[lane.name] += self._seconds_on(lane, work, coming[lane.name])
+            if lane.work is None and not coming[lane.name]:
+                begun.append(self._begin(lane, work, now))
+                continue
+            coming[lane.name].append(work)
+            if lane.work is not None and lane.work.ahead and (work.what is None or lane.work.what != work.what):
+                lane.work.ends = True
+        for work in [work for work in self._waiting if work.ahead]:
+            idle = [lane for lane in self.working(work) if lane.work is None and not coming[lane.name]]
+            if idle:
+                best = min(idle, key=lambda lane: (lane.occupied, not lane.has_loaded(work.weights)))
+                begun.append(self._begin(best, work, now))
+        for name, lane in self._lanes.items():
+            lane.waiting = len(coming[name])
+        return begun
+
+    def seconds_until_free(self, lanes: Collection[str], now: float) -> float:
+        """After how long all that runs and waits on these lanes will be done, shared out evenly."""
+        chosen = [self._lanes[name] for name in lanes if self._lanes[name].failure is None]
+        if not chosen:
+            return math.inf
+        left = sum(max(0.0, lane.free_at(now) - now) for lane in chosen if lane.work is not None)
+        own = {lane.name for lane in chosen}
+        left += sum(
+            chosen[0].computing_seconds(work) for work in self._waiting if not work.ahead and own & {*work.lanes}
+        )
+        return left / len(chosen)
+
+    def fail(self, name: str, reason: str, now: float, retry_seconds: float = RETRY_SECONDS) -> None:
+        """A lane falls out for a while, twice as long each time in a row; what it had loaded is gone."""
+        lane = self._lanes[name]
+        lane.failures += 1
+        self.postpone(name, reason, now, retry_seconds)
+        lane.weights.clear()
+
+    def postpone(self, name: str, reason: str, now: float, retry_seconds: float = RETRY_SECONDS) -> None:
+        """A lane that was tried again does not work yet."""
+        lane = self._lanes[name]
+        lane.in_a_row += 1
+        delay = min(retry_seconds * 2 ** (lane.in_a_row - 1), max(retry_seconds, LONGEST_RETRY_SECONDS))
+        lane.failure = Failure(reason, now + delay, lane.in_a_row)
+
+    def due(self, now: float) -> list[str]:
+        """Lanes that are out and are to be tried again."""
+        return [lane.name for lane in self._lanes.values() if lane.failure is not None and lane.failure.until <= now]
+
+    def restore(self, name: str) -> None:
+        """A lane works again."""
+        self._lanes[name].failure = None
+
+    def _first_to_finish(
+        self, work: Work, free: Mapping[str, float], coming: Mapping[str, list[Work]]
+    ) -> LaneState | None:
+        lanes = self.working(work)
+        if work.what is not None:
+            same = [lane for lane in lanes if any(one.what == work.what for one in self._on(lane, coming))]
+            lanes = same[:1] or lanes
+        if not lanes:
+            return None
+        return min(lanes, key=lambda lane: free[lane.name] + self._seconds_on(lane, work, coming[lane.name]))
+
+    @staticmethod
+    def _on(lane: LaneState, coming: Mapping[str, list[Work]]) -> Iterator[Work]:
+        if lane.work is not None:
+            yield lane.work
+        yield from coming[lane.name]
+
+    @staticmethod
+    def _seconds_on(lane: LaneState, work: Work, before: Collection[Work]) -> float:
+        loaded = lane.has_loaded(work.weights) or any(one.weights == work.weights for one in before)
+        return lane.computing_seconds(work) + lane.loading_seconds() * (not loaded)
+
+    def _begin(self, lane: LaneState, work: Work, now: float) -> Work:
+        self._waiting.remove(work)
+        work.lane, work.since, work.ends, work.loads = lane.name, now, False, not lane.has_loaded(work.weights)
+        lane.work = work
+        if work.weights is not None:
+            lane.weights[work.weights[0]] = work.weights[1]  # whoever comes next finds them loaded
+        return work
+
+    @staticmethod
+    def _learn(lane: LaneState, work: Work, seconds: float) -> None:
+        beside_computing = max(0.0, seconds - lane.computing_seconds(work))
+        for known in (lane.own, lane.of_all):
+            if work.loads:
+                known.loading.append(beside_computing)
+                continue
+            known.durations.append(seconds)
+            if work.seconds:
+                known.paces.append(seconds / work.seconds)

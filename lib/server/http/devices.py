@@ -1,0 +1,126 @@
+"""What each device does and how it is, for the page and for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lib.infers.lanes import Lane, Lanes
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """A lane as it is now.
+
+    Attributes:
+        name: the lane's.
+        hardware: what it is, in words.
+        busy: whether somebody waits for what it computes.
+        ahead: whether it computes ahead.
+        waiting: requests that are meant for it.
+        done: inferences that it has finished.
+        failures: how often it fell out.
+        problem: why it is out; empty while it works.
+        retry_seconds: after how long it is tried again.
+        models: what is loaded.
+        free_bytes, total_bytes: its memory; the machine's for a CPU, 0 where a GPU does not say.
+    """
+
+    name: str
+    hardware: str
+    busy: bool
+    ahead: bool
+    waiting: int
+    done: int
+    failures: int
+    problem: str
+    retry_seconds: float
+    models: tuple[str, ...]
+    free_bytes: int
+    total_bytes: int
+
+
+def device_views(lanes: Lanes) -> list[DeviceView]:
+    """All lanes, those of the pool first."""
+    return [_view(lanes, lane) for lane in sorted(lanes, key=lambda lane: not lane.pooled)]
+
+
+def _view(lanes: Lanes, lane: Lane) -> DeviceView:
+    state = lanes.state(lane)
+    work, failure = state.work, state.failure
+    free, total = (0, 0) if failure is not None else memory_of(lane.device)
+    return DeviceView(
+        name=lane.name,
+        hardware="CPU" if lane.device.type == "cpu" else _gpu_name(lane.device),
+        busy=work is not None and not work.ahead,
+        ahead=work is not None and work.ahead,
+        waiting=state.waiting,
+        done=state.done,
+        failures=state.failures,
+        problem="" if failure is None else failure.reason,
+        retry_seconds=lanes.seconds_until_retry(lane),
+        models=tuple(sorted(state.weights)),
+        free_bytes=free,
+        total_bytes=total,
+    )
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a device's memory; of the machine's for a CPU; zeros where a GPU does not say."""
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # it is broken, and has not been asked to compute since
+        return 0, 0
+    return free, total
+
+
+def _gpu_name(device: torch.device) -> str:
+    try:
+        return torch.cuda.get_device_name(device)
+    except RuntimeError:
+        return str(device)
+
+
+class DeviceFigures(Collector):
+    """The devices for Prometheus, read when they are asked for; the label is the lane's name."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+
+    def collect(self) -> Iterable[Metric]:
+        """One family a figure."""
+        views = device_views(self._lanes)
+        gauges = {
+            "unetr_device_busy": ("Whether somebody waits for what it computes", lambda view: view.busy),
+            "unetr_device_computes_ahead": ("Whether it computes ahead", lambda view: view.ahead),
+            "unetr_device_waiting": ("Inferences that wait for it", lambda view: view.waiting),
+            "unetr_device_works": ("Whether it works; 0 while it is out", lambda view: not view.problem),
+            "unetr_device_memory_free_bytes": ("Its free memory", lambda view: view.free_bytes),
+            "unetr_device_memory_bytes": ("Its memory", lambda view: view.total_bytes),
+        }
+        for name, (description, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, description, labels=["device"])
+            for view in views:
+                gauge.add_metric([view.name], float(value(view)))
+            yield gauge
+        counts = {
+            "unetr_device_inferences": ("Inferences that it has finished", lambda view: view.done),
+            "unetr_device_failures": ("How often it fell out", lambda view: view.failures),
+        }
+        for name, (description, value) in counts.items():
+            counter = CounterMetricFamily(name, description, labels=["device"])
+            for view in views:
+                counter.add_metric([view.name], float(value(view)))
+            yield counter
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, so that registering asks no device."""
+        return ()
