@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -182,7 +182,12 @@ def build_crops(
 
 
 def build_loader(
-    dataset: TorchDataset[Any], kind: str, batch_size: int, sampler: ResumableSampler | None = None, threads: int = 1
+    dataset: TorchDataset[Any],
+    kind: str,
+    batch_size: int,
+    sampler: ResumableSampler | None = None,
+    threads: int = 1,
+    finish: Callable[[Any], Any] | None = None,
 ) -> DataLoader:
     """Build the loader: prefetching in threads (``ThreadDataLoader``), or plain (``DataLoader``).
 
@@ -192,6 +197,7 @@ def build_loader(
         batch_size: items of this process in a batch.
         sampler: the order; that of the dataset if not given.
         threads: that prefetch.
+        finish: what those threads do with each batch in the end.
 
     Raises:
         ParameterError: for a kind that there is not.
@@ -201,7 +207,7 @@ def build_loader(
     options: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler}
     if kind == "DataLoader":
         return DataLoader(dataset, num_workers=0, **options)
-    return PrefetchingLoader(dataset, threads, **options)
+    return PrefetchingLoader(dataset, threads, finish, **options)
 
 
 def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int) -> int:

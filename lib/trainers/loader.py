@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,12 +23,19 @@ class PrefetchingLoader(DataLoader):
     Args:
         dataset: whose items may be asked for by several threads at once.
         threads: that prepare a batch each; one is enough where a batch is prepared faster than one trains.
+        finish: what they do with the batch in the end, such as :func:`pin`.
         options: of the loader.
     """
 
-    def __init__(self, dataset: Dataset[Any], threads: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        threads: int = 1,
+        finish: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(dataset, num_workers=0, **options)
-        self._threads = threads
+        self._threads, self._finish = threads, finish
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         waiting = iter(self.batch_sampler or ())
@@ -50,4 +57,10 @@ class PrefetchingLoader(DataLoader):
             torch.set_num_threads(1)
 
     def _prepare(self, indices: Sequence[int]) -> Any:
-        return self.collate_fn([self.dataset[index] for index in indices])
+        batch = self.collate_fn([self.dataset[index] for index in indices])
+        return batch if self._finish is None else self._finish(batch)
+
+
+def pin(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch in memory that a GPU reads by itself: other memory is copied only when all that runs there is done."""
+    return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from monai.utils import set_determinism
 from torch import nn
 
-from lib.cases.labelled import MISSING
 from lib.errors import InputError
 from lib.infers.costs import CostBook
 from lib.infers.memory import keep_freed_memory
@@ -101,7 +100,8 @@ class _Run:
         self.job, self.preset, self.recipe, self._wait = job, job.preset, job.preset.training, functions.wait
         self.rank, self.world_size = rank_and_world_size()
         set_determinism(self.recipe.seed)
-        planner, alone = StepPlanner(job.memory_budget, CostBook(job.costs)), self.world_size == 1
+        beside = job.pause_file is not None
+        planner, alone = StepPlanner(job.memory_budget, CostBook(job.costs), beside_server=beside), self.world_size == 1
         plan = planner.plan(self.preset, len(job.train_cases), job.device, whole=not alone)
         logger.info("%s", plan.explain())
         self.device = torch.device(plan.device)
@@ -145,10 +145,10 @@ class _Run:
     def _train_epoch(self, on_step: Callable[[int], None] | None) -> None:
         self.trainer.begin_epoch()
         self.data.begin_epoch(self.state.epoch, self.state.step_of_epoch)
-        for batch in self.data.loader:
+        for crops, missing, prepare in self.data.batches(self.device):
             self._wait(self.job.pause_file)
-            crops = self.data.crops.change(batch, self.device)
-            self.state.losses.append(self.trainer.take(self.state, *crops, batch[MISSING]))
+            # a GPU that computes this step's gradients is not waited for while the next step's crops are changed
+            self.state.losses.append(self.trainer.take(self.state, *crops, missing, meanwhile=prepare))
             self.state.step, self.state.step_of_epoch = self.state.step + 1, self.state.step_of_epoch + 1
             if self.reporter is not None:
                 self.reporter.step(self._progress())

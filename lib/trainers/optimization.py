@@ -98,13 +98,18 @@ def build_average(network: nn.Module, recipe: Training) -> AveragedModel:
     A fixed decay of 0.997 would keep a run of a hundred steps near where it started.
     """
 
-    def average(kept: Tensors, new: Tensors, count: torch.Tensor | int) -> None:
-        """All tensors of one type at once: one by one, a GPU waits for the count of each."""
+    def average(kept: Tensors, new: Tensors, copied: torch.Tensor | int) -> None:
+        """All tensors of one type at once.
+
+        The count is read on the host, where it is kept: to read its copy on a GPU is to wait for all that runs there.
+        """
         if kept[0].is_floating_point():
-            decay = min(recipe.ema_decay, (1 + float(count)) / (10 + float(count)))
-            get_ema_multi_avg_fn(decay)(kept, new, count)
+            count = float(averaged.n_averaged)
+            decay = min(recipe.ema_decay, (1 + count) / (10 + count))
+            get_ema_multi_avg_fn(decay)(kept, new, copied)
         else:  # counters, such as batch norm's
             for own, given in zip(kept, new, strict=True):
                 own.copy_(given)
 
-    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    return averaged

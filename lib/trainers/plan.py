@@ -33,6 +33,8 @@ COPIES_OF_WEIGHTS = 4
 # Of the loss, for each crop of the step: logits in fp32, their softmax, and a gradient.
 COPIES_OF_LOGITS = 3
 CACHE_SHARE = 0.25
+# Of what is free, for the requests of a server on the same device: at least so much, and a window with the weights.
+INFERENCE_SHARE = 0.1
 TRANSFORMER_BLOCKS = 12  # of MONAI's UNETR
 # Where a step fits so many times over, there is nothing to choose, and it is not measured.
 ROOMY = 8
@@ -114,6 +116,7 @@ class StepPlanner:
         book: where measured costs are kept.
         memory: says how much is free.
         measure: measures a step.
+        beside_server: whether a server answers requests on the same device, which are left some of its memory.
     """
 
     def __init__(
@@ -122,8 +125,9 @@ class StepPlanner:
         book: CostBook | None = None,
         memory: MemoryProbe | None = None,
         measure: Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost] = measure_step,
+        beside_server: bool = False,
     ) -> None:
-        self.budget = budget
+        self.budget, self._beside_server = budget, beside_server
         self.book = book or CostBook()
         self._memory, self._measure_step = memory or MemoryProbe(), measure
 
@@ -160,6 +164,7 @@ class StepPlanner:
         crops = min(recipe.batch_size, cases) * recipe.crops_per_case
         host = self._memory.of_host(self.budget)
         free = self._memory.of_device(device) if device.type == "cuda" else host
+        free -= self._for_inference(preset, device, free)
         limits = self.book.limits(step_key(preset, device, dtype))
         ways = _ways(crops, recipe.activation_checkpointing or limits.recompute, limits.window_batch or crops, whole)
         plan: StepPlan | None = None
@@ -184,6 +189,16 @@ class StepPlanner:
                 break
         assert plan is not None
         return plan
+
+    def _for_inference(self, preset: Preset, device: torch.device, free: int) -> int:
+        """Bytes that a server's requests on the device are left."""
+        if not self._beside_server:
+            return 0
+        dtype = resolve_precision("auto", device)
+        window = self.book.cost(cost_key(preset, device, dtype), 1)
+        weights = count_kept_bytes(preset, False)[1] // FLOAT_BYTES * dtype.itemsize
+        needed = 0 if window is None else window.bytes + weights
+        return min(free, max(int(INFERENCE_SHARE * free), needed))
 
     def _costs(
         self,

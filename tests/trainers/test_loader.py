@@ -6,9 +6,10 @@ import threading
 import time
 
 import pytest
+import torch
 from monai.data import Dataset
 
-from lib.trainers.loader import BATCHES_AHEAD, PrefetchingLoader
+from lib.trainers.loader import BATCHES_AHEAD, PrefetchingLoader, pin
 
 
 class _Numbers(Dataset):
@@ -78,3 +79,20 @@ def test_batches_are_prepared_ahead_and_not_without_bound(threads: int) -> None:
     assert numbers.asked == threads + BATCHES_AHEAD, "one taken, one a thread in hand, and those ahead"
     iterator.close()  # type: ignore[attr-defined]
     assert not _threads()
+
+
+def test_batch_is_finished_in_the_thread_that_prepared_it() -> None:
+    def finish(batch: torch.Tensor) -> tuple[list[int], str]:
+        return batch.tolist(), threading.current_thread().name
+
+    found = list(PrefetchingLoader(_Numbers(4), 1, finish, batch_size=2))
+    assert [numbers for numbers, _ in found] == [[0, 1], [2, 3]]
+    assert all(name.startswith("prefetch") for _, name in found)
+
+
+@pytest.mark.gpu
+def test_pinned_batch_keeps_its_values_and_what_is_no_tensor() -> None:
+    batch = {"image": torch.arange(4.0), "name": ["a"]}
+    pinned = pin(batch)
+    assert pinned["image"].is_pinned() and torch.equal(pinned["image"], batch["image"])
+    assert pinned["name"] == ["a"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.cases.labelled import Case
 from lib.errors import LabelError, TrainingError
@@ -25,9 +26,11 @@ from lib.trainers.loop import BEST_FILE, RunFunctions, run_training
 from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_loss
 from lib.trainers.pause import is_paused, wait_while_paused
-from lib.trainers.run.data import count_loading_threads
+from lib.trainers.plan import StepLadder, StepPlanner
+from lib.trainers.run.data import TrainingData, count_loading_threads
 from lib.trainers.run.job import TrainingJob
 from lib.trainers.run.state import RunState
+from lib.trainers.run.step import StepTrainer
 from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -496,6 +499,53 @@ def test_crops_for_a_gpu_are_drawn_by_a_share_of_the_cores(
     device: str, cores: int, processes: int, threads: int
 ) -> None:
     assert count_loading_threads(torch.device(device), processes, cores) == threads
+
+
+class _ReadValues(TorchDispatchMode):
+    """Numbers that are read from tensors, by their type: each is waited for, where a GPU computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.read.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_step_reads_no_single_number_of_what_it_computes() -> None:
+    """What is read is kept on the host: whether labels are missing, and the average's count with two comparisons."""
+    preset, planner = tiny_preset(), StepPlanner()
+    network = build_unetr(preset)
+    ladder = StepLadder(planner.plan(preset, 2, CPU), planner, preset, network)
+    trainer, state = StepTrainer(network, ladder, preset.training, 4, torch.float32), RunState()
+    crops = torch.rand(2, 1, *preset.roi_size), torch.zeros(2, 1, *preset.roi_size)
+    missing, before = torch.zeros(2, preset.out_channels, dtype=torch.bool), list[list[torch.dtype]]()
+    trainer.take(state, *crops, missing)
+    with _ReadValues() as reads:
+        loss = trainer.take(state, *crops, missing, meanwhile=lambda: before.append(list(reads.read)))
+    assert math.isfinite(loss)
+    assert before == [[torch.bool]], "the next batch is prepared before anything of the step is waited for"
+    assert reads.read.count(torch.bool) == 3 and reads.read.count(torch.int64) == 1 and len(reads.read) == 4
+
+
+def test_next_batch_is_prepared_once_whenever_that_is_asked_for(make_plan: Callable[..., TrainingJob]) -> None:
+    data = TrainingData(make_plan(3, batch_size=1), CPU, 1, 0)
+
+    def draw(early: bool) -> list[torch.Tensor]:
+        data.begin_epoch(1, 0)
+        images = []
+        for (image, _), _, prepare in data.batches(CPU):
+            for _ in range(2 * early):
+                prepare()
+            images.append(image)
+        return images
+
+    late, early = draw(False), draw(True)
+    assert len(late) == 3
+    assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
+    data.close()
 
 
 def test_plan_without_cases_is_refused() -> None:

@@ -113,6 +113,18 @@ def test_average_grows_its_memory_up_to_the_decay() -> None:
     assert min(0.5, 11 / 20) == 0.5, "the last step reached the recipe's decay"
 
 
+def test_average_does_not_read_the_count_from_the_device() -> None:
+    """A tensor without values stands for a GPU's, whose values are there only when all that runs is done."""
+    layer = nn.Linear(1, 1, bias=False)
+    average = build_average(layer, Training(ema_decay=0.5))
+    average.n_averaged += 1
+    kept, new = [torch.tensor([1.0])], [torch.tensor([3.0])]
+    assert average.multi_avg_fn is not None
+    average.multi_avg_fn(kept, new, torch.empty((), device="meta"))
+    decay = 2 / 11
+    assert kept[0].item() == pytest.approx(decay * 1.0 + (1 - decay) * 3.0)
+
+
 def test_average_takes_batch_norms_running_numbers_with_it() -> None:
     norm = nn.BatchNorm1d(2)
     average = build_average(norm, Training(ema_decay=0.9))

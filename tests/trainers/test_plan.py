@@ -12,8 +12,9 @@ import torch
 from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
 from lib.errors import TrainingError
-from lib.infers.costs import CostBook, WindowCost
+from lib.infers.costs import CostBook, WindowCost, cost_key
 from lib.infers.memory import GIB, MemoryProbe
+from lib.networks.precision import resolve_precision
 from lib.networks.unetr import CheckpointedBlocks, build_unetr
 from lib.trainers.memory import count_kept_bytes
 from lib.trainers.plan import StepLadder, StepPlanner, count_step_bytes, step_key
@@ -32,11 +33,12 @@ Measure = Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost]
 
 
 def planner_with(
-    gib: float, book: CostBook | None = None, measure: Measure | None = None, gpu_gib: float = 0.0
+    gib: float, book: CostBook | None = None, measure: Measure | None = None, gpu_gib: float = 0.0, beside: bool = False
 ) -> StepPlanner:
     """A planner of a machine with so much free memory, on which nothing is measured unless ``measure`` does it."""
     memory = MemoryProbe(of_device=lambda device: int(gpu_gib * GIB), of_host=lambda budget: int(gib * GIB))
-    return StepPlanner(book=book, memory=memory, measure=measure or (lambda *_: pytest.fail("measured")))
+    measured = measure or (lambda *_: pytest.fail("measured"))
+    return StepPlanner(book=book, memory=memory, measure=measured, beside_server=beside)
 
 
 @pytest.fixture
@@ -95,6 +97,17 @@ def test_crop_more_takes_at_least_what_is_counted(book: CostBook) -> None:
     plan = planner_with(24, book).plan(_base(), 10, CPU)
     counted = count_kept_bytes(_base(), False)[0] / GIB + LOGITS_GIB
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + 1.25 * (2 + 3 * counted), abs=0.01)
+
+
+def test_requests_of_a_server_on_the_same_device_are_left_room(book: CostBook) -> None:
+    alone, beside = (planner_with(8, book, beside=server).plan(_base(), 10, CPU) for server in (False, True))
+    assert (alone.free_bytes, alone.at_once) == (8 * GIB, 4)
+    assert (beside.free_bytes, beside.at_once) == (pytest.approx(7.2 * GIB, abs=1), 2)
+    dtype = resolve_precision("auto", CPU)
+    book.keep(cost_key(_base(), CPU, dtype), 1, WindowCost(2 * GIB, 1.0))
+    weights = WEIGHTS_GIB / 4 * dtype.itemsize / 4  # in the number format of requests, and once
+    beside = planner_with(8, book, beside=True).plan(_base(), 10, CPU)
+    assert beside.free_bytes / GIB == pytest.approx(6 - weights, abs=0.01), "a window, where it takes more than that"
 
 
 def test_step_that_cannot_fit_is_refused_with_the_numbers(book: CostBook) -> None:

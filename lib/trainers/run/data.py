@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from monai.data import DataLoader, SmartCacheDataset
 
+from lib.cases.labelled import MISSING
 from lib.trainers.datasets import build_crops, build_dataset, build_loader
+from lib.trainers.loader import pin
 from lib.trainers.parallel import ResumableSampler
 from lib.trainers.run.job import TrainingJob
 
 # Each holds a case in memory while it draws from it.
 MOST_LOADING_THREADS = 8
+
+
+class Batch(NamedTuple):
+    """Images and labels on the device, which labels are missing, and what prepares the batch after this one."""
+
+    crops: tuple[torch.Tensor, torch.Tensor]
+    missing: torch.Tensor
+    prepare_next: Callable[[], None]
 
 
 class TrainingData:
@@ -37,7 +50,12 @@ class TrainingData:
         self._sampler = ResumableSampler(self.crops, recipe.seed)
         threads = count_loading_threads(device, processes)
         self.loader = build_loader(
-            self.crops, job.dataloader, min(recipe.batch_size, len(cases)), self._sampler, threads
+            self.crops,
+            job.dataloader,
+            min(recipe.batch_size, len(cases)),
+            self._sampler,
+            threads,
+            pin if later else None,
         )
 
     def begin_epoch(self, epoch: int, step: int) -> None:
@@ -49,6 +67,24 @@ class TrainingData:
         """
         self.crops.epoch = epoch
         self._sampler.begin(epoch, step * int(self.loader.batch_size or 1))
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """The epoch's batches on ``device``, with their crops changed.
+
+        Each comes with a function that prepares the next: called early, that happens while a GPU computes; without a
+        call it happens when the next batch is asked for.
+        """
+        source, ready = iter(self.loader), deque[Any]()
+
+        def prepare() -> None:
+            if not ready and (batch := next(source, None)) is not None:
+                ready.append((self.crops.change(batch, device), batch[MISSING]))
+
+        prepare()
+        while ready:
+            crops, missing = ready.popleft()
+            yield Batch(crops, missing, prepare)
+            prepare()
 
     def end_epoch(self) -> None:
         """Let a cache that holds a part of the cases exchange some of them."""

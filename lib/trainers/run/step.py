@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -92,14 +93,24 @@ class StepTrainer:
         """Put the network into training mode."""
         self._trained.train()
 
-    def take(self, state: RunState, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor) -> float:
+    def take(
+        self,
+        state: RunState,
+        image: torch.Tensor,
+        label: torch.Tensor,
+        missing: torch.Tensor,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> float:
         """One step; returns its loss.
+
+        The host waits for a GPU once, for loss and norm together. The optimiser's kernels run on while it goes on.
 
         Args:
             state: counts steps whose gradients are not finite.
             image: shape (crops, channels, X, Y, Z).
             label: shape (crops, 1, X, Y, Z), values of the preset.
             missing: shape (crops, labels), true where a label is unknown.
+            meanwhile: called when the gradients' kernels have been started, before they are waited for.
 
         Raises:
             TrainingError: when the gradients stay infinite or NaN.
@@ -107,13 +118,15 @@ class StepTrainer:
         rank = rank_and_world_size()[0]
         torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # dropout repeats itself, too
         image = image.to(memory_format=torch.channels_last_3d)
-        loss, norm = self._compute_gradients(image, label, missing, self._dtype)
-        if self._dtype is torch.bfloat16 and not torch.isfinite(norm):
+        begun = self._compute_gradients(image, label, missing, self._dtype)
+        meanwhile()
+        loss, norm = _read(*begun)
+        if self._dtype is torch.bfloat16 and not math.isfinite(norm):
             logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", state.step + 1)
-            loss, norm = self._compute_gradients(image, label, missing, torch.float32)
+            loss, norm = _read(*self._compute_gradients(image, label, missing, torch.float32))
         # The norm and not the loss: a finite loss can have infinite gradients, and all processes see the same norm, so
         # that they decide alike.
-        if torch.isfinite(norm):
+        if math.isfinite(norm):
             self._scaler.step(self._optimizer)
             self._schedule.step()
             self._average.update_parameters(self.network)
@@ -121,7 +134,7 @@ class StepTrainer:
         else:
             self._count_bad_step(state)
         self._scaler.update()
-        return float(loss.detach())
+        return loss
 
     def _compute_gradients(
         self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, dtype: torch.dtype
@@ -151,6 +164,12 @@ class StepTrainer:
                 f"the gradients were not finite for {state.bad_steps} steps; lower learning_rate "
                 f"({self._recipe.learning_rate:g}) or set precision to fp32"
             )
+
+
+def _read(loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+    """Both numbers, for which a GPU is waited for once."""
+    first, second = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
+    return first, second
 
 
 def build_network(job: TrainingJob, device: torch.device, checkpointing: bool) -> nn.Module:
