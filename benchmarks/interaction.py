@@ -31,6 +31,7 @@ from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, next_click, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
+from lib.interaction.training import change_image
 from lib.networks.checkpoint import read_checkpoint
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
@@ -81,9 +82,9 @@ def walk(image: np.ndarray, labels: np.ndarray, click: Correction) -> np.ndarray
 
 
 def follow(start: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float], indices: Mapping[str, int],
-           edit: Edit) -> Followed:  # fmt: skip
+           edit: Edit, seed: int) -> Followed:  # fmt: skip
     """Mean Dice after 0, 1, 2 ... clicks."""
-    labels, clicks, random = start, list[Correction](), np.random.default_rng(0)
+    labels, clicks, random = start, list[Correction](), np.random.default_rng(seed)
     found = Followed([], [], [])
     for count in range(STOPS[-1] + 1):
         click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
@@ -155,6 +156,11 @@ def main() -> None:
         "--each-label", action="store_true", help="click each label by itself, instead of the whole case"
     )
     parser.add_argument("--empty", action="store_true", help="start from an empty mask, not from the automatic one")
+    parser.add_argument(
+        "--changed-image",
+        action="store_true",
+        help="start from the mask of the blurred image with noise, for cases that the preset's weights have seen",
+    )
     parser.add_argument("--ways", default="editor,growth,walker,ball", help="what is compared")
     parser.add_argument("--editor", type=Path, default=MODEL / "editor" / "shipped.pt")
     asked = parser.parse_args()
@@ -172,9 +178,10 @@ def main() -> None:
     names = asked.labels.split(",") if asked.labels else list(preset.label_indices)
     groups = [[name] for name in names] if asked.each_label else [names]
     rows: dict[str, list[Followed]] = {}
-    for case in cases:
+    for seed, case in enumerate(cases):
         volume, truth = read_case(case, preset)
-        start = np.zeros_like(truth) if asked.empty else segmenter.segment(volume).labels
+        seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
+        start = np.zeros_like(truth) if asked.empty else segmenter.segment(seen).labels
         image, spacing = preprocess_volume(volume, preset), volume.spacing_mm
         for group in groups:
             indices = {name: preset.label_indices[name] for name in group}
@@ -185,10 +192,10 @@ def main() -> None:
 
             ways = ways_of(image, volume, begin, editor, asked.ways.split(","))
             for name, edit in ways.items():
-                rows.setdefault(name, []).append(follow(begin, right, spacing, indices, edit))
+                rows.setdefault(name, []).append(follow(begin, right, spacing, indices, edit, seed))
     kind = "held-out" if held_out else "training"
     unit = "label" if asked.each_label else "case"
-    begun = "an empty mask" if asked.empty else "the automatic mask"
+    begun = "an empty mask" if asked.empty else "the automatic mask" + " of a changed image" * asked.changed_image
     print(f"{preset.name}: mean Dice (worst {unit}) of {len(cases)} {kind} cases from {begun}, after clicks a {unit}")
     show(rows)
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most")

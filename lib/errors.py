@@ -39,6 +39,10 @@ class ImageError(InputError):
     """An image that cannot be segmented."""
 
 
+class OtherModalityError(ImageError):
+    """An image that is rather for another preset that is served: nothing is wrong with it."""
+
+
 class FileKindError(ImageError):
     """A file of a format that is not read here."""
 

@@ -114,7 +114,7 @@ class UnetrRadiologyApp(MONAILabelApp):
             for n, p in self.presets.items()
         }
         editor = SharedEditor.if_there(settings.editor_file)
-        return {**automatic, **make_interactive_tasks(automatic, images, results, device, editor)}
+        return {**automatic, **make_interactive_tasks(automatic, images, results, device, editor, planner)}
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""

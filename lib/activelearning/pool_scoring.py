@@ -165,6 +165,10 @@ class PoolScorer:
             if not found.refused:  # it cannot be had now, and may be later
                 return
             record = CaseScoreRecord(CaseScores(), scored=True, problem=found.problem)
+        elif found.answer.elsewhere:
+            counts["failed"] += 1
+            logger.warning("%s is not scored: %s", image, found.answer.elsewhere)
+            record = CaseScoreRecord(CaseScores(), scored=True, problem=found.answer.elsewhere, elsewhere=True)
         else:
             record = CaseScoreRecord(found.answer.scores, scored=stage == "scores")
             counts["done"] += stage == "scores" or not self._trained

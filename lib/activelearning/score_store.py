@@ -20,7 +20,7 @@ import numpy as np
 
 from lib.activelearning.case_scores import CaseScores
 from lib.activelearning.embedding import FloatArray
-from lib.storage.sqlite import open_database
+from lib.storage.sqlite import add_column, open_database
 
 logger = logging.getLogger("unetr.scoring")
 
@@ -29,7 +29,8 @@ UNTRAINED = "untrained"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS looks(
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL, image_id TEXT NOT NULL, at REAL NOT NULL,
-    scores TEXT, foreground REAL, embedding BLOB, problem TEXT, UNIQUE(version, image_id));
+    scores TEXT, foreground REAL, embedding BLOB, problem TEXT,
+    elsewhere INTEGER NOT NULL DEFAULT 0, UNIQUE(version, image_id));
 CREATE TABLE IF NOT EXISTS doubts(
     version TEXT NOT NULL, image_id TEXT NOT NULL, label TEXT NOT NULL, at REAL NOT NULL,
     dice TEXT NOT NULL, suspicion REAL NOT NULL, PRIMARY KEY(version, image_id));
@@ -44,11 +45,13 @@ class CaseScoreRecord:
         found: embedding, and scores where it has come to them.
         scored: whether it has; an image that cannot be read counts, or it would be tried for ever.
         problem: why there are none.
+        elsewhere: whether the problem is only that the image is rather for another preset that is served.
     """
 
     found: CaseScores
     scored: bool
     problem: str = ""
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ class ScoreStore:
         foreground = None if math.isnan(found.foreground_voxels) else found.foreground_voxels
         row = (version, image_id, time.time(), scores, foreground, embedding, record.problem or None)
         with self._lock, self._open() as db:
-            columns = "version, image_id, at, scores, foreground, embedding, problem"
-            db.execute(f"INSERT OR REPLACE INTO looks({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            columns = "version, image_id, at, scores, foreground, embedding, problem, elsewhere"
+            values = (*row, record.elsewhere)
+            db.execute(f"INSERT OR REPLACE INTO looks({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def disagreements(self, version: str) -> dict[str, LabelDisagreement]:
         """A version's doubts about labels, by image."""
@@ -171,6 +175,7 @@ class ScoreStore:
         if self._db is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._db, repaired = open_database(self._path, SCHEMA, isolation_level="DEFERRED")
+            add_column(self._db, "looks", "elsewhere", "INTEGER NOT NULL DEFAULT 0")
             if repaired:
                 logger.warning("%s", repaired)
         return self._db
@@ -183,4 +188,6 @@ def _score_image(row: sqlite3.Row) -> CaseScoreRecord:
         embedding = np.frombuffer(row["embedding"], dtype=np.float32)
     foreground = math.nan if row["foreground"] is None else float(row["foreground"])
     done = row["scores"] is not None or row["problem"] is not None
-    return CaseScoreRecord(CaseScores(values, foreground, embedding), done, row["problem"] or "")
+    return CaseScoreRecord(
+        CaseScores(values, foreground, embedding), done, row["problem"] or "", bool(row["elsewhere"])
+    )

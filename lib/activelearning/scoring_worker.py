@@ -18,12 +18,12 @@ from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label
 from lib.cluster.model import ModelFile
 from lib.configs.preset import Preset
-from lib.errors import ImageError, NotFoundError
+from lib.errors import NotFoundError, OtherModalityError
 from lib.infers.segmenter import Segmenter
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr
 from lib.transforms.inputs import read_input
-from lib.transforms.intensity_range import misfit
+from lib.transforms.intensity_range import check_modality
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import check_segmentable
 
@@ -65,10 +65,12 @@ class Seen:
     Attributes:
         scores: of an image.
         dice: of each label of a labelled case.
+        elsewhere: why an image is rather for another preset that is served; empty where it is not.
     """
 
     scores: CaseScores = field(default_factory=CaseScores)
     dice: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: str = ""
 
 
 class ScoringWorker:
@@ -83,11 +85,11 @@ class ScoringWorker:
     def __init__(self, segmenter: Segmenter, passes: Passes | None, served_modalities: Collection[str]) -> None:
         self._segmenter, self.passes, self._served_modalities = segmenter, passes, served_modalities
 
-    def read(self, look: Look) -> tuple[Look, MetaTensor | None]:
-        """The image as the network sees it.
+    def read(self, look: Look) -> tuple[Look, MetaTensor | str | None]:
+        """The image as the network sees it, or why it is rather for another preset.
 
         Raises:
-            ImageError: when it cannot be read, or is not for this preset.
+            ImageError: when it cannot be read.
             NotFoundError: when this machine does not see it.
         """
         if isinstance(look.at, LabelledCase):
@@ -97,11 +99,13 @@ class ScoringWorker:
         preset = self._segmenter.preset
         volume = read_input(look.at, preset)
         check_segmentable(volume, preset, look.at.name)
-        if reason := misfit(volume.voxels, preset.modality, self._served_modalities):
-            raise ImageError(f"image {look.at.name!r} is not for {preset.name!r}: {reason}")
+        try:
+            check_modality(volume.voxels, preset, self._served_modalities, look.at.name)
+        except OtherModalityError as error:
+            return look, str(error)
         return look, preprocess_volume(volume, preset)
 
-    def compute(self, ready: tuple[Look, MetaTensor | None]) -> Seen:
+    def compute(self, ready: tuple[Look, MetaTensor | str | None]) -> Seen:
         """What the network makes of it.
 
         Raises:
@@ -110,6 +114,8 @@ class ScoringWorker:
         look, picture = ready
         if isinstance(look.at, LabelledCase):
             return Seen(dice=compare(self._segmenter, look.at))
+        if isinstance(picture, str):
+            return Seen(elsewhere=picture)
         assert picture is not None
         segmenter = self._segmenter
         network, where = cast(AnyUnetr, segmenter.network), (segmenter.preset, segmenter.device, segmenter.dtype)

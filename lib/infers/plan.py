@@ -191,6 +191,19 @@ class Planner:
                 return cost.seconds * _Need(preset, grid.shape, grid.affine_ras, False).windows()
         return None
 
+    def check_room(self, needed: int, name: str) -> None:
+        """Refuse what needs more of the host's memory than may be taken, before it starts.
+
+        Raises:
+            MemoryBudgetError: with what it takes and what there is.
+        """
+        left = host_bytes_left(self.budget)
+        if needed > left:
+            raise MemoryBudgetError(
+                f"{name} needs {_gib(needed)} GiB of memory on the host; there are {_gib(left)} GiB; valid: a smaller "
+                "image, or a larger --conf memory_budget"
+            )
+
     def cost(
         self, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int = 1
     ) -> WindowCost | None:

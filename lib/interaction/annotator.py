@@ -52,19 +52,20 @@ def next_click(
     parts = _wrong_parts(labels, truth)
     if not parts:
         return None
-    sizes = np.array([mask.sum() for _, _, mask in parts], dtype=float)
-    chosen = int(sizes.argmax()) if random is None else int(random.choice(len(parts), p=sizes / sizes.sum()))
-    value, box, mask = parts[chosen]
+    sizes = np.array([part.size for part in parts], dtype=float)
+    chosen = parts[int(sizes.argmax()) if random is None else int(random.choice(len(parts), p=sizes / sizes.sum()))]
+    value, mask = chosen.value, chosen.mask()
+    start = [part.start + first for part, first in zip(chosen.box, chosen.start, strict=True)]
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
     for point in taken:
-        inside = tuple(v - part.start for v, part in zip(point, box, strict=True))
+        inside = tuple(v - first for v, first in zip(point, start, strict=True))
         if all(0 <= v < size for v, size in zip(inside, mask.shape, strict=True)):
             depth[inside] = 0
     if not depth.any():
         return None
     deep = np.argwhere(depth >= (depth.max() if random is None else SHALLOWEST * depth.max()))
     place = deep[0] if random is None else deep[int(random.integers(len(deep)))]
-    x, y, z = (int(v) + part.start for v, part in zip(place, box, strict=True))
+    x, y, z = (int(v) + first for v, first in zip(place, start, strict=True))
     return Correction(value, (x, y, z))
 
 
@@ -77,34 +78,45 @@ def prompts_of(clicks: Sequence[Correction]) -> Prompts:
     return make_prompts(positive, [click.point for click in clicks if not click.value])
 
 
-def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[tuple[int, tuple[slice, ...], npt.NDArray[np.bool_]]]:
-    """Connected parts that are wrong in the same way: the right value, where, and which voxels there."""
-    found = []
-    values = [int(v) for v in np.unique(truth[labels != truth])] if (labels != truth).any() else []
-    for value in values:
-        components, _ = ndimage.label((truth == value) & (labels != value))
-        for number, box in enumerate(ndimage.find_objects(components), 1):
-            found.append((value, box, components[box] == number))
-    return found
+@dataclass(frozen=True)
+class _Part:
+    """A connected part that is wrong in one way.
 
-
-def touch_up(labels: LabelArray, truth: LabelArray, click: Correction, most_voxels: float = 8.0) -> LabelArray:
-    """The mask after an annotator has mended by hand the ball around a click that is wrong in the same way.
-
-    It stands for a correction where no editor is at hand yet, so that the next click lies elsewhere.
+    Attributes:
+        value: the right one.
+        box: where it is in ``components``, whose first voxel is ``start``.
+        size: in voxels.
+        components: numbered from 1; ``number`` is this one's.
     """
-    wrong = (labels != truth) & (truth == click.value)
-    low = [max(0, v - int(most_voxels) - 1) for v in click.point]
-    part = tuple(slice(a, v + int(most_voxels) + 2) for a, v in zip(low, click.point, strict=True))
-    crop = np.pad(wrong[part], 1)
-    inside = tuple(v - a + 1 for v, a in zip(click.point, low, strict=True))
-    depth = min(float(ndimage.distance_transform_edt(crop)[inside]) + 1.0, most_voxels)
-    away = np.ones(crop.shape, dtype=bool)
-    away[inside] = False
-    ball = (ndimage.distance_transform_edt(away) <= depth)[1:-1, 1:-1, 1:-1]
-    mended = labels.copy()
-    mended[part] = np.where(ball, truth[part], labels[part])
-    return mended
+
+    value: int
+    box: tuple[slice, ...]
+    start: Voxel
+    size: int
+    components: npt.NDArray[np.int32]
+    number: int
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Which voxels of the box belong to it."""
+        inside: npt.NDArray[np.bool_] = self.components[self.box] == self.number
+        return inside
+
+
+def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[_Part]:
+    """Connected parts that are wrong in the same way."""
+    wrong = labels != truth
+    around = ndimage.find_objects(wrong.astype(np.uint8))
+    if not around:
+        return []
+    x, y, z = (part.start for part in around[0])
+    found = list[_Part]()
+    wrong, right = wrong[around[0]], truth[around[0]]
+    for value in np.unique(right[wrong]):
+        components, _ = ndimage.label((right == value) & wrong)
+        sizes = np.bincount(components.ravel())
+        for number, box in enumerate(ndimage.find_objects(components), 1):
+            found.append(_Part(int(value), box, (x, y, z), int(sizes[number]), components, number))
+    return found
 
 
 def spoil(truth: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.bool_]:

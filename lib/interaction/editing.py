@@ -19,6 +19,7 @@ from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.volume import Affine, FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
+MaskArray = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.int64]
 
 BESIDE_VOXELS = 2.0
@@ -113,9 +114,10 @@ def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) 
     positive, negative = scene.on_network(own), scene.on_network(not_own)
     mask = scene.coarse == value
     found = editor.probability(scene.voxels, mask, positive, negative)
-    changed = (found > 0.5) != mask
+    changed = connected_changes(found > 0.5, mask, positive, negative)
     if not changed.any():
         return []
+    found = np.where(changed, found, mask).astype(np.float32)
     # The voxels around a change tell where it ends between voxels; further off, the mask's own border stays as drawn.
     near = ndimage.binary_dilation(changed)
     box = ndimage.find_objects(near.astype(np.uint8))[0]
@@ -123,6 +125,24 @@ def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) 
     added = np.where(near[box], 2 * (1 - found[box]), NEVER).astype(np.float32)
     taken = np.where(near[box], 2 * found[box], NEVER).astype(np.float32)
     return [LabelClaim(value, (), Claim(start, added)), LabelClaim(0, (value,), Claim(start, taken))]
+
+
+def connected_changes(found: MaskArray, mask: MaskArray, positive: Points, negative: Points) -> MaskArray:
+    """Of what a network would change, what is connected with a prompt of that kind.
+
+    A click that adds a part cannot take another one away, nor change what is elsewhere in the window.
+
+    Args:
+        found: what the network says, shape (X, Y, Z).
+        mask: the structure as it is drawn.
+        positive, negative: voxels of prompts, shape (n, 3).
+    """
+    kept = np.zeros(mask.shape, dtype=bool)
+    for wanted, points in ((found & ~mask, positive), (mask & ~found, negative)):
+        components, _ = ndimage.label(wanted)
+        numbers = np.unique(components[tuple(points.T)])
+        kept |= np.isin(components, numbers[numbers > 0])
+    return kept
 
 
 def _ignored(labels: LabelArray, before: LabelArray, prompts: Prompts) -> Prompts | None:

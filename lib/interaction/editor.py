@@ -1,28 +1,32 @@
-"""The editor network: a UNETR that is shown an image, one structure's mask and the prompts, and corrects that mask.
+"""The editor network: it is shown an image, one structure's mask and the prompts, and corrects that mask.
 
 It sees one structure at a time, so that its cost does not grow with the labels of a preset, and so that a structure
-that nobody has trained can be drawn. It predicts what is to be added to the mask's own logit: untrained, it gives the
-mask back. Prompts are maps that fall off with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018,
-arXiv 1707.00652).
+that nobody has trained can be drawn. It predicts what is to be added to the mask's own logit. Prompts are maps that
+fall off with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018, arXiv 1707.00652). It is a U-Net of
+convolutions (nnU-Net's, Isensee et al. 2021), in which a click reaches every scale.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai.networks.nets import DynUNet
 from scipy import ndimage
 from torch import nn
 
-from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
-from lib.networks.precision import autocast, place, resolve_precision
-from lib.networks.unetr import build_unetr
+from lib.networks.checkpoint import load_weights, read_data
+from lib.networks.precision import autocast, place_for_training, resolve_precision
+from lib.storage.files import replacing, sha256_of
+from lib.storage.full_disk import writing
 from lib.transforms.volume import FloatArray
 
 MaskArray = npt.NDArray[np.bool_]
@@ -31,54 +35,101 @@ Window = tuple[int, int, int]
 
 CHANNELS = 4
 """Image, mask, positive prompts, negative prompts."""
-STRUCTURE = "structure"
 FALL_OFF_VOXELS = 3.0
 """At this distance from a prompt its map has fallen to 1/e."""
 MASK_LOGIT = 2.0
 """How sure the mask counts before anything is added."""
+MARGIN_VOXELS = 8
+"""A prompt nearer to a side of a window than this gets a window of its own."""
+BYTES_A_WINDOW_VOXEL, BYTES_A_PADDED_VOXEL, BYTES_A_VOXEL = 420, 24, 13
+"""Measured for the shipped design in bf16, for the network, and counted, for the arrays around it."""
+FORMAT = "unetr_radiology_editor/1"
 ZOOMS = (1, 2)
 """Voxels of the volume that one voxel of the window spans on each axis, in the order in which they are tried."""
 
 
-def build_editor(preset: Preset) -> nn.Module:
-    """An editor of the size of ``preset``'s network, with random weights but for its last layer, which gives 0.
+@dataclass(frozen=True)
+class EditorDesign:
+    """What an editor looks like.
 
-    Its input is (batch, 4, *``preset.roi_size``), its output (batch, 2, *roi), of which the second less the first is
-    added to the mask's logit.
+    Attributes:
+        filters: feature maps at each scale, of which each has half the resolution of the one before.
+        window: the most voxels that it is shown at once.
     """
-    network = build_unetr(editor_preset(preset), in_channels=CHANNELS)
-    for parameter in network.out.parameters():
-        nn.init.zeros_(parameter)
-    return network
+
+    filters: tuple[int, ...] = (16, 32, 64, 128)
+    window: Window = (48, 48, 48)
+
+    def __post_init__(self) -> None:
+        if len(self.filters) < 3 or min(self.filters) < 1 or any(size % self.step for size in self.window):
+            raise CheckpointError(f"an editor of {self.filters} filters cannot see windows of {self.window} voxels")
+
+    @property
+    def step(self) -> int:
+        """Windows are multiples of this many voxels."""
+        return int(2 ** (len(self.filters) - 1))
 
 
-def editor_preset(preset: Preset) -> Preset:
-    """``preset`` with one label, the structure that is corrected."""
-    return preset if [label.name for label in preset.labels] == [STRUCTURE] else preset.with_labels([STRUCTURE])
+@dataclass(frozen=True)
+class EditorWeights:
+    """An editor's weights, and what they are.
 
-
-def start_from(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Copy a preset's weights where they fit; channels that the preset's network does not have begin at 0.
-
-    Returns:
-        Names of what was not copied.
+    Attributes:
+        model: state dict.
+        design: of the network.
+        presets: those whose clicks they were found better for than growth; empty for all.
+        info: plain data about the training.
     """
-    own, left = network.state_dict(), []
-    for name, value in own.items():
-        given = weights.get(name)
-        if name.startswith("out.") or given is None:
-            left.append(name)
-        elif given.shape == value.shape:
-            value.copy_(given)
-        elif given.ndim == 5 and given.shape[1] == 1 and value.shape == (given.shape[0], CHANNELS, *given.shape[2:]):
-            value.zero_()
-            value[:, :1] = given
-        elif given.ndim == 2 and value.shape == (given.shape[0], CHANNELS * given.shape[1]):
-            value.zero_()  # patches as rows, in which the channels of a voxel follow one another
-            value[:, ::CHANNELS] = given
-        else:
-            left.append(name)
-    return left
+
+    model: Mapping[str, torch.Tensor]
+    design: EditorDesign
+    presets: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_editor(design: EditorDesign) -> nn.Module:
+    """An editor with random weights.
+
+    Its input is (batch, 4, X, Y, Z), its output (batch, 1, X, Y, Z), which is added to the mask's logit.
+    """
+    scales = len(design.filters)
+    strides = [1] + [2] * (scales - 1)
+    return DynUNet(
+        3, CHANNELS, 1, [3] * scales, strides, strides[1:], filters=list(design.filters),
+        norm_name=("INSTANCE", {"affine": True}),
+    )  # fmt: skip
+
+
+def write_editor(path: Path, weights: EditorWeights) -> None:
+    """Write an editor's weights in half precision, so that no reader ever sees half of the file.
+
+    Raises:
+        StorageError: when the disk does not take it.
+    """
+    state = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in weights.model.items()}
+    data = {"format": FORMAT, "design": asdict(weights.design), "model": state, "info": dict(weights.info)}
+    data["presets"] = list(weights.presets)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(f"editor {path.name!r}"), replacing(path, durable=True) as file:
+        torch.save(data, file)
+
+
+def read_editor(path: Path) -> EditorWeights:
+    """Read an editor's weights.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged, or holds no editor.
+    """
+    data = read_data(path)
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path.name!r} holds no editor; valid: a file of format {FORMAT!r}")
+    try:
+        x, y, z = (int(size) for size in data["design"]["window"])
+        design = EditorDesign(tuple(int(n) for n in data["design"]["filters"]), (x, y, z))
+        presets = tuple(str(name) for name in data["presets"])
+        return EditorWeights({k: v.float() for k, v in data["model"].items()}, design, presets, data.get("info", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path.name!r} holds no editor that can be used: {error!r}") from error
 
 
 def prompt_map(points: Points, shape: Sequence[int]) -> FloatArray:
@@ -98,7 +149,7 @@ def prompt_map(points: Points, shape: Sequence[int]) -> FloatArray:
     return falling
 
 
-def stack_input(image: FloatArray, mask: FloatArray, positive: Points, negative: Points) -> FloatArray:
+def stack_input(image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
     """The network's input, (4, X, Y, Z), of an image and a mask of shape (X, Y, Z)."""
     maps = [prompt_map(points, image.shape) for points in (positive, negative)]
     return np.stack([image.astype(np.float32), mask.astype(np.float32) * 2 - 1, *maps])
@@ -106,8 +157,7 @@ def stack_input(image: FloatArray, mask: FloatArray, positive: Points, negative:
 
 def structure_logit(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
     """The logit of the structure, (batch, X, Y, Z), for inputs of (batch, 4, X, Y, Z)."""
-    output = network(given)
-    added: torch.Tensor = output[:, 1].float() - output[:, 0].float()
+    added: torch.Tensor = network(given)[:, 0].float()
     return added + MASK_LOGIT * given[:, 1]
 
 
@@ -116,35 +166,40 @@ class Editor:
 
     Args:
         network: of :func:`build_editor`.
-        preset: whose window it sees.
+        design: its own.
         device: where it computes.
     """
 
-    def __init__(self, network: nn.Module, preset: Preset, device: torch.device) -> None:
-        self.network, self.window, self.device = place(network, device).eval(), preset.roi_size, device
+    def __init__(self, network: nn.Module, design: EditorDesign, device: torch.device) -> None:
+        place_for_training(network, device)
+        self.network, self.design, self.device = network.eval(), design, device
         self.dtype = resolve_precision("auto", device)
 
     @classmethod
     def from_file(cls, path: Path, device: torch.device) -> Editor:
-        """Read an editor's checkpoint.
+        """Read an editor's weights.
 
         Raises:
-            CheckpointError: when it is damaged, or holds no editor.
+            CheckpointError: when the file is damaged, or holds no editor.
         """
-        return cls.from_checkpoint(read_checkpoint(path), device, path.name)
+        return cls.from_weights(read_editor(path), device)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device, name: str = "editor") -> Editor:
-        """An editor with the weights of ``checkpoint``.
+    def from_weights(cls, weights: EditorWeights, device: torch.device) -> Editor:
+        """An editor with weights.
 
         Raises:
-            CheckpointError: when they are no editor's.
+            CheckpointError: when they do not fit their design.
         """
-        if checkpoint.preset is None or [label.name for label in checkpoint.preset.labels] != [STRUCTURE]:
-            raise CheckpointError(f"checkpoint {name!r} holds no editor; valid: one with the label {STRUCTURE!r} alone")
-        network = build_editor(checkpoint.preset)
-        load_weights(network, {key: value.float() for key, value in checkpoint.model.items()})
-        return cls(network, checkpoint.preset, device)
+        network = build_editor(weights.design)
+        load_weights(network, weights.model)
+        return cls(network, weights.design, device)
+
+    def bytes_for(self, shape: Sequence[int]) -> int:
+        """Peak memory of :meth:`probability` for a volume: a window in the network, a wide one before it, the sums."""
+        window = math.prod(self.design.window)
+        widest = min(max(ZOOMS) ** 3 * window, math.prod(shape))
+        return BYTES_A_WINDOW_VOXEL * window + BYTES_A_PADDED_VOXEL * widest + BYTES_A_VOXEL * math.prod(shape)
 
     def probability(self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
         """How likely each voxel belongs to the structure; 1 and 0, as in the mask, where no window lies.
@@ -154,29 +209,31 @@ class Editor:
             mask: of the structure, as it is.
             positive, negative: prompts, voxels of shape (n, 3).
         """
-        result = mask.astype(np.float32)
-        waiting = np.concatenate([positive, negative])
+        total, weight = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
+        # A negative prompt where nothing is drawn changes nothing by itself: it has no window of its own.
+        waiting = np.concatenate([positive, negative[mask[tuple(negative.T)]]])
         while len(waiting):
-            box, found = self._look(image, mask, positive, negative, waiting[0])
-            result[box] = found
-            low, high = np.array([part.start for part in box]), np.array([part.stop for part in box])
-            waiting = waiting[~np.all((waiting >= low) & (waiting < high), axis=1)]
-        return result
+            box, found, sure = self._look(image, mask, positive, negative, waiting[0])
+            total[box] += found * sure
+            weight[box] += sure
+            waiting = waiting[~_well_inside(waiting, box, mask.shape)]
+        return np.where(weight > 0, total / np.maximum(weight, 1e-6), mask).astype(np.float32)
 
     def _look(
         self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points, centre: Points
-    ) -> tuple[tuple[slice, ...], FloatArray]:
-        """One window around ``centre``, wider while the change touches its border: where it lies and what it gives."""
-        kept: tuple[tuple[slice, ...], FloatArray] | None = None
+    ) -> tuple[tuple[slice, ...], FloatArray, FloatArray]:
+        """One window around ``centre``, wider while the change touches its border: where, what it gives, its weight."""
+        kept: tuple[tuple[slice, ...], FloatArray, FloatArray] | None = None
         for zoom in ZOOMS:
-            box = _window(centre, [size * zoom for size in self.window], mask.shape)
+            box = _window(centre, [size * zoom for size in self.design.window], mask.shape)
             found = self._infer(
                 image[box], mask[box], *(p - [part.start for part in box] for p in (positive, negative))
             )
+            sure = np.full(found.shape, zoom**-3.0, np.float32)
             if kept is not None:  # the window at full resolution is right inside; the wider one adds what lies around
                 inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(kept[0], box, strict=True))
-                found[inner] = kept[1]
-            kept = box, found
+                found[inner], sure[inner] = kept[1], kept[2]
+            kept = box, found, sure
             if not _touches_border((found > 0.5) != mask[box], box, mask.shape):
                 break
         assert kept is not None
@@ -184,17 +241,18 @@ class Editor:
 
     def _infer(self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
         """The network on a part of a volume that is at most as large as the window, or is made as small."""
-        factor = np.maximum(1, np.ceil(np.array(image.shape) / self.window)).astype(int)
-        spare = [(0, int(size * f - n)) for size, f, n in zip(self.window, factor, image.shape, strict=True)]
+        factor = int(max(1, np.ceil(np.max(np.array(image.shape) / self.design.window))))
+        step = factor * self.design.step
+        spare = [(0, -n % step) for n in image.shape]
         padded, drawn = np.pad(image, spare, mode="edge"), np.pad(mask.astype(np.float32), spare)
         tensors = torch.from_numpy(np.stack([padded, drawn]).astype(np.float32))[None]
-        if (factor > 1).any():
-            tensors = nn.functional.avg_pool3d(tensors, tuple(int(f) for f in factor))
+        if factor > 1:
+            tensors = nn.functional.avg_pool3d(tensors, factor)
         small = tensors[0].numpy()
-        given = stack_input(small[0], small[1], positive // factor, negative // factor)
+        given = stack_input(small[0], small[1] > 0.5, positive // factor, negative // factor)
         with torch.inference_mode(), autocast(self.device, self.dtype):
             logit = structure_logit(self.network, torch.from_numpy(given)[None].to(self.device))[None]
-        if (factor > 1).any():
+        if factor > 1:
             logit = nn.functional.interpolate(logit, size=padded.shape, mode="trilinear")
         found: FloatArray = torch.sigmoid(logit[0, 0].float()).cpu().numpy()
         return found[tuple(slice(0, n) for n in image.shape)].copy()
@@ -204,18 +262,39 @@ class SharedEditor:
     """An editor that is read from its file when it is first needed.
 
     Args:
-        path: its checkpoint.
+        path: its weights.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
+        self._read: tuple[str, EditorWeights] | None = None
         self._editors: dict[str, Editor] = {}
 
     @classmethod
     def if_there(cls, path: Path) -> SharedEditor | None:
         """The editor of that file; None where there is none."""
         return cls(path) if path.is_file() else None
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights' file, when it was read.
+
+        Raises:
+            CheckpointError: when the file is damaged, or holds no editor.
+        """
+        with self._lock:
+            return self._weights()[0]
+
+    def serves(self, preset: str) -> bool:
+        """Whether clicks on a preset's masks are shown to it.
+
+        Raises:
+            CheckpointError: when the file is damaged, or holds no editor.
+        """
+        with self._lock:
+            presets = self._weights()[1].presets
+        return not presets or preset in presets
 
     def on(self, device: torch.device) -> Editor:
         """The editor on a device.
@@ -225,14 +304,31 @@ class SharedEditor:
         """
         with self._lock:
             if str(device) not in self._editors:
-                self._editors[str(device)] = Editor.from_file(self.path, device)
+                self._editors[str(device)] = Editor.from_weights(self._weights()[1], device)
             return self._editors[str(device)]
+
+    def _weights(self) -> tuple[str, EditorWeights]:
+        if self._read is None:
+            weights = read_editor(self.path)
+            self._read = sha256_of(self.path), weights
+        return self._read
 
 
 def _window(centre: Points, size: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
     """A part of at most ``size`` around ``centre`` that lies in the volume."""
     starts = [int(np.clip(c - s // 2, 0, max(0, n - s))) for c, s, n in zip(centre, size, shape, strict=True)]
     return tuple(slice(a, min(a + s, n)) for a, s, n in zip(starts, size, shape, strict=True))
+
+
+def _well_inside(points: Points, box: Sequence[slice], shape: Sequence[int]) -> MaskArray:
+    """Which points lie in a window, and not so near to a side of it that the network sees little around them."""
+    inside = np.ones(len(points), dtype=bool)
+    for axis, (part, size) in enumerate(zip(box, shape, strict=True)):
+        margin = min(MARGIN_VOXELS, (part.stop - part.start) // 4)
+        low = part.start + (margin if part.start > 0 else 0)
+        high = part.stop - (margin if part.stop < size else 0)
+        inside &= (points[:, axis] >= low) & (points[:, axis] < high)
+    return inside
 
 
 def _touches_border(changed: MaskArray, box: Sequence[slice], shape: Sequence[int]) -> bool:

@@ -21,12 +21,13 @@ from lib.errors import LabelError, ParameterError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.lanes import device_in_use
 from lib.infers.network_images import NetworkImages
+from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
 from lib.infers.schedule import Forecast
 from lib.infers.writer import write_mask
 from lib.interaction.dialects import BACKGROUND, parse_clicks
 from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
-from lib.interaction.editor import SharedEditor
+from lib.interaction.editor import Editor, SharedEditor
 from lib.interaction.prompts import Prompts, parse_box
 from lib.interaction.starting_mask import names_of, read_mask, read_values
 from lib.transforms.inputs import read_input
@@ -151,6 +152,7 @@ class ClickTask(_InteractiveTask):
         elsewhere: names of other tasks' labels, whose clicks say nothing here.
         device: default device.
         editor: the network that clicks are shown to; None lets them grow without weights.
+        planner: knows how much memory there is.
     """
 
     def __init__(
@@ -161,17 +163,18 @@ class ClickTask(_InteractiveTask):
         elsewhere: Collection[str] = (),
         device: str = "",
         editor: SharedEditor | None = None,
+        planner: Planner | None = None,
     ) -> None:
         labels = dict(automatic.preset.label_indices)
         if BACKGROUND not in labels and BACKGROUND_VALUE not in labels.values():
             labels[BACKGROUND] = BACKGROUND_VALUE
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
-        self._elsewhere, self._editor = frozenset(elsewhere), editor
+        self._elsewhere, self._editor, self._planner = frozenset(elsewhere), editor, planner or Planner()
 
     def load(self) -> dict[str, str]:
         """What answers are made with."""
-        return super().load() | {"version": GROWTH if self._editor is None else NETWORK}
+        return super().load() | {"version": GROWTH if self._own_editor() is None else NETWORK}
 
     def validate_request(self, request: Mapping[str, Any]) -> None:
         """Check a request without running it.
@@ -203,6 +206,7 @@ class ClickTask(_InteractiveTask):
         Raises:
             ImageError, LabelError: when image or mask cannot be used.
             ParameterError: when a parameter is not valid.
+            MemoryBudgetError: when the editor needs more memory than there is.
         """
         start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
         prompts, checksum = self._prompts(request), self._automatic.checksums.of(asked.image)
@@ -213,7 +217,7 @@ class ClickTask(_InteractiveTask):
         began = time.perf_counter()
         if not prompts.is_empty:
             scene = Scene(self._network_image(asked.image, checksum), labels, affine_ras)
-            edited = edit_clicks(scene, prompts, self._editor.on(device_in_use(asked.device)) if self._editor else None)
+            edited = edit_clicks(scene, prompts, self._ready_editor(scene, asked))
             labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
@@ -222,6 +226,19 @@ class ClickTask(_InteractiveTask):
         if not request.get("label_file"):
             self._cache.put(self._key(request, asked), made)
         return self._write(made, request, asked, start, hit=False, labels=labels)
+
+    def _own_editor(self) -> SharedEditor | None:
+        """The editor, where there is one that clicks on this preset's masks are shown to."""
+        return self._editor if self._editor is not None and self._editor.serves(self.preset.name) else None
+
+    def _ready_editor(self, scene: Scene, asked: InferRequest) -> Editor | None:
+        """The editor, where there is one, and there is memory for it."""
+        shared = self._own_editor()
+        if shared is None:
+            return None
+        editor = shared.on(device_in_use(asked.device))
+        self._planner.check_room(editor.bytes_for(scene.voxels.shape), f"a click on {asked.image.name!r}")
+        return editor
 
     def _write(
         self,
@@ -266,7 +283,7 @@ class ClickTask(_InteractiveTask):
     def _key(self, request: Mapping[str, Any], asked: InferRequest) -> CacheKey:
         saved = (request.get("start_from") or {}).get("version_id", "")
         options: tuple[Hashable, ...] = (asked.device.type, saved, self._prompts(request).key())
-        stamp = self._automatic.weights_stamp()
+        stamp = (*self._automatic.weights_stamp(), editor.sha256 if (editor := self._own_editor()) else GROWTH)
         return CacheKey(self._automatic.checksums.of(asked.image), f"{self.preset.name}_edit", stamp, options)
 
 
@@ -344,17 +361,19 @@ def make_interactive_tasks(
     cache: ResultCache,
     device: str,
     editor: SharedEditor | None = None,
+    planner: Planner | None = None,
 ) -> dict[str, InferTask]:
     """The tasks for clicks and scribbles of each preset, all clicks first.
 
     Args:
         editor: the network that clicks are shown to; None lets them grow without weights.
+        planner: knows how much memory there is.
     """
     names = {name: set(task.preset.label_indices) for name, task in automatic.items()}
     made: dict[str, InferTask] = {}
     for name, task in automatic.items():
         others: set[str] = set().union(*(labels for other, labels in names.items() if other != name))
-        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device, editor)
+        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device, editor, planner)
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
 
 

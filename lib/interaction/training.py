@@ -3,7 +3,8 @@
     python -m lib.interaction.training --data hippocampus_mr=<folder> --data abdomen_ct=<folder> --out <folder>
 
 Each folder of data holds ``images`` and ``labels``. Cases that ``model/<preset>/split.json`` holds out are left out,
-and those that ``--without`` names. The run can be ended and taken up again: its state is in ``<out>/state.pt``.
+and those that ``--without`` names. The run can be ended and taken up again: its state is in ``<out>/state.pt``, and the
+cases on their presets' grids are in ``<out>/cases``.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import ndimage
 from torch import nn
 
 from lib.cases.labelled import Case, find_cases, read_case
@@ -26,171 +28,125 @@ from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.infers.segmenter import Segmenter
-from lib.interaction.annotator import Correction, next_click, spoil, touch_up
-from lib.interaction.editor import Editor, build_editor, editor_preset, stack_input, start_from, structure_logit
-from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from lib.interaction.editor import (
+    Editor,
+    EditorDesign,
+    EditorWeights,
+    Window,
+    build_editor,
+    read_editor,
+    structure_logit,
+    write_editor,
+)
+from lib.interaction.sessions import Material, Session, begin_session
+from lib.networks.checkpoint import read_checkpoint
 from lib.networks.precision import autocast, place_for_training, resolve_precision
-from lib.storage.files import replacing
+from lib.storage.files import replacing, sha256_of
 from lib.storage.json_files import write_json
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import FloatArray
+from lib.transforms.volume import Volume
 
 logger = logging.getLogger(__name__)
 
 MODEL = Path(__file__).resolve().parents[2] / "model"
 LabelArray = npt.NDArray[np.uint8]
-MaskArray = npt.NDArray[np.bool_]
-MOST_CLICKS = 10
-WARM_UP = 0.05
+VOXELS = 2**17
+LEARNING_RATE = 8e-3
+"""With a tenth of it, and with zeros in the last layer, a thousand steps taught next to nothing."""
+WARM_UP = 0.02
+NEAR_WEIGHT = 10.0
+"""How much more a voxel beside a click counts in the loss."""
+MOST_BLUR_VOXELS, MOST_NOISE = 1.2, 0.35
+"""By how much an image is changed before a network's mask of it is spoiled by that; noise in standard deviations."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """A case on its preset's grid.
+def read_material(case: Case, preset: Preset, segmenter: Segmenter | None, masks: int = 2, seed: int = 0) -> Material:
+    """Read a case, and segment it where there is a network to do so: as it is, and changed.
 
-    Attributes:
-        image, truth: shape (X, Y, Z).
-        automatic: the preset's own mask; None where it is not known.
+    A network that has seen a case in its own training is more often right on it than on a new one, so that its masks of
+    changed images are more like those that will be corrected.
     """
-
-    image: FloatArray
-    truth: LabelArray
-    automatic: LabelArray | None = None
-
-
-def read_material(case: Case, preset: Preset, segmenter: Segmenter | None) -> Material:
-    """Read a case, and segment it where there is a network to do so."""
     volume, truth = read_case(case, preset)
     image = preprocess_volume(volume, preset)
     voxels = image.as_subclass(torch.Tensor)[0].numpy()
     affine = np.asarray(image.affine.numpy(), dtype=np.float64)
+    random, found = np.random.default_rng(seed), []
+    for number in range(masks if segmenter is not None else 0):
+        assert segmenter is not None
+        changed = change_image(volume, random) if number else volume
+        labels = segmenter.segment(changed).labels
+        found.append(restore_to_grid(labels, volume.affine_ras, voxels.shape, affine))
     on_network = restore_to_grid(truth, volume.affine_ras, voxels.shape, affine)
-    automatic = None
-    if segmenter is not None:
-        found = segmenter.segment(volume).labels
-        automatic = restore_to_grid(found, volume.affine_ras, voxels.shape, affine)
-    return Material(voxels, on_network, automatic)
+    return Material(voxels, on_network, tuple(found))
 
 
-class Annotation:
-    """One structure in a window, with what an annotator has clicked so far.
+def change_image(volume: Volume, random: np.random.Generator) -> Volume:
+    """The image blurred and with noise, of which a network gives a worse mask."""
+    voxels = ndimage.gaussian_filter(volume.voxels, random.uniform(0, MOST_BLUR_VOXELS))
+    noise = ndimage.gaussian_filter(random.normal(size=voxels.shape), 0.7)
+    noise *= random.uniform(0, MOST_NOISE) * float(volume.voxels.std()) / max(float(noise.std()), 1e-6)
+    return replace(volume, voxels=(voxels + noise).astype(np.float32))
+
+
+def edit_loss(logit: torch.Tensor, given: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Dice and binary cross-entropy of a structure's logit; voxels beside clicks count more in the second.
 
     Args:
-        image, truth, mask: shape of the window; ``mask`` is what is corrected.
-        random: draws the clicks.
+        logit, truth: shape (batch, X, Y, Z).
+        given: the network's input, of which the prompts say where clicks are; (batch, 4, X, Y, Z).
     """
-
-    def __init__(self, image: FloatArray, truth: MaskArray, mask: MaskArray, random: np.random.Generator) -> None:
-        self.image, self.truth, self.mask, self._random = image, truth, mask, random
-        self.clicks: list[Correction] = []
-
-    def click(self, current: MaskArray, count: int) -> MaskArray:
-        """Click ``count`` times, each time mending a part by hand, from ``current`` on; the mask in the end."""
-        drawn, truth = current.astype(np.uint8), self.truth.astype(np.uint8)
-        for _ in range(count):
-            click = next_click(drawn, truth, (1, 1, 1), self._random, [c.point for c in self.clicks])
-            if click is None:
-                break
-            self.clicks.append(click)
-            drawn = touch_up(drawn, truth, click)
-        return drawn > 0
-
-    def input(self) -> FloatArray:
-        """What the network is shown."""
-        sides = [np.array([c.point for c in self.clicks if c.value == v], int).reshape(-1, 3) for v in (1, 0)]
-        return stack_input(self.image, self.mask.astype(np.float32), sides[0], sides[1])
-
-
-def draw(material: Material, window: Sequence[int], random: np.random.Generator) -> Annotation:
-    """A structure of a case, a mask to begin with (the automatic one, a spoiled reference, none) and a window."""
-    values = np.unique(material.truth)[1:] if material.truth.any() else np.array([1])
-    value = int(random.choice(values))
-    truth, kind = material.truth == value, random.random()
-    if material.automatic is not None and kind < 0.6:
-        mask = material.automatic == value
-    elif kind < 0.75:
-        mask = np.zeros_like(truth)
-    else:
-        mask = spoil(truth, random)
-    wrong = np.argwhere(truth != mask)
-    around = wrong if len(wrong) else np.argwhere(truth) if truth.any() else np.array([[0, 0, 0]])
-    centre = around[int(random.integers(len(around)))] + random.integers(-4, 5, 3)
-    image, parts = material.image, [material.image, truth, mask]
-    cut = []
-    for size, at, n in zip(window, centre, image.shape, strict=True):
-        first = int(np.clip(at - size // 2, 0, max(0, n - size)))
-        if n < size:
-            first = -int(random.integers(0, size - n + 1))
-        cut.append((first, size, n))
-    for axis, (first, size, n) in enumerate(cut):
-        places = np.arange(first, first + size)
-        outside = (places < 0) | (places >= n)
-        for number, part in enumerate(parts):
-            taken = np.take(part, np.clip(places, 0, n - 1), axis=axis)
-            if number and outside.any():
-                np.moveaxis(taken, axis, 0)[outside] = False
-            parts[number] = taken
-    return Annotation(_change(parts[0], random), parts[1], parts[2], random)
-
-
-def _change(image: FloatArray, random: np.random.Generator) -> FloatArray:
-    """Other contrast, brightness and noise."""
-    changed = image * random.uniform(0.85, 1.15) + random.uniform(-0.15, 0.15)
-    if random.random() < 0.3:
-        changed = changed + random.normal(0, random.uniform(0, 0.1), image.shape)
-    return changed.astype(np.float32)
-
-
-def edit_loss(logit: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Dice and binary cross-entropy of a structure's logit, both of (batch, X, Y, Z)."""
     probability, axes = torch.sigmoid(logit), (1, 2, 3)
     overlap = 2 * (probability * truth).sum(axes) + 1
     dice = 1 - overlap / (probability.sum(axes) + truth.sum(axes) + 1)
-    entropy = nn.functional.binary_cross_entropy_with_logits(logit, truth)
-    return dice.mean() + 2 * entropy
+    weight = 1 + NEAR_WEIGHT * given[:, 2:].amax(dim=1)
+    entropy = nn.functional.binary_cross_entropy_with_logits(logit, truth, weight=weight, reduction="none")
+    return dice.mean() + 2 * (entropy.sum(axes) / weight.sum(axes)).mean()
 
 
 class EditorTraining:
     """A training of the editor that can be taken up again.
 
+    A step shows the network several sessions of each preset. Each has been clicked once more than at the step before,
+    where the network's answer of that step was wrong, and gives way to a new one when its clicks have been made: so
+    that every pass through the network is trained on, however many clicks led to it.
+
     Args:
-        preset: its size, and with ``weights`` where it begins.
-        material: cases of each preset; every preset is drawn equally often.
+        design: of the network.
+        material: cases of each preset.
         folder: of its state.
-        weights: of a preset's network; None for random ones.
-        batch: windows of a step.
+        voxels: of a preset in a step: as many sessions as they hold windows, and at least one.
         learning_rate: the highest one.
         seed: of everything that is drawn.
     """
 
     def __init__(
         self,
-        preset: Preset,
+        design: EditorDesign,
         material: Mapping[str, Sequence[Material]],
         folder: Path,
-        weights: Mapping[str, torch.Tensor] | None = None,
-        batch: int = 2,
-        learning_rate: float = 8e-4,
+        voxels: int = VOXELS,
+        learning_rate: float = LEARNING_RATE,
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.preset, self.folder, self._batch, self._highest = editor_preset(preset), folder, batch, learning_rate
-        self._material, self._random = (
-            [list(cases) for cases in material.values() if cases],
-            np.random.default_rng(seed),
-        )
+        self.design, self.folder, self._highest = design, folder, learning_rate
+        self._random = np.random.default_rng(seed)
+        self._material = [list(cases) for cases in material.values() if cases]
         if not self._material:
             raise ParameterError("data", "no labelled case", "at least one case that is not held out")
-        self.network = build_editor(preset)
-        if weights is not None:
-            start_from(self.network, weights)
+        self._windows = [window_for(cases, design) for cases in self._material]
+        batches = [max(1, voxels // int(np.prod(window))) for window in self._windows]
+        self._sessions: list[list[Session | None]] = [[None] * batch for batch in batches]
+        self.network = build_editor(design)
         self._device = torch.device("cpu")
         self._dtype = resolve_precision("auto", self._device)
         place_for_training(self.network, self._device)
-        self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+        self._optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self._average = torch.optim.swa_utils.AveragedModel(
-            self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98), use_buffers=True
+            self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
         )
         self.steps, self.seconds, self.losses = 0, 0.0, list[float]()
         if (folder / "state.pt").exists():
@@ -201,51 +157,59 @@ class EditorTraining:
         while self.seconds < 60 * minutes and (most_steps is None or self.steps < most_steps):
             began = time.perf_counter()
             part = self.seconds / (60 * minutes) if most_steps is None else self.steps / most_steps
-            rate = self._highest * min(1.0, (part + 0.002) / WARM_UP, 0.02 + 0.98 * (1 + np.cos(np.pi * part)) / 2)
+            falling = 0.02 + 0.98 * (1 + float(np.cos(np.pi * part))) / 2
             for group in self._optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = self._highest * min((part + 0.002) / WARM_UP, falling)
             self.losses.append(self.step())
             self.seconds += time.perf_counter() - began
-            if self.steps % 20 == 0:
-                logger.info("step %d, %.0f s, loss %.4f", self.steps, self.seconds, np.mean(self.losses[-20:]))
-            if self.steps % 100 == 0:
+            if self.steps % 50 == 0:
+                logger.info("step %d, %.0f s, loss %.4f", self.steps, self.seconds, np.mean(self.losses[-50:]))
+            if self.steps % 200 == 0:
                 self.save()
         self.save()
 
     def step(self) -> float:
-        """One step; its loss."""
-        drawn = [self._draw() for _ in range(self._batch)]
-        counts = [int(self._random.integers(1, 5)) for _ in drawn]
-        currents = [one.click(one.mask, count) for one, count in zip(drawn, counts, strict=True)]
-        if self._random.random() < 0.4:  # more clicks where the network itself is still wrong
-            self.network.eval()
-            with torch.no_grad(), autocast(self._device, self._dtype):
-                currents = [c > 0 for c in structure_logit(self.network, self._stack(drawn)).cpu().numpy()]
-            more = int(self._random.integers(1, MOST_CLICKS - 3))
-            for one, current in zip(drawn, currents, strict=True):
-                one.click(current, more)
+        """One step; its mean loss."""
         self.network.train()
-        truth = torch.from_numpy(np.stack([one.truth for one in drawn]).astype(np.float32))
-        with autocast(self._device, self._dtype):
-            logit = structure_logit(self.network, self._stack(drawn))
-        loss = edit_loss(logit, truth)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = []
+        for number, window in enumerate(self._windows):
+            sessions = [self._next(number, place, window) for place in range(len(self._sessions[number]))]
+            given = torch.from_numpy(np.stack([one.input() for one in sessions]))
+            truth = torch.from_numpy(np.stack([one.truth for one in sessions]).astype(np.float32))
+            with autocast(self._device, self._dtype):
+                logit = structure_logit(self.network, given)
+            loss = edit_loss(logit, given, truth)
+            (loss / len(self._windows)).backward()
+            losses.append(float(loss.detach()))
+            for one, found in zip(sessions, (logit.detach() > 0).numpy(), strict=True):
+                one.current = found
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
         if torch.isfinite(norm):
             self._optimizer.step()
             self._average.update_parameters(self.network)
         self.steps += 1
-        return float(loss.detach())
+        return float(np.mean(losses))
 
-    def checkpoint(self) -> Checkpoint:
+    def _next(self, number: int, place: int, window: Window) -> Session:
+        """The session at a place, clicked once more; a new one where it is over."""
+        session, tries = self._sessions[number][place], 0
+        while session is None or not session.click(self._random):
+            cases = self._material[number]
+            session = begin_session(cases[int(self._random.integers(len(cases)))], window, self._random)
+            if (tries := tries + 1) > 20 and not session.click(self._random):
+                break  # nothing is wrong in any case: then there is nothing to click
+        self._sessions[number][place] = session
+        return session
+
+    def weights(self) -> EditorWeights:
         """The averaged weights, and how they came about."""
         info = {"steps": self.steps, "seconds": round(self.seconds), "torch": str(torch.__version__)}
-        return Checkpoint(self._average.module.state_dict(), self.preset, info)
+        return EditorWeights(self._average.module.state_dict(), self.design, info=info)
 
     def editor(self) -> Editor:
         """An editor with the averaged weights."""
-        return Editor.from_checkpoint(self.checkpoint(), self._device)
+        return Editor.from_weights(self.weights(), self._device)
 
     def save(self) -> None:
         """Write the state, and the weights in fp16."""
@@ -256,7 +220,7 @@ class EditorTraining:
         }  # fmt: skip
         with replacing(self.folder / "state.pt") as file:
             torch.save(state, file)
-        write_checkpoint(self.folder / "shipped.pt", self.checkpoint(), half=True)
+        write_editor(self.folder / "shipped.pt", self.weights())
 
     def _resume(self) -> None:
         state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
@@ -266,40 +230,64 @@ class EditorTraining:
         self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
         self._random = np.random.default_rng(self.steps)
 
-    def _draw(self) -> Annotation:
-        cases = self._material[int(self._random.integers(len(self._material)))]
-        return draw(cases[int(self._random.integers(len(cases)))], self.preset.roi_size, self._random)
 
-    def _stack(self, drawn: Sequence[Annotation]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([one.input() for one in drawn]))
+def window_for(cases: Sequence[Material], design: EditorDesign) -> Window:
+    """The window that cases are trained in: no larger than most of them need."""
+    sizes = np.percentile([case.image.shape for case in cases], 80, axis=0)
+    step = design.step
+    x, y, z = (min(most, step * max(1, round(size / step))) for most, size in zip(design.window, sizes, strict=True))
+    return x, y, z
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train on the presets' data that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", default="hippocampus_mr", help="whose network's size and weights it begins with")
     parser.add_argument("--data", action="append", required=True, help="<preset>=<folder>; may be given several times")
     parser.add_argument("--without", default="", help="ids of cases to leave out, with commas between them")
+    parser.add_argument("--without-labels", default="", help="names of labels to leave out, with commas between them")
     parser.add_argument("--from-network", default="", help="presets whose own masks are corrected too, with commas")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--most-cases", type=int, default=0, help="of each preset; 0 for all")
+    parser.add_argument("--voxels", type=int, default=VOXELS, help="of each preset in a step")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     material: dict[str, list[Material]] = {}
+    without = set(asked.without.split(","))
     for named in asked.data:
         name, _, folder = named.partition("=")
         own = name in asked.from_network.split(",")
-        material[name] = _read_all(name, Path(folder), set(asked.without.split(",")), own, asked.most_cases)
+        cases = _read_all(name, Path(folder), without, own, asked.most_cases, asked.out / "cases")
+        values = {v for n, v in load_preset(name).label_indices.items() if n in asked.without_labels.split(",")}
+        material[name] = [_without_labels(case, values) for case in cases] if values else cases
         logger.info("%s: %d cases", name, len(material[name]))
-    start = read_checkpoint(MODEL / asked.preset / "shipped.pt")
-    training = EditorTraining(start.preset or load_preset(asked.preset), material, asked.out, start.model)
+    training = EditorTraining(EditorDesign(), material, asked.out, asked.voxels, asked.learning_rate)
     training.run(asked.minutes)
-    found = {"presets": {name: len(cases) for name, cases in material.items()}, **training.checkpoint().info}
-    write_json(asked.out / "training.json", found)
+    write_side_car(asked.out / "shipped.pt", {name: len(cases) for name, cases in material.items()})
 
 
-def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most: int) -> list[Material]:
+def write_side_car(weights: Path, cases: Mapping[str, int]) -> None:
+    """Write what an editor's weights are beside them, as JSON.
+
+    Args:
+        weights: their file.
+        cases: how many of each preset they were trained on.
+    """
+    read = read_editor(weights)
+    network = build_editor(read.design)
+    said = {
+        "design": asdict(read.design),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "sha256": sha256_of(weights),
+        "bytes": weights.stat().st_size,
+        "cases": dict(cases),
+        "training": dict(read.info),
+    }
+    write_json(weights.with_suffix(".json"), said)
+
+
+def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most: int, kept: Path) -> list[Material]:
     split, preset = shipped_split(MODEL / name), load_preset(name)
     held_out = set(split.validation) | set(split.test) if split is not None else set()
     cases = find_cases(folder / "images", folder / "labels")
@@ -309,7 +297,28 @@ def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most:
         checkpoint = read_checkpoint(MODEL / name / "shipped.pt")
         preset = checkpoint.preset or preset
         segmenter = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"))
-    return [read_material(case, preset, segmenter) for case in (cases[:most] if most else cases)]
+    chosen = cases[:most] if most else cases
+    return [_read_kept(case, preset, segmenter, kept / name, number) for number, case in enumerate(chosen)]
+
+
+def _read_kept(case: Case, preset: Preset, segmenter: Segmenter | None, folder: Path, seed: int) -> Material:
+    """A case on its preset's grid, from where it was kept before."""
+    file = folder / f"{case.case_id}.{'found' if segmenter is not None else 'plain'}.npz"
+    if file.exists():
+        with np.load(file) as kept:
+            return Material(kept["image"].astype(np.float32), kept["truth"], tuple(kept["found"]))
+    made = read_material(case, preset, segmenter, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = np.stack(made.found) if made.found else np.zeros((0, *made.truth.shape), np.uint8)
+    with replacing(file) as stream:
+        np.savez_compressed(stream, image=made.image.astype(np.float16), truth=made.truth, found=found)
+    return made
+
+
+def _without_labels(material: Material, values: set[int]) -> Material:
+    """A case in which some labels are not known."""
+    known = np.where(np.isin(material.truth, list(values)), 0, material.truth).astype(np.uint8)
+    return replace(material, truth=known)
 
 
 if __name__ == "__main__":

@@ -53,18 +53,27 @@ class Checkpoint:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+def read_data(path: Path) -> Any:
+    """What a file of weights holds: tensors, numbers and text.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or holds code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path.name!r} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file ends in any of a dozen kinds, struct.error and IndexError among them
+        raise CheckpointError(f"checkpoint {path.name!r} {_why_unreadable(error)}") from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
         CheckpointError: when the file is missing, damaged, holds code instead of tensors, or holds no weights.
     """
-    try:
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path.name!r} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file ends in any of a dozen kinds, struct.error and IndexError among them
-        raise CheckpointError(f"checkpoint {path.name!r} {_why_unreadable(error)}") from error
+    data = read_data(path)
     state = _find_state(data)
     if state is None:
         valid = f"a state dict, bare or as {', '.join(STATE_KEYS)}"

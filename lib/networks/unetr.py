@@ -22,21 +22,19 @@ ENCODER = "vit."
 NORMS: dict[str, Any] = {"instance_affine": ("instance", {"affine": True})}
 
 
-def build_unetr(preset: Preset, activation_checkpointing: bool = False, in_channels: int | None = None) -> Unetr:
+def build_unetr(preset: Preset, activation_checkpointing: bool = False) -> Unetr:
     """Build the network of ``preset`` with random weights.
 
-    Its input is (batch, ``in_channels``, *``preset.roi_size``), its output logits of (batch, labels + 1, *roi).
+    Its input is (batch, ``preset.in_channels``, *``preset.roi_size``), its output logits of (batch, labels + 1, *roi).
 
     Args:
         activation_checkpointing: recompute the ViT blocks in the backward pass instead of keeping their activations.
             Weights, outputs and gradients are the same; memory falls, a training step takes longer.
-        in_channels: of the input; the preset's if not given.
     """
     size = preset.network.model_dump(exclude={"patch_size"})
     size["norm_name"] = NORMS.get(preset.network.norm_name, preset.network.norm_name)
-    channels = preset.in_channels if in_channels is None else in_channels
     kind = FineUNETR if preset.network.patch_size == 8 else UNETR
-    network = kind(in_channels=channels, out_channels=preset.out_channels, img_size=preset.roi_size, **size)
+    network = kind(in_channels=preset.in_channels, out_channels=preset.out_channels, img_size=preset.roi_size, **size)
     if activation_checkpointing:
         recompute_blocks(network)
     return network

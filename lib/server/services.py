@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from monailabel.config import settings as stock_settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.utils.sessions import Sessions
 
 from lib.activelearning.pool_knowledge import PoolKnowledge
@@ -226,6 +227,21 @@ class Services:
             NotFoundError: with the known ones.
         """
         return self.segmentation_tasks.find(model)
+
+    def click_model(self, preset: str) -> str:
+        """The model that corrects a preset's masks by clicks.
+
+        Raises:
+            NotFoundError: with the known presets.
+        """
+        models = {
+            task.preset.name: name
+            for name, task in infer_tasks(self.instance.models).items()
+            if task.type == InferType.DEEPEDIT
+        }
+        if preset not in models:
+            raise NotFoundError("preset with clicks", preset, list(models))
+        return models[preset]
 
     def train_task(self, model: str) -> UnetrTrainTask:
         """The training task of that name.

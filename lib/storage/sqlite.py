@@ -74,6 +74,17 @@ def open_database(
         return _open(path, schema, isolation_level), sentence
 
 
+def add_column(connection: sqlite3.Connection, table: str, column: str, declaration: str) -> None:
+    """Give a table of an older file a column that it lacks; all rows get the default of its declaration."""
+    if column in [row["name"] for row in connection.execute(f"PRAGMA table_info({table})")]:
+        return
+    try:
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declaration}")
+    except sqlite3.OperationalError as error:  # another process was faster
+        if "duplicate column" not in str(error):
+            raise
+
+
 def remove_side_files(path: Path) -> None:
     """Remove the write-ahead log of a database that is no longer there."""
     for suffix in SIDE_FILES:

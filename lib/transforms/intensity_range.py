@@ -7,6 +7,9 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
+from lib.configs.preset import Preset
+from lib.errors import OtherModalityError
+
 MOST_SAMPLES = 500_000
 SMALLEST_RANGE_HU = 100.0
 HIGHEST_DARK_HU = -50.0
@@ -16,8 +19,6 @@ MOST_DENSE_SHARE = 0.1
 """Dense bone: a few per cent of a body at most. Soft tissue lies there when 1024 has been added."""
 LOWEST_BRIGHT_HU = -150.0
 LOWEST_MR = -500.0
-FITS_ANOTHER = "for which another preset is served"
-"""In the reason why an image is left out of a preset's pool: nothing is wrong with it."""
 
 
 def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
@@ -55,7 +56,19 @@ def misfit(voxels: npt.NDArray[np.generic], modality: str, served_modalities: Co
     fitting = [
         other for other in sorted(set(served_modalities)) if other != modality and not range_warning(voxels, other)
     ]
-    return f"it looks like {' or '.join(fitting)}, {FITS_ANOTHER}: {warning}" if fitting else ""
+    return f"it looks like {' or '.join(fitting)}, for which another preset is served: {warning}" if fitting else ""
+
+
+def check_modality(
+    voxels: npt.NDArray[np.generic], preset: Preset, served_modalities: Collection[str], name: str
+) -> None:
+    """Refuse an image that is rather for a preset of another modality that is served too.
+
+    Raises:
+        OtherModalityError: saying why.
+    """
+    if reason := misfit(voxels, preset.modality, served_modalities):
+        raise OtherModalityError(f"image {name!r} is not for {preset.name!r}: {reason}")
 
 
 def _odd_for_ct(sample: npt.NDArray[np.float32], low: float, high: float) -> str:

@@ -49,6 +49,13 @@ def test_next_sample_offers_each_image_for_the_preset_of_its_modality(mixed: Ser
     )
 
 
+def test_merged_labels_name_the_background_last(mixed: Server) -> None:
+    info = mixed.get("/info/").json()
+    announced = [info["models"][f"{preset}_edit"]["labels"] for preset in ("hippocampus_mr", "abdomen_ct")]
+    own = [name for labels in announced for name in labels if name != "background"]
+    assert info["labels"] == [*own, "background"] and len(own) == 15
+
+
 def test_next_sample_for_a_named_model_offers_no_image_of_another_modality(mixed: Server) -> None:
     answer = mixed.post("/activelearning/first", json={"client_id": "dora", "model": "hippocampus_mr"})
     assert answer.json() == {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
+from lib.interaction.editing import Scene, connected_changes, edit_clicks, edit_scribbles
 from lib.interaction.prompts import Box, Prompts, make_prompts
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
@@ -87,3 +87,13 @@ def test_scribbles_are_obeyed() -> None:
     assert (labels[tuple(drawn.T)] == 1).all() and (labels[tuple(erased.T)] == 0).all()
     found, core = labels == 1, truth == 2
     assert 2 * (found & core).sum() / (found.sum() + core.sum()) > 0.35
+
+
+def test_changes_that_are_not_connected_with_a_click_of_their_kind_are_left_out() -> None:
+    mask, found = np.zeros((12, 12, 12), bool), np.zeros((12, 12, 12), bool)
+    mask[1:4, 1:4, 1:4], mask[8:11, 1:4, 1:4] = True, True  # the network would take both away
+    found[1:4, 8:11, 8:11], found[8:11, 8:11, 8:11] = True, True  # and add two others
+    changed = connected_changes(found, mask, np.array([[2, 9, 9]]), np.array([[9, 2, 2]]))
+    right = np.zeros_like(mask)
+    right[1:4, 8:11, 8:11], right[8:11, 1:4, 1:4] = True, True
+    np.testing.assert_array_equal(changed, right)

@@ -10,11 +10,21 @@ import torch
 from torch import nn
 
 from lib.errors import CheckpointError
-from lib.interaction.annotator import Correction, spoil, touch_up
+from lib.interaction.annotator import spoil
 from lib.interaction.editing import Scene, edit_clicks
-from lib.interaction.editor import CHANNELS, Editor, SharedEditor, build_editor, prompt_map, start_from
+from lib.interaction.editor import (
+    Editor,
+    EditorDesign,
+    EditorWeights,
+    SharedEditor,
+    build_editor,
+    prompt_map,
+    read_editor,
+    write_editor,
+)
 from lib.interaction.prompts import Box, make_prompts
-from lib.interaction.training import EditorTraining, Material, draw
+from lib.interaction.sessions import Material, begin_session, region_alike
+from lib.interaction.training import EditorTraining
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.transforms.preprocess import preprocess_volume
@@ -22,13 +32,14 @@ from lib.transforms.volume import Volume
 from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
 
 CPU = torch.device("cpu")
+SMALL = EditorDesign((4, 8, 8), (16, 16, 16))
 
 
 class Contrary(nn.Module):
     """A network that says something else at every voxel, whatever it is shown."""
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        logits = 20 * torch.randn((given.shape[0], 2, *given.shape[2:]), generator=torch.Generator().manual_seed(1))
+        logits = 20 * torch.randn((given.shape[0], 1, *given.shape[2:]), generator=torch.Generator().manual_seed(1))
         return logits - 9 * given[:, 2:3] + 9 * given[:, 3:4]
 
 
@@ -37,36 +48,18 @@ def scene_of(affine: np.ndarray, seed: int = 0) -> tuple[Scene, np.ndarray]:
     return Scene(preprocess_volume(Volume(image, affine), tiny_preset()), truth.copy(), affine), truth
 
 
-def test_new_channels_at_zero_leave_the_presets_features_as_they_are() -> None:
-    torch.manual_seed(0)
-    tiny = tiny_preset()
-    preset = tiny.model_copy(update={"network": tiny.network.model_copy(update={"feature_size": 8})})
-    own, editor = build_unetr(preset).eval(), build_editor(preset).eval()
-    left = start_from(editor, own.state_dict())
-    assert left and all(name.startswith("out.") for name in left)
-    image = torch.randn(1, 1, *preset.roi_size)
-    prompts = torch.rand(1, CHANNELS - 1, *preset.roi_size)
-    seen: list[torch.Tensor] = []
-    for network in (own, editor):
-        network.out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
-    with torch.inference_mode():
-        own(image)
-        editor(torch.cat([image, prompts], dim=1))
-    torch.testing.assert_close(seen[0], seen[1])
-
-
-def test_untrained_editor_gives_the_mask_back() -> None:
-    preset = tiny_preset()
-    editor = Editor(build_editor(preset), preset, CPU)
-    image, truth = boxes((30, 28, 26))
-    points = np.array([[3, 4, 5], [25, 20, 20]])
-    found = editor.probability(image, truth == 1, points, points[:0])
-    np.testing.assert_array_equal(found > 0.5, truth == 1)
+def test_a_negative_prompt_where_nothing_is_drawn_has_no_window() -> None:
+    image, nothing = np.zeros((60, 20, 20), np.float32), np.zeros((60, 20, 20), bool)
+    editor, beside = Editor(Contrary(), SMALL, CPU), np.array([[50, 10, 10]])
+    assert not editor.probability(image, nothing, beside[:0], beside).any()
+    drawn = nothing.copy()
+    drawn[50, 10, 10] = True
+    assert editor.probability(image, drawn, beside[:0], beside)[40:].any()
 
 
 @pytest.mark.parametrize("affine", [np.eye(4), axis_affine("SLA", (0.8, 1.2, 1.0)), oblique_affine("LPS")])
 def test_clicks_are_obeyed_whatever_the_network_says(affine: np.ndarray) -> None:
-    editor, random = Editor(Contrary(), tiny_preset(), CPU), np.random.default_rng(3)
+    editor, random = Editor(Contrary(), SMALL, CPU), np.random.default_rng(3)
     for seed in range(3):
         scene, truth = scene_of(affine, seed)
         points = [tuple(int(random.integers(0, s)) for s in truth.shape) for _ in range(6)]
@@ -83,16 +76,15 @@ def test_clicks_are_obeyed_whatever_the_network_says(affine: np.ndarray) -> None
 def test_nothing_changes_outside_of_the_box_whatever_the_network_says() -> None:
     scene, truth = scene_of(np.eye(4))
     box = Box((10, 0, 0), (14, 28, 26))
-    edited = edit_clicks(scene, make_prompts({2: [(12, 12, 12)]}, box=box), Editor(Contrary(), tiny_preset(), CPU))
+    edited = edit_clicks(scene, make_prompts({2: [(12, 12, 12)]}, box=box), Editor(Contrary(), SMALL, CPU))
     places = np.argwhere(edited.labels != truth)
     assert len(places) > 1 and places[:, 0].min() >= 10 and places[:, 0].max() < 14
 
 
 def test_nothing_changes_outside_of_the_widest_window() -> None:
-    preset = tiny_preset()
     image, mask = np.zeros((160, 40, 40), np.float32), np.zeros((160, 40, 40), bool)
-    found = Editor(Contrary(), preset, CPU).probability(image, mask, np.array([[5, 5, 5]]), np.zeros((0, 3), int))
-    assert found[: preset.roi_size[0]].any() and not found[2 * preset.roi_size[0] :].any()
+    found = Editor(Contrary(), SMALL, CPU).probability(image, mask, np.array([[5, 5, 5]]), np.zeros((0, 3), int))
+    assert found[:16].any() and not found[32:].any()
 
 
 def test_prompt_map_is_one_at_points_and_nothing_without() -> None:
@@ -110,32 +102,76 @@ def test_editor_file_is_read_once_and_others_are_refused(tmp_path: Path) -> None
         SharedEditor(tmp_path / "unetr.pt").on(CPU)
 
 
+def test_written_editor_is_read_back_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_editor(SMALL)
+    write_editor(tmp_path / "shipped.pt", EditorWeights(network.state_dict(), SMALL, ("tiny",), {"steps": 3}))
+    read = read_editor(tmp_path / "shipped.pt")
+    assert read.design == SMALL and read.info == {"steps": 3}
+    assert read.presets == ("tiny",)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(read.model[name], value.half().float())
+    shared = SharedEditor(tmp_path / "shipped.pt")
+    assert shared.on(CPU) is shared.on(CPU) and len(shared.sha256) == 64
+    assert shared.serves("tiny") and not shared.serves("other")
+
+
+def test_design_that_does_not_halve_its_window_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="cannot see windows"):
+        EditorDesign((4, 8, 16), (16, 18, 16))
+
+
 def test_training_repeats_resumes_and_its_weights_are_an_editor(tmp_path: Path) -> None:
-    preset = tiny_preset()
     image, truth = boxes((30, 28, 26))
-    material = {"tiny": [Material(image, truth), Material(image, truth, np.roll(truth, 1, axis=0))]}
+    material = {"tiny": [Material(image, truth), Material(image, truth, (np.roll(truth, 1, axis=0),))]}
     losses = []
     for folder in ("a", "b"):
-        training = EditorTraining(preset, material, tmp_path / folder, batch=1)
+        training = EditorTraining(SMALL, material, tmp_path / folder, voxels=16**3)
         training.run(5, most_steps=3)
         losses.append(training.losses)
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-2)  # sums in bf16 are not quite alike
-    again = EditorTraining(preset, material, tmp_path / "a", batch=1)
+    again = EditorTraining(SMALL, material, tmp_path / "a", voxels=16**3)
     assert again.steps == 3
     again.run(5, most_steps=4)
     assert again.steps == 4 and len(again.losses) == 1
-    editor = SharedEditor(tmp_path / "a" / "shipped.pt").on(CPU)
-    assert editor.window == preset.roi_size
+    assert SharedEditor(tmp_path / "a" / "shipped.pt").on(CPU).design == SMALL
 
 
-def test_training_draws_windows_with_clicks_on_what_is_wrong() -> None:
+def test_trained_editor_follows_a_click_into_a_box_that_it_was_not_told_of(tmp_path: Path) -> None:
+    design = EditorDesign((8, 16, 16), (32, 32, 32))
+    cases = [Material((image - 100) / 200, truth) for image, truth in (boxes((30, 28, 26), seed) for seed in range(4))]
+    training = EditorTraining(design, {"tiny": cases}, tmp_path, voxels=32**3)
+    training.run(5, most_steps=80)
+    image, truth = boxes((30, 28, 26), 9)
+    inside = np.argwhere(truth == 2).mean(axis=0).round().astype(int)[None]
+    found = training.editor().probability((image - 100) / 200, np.zeros(truth.shape, bool), inside, inside[:0]) > 0.5
+    core = truth == 2
+    assert 2 * (found & core).sum() / (found.sum() + core.sum()) > 0.5
+
+
+def test_sessions_click_on_what_is_wrong_until_they_are_over() -> None:
     image, truth = boxes((30, 28, 26))
     random = np.random.default_rng(0)
     for _ in range(10):
-        one = draw(Material(image, truth), (24, 32, 24), random)
-        assert one.image.shape == one.truth.shape == one.mask.shape == (24, 32, 24)
-        one.click(one.mask, 4)
-        assert all(one.truth[c.point] == c.value for c in one.clicks)
+        session = begin_session(Material(image, truth), (24, 32, 24), random)
+        assert session.image.shape == session.truth.shape == session.mask.shape == (24, 32, 24)
+        while session.click(random):
+            assert session.truth[session.clicks[-1].point] == session.clicks[-1].value
+            session.current = session.mask | session.truth if len(session.clicks) == 3 else session.current
+        assert 0 < len(session.clicks) <= session.planned
+        assert all(session.truth[c.point] == session.mask[c.point] == c.value for c in session.idle)
+        assert session.input().shape == (4, 24, 32, 24)
+
+
+def test_regions_of_like_intensities_stay_in_one_part_of_the_image() -> None:
+    random = np.random.default_rng(1)
+    parts = np.arange(8).reshape(2, 2, 2).repeat(20, 0).repeat(20, 1).repeat(20, 2)
+    odd = np.indices((2, 2, 2)).sum(axis=0).repeat(20, 0).repeat(20, 1).repeat(20, 2) % 2
+    image = (odd + random.normal(0, 0.05, parts.shape)).astype(np.float32)
+    found = [region for _ in range(10) if (region := region_alike(image, random)) is not None]
+    assert len(found) > 3
+    for region in found:
+        assert np.bincount(parts[region]).max() > 0.9 * region.sum() and region.sum() >= 200
 
 
 def test_spoiled_masks_are_wrong_in_part_and_repeat_for_a_seed() -> None:
@@ -144,11 +180,3 @@ def test_spoiled_masks_are_wrong_in_part_and_repeat_for_a_seed() -> None:
     np.testing.assert_array_equal(spoiled[2], spoil(truth, np.random.default_rng(2)))
     overlaps = [2 * (s & truth).sum() / (s.sum() + truth.sum()) for s in spoiled]
     assert all(0.2 < overlap <= 1 for overlap in overlaps) and min(overlaps) < 0.95
-
-
-def test_touching_up_mends_around_the_click_and_breaks_nothing() -> None:
-    truth, labels = np.zeros((20, 20, 20), np.uint8), np.zeros((20, 20, 20), np.uint8)
-    truth[5:15, 5:15, 5:15], labels[5:15, 5:15, 5:7] = 1, 1
-    mended = touch_up(labels, truth, Correction(1, (10, 10, 11)))
-    assert mended[10, 10, 11] == 1
-    assert (mended != labels).sum() > 20 and (mended != truth).sum() < (labels != truth).sum()

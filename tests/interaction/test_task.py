@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import LabelError, ParameterError
+from lib.errors import LabelError, MemoryBudgetError, ParameterError
 from lib.infers.cache import ResultCache
 from lib.infers.network_images import NetworkImages
+from lib.infers.plan import Planner
 from lib.infers.task import UnetrInferTask
+from lib.interaction.editor import EditorDesign, EditorWeights, SharedEditor, build_editor, write_editor
 from lib.interaction.task import ClickTask, ScribbleTask, make_interactive_tasks
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from tests.tiny import axis_affine, boxes, tiny_preset, write_nifti
 
+SMALL = EditorDesign((4, 8, 8), (16, 16, 16))
 AFFINE = axis_affine("LPS", (0.9, 1.1, 1.0))
 
 
@@ -85,6 +88,32 @@ def test_same_clicks_come_from_the_cache_and_others_do_not(folder: Path, image: 
     np.testing.assert_array_equal(nib.load(again[0]).dataobj, first)
     assert clicks.recall(request | {"core": [[8, 8, 9]]}) is None
     assert clicks.recall(request | {"background": [[1, 1, 1]]}) is None
+
+
+def test_answers_of_other_editor_weights_are_not_taken_from_the_cache(folder: Path, image: Path) -> None:
+    images, cache, request = NetworkImages(64), ResultCache(64), {"image": str(image), "core": [[8, 8, 8]]}
+    automatic = UnetrInferTask(tiny_preset(), WeightsLocator(folder / "none"), "cpu", "fp32", cache, images=images)
+    kept = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weights = EditorWeights(build_editor(SMALL).state_dict(), SMALL)
+        write_editor(folder / f"{seed}.pt", weights)
+        editor = SharedEditor(folder / f"{seed}.pt")
+        clicks = ClickTask(automatic, images, cache, device="cpu", editor=editor)
+        kept.append(clicks.is_kept(request))
+        clicks(request)
+        assert clicks.is_kept(request)
+    assert kept == [False, False]
+
+
+def test_click_that_does_not_fit_into_memory_is_refused_before_it_starts(folder: Path, image: Path) -> None:
+    images, cache = NetworkImages(64), ResultCache(64)
+    automatic = UnetrInferTask(tiny_preset(), WeightsLocator(folder / "none"), "cpu", "fp32", cache, images=images)
+    write_editor(folder / "editor.pt", EditorWeights(build_editor(SMALL).state_dict(), SMALL))
+    editor = SharedEditor(folder / "editor.pt")
+    clicks = ClickTask(automatic, images, cache, device="cpu", editor=editor, planner=Planner(budget=1))
+    with pytest.raises(MemoryBudgetError, match=r"a click on .scan\.nii\.gz. needs"):
+        clicks({"image": str(image), "core": [[8, 8, 8]]})
 
 
 def test_mask_starts_from_what_the_viewer_sends(folder: Path, image: Path) -> None:

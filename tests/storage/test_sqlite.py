@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from lib.storage.sqlite import connect, open_database
+from lib.storage.sqlite import add_column, connect, open_database
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS cases(name TEXT);"
 
@@ -45,3 +45,12 @@ def test_damaged_database_is_not_connected_to(tmp_path: Path) -> None:
     (tmp_path / "x.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(sqlite3.DatabaseError, match="not a database"):
         connect(tmp_path / "x.sqlite")
+
+
+def test_column_is_added_once_and_older_rows_get_its_default(tmp_path: Path) -> None:
+    database, _ = open_database(tmp_path / "x.sqlite", SCHEMA)
+    database.execute("INSERT INTO cases VALUES ('a')")
+    for _ in range(2):
+        add_column(database, "cases", "elsewhere", "INTEGER NOT NULL DEFAULT 0")
+    assert [tuple(row) for row in database.execute("SELECT name, elsewhere FROM cases")] == [("a", 0)]
+    database.close()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.storage.sqlite import IN_MEMORY, open_database
+from lib.storage.sqlite import IN_MEMORY, add_column, open_database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS checks(
     image_id TEXT NOT NULL, preset TEXT NOT NULL, stamp TEXT NOT NULL, problem TEXT NOT NULL, warning TEXT NOT NULL,
-    at REAL NOT NULL, PRIMARY KEY(image_id, preset));
+    at REAL NOT NULL, elsewhere INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(image_id, preset));
 """
+COLUMNS = "image_id, preset, stamp, problem, warning, elsewhere"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class ImageCheck:
         stamp: what changes when the image does.
         problem: why it cannot be segmented; empty where it can.
         warning: what looks odd about it; empty for nothing.
+        elsewhere: whether the problem is only that it is rather for another preset that is served.
     """
 
     image_id: str
@@ -33,6 +36,7 @@ class ImageCheck:
     stamp: str
     problem: str = ""
     warning: str = ""
+    elsewhere: bool = False
 
 
 class ImageChecks:
@@ -44,33 +48,33 @@ class ImageChecks:
 
     def __init__(self, path: Path = IN_MEMORY) -> None:
         self._db, self.repaired = open_database(path, SCHEMA)
+        add_column(self._db, "checks", "elsewhere", "INTEGER NOT NULL DEFAULT 0")
         self._lock = threading.RLock()
 
     def keep(self, check: ImageCheck) -> None:
         """Remember what was found; it replaces what was found before."""
-        row = (check.image_id, check.preset, check.stamp, check.problem, check.warning, time.time())
+        row = (check.image_id, check.preset, check.stamp, check.problem, check.warning, check.elsewhere, time.time())
         with self._lock:
-            self._db.execute("INSERT OR REPLACE INTO checks VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute(f"INSERT OR REPLACE INTO checks({COLUMNS}, at) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def find(self, image_id: str, preset: str, stamp: str) -> ImageCheck | None:
         """What was found of an image as it is now; None where it was not checked since it changed."""
-        query = "SELECT problem, warning FROM checks WHERE image_id = ? AND preset = ? AND stamp = ?"
+        query = f"SELECT {COLUMNS} FROM checks WHERE image_id = ? AND preset = ? AND stamp = ?"
         with self._lock:
             row = self._db.execute(query, (image_id, preset, stamp)).fetchone()
-        return None if row is None else ImageCheck(image_id, preset, stamp, row["problem"], row["warning"])
+        return None if row is None else _check(row)
 
     def of_image(self, image_id: str) -> list[ImageCheck]:
         """What was found of an image by each preset's measures, whether or not it is still the same."""
-        query = "SELECT image_id, preset, stamp, problem, warning FROM checks WHERE image_id = ?"
+        query = f"SELECT {COLUMNS} FROM checks WHERE image_id = ?"
         with self._lock:
-            return [ImageCheck(**row) for row in self._db.execute(query, (image_id,)).fetchall()]
+            return [_check(row) for row in self._db.execute(query, (image_id,)).fetchall()]
 
     def remarkable(self) -> list[ImageCheck]:
         """The checks that found a problem or something odd, whether or not the images are still the same."""
-        columns = "image_id, preset, stamp, problem, warning"
-        query = f"SELECT {columns} FROM checks WHERE problem != '' OR warning != '' ORDER BY image_id"
+        query = f"SELECT {COLUMNS} FROM checks WHERE problem != '' OR warning != '' ORDER BY image_id"
         with self._lock:
-            return [ImageCheck(**row) for row in self._db.execute(query).fetchall()]
+            return [_check(row) for row in self._db.execute(query).fetchall()]
 
     def forget(self, image_id: str) -> None:
         """Have an image checked anew."""
@@ -81,3 +85,7 @@ class ImageChecks:
         """Close the file."""
         with self._lock:
             self._db.close()
+
+
+def _check(row: sqlite3.Row) -> ImageCheck:
+    return ImageCheck(**(dict(row) | {"elsewhere": bool(row["elsewhere"])}))

@@ -104,13 +104,13 @@ async def _corrected(parts: Services, gallery: Gallery, image: str, asked: Click
             raise ParameterError("start", asked.start, f"a version of {image}")
         saved = {"file": str(version.file), "label_map": dict(version.label_map), "version_id": version.version_id}
         params["start_from"] = saved
-    task = parts.infer_task(f"{preset}_edit")
+    model = parts.click_model(preset)
+    task = parts.infer_task(model)
     task.validate_request(params)
     known = await anyio.to_thread.run_sync(lambda: task.recall(params))
     if known is not None:
         return Path(known[0]), preset
-    what = PrefetchKey(f"{preset}_edit", image)
-    forecast = await anyio.to_thread.run_sync(parts.forecast, f"{preset}_edit", path)
+    what, forecast = PrefetchKey(model, image), await anyio.to_thread.run_sync(parts.forecast, model, path)
     async with parts.inferences.slot(what=what, forecast=forecast) as slot:
         made = await slot.run(lambda: task(params))
     return Path(str(made[0])), preset

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from lib.datastore.leases import Lease
 from lib.datastore.open_cases import OpenCases
 from lib.errors import NotFoundError
+from lib.interaction.dialects import BACKGROUND
 from lib.server.http.auth import AsAdmin, AsUser
 from lib.server.http.bodies import NextSampleRequest
 from lib.server.http.errors import ForbiddenError
@@ -47,10 +48,10 @@ def info(request: Request, parts: Parts, user: AsUser) -> dict[str, Any]:
     said["train_stats"] = {**running, **ended}
     hidden = not_offered_in_viewer(request, parts)
     said["models"] = {
-        name: model
-        for name, model in said["models"].items()
-        if name.removesuffix("_edit").removesuffix("_scribbles") not in hidden
+        name: model for name, model in said["models"].items() if parts.infer_task(name).preset.name not in hidden
     }
+    # Both viewers number labels by this list: the one that only clicks have must not stand between two presets'.
+    said["labels"] = sorted(said["labels"], key=lambda name: name == BACKGROUND)
     return said
 
 

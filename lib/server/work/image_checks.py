@@ -6,12 +6,13 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from lib.activelearning.score_store import CaseScoreRecord
 from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
-from lib.errors import ImageError
+from lib.errors import ImageError, OtherModalityError
 from lib.server.services import Services
 from lib.transforms.inputs import read_input
-from lib.transforms.intensity_range import FITS_ANOTHER, misfit, range_warning
+from lib.transforms.intensity_range import check_modality, range_warning
 from lib.transforms.volume import check_segmentable, reading_warning
 
 logger = logging.getLogger("unetr.server")
@@ -27,13 +28,13 @@ def check_image(parts: Services, image_id: str, preset: Preset) -> ImageCheck:
     known = parts.store.checks.find(image_id, preset.name, stamp)
     if known is not None:
         return known
-    problem, warning = "", ""
+    problem, warning, elsewhere = "", "", False
     try:
         warning = inspect(parts.image_file(image_id), preset, [other.modality for other in parts.presets.values()])
     except ImageError as error:
-        problem = str(error)
+        problem, elsewhere = str(error), isinstance(error, OtherModalityError)
         logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
-    check = ImageCheck(image_id, preset.name, stamp, problem, warning)
+    check = ImageCheck(image_id, preset.name, stamp, problem, warning, elsewhere)
     parts.store.checks.keep(check)
     return check
 
@@ -46,8 +47,7 @@ def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> s
     """
     volume = read_input(path, preset)
     check_segmentable(volume, preset, path.name)
-    if reason := misfit(volume.voxels, preset.modality, served_modalities):
-        raise ImageError(f"image {path.name!r} is not for {preset.name!r}: {reason}")
+    check_modality(volume.voxels, preset, served_modalities, path.name)
     return range_warning(volume.voxels, preset.modality)
 
 
@@ -82,7 +82,7 @@ def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
     if knowledge is not None:
         for image_id, record in knowledge.score_records()[1].items():
             if record.problem and store.has_image(image_id):
-                _take_over(parts, image_id, model, record.problem)
+                _take_over(parts, image_id, model, record)
     found = {}
     for check in store.checks.remarkable():
         if check.preset == model and check.problem and store.has_image(check.image_id):
@@ -96,7 +96,7 @@ def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
 def broken(parts: Services) -> dict[str, ImageCheck]:
     """The images that are left out of a pool for what is wrong with them, and not for their modality."""
     checks = (check for model in parts.presets for check in left_out(parts, model).values())
-    return {check.image_id: check for check in checks if FITS_ANOTHER not in check.problem}
+    return {check.image_id: check for check in checks if not check.elsewhere}
 
 
 def warned(parts: Services) -> list[ImageCheck]:
@@ -112,9 +112,10 @@ def forget(parts: Services, image_id: str) -> None:
         knowledge.store.forget(image_id)
 
 
-def _take_over(parts: Services, image_id: str, model: str, problem: str) -> None:
+def _take_over(parts: Services, image_id: str, model: str, record: CaseScoreRecord) -> None:
     """Remember what the scoring found, unless the server has looked itself."""
     store = parts.store
     known = [check for check in store.checks.of_image(image_id) if check.preset == model]
     if not known:
-        store.checks.keep(ImageCheck(image_id, model, store.stamp(image_id), problem))
+        stamp = store.stamp(image_id)
+        store.checks.keep(ImageCheck(image_id, model, stamp, record.problem, elsewhere=record.elsewhere))

@@ -1,0 +1,223 @@
+"""What the editor is trained on: structures in windows, corrected click by click by a simulated annotator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import nn
+
+from lib.interaction.annotator import Correction, next_click, spoil
+from lib.interaction.editor import Points, Window, stack_input
+from lib.transforms.volume import FloatArray
+
+LabelArray = npt.NDArray[np.uint8]
+MaskArray = npt.NDArray[np.bool_]
+
+MOST_CLICKS = 10
+NETWORK_MASK, SPOILED, EMPTY = "network", "spoiled", "empty"
+STARTS = {NETWORK_MASK: 0.5, SPOILED: 0.2, EMPTY: 0.3}
+"""How often a session starts from which mask: a network's, a spoiled reference, none."""
+ROTATION_DEGREES, LARGEST_ZOOM = 15.0, 0.2
+COARSE_SHARE = 0.3
+"""Of the sessions whose structure is wider than the window, how many see it at half the resolution."""
+REGION_SHARE = 0.2
+"""Of the sessions, how many are about a region of like intensities, which is no labelled structure."""
+REGION_REACH, LEAST_REGION, MOST_REGION = 36, 200, 0.3
+"""How far such a region reaches from its seed, how many voxels it has at least, and at most as a share of that part."""
+IDLE_SHARE = 0.3
+"""Of the sessions, how many also have clicks that say nothing new, as those on other labels do."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A case on its preset's grid.
+
+    Attributes:
+        image, truth: shape (X, Y, Z).
+        found: masks that the preset's network gives, of the image as it is and of changed ones.
+    """
+
+    image: FloatArray
+    truth: LabelArray
+    found: tuple[LabelArray, ...] = ()
+
+
+@dataclass
+class Session:
+    """One structure in a window, and what the annotator has clicked so far.
+
+    Attributes:
+        image, truth, mask: shape of the window; ``mask`` is what all clicks correct.
+        current: the mask that the annotator looks at.
+        planned: how many clicks are made in all.
+        clicks: those that were made.
+        idle: clicks that say what was right anyway.
+    """
+
+    image: FloatArray
+    truth: MaskArray
+    mask: MaskArray
+    current: MaskArray
+    planned: int
+    clicks: list[Correction] = field(default_factory=list)
+    idle: list[Correction] = field(default_factory=list)
+
+    def click(self, random: np.random.Generator) -> bool:
+        """Click once more; False where the session is over."""
+        if len(self.clicks) >= self.planned:
+            return False
+        taken = [click.point for click in self.clicks]
+        made = next_click(self.current.astype(np.uint8), self.truth.astype(np.uint8), (1, 1, 1), random, taken)
+        if made is None:
+            return False
+        self.clicks.append(made)
+        return True
+
+    def input(self) -> FloatArray:
+        """What the network is shown."""
+        return stack_input(self.image, self.mask, self._points(1), self._points(0))
+
+    def _points(self, value: int) -> Points:
+        points = [c.point for c in (*self.clicks, *self.idle) if c.value == value]
+        return np.array(points, dtype=np.int64).reshape(-1, 3)
+
+
+def begin_session(material: Material, window: Window, random: np.random.Generator) -> Session:
+    """A structure of a case, a mask to begin with, and a window around the first click."""
+    region = region_alike(material.image, random) if random.random() < REGION_SHARE else None
+    if region is not None:
+        truth = region
+        mask = np.zeros_like(truth) if random.random() < 0.7 else spoil(truth, random)
+    else:
+        values = np.unique(material.truth)
+        value = int(random.choice(values[values > 0])) if values.any() else 1
+        truth = material.truth == value
+        mask = _starting_mask(material, truth, value, random)
+    first = next_click(mask.astype(np.uint8), truth.astype(np.uint8), (1, 1, 1), random)
+    centre = np.array(first.point if first is not None else np.array(truth.shape) // 2)
+    widest = max((part.stop - part.start for part in _box(truth)), default=0)
+    coarse = widest > max(window) and random.random() < COARSE_SHARE
+    image, right, drawn = _cut(material.image, truth, mask, centre, window, 2 if coarse else 1, random)
+    session = Session(_change(image, random), right, drawn, drawn, int(random.integers(1, MOST_CLICKS + 1)))
+    if random.random() < IDLE_SHARE:
+        session.idle = _idle_clicks(right, drawn, random)
+    return session
+
+
+def region_alike(image: FloatArray, random: np.random.Generator) -> MaskArray | None:
+    """A connected region of like intensities around a random voxel; None where chance finds none of a fitting size.
+
+    Such regions teach the network to follow the clicks into structures that are not among the labels.
+    """
+    for _ in range(4):
+        seed = np.array([int(random.integers(0, n)) for n in image.shape])
+        low = np.maximum(seed - REGION_REACH, 0)
+        part = tuple(slice(int(a), int(b) + REGION_REACH + 1) for a, b in zip(low, seed, strict=True))
+        smooth = ndimage.gaussian_filter(image[part], random.uniform(0.5, 1.5))
+        at = tuple(seed - low)
+        alike = abs(smooth - smooth[at]) < random.uniform(0.1, 0.5) * float(smooth.std())
+        # Opened, so that a region does not run through a narrow bridge into its neighbour.
+        depth = int(random.integers(1, 4))
+        opened = ndimage.binary_erosion(alike, iterations=depth)
+        components, _ = ndimage.label(opened)
+        around = tuple(slice(max(0, int(v) - depth - 1), int(v) + depth + 2) for v in at)
+        numbers = np.bincount(components[around].ravel())
+        numbers[0] = 0
+        if not numbers.any():
+            continue
+        grown = ndimage.binary_dilation(components == int(numbers.argmax()), iterations=depth) & alike
+        if LEAST_REGION <= int(grown.sum()) <= MOST_REGION * grown.size:
+            region = np.zeros(image.shape, dtype=bool)
+            region[part] = ndimage.binary_fill_holes(grown)
+            return region
+    return None
+
+
+def _starting_mask(material: Material, truth: MaskArray, value: int, random: np.random.Generator) -> MaskArray:
+    kind = str(random.choice(list(STARTS), p=list(STARTS.values())))
+    if kind == EMPTY:
+        return np.zeros_like(truth)
+    if kind == NETWORK_MASK and material.found:
+        found: MaskArray = material.found[int(random.integers(len(material.found)))] == value
+        return found
+    return spoil(truth, random)
+
+
+def _cut(
+    image: FloatArray, truth: MaskArray, mask: MaskArray, centre: npt.NDArray[np.int64], window: Window, factor: int,
+    random: np.random.Generator,
+) -> tuple[FloatArray, MaskArray, MaskArray]:  # fmt: skip
+    """Image and masks in a window around ``centre``, turned, zoomed and mirrored a little."""
+    size = np.array(window) * factor
+    shape = np.array(image.shape)
+    middle = centre + random.integers(-4, 5, 3) * factor
+    # Where the volume is as large as the window, the window stays in it, as the editor's does.
+    middle = np.where(shape > size, np.clip(middle, size // 2, shape - size + size // 2), shape // 2)
+    turn = _rotation(np.deg2rad(random.uniform(-ROTATION_DEGREES, ROTATION_DEGREES, 3)))
+    turn = turn * random.uniform(1 - LARGEST_ZOOM, 1 + LARGEST_ZOOM)
+    if random.random() < 0.5:
+        turn[0] *= -1
+    # The part of the volume that the turned window can reach: sampling a whole CT for each window would take long.
+    reach = int(np.ceil(np.linalg.norm(size) / 2 * (1 + LARGEST_ZOOM))) + 2
+    low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach, shape)
+    part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    stacked = np.stack([image[part], truth[part], mask[part]]).astype(np.float32)
+    extent = (high - low).astype(float)
+    # grid_sample counts from -1 to 1 over each axis, the last axis first.
+    half = size / 2
+    matrix = np.zeros((3, 4))
+    matrix[:, :3] = turn * half[None, :] / (extent[:, None] / 2)
+    matrix[:, 3] = 2 * (middle - low) / extent - 1
+    theta = torch.from_numpy(np.c_[matrix[::-1, :3][:, ::-1], matrix[::-1, 3]].astype(np.float32))[None]
+    grid = nn.functional.affine_grid(theta, [1, 1, *(int(s) for s in size)], align_corners=False)
+    given = torch.from_numpy(stacked)[None]
+    cut = nn.functional.grid_sample(given[:, :1], grid, padding_mode="border", align_corners=False)
+    masks = nn.functional.grid_sample(given[:, 1:], grid, padding_mode="zeros", align_corners=False)
+    if factor > 1:
+        cut, masks = nn.functional.avg_pool3d(cut, factor), nn.functional.avg_pool3d(masks, factor)
+    return cut[0, 0].numpy(), masks[0, 0].numpy() > 0.5, masks[0, 1].numpy() > 0.5
+
+
+def _rotation(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        a, b = [other for other in range(3) if other != axis]
+        one = np.eye(3)
+        one[a, a] = one[b, b] = np.cos(angle)
+        one[a, b], one[b, a] = -np.sin(angle), np.sin(angle)
+        turn = turn @ one
+    return turn
+
+
+def _change(image: FloatArray, random: np.random.Generator) -> FloatArray:
+    """Other contrast, brightness and noise."""
+    changed = image * random.uniform(0.85, 1.15) + random.uniform(-0.15, 0.15)
+    if random.random() < 0.3:
+        changed = changed + random.normal(0, random.uniform(0, 0.1), image.shape)
+    return changed.astype(np.float32)
+
+
+def _idle_clicks(truth: MaskArray, mask: MaskArray, random: np.random.Generator) -> list[Correction]:
+    """Clicks on what was right anyway."""
+    made = []
+    for value, right in ((1, truth & mask), (0, ~truth & ~mask)):
+        places = np.argwhere(right)
+        for _ in range(int(random.integers(0, 4)) if len(places) else 0):
+            x, y, z = (int(v) for v in places[int(random.integers(len(places)))])
+            made.append(Correction(value, (x, y, z)))
+    return made
+
+
+def _box(mask: MaskArray) -> tuple[slice, ...]:
+    """The least box around a mask; () for an empty one."""
+    sides = []
+    for axis in range(mask.ndim):
+        places = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        if not len(places):
+            return ()
+        sides.append(slice(int(places[0]), int(places[-1]) + 1))
+    return tuple(sides)
