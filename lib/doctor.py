@@ -75,8 +75,13 @@ class Finding:
         return f"{self.state:<5} {self.text}" + (f"; {self.advice}" if self.advice else "")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print each finding; returns 1 when one is a failure."""
+def main(arguments: Sequence[str] | None = None, costs: Path | None = None) -> int:
+    """Print each finding; returns 1 when one is a failure.
+
+    Args:
+        arguments: of the command line.
+        costs: the file of measured costs; the served models' if not given.
+    """
     parser = argparse.ArgumentParser(prog="doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--plan", metavar="PRESET")
     parser.add_argument("--image", type=Path)
@@ -91,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.plan is None:
         findings = examine()
     elif options.train:
-        findings = [check_training_plan(options.plan, options.memory_budget)]
+        findings = [check_training_plan(options.plan, options.memory_budget, costs)]
     else:
-        findings = [check_plan(options.plan, options.image, options.memory_budget)]
+        findings = [check_plan(options.plan, options.image, options.memory_budget, costs)]
     failed = False
     for finding in findings:
         print(finding, flush=True)
@@ -315,7 +320,7 @@ def check_weights(name: str, locator: WeightsLocator) -> Finding:
     return Finding("ok", f"preset {name}: {_describe(file)}{_promise(side_car)}")
 
 
-def check_plan(name: str, image: Path | None, memory_budget: str = "") -> Finding:
+def check_plan(name: str, image: Path | None, memory_budget: str = "", costs: Path | None = None) -> Finding:
     """How an image would be segmented with a preset's weights (random ones take as long), measured on this machine."""
     try:
         preset, budget = load_preset(name), parse_budget(memory_budget)
@@ -324,7 +329,7 @@ def check_plan(name: str, image: Path | None, memory_budget: str = "") -> Findin
         device = resolve_device(None)
         dtype = resolve_precision("auto", device)
         network = InferenceNetwork(build_unetr(preset), device, dtype)
-        planner = Planner(budget, CostBook(Settings().model_dir / COSTS_FILE))
+        planner = Planner(budget, CostBook(costs or Settings().model_dir / COSTS_FILE))
         segmenter = Segmenter(network, preset, device, planner=planner)
         compile_if_faster(segmenter, threading.Lock())
         return Finding("ok", f"{name}, {what}: {segmenter.plan(volume, what).explain()}")
@@ -332,11 +337,11 @@ def check_plan(name: str, image: Path | None, memory_budget: str = "") -> Findin
         return Finding("FAIL", str(error), "nothing was planned")
 
 
-def check_training_plan(name: str, memory_budget: str = "") -> Finding:
+def check_training_plan(name: str, memory_budget: str = "", costs: Path | None = None) -> Finding:
     """How a step of a preset's recipe would be computed, measured on this machine."""
     try:
         preset, budget = load_preset(name), parse_budget(memory_budget)
-        planner = StepPlanner(budget, CostBook(Settings().model_dir / COSTS_FILE))
+        planner = StepPlanner(budget, CostBook(costs or Settings().model_dir / COSTS_FILE))
         plan = planner.plan(preset, preset.training.batch_size, resolve_device(None), always_measure=True)
         return Finding("ok", f"training of {name}: {plan.explain()}")
     except UnetrError as error:

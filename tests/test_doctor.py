@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,36 +129,28 @@ def test_whole_examination_runs_without_the_server_app() -> None:
     assert any(line.startswith("ok    device ") for line in lines)
 
 
-def test_plan_of_an_image_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(doctor, "Settings", lambda: SimpleNamespace(model_dir=tmp_path))
+def test_plan_of_an_image_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = write_nifti(tmp_path / "scan.nii.gz", boxes((40, 50, 40))[0])
-    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)]) == 0
+    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)], tmp_path / "costs.json") == 0
     assert "ok    hippocampus_mr, scan.nii.gz: " in (line := capsys.readouterr().out)
     assert re.search(r"\d+ windows on (cpu|cuda).* in \w+ by \w+, \d at a time; stitched slab by slab on the", line)
     assert (tmp_path / "costs.json").is_file()
 
 
-def test_plan_without_an_image_is_that_of_a_usual_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(doctor, "Settings", lambda: SimpleNamespace(model_dir=tmp_path))
-    assert doctor.main(["--plan", "hippocampus_mr"]) == 0
+def test_plan_without_an_image_is_that_of_a_usual_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["--plan", "hippocampus_mr"], tmp_path / "costs.json") == 0
     assert "ok    hippocampus_mr, a usual MR of (256, 256, 180) voxels: 324 windows on " in capsys.readouterr().out
 
 
-def test_plan_of_a_training_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(doctor, "COSTS_FILE", str(tmp_path / "costs.json"))
-    assert doctor.main(["--plan", "hippocampus_mr", "--train"]) == 0
+def test_plan_of_a_training_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    costs = tmp_path / "costs.json"
+    assert doctor.main(["--plan", "hippocampus_mr", "--train"], costs) == 0
     line = capsys.readouterr().out
     assert line.startswith("ok    training of hippocampus_mr: 2 crops a step on ") and "(measured; about" in line
-    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "1MiB"]) == 1
+    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "1MiB"], costs) == 1
     crop = "x".join(map(str, load_preset("hippocampus_mr").roi_size))
     assert f"(1 crop of {crop} at a time) needs " in capsys.readouterr().out
-    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "much"]) == 1
+    assert doctor.main(["--plan", "hippocampus_mr", "--train", "--memory-budget", "much"], costs) == 1
     assert "memory_budget" in capsys.readouterr().out
 
 

@@ -45,13 +45,14 @@ from lib.storage.json_files import write_json
 from lib.trainers.judging.evaluate import evaluate
 from lib.trainers.loop import run_training
 from lib.trainers.resume import remove_state
-from lib.trainers.run.job import TrainingJob
+from lib.trainers.run.job import TrainingJob, TrainingResult
 
 logger = logging.getLogger("unetr.experiment")
 
 TRIAL_STEPS = 12
 WARM_UP_STEPS = 4
 """Of the trial: they pay for what is made only once, and are not timed."""
+Train = Callable[[TrainingJob, Callable[[int], None] | None], TrainingResult]
 NEVER = 10**9
 
 
@@ -121,6 +122,7 @@ class Bench:
         folder: of the runs.
         device: where they train.
         subject_of: subject of a case id.
+        run: trains a job.
     """
 
     train: tuple[Case, ...]
@@ -128,6 +130,7 @@ class Bench:
     folder: Path
     device: torch.device
     subject_of: Callable[[str], str]
+    run: Train = run_training
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -232,7 +235,7 @@ class _Run:
 
     def _train(self, run_dir: Path, steps: int) -> Outcome:
         started = time.process_time()
-        result = run_training(self._plan(run_dir, steps, self.cases, resume=True))
+        result = self.bench.run(self._plan(run_dir, steps, self.cases, resume=True), None)
         cpu_seconds = time.process_time() - started
         network = self.build(self.preset, False)
         load_weights(network, result.weights)
@@ -283,7 +286,7 @@ class _Run:
         marks: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             plan = self._plan(Path(folder), TRIAL_STEPS, self.bench.train, resume=False)
-            run_training(plan, lambda _: marks.append(time.process_time()))
+            self.bench.run(plan, lambda _: marks.append(time.process_time()))
         return (marks[-1] - marks[WARM_UP_STEPS]) / (len(marks) - 1 - WARM_UP_STEPS)
 
     def _digest(self, what: Sequence[Any], cases: Sequence[Case]) -> str:

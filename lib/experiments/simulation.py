@@ -29,7 +29,7 @@ from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.storage.json_files import write_json
 from lib.trainers.loop import run_training
-from lib.trainers.run.job import TrainingJob
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
 
@@ -103,13 +103,14 @@ class Simulation:
 
     Args:
         plan: what to play.
+        train: trains a job; :func:`run_training` if not given.
 
     Raises:
         InputError: when a case cannot be used.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, train: Callable[[TrainingJob], TrainingResult] | None = None) -> None:
+        self.plan, self._run = plan, train or run_training
         self._pool = {case.case_id: _load(case, plan.preset) for case in plan.pool}
         self._held_out = [_load(case, plan.preset) for case in plan.held_out]
 
@@ -215,7 +216,7 @@ class Simulation:
             max_steps=steps,
         )
         try:
-            return run_training(plan).weights
+            return self._run(plan).weights
         finally:
             shutil.rmtree(run_dir, ignore_errors=True)
 

@@ -11,8 +11,7 @@ TESTS = Path(__file__).resolve().parents[1]
 LEFT = {
     "conftest.py": 1,
     "dicom/test_index.py": 1,
-    "experiments/test_experiment.py": 2,
-    "experiments/test_simulate.py": 2,
+    "experiments/test_simulate.py": 1,
     "infers/test_compiling.py": 2,
     "infers/test_memory.py": 1,
     "infers/test_plan.py": 7,
@@ -24,7 +23,6 @@ LEFT = {
     "server/http/test_events.py": 1,
     "server/work/test_hold.py": 1,
     "server/work/test_jobs.py": 1,
-    "test_doctor.py": 3,
     "trainers/test_datasets.py": 2,
     "trainers/test_loop.py": 3,
     "transforms/test_resample.py": 1,

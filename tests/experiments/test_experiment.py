@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from filelock import FileLock
 from lib.cases.labelled import Case
 from lib.cases.split import Split, write_split
 from lib.errors import CheckpointError, ConfigError
-from lib.experiments import experiment as room
-from lib.experiments.experiment import Bench, Experiment, draw_cases, main, read_experiment, run_experiment
+from lib.experiments.experiment import TRIAL_STEPS, Bench, Experiment, draw_cases, main, read_experiment, run_experiment
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.trainers.loop import run_training
@@ -56,21 +56,19 @@ def bench(make_cases: MakeCases, tmp_path: Path) -> Bench:
     return Bench(cases[:4], cases[4:], tmp_path / "runs", torch.device("cpu"), lambda case: case)
 
 
-def _spied(monkeypatch: pytest.MonkeyPatch) -> list[TrainingJob]:
+def _spied(bench: Bench) -> tuple[Bench, list[TrainingJob]]:
+    """A bench like this one, and the jobs that it has trained."""
     plans: list[TrainingJob] = []
 
-    def train(plan: TrainingJob, on_step: Callable[[int], None] | None = None) -> TrainingResult:
+    def train(plan: TrainingJob, on_step: Callable[[int], None] | None) -> TrainingResult:
         plans.append(plan)
         return run_training(plan, on_step)
 
-    monkeypatch.setattr(room, "run_training", train)
-    return plans
+    return replace(bench, run=train), plans
 
 
-def test_arms_train_on_the_same_cases_and_are_judged_on_the_same(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plans = _spied(monkeypatch)
+def test_arms_train_on_the_same_cases_and_are_judged_on_the_same(bench: Bench, tmp_path: Path) -> None:
+    bench, plans = _spied(bench)
     outcomes = run_experiment(Experiment.model_validate(_data(tmp_path)), bench)
     assert [(o.arm, o.labels, o.seed, o.steps) for o in outcomes] == [("unetr", 2, 0, 2), ("cnn", 2, 0, 2)]
     assert plans[0].train_cases == plans[1].train_cases and len(plans[0].train_cases) == 2
@@ -80,11 +78,9 @@ def test_arms_train_on_the_same_cases_and_are_judged_on_the_same(
     assert all(o.cpu_seconds > 0 for o in outcomes)
 
 
-def test_run_that_has_ended_is_not_repeated_and_a_changed_arm_is(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_has_ended_is_not_repeated_and_a_changed_arm_is(bench: Bench, tmp_path: Path) -> None:
     first = run_experiment(Experiment.model_validate(_data(tmp_path)), bench)
-    plans = _spied(monkeypatch)
+    bench, plans = _spied(bench)
     again = run_experiment(Experiment.model_validate(_data(tmp_path)), bench)
     assert plans == [] and again == first
     changed = _data(tmp_path, arms={"unetr": {}, "cnn": {"dynunet": [4, 6, 6]}})
@@ -92,38 +88,39 @@ def test_run_that_has_ended_is_not_repeated_and_a_changed_arm_is(
     assert len(plans) == 1
 
 
-def test_run_that_was_killed_goes_on(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_was_killed_goes_on(bench: Bench, tmp_path: Path) -> None:
     data = _data(tmp_path, arms={"unetr": {}}, budget={"steps": 4})
     whole = run_experiment(Experiment.model_validate(data), bench)
     for file in bench.folder.glob("*.json"):
         file.unlink()
 
-    def killed(plan: TrainingJob) -> TrainingResult:
+    def killed(plan: TrainingJob, on_step: Callable[[int], None] | None) -> TrainingResult:
         def stop(step: int) -> None:
             if step == 3:
                 raise KeyboardInterrupt
 
         return run_training(TrainingJob(**(plan.__dict__ | {"state_seconds": 0.0})), stop)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(room, "run_training", killed)
-        run_experiment(Experiment.model_validate(data), bench)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(Experiment.model_validate(data), replace(bench, run=killed))
     losses: list[TrainingResult] = []
-    monkeypatch.setattr(room, "run_training", lambda plan: (losses.append(run_training(plan)), losses[-1])[1])
-    resumed = run_experiment(Experiment.model_validate(data), bench)
+
+    def keep(plan: TrainingJob, on_step: Callable[[int], None] | None) -> TrainingResult:
+        losses.append(run_training(plan, on_step))
+        return losses[-1]
+
+    resumed = run_experiment(Experiment.model_validate(data), replace(bench, run=keep))
     assert resumed[0].dice == whole[0].dice
     assert len(losses[0].losses) == 4
 
 
-def test_run_that_another_process_is_at_comes_last_and_is_waited_for(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_another_process_is_at_comes_last_and_is_waited_for(bench: Bench, tmp_path: Path) -> None:
     experiment = Experiment.model_validate(_data(tmp_path))
     whole = run_experiment(experiment, bench)
     kept = {name: next(bench.folder.glob(f"{name}-2-0-*.json")) for name in ("unetr", "cnn")}
     for file in kept.values():
         file.unlink()
-    plans = _spied(monkeypatch)
+    bench, plans = _spied(bench)
     with ThreadPoolExecutor() as pool:
         lock = FileLock(kept["unetr"].with_suffix(".lock"))
         lock.acquire()
@@ -145,21 +142,19 @@ def test_fewer_labels_are_part_of_more_and_seeds_differ(make_cases: MakeCases) -
     assert len({draw_cases(cases, 3, seed) for seed in range(6)}) > 1
 
 
-def test_budget_of_cpu_minutes_is_measured_once_a_network(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_budget_of_cpu_minutes_is_measured_once_a_network(bench: Bench, tmp_path: Path) -> None:
     arms = {"unetr": {}, "pretrained": {"encoder": str(_encoder(tmp_path))}}
     data = _data(tmp_path, labels=[1, 2], arms=arms, budget={"cpu_minutes": 0.01})
-    plans = _spied(monkeypatch)
+    bench, plans = _spied(bench)
     outcomes = run_experiment(Experiment.model_validate(data), bench)
-    assert [plan.max_steps for plan in plans].count(room.TRIAL_STEPS) >= 1
+    assert [plan.max_steps for plan in plans].count(TRIAL_STEPS) >= 1
     assert len(plans) == 5
     assert len({outcome.steps for outcome in outcomes}) == 1 and outcomes[0].steps >= 1
 
 
-def test_arm_starts_from_a_pretrained_encoder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arm_starts_from_a_pretrained_encoder(bench: Bench, tmp_path: Path) -> None:
     file = _encoder(tmp_path)
-    plans = _spied(monkeypatch)
+    bench, plans = _spied(bench)
     run_experiment(Experiment.model_validate(_data(tmp_path, arms={"unetr": {"encoder": str(file)}})), bench)
     assert plans[0].encoder is not None
     torch.testing.assert_close(

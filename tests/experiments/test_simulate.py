@@ -16,6 +16,8 @@ from lib.cases.split import Split, write_split
 from lib.experiments import simulation
 from lib.experiments.simulate import main
 from lib.experiments.simulation import Plan, Round, Simulation, labels_needed, summarise
+from lib.trainers.loop import run_training
+from lib.trainers.run.job import TrainingJob, TrainingResult
 from tests.tiny import QUIET_AUGMENTATION, preset_data, tiny_preset
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -77,14 +79,17 @@ def test_interrupted_simulation_goes_on_where_it_was(
     assert results(tmp_path) == whole
 
 
-def test_same_rounds_are_trained_once(make_cases: MakeCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_rounds_are_trained_once(make_cases: MakeCases, tmp_path: Path) -> None:
     cases = make_cases(6)
     preset = tiny_preset(training=RECIPE)
     plan = Plan(preset, cases[:5], cases[5:], (2, 3), 2, 1, tmp_path / "out", torch.device("cpu"))
     trained: list[int] = []
-    original = simulation.run_training
-    monkeypatch.setattr(simulation, "run_training", lambda p: (trained.append(p.max_steps), original(p))[1])
-    game = Simulation(plan)
+
+    def train(job: TrainingJob) -> TrainingResult:
+        trained.append(job.max_steps or 0)
+        return run_training(job)
+
+    game = Simulation(plan, train)
     game.play("random", 0)
     assert trained == [2, 1]
     game.play("entropy", 0)
