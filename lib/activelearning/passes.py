@@ -20,7 +20,7 @@ INTENSITY_SCALE = 0.15
 
 
 class Passes(Protocol):
-    """Makes several predictions of the same windows."""
+    """Several predictions of the same windows: MC dropout, an ensemble, or test-time augmentation."""
 
     name: str
 
@@ -30,9 +30,9 @@ class Passes(Protocol):
 
 
 class TestTimeAugmentation:
-    """The same network on changed images (Wang 2019, arXiv 1807.07356): shifted, scaled, noisy, mirrored where allowed.
+    """Test-time augmentation (Wang 2019, arXiv 1807.07356): shifts, intensity scaling, noise, mirroring where allowed.
 
-    A shift alone is a real change to a vision transformer, whose tokens are cut elsewhere then.
+    A shift alone changes what a vision transformer sees, since the image is cut into patches at other places.
 
     Args:
         network: in evaluation mode.
@@ -119,7 +119,7 @@ def has_dropout(preset: Preset) -> bool:
 
 
 def no_dropout(preset: Preset) -> str:
-    """Why dropout passes are refused."""
+    """The sentence with which MC dropout is refused for a network that has no dropout."""
     return f"the network of {preset.name!r} has no dropout (dropout_rate 0), so that all its passes would be the same"
 
 

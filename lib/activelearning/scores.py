@@ -84,7 +84,7 @@ def pairwise_dice_disagreement(labels: torch.Tensor, classes: int) -> float:
 
 
 def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:
-    """What :func:`class_balanced_entropy` is made of, so that a volume's windows can be added up.
+    """The sums from which :func:`class_balanced_entropy` is computed; those of several windows can be added.
 
     Args:
         probs_cdhw: probabilities, shape (classes, ...).
@@ -97,7 +97,7 @@ def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:
 
 
 def class_balanced_entropy(sums: torch.Tensor) -> float:
-    """Mean over the labels of each one's own entropy, in which a small organ counts as much as a large one.
+    """Mean over the labels of the entropy within each label, so that a small organ counts as much as a large one.
 
     A label's score weighs each voxel's entropy with that label's probability, after the class-stratified queries of
     ClaSP PE (Lüth 2026, arXiv 2601.13677).

@@ -62,7 +62,7 @@ class Pool:
     leased: frozenset[str] = frozenset()
 
     def free(self) -> list[Candidate]:
-        """Those that nobody works on, by name."""
+        """The candidates that no client has on lease, sorted by case id."""
         return sorted((c for c in self.candidates if c.case_id not in self.leased), key=lambda c: c.case_id)
 
 

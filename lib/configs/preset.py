@@ -518,7 +518,7 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The record types that an annotation mentions."""
+    """The Pydantic models that occur in a type annotation, inside unions and containers too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

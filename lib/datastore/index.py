@@ -143,13 +143,13 @@ class VersionIndex:
         self._execute("INSERT OR REPLACE INTO infos VALUES (?, ?, ?)", image_id, tag, text)
 
     def forget_info(self, image_id: str, tag: str) -> None:
-        """Forget it."""
+        """Delete what clients added to a label's information."""
         self._execute("DELETE FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
 
     # -------------------------------------------------------------- files in labels/final that are left out, and why
 
     def refused(self) -> dict[str, tuple[str, str]]:
-        """By file name: what it was like when it was checked, and the reason."""
+        """Files that are left out: the size and time at which each was checked, and the reason, by file name."""
         return {row["name"]: (row["stamp"], row["reason"]) for row in self._execute("SELECT * FROM refused")}
 
     def keep_refused(self, name: str, stamp: str, reason: str) -> None:

@@ -118,7 +118,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Dice against labels where there are several numbers of them; otherwise each arm's distance from the baseline."""
+    """Draw mean Dice against the number of labels; with one number only, each arm's difference from the baseline."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     counts = sorted({row.labels for row in rows})

@@ -45,9 +45,9 @@ def resolve_precision(asked: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_fallback(dtype: torch.dtype) -> torch.dtype:
-    """Return the number format in which weights of ``dtype`` go to the CPU for a while, and lose nothing by it.
+    """Return the number format for weights of ``dtype`` while they are on the CPU, without loss of precision.
 
-    fp32 stays what it is, and fp16 becomes fp32: bf16 would round both, also for when they come back.
+    fp32 stays fp32, and fp16 becomes fp32: bf16 would round both, and they would stay rounded back on the GPU.
     """
     return dtype if dtype is torch.bfloat16 and cpu_computes_bf16() else torch.float32
 

@@ -277,7 +277,7 @@ class Services:
 
 
 async def get_services(request: Request) -> Services:
-    """The dependency of every route that does something."""
+    """The parts of the running server, as a FastAPI dependency."""
     services: Services = request.app.state.services
     return services
 

@@ -100,9 +100,9 @@ class SeededItems(TorchDataset[Any]):
         return [changes.set_random_state(seed=seed)(crop) for crop, seed in zip(crops, own, strict=True)]
 
     def change(self, batch: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and labels of a batch of crops on ``device``, changed there unless they have been already.
+        """Images and labels of a batch of crops on ``device``, augmented there unless the loader has done so already.
 
-        Where a GPU has no memory for the changes, they happen on the host.
+        Where a GPU has no memory for the augmentation, it is done on the host.
         """
         if not self.changed_later:
             return batch[IMAGE].to(device, non_blocking=True), batch[LABEL].to(device, non_blocking=True)

@@ -67,13 +67,13 @@ def names_of(segments: Sequence[Segment], label_info: Sequence[NamedValue]) -> d
 
 
 def check_label_info(segments: Sequence[Segment], label_info: Sequence[NamedValue]) -> bool:
-    """Hold ``label_info`` against the header, which says the same in one of two ways, or is contradicted.
+    """Compare ``label_info`` with the header, whose names and values it must repeat in one of two ways.
 
     3D Slicer's MONAI Label module sends ``idx`` as the position in its list of segments, whatever their values are;
     other clients send the values.
 
     Returns:
-        Whether it counts positions.
+        Whether ``idx`` counts positions in the list of segments; otherwise it is the value.
 
     Raises:
         LabelError: when it agrees with the header in neither way.

@@ -74,7 +74,7 @@ class SeriesGrid:
         return turned.transpose(np.argsort(self.order))
 
     def index_in_file(self, index: Sequence[float]) -> list[float]:
-        """The file's index (X, Y, Z) of a series' (column, row, slice)."""
+        """The voxel index (X, Y, Z) in the file for (column, row, slice) in the series."""
         found = [0.0, 0.0, 0.0]
         for value, axis, flip, size in zip(index, self.order, self.flips, self.shape, strict=True):
             found[axis] = size - 1 - value if flip else value

@@ -72,7 +72,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_among(address: str, networks: Sequence[str]) -> bool:
-    """Whether an address is one of these, or in one of these networks."""
+    """Whether an IP address is one of the addresses, or lies in one of the networks (such as ``10.0.0.0/8``)."""
     if not networks or not is_address(address):
         return False
     return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks)

@@ -42,7 +42,7 @@ def adapted(file: Path, base: str) -> bytes | None:
 
 
 def index_page(text: str, base: str) -> str:
-    """The first page, with the addresses of this server, its icon, and nothing of others."""
+    """OHIF's index.html with this server's base address and icon, without links to other servers."""
     icon = f'<link rel="icon" href="{base}/page/assets/icon.svg" type="image/svg+xml"/>'
     text = ICONS_AND_LIBRARIES.sub("", text).replace("</title>", f"</title>{icon}", 1)
     return FIXED_ADDRESS.sub(_literal(base + BUILT_FOR), text.encode()).decode()

@@ -41,7 +41,7 @@ NEXT_BODY = json_body_of(NextSampleRequest)
 
 @router.get("/info/", summary="Models, trainers, labels, strategies")
 def info(request: Request, parts: Parts, user: AsUser) -> dict[str, Any]:
-    """What clients ask first."""
+    """The app's description, which clients request first: models, trainers, strategies, labels, statistics."""
     said: dict[str, Any] = parts.instance.info()
     running = running_training(parts)  # first: clients show the first one
     ended = {model: stats or NOT_TRAINED for model, stats in said["train_stats"].items() if model not in running}
@@ -214,7 +214,7 @@ def prepare(parts: Services, chosen: dict[str, Any]) -> None:
 
 @router.post("/reload", include_in_schema=False)
 def reload(user: AsAdmin) -> None:
-    """Not taken: MONAI Label's reload makes a second app beside this one, and its next call waits for itself.
+    """Refuse MONAI Label's reload, which builds a second app beside this one and then deadlocks.
 
     Raises:
         ForbiddenError: always.

@@ -51,7 +51,7 @@ KnownRun = Annotated[Path, Depends(get_run)]
 
 @retrain_router.get("/", summary="What the retrain policy has decided, and why")
 def retraining(policy: Policy, user: AsUser) -> dict[str, Any]:
-    """For each model: whether it would train now, the reason in words, how many labels are new, the settings."""
+    """For each model: whether the policy would start a training now, why, how many labels are new, its settings."""
     return policy.describe()
 
 

@@ -1,4 +1,4 @@
-"""The retrain policy at work: looks at what is known, decides, and submits trainings."""
+"""Runs the retrain policy in the background: collects labels and past runs, decides, and submits trainings."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class Retrainer:
             self._parts.changes.mark("job")
 
     def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:
-        """The history with the served model's mean Dice on the new labels, where few are new and a floor is set."""
+        """Add the served model's mean Dice on the new labels to the history; only with a floor and few new labels."""
         settings, served = self._parts.settings, self._parts.train_task(model).serving()[0]
         if not served or not settings.retrain_floor or len(new) >= settings.retrain_after or not new:
             return history

@@ -1,4 +1,4 @@
-"""When the pool is looked at: whenever the served versions have not seen all of it, and nothing else is going on."""
+"""Background scoring: started when the served versions have not scored all images and nothing else runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class BackgroundScoring:
                 logger.exception("the background scoring could not be started")
 
     def start_if_wanted(self) -> bool:
-        """Start a job if there is something to look at and nothing else is going on."""
+        """Start a scoring job if images or labels are not scored yet and a device for it is idle."""
         if any(self._jobs.open(kind) for kind in ("batch_infer", "scoring")):
             return False
         lanes = self._inferences.lanes
@@ -86,7 +86,7 @@ class BackgroundScoring:
         return True
 
     def left(self, knowledge: PoolKnowledge) -> int:
-        """How many images and labels the served version has not looked at."""
+        """How many images and labels the served version has not scored or compared."""
         datastore = self._instance.datastore()
         version = knowledge.version()
         records = knowledge.store.score_records(version)

@@ -96,7 +96,7 @@ def as_json(data: Mapping[str, Any]) -> str:
 
 
 def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Curves of (step, value) as an inline SVG with a frame, its limits and a legend."""
+    """Draw curves of (step, value) as one inline SVG chart with the limits of its axes and a legend."""
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     if not points:
         return ""
