@@ -62,7 +62,7 @@ def launch(
     return _within_memory(replace(plan, device=chosen), train, train)
 
 
-def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> TrainingResult:
+def launch_processes(plan: TrainingJob, devices: list[torch.device], start_method: str = "spawn") -> TrainingResult:
     """Train in one process a device; rank 0 validates and keeps the weights and the state.
 
     When a process dies, all of them are started again and go on from the state, up to three times.
@@ -70,6 +70,7 @@ def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> Training
     Args:
         plan: what to train; its batch size is that of each process.
         devices: all CUDA (NCCL), or all CPU (Gloo).
+        start_method: of Python's multiprocessing; a process that uses CUDA must not be a fork of one that does.
 
     Raises:
         TrainingError: when a process says why it cannot go on, or they have died too often.
@@ -86,7 +87,7 @@ def launch_processes(plan: TrainingJob, devices: list[torch.device]) -> Training
                 rdzv_endpoint="localhost:0",
                 max_restarts=0,  # it cannot tell a process that died from one that says why it ends; we can
                 monitor_interval=0.5,
-                start_method="spawn",
+                start_method=start_method,
             )
             try:
                 with _own_signals():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -75,8 +76,14 @@ def test_launch_on_a_gpu_that_is_not_there_is_refused(plan: TrainingJob, launche
     assert not launches.devices
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported_once() -> None:
+    """Processes are forks of one that has imported what they need, which takes longer than what they do here."""
+    multiprocessing.set_forkserver_preload(["lib.trainers.launch"])
+
+
 def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: TrainingJob) -> None:
-    several = launch_processes(plan, [CPU, CPU])
+    several = launch_processes(plan, [CPU, CPU], "forkserver")
     recipe = plan.preset.training.model_copy(update={"batch_size": 2})
     alone = run_training(replace(plan, preset=plan.preset.model_copy(update={"training": recipe}),
                                  run_dir=plan.run_dir / "alone"))  # fmt: skip
@@ -98,7 +105,7 @@ def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: 
 def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingJob) -> None:
     write_nifti(plan.train_cases[2].label, boxes()[1][:-1])
     with pytest.raises(TrainingError, match=r"training in 2 processes failed: .*label of 'case_003' has shape"):
-        launch_processes(plan, [CPU, CPU])
+        launch_processes(plan, [CPU, CPU], "forkserver")
 
 
 class Tries:
