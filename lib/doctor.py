@@ -178,11 +178,11 @@ def check_versions(requirements: str) -> Finding:
     differing = []
     for name, wanted in pinned(requirements):
         try:
-            found = metadata.version(name).split("+")[0]
+            installed = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
-            found = "not installed"
-        if found != wanted:
-            differing.append(f"{name} {found} (tested: {wanted})")
+            installed = "not installed"
+        if installed != wanted:
+            differing.append(f"{name} {installed} (tested: {wanted})")
     if differing:
         return Finding("warn", f"packages differ: {', '.join(differing)}", "run.py setup installs the tested ones")
     return Finding("ok", "installed packages are the tested ones")

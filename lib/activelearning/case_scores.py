@@ -127,15 +127,15 @@ class _WindowScores:
     def values(self) -> dict[str, float]:
         """Every measure in every region."""
         region = scores.foreground_region(self.labels)
-        found = {"class_balanced_entropy": scores.class_balanced_entropy(self._class_sums)}
+        values = {"class_balanced_entropy": scores.class_balanced_entropy(self._class_sums)}
         for name, uncertainty in self._maps.items():
             seen = region if name != "bald" or self._seen_again is None else region & self._seen_again
-            found[score_name(name, "foreground")] = scores.mean_over_foreground(uncertainty, seen)
-            found[score_name(name, "volume")] = scores.mean_over_volume(uncertainty)
-            found[score_name(name, "patches")] = scores.top_k_patches(uncertainty)
+            values[score_name(name, "foreground")] = scores.mean_over_foreground(uncertainty, seen)
+            values[score_name(name, "volume")] = scores.mean_over_volume(uncertainty)
+            values[score_name(name, "patches")] = scores.top_k_patches(uncertainty)
         if self._seen_again is not None:
-            found["dice_disagreement"] = self._disagreement
-        return found
+            values["dice_disagreement"] = self._disagreement
+        return values
 
     def _window(self, tile: _Tile) -> torch.Tensor:
         window = window_at(self._image, tile.start, self._preset.roi_size)[None].to(self._device)

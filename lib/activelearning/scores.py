@@ -79,8 +79,8 @@ def pairwise_dice_disagreement(labels: torch.Tensor, classes: int) -> float:
         total = sizes[a] + sizes[b]
         dice = 2 * (masks[a] * masks[b]).sum(dim=0) / total.clamp_min(1)
         disagreements.append((1 - dice)[total > 0])
-    found = torch.cat(disagreements)
-    return float(found.mean()) if found.numel() else 0.0
+    values = torch.cat(disagreements)
+    return float(values.mean()) if values.numel() else 0.0
 
 
 def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:

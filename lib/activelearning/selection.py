@@ -181,9 +181,9 @@ def hybrid(free: list[Candidate], pool: Pool, count: int, region: str, random: n
     values, how = known_or_estimated(free, pool, name)
     most = max(CANDIDATES_PER_PICK * count, math.ceil(len(free) / CANDIDATES_PER_PICK))
     uncertain = sorted(_highest(values, min(most, len(free)), random))
-    found = {free[i].case_id: (values[i], how[i]) for i in uncertain}
+    estimates = {free[i].case_id: (values[i], how[i]) for i in uncertain}
     picks = core_set([free[i] for i in uncertain], pool, count, region, random)
-    return [Pick(p.case_id, f"entropy {_figure(*found[p.case_id])}, and {p.reason} of {len(free)}") for p in picks]
+    return [Pick(p.case_id, f"entropy {_figure(*estimates[p.case_id])}, and {p.reason} of {len(free)}") for p in picks]
 
 
 def known_or_estimated(free: Sequence[Candidate], pool: Pool, name: str) -> tuple[Array, list[str]]:

@@ -72,11 +72,11 @@ def read_task(folder: Path) -> TaskFolder:
         TrainingError: when it is none, naming what is missing.
     """
     described = sorted(folder.glob("dataset*.json"))
-    found = _read_described(folder, described[0]) if described else _read_btcv(folder)
-    lost = [path for pair in found.pairs for path in pair if not path.is_file()]
+    data_set = _read_described(folder, described[0]) if described else _read_btcv(folder)
+    lost = [path for pair in data_set.pairs for path in pair if not path.is_file()]
     if lost:
-        raise TrainingError(f"{found.name!r} names {len(lost)} files that are not there, such as {str(lost[0])!r}")
-    return found
+        raise TrainingError(f"{data_set.name!r} names {len(lost)} files that are not there, such as {str(lost[0])!r}")
+    return data_set
 
 
 def _read_described(folder: Path, file: Path) -> TaskFolder:

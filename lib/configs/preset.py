@@ -485,10 +485,10 @@ def parse_preset(data: Mapping[str, Any], source: str) -> Preset:
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """Say in words what a record refused: the key, the value, and what would be valid."""
     problems = []
-    found = error.errors(include_url=False)
-    for problem in found:
+    errors = error.errors(include_url=False)
+    for problem in errors:
         depth = len(problem["loc"])
-        if any(len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in found):
+        if any(len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in errors):
             continue  # what is wrong is inside, and said there
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":

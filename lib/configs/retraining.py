@@ -56,8 +56,8 @@ class Retraining(Model):
     def _split_recipe(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        wrong = [part for part in parts if "=" not in part]
+        entries = [part.strip() for part in value.split(",") if part.strip()]
+        wrong = [part for part in entries if "=" not in part]
         if wrong:
             raise ValueError(f"valid: field=value, separated by commas; {wrong[0]!r} has no value")
-        return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in parts)}
+        return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in entries)}

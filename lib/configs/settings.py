@@ -121,9 +121,9 @@ class Settings(Retraining):
     def _split_pretrained(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        parts = re.split(r",(?=\s*[A-Za-z0-9][\w\-]*\s*=)", value)
-        found = [match for part in parts if part.strip() and (match := NAMED_WEIGHTS.fullmatch(part.strip()))]
-        return {match["name"] or "": match["path"].strip() for match in found}
+        entries = re.split(r",(?=\s*[A-Za-z0-9][\w\-]*\s*=)", value)
+        matches = [match for part in entries if part.strip() and (match := NAMED_WEIGHTS.fullmatch(part.strip()))]
+        return {match["name"] or "": match["path"].strip() for match in matches}
 
     @model_validator(mode="after")
     def _check_devices(self) -> Settings:

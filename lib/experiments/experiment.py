@@ -293,8 +293,8 @@ class _Run:
         """Of the recipe, of what else there is to tell, and of the cases that are trained on."""
         recipe = self.preset.model_dump(mode="json")
         recipe["training"].pop("seed")
-        told = json.dumps([recipe, what, [case.case_id for case in cases]], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        contents = json.dumps([recipe, what, [case.case_id for case in cases]], sort_keys=True)
+        return hashlib.sha256(contents.encode()).hexdigest()[:12]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,13 +64,13 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Changes with whatever changes the outcome of a round."""
-        told = {
+        content = {
             "preset": self.preset.model_dump(mode="json"),
             "held_out": [case.case_id for case in self.held_out],
             "pool": [case.case_id for case in self.pool],
             "steps": [self.first_steps, self.steps],
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ class Simulation:
             shutil.rmtree(run_dir, ignore_errors=True)
 
     def _round_file(self, seed: int, batches: Sequence[tuple[str, ...]]) -> Path:
-        told = json.dumps([self.plan.fingerprint(), seed, [sorted(batch) for batch in batches]])
-        return self.plan.folder / "rounds" / hashlib.sha256(told.encode()).hexdigest()[:24]
+        history = json.dumps([self.plan.fingerprint(), seed, [sorted(batch) for batch in batches]])
+        return self.plan.folder / "rounds" / hashlib.sha256(history.encode()).hexdigest()[:24]
 
     def _segmenter(self, weights: StateDict | None, seed: int) -> Segmenter:
         with torch.random.fork_rng():

@@ -63,8 +63,8 @@ def read_nrrd_header(file: BinaryIO, name: str) -> ImageHeader:
         _check_attached(fields, name)
         return _header_of(fields, offset, name)
     except (NRRDError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        said = f"it has no field {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise ImageError(f"image {name!r} is damaged or no image: {said}") from error
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise ImageError(f"image {name!r} is damaged or no image: {reason}") from error
 
 
 def read_nrrd_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[Any]:

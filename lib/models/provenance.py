@@ -30,14 +30,14 @@ def label_digests(cases: Iterable[Case]) -> dict[str, str]:
 
     Files that have not changed are read once.
     """
-    found = {}
+    digests = {}
     for case in cases:
         try:
             status = case.label.stat()
-            found[case.case_id] = _digest(case.label, status.st_mtime_ns, status.st_size)
+            digests[case.case_id] = _digest(case.label, status.st_mtime_ns, status.st_size)
         except OSError:
-            found[case.case_id] = ""
-    return found
+            digests[case.case_id] = ""
+    return digests
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -141,9 +141,9 @@ class VersionStore:
     def list(self) -> list[Version]:
         """All versions, the oldest first."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        found = [self._read(name) for name in names if VERSION_NAME.fullmatch(name)]
+        versions = [self._read(name) for name in names if VERSION_NAME.fullmatch(name)]
         shipped = [self._read(SHIPPED)] if (self.folder / "shipped.pt").is_file() else []
-        return shipped + sorted(found, key=lambda version: version.number)
+        return shipped + sorted(versions, key=lambda version: version.number)
 
     def get(self, name: str) -> Version:
         """The version of that name.
@@ -151,10 +151,10 @@ class VersionStore:
         Raises:
             NotFoundError: with the known ones.
         """
-        found = next((version for version in self.list() if version.name == name), None)
-        if found is None:
+        version = next((version for version in self.list() if version.name == name), None)
+        if version is None:
             raise NotFoundError("version", name[:200], [version.name for version in self.list()])
-        return found
+        return version
 
     def live(self) -> Version | None:
         """The version that the live pointer names; None where it names none.
@@ -335,9 +335,9 @@ def _write(
 ) -> None:
     created = now()
     write_checkpoint(folder / WEIGHTS_FILE, Checkpoint(weights, preset, {"version": name, "created": created}))
-    said = {"version": name, "created": created, "preset": preset.model_dump(mode="json")}
-    said |= {"labels": preset.label_indices, "sha256": sha256_of(folder / WEIGHTS_FILE)}
-    write_json(folder / VERSION_FILE, said | dict(details))
+    summary = {"version": name, "created": created, "preset": preset.model_dump(mode="json")}
+    summary |= {"labels": preset.label_indices, "sha256": sha256_of(folder / WEIGHTS_FILE)}
+    write_json(folder / VERSION_FILE, summary | dict(details))
     for file, text_of in files.items():
         (folder / file).write_text(text_of(name), encoding="utf-8")
 

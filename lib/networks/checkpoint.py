@@ -167,8 +167,8 @@ def _describe_mismatch(state: Mapping[str, torch.Tensor], reference: Mapping[str
         for key in reference
         if key in state and state[key].shape != reference[key].shape
     ]
-    parts = [("missing", missing), ("left over", left_over), ("of another shape", shapes)]
-    return "; ".join(f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in parts if keys)
+    kinds = [("missing", missing), ("left over", left_over), ("of another shape", shapes)]
+    return "; ".join(f"{len(keys)} {what}: {_shorten(keys)}" for what, keys in kinds if keys)
 
 
 def _shorten(keys: list[str], most: int = 6) -> str:

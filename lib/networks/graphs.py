@@ -33,20 +33,20 @@ class GraphedForward:
         """The output, in memory of its own: the next replay writes over the recording's."""
         if windows.shape not in self._recordings:
             self._recordings[windows.shape] = self._record(windows)
-        graph, given, found = self._recordings[windows.shape]
-        given.copy_(windows)
+        graph, inputs, outputs = self._recordings[windows.shape]
+        inputs.copy_(windows)
         graph.replay()
-        return found.clone()
+        return outputs.clone()
 
     def _record(self, windows: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         """Warm up beside the usual stream, where libraries choose their algorithms, and record."""
-        given, stream = windows.clone(), torch.cuda.Stream(windows.device)
+        inputs, stream = windows.clone(), torch.cuda.Stream(windows.device)
         stream.wait_stream(torch.cuda.current_stream(windows.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
-                self._forward(given)
+                self._forward(inputs)
         torch.cuda.current_stream(windows.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = self._forward(given)
-        return graph, given, found
+            outputs = self._forward(inputs)
+        return graph, inputs, outputs

@@ -95,9 +95,9 @@ def _open(path: Path, schema: str, isolation_level: Literal["DEFERRED"] | None) 
     connection = connect(path, isolation_level=isolation_level)
     try:
         connection.row_factory = sqlite3.Row
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(str(found).splitlines()[0])
+        result = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if result != "ok":
+            raise sqlite3.DatabaseError(str(result).splitlines()[0])
         connection.executescript(schema)
     except BaseException:
         connection.close()

@@ -95,10 +95,10 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size)]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    parts[rank] = tensor
-    return torch.cat(parts)
+    gathered = [torch.empty_like(tensor) for _ in range(world_size)]
+    dist.all_gather(gathered, tensor.detach().contiguous())
+    gathered[rank] = tensor
+    return torch.cat(gathered)
 
 
 def loss_scale() -> int:

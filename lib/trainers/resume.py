@@ -44,11 +44,11 @@ def read_state(run_dir: Path, wanted: str) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["fingerprint"]
+        fingerprint = state["fingerprint"]
     except Exception as error:  # noqa: BLE001 - a damaged file ends in any of a dozen kinds
         logger.warning("starting anew: the run's state is damaged: %s", error)
         return None
-    if found != wanted:
+    if fingerprint != wanted:
         logger.warning("starting anew: the run's state is of another recipe or other cases")
         return None
     return state

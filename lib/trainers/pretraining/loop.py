@@ -210,8 +210,8 @@ def _stamp_of(file: Path) -> tuple[int, int]:
 
 
 def _state(plan: PretrainingPlan, moving: Mapping[str, Any], losses: list[float]) -> dict[str, Any]:
-    parts = {name: part.state_dict() for name, part in moving.items()}
-    return {"fingerprint": _fingerprint(plan), "losses": losses, **parts}
+    states = {name: part.state_dict() for name, part in moving.items()}
+    return {"fingerprint": _fingerprint(plan), "losses": losses, **states}
 
 
 def _restore(plan: PretrainingPlan, moving: Mapping[str, Any]) -> list[float]:

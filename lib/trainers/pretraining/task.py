@@ -74,6 +74,6 @@ class UnetrPretraining(ScoringMethod):
         result = pretrain(plan)
         write_encoder(self._folder / ENCODER_FILE, plan, result)
         remove_state(plan.run_dir)
-        said = {"images": len(plan.images), "steps": steps, "loss": round(result.losses[-1], 4)}
-        logger.info("%s: %s", self._preset.name, said)
-        return said
+        summary = {"images": len(plan.images), "steps": steps, "loss": round(result.losses[-1], 4)}
+        logger.info("%s: %s", self._preset.name, summary)
+        return summary

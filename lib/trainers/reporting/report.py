@@ -70,7 +70,7 @@ def worst_cases(segmenter: Segmenter, cases: Sequence[Case], scores: Evaluation)
 def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, str]]) -> str:
     """The report as one HTML page without scripts or links."""
     title = f"{data['model']} {data['version']}: {data['status']}"
-    parts = [
+    sections = [
         f"<h1>{html.escape(title)}</h1><p><b>{html.escape(str(data['reason']))}</b></p>",
         f"<p>{html.escape(_in_short(data))}</p>",
         "<h2>Learning curves</h2>",
@@ -86,7 +86,7 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, st
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 
@@ -148,12 +148,12 @@ def _in_short(data: Mapping[str, Any]) -> str:
 
 
 def _comparison(data: Mapping[str, Any]) -> str:
-    found = data.get("comparison")
-    if not found:
+    comparison = data.get("comparison")
+    if not comparison:
         return "<p>There was nothing to compare with, or nothing to compare on.</p>"
-    rows = [("mean Dice", found["mean_dice"])]
-    rows += [(f"Dice, {label}", row) for label, row in found["dice"].items()]
-    rows += [(f"surface distance (normalised), {label}", row) for label, row in found["nsd"].items()]
+    rows = [("mean Dice", comparison["mean_dice"])]
+    rows += [(f"Dice, {label}", row) for label, row in comparison["dice"].items()]
+    rows += [(f"surface distance (normalised), {label}", row) for label, row in comparison["nsd"].items()]
     cells = [[name, *(row[side] for side in ("champion", "challenger", "difference"))] for name, row in rows]
     return _table(("", "served", "new", "difference"), cells)
 
@@ -173,8 +173,8 @@ def _case_tables(data: Mapping[str, Any]) -> Iterable[str]:
 def _data(data: Mapping[str, Any]) -> str:
     trained = [[row["image"], row["times"], row["label_sha256"][:12]] for row in data["trained_on"]]
     left_out = [[name, reason] for name, reason in (data.get("left_out") or {}).items()]
-    said = _table(("trained on", "times an epoch", "label's SHA-256"), trained)
-    return said + (f"<h3>Left out</h3>{_table(('case', 'why'), left_out)}" if left_out else "")
+    table = _table(("trained on", "times an epoch", "label's SHA-256"), trained)
+    return table + (f"<h3>Left out</h3>{_table(('case', 'why'), left_out)}" if left_out else "")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
