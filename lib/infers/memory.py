@@ -35,14 +35,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken on a device, less a reserve of a twentieth of it for other programs."""
+def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
+    """Memory that may still be taken on a device, less a reserve of a twentieth of it for other programs.
+
+    Args:
+        device: the CPU or a GPU.
+        cgroup: where Linux states a container's limit (cgroup 2).
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, int(free + unused - RESERVE_SHARE * total))
     memory = psutil.virtual_memory()
-    return max(0, int(min(memory.available, _container_bytes()) - RESERVE_SHARE * memory.total))
+    return max(0, int(min(memory.available, _container_bytes(cgroup)) - RESERVE_SHARE * memory.total))
 
 
 def host_bytes_left(budget: int | None) -> int:
@@ -138,11 +143,11 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def _container_bytes() -> int:
+def _container_bytes(cgroup: Path) -> int:
     """What a container's limit (cgroup 2) leaves; a very large number without one."""
     try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 2**62
     return 2**62 if limit == "max" else max(0, int(limit) - used)

@@ -21,13 +21,16 @@ CHUNK_NUMBERS = 8_000_000
 TOLERANCE_MM = 1e-3
 
 
-def interpolate_axis(volume: torch.Tensor, axis: int, position: torch.Tensor) -> torch.Tensor:
+def interpolate_axis(
+    volume: torch.Tensor, axis: int, position: torch.Tensor, chunk_numbers: int = CHUNK_NUMBERS
+) -> torch.Tensor:
     """Interpolate along one axis.
 
     Args:
         volume: floating-point, any shape.
         axis: the axis.
         position: where to look along it, in voxels, in any order; beyond an end its voxel is repeated.
+        chunk_numbers: how many numbers are interpolated at a time.
 
     Returns:
         As ``volume``, with ``len(position)`` places along ``axis``.
@@ -45,7 +48,7 @@ def interpolate_axis(volume: torch.Tensor, axis: int, position: torch.Tensor) ->
     shape = [*volume.shape[:axis], len(position), *volume.shape[axis + 1 :]]
     result = volume.new_empty(shape)
     across = volume.numel() // max(1, size)
-    step = max(1, CHUNK_NUMBERS // max(1, across))
+    step = max(1, chunk_numbers // max(1, across))
     ones = [1] * (volume.ndim - axis - 1)
     for first in range(0, len(position), step):
         part = slice(first, first + step)

@@ -13,19 +13,16 @@ LEFT = {
     "dicom/test_index.py": 1,
     "experiments/test_simulate.py": 1,
     "infers/test_compiling.py": 2,
-    "infers/test_memory.py": 1,
     "infers/test_plan.py": 7,
     "infers/test_predictor.py": 1,
     "infers/test_task.py": 2,
     "networks/test_masked_autoencoder.py": 1,
     "server/http/test_auth.py": 1,
     "server/http/test_connections.py": 1,
-    "server/http/test_events.py": 1,
     "server/work/test_hold.py": 1,
     "server/work/test_jobs.py": 1,
     "trainers/test_datasets.py": 2,
     "trainers/test_loop.py": 3,
-    "transforms/test_resample.py": 1,
 }
 # Modules that belong to others, also where they are reached through one of ours (``datasets.shutil``).
 FOREIGN = sys.stdlib_module_names | {"torch", "psutil", "settings"}

@@ -59,14 +59,13 @@ def test_budget_counts_what_the_process_has_taken_already() -> None:
     assert host_bytes_left(None) == pytest.approx(free_bytes(CPU), rel=0.2)
 
 
-def test_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+def test_limit_of_a_container_counts(tmp_path: Path) -> None:
     reserve = int(memory.RESERVE_SHARE * psutil.virtual_memory().total)
     (tmp_path / "memory.max").write_text(f"{reserve + 500}\n")
     (tmp_path / "memory.current").write_text("200\n")
-    assert free_bytes(CPU) == pytest.approx(300, abs=1)
+    assert free_bytes(CPU, tmp_path) == pytest.approx(300, abs=1)
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) > 1000
+    assert free_bytes(CPU, tmp_path) > 1000
 
 
 @pytest.mark.gpu

@@ -9,22 +9,20 @@ from monai.data import MetaTensor
 from monai.transforms import Spacingd
 from scipy import ndimage
 
-from lib.transforms import resample
 from lib.transforms.resample import Resampled, interpolate_axis
 from tests.tiny import axis_affine, oblique_affine
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("chunk_numbers", [1, 100, 8_000_000])
-def test_interpolation_along_an_axis_is_scipys(axis: int, chunk_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resample, "CHUNK_NUMBERS", chunk_numbers)
+def test_interpolation_along_an_axis_is_scipys(axis: int, chunk_numbers: int) -> None:
     volume = np.random.default_rng(0).normal(size=(7, 9, 11)).astype(np.float32)
     position = np.array([-3.0, 0.0, 0.25, 5.5, 5.999, 2.0, 30.0])
     coordinates = list(np.indices(volume.shape).astype(float))
     coordinates = [np.take(c, np.zeros(len(position), int), axis=axis) for c in coordinates]
     coordinates[axis] += position.reshape([-1 if i == axis else 1 for i in range(3)])
     expected = ndimage.map_coordinates(volume, coordinates, order=1, mode="nearest")
-    found = interpolate_axis(torch.from_numpy(volume), axis, torch.from_numpy(position))
+    found = interpolate_axis(torch.from_numpy(volume), axis, torch.from_numpy(position), chunk_numbers)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 

@@ -40,9 +40,14 @@ def topics_of(route: str) -> tuple[str, ...]:
 
 
 class Changes:
-    """The topics that change, and those who listen."""
+    """The topics that change, and those who listen.
 
-    def __init__(self) -> None:
+    Args:
+        seconds_between: shortest time between two messages to a listener.
+    """
+
+    def __init__(self, seconds_between: float = SECONDS_BETWEEN_TELLINGS) -> None:
+        self._seconds_between = seconds_between
         self._listeners: set[_Listener] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -78,7 +83,7 @@ class Changes:
             while not self._closed:
                 await listener.woken.wait()
                 if not self._closed:
-                    await asyncio.sleep(SECONDS_BETWEEN_TELLINGS)
+                    await asyncio.sleep(self._seconds_between)
                 topics = listener.take()
                 if topics:
                     yield topics

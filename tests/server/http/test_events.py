@@ -8,19 +8,15 @@ import threading
 
 import pytest
 
-from lib.server.http import events as room
-from lib.server.http.events import Changes, closed_by_signals
+from lib.server.http.events import TOPICS, Changes, closed_by_signals
 from lib.server.pages.page_routes import VIEWS
 
-
-@pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SECONDS_BETWEEN_TELLINGS", 0.02)
+SECONDS_BETWEEN = 0.02
 
 
 def test_topics_are_told_once_and_in_order_from_any_thread() -> None:
     async def play() -> list[list[str]]:
-        changes, heard = Changes(), []
+        changes, heard = Changes(SECONDS_BETWEEN), []
 
         async def listen() -> None:
             async for topics in changes.listen():
@@ -44,7 +40,7 @@ def test_topics_are_told_once_and_in_order_from_any_thread() -> None:
 
 def test_closing_ends_those_who_listen() -> None:
     async def play() -> list[list[str]]:
-        changes = Changes()
+        changes = Changes(SECONDS_BETWEEN)
 
         async def listen() -> list[list[str]]:
             return [topics async for topics in changes.listen()]
@@ -59,14 +55,14 @@ def test_closing_ends_those_who_listen() -> None:
 
 def test_unknown_topic_is_refused() -> None:
     with pytest.raises(ValueError, match=r"topics \['weather'\] are unknown"):
-        Changes().mark("weather")
+        Changes(SECONDS_BETWEEN).mark("weather")
 
 
 def test_stop_signal_closes_and_is_passed_on() -> None:
     passed: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: passed.append(number))
     try:
-        changes = Changes()
+        changes = Changes(SECONDS_BETWEEN)
         with closed_by_signals(changes):
             signal.raise_signal(signal.SIGTERM)
         assert passed == [signal.SIGTERM]
@@ -82,4 +78,4 @@ def test_stop_signal_closes_and_is_passed_on() -> None:
 
 
 def test_page_has_a_part_for_each_topic() -> None:
-    assert set(VIEWS) == set(room.TOPICS)
+    assert set(VIEWS) == set(TOPICS)
