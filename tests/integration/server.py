@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.parser import BytesParser
@@ -40,6 +44,7 @@ class Server:
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
         options: more of MONAI Label's own, such as ``--root_path``.
+        forked: started in seconds by :class:`Starter`; otherwise as a user starts it, for tests about processes.
     """
 
     def __init__(
@@ -50,9 +55,10 @@ class Server:
         dicomweb: str = "",
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
+        forked: bool = sys.platform == "linux",
     ) -> None:
         self.folder = folder
-        self._environment = dict(environment or {})
+        self._environment, self._forked = dict(environment or {}), forked
         self.studies, self.models, self.temporary = folder / "studies", folder / "model", folder / "tmp"
         for path in (self.studies, self.models, self.temporary):
             path.mkdir(parents=True, exist_ok=True)
@@ -60,23 +66,28 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = requests.Session()
         self.log = folder / "server.log"
-        self._command = [sys.executable, "-m", "monailabel.main", "start_server"]
-        self._command += ["--app", str(APP), "--studies", dicomweb or str(self.studies)]
+        self._command = ["start_server", "--app", str(APP), "--studies", dicomweb or str(self.studies)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn_app", uvicorn_app]
         self._command += options
         quiet = {"model_dir": str(self.models), "scoring_minutes": "0", "retrain": "off", "engine": "pytorch"}
         for key, value in (quiet | dict(conf or {})).items():
             self._command += ["--conf", key, value]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
-    def launch(self) -> subprocess.Popen[bytes]:
+    def launch(self) -> subprocess.Popen[bytes] | ForkedProcess:
         """Start the process, without waiting for an answer."""
-        environment = {**SERVER_ENVIRONMENT, **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        environment |= {"TMPDIR": str(self.temporary), "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions")}
+        environment = server_environment() | {
+            "TMPDIR": str(self.temporary),
+            "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions"),
+        }
         environment |= {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(self.folder / "cache")} | self._environment
+        if self._forked:
+            self.process = the_starter().start(self._command, self.folder, environment, self.log)
+            return self.process
         with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "monailabel.main", *self._command]
             self.process = subprocess.Popen(
-                self._command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         return self.process
 
@@ -150,6 +161,79 @@ class Server:
                 return status
             time.sleep(0.3)
         raise TimeoutError(f"{path} still says {status}")
+
+
+def server_environment() -> dict[str, str]:
+    """Variables of every server's process."""
+    return {**SERVER_ENVIRONMENT, **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+class ForkedProcess:
+    """A server that :class:`Starter` has started, used as a :class:`subprocess.Popen` is."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+        self._ended = threading.Event()
+
+    def end(self, code: int) -> None:
+        """Called when it has ended."""
+        self.returncode = code
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Starter:
+    """The process of ``tests/integration/starter.py``; it ends with this one."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("starter.py"))]
+        self._process = subprocess.Popen(
+            command, env=server_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._servers: dict[int, ForkedProcess] = {}
+        self._started: queue.SimpleQueue[ForkedProcess] = queue.SimpleQueue()
+        self._asking = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def start(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> ForkedProcess:
+        """``python -m monailabel.main ARGUMENTS`` in a folder, with its output in a file."""
+        assert self._process.stdin is not None
+        asked = {"argv": list(arguments), "cwd": str(folder), "environment": dict(environment), "log": str(log)}
+        with self._asking:
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            return self._started.get(timeout=SECONDS_TO_START)
+
+    def _listen(self) -> None:
+        for line in self._process.stdout or ():
+            pid, *code = map(int, line.split())
+            if code:
+                self._servers.pop(pid).end(code[0])
+            else:
+                self._servers[pid] = ForkedProcess(pid)
+                self._started.put(self._servers[pid])
+
+
+@functools.cache
+def the_starter() -> Starter:
+    """The one of this test run."""
+    return Starter()
 
 
 def free_port() -> int:

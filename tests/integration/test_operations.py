@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,23 @@ def test_damaged_weights_make_the_server_not_ready(server: Server) -> None:
     assert server.get("/readyz").status_code == 200
 
 
-def test_server_that_compiles_answers_meanwhile_and_the_same_after(
-    tmp_path: Path, cases: dict[str, SyntheticCase]
-) -> None:
+@pytest.fixture(scope="module")
+def computing(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]) -> Iterator[Server]:
+    """A server that computes every answer, by OpenVINO once that is compiled, and lets two requests wait."""
+    conf = {"engine": "auto", "precision": "fp32", "result_cache_mib": "0", "queue_size": "2"}
+    server = prepare(Server(tmp_path_factory.mktemp("computing"), conf), cases).start()
+    yield server
+    assert server.stop() in (0, -15)
+
+
+def test_server_that_compiles_answers_meanwhile_and_the_same_after(computing: Server, tmp_path: Path) -> None:
     """Which of the two computes in the end depends on the machine; that it is the one of the log does not."""
-    server = prepare(Server(tmp_path, {"engine": "auto", "precision": "fp32", "result_cache_mib": "0"}), cases).start()
-    try:
-        first = server.infer("hippocampus_mr", "case_0")
-        chosen = re.compile(r"hippocampus_mr: windows by (\w+); OpenVINO takes [\d.]+ s for one")
-        wait_until(lambda: chosen.search(server.log.read_text(encoding="utf-8")))
-        second = server.infer("hippocampus_mr", "case_0")
-    finally:
-        assert server.stop() in (0, -15)
+    first = computing.infer("hippocampus_mr", "case_0")
+    chosen = re.compile(r"hippocampus_mr: windows by (\w+); OpenVINO takes [\d.]+ s for one")
+    wait_until(lambda: chosen.search(computing.log.read_text(encoding="utf-8")))
+    second = computing.infer("hippocampus_mr", "case_0")
     assert first.status_code == second.status_code == 200
-    found = chosen.search(server.log.read_text(encoding="utf-8"))
+    found = chosen.search(computing.log.read_text(encoding="utf-8"))
     parts = [parse_multipart(answer) for answer in (first, second)]
     engines = [json.loads(part["params"][1])["plan"]["engine"] for part in parts]
     assert found is not None and engines == ["pytorch", found[1]]
@@ -96,29 +100,25 @@ def test_metrics_count_requests_inferences_and_labels(
     assert not any("nope" in name for name in after)
 
 
-def test_full_queue_is_answered_503_and_others_go_on(cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
-    server = prepare(Server(tmp_path / "server", {"queue_size": "2", "result_cache_mib": "0"}), cases).start()
-    try:
-        assert server.infer("hippocampus_mr", "case_0").status_code == 200
-        answers = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(server.infer("hippocampus_mr", "case_0"))) for _ in range(12)
-        ]
-        for thread in threads:
-            thread.start()
-        waits = []
-        while any(thread.is_alive() for thread in threads):
-            start = time.monotonic()
-            assert server.get("/healthz").status_code == 200
-            waits.append(time.monotonic() - start)
-        statuses = sorted(answer.status_code for answer in answers)
-        assert set(statuses) == {200, 503} and statuses.count(200) >= 3
-        refused = next(answer for answer in answers if answer.status_code == 503)
-        assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"] == "BusyError"
-        assert len(waits) > 5, "other requests waited for inferences"
-    finally:
-        server.stop()
+def test_full_queue_is_answered_503_and_others_go_on(computing: Server) -> None:
+    assert computing.infer("hippocampus_mr", "case_0").status_code == 200
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(computing.infer("hippocampus_mr", "case_0"))) for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    waits = []
+    while any(thread.is_alive() for thread in threads):
+        start = time.monotonic()
+        assert computing.get("/healthz").status_code == 200
+        waits.append(time.monotonic() - start)
+    statuses = sorted(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503} and statuses.count(200) >= 3
+    refused = next(answer for answer in answers if answer.status_code == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"] == "BusyError"
+    assert len(waits) > 5, "other requests waited for inferences"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_training_without_labels_ends_with_a_sentence(server: Server, cases: dic
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_no_training_outlives_its_server(number: int, cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
-    server = prepare(Server(tmp_path / "server"), cases).start()
+    server = prepare(Server(tmp_path / "server", forked=False), cases).start()
     label = encode(cases["case_0"].label, cases["case_0"].affine_ras, tmp_path)
     assert server.save_label("case_0", label, ["anterior", "posterior"]).status_code == 200
     server.post("/train/hippocampus_mr", json=ENDLESS)
