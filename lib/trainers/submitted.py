@@ -91,3 +91,9 @@ def missing_labels(cases: Iterable[Case], preset: Preset) -> dict[str, list[str]
     """Names of the labels that each case does not speak of, by case id; only cases that have some."""
     names = {index: name for name, index in preset.label_indices.items()}
     return {case.case_id: [names[index] for index in case.missing] for case in cases if case.missing}
+
+
+def labels_nowhere(cases: Iterable[Case], preset: Preset) -> frozenset[str]:
+    """Names of the labels that none of the cases speaks of."""
+    everywhere = set.intersection(*[set(case.missing) for case in cases] or [set()])
+    return frozenset(name for name, index in preset.label_indices.items() if index in everywhere)

@@ -39,7 +39,7 @@ from lib.trainers.material import divide
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.request import TrainRequest
 from lib.trainers.run.job import TrainingJob, TrainingResult
-from lib.trainers.submitted import SubmittedLabels
+from lib.trainers.submitted import SubmittedLabels, labels_nowhere
 
 logger = logging.getLogger("unetr.train")
 
@@ -183,7 +183,13 @@ class UnetrTrainTask(TrainTask):
             costs=self._costs,
         )
         result = self._launcher(plan, asked.multi_gpu, asked.gpus)
-        origin = {"run": asked.run_id, "started_from": champion.version if champion else "", "why": asked.why}
+        nowhere = labels_nowhere(material.train, preset)
+        origin = {
+            "run": asked.run_id,
+            "started_from": champion.version if champion else "",
+            "never_learnt": sorted(nowhere & champion.never_learnt if champion else nowhere),
+            "why": asked.why,
+        }
         self._publisher.conclude(plan, result, material, origin, started)
         return self.stats()
 

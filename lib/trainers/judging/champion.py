@@ -36,6 +36,9 @@ class ServedWeights:
         judged_on: validation cases that they were judged on.
         labels: digests of the labels that were known when they were made, by case; empty for shipped ones.
         reported_dice: mean Dice that they were measured at; NaN where that is not known.
+        reported_by_label: the same of each label that it is known of.
+        never_learnt: labels that no case of theirs spoke of, so that there is nothing to lose.
+        trained_on: cases that they were trained on.
     """
 
     version: str
@@ -43,6 +46,9 @@ class ServedWeights:
     judged_on: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     reported_dice: float = math.nan
+    reported_by_label: Mapping[str, float] = field(default_factory=dict)
+    never_learnt: frozenset[str] = frozenset()
+    trained_on: frozenset[str] = frozenset()
 
     def previously_validated(self, labels: Mapping[str, str]) -> frozenset[str]:
         """Validation cases that they were judged on with the label that the case still has.
@@ -61,6 +67,16 @@ class ServedWeights:
         }
         ids = sorted(new)
         return [new[name] for name in (ids if len(ids) <= MOST_TRIED else random.Random(0).sample(ids, MOST_TRIED))]
+
+    def learnt_cases(self, material: Material) -> list[Case]:
+        """Training cases whose label they have learnt from too: labels that have not changed, and replayed cases."""
+        replayed = set(material.replayed)
+        return [
+            case
+            for case in material.train
+            if case.case_id in self.trained_on
+            and (case.case_id in replayed or material.labels.get(case.case_id) == self.labels.get(case.case_id, ""))
+        ]
 
     def _knows(self, case: str, labels: Mapping[str, str]) -> bool:
         known = self.labels.get(case)
@@ -83,13 +99,17 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
         logger.warning("the served weights cannot be compared with: %s", error)
         return None, str(error)
     details = _details_of(file)
-    reported_dice = (details.get("held_out") or {}).get("mean_dice")
+    held_out = details.get("held_out") or {}
+    reported_dice = held_out.get("mean_dice")
     return ServedWeights(
         file.version,
         checkpoint,
         _judged_on(file, details, locator),
         details.get("label_digests") or {} if file.origin == "published" else {},
         math.nan if reported_dice is None else float(reported_dice),
+        {name: float(dice) for name, dice in (held_out.get("dice") or {}).items() if dice is not None},
+        frozenset(details.get("never_learnt") or ()) if file.origin == "published" else frozenset(),
+        _trained_on(file, details, locator),
     ), ""
 
 
@@ -103,6 +123,15 @@ def _details_of(file: WeightsFile) -> dict[str, Any]:
     except ValueError as error:
         logger.warning("nothing is known of the served version %s: %s", file.version, error)
         return {}
+
+
+def _trained_on(
+    file: WeightsFile, details: Mapping[str, Mapping[str, list[str]]], locator: WeightsLocator
+) -> frozenset[str]:
+    if file.origin == "published":
+        return frozenset((details.get("split") or {}).get("train", ()))
+    shipped = shipped_split(locator.folder) if file.origin == "shipped" else None
+    return frozenset(shipped.train if shipped else ())
 
 
 def _judged_on(

@@ -24,6 +24,7 @@ from lib.storage.json_files import write_json
 from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
+from lib.trainers.judging.likeness import compare_masks, unjudged_labels
 from lib.trainers.material import Material, ids_of
 from lib.trainers.reporting.progress import format_seconds
 from lib.trainers.reporting.report import as_json, render_html, report_data, worst_cases
@@ -71,7 +72,7 @@ class Publisher:
         checkpoint = Checkpoint(result.weights, job.preset)
         new = Segmenter.from_checkpoint(checkpoint, job.preset, job.device, planner=self._planner)
         scores = evaluate(new, job.validation_cases)
-        served, before, verdict = self._pass_gate(scores, job, material)
+        served, before, verdict = self._pass_gate(new, scores, job, material)
         logger.info("%s", verdict.reason)
         tested = evaluate(new, material.test) if material.test else None
         details = origin | {
@@ -115,28 +116,39 @@ class Publisher:
         prune_runs(self._runs, self._settings.keep_runs)
 
     def _pass_gate(
-        self, scores: Evaluation, job: TrainingJob, material: Material
+        self, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
     ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
         """Judge new weights against those that are served now; somebody may have published while they trained."""
         rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
         while True:
             served, unusable = read_served(self._locator, self._preset)
-            champion = self._score(served, job, material) if served else None
+            champion = self._score(served, new, scores, job, material) if served else None
             verdict = judge(scores, champion, rules, unusable)
             still = read_served(self._locator, self._preset)[0]
             if (still and still.version) == (served and served.version):
                 before = champion.scores if champion and champion.scores.cases else None
                 return served, before, verdict
 
-    def _score(self, served: ServedWeights, job: TrainingJob, material: Material) -> Champion:
-        """Try the served weights on the validation cases, and on labels that are new to them."""
+    def _score(
+        self, served: ServedWeights, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
+    ) -> Champion:
+        """Try the served weights on the validation cases, on labels that are new to them, and on the rest by masks."""
         preset = preset_for(served.checkpoint, self._preset)
         segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, job.device, planner=self._planner)
+        theirs = evaluate(segmenter, job.validation_cases)
+        unjudged = set(unjudged_labels(scores, theirs)) - served.never_learnt
+        likeness = None
+        if unjudged:
+            images = (*job.validation_cases, *material.train)
+            likeness = compare_masks(new, segmenter, images, served.learnt_cases(material))
         return Champion(
-            evaluate(segmenter, job.validation_cases),
+            theirs,
             served.previously_validated(material.labels),
             served.reported_dice,
             evaluate(segmenter, served.new_cases(material)),
+            served.reported_by_label,
+            sorted(unjudged),
+            likeness,
         )
 
 
