@@ -21,9 +21,12 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 PASSED_ON_OPTIONS = ("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs", "root_path", "log_config")
 
+FILE_OPTIONS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "log_config")
+
 
 def run_serve(project: Project, options: argparse.Namespace) -> int:
     """``run.py serve``: install, make samples, start the server, stay until it ends; returns its exit code."""
+    check_files(options)
     check_port_is_free(options.host, options.port)
     python = set_up(project, dev=False)
     if options.studies is None:
@@ -36,6 +39,18 @@ def run_serve(project: Project, options: argparse.Namespace) -> int:
         )
     check_port_is_free(options.host, options.port)  # once more: the install may have taken minutes
     return supervise(server_command(project, options), server_environment(project), options)
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Name a file of the command line that is not there; the server itself only says that one is missing.
+
+    Raises:
+        RunError: naming the option.
+    """
+    for option in FILE_OPTIONS:
+        value = getattr(options, option)
+        if value is not None and not Path(value).is_file():
+            raise RunError(f"--{option}: there is no file {value!r}", 2)
 
 
 def make_sample_studies(project: Project, python: Path) -> None:
@@ -59,7 +74,7 @@ def make_sample_studies(project: Project, python: Path) -> None:
 def server_command(project: Project, options: argparse.Namespace) -> list[str]:
     """The command that starts MONAI Label's server with this project's app around it; all paths absolute."""
     # not the `monailabel` script: that is a shell script that runs whichever Python is first on the PATH
-    command = [str(project.python), "-m", "monailabel.main", "start_server", "--app", str(project.app)]
+    command = [str(project.python), "-m", "lib.server", "start_server", "--app", str(project.app)]
     command += [
         "--studies",
         absolute_studies(project, options.studies),

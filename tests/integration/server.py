@@ -45,6 +45,7 @@ class Server:
         environment: variables of its process.
         options: more of MONAI Label's own, such as ``--root_path``.
         forked: started in seconds by :class:`Starter`; otherwise as a user starts it, for tests about processes.
+        module: the command line of one that is not forked: MONAI Label's own, or that of ``run.py``.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Server:
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         forked: bool = sys.platform == "linux",
+        module: str = "monailabel.main",
     ) -> None:
         self.folder = folder
-        self._environment, self._forked = dict(environment or {}), forked
+        self._environment, self._forked, self._module = dict(environment or {}), forked, module
         self.studies, self.models, self.temporary = folder / "studies", folder / "model", folder / "tmp"
         for path in (self.studies, self.models, self.temporary):
             path.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ class Server:
             self.process = the_starter().start(self._command, self.folder, environment, self.log)
             return self.process
         with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "monailabel.main", *self._command]
+            command = [sys.executable, "-m", self._module, *self._command]
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from synthetic_hippocampus import SyntheticCase
 
+from tests.certificate import make_certificate
 from tests.integration.conftest import encode, prepare
-from tests.integration.server import Server, parse_multipart, read_nrrd, wait_until
+from tests.integration.server import MAIN, Server, parse_multipart, read_nrrd, wait_until
 
 
 def figures(server: Server) -> dict[str, float]:
@@ -140,6 +142,52 @@ def test_wrong_setting_ends_the_start_with_a_sentence(tmp_path: Path, conf: dict
     said = server.log.read_text()
     assert re.search(rf"The server does not start: .*{re.escape(sentence)}", said)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("conf", "options", "sentence"),
+    [
+        ({"model_dir": "occupied"}, [], "(file exists|not a directory): .*occupied"),
+        ({"model_dir": "occupied/models"}, [], "not a directory: .*occupied/models"),
+        ({}, ["--ssl_keyfile", "none.key", "--ssl_certfile", "none.crt"], ".*no such file or directory"),
+    ],
+)
+def test_failure_that_is_no_wrong_setting_ends_the_start_with_a_sentence_too(
+    tmp_path: Path, conf: dict[str, str], options: list[str], sentence: str
+) -> None:
+    """The stack trace is in the log's file, where somebody looks who wants more than the sentence."""
+    server = Server(tmp_path / "server", conf, options=options, forked=False, module="lib.server")
+    (server.folder / "occupied").write_text("")
+    process = server.launch()
+    try:
+        assert process.wait(60) not in (0, -15)
+    finally:
+        process.kill()
+    said = server.log.read_text()
+    assert re.search(rf"(?i)The server does not start: {sentence}.*; the log has the details", said), said[-2000:]
+    assert "Traceback" not in said
+    kept = (MAIN.parent / "logs" / "app.log").read_text(encoding="utf-8", errors="replace")
+    assert "the server does not start\nTraceback" in kept
+
+
+def test_half_open_handshakes_keep_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More clients that connect to the TLS port and say nothing than there may be connections."""
+    key, certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    conf = {"header_seconds": "2", "connection_limit": "40", "client_connection_limit": "20"}
+    server = Server(tmp_path / "server", conf, options=["--ssl_keyfile", str(key), "--ssl_certfile", str(certificate)])
+    server.url = server.url.replace("http://", "https://")
+    server.start()
+    try:
+        silent = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(150)]
+        assert server.get("/healthz").status_code == 200
+        silent[-1].settimeout(20)
+        assert silent[-1].recv(1) == b"", "the last one is closed when its time is over"
+        assert server.get("/healthz").status_code == 200
+        for each in silent:
+            each.close()
+    finally:
+        server.stop()
 
 
 JUNK = ("", "x", "-1", "1e999", "..", "../x", "a" * 3000, "%00", "\u00e4\u6f22", "null", "[]", '{"a": 1}', "true")

@@ -77,15 +77,24 @@ def test_impossible_port_is_refused(project: RecordedProject) -> None:
     assert project.run("--port", "70000") == 4
 
 
+@pytest.mark.parametrize("option", ["ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "log_config"])
+def test_file_that_is_not_there_is_named(
+    project: RecordedProject, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert project.run("serve", "--port", str(free_port()), f"--{option}", "none.pem") == 2
+    assert f"run.py: --{option}: there is no file 'none.pem'" in capsys.readouterr().err
+    assert project.calls == []
+
+
 def test_first_start_makes_samples_and_starts_the_server(project: RecordedProject) -> None:
-    project.answer("monailabel.main", 5, "cannot start")
+    project.answer("lib.server", 5, "cannot start")
     assert project.run("serve", "--port", str(free_port())) == 5
     *samples, server = project.calls[-3:]
     folder = str(project.root / "studies" / "sample")
     for command, what in zip(samples, ("hippocampus", "torso"), strict=True):
         assert command[:5] == [str(project.root / "sample-data" / "generate.py"), "--out", folder, "--what", what]
         assert command[-2:] == ["--format", "both"], "DICOM too, for OHIF"
-    assert server[:3] == ["-m", "monailabel.main", "start_server"]
+    assert server[:3] == ["-m", "lib.server", "start_server"]
     assert server[server.index("--studies") + 1] == folder
     assert server[server.index("--app") + 1] == str(project.root / "apps" / "unetr_radiology")
 
@@ -95,7 +104,7 @@ def test_samples_are_made_once_and_only_without_studies(project: RecordedProject
     for number in range(sum(SAMPLE_COUNTS.values())):
         (project.sample_studies / f"{number}.nii.gz").touch()
         (project.sample_studies / "dicom" / str(number)).mkdir(parents=True)
-    project.answer("monailabel.main", 5, "")
+    project.answer("lib.server", 5, "")
     assert project.run("serve", "--port", str(free_port())) == 5
     assert not any("generate.py" in word for call in project.calls for word in call)
 
@@ -107,7 +116,7 @@ def test_failed_samples_end_with_a_sentence(project: RecordedProject, capsys: py
 
 
 def test_address_open_to_others_is_warned_about(project: RecordedProject, capsys: pytest.CaptureFixture[str]) -> None:
-    project.answer("monailabel.main", 5, "")
+    project.answer("lib.server", 5, "")
     port = str(free_port())
     project.run("--port", port, "--studies", str(project.root))
     assert "WARNING" not in capsys.readouterr().out

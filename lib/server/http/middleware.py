@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from dataclasses import dataclass
 
@@ -13,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lib.errors import ConfigError
 from lib.server.http.errors import describe, error_response, status_of
 from lib.server.http.events import topics_of
 from lib.server.http.origins import SAFE_METHODS
 from lib.server.http.request_id import HEADER, begin_request
+from lib.server.starting import tell_failure
 
 access = logging.getLogger("unetr.access")
 logger = logging.getLogger("unetr.server")
@@ -92,11 +91,22 @@ class Surroundings:
             await self._app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start and stop; a wrong setting ends the start with its sentence instead of a stack trace."""
+        """Start and stop; whatever ends the start, it ends with a sentence instead of a stack trace."""
+        failed = False
+
+        async def sending(message: Message) -> None:
+            nonlocal failed
+            if message["type"] == "lifespan.startup.failed":
+                # Starlette puts the stack trace there, which uvicorn would print
+                failed, message = True, {**message, "message": ""}
+            await send(message)
+
         try:
-            await self._app(scope, receive, _without_trace(send))
-        except ConfigError as error:
-            print(f"\nThe server does not start: {' '.join(str(error).split())}\n", file=sys.stderr, flush=True)
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if not failed:
+                raise
+            tell_failure(error)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -179,14 +189,3 @@ class _LimitedBody:
     def _too_large(self) -> HTTPException:
         limit = f"{self._most / MIB:g} MiB"
         return HTTPException(413, f"the request is larger than {limit}, which is the most that is taken here")
-
-
-def _without_trace(send: Send) -> Send:
-    """Leave the stack trace of a wrong setting out: Starlette tells of the failure while it handles the exception."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "lifespan.startup.failed" and isinstance(sys.exc_info()[1], ConfigError):
-            message = {**message, "message": ""}
-        await send(message)
-
-    return sending

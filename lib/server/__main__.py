@@ -1,0 +1,23 @@
+"""MONAI Label's command line, where a start that fails ends in a sentence: ``python -m lib.server start_server``."""
+
+from __future__ import annotations
+
+import sys
+
+from monailabel.main import Main
+
+from lib.server.starting import tell_failure
+
+
+def main() -> int:
+    """Run MONAI Label's command line; returns the exit code."""
+    try:
+        Main().run()
+    except Exception as error:  # noqa: BLE001 - it is told, and its stack trace kept
+        tell_failure(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
