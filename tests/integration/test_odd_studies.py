@@ -12,7 +12,7 @@ import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from tests.integration.conftest import encode, prepare
-from tests.integration.server import Server
+from tests.integration.server import REPOSITORY, Server
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs links and FIFOs of POSIX")
 
@@ -43,10 +43,11 @@ def off_by(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase], off_by: Path) -> Iterator[Server]:
     """A server whose studies hold what no study should."""
-    environment = {"CLOCK_IS_OFF_BY": str(off_by), "PYTHONPATH": str(off_by.parent)}
+    path = os.pathsep.join([str(off_by.parent), str(REPOSITORY)])
+    environment = {"CLOCK_IS_OFF_BY": str(off_by), "PYTHONPATH": path}
     conf = {"models": "hippocampus_mr", "retrain": "auto", "retrain_after": "50", "retrain_floor": "0",
             "retrain_quiet_seconds": "60", "queue_size": "50"}  # fmt: skip
-    server = prepare(Server(tmp_path_factory.mktemp("odd"), conf, environment=environment), cases)
+    server = prepare(Server(tmp_path_factory.mktemp("odd"), conf, environment=environment, forked=False), cases)
     whole = (server.studies / "case_0.nii.gz").read_bytes()
     os.mkfifo(server.studies / "fifo.nii.gz")
     (server.studies / "device.nii.gz").symlink_to("/dev/zero")
