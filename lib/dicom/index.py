@@ -75,6 +75,12 @@ RENAMED_SERIES = """
 SELECT MIN(path), rows.series, in_file, claims.study, rows.study FROM rows JOIN claims ON in_file = claims.series
 WHERE rows.series != in_file GROUP BY rows.study, rows.series
 """
+FIRST_WITH_TWO_STUDIES = 2
+"""The version that kept series of one UID in two studies, and had no claims yet."""
+CLAIMS_OF_ROWS = """
+CREATE TABLE IF NOT EXISTS claims (series TEXT PRIMARY KEY, study TEXT NOT NULL);
+INSERT OR IGNORE INTO claims SELECT series, study FROM rows ORDER BY id;
+"""
 UPSERT = """
 INSERT INTO rows (path, sop, study, series, in_file, syntax, number, is_placed, summary, metadata)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -353,12 +359,12 @@ class DicomIndex:
             (study, series): stamp
             for study, series, stamp in self._connection.execute("SELECT study, series, stamp FROM regular")
         }
-        images = {(e.study, e.series) for e in self.entries() if e.modality in MODALITIES and e.frames > 1}
+        images = {(e.study, e.series): e for e in self.entries() if e.modality in MODALITIES and e.frames > 1}
         wanted = {uids: stamp for uids, stamp in stamps.items() if uids in images}
         judged = []
         for (study, series), stamp in wanted.items():
             if known.get((study, series)) != stamp and not self._stopped.is_set():
-                found = regular_for(self.metadata(study, series))
+                found = regular_for(self.metadata(study, series), images[study, series].summary)
                 judged.append((study, series, stamp, *((found.slices, found.why) if found else (0, ""))))
         with self._writing, self._connection as connection:
             connection.executemany(
@@ -411,6 +417,8 @@ class DicomIndex:
 
     def _make_tables(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == FIRST_WITH_TWO_STUDIES:
+            self._connection.executescript(CLAIMS_OF_ROWS)
         if version != VERSION:
             self._connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
 

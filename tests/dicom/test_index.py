@@ -215,14 +215,17 @@ def test_series_of_one_uid_in_two_studies_are_told_under_two_uids(index: DicomIn
     assert sentence in index.progress.problems[path] and named.series in index.progress.problems[path]
 
 
-def test_study_keeps_the_uid_of_its_series_when_the_index_is_made_anew(index: DicomIndex, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["PRAGMA user_version = 1", "DROP TABLE claims; PRAGMA user_version = 2"])
+def test_study_keeps_the_uid_of_its_series_when_the_index_is_made_anew(
+    index: DicomIndex, tmp_path: Path, change: str
+) -> None:
     """Its labels are kept under that UID: they must not become another study's, whose path goes first."""
     first, database = index.instances()[0], tmp_path / ".dicom" / "index.sqlite"
     copy_series(sorted((tmp_path / "one").iterdir()), "a-first", StudyInstanceUID="1.2.3")
     index.scan()
     names = {entry.study: entry.series for entry in index.entries()}
     with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("PRAGMA user_version = 1")
+        connection.executescript(change)
     again = DicomIndex(tmp_path, database)
     again.scan()
     assert {entry.study: entry.series for entry in again.entries()} == names

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
-from lib.dicom.attributes import STUDY_ATTRIBUTES, TYPE_2, Json, first_value, tag_of
+from lib.dicom.attributes import STUDY_ATTRIBUTES, TYPE_2, Json, first_value, tag_of, to_json
 from lib.dicom.files import reading
 from lib.dicom.presented.instances import SOP_CLASSES, uid_of
 from lib.dicom.presented.upright import UprightGrid
@@ -31,6 +32,10 @@ LONGEST_DESCRIPTION = 64
 AFTER_THE_SOURCES = 1_000
 """Added to the Series Number, so that viewers list the regular series after the studies' own."""
 
+MOST_GROWTH = 4
+"""An upright series may have so many times the voxels of its source: beyond that it is no tilt but a wrong position."""
+LARGEST_NUMBER = 2**31 - 1 - AFTER_THE_SOURCES
+
 
 @dataclass(frozen=True)
 class Regular:
@@ -45,22 +50,26 @@ class Regular:
     why: str
 
 
-def regular_for(metadata: Iterable[Json]) -> Regular | None:
+def regular_for(metadata: Iterable[Json], summary: Json) -> Regular | None:
     """What would be shown beside a series; None for one that viewers show, and for one that is no volume.
 
     Args:
         metadata: DICOM JSON of its instances.
+        summary: what :func:`describe_regular` is going to be given; a series that it cannot describe has none.
     """
     notes: list[str] = []
     try:
         with reading("the geometry cannot be read"):
+            to_json(describe_regular(summary, "1", ""))
             series = order_series(
                 [_geometry(number, told) for number, told in enumerate(metadata)], notes, "the series"
             )
+            grid = UprightGrid.of(series.shape, series.affine_ras)
     except ImageError:
         return None  # told when it is opened
+    if not 0 < math.prod(grid.shape) <= MOST_GROWTH * math.prod(series.shape):
+        return None
     left_out = sum("left out" in note for note in series.notes)
-    grid = UprightGrid.of(series.shape, series.affine_ras)
     why = [
         *(["upright"] if grid.is_tilted else []),
         *(["resampled"] if series.even else []),
@@ -102,6 +111,6 @@ def _geometry(number: int, metadata: Json) -> tuple[Path, Dataset]:
 
 def _number(text: str) -> int:
     try:
-        return max(0, int(text))
+        return min(max(0, int(text)), LARGEST_NUMBER)
     except ValueError:
         return 0

@@ -206,7 +206,7 @@ class PresentedCases:
             try:
                 label = self.labels.of_case(case)
                 found += [*self.open(case).headers, *([self.labels.instance(label)] if label is not None else [])]
-            except InputError as error:
+            except (InputError, NotFoundError) as error:
                 logger.warning("study %s is answered without the regular series of %s: %s", study, case, error)
         return found
 

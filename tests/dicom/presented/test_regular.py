@@ -33,6 +33,12 @@ def spread(files: list[Path]) -> None:
         edit(file, ImagePositionPatient=[x, y, round(float(place), 4)])
 
 
+def fling(files: list[Path]) -> None:
+    for number, file in enumerate(files):
+        x, y, z = (float(value) for value in dcmread(file).ImagePositionPatient)
+        edit(file, ImagePositionPatient=[x, y + 1e6 * number, z])
+
+
 def add_scout(files: list[Path]) -> None:
     scout = Path(shutil.copy(files[0], files[0].with_name("scout.dcm")))
     edit(scout, SOPInstanceUID="1.2.3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
@@ -50,6 +56,7 @@ def remove_one(files: list[Path]) -> None:
         ((remove_one,), None),
         ((tilt,), Regular(11, "upright")),
         ((spread,), Regular(11, "resampled")),
+        ((fling,), None),
         ((add_scout,), Regular(11, "1 left out")),
         ((tilt, add_scout), Regular(11, "upright, 1 left out")),
     ],
@@ -58,14 +65,27 @@ def test_series_that_viewers_cannot_show_has_one(make_series: Make, changes: tup
     files = make_series("axial")
     for change in changes:
         change(files)
-    assert regular_for(told(files)) == expected
+    metadata = told(files)
+    assert regular_for(metadata, summarize(metadata[0])) == expected
 
 
 def test_damaged_geometry_has_none(make_series: Make) -> None:
     metadata = told(make_series("axial"))
+    summary = summarize(metadata[0])
     metadata[2]["00200032"] = {"vr": "DS", "Value": ["no number", None]}
-    assert regular_for(metadata) is None
-    assert regular_for([]) is None
+    assert regular_for(metadata, summary) is None
+    assert regular_for([], summary) is None
+
+
+def test_series_that_cannot_be_described_has_none(make_series: Make) -> None:
+    """A query lists all regular series: one that fails there would take the others with it."""
+    files = make_series("axial")
+    add_scout(files)
+    metadata = told(files)
+    summary = summarize(metadata[0]) | {"00200011": {"vr": "IS", "Value": [2**40]}}
+    assert regular_for(metadata, summary) == Regular(11, "1 left out")
+    assert describe_regular(summary, "1.2", "1 left out").SeriesNumber == 2**31 - 1
+    assert regular_for(metadata, summary | {"00100010": {"vr": "PN", "Value": 3}}) is None
 
 
 def test_regular_series_is_told_with_patient_and_study_of_its_source(make_series: Make) -> None:
