@@ -31,12 +31,15 @@ class TwoNodes:
         # the path of a socket below it may have some hundred letters only
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))
         self.address = f"{HOSTS[0]}:{free_port()}"
+        self._client_port = free_port()
+        self.outside_address = f"ray://{HOSTS[0]}:{self._client_port}"
         self._nodes = [self._start(0)]
         if second:
             self.start_second()
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         place = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self._folder / 'ray'}"]
+        place += [f"--ray-client-server-port={self._client_port}"]
         options = place if number == 0 else [f"--address={self.address}"]
         options += [f"--node-ip-address={HOSTS[number]}", "--num-cpus=1", "--object-store-memory=80000000", "--block"]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}

@@ -89,6 +89,14 @@ def test_node_that_is_killed_loses_nothing_and_another_joins(nodes: TwoNodes) ->
 
 
 @pytest.mark.slow
+def test_cluster_is_reached_from_outside_of_it(nodes: TwoNodes) -> None:
+    items = [0.01, "unreadable", 0.02, "deadly", 0.03]
+    finished = {one.item: one for one in RayEngine(nodes.outside_address).run(items, _recipe)}
+    assert sorted(map(str, finished)) == sorted(map(str, items))
+    assert "it ended its worker 3 times" in finished["deadly"].problem and finished[0.03].answer == "v0001"
+
+
+@pytest.mark.slow
 def test_newer_version_is_used_from_its_next_case_on_and_named(nodes: TwoNodes) -> None:
     asked: list[int] = []
 
