@@ -47,6 +47,7 @@ from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, stage, sync_folder
 from lib.storage.full_disk import writing
 from lib.storage.sqlite import IN_MEMORY
+from lib.transforms.channels import files_of, stem_of
 
 logger = logging.getLogger("unetr.datastore")
 
@@ -420,6 +421,8 @@ class VersionedDatastore(LocalDatastore):
                     for pair in pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs:
                         for kind, path in pair.items():
                             archive.write(path, f"{kind}/{os.path.basename(path)}")
+                        for path in files_of(Path(pair["image"]))[1:]:  # the sequences of a case
+                            archive.write(path, f"channels/{stem_of(Path(pair['image']))}/{path.name}")
                     archive.writestr("metadata.json", known)
             except BaseException:
                 os.unlink(file.name)

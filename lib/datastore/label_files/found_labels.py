@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.configs.preset import Preset
+from lib.datastore.images.folder import NOT_SCANNED
 from lib.datastore.label_files.label_file import read_segments
 from lib.datastore.records import FINAL, Submission
 from lib.datastore.validation import check_label
 from lib.errors import FileKindError, ImageError, LabelError
+from lib.transforms.channel_search import find_channel_sources
+from lib.transforms.channels import read_channels
 from lib.transforms.volume import Grid, read_grid
 
 FOUND_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd")
@@ -131,13 +134,20 @@ def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Ite
     labels = studies / FOLDER
     images = {label_id(path.name): path for path in _files(studies) if label_id(path.name)}
     images = {image: path for image, path in images.items() if image is not None}
-    yield from stray_files(labels, {image for image in images if image is not None})
+    cases = {
+        sources.case_id: (sources, preset)
+        for preset in reversed(presets)  # the first that a case fits says what is shown of it
+        for sources in (find_channel_sources(studies, preset, NOT_SCANNED) if preset.channels else ())
+    }
+    yield from stray_files(labels, {*(image for image in images if image is not None), *cases})
     for file in label_files(labels):
-        image = images.get(label_id(file.name))
-        if image is None:
+        name = str(label_id(file.name))
+        image = images.get(name)
+        if image is None and name not in cases:
             continue
         try:
-            check_found(file, read_grid(image), Submission(image_id=str(label_id(file.name))), presets, folder)
+            grid = read_grid(image) if image is not None and name not in cases else read_channels(*cases[name]).grid
+            check_found(file, grid, Submission(image_id=name), presets, folder)
         except ImageError as error:
             yield Problem(f"{FOLDER}/{file.name}", f"it cannot be held against its image: {error}")
         except LabelError as error:

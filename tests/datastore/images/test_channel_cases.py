@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from lib.configs.preset import Preset
+from lib.datastore.label_files.found_labels import find_problems
 from lib.datastore.store import VersionedDatastore
+from lib.doctor import check_images
 from lib.errors import ImageError
 from lib.infers.cache import Checksums
 from lib.transforms.inputs import read_input
@@ -134,12 +137,29 @@ def test_labels_are_paired_with_what_is_shown_and_a_removed_case_leaves_nothing(
     pairs = {Path(pair["label"]).name: Path(pair["image"]) for pair in store.datalist()}
     assert {name: image.name for name, image in pairs.items()} == {"a.nii.gz": "a.nii.gz", "c.nii.gz": "c.nii.gz"}
     assert read_input(pairs["a.nii.gz"], TWO).channels[0].shape == SHAPE
+    archive = Path(store.get_dataset_archive(None))
+    with zipfile.ZipFile(archive) as packed:
+        channels = {name for name in packed.namelist() if name.startswith("channels/")}
+    archive.unlink()
+    assert channels == {"channels/a/a_0000.nii.gz", "channels/a/a_0001.nii.gz", "channels/c/c.nii.gz"}
     for case_id in ("a", "b", "c"):
         store.remove_image(case_id)
     kept = {path.name for path in studies.iterdir() if path.suffix in (".gz", "")} - {"labels", "history"}
     assert kept == {".dicom", "b", "only_flair_0001.nii.gz", "only_t1_0000.nii.gz", "single.nii.gz", "damaged.nii.gz"}
     assert [path.name for path in (studies / "b").iterdir()] == ["b-seg.nii.gz"]
     assert list((studies / ".dicom" / "channels").iterdir()) == []
+
+
+def test_the_doctor_holds_labels_against_the_channel_that_is_shown(studies: Path, tmp_path: Path) -> None:
+    final = studies / "labels" / "final"
+    for case_id, shape in (("a", SHAPE), ("b", (5, 5, 5)), ("c", SHAPE)):
+        write_nifti(final / f"{case_id}.nii.gz", np.ones(shape, np.uint8))
+    (tmp_path / "own").mkdir()
+    problems = {problem.file: problem.reason for problem in find_problems(studies, [TWO], tmp_path / "own")}
+    assert list(problems) == ["labels/final/b.nii.gz"] and "(5, 5, 5)" in problems["labels/final/b.nii.gz"]
+    said = [str(finding) for finding in check_images(studies, [TWO])]
+    assert any("case 'only_flair' lacks the channels t1" in line for line in said)
+    assert not any("a_0000" in line or "b-T1" in line for line in said)
 
 
 def test_a_file_that_comes_into_a_folder_completes_the_case(studies: Path, open_store: Open) -> None:
