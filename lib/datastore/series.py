@@ -19,6 +19,7 @@ from monailabel.datastore.local import DataModel, ImageLabelModel
 from lib.configs.preset import Preset
 from lib.datastore.images.channel_series import SeriesCases
 from lib.datastore.images.folder import HIDDEN, NOT_SCANNED
+from lib.datastore.label_files.found_labels import label_id
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.index import DicomIndex
 from lib.dicom.remote import RemoteSource, connect
@@ -203,6 +204,12 @@ class SeriesDatastore(VersionedDatastore):
                 version = self.history.latest(info.uid, tag)
                 if version is not None:
                     self._set_label(version, infos.get((info.uid, tag), {}))
+        labelled = {label_id(file.name) for file in self.final.files()}
+        if labelled & {info.uid for info in found}:
+            self._look_again.ask()  # somebody may have put them there
+
+    def _image_file(self, image_id: str) -> Path:
+        return self.volumes.get(image_id) if self.is_series(image_id) else super()._image_file(image_id)
 
     def _entry(self, image_id: str) -> ImageLabelModel:
         self.series()

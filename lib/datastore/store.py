@@ -42,7 +42,7 @@ from lib.datastore.quarantine import DEFAULT_LIMIT_MIB as QUARANTINE_MIB
 from lib.datastore.records import FINAL, INFERENCE, LabelVersion, Submission
 from lib.datastore.repair import shorten
 from lib.datastore.validation import as_kept
-from lib.errors import ConfigError, ConflictError, ImageError, LabelError, NotFoundError, StorageError
+from lib.errors import ConfigError, ConflictError, ImageError, LabelError, NotFoundError, StorageError, UpstreamError
 from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, stage, sync_folder
 from lib.storage.full_disk import writing
@@ -583,14 +583,15 @@ class VersionedDatastore(LocalDatastore):
         submission = self._strange_label(file, str(label_id(file.name)), FINAL)
         if submission is None:
             return None
-        entry = self._datastore.objects[submission.image_id]
         image_id = submission.image_id
         try:
-            image = self.channels.get(image_id) if image_id in self.channels else self._own_files(image_id)[0]
-        except ImageError as error:
-            logger.warning("label %s is not taken in: %s", file.name, error)
+            return Candidate(file, submission, lambda: self._image_file(image_id), self.stamp(image_id))
+        except (NotFoundError, UpstreamError, OSError) as error:
+            logger.warning("label store: %s is not looked at yet: %s", self._shown(file), error)
             return None
-        return Candidate(file, image if entry.image.ext else None, submission)
+
+    def _image_file(self, image_id: str) -> Path:
+        return self.channels.get(image_id) if image_id in self.channels else self._own_files(image_id)[0]
 
     def _strange_labels(self, folder: Path) -> Iterator[tuple[Path, Submission]]:
         """Files in ``labels/<tag>`` that were not put there by this store, for images that there are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from dicom_series import SeriesIdentity, write_series
 from torso_phantom import grid_affine
 
+from lib.configs.preset import Preset
 from lib.datastore.records import Submission
 from lib.datastore.series import SeriesDatastore, open_datastore
 from lib.dicom.files import find_dicom
@@ -19,7 +21,7 @@ from lib.dicom.series import Series, read_series
 from lib.dicom.volumes import VolumeCache
 from lib.errors import NotFoundError, ParameterError, UpstreamError
 from tests.dicom.conftest import edit
-from tests.tiny import write_nifti
+from tests.tiny import tiny_preset, write_nifti
 
 SHAPE = (24, 19, 11)
 
@@ -41,8 +43,8 @@ def opened(tmp_path: Path, series: Series, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr("lib.datastore.series.settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
     stores: list[SeriesDatastore] = []
 
-    def start(modalities: tuple[str, ...] = ("MR",)) -> SeriesDatastore:
-        stores.append(open_datastore(str(tmp_path / "studies"), modalities))
+    def start(modalities: tuple[str, ...] = ("MR",), presets: tuple[Preset, ...] = ()) -> SeriesDatastore:
+        stores.append(open_datastore(str(tmp_path / "studies"), modalities, presets))
         return stores[-1]
 
     yield start
@@ -134,6 +136,61 @@ def test_labelled_series_that_has_lost_a_slice_is_left_out_of_the_training(
     series.frames[4].file.unlink()
     store.source.index.scan()  # type: ignore[attr-defined]
     assert [Path(pair["image"]).name for pair in store.datalist()] == ["file.nii.gz"]
+
+
+def _put(folder: Path, uid: str, voxels: np.ndarray, affine: np.ndarray) -> Path:
+    """Put a label beside the series by hand, long enough ago to have settled."""
+    file = write_nifti(folder / "studies" / "labels" / "final" / f"{uid}.nii.gz", voxels, affine)
+    os.utime(file, (1e9, 1e9))
+    return file
+
+
+def test_label_put_beside_a_series_by_hand_is_checked_as_those_of_files_are(
+    tmp_path: Path, opened: Callable[..., SeriesDatastore], series: Series
+) -> None:
+    (tmp_path / "studies" / "labels" / "final").mkdir(parents=True)
+    store = opened(presets=(tiny_preset(),))
+    assert store.get_labeled_images() == []
+    right = np.zeros(SHAPE, np.uint8)
+    right[4:9, 4:9, 3:6] = 2
+    wrong = {
+        "the label has shape (23, 19, 11); valid: its image's (24, 19, 11)": (right[:-1], series.affine_ras),
+        "the label lies up to 17 mm away": (right, series.affine_ras + _moved(17.0)),
+        "values that are not finite numbers": (np.where(right, np.nan, 0).astype(np.float32), series.affine_ras),
+        "the label has the value": (right.astype(np.int16) * -1, series.affine_ras),
+    }
+    for reason, (voxels, affine) in wrong.items():
+        _put(tmp_path, series.uid, voxels, affine)
+        store.refresh()
+        assert store.get_labeled_images() == [], reason
+        assert not store.history.versions(series.uid, "final")
+        (problem,) = store.label_problems()
+        assert reason in problem.reason and problem.file == f"labels/final/{series.uid}.nii.gz"
+    _put(tmp_path, series.uid, right, series.affine_ras)
+    store.refresh()
+    assert store.get_labeled_images() == [series.uid]
+    assert store.label_problems() == []
+    kept = nib.load(store.history.latest(series.uid, "final").file)
+    np.testing.assert_array_equal(np.asarray(kept.dataobj), right)
+
+
+def test_label_that_lay_beside_a_series_before_the_start_is_taken_in(
+    tmp_path: Path, opened: Callable[..., SeriesDatastore], series: Series
+) -> None:
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[4:9, 4:9, 3:6] = 1
+    (tmp_path / "studies" / "labels" / "final").mkdir(parents=True)
+    _put(tmp_path, series.uid, voxels, series.affine_ras)
+    store = opened(presets=(tiny_preset(),))
+    store.series()
+    store.close()  # does what has been asked for
+    assert store.get_labeled_images() == [series.uid]
+
+
+def _moved(millimetres: float) -> np.ndarray:
+    change = np.zeros((4, 4))
+    change[0, 3] = millimetres
+    return change
 
 
 def test_series_is_not_removed_as_a_file_is(opened: Callable[..., SeriesDatastore], series: Series) -> None:

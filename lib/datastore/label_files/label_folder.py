@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lib.datastore.label_files.found_labels import (
     stray_files,
 )
 from lib.datastore.records import FINAL, Submission
-from lib.errors import ImageError, LabelError
+from lib.errors import ImageError, LabelError, NotFoundError, UpstreamError
 from lib.transforms.volume import read_grid
 
 logger = logging.getLogger("unetr.datastore")
@@ -36,13 +36,15 @@ class Candidate:
 
     Attributes:
         file: where it lies.
-        image: its image's file; None for a DICOM series, whose file is only made when it is asked for.
         known: what is known of it.
+        image: its image's file, which for a DICOM series is made now if need be.
+        image_stamp: changes when the image does.
     """
 
     file: Path
-    image: Path | None
     known: Submission
+    image: Callable[[], Path]
+    image_stamp: str
 
 
 class LabelFolder:
@@ -113,10 +115,12 @@ class LabelFolder:
 
     def _check(self, candidate: Candidate, stamp: str, folder: Path) -> FoundLabel | None:
         file = candidate.file
-        if candidate.image is None or not self.presets:
+        if not self.presets:
             return FoundLabel(file, file, candidate.known)
         try:
-            return check_found(file, read_grid(candidate.image), candidate.known, self.presets, folder)
+            return check_found(file, read_grid(candidate.image()), candidate.known, self.presets, folder)
+        except (NotFoundError, UpstreamError) as error:  # the series is gone, or its PACS does not answer: another time
+            logger.warning("label store: %s/%s is not looked at yet: %s", FOLDER, file.name, error)
         except ImageError as error:
             self._refuse(candidate, stamp, f"it cannot be held against its image: {error}")
         except LabelError as error:
@@ -147,9 +151,8 @@ class LabelFolder:
 
     def _stamp(self, candidate: Candidate) -> str:
         """Changes when the label, its image or the tasks do."""
-        paths = [path for path in (candidate.file, candidate.image) if path is not None and path.exists()]
-        stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" for path in paths]
-        return "/".join([*stamps, self._fingerprint])
+        label = candidate.file.stat()
+        return "/".join([f"{label.st_size}-{label.st_mtime_ns}", candidate.image_stamp, self._fingerprint])
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
