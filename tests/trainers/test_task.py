@@ -23,6 +23,7 @@ from lib.infers.model_cache import ModelCache
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, check_finite, read_checkpoint, write_checkpoint
+from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
@@ -417,6 +418,49 @@ def test_poisoned_first_batch_is_not_published_over_weights_that_came_with_their
     assert stats["comparison"]["mean_dice"]["difference"] > 0, "it has learned the wrong labels"
     assert "it gains only on labels that the served weights contradict" in stats["decision"]
     assert _served(delivered) == delivered.shipped
+
+
+def _biased(weights: StateDict, index: int, by: float) -> StateDict:
+    """The weights, with a class drawn less or more."""
+    bias = next(name for name in weights if name.startswith("out.") and name.endswith(".bias"))
+    changed = weights[bias].clone().float()
+    changed[index] += by
+    return dict(weights) | {bias: changed}
+
+
+def test_label_that_no_held_out_case_speaks_of_is_not_given_up(
+    tmp_path: Path, task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    """New weights that draw no core any more, where the held-out cases speak of the box alone, which they do better."""
+    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
+    cases = make_cases(8)
+    first = task(recipe, FakeDatastore(cases))
+    good = read_checkpoint(_served(locator)).model
+    delivered = WeightsLocator(tmp_path / "delivered" / "tiny")
+    delivered.folder.mkdir(parents=True)
+    write_checkpoint(delivered.shipped, Checkpoint(_biased(good, 1, -4.0), task.preset))
+    write_json(delivered.shipped.with_suffix(".json"), {"held_out": {"mean_dice": 0.001}})
+    for number, case in enumerate(cases, start=1):
+        if case.case_id in first["split"]["validation"]:
+            label = boxes(seed=number)[1]
+            write_nifti(case.label, np.where(label == 1, label, 0))
+
+    def after(weights: StateDict) -> dict[str, Any]:
+        result = TrainingResult(weights, 1, {}, (1.0,))
+        again = UnetrTrainTask(task.preset, delivered, "cpu", launcher=lambda *_: result)
+        return again(recipe, FakeDatastore(cases))
+
+    lost = after(_biased(good, 2, -1000.0))
+    assert lost["split"]["validation"] == first["split"]["validation"]
+    assert (lost["status"], lost["parent"]) == ("unproven", "shipped"), lost["decision"]
+    assert lost["comparison"]["mean_dice"]["difference"] > 0.01
+    assert (
+        "no held-out case speaks of core, whose masks are not those of before (mean Dice 0.000 on 8" in lost["decision"]
+    )
+    assert _served(delivered) == delivered.shipped
+    kept = after(_biased(good, 1, -3.5))
+    assert kept["status"] == "published", kept["decision"]
+    assert kept["comparison"]["unjudged"]["core"] > 0.8
 
 
 def test_weights_of_another_network_go_on_in_their_own(make_cases: MakeCases, locator: WeightsLocator) -> None:
