@@ -28,6 +28,7 @@ from lib.server.http.events import Changes
 from lib.server.http.metrics import Metrics
 from lib.server.services import Services, get_services
 from lib.server.tasks import TasksByName
+from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import Jobs
 from lib.server.work.pause import Pause
 from lib.server.work.presented import PresentedCases
@@ -159,6 +160,11 @@ async def get_studies(services: AllServices) -> str:
     return services.studies
 
 
+async def get_image_inspector(services: AllServices) -> ImageInspector:
+    """Which images cannot be segmented, and why."""
+    return services.image_inspector
+
+
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
 HistoryDep = Annotated[LabelHistory, Depends(get_history)]
 LeasesDep = Annotated[Leases, Depends(get_leases)]
@@ -183,3 +189,4 @@ MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 PresentedDep = Annotated[PresentedCases, Depends(get_presented)]
 PoolKnowledgeDep = Annotated[Mapping[str, PoolKnowledge], Depends(get_pool_knowledge)]
 StudiesDep = Annotated[str, Depends(get_studies)]
+ImageInspectorDep = Annotated[ImageInspector, Depends(get_image_inspector)]

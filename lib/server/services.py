@@ -36,6 +36,7 @@ from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_image_known, find_image
 from lib.server.http.tokens import WatchedTokens
 from lib.server.tasks import TasksByName, infer_tasks, segmentation_tasks, train_tasks
+from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
@@ -182,6 +183,11 @@ class Services:
         """What the scoring found of the images, by preset."""
         knowledge: Mapping[str, PoolKnowledge] = self.instance.knowledge_by_preset
         return knowledge
+
+    @property
+    def image_inspector(self) -> ImageInspector:
+        """Which images cannot be segmented, and why."""
+        return ImageInspector(self.store, self.presets, self.pool_knowledge, self.image_file)
 
     @property
     def infer_tasks(self) -> TasksByName[UnetrInferTask]:

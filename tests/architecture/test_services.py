@@ -16,13 +16,12 @@ LEFT = {
     "pages/page_routes.py": 3,
     "pages/pool_view.py": 5,
     "routes/app.py": 10,
-    "routes/datastore.py": 4,
+    "routes/datastore.py": 2,
     "routes/dicomweb.py": 9,
     "routes/infer.py": 12,
     "routes/labels.py": 1,
     "routes/ohif.py": 1,
-    "routes/uncertainty.py": 4,
-    "work/image_checks.py": 6,
+    "routes/uncertainty.py": 1,
     "work/retraining.py": 1,
 }
 

@@ -21,7 +21,6 @@ from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
 from lib.server.pages.titles import Title, titles_of
 from lib.server.routes.health import left_out_warnings, source_problems, store_problems
 from lib.server.services import Services
-from lib.server.work.image_checks import broken, left_out, warned
 
 logger = logging.getLogger("unetr.server")
 
@@ -128,7 +127,7 @@ def pool_view(parts: Services, user: User) -> PoolView:
         images, unlabelled, problem = set(), set(), str(error)
     leased = parts.store.leases.active().keys() & unlabelled
     skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
-    checks = broken(parts) if images else {}
+    checks = parts.image_inspector.broken() if images else {}
     unusable = (checks.keys() & unlabelled) - leased - skipped
     return PoolView(
         total=len(images),
@@ -141,7 +140,7 @@ def pool_view(parts: Services, user: User) -> PoolView:
         problem=problem,
         label_problems=tuple(parts.store.label_problems()[:MOST_SHOWN]),
         left_out=tuple(checks[image] for image in sorted(unusable))[:MOST_SHOWN],
-        odd=tuple(warned(parts) if images else ())[:MOST_SHOWN],
+        odd=tuple(parts.image_inspector.warned() if images else ())[:MOST_SHOWN],
         files=parts.store.problems[:MOST_SHOWN],
         may_check=user.role >= Role.ANNOTATOR,
     )
@@ -152,7 +151,8 @@ def next_view(parts: Services) -> NextView:
     name = parts.settings.strategy
     leases = parts.store.leases
     try:
-        closed = leases.active().keys() | leases.skipped().keys() | left_out(parts, next(iter(parts.presets))).keys()
+        left_out = parts.image_inspector.left_out(next(iter(parts.presets)))
+        closed = leases.active().keys() | leases.skipped().keys() | left_out.keys()
         chosen = parts.instance.strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
     except UnetrError as error:
         logger.info("the page cannot say what comes next: %s", error)

@@ -22,7 +22,6 @@ from lib.server.http.errors import ForbiddenError
 from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.labels.segmentations import series_store
 from lib.server.services import Parts, Services
-from lib.server.work.image_checks import check_image, left_out
 from lib.server.work.modality import modality_of, models_for
 from lib.server.work.prefetch import PrefetchKey
 from lib.trainers.reporting.progress import PROGRESS_FILE
@@ -149,7 +148,7 @@ def choose_case(
         chosen = choose_for_model(parts, request | {"model": model}, client, hidden, several=len(models) > 1)
         if chosen is not None:
             return chosen
-    unfit = frozenset.intersection(*(frozenset(left_out(parts, model)) for model in models))
+    unfit = frozenset.intersection(*(frozenset(parts.image_inspector.left_out(model)) for model in models))
     return own_case(parts, client, hidden | unfit)
 
 
@@ -168,7 +167,7 @@ def choose_for_model(
     taken: set[str] = set()
     unfit = 0
     while not several or unfit < MOST_UNFIT_IN_A_ROW:
-        broken = left_out(parts, model).keys()
+        broken = parts.image_inspector.left_out(model).keys()
         closed = leases.active().keys() | leases.skipped().keys() | broken | taken | hidden
         chosen: dict[str, Any] | None = strategy(request, OpenCases(parts.datastore, closed))
         if not chosen or not chosen.get("id"):
@@ -176,7 +175,7 @@ def choose_for_model(
         lease = leases.take(chosen["id"], client)
         if lease is not None:
             try:
-                check = check_image(parts, chosen["id"], parts.presets[chosen["model"]])
+                check = parts.image_inspector.check(chosen["id"], parts.presets[chosen["model"]])
                 if not check.problem:
                     return chosen | {"path": parts.datastore.get_image_uri(chosen["id"])}, lease
                 leases.release(chosen["id"])

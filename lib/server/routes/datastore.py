@@ -27,8 +27,10 @@ from lib.server.dependencies import (
     DatastoreDep,
     ImageChecksDep,
     ImageFileDep,
+    ImageInspectorDep,
     PresetsDep,
     SettingsDep,
+    StoreDep,
 )
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
@@ -36,7 +38,7 @@ from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import submit_label, tag_for_prediction
 from lib.server.services import Parts, Services
-from lib.server.work.image_checks import check_image, forget, inspect_for_any, left_out, warned
+from lib.server.work.image_checks import inspect_for_any
 from lib.server.work.modality import modality_of, models_for
 from lib.transforms.channels import ChannelSources
 from lib.transforms.inputs import sources_of
@@ -119,23 +121,25 @@ def get_image(check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser
 
 
 @router.get("/problems", summary="Files that are no cases, images that are left out, and images that look odd")
-def list_problems(parts: Parts, user: AsUser) -> dict[str, Any]:
+def list_problems(store: StoreDep, inspector: ImageInspectorDep, presets: PresetsDep, user: AsUser) -> dict[str, Any]:
     """``files`` of the folder; ``left_out`` of Next Sample, by model; ``odd``: intensities that do not fit."""
     return {
-        "files": [{"name": problem.name, "reason": problem.reason} for problem in parts.store.problems],
+        "files": [{"name": problem.name, "reason": problem.reason} for problem in store.problems],
         "left_out": {
-            model: {image: check.problem for image, check in left_out(parts, model).items()} for model in parts.presets
+            model: {image: check.problem for image, check in inspector.left_out(model).items()} for model in presets
         },
-        "odd": {check.image_id: check.warning for check in warned(parts)},
+        "odd": {check.image_id: check.warning for check in inspector.warned()},
     }
 
 
 @router.post("/image/check", summary="Look anew at an image that was left out")
-def check_again(parts: Parts, user: AsAnnotator, image: str) -> dict[str, Any]:
+def check_again(
+    check_image: CheckImageDep, inspector: ImageInspectorDep, presets: PresetsDep, user: AsAnnotator, image: str
+) -> dict[str, Any]:
     """What each model makes of it now: an empty ``problem`` brings it back into the pool."""
-    image = parts.check_image(image)
-    forget(parts, image)
-    checks = [check_image(parts, image, preset) for preset in parts.presets.values()]
+    image = check_image(image)
+    inspector.forget(image)
+    checks = [inspector.check(image, preset) for preset in presets.values()]
     return {"image": image, "checks": {c.preset: {"problem": c.problem, "warning": c.warning} for c in checks}}
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
+from monailabel.interfaces.datastore import Datastore
 
 from lib.activelearning.pool_knowledge import PoolKnowledge, version_name
 from lib.activelearning.score_store import LabelDisagreement
 from lib.activelearning.task import label_stamps
 from lib.errors import CheckpointError, ModelNotReadyError, NotFoundError
+from lib.infers.task import UnetrInferTask
+from lib.server.dependencies import DatastoreDep, PoolKnowledgeDep
 from lib.server.http.auth import AsUser
-from lib.server.services import Parts, Services
+from lib.server.services import Parts
 from lib.server.work.prefetch import PrefetchKey
 
 router = APIRouter(tags=["Active learning"])
@@ -32,12 +36,12 @@ async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, 
     async with parts.inferences.slot(what=what, forecast=forecast) as slot:
         if await request.is_disconnected():
             return Response(status_code=499)
-        content = await slot.run(lambda: compute(parts, model, asked))
+        content = await slot.run(lambda: compute(task, asked))
     attachment = {"Content-Disposition": f'attachment; filename="{path.name.split(".")[0]}-uncertainty.nii.gz"'}
     return Response(content, media_type=NIFTI, headers=attachment)
 
 
-def compute(parts: Services, model: str, asked: dict[str, Any]) -> bytes:
+def compute(task: UnetrInferTask, asked: dict[str, Any]) -> bytes:
     """The file's bytes.
 
     Raises:
@@ -45,9 +49,9 @@ def compute(parts: Services, model: str, asked: dict[str, Any]) -> bytes:
         ModelNotReadyError: when there are no weights, or none that can be used.
     """
     try:
-        file = parts.segmentation_task(model).map_uncertainty(asked)
+        file = task.map_uncertainty(asked)
     except CheckpointError as error:
-        raise ModelNotReadyError(f"the weights of {model!r} cannot be used: {error}") from error
+        raise ModelNotReadyError(f"the weights of {task.preset.name!r} cannot be used: {error}") from error
     try:
         return file.read_bytes()
     finally:
@@ -55,29 +59,36 @@ def compute(parts: Services, model: str, asked: dict[str, Any]) -> bytes:
 
 
 @router.get("/review/{model}", summary="Labels that the model doubts, the most suspicious first")
-def review(parts: Parts, user: AsUser, model: str, limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> dict[str, Any]:
+def review(
+    knowledge_by_preset: PoolKnowledgeDep,
+    datastore: DatastoreDep,
+    user: AsUser,
+    model: str,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> dict[str, Any]:
     """Labelled cases where the served version disagrees most with the label, compared in the background."""
-    knowledge_by_preset: dict[str, PoolKnowledge] = parts.instance.knowledge_by_preset
     if model not in knowledge_by_preset:
         raise NotFoundError("model", model[:200], list(knowledge_by_preset))
     knowledge = knowledge_by_preset[model]
     version = knowledge.version()
-    disagreements = current_disagreements(parts, knowledge, version)
+    disagreements = current_disagreements(datastore, knowledge_by_preset, knowledge, version)
     worst = sorted(disagreements, key=lambda disagreement: (-disagreement.suspicion, disagreement.image_id))[:limit]
     return {
         "model": {"preset": model, "version": version_name(version)},
         "compared": len(disagreements),
-        "labelled": len(parts.datastore.get_labeled_images()),
+        "labelled": len(datastore.get_labeled_images()),
         "cases": [describe(disagreement, rank) for rank, disagreement in enumerate(worst, start=1)],
     }
 
 
-def current_disagreements(parts: Services, knowledge: PoolKnowledge, version: str) -> list[LabelDisagreement]:
+def current_disagreements(
+    datastore: Datastore, knowledge_by_preset: Mapping[str, PoolKnowledge], knowledge: PoolKnowledge, version: str
+) -> list[LabelDisagreement]:
     """A version's doubts about labels that are still those that it was compared with."""
     known = knowledge.store.disagreements(version)
     return [
         disagreement
-        for image, label in label_stamps(parts.datastore, knowledge.preset, parts.instance.knowledge_by_preset).items()
+        for image, label in label_stamps(datastore, knowledge.preset, knowledge_by_preset).items()
         if (disagreement := known.get(image)) is not None and disagreement.label == label
     ]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.activelearning.score_store import CaseScoreRecord
 from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
+from lib.datastore.store import VersionedDatastore
 from lib.errors import ImageError, OtherModalityError
-from lib.server.services import Services
 from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import check_modality, range_warning
 from lib.transforms.volume import check_segmentable, reading_warning
@@ -18,25 +20,83 @@ from lib.transforms.volume import check_segmentable, reading_warning
 logger = logging.getLogger("unetr.server")
 
 
-def check_image(parts: Services, image_id: str, preset: Preset) -> ImageCheck:
-    """What is wrong with an image, read now unless that was done since it changed.
+@dataclass(frozen=True)
+class ImageInspector:
+    """Reads images as an inference would, and remembers what is wrong with them.
 
-    Raises:
-        NotFoundError, UpstreamError: when it cannot be had.
+    Args:
+        store: the studies, with the checks that were made.
+        presets: those that are served, by name.
+        pool_knowledge: what the scoring found of the images, by preset.
+        image_file: gives the file or folder of an image's id, or raises ``NotFoundError`` or ``UpstreamError``.
     """
-    stamp = parts.store.stamp(image_id)
-    known = parts.store.checks.find(image_id, preset.name, stamp)
-    if known is not None:
-        return known
-    problem, warning, elsewhere = "", "", False
-    try:
-        warning = inspect(parts.image_file(image_id), preset, [other.modality for other in parts.presets.values()])
-    except ImageError as error:
-        problem, elsewhere = str(error), isinstance(error, OtherModalityError)
-        logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
-    check = ImageCheck(image_id, preset.name, stamp, problem, warning, elsewhere)
-    parts.store.checks.keep(check)
-    return check
+
+    store: VersionedDatastore
+    presets: Mapping[str, Preset]
+    pool_knowledge: Mapping[str, PoolKnowledge]
+    image_file: Callable[[str], Path]
+
+    def check(self, image_id: str, preset: Preset) -> ImageCheck:
+        """What is wrong with an image, read now unless that was done since it changed.
+
+        Raises:
+            NotFoundError, UpstreamError: when it cannot be had.
+        """
+        stamp = self.store.stamp(image_id)
+        known = self.store.checks.find(image_id, preset.name, stamp)
+        if known is not None:
+            return known
+        problem, warning, elsewhere = "", "", False
+        try:
+            warning = inspect(self.image_file(image_id), preset, [other.modality for other in self.presets.values()])
+        except ImageError as error:
+            problem, elsewhere = str(error), isinstance(error, OtherModalityError)
+            logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
+        check = ImageCheck(image_id, preset.name, stamp, problem, warning, elsewhere)
+        self.store.checks.keep(check)
+        return check
+
+    def left_out(self, model: str) -> dict[str, ImageCheck]:
+        """The images that a model's network cannot segment, as far as they have been read, also by the scoring.
+
+        An image that has changed since is in the pool again, and is read anew.
+        """
+        knowledge = self.pool_knowledge.get(model)
+        if knowledge is not None:
+            for image_id, record in knowledge.score_records()[1].items():
+                if record.problem and self.store.has_image(image_id):
+                    self._take_over(image_id, model, record)
+        checks = {}
+        for check in self.store.checks.remarkable():
+            if check.preset == model and check.problem and self.store.has_image(check.image_id):
+                if self.store.stamp(check.image_id) == check.stamp:
+                    checks[check.image_id] = check
+                else:
+                    self.forget(check.image_id)
+        return checks
+
+    def broken(self) -> dict[str, ImageCheck]:
+        """The images that are left out of a pool for what is wrong with them, and not for their modality."""
+        checks = (check for model in self.presets for check in self.left_out(model).values())
+        return {check.image_id: check for check in checks if not check.elsewhere}
+
+    def warned(self) -> list[ImageCheck]:
+        """The images that look odd, but can be segmented."""
+        checks = self.store.checks.remarkable()
+        return [check for check in checks if not check.problem and self.store.has_image(check.image_id)]
+
+    def forget(self, image_id: str) -> None:
+        """Have an image read anew by the next check."""
+        self.store.checks.forget(image_id)
+        for knowledge in self.pool_knowledge.values():
+            knowledge.store.forget(image_id)
+
+    def _take_over(self, image_id: str, model: str, record: CaseScoreRecord) -> None:
+        """Remember what the scoring found, unless the server has read the image itself."""
+        known = [check for check in self.store.checks.of_image(image_id) if check.preset == model]
+        if not known:
+            stamp = self.store.stamp(image_id)
+            self.store.checks.keep(ImageCheck(image_id, model, stamp, record.problem, elsewhere=record.elsewhere))
 
 
 def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> str:
@@ -71,51 +131,3 @@ def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
     if problems and len(problems) == len(presets):
         raise problems[0]
     return ([] if "" in warnings else warnings[:1]) + [reading for reading in readings[:1] if reading]
-
-
-def left_out(parts: Services, model: str) -> dict[str, ImageCheck]:
-    """The images that a model's network cannot segment, as far as anybody has looked, the scoring included.
-
-    An image that has changed since is in the pool again, and is looked at anew.
-    """
-    store, knowledge = parts.store, parts.instance.knowledge_by_preset.get(model)
-    if knowledge is not None:
-        for image_id, record in knowledge.score_records()[1].items():
-            if record.problem and store.has_image(image_id):
-                _take_over(parts, image_id, model, record)
-    found = {}
-    for check in store.checks.remarkable():
-        if check.preset == model and check.problem and store.has_image(check.image_id):
-            if store.stamp(check.image_id) == check.stamp:
-                found[check.image_id] = check
-            else:
-                forget(parts, check.image_id)
-    return found
-
-
-def broken(parts: Services) -> dict[str, ImageCheck]:
-    """The images that are left out of a pool for what is wrong with them, and not for their modality."""
-    checks = (check for model in parts.presets for check in left_out(parts, model).values())
-    return {check.image_id: check for check in checks if not check.elsewhere}
-
-
-def warned(parts: Services) -> list[ImageCheck]:
-    """The images that look odd, but can be segmented."""
-    store = parts.store
-    return [c for c in store.checks.remarkable() if not c.problem and store.has_image(c.image_id)]
-
-
-def forget(parts: Services, image_id: str) -> None:
-    """Have an image looked at anew, by whoever looks first."""
-    parts.store.checks.forget(image_id)
-    for knowledge in parts.instance.knowledge_by_preset.values():
-        knowledge.store.forget(image_id)
-
-
-def _take_over(parts: Services, image_id: str, model: str, record: CaseScoreRecord) -> None:
-    """Remember what the scoring found, unless the server has looked itself."""
-    store = parts.store
-    known = [check for check in store.checks.of_image(image_id) if check.preset == model]
-    if not known:
-        stamp = store.stamp(image_id)
-        store.checks.keep(ImageCheck(image_id, model, stamp, record.problem, elsewhere=record.elsewhere))

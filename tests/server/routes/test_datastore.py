@@ -17,11 +17,14 @@ from lib.server.dependencies import (
     get_datastore,
     get_image_checks,
     get_image_file,
+    get_image_inspector,
     get_presets,
     get_settings,
+    get_store,
 )
 from lib.server.http.names import check_image_known
 from lib.server.routes.datastore import router
+from lib.server.work.image_checks import ImageInspector
 from tests.server.in_process import InProcess
 from tests.tiny import tiny_preset
 
@@ -42,12 +45,14 @@ def studies(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def api(studies: Path) -> InProcess:
-    store = VersionedDatastore(str(studies))
+    store, presets = VersionedDatastore(str(studies)), {"tiny": tiny_preset()}
     services = {
+        get_store: store,
+        get_image_inspector: ImageInspector(store, presets, {}, lambda image: Path(store.get_image_uri(image))),
         get_datastore: store,
         get_check_image: lambda image: check_image_known(store, image),
         get_image_file: lambda image: Path(store.get_image_uri(image)),
-        get_presets: {"tiny": tiny_preset()},
+        get_presets: presets,
         get_settings: Settings(),
         get_image_checks: anyio.CapacityLimiter(1),
     }
@@ -78,3 +83,15 @@ def test_label_that_there_is_not_is_404(api: InProcess) -> None:
     for method, path in (("GET", "label?label="), ("HEAD", "label?image="), ("GET", "label/info?label=")):
         assert api.request(method, f"/datastore/{path}case_0").status_code == 404, path
     assert api.request("GET", "/datastore/dataset").status_code == 404
+
+
+def test_image_that_no_model_can_segment_is_left_out_until_it_is_mended(api: InProcess, studies: Path) -> None:
+    file = studies / "case_0.nii.gz"
+    good = file.read_bytes()
+    nibabel.save(nibabel.Nifti1Image(np.full((18, 18, 18), 7, np.float32), np.eye(4)), file)
+    checked = api.request("POST", "/datastore/image/check?image=case_0").json()
+    assert "constant" in checked["checks"]["tiny"]["problem"]
+    assert list(api.request("GET", "/datastore/problems").json()["left_out"]["tiny"]) == ["case_0"]
+    file.write_bytes(good)
+    assert api.request("POST", "/datastore/image/check?image=case_0").json()["checks"]["tiny"]["problem"] == ""
+    assert api.request("GET", "/datastore/problems").json()["left_out"] == {"tiny": {}}
