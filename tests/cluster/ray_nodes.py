@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.server import REPOSITORY, free_port
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
 """Ray puts the machine's own address in the place of 127.0.0.1."""
@@ -30,8 +31,8 @@ class TwoNodes:
     def __init__(self, second: bool = True) -> None:
         # the path of a socket below it may have some hundred letters only
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))
-        self.address = f"{HOSTS[0]}:{free_port()}"
-        self._client_port = free_port()
+        self.address = f"{HOSTS[0]}:{_free_port()}"
+        self._client_port = _free_port()
         self.outside_address = f"ray://{HOSTS[0]}:{self._client_port}"
         self._nodes = [self._start(0)]
         if second:
@@ -74,6 +75,12 @@ class TwoNodes:
         for process in reversed(self._nodes):
             _kill(process)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOSTS[0], 0))
+        return int(probe.getsockname()[1])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
