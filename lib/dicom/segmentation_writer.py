@@ -15,6 +15,7 @@ from pydicom.uid import generate_uid
 
 from lib.configs.preset import Code, Label, Preset, canonical_name
 from lib.dicom.attributes import TYPE_2
+from lib.dicom.files import reading
 from lib.dicom.series import UNEVEN, Series
 from lib.errors import ImageError, LabelError
 
@@ -78,7 +79,7 @@ def write_segmentation(
     unknown = sorted(set(np.unique(labels).tolist()) - {0, *preset.label_indices.values()})
     if unknown:
         raise LabelError(f"mask has the values {unknown[:8]}; valid: {preset.label_indices} and 0")
-    try:
+    with reading(f"series {series.uid} cannot be referred to by a DICOM SEG"):
         seg = hd.seg.Segmentation(
             source_images=[_complete(header) for header in series.sources],
             pixel_array=_planes_as_stored(labels, series),
@@ -97,8 +98,6 @@ def write_segmentation(
             content_creator_name=person_name(origin.creator) or None,
             omit_empty_frames=bool(labels.any()),
         )
-    except (AttributeError, ValueError) as error:
-        raise ImageError(f"series {series.uid} cannot be referred to by a DICOM SEG: {error}") from error
     seg.SpecificCharacterSet = "ISO_IR 192"  # names of labels are in any script
     seg.SeriesDescription = origin.description[:64]
     return seg

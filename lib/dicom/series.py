@@ -229,8 +229,13 @@ def order_series(headers: Sequence[tuple[Path, Dataset]], notes: list[str], name
     """As :func:`read_series`, of headers that have been read, each with its file.
 
     Raises:
-        ImageError: as :func:`read_series`.
+        ImageError: as :func:`read_series`; also for a header with values of another number or kind than they should be.
     """
+    with reading(f"{name} cannot be put in order"):
+        return _ordered(headers, notes, name)
+
+
+def _ordered(headers: Sequence[tuple[Path, Dataset]], notes: list[str], name: str) -> Series:
     series = sorted({str(header.get("SeriesInstanceUID", "")) for _, header in headers})
     if len(series) != 1:
         raise ImageError(f"{name} holds {len(series) or 'no'} DICOM series; valid: one")

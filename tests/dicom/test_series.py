@@ -293,6 +293,17 @@ def test_directions_that_differ_by_rounding_are_one_stack(make_series: Make, cha
     assert not [note for note in series.notes if "left out" in note]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"Rows": [19, 19]}, {"Columns": [24, 24]}, {"SamplesPerPixel": [1, 1]}, {"RescaleSlope": ["1", "2"]}]
+)
+def test_header_with_several_values_for_one_is_refused(make_series: Make, changed: dict[str, object]) -> None:
+    files = make_series()
+    for file in files:
+        edit(file, **changed)
+    with pytest.raises(ImageError, match=r"the selection cannot be put in order|does not say where it lies"):
+        read_series(files)
+
+
 def test_directions_that_are_none_are_refused(make_series: Make) -> None:
     files = make_series()
     for file in files:
