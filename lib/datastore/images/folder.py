@@ -67,7 +67,7 @@ def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = 
         problem = _problem_of(entry, endings)
         if problem:
             problems.append(FolderProblem(shown(entry.name), problem))
-        elif not entry.name.startswith(".") and (ending := ending_of(entry.name, endings)) and entry.is_file():
+        elif not entry.name.startswith(".") and (ending := ending_of(entry.name, endings)) and _is_file(entry):
             found.setdefault(entry.name[: -len(ending)], []).append(ending)
     for image_id, several in found.items():
         several.sort(key=lambda ending: (endings.index(ending.lower()), ending != ending.lower(), ending))
@@ -102,11 +102,11 @@ def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
     """Why an entry is no image, where it looks like one."""
     name = entry.name.lower()
     kind = ending_of(name, (*endings, *OTHER_KINDS))
-    if name.startswith(".") or not kind or (entry.is_dir() and kind not in endings):
+    if name.startswith(".") or not kind or (_is_folder(entry) and kind not in endings):
         return ""
     if shown(entry.name) != entry.name:
         return "its name is not UTF-8; rename it"
-    if not entry.is_file():
+    if not _is_file(entry):
         return "is no regular file, though it is named as an image"
     if name.endswith(SEGMENTATION):
         image_id = entry.name[: -len(SEGMENTATION)]
@@ -114,6 +114,22 @@ def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
     if kind not in endings:
         return f"is of a kind that is not read from a folder; valid: {', '.join(endings)}"
     return ""
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file, or a link to one; a link that leads to itself is an error of the system."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """The same for folders."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _in_sub_folders(folder: Path, endings: Sequence[str], of_cases: Collection[str]) -> Iterator[FolderProblem]:

@@ -14,6 +14,7 @@ from lib.datastore.store import VersionedDatastore
 from tests.tiny import boxes, write_nifti
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd")
+IRREGULAR = "is no regular file, though it is named as an image"
 
 
 @pytest.fixture
@@ -53,9 +54,11 @@ def test_what_is_no_case_is_told_with_the_reason(folder: Path, image: Path) -> N
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, folder / name)
     (folder / "directory.nii.gz").mkdir()
+    (folder / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (folder / "gone.nii.gz").symlink_to("nowhere.nii.gz")
     assert list_images(folder, ENDINGS).images == {}
     assert _problems(folder) == {
-        "directory.nii.gz": "is no regular file, though it is named as an image",
+        **dict.fromkeys(("directory.nii.gz", "loop.nii.gz", "gone.nii.gz"), IRREGULAR),
         "scan.mha": "is of a kind that is not read from a folder; valid: .nii.gz, .nii, .nrrd",
         "x.seg.nrrd": "is a segmentation, not an image; a label belongs into labels/final, as x.nrrd",
         "sub/deep/": "an image lies in a sub-folder and cannot be seen, such as 'y.nii.gz'; move them up",
