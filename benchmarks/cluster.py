@@ -57,13 +57,14 @@ class Sleeper:
 
     def __init__(self, source: FolderSource | None, seconds: float, notes: Path | None = None) -> None:
         self._source, self._seconds, self._notes = source, seconds, notes
+        self._preset = load_preset("hippocampus_mr")
 
     def read(self, case: Case) -> ReadCase | Case:
         """The image, where there are images."""
         if self._source is None:
             return case
         path = self._source.fetch(case.id, Path()).path
-        return read_case(case.id, path, checksum_of(path))
+        return read_case(case.id, path, checksum_of(path), self._preset)
 
     def compute(self, ready: ReadCase | Case) -> Masked:
         """An empty mask."""
