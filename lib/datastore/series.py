@@ -165,9 +165,10 @@ class SeriesDatastore(VersionedDatastore):
         return {**super().status(), "dicom": self.source.status()}
 
     def json(self) -> dict[str, Any]:
-        """All that is known; of a case of several series the one that stands for it."""
-        cases, known = self.series_cases(), super().json()
-        return known | {"objects": {i: one for i, one in known["objects"].items() if cases.channel_of(i) is None}}
+        """All that is known of the images that there are; of a case of several series the one that stands for it."""
+        images = set(self.list_images())  # first: new series get their entries
+        known = super().json()
+        return known | {"objects": {image: one for image, one in known["objects"].items() if image in images}}
 
     def _gather_channels(self, uid: str, file: Path) -> None:
         """Convert the other series of a case, and write down which they are; a series that is no volume is told."""
