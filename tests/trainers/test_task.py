@@ -27,6 +27,7 @@ from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
+from lib.trainers.judging.champion import read_served
 from lib.trainers.launch import launch
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -242,6 +243,22 @@ def test_first_batch_that_is_wrong_is_never_published_whatever_its_ids_hash_to(
     assert (stats["status"], stats["parent"], len(stats["split"]["validation"])) == ("rejected", "shipped", 1)
     assert len(stats["comparison"]["agreement"]["contradicted"]) == 5
     assert _served(locator) == locator.shipped
+
+
+def test_weights_that_saw_all_cases_are_known_by_what_their_recipe_reached(
+    task: UnetrTrainTask, locator: WeightsLocator
+) -> None:
+    locator.folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(locator.shipped, Checkpoint(dict(build_unetr(task.preset).state_dict()), task.preset))
+    nothing: dict[str, Any] = {"mean_dice": None, "dice": {}}
+    recipe = {"cases": 5, "mean_dice": 0.7, "dice": {"core": 0.6}}
+    own = {"mean_dice": 0.8, "dice": {"core": 0.75}}
+    for held_out, mean, core in ((nothing, 0.7, 0.6), (own, 0.8, 0.75)):
+        details = {"held_out": held_out, "cross_validated": recipe}
+        write_json(locator.shipped.with_suffix(".json"), details)
+        served, _ = read_served(locator, task.preset)
+        assert served is not None
+        assert (served.reported_dice, served.reported_by_label) == (mean, {"core": core})
 
 
 def test_weights_that_are_not_finite_are_no_version(task: UnetrTrainTask, locator: WeightsLocator) -> None:

@@ -35,7 +35,8 @@ class ServedWeights:
         checkpoint: the weights.
         judged_on: validation cases that they were judged on.
         labels: digests of the labels that were known when they were made, by case; empty for shipped ones.
-        reported_dice: mean Dice that they were measured at; NaN where that is not known.
+        reported_dice: mean Dice that they, or else their recipe in a cross-validation, were measured at; NaN where that
+            is not known.
         reported_by_label: the same of each label that it is known of.
         never_learnt: labels that no case of theirs spoke of, so that there is nothing to lose.
         trained_on: cases that they were trained on.
@@ -99,15 +100,15 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
         logger.warning("the served weights cannot be compared with: %s", error)
         return None, str(error)
     details = _details_of(file)
-    held_out = details.get("held_out") or {}
-    reported_dice = held_out.get("mean_dice")
+    measured = _measured(details)
+    reported_dice = measured.get("mean_dice")
     return ServedWeights(
         file.version,
         checkpoint,
         _judged_on(file, details, locator),
         details.get("label_digests") or {} if file.origin == "published" else {},
         math.nan if reported_dice is None else float(reported_dice),
-        {name: float(dice) for name, dice in (held_out.get("dice") or {}).items() if dice is not None},
+        {name: float(dice) for name, dice in (measured.get("dice") or {}).items() if dice is not None},
         frozenset(details.get("never_learnt") or ()) if file.origin == "published" else frozenset(),
         _trained_on(file, details, locator),
     ), ""
@@ -123,6 +124,12 @@ def _details_of(file: WeightsFile) -> dict[str, Any]:
     except ValueError as error:
         logger.warning("nothing is known of the served version %s: %s", file.version, error)
         return {}
+
+
+def _measured(details: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What weights reached on cases that they had not seen; of those that saw all, what their recipe reached."""
+    held_out: Mapping[str, Any] = details.get("held_out") or {}
+    return held_out if held_out.get("mean_dice") is not None else details.get("cross_validated") or {}
 
 
 def _trained_on(
