@@ -23,9 +23,11 @@ def test_session_holds_an_image_until_it_is_removed(server: Server) -> None:
     address = f"/session/{made['session_id']}"
     assert server.get(address).json()["name"] == made["session_id"]
     assert server.get(f"{address}?image=true").content == image
-    by_session = server.infer("hippocampus_mr", session=made["session_id"], result_extension=".nii.gz")
-    by_id = server.infer("hippocampus_mr", "case_0", result_extension=".nii.gz")
-    assert parse_multipart(by_session)["image"][1] == parse_multipart(by_id)["image"][1]
+    asked = ({"image": "case_0"}, {"session": made["session_id"]}, {"image": "case_0"})
+    answers = [server.infer("hippocampus_mr", **image, result_extension=".nii.gz") for image in asked]
+    before, by_session, after = (parse_multipart(answer)["image"][1] for answer in answers)
+    # another engine may take over once, between two of the three, and differ in single voxels
+    assert by_session in (before, after)
     assert server.delete(address).status_code == 200
     assert server.get(address).status_code == 404
     assert server.infer("hippocampus_mr", session=made["session_id"]).status_code == 404

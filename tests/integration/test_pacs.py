@@ -223,6 +223,23 @@ def test_pacs_that_hangs_holds_nobody_up(clinic: Clinic) -> None:
     assert clinic.server.infer("hippocampus_mr", clinic.series[0].uid).status_code == 200
 
 
+def test_worker_segments_a_pacs_query_and_knows_its_series_again(
+    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uid = clinic.series[0].uid
+    places = ["--model", "hippocampus_mr", "--model-dir", str(clinic.server.models), "--out", str(tmp_path)]
+    command = ["--studies", f"{clinic.orthanc.dicomweb}?SeriesInstanceUID={uid}", *places, "--engine", "pytorch"]
+    assert segment(command) == 2
+    assert "does not answer as expected (401, " in capsys.readouterr().err
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_USERNAME", USER)
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_PASSWORD", PASSWORD)
+    for finished in ((1, 0), (0, 1)):
+        assert segment(command) == 0
+        told = json.loads((tmp_path / "summary.json").read_text())
+        assert (told["finished_now"], told["finished_before"]) == finished
+        assert [case["case"] for case in told["cases"]] == [uid]
+
+
 def test_pacs_that_is_away_is_told(clinic: Clinic) -> None:
     clinic.orthanc.stop()
     wait_until(lambda: clinic.server.get("/dicom-web/studies").status_code == 502, 10)
@@ -254,20 +271,3 @@ def answers(server: Server) -> bool:
         return requests.get(f"{server.url}/healthz", timeout=5).ok
     except requests.ConnectionError:
         return False
-
-
-def test_worker_segments_a_pacs_query_and_knows_its_series_again(
-    clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    uid = clinic.series[0].uid
-    places = ["--model", "hippocampus_mr", "--model-dir", str(clinic.server.models), "--out", str(tmp_path)]
-    command = ["--studies", f"{clinic.orthanc.dicomweb}?SeriesInstanceUID={uid}", *places, "--engine", "pytorch"]
-    assert segment(command) == 2
-    assert "does not answer as expected (401)" in capsys.readouterr().err
-    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_USERNAME", USER)
-    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_PASSWORD", PASSWORD)
-    for finished in ((1, 0), (0, 1)):
-        assert segment(command) == 0
-        told = json.loads((tmp_path / "summary.json").read_text())
-        assert (told["finished_now"], told["finished_before"]) == finished
-        assert [case["case"] for case in told["cases"]] == [uid]

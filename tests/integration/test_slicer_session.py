@@ -31,7 +31,7 @@ def test_info_lists_models_trainers_labels_and_strategies(server: Server) -> Non
     assert {"random", "first"} <= set(info["strategies"])
     assert info["models"]["tiny_edit"]["type"] == "deepedit", "drawing from nothing needs no weights"
     assert info["models"]["hippocampus_mr_scribbles"]["type"] == "scribbles"
-    assert info["labels"] == ["anterior", "posterior", "background", "Left Box", "core"]
+    assert info["labels"] == ["anterior", "posterior", "Left Box", "core", "background"]
 
 
 def test_address_without_slash_is_redirected(server: Server) -> None:

@@ -14,7 +14,9 @@ from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse, StreamingResponse
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum, get_mime_type
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from lib.configs.preset import Preset
 from lib.datastore.records import FINAL, INFERENCE
@@ -427,9 +429,32 @@ def send_file(path: Path) -> FileResponse:
 
 
 class Download(FileResponse):
-    """A file in few pieces: each is read by a thread, whose turn a busy server's answer waits for."""
+    """A file in few pieces: each is read by a thread, whose turn a busy server's answer waits for.
+
+    Of a file that grows while it is sent, as many bytes are sent as were announced. Of one that shrinks the answer
+    breaks off, so that no client takes it for whole.
+    """
 
     chunk_size = 8 * MIB
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        left = 0
+        head = scope["method"] == "HEAD"
+
+        async def sending(message: Message) -> None:
+            nonlocal left
+            if message["type"] == "http.response.start":
+                left = 0 if head else int(Headers(raw=message["headers"])["content-length"])
+            else:
+                body = message.get("body", b"")[:left]
+                left -= len(body)
+                if left and not message.get("more_body", False):
+                    raise ConflictError(f"{Path(self.path).name} was changed while it was sent")
+                message = {**message, "body": body}
+            await send(message)
+
+        await super().__call__(scope, receive, sending)
 
 
 def read_and_remove(path: Path) -> Iterator[bytes]:
