@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -80,6 +81,17 @@ def _check(server: Server, answer: requests.Response, what: object) -> str:
     assert not {"\x00", "\x1b", "\x07"} & set(answer.text) and "Traceback" not in answer.text
     detail: str = answer.json()["detail"]
     return detail
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cases_given_back(server: Server) -> Iterator[None]:
+    """Values that are valid after all lease or skip cases; the tests that share the server need them."""
+    yield
+    held = server.get("/leases/").json()
+    for image in held["leases"]:
+        assert server.delete(f"/leases/?image={image}").status_code == 200
+    for image in held["skipped"]:
+        assert server.delete(f"/leases/skipped?image={image}").status_code == 200
 
 
 def test_every_route_that_takes_json_says_which_fields() -> None:
