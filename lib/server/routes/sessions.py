@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, File, UploadFile
-from fastapi.responses import FileResponse
-from monailabel.utils.others.generic import get_mime_type
 from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.responses import Response
 
@@ -22,6 +20,7 @@ from lib.errors import NotFoundError, ParameterError
 from lib.server.dependencies import ImageChecksDep, PresetsDep, SessionsDep, SettingsDep
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
+from lib.server.routes.datastore import send_file
 from lib.server.work.image_checks import inspect_for_any
 from lib.transforms.channel_search import ENDINGS
 
@@ -63,7 +62,7 @@ def get_session(
     path = Path(session.image)
     if not path.is_file():
         raise NotFoundError("single image file in session", session_id)
-    return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+    return send_file(path)
 
 
 @router.delete("/{session_id}", summary="Forget a session")
