@@ -38,7 +38,8 @@ from lib.datastore.label_files.found_labels import find_problems
 from lib.errors import ImageError, UnetrError
 from lib.infers.compiling import compile_if_faster
 from lib.infers.costs import COSTS_FILE, CostBook
-from lib.infers.lanes import ALL, parse_devices, try_device
+from lib.infers.devices.failures import try_device
+from lib.infers.devices.lane import ALL, parse_devices
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.weights import WeightsFile, WeightsLocator

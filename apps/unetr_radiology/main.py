@@ -28,8 +28,8 @@ from lib.datastore.batch import DrawnLabelsStay  # noqa: E402
 from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
+from lib.infers.devices.lanes import Lanes  # noqa: E402
 from lib.infers.interruption import giving_way  # noqa: E402
-from lib.infers.lanes import Lanes  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402

@@ -12,20 +12,14 @@ into a closed network. Ray's own authentication by token is used where it is set
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
-
-from lib.cluster.engine import Finished, Recipe, Worker
-from lib.errors import ConfigError, InputError, UnetrError
+from lib.cluster.engine import Finished, Recipe
+from lib.cluster.ray_connection import connected, import_ray
+from lib.cluster.ray_crew import CASES_IN_HAND, SECONDS_BETWEEN_LOOKS, Crew, Hand, Try
 
 logger = logging.getLogger("unetr.cluster")
 
@@ -34,13 +28,6 @@ Answer = TypeVar("Answer")
 
 MOST_DEATHS = 3
 MOST_LOSSES = 10
-CASES_IN_HAND = 2
-"""Of a worker: one that is computed, and one that is read meanwhile."""
-MOST_DEFAULT_CORES = 4
-MOST_FAILED_STARTS = 5
-SECONDS_BETWEEN_LOOKS = 2.0
-SECONDS_BETWEEN_COMPLAINTS = 60.0
-LIBRARY = Path(__file__).resolve().parents[1]
 
 
 class RayEngine:
@@ -64,181 +51,21 @@ class RayEngine:
             UnetrError: when a worker cannot be made of the recipe.
         """
         ray = import_ray()
-        with _connected(ray, self._address):
-            crew = _Crew(ray, self._cores)
+        with connected(ray, self._address):
+            crew = Crew(ray, self._cores)
             try:
                 yield from _Run(ray, crew, iter(items), recipe).finished()
             finally:
                 crew.dismiss()
 
 
-def import_ray() -> Any:
-    """Ray, which is optional.
-
-    Raises:
-        ConfigError: when it is not installed.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before it is imported: it would report to its makers
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("Ray is not installed; python3 run.py setup --cluster installs it") from error
-    return ray
-
-
-@contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    """With a connection to the cluster, which is ended unless there was one."""
-    if ray.is_initialized():
-        yield
-        return
-    environment = {
-        "py_modules": [str(LIBRARY)],  # so that all nodes compute with this very code
-        "excludes": ["**/__pycache__/**"],
-        "env_vars": {"OMP_WAIT_POLICY": "passive"},
-    }
-    try:
-        ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING, log_to_driver=False)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"there is no Ray cluster to be reached at {address!r}: {reason}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-class _RemoteWorker:
-    """What runs in an actor's process: a worker, and one case beside the other."""
-
-    def __init__(self, cores: int) -> None:
-        torch.set_num_threads(cores)
-        self._computing, self._making = threading.Lock(), threading.Lock()
-        self._made: tuple[str, Worker[Any, Any]] | None = None
-
-    def is_there(self) -> bool:
-        """Answers once the process is."""
-        return True
-
-    def run(self, key: str, make: list[Any], item: Any) -> Finished[Any, Any]:
-        """Run a case; ``make`` holds a reference to what makes the worker, which is fetched once."""
-        worker = self._worker(key, make)
-        try:
-            ready = worker.read(item)
-            with self._computing:
-                return Finished(item, worker.compute(ready))
-        except UnetrError as error:
-            return Finished(item, problem=str(error), refused=isinstance(error, InputError))
-
-    def _worker(self, key: str, make: list[Any]) -> Worker[Any, Any]:
-        with self._making:
-            if self._made is None or self._made[0] != key:
-                self._made = (key, import_ray().get(make[0])(""))  # Ray has chosen the GPU
-            return self._made[1]
-
-
-@dataclass
-class _Try(Generic[Item]):
-    """A case, and what happened to the workers that had it."""
-
-    item: Item
-    deaths: int = 0
-    losses: int = 0
-
-
-@dataclass(eq=False)
-class _Hand:
-    """An actor, and the cases that it has."""
-
-    actor: Any
-    starting: Any
-    cases: dict[Any, _Try[Any]] = field(default_factory=dict)
-    reserved: _Try[Any] | None = None
-
-    def is_free(self) -> bool:
-        alone = any(one.deaths for one in self.cases.values())
-        return self.starting is None and self.reserved is None and not alone and len(self.cases) < CASES_IN_HAND
-
-
-class _Crew:
-    """The actors: as many as the nodes that there are now have room for."""
-
-    def __init__(self, ray: Any, cores: int | None) -> None:
-        self._ray, self._cores = ray, cores
-        self.hands: list[_Hand] = []
-        self._looked = self._complained = -float("inf")
-        self._failed_starts = 0
-
-    def fill(self) -> None:
-        """Start actors where there is room, and give those up that wait for a node that is gone."""
-        if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
-            return
-        self._looked = time.monotonic()
-        options, wanted = self._room()
-        for hand in [hand for hand in self.hands if hand.starting is not None][: max(0, len(self.hands) - wanted)]:
-            self.drop(hand)
-        for _ in range(wanted - len(self.hands)):
-            actor = self._ray.remote(**options)(_RemoteWorker).remote(options["num_cpus"])
-            self.hands.append(_Hand(actor, actor.is_there.remote()))
-        if not any(hand.starting is None for hand in self.hands):
-            self._complain(wanted)
-
-    def _room(self) -> tuple[dict[str, Any], int]:
-        """What an actor takes, and how many there can be."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        gpus, cpus = ([int(node.get(kind, 0)) for node in nodes if node.get("CPU", 0) >= 1] for kind in ("GPU", "CPU"))
-        shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu] if any(gpus) else cpus
-        cores = self._cores or max(1, min([MOST_DEFAULT_CORES, *shares]))
-        options = {"num_cpus": cores, "max_concurrency": CASES_IN_HAND, "max_restarts": 0, "max_task_retries": 0}
-        if any(gpus):
-            return options | {"num_gpus": 1}, sum(gpus)
-        return options, sum(cpu // cores for cpu in cpus)
-
-    def _complain(self, wanted: int) -> None:
-        now = time.monotonic()
-        if self._complained == -float("inf"):
-            self._complained = now
-        elif now - self._complained > SECONDS_BETWEEN_COMPLAINTS:
-            self._complained = now
-            logger.warning("no worker of the cluster answers yet; there is room for %d", wanted)
-
-    def started(self, hand: _Hand) -> None:
-        """An actor that was being started answers, or it does not.
-
-        Raises:
-            ConfigError: when that happens again and again.
-        """
-        errors = self._ray.exceptions
-        try:
-            self._ray.get(hand.starting)
-            hand.starting, self._failed_starts = None, 0
-        except (errors.RayActorError, errors.RuntimeEnvSetupError, errors.NodeDiedError) as error:
-            self._failed_starts += 1
-            self.drop(hand)
-            if self._failed_starts >= MOST_FAILED_STARTS or isinstance(error, errors.RuntimeEnvSetupError):
-                reason = " ".join(str(error).split())[:500]
-                raise ConfigError(f"the cluster starts no workers: {reason}") from error
-
-    def drop(self, hand: _Hand) -> None:
-        """End an actor."""
-        self.hands.remove(hand)
-        self._ray.kill(hand.actor)
-
-    def dismiss(self) -> None:
-        """End all actors."""
-        for hand in list(self.hands):
-            self.drop(hand)
-
-
 class _Run(Generic[Item, Answer]):
     """One run over a crew."""
 
-    def __init__(
-        self, ray: Any, crew: _Crew, items: Iterator[Item], recipe: Callable[[], Recipe[Item, Answer]]
-    ) -> None:
+    def __init__(self, ray: Any, crew: Crew, items: Iterator[Item], recipe: Callable[[], Recipe[Item, Answer]]) -> None:
         self._ray, self._crew, self._items, self._recipe = ray, crew, items, recipe
-        self._again: deque[_Try[Item]] = deque()
-        self._suspects: deque[_Try[Item]] = deque()
+        self._again: deque[Try[Item]] = deque()
+        self._suspects: deque[Try[Item]] = deque()
         self._given_up: list[Finished[Item, Answer]] = []
         self._exhausted = False
         self._made: tuple[str, Any] | None = None
@@ -281,23 +108,23 @@ class _Run(Generic[Item, Answer]):
                 if hand.is_free() and len(hand.cases) <= count and (next_one := self._next()) is not None:
                     self._give(hand, next_one)
 
-    def _next(self) -> _Try[Item] | None:
+    def _next(self) -> Try[Item] | None:
         if self._again:
             return self._again.popleft()
         if not self._exhausted:
             for item in self._items:
-                return _Try(item)
+                return Try(item)
             self._exhausted = True
         return None
 
-    def _give(self, hand: _Hand, one: _Try[Item]) -> None:
+    def _give(self, hand: Hand, one: Try[Item]) -> None:
         recipe = self._recipe()
         if self._made is None or self._made[0] != recipe.key:
             self._made = (recipe.key, self._ray.put(recipe.make))
         key, make = self._made
         hand.cases[hand.actor.run.remote(key, [make], one.item)] = one
 
-    def _take(self, ref: Any, hand: _Hand) -> Finished[Item, Answer] | None:
+    def _take(self, ref: Any, hand: Hand) -> Finished[Item, Answer] | None:
         """A case's answer; None where its worker is gone, or was already found to be."""
         if ref not in hand.cases:
             return None
@@ -320,7 +147,7 @@ class _Run(Generic[Item, Answer]):
         del hand.cases[ref]
         return answer
 
-    def _worker_is_gone(self, hand: _Hand, error: Exception) -> None:
+    def _worker_is_gone(self, hand: Hand, error: Exception) -> None:
         died = _ended_by_itself(error)
         logger.warning("a worker is gone with %d cases, which run elsewhere: %s", len(hand.cases), _first_line(error))
         cases = [*hand.cases.values(), *([hand.reserved] if hand.reserved is not None else [])]
@@ -331,7 +158,7 @@ class _Run(Generic[Item, Answer]):
                 one.deaths += 1
             self._lost(one, error, died)
 
-    def _lost(self, one: _Try[Item], error: Exception, died: bool = False) -> None:
+    def _lost(self, one: Try[Item], error: Exception, died: bool = False) -> None:
         one.losses += not died
         if one.deaths >= MOST_DEATHS or one.losses >= MOST_LOSSES:
             what = f"it ended its worker {one.deaths} times" if died else f"its worker was lost {one.losses} times"

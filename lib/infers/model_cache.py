@@ -10,7 +10,7 @@ import torch
 from lib.configs.preset import Preset
 from lib.errors import ModelNotReadyError
 from lib.infers.compiling import compile_if_faster
-from lib.infers.lanes import Lane
+from lib.infers.devices.lane import Lane
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import Calibration, read_calibration

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lib.errors import ParameterError
-from lib.infers.lanes import ALL
+from lib.infers.devices.lane import ALL
 from lib.infers.writer import DTYPES, EXTENSIONS
 from lib.networks.precision import resolve_device
 

@@ -18,13 +18,14 @@ from monailabel.utils.others.generic import device_list
 from lib.configs.preset import Preset
 from lib.errors import ImageError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
-from lib.infers.lanes import ALL, Lane, Lanes, lane_in_use
+from lib.infers.devices.lane import ALL, Lane, lane_in_use
+from lib.infers.devices.lanes import Lanes
+from lib.infers.devices.schedule import Forecast
 from lib.infers.memory import host_bytes_left
 from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest
-from lib.infers.schedule import Forecast
 from lib.infers.segmenter import Segmentation
 from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty

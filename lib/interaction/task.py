@@ -19,11 +19,11 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from lib.configs.preset import Preset
 from lib.errors import LabelError, ParameterError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
-from lib.infers.lanes import device_in_use
+from lib.infers.devices.lane import device_in_use
+from lib.infers.devices.schedule import Forecast
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
-from lib.infers.schedule import Forecast
 from lib.infers.writer import write_mask
 from lib.interaction.dialects import BACKGROUND, parse_clicks
 from lib.interaction.editing import Scene, edit_clicks, edit_scribbles

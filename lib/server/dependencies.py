@@ -22,7 +22,7 @@ from lib.configs.settings import Settings
 from lib.datastore.history import LabelHistory
 from lib.datastore.leases import Leases
 from lib.datastore.store import VersionedDatastore
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.http.events import Changes
 from lib.server.http.metrics import Metrics

@@ -25,8 +25,8 @@ from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.sources import FolderSource
 from lib.errors import NotFoundError
-from lib.infers.lanes import Lanes
-from lib.infers.schedule import Forecast
+from lib.infers.devices.lanes import Lanes
+from lib.infers.devices.schedule import Forecast
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
 from lib.server.http.devices import DeviceFigures

@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTS = ("127.0.0.2", "127.0.0.3")
 """Ray puts the machine's own address in the place of 127.0.0.1."""
 SECONDS_TO_START = 90
+DISABLED = {"RAY_AUTH_MODE": "disabled"}
+"""Of its own accord Ray asks for a token where there is one in the user's folder."""
 
 
 class TwoNodes:
@@ -26,9 +28,11 @@ class TwoNodes:
 
     Args:
         second: whether the second is started now.
+        token: that Ray asks for; empty for a cluster that lets everybody in.
     """
 
-    def __init__(self, second: bool = True) -> None:
+    def __init__(self, second: bool = True, token: str = "") -> None:
+        self._authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else DISABLED
         # the path of a socket below it may have some hundred letters only
         self._folder = Path(tempfile.mkdtemp(prefix="ray"))
         self.address = f"{HOSTS[0]}:{_free_port()}"
@@ -44,6 +48,7 @@ class TwoNodes:
         options = place if number == 0 else [f"--address={self.address}"]
         options += [f"--node-ip-address={HOSTS[number]}", "--num-cpus=1", "--object-store-memory=80000000", "--block"]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= self._authentication
         log = self._folder / f"{number}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--include-dashboard=false"]
         with log.open("wb") as output:

@@ -17,7 +17,7 @@ from torch import nn
 from lib.configs.settings import Settings
 from lib.infers.compiling import Compiler, compile_if_faster
 from lib.infers.costs import CostBook, WindowCost, cost_key
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.infers.memory import MIB, MemoryProbe
 from lib.infers.model_cache import ModelCache
 from lib.infers.plan import Planner

@@ -17,9 +17,9 @@ from lib.configs.preset import Preset
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
+from lib.infers.devices.schedule import Forecast
 from lib.infers.plan import Plan, Planner
 from lib.infers.request import InferRequest
-from lib.infers.schedule import Forecast
 from lib.infers.segmenter import Segmentation, Segmenter
 from lib.infers.task import UnetrInferTask
 from lib.models.calibration import Calibration, calibration_file, foreground_uncertainty

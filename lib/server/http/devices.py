@@ -10,7 +10,8 @@ import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lib.infers.lanes import Lane, Lanes
+from lib.infers.devices.lane import Lane
+from lib.infers.devices.lanes import Lanes
 
 
 @dataclass(frozen=True)

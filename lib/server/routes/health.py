@@ -15,7 +15,7 @@ from lib.datastore.repair import shorten
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.errors import CheckpointError, ModelNotReadyError
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
     LanesDep,

@@ -21,8 +21,8 @@ from monailabel.utils.others.generic import get_mime_type
 
 from lib.dicom.segmentation_writer import Origin
 from lib.errors import CheckpointError, ModelNotReadyError, ParameterError
-from lib.infers.lanes import ALL
-from lib.infers.schedule import Forecast
+from lib.infers.devices.lane import ALL
+from lib.infers.devices.schedule import Forecast
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.networks.precision import resolve_device
 from lib.server.http.auth import AsUser, Role, User

@@ -13,7 +13,7 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
     DatastoreDep,

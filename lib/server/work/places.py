@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.server.work.jobs import Job
 from lib.server.work.pause import Pause
 

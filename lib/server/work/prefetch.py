@@ -14,8 +14,8 @@ from typing import Any
 import anyio.to_thread
 
 from lib.errors import UnetrError
+from lib.infers.devices.lane import ALL
 from lib.infers.interruption import InterruptedWork
-from lib.infers.lanes import ALL
 from lib.infers.task import ReadImage, UnetrInferTask
 from lib.server.http.metrics import Metrics
 from lib.server.work.queue import InferenceQueue

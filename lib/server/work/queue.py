@@ -1,7 +1,7 @@
 """Requests wait for a device without holding a thread; a bounded number wait, the rest are told when to come back.
 
-Who gets which device is decided in ``lib.infers.schedule``. What is computed ahead takes the devices that nobody wants,
-and gives them back as soon as somebody does.
+Who gets which device is decided in ``lib.infers.devices.schedule``. What is computed ahead takes the devices that
+nobody wants, and gives them back as soon as somebody does.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import TypeVar
 import anyio
 import torch
 
+from lib.infers.devices.lane import ALL, Lane, computing_on
+from lib.infers.devices.lanes import Lanes
+from lib.infers.devices.schedule import Forecast, Work
 from lib.infers.interruption import InterruptedWork, giving_way
-from lib.infers.lanes import ALL, Lane, Lanes, computing_on
-from lib.infers.schedule import Forecast, Work
 from lib.server.http.errors import BusyError
 from lib.server.work.pause import Pause
 

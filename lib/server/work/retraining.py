@@ -19,8 +19,8 @@ from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, without_missing
 from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
 from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
+from lib.infers.devices.lane import ALL
 from lib.infers.interruption import InterruptedWork
-from lib.infers.lanes import ALL
 from lib.models.provenance import label_digests
 from lib.server.services import Services
 from lib.server.work.journal import Journal

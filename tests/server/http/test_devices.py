@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from lib.infers.lanes import Lane, Lanes
+from lib.infers.devices.lane import Lane
+from lib.infers.devices.lanes import Lanes
 from lib.server.http.devices import DeviceFigures, device_views
 
 CPU = torch.device("cpu")

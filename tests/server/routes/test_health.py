@@ -12,7 +12,8 @@ import torch
 from lib.configs.settings import Settings
 from lib.datastore.store import VersionedDatastore
 from lib.errors import CheckpointError, DeviceError, ModelNotReadyError
-from lib.infers.lanes import Lane, Lanes
+from lib.infers.devices.lane import Lane
+from lib.infers.devices.lanes import Lanes
 from lib.server.dependencies import (
     get_lanes,
     get_segmentation_tasks,

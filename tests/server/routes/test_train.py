@@ -11,7 +11,7 @@ import pytest
 from fastapi import APIRouter
 
 from lib.errors import ParameterError
-from lib.infers.lanes import Lanes
+from lib.infers.devices.lanes import Lanes
 from lib.server.dependencies import (
     get_datastore,
     get_image_checks,

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lib.infers.lanes import Lane, Lanes
+from lib.infers.devices.lane import Lane
+from lib.infers.devices.lanes import Lanes
 from lib.server.work.jobs import Job
 from lib.server.work.pause import Pause
 from lib.server.work.places import devices_of, idle_place, occupied, pooled_devices

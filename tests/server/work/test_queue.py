@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from lib.infers.devices.lane import Lane
+from lib.infers.devices.lanes import Lanes
 from lib.infers.interruption import InterruptedWork, _ask
-from lib.infers.lanes import Lane, Lanes
 from lib.server.http.errors import BusyError
 from lib.server.http.request_id import begin_request, current_request_id
 from lib.server.work.queue import InferenceQueue

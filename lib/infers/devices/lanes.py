@@ -1,153 +1,33 @@
 """The devices of this process as lanes: each with its own weights and its own lock, one computation at a time on each.
 
 Two computations on one device are slower than one after the other and need twice the memory, so a lane is a device;
-``cpu,cpu`` are two lanes that share the cores. ``lib.infers.schedule`` says who computes where; here are the locks, the
-threads that wait, and what becomes of a device that fails.
+``cpu,cpu`` are two lanes that share the cores. ``lib.infers.devices.schedule`` says who computes where; here are the
+locks, the threads that wait, and what becomes of a device that fails.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from lib.errors import ConfigError, DeviceError, MemoryBudgetError, ParameterError
-from lib.infers.memory import is_out_of_memory
-from lib.infers.schedule import RETRY_SECONDS, LaneState, Schedule, Weights, Work
-from lib.networks.precision import resolve_device
+from lib.errors import DeviceError
+from lib.infers.devices.failures import first_line, is_device_error, lacks_memory, try_device
+from lib.infers.devices.lane import Lane, computing_on, lane_in_use, parse_devices
+from lib.infers.devices.schedule import RETRY_SECONDS, LaneState, Schedule, Weights, Work
 
 logger = logging.getLogger("unetr.devices")
 
 Result = TypeVar("Result")
 
-ALL = "all"
-MOST_LANES = 64
 MOST_BROKEN = 2
 """Devices that may fail on one piece of work: if it is the image that breaks them, it must not take all of them."""
 SECONDS_BETWEEN_LOOKS = 0.5
-# What CUDA and its libraries say; only some of it has an exception of its own.
-DEVICE_ERROR = re.compile(
-    r"CUDA error|CUDA driver|device-side assert|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT|NVML|no CUDA GPUs", re.I
-)
-
-_current: ContextVar[Lane | None] = ContextVar("lane", default=None)
-
-
-@dataclass(eq=False)
-class Lane:
-    """A device, or a share of one.
-
-    Attributes:
-        name: the device's, with ``#2`` and so on for further lanes of one device.
-        device: where it computes.
-        threads: of the CPU for it; 0: as many as there are.
-        pooled: whether work that names no device may come here.
-        lock: held by whoever computes.
-        generation: changes when the device has failed: what was loaded before is not to be used any more.
-    """
-
-    name: str
-    device: torch.device
-    threads: int = 0
-    pooled: bool = True
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    generation: int = 0
-
-    def serves(self, device: torch.device | None) -> bool:
-        """Whether work for this device may come here.
-
-        Args:
-            device: None: any; without an index: any of this kind.
-        """
-        if device is None:
-            return self.pooled
-        return device.type == self.device.type and (device.index is None or (self.device.index or 0) == device.index)
-
-
-def parse_devices(text: str) -> list[Lane]:
-    """The lanes of ``--conf devices``: ``all``, or names of devices with commas between; the best one for no text.
-
-    Raises:
-        ConfigError: for a name that is no device of this machine, or a GPU that is named twice.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if names == [ALL]:
-        names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    if len(names) > MOST_LANES:
-        raise ConfigError(f"--conf devices names {len(names)} devices; valid: at most {MOST_LANES}")
-    try:
-        devices = [resolve_device(name) for name in names or [""]]
-    except ParameterError as error:
-        raise ConfigError(f"--conf device or devices: {error}; devices: or 'all', or several") from error
-    shares = sum(device.type == "cpu" for device in devices)
-    threads = max(1, torch.get_num_threads() // shares) if shares > 1 else 0
-    lanes: list[Lane] = []
-    for device in devices:
-        count = sum(lane.device == device for lane in lanes)
-        if count and device.type != "cpu":
-            raise ConfigError(f"--conf devices names {device} twice; valid: each GPU once")
-        name = f"{device}#{count + 1}" if count else str(device)
-        lanes.append(Lane(name, device, threads if device.type == "cpu" else 0))
-    return lanes
-
-
-def lane_in_use() -> Lane | None:
-    """The lane that this thread computes on."""
-    return _current.get()
-
-
-def device_in_use(default: torch.device) -> torch.device:
-    """The device of the lane that this thread computes on; ``default`` outside of one."""
-    lane = _current.get()
-    return default if lane is None else lane.device
-
-
-@contextmanager
-def computing_on(lane: Lane) -> Iterator[None]:
-    """What is computed inside, in this thread or with a copy of its context, uses the lane."""
-    token = _current.set(lane)
-    if lane.threads and torch.get_num_threads() != lane.threads:
-        torch.set_num_threads(lane.threads)
-    try:
-        # kernels are recorded, and memory is given back, on the current device
-        with torch.cuda.device(lane.device) if lane.device.type == "cuda" else nullcontext():
-            yield
-    finally:
-        _current.reset(token)
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Whether an error says that the device does not work, rather than what it was to compute."""
-    if is_out_of_memory(error):
-        return False
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and DEVICE_ERROR.search(str(error)) is not None
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, whatever was tried to do with less."""
-    return isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
-
-
-def try_device(device: torch.device) -> None:
-    """Compute something small.
-
-    Raises:
-        RuntimeError: when the device does not work.
-    """
-    found = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
-    if found != 64**3:
-        raise RuntimeError(f"{device} computes wrongly: {found:g} instead of {64**3}")
 
 
 class Lanes:
@@ -317,7 +197,7 @@ class Lanes:
                 return None
             broken = is_device_error(error)
             if broken:
-                self._fall_out(name, _first_line(error))
+                self._fall_out(name, first_line(error))
             elif not lacks_memory(error) or self._lanes[name].device.type == "cpu":
                 return None
             self._schedule.end(work, self._clock(), finished=False)
@@ -334,7 +214,7 @@ class Lanes:
                 work.tried.clear()
                 self._step()
                 raise failure from error
-            logger.warning("%s: %s; its work goes on elsewhere", name, _first_line(error))
+            logger.warning("%s: %s; its work goes on elsewhere", name, first_line(error))
             return self.enter(work)
 
     def run(self, work: Work, compute: Callable[[Lane], Result]) -> Result:
@@ -343,7 +223,7 @@ class Lanes:
         Raises:
             DeviceError: when no device works.
         """
-        lane = _current.get()
+        lane = lane_in_use()
         if lane is not None:  # whoever gave it looks after what fails
             with lane.lock:
                 return compute(lane)
@@ -457,10 +337,5 @@ class Lanes:
         try:
             self._try_again(lane.device)
         except (RuntimeError, MemoryError) as error:
-            return _first_line(error)
+            return first_line(error)
         return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -13,16 +13,9 @@ import pytest
 import torch
 
 from lib.errors import ConfigError, DeviceError, ImageError, MemoryBudgetError
-from lib.infers.lanes import (
-    Lane,
-    Lanes,
-    computing_on,
-    device_in_use,
-    is_device_error,
-    lane_in_use,
-    parse_devices,
-    try_device,
-)
+from lib.infers.devices.failures import is_device_error, try_device
+from lib.infers.devices.lane import Lane, computing_on, device_in_use, lane_in_use, parse_devices
+from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint

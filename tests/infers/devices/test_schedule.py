@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lib.infers.schedule import FIRST_SECONDS, LOADING_SECONDS, Schedule, Work
+from lib.infers.devices.schedule import FIRST_SECONDS, LOADING_SECONDS, Schedule, Work
 
 ONE, TWO = "cuda:0", "cuda:1"
 BOTH = (ONE, TWO)

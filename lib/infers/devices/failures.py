@@ -1,0 +1,46 @@
+"""What says that a device does not work, rather than what it was to compute."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from lib.errors import MemoryBudgetError
+from lib.infers.memory import is_out_of_memory
+
+# What CUDA and its libraries say; only some of it has an exception of its own.
+DEVICE_ERROR = re.compile(
+    r"CUDA error|CUDA driver|device-side assert|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT|NVML|no CUDA GPUs", re.I
+)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether an error says that the device does not work, rather than what it was to compute."""
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and DEVICE_ERROR.search(str(error)) is not None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whatever was tried to do with less."""
+    return isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
+
+
+def try_device(device: torch.device) -> None:
+    """Compute something small.
+
+    Raises:
+        RuntimeError: when the device does not work.
+    """
+    found = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
+    if found != 64**3:
+        raise RuntimeError(f"{device} computes wrongly: {found:g} instead of {64**3}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

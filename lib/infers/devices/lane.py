@@ -1,0 +1,102 @@
+"""A lane: a device of this process, or a share of one; and which lane a thread computes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+from lib.errors import ConfigError, ParameterError
+from lib.networks.precision import resolve_device
+
+ALL = "all"
+MOST_LANES = 64
+
+_current: ContextVar[Lane | None] = ContextVar("lane", default=None)
+
+
+@dataclass(eq=False)
+class Lane:
+    """A device, or a share of one.
+
+    Attributes:
+        name: the device's, with ``#2`` and so on for further lanes of one device.
+        device: where it computes.
+        threads: of the CPU for it; 0: as many as there are.
+        pooled: whether work that names no device may come here.
+        lock: held by whoever computes.
+        generation: changes when the device has failed: what was loaded before is not to be used any more.
+    """
+
+    name: str
+    device: torch.device
+    threads: int = 0
+    pooled: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    generation: int = 0
+
+    def serves(self, device: torch.device | None) -> bool:
+        """Whether work for this device may come here.
+
+        Args:
+            device: None: any; without an index: any of this kind.
+        """
+        if device is None:
+            return self.pooled
+        return device.type == self.device.type and (device.index is None or (self.device.index or 0) == device.index)
+
+
+def parse_devices(text: str) -> list[Lane]:
+    """The lanes of ``--conf devices``: ``all``, or names of devices with commas between; the best one for no text.
+
+    Raises:
+        ConfigError: for a name that is no device of this machine, or a GPU that is named twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == [ALL]:
+        names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    if len(names) > MOST_LANES:
+        raise ConfigError(f"--conf devices names {len(names)} devices; valid: at most {MOST_LANES}")
+    try:
+        devices = [resolve_device(name) for name in names or [""]]
+    except ParameterError as error:
+        raise ConfigError(f"--conf device or devices: {error}; devices: or 'all', or several") from error
+    shares = sum(device.type == "cpu" for device in devices)
+    threads = max(1, torch.get_num_threads() // shares) if shares > 1 else 0
+    lanes: list[Lane] = []
+    for device in devices:
+        count = sum(lane.device == device for lane in lanes)
+        if count and device.type != "cpu":
+            raise ConfigError(f"--conf devices names {device} twice; valid: each GPU once")
+        name = f"{device}#{count + 1}" if count else str(device)
+        lanes.append(Lane(name, device, threads if device.type == "cpu" else 0))
+    return lanes
+
+
+def lane_in_use() -> Lane | None:
+    """The lane that this thread computes on."""
+    return _current.get()
+
+
+def device_in_use(default: torch.device) -> torch.device:
+    """The device of the lane that this thread computes on; ``default`` outside of one."""
+    lane = _current.get()
+    return default if lane is None else lane.device
+
+
+@contextmanager
+def computing_on(lane: Lane) -> Iterator[None]:
+    """What is computed inside, in this thread or with a copy of its context, uses the lane."""
+    token = _current.set(lane)
+    if lane.threads and torch.get_num_threads() != lane.threads:
+        torch.set_num_threads(lane.threads)
+    try:
+        # kernels are recorded, and memory is given back, on the current device
+        with torch.cuda.device(lane.device) if lane.device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        _current.reset(token)
