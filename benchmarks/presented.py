@@ -105,7 +105,7 @@ def measure_memory() -> dict[str, float]:
 def open_one(file: Path) -> dict[str, float]:
     """Seconds and MiB of opening a file, and of the first frame."""
     from lib.configs.catalogue import load_preset
-    from lib.server.work.presented import PresentedCases
+    from lib.server.presented.cases import PresentedCases
 
     class One:
         """A studies folder of one file."""

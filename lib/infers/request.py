@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from lib.datastore.records import LabelVersion
 from lib.errors import ParameterError
 from lib.infers.devices.lane import ALL
 from lib.infers.writer import DTYPES, EXTENSIONS
 from lib.networks.precision import resolve_device
 
+Parsed = TypeVar("Parsed", bound="InferRequest")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class InferRequest:
     """A request's parameters, cast and checked.
 
     Attributes:
         device: that the request names; the default one where it names none.
         wanted: that it names; None: any of the server's.
+        label_file: a mask that a correction starts from.
+        saved: a saved version of the label that one starts from, where there is no ``label_file``.
     """
 
     image: Path
@@ -31,6 +36,8 @@ class InferRequest:
     dtype: str = "uint8"
     compress: bool = False
     largest_component: bool | None = None
+    label_file: Path | None = None
+    saved: LabelVersion | None = None
 
     @property
     def options(self) -> tuple[object, ...]:
@@ -38,8 +45,13 @@ class InferRequest:
         return self.device.type, self.largest_component  # devices of a kind say the same
 
     @classmethod
-    def parse(cls, request: Mapping[str, Any], default_device: str) -> InferRequest:
+    def parse(cls: type[Parsed], request: Mapping[str, Any], default: torch.device, **more: Any) -> Parsed:
         """Cast the fields that are ours; clients send others too, which are none of our business.
+
+        Args:
+            request: as it came.
+            default: the device of a request that names none.
+            more: fields that a request of another kind has beside these.
 
         Raises:
             ParameterError: naming the parameter, its value and what would be valid.
@@ -52,12 +64,13 @@ class InferRequest:
         wanted = resolve_device(str(device)) if device and device != ALL else None
         return cls(
             image=Path(image),
-            device=wanted if wanted is not None else resolve_device(default_device),
+            device=wanted if wanted is not None else default,
             wanted=wanted,
             extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
             dtype=_choice("result_dtype", request, DTYPES, "uint8"),
             compress=bool(parse_boolean("result_compress", request, False)),
             largest_component=parse_boolean("largest_component", request, None),
+            **more,
         )
 
 

@@ -77,6 +77,8 @@ class UnetrInferTask(InferTask):
         lanes: the devices, each with weights of its own.
     """
 
+    takes_prompts = False
+
     def __init__(
         self,
         preset: Preset,
@@ -126,16 +128,20 @@ class UnetrInferTask(InferTask):
         """Wait for what is prepared in the background."""
         self._models.settle()
 
-    def validate_request(self, request: Mapping[str, Any]) -> None:
-        """Check a request's parameters without running it.
+    def parse(self, request: Mapping[str, Any]) -> InferRequest:
+        """Cast and check a request's parameters; the other methods take the result.
 
         Raises:
             ParameterError: naming the parameter, its value and what would be valid.
         """
-        self._parse(request)
+        return InferRequest.parse(request, self._lanes.first.device)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Segment ``request["image"]``.
+        """Segment an image, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        return self.segment(self.parse(request))
+
+    def segment(self, request: InferRequest) -> tuple[str, dict[str, Any]]:
+        """Segment an image.
 
         Returns:
             The mask's file, to be removed by the caller, and the answer's JSON.
@@ -143,19 +149,19 @@ class UnetrInferTask(InferTask):
         Raises:
             ImageError: when the image cannot be segmented.
             MemoryBudgetError: when it does not fit into memory.
-            ParameterError: when a parameter is not valid.
             ModelNotReadyError, CheckpointError: when there are no usable weights.
         """
-        asked = self._parse(request)
         start = time.perf_counter()
-        if (known := self._recall(asked, start)) is not None:
+        if (known := self._recall(request, start)) is not None:
             return known
-        image = self._read(asked.image)
+        image = self._read(request.image)
         checksum, volume = image.checksum, image.volume
         read = time.perf_counter()
-        made = self._compute(asked, volume, checksum, asked.largest_component)
+        made = self._compute(request, volume, checksum, request.largest_component)
         model, result, computed = made.model, made.result, time.perf_counter()
-        path = write_mask(result.labels, volume.affine_ras, model.preset, asked.extension, asked.dtype, asked.compress)
+        path = write_mask(
+            result.labels, volume.affine_ras, model.preset, request.extension, request.dtype, request.compress
+        )
         written = time.perf_counter()
         said = describe_result(result, volume, model)
         done = time.perf_counter()
@@ -163,9 +169,9 @@ class UnetrInferTask(InferTask):
         timings |= {"write": written - computed, "measure": done - written}
         stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
         stages["total"] = round((done - start) * 1000, 1)
-        logger.info("segmented %s with %s in %s ms", asked.image.name, model.describe(), stages)
+        logger.info("segmented %s with %s in %s ms", request.image.name, model.describe(), stages)
         said |= describe_latencies(stages)
-        self._keep(asked, model, checksum, CachedMask(result.labels, volume.affine_ras, said))
+        self._keep(request, model, checksum, CachedMask(result.labels, volume.affine_ras, said))
         return str(path), said | {"cache": {"hit": False}}
 
     def preset_in_use(self) -> Preset:
@@ -181,72 +187,62 @@ class UnetrInferTask(InferTask):
         file = self._locator.find()
         return () if file is None else file.stamp
 
-    def mask_of(self, request: Mapping[str, Any], read: ReadImage | None = None) -> CachedMask:
-        """The mask of ``request["image"]`` in memory: the one that is kept, or else a new one, which is kept then.
+    def mask_of(self, request: InferRequest, read: ReadImage | None = None) -> CachedMask:
+        """The mask of an image in memory: the one that is kept, or else a new one, which is kept then.
 
         Args:
-            request: as of :meth:`__call__`.
+            request: which image.
             read: the image, where it was read before (:meth:`read_ahead`).
 
         Raises:
-            As :meth:`__call__`.
+            As :meth:`segment`.
         """
-        asked, start = self._parse(request), time.perf_counter()
-        key = self._key(asked)
+        start = time.perf_counter()
+        key = self._key(request)
         if key is not None and (kept := self._cache.get(key)) is not None:
             return kept
-        image = read if read is not None else self._read(asked.image)
-        made = self._compute(asked, image.volume, image.checksum)
+        image = read if read is not None else self._read(request.image)
+        made = self._compute(request, image.volume, image.checksum)
         model, result = made.model, made.result
         said = describe_result(result, image.volume, model)
         total = round((time.perf_counter() - start) * 1000, 1)
         said |= describe_latencies({**_NO_TIME, **result.latencies_ms, "total": total})
         mask = CachedMask(result.labels, image.volume.affine_ras, said)
-        self._keep(asked, model, image.checksum, mask)
+        self._keep(request, model, image.checksum, mask)
         return mask
 
-    def read_ahead(self, request: Mapping[str, Any]) -> ReadImage | None:
-        """Read ``request["image"]`` before its turn, so that no device waits for that.
+    def read_ahead(self, request: InferRequest) -> ReadImage | None:
+        """Read an image before its turn, so that no device waits for that.
 
         Returns:
             None where its mask is kept already, or the image would take a large part of the memory that is free.
 
         Raises:
             ImageError: when it cannot be read.
-            ParameterError: when a parameter is not valid.
         """
-        asked = self._parse(request)
-        if self.is_kept(request) or self.preset.channels or asked.image.is_dir():
+        if self.is_kept(request) or self.preset.channels or request.image.is_dir():
             return None
-        size = np.dtype(np.float32).itemsize * math.prod(read_grid(asked.image).shape)
-        return self._read(asked.image) if size <= SHARE_AHEAD * host_bytes_left(self._planner.budget) else None
+        size = np.dtype(np.float32).itemsize * math.prod(read_grid(request.image).shape)
+        return self._read(request.image) if size <= SHARE_AHEAD * host_bytes_left(self._planner.budget) else None
 
     def _read(self, image: Path) -> ReadImage:
         checksum = self.checksums.of(image) if image.exists() else ""
         return ReadImage(checksum, read_input(image, self.preset))
 
-    def forecast(self, request: Mapping[str, Any]) -> Forecast:
-        """What computing ``request["image"]`` needs, for whoever chooses a device; only the image's header is read.
-
-        Raises:
-            ParameterError: when a parameter is not valid.
-        """
-        asked = self._parse(request)
+    def forecast(self, request: InferRequest) -> Forecast:
+        """What computing a mask needs, for whoever chooses a device; only the image's header is read."""
         weights = (self.preset.name, self.weights_stamp())
-        if self.preset.channels or asked.image.is_dir():
+        if self.preset.channels or request.image.is_dir():
             return Forecast(weights)  # several files take long to look through
         try:
-            grid = read_grid(asked.image)
+            grid = read_grid(request.image)
         except (ImageError, OSError):
             return Forecast(weights)  # what is wrong with it is said where it is read
-        dtype = resolve_precision(self._precision, asked.device)
-        return Forecast(weights, self._planner.expected_seconds(self.preset, grid, asked.device, dtype))
-
-    def _parse(self, request: Mapping[str, Any]) -> InferRequest:
-        return InferRequest.parse(request, str(self._lanes.first.device))
+        dtype = resolve_precision(self._precision, request.device)
+        return Forecast(weights, self._planner.expected_seconds(self.preset, grid, request.device, dtype))
 
     def _compute(
-        self, asked: InferRequest, volume: Volume, checksum: str, largest_component: bool | None = None
+        self, request: InferRequest, volume: Volume, checksum: str, largest_component: bool | None = None
     ) -> _Made:
         """Segment with the weights of the lane that this thread has, or gets."""
 
@@ -254,90 +250,88 @@ class UnetrInferTask(InferTask):
             began = time.perf_counter()
             model = self._models.get(lane)
             loaded = time.perf_counter()
-            unsure, keep = model.calibration is not None, self._keeper(asked, model, checksum)
-            result = model.segmenter.segment(volume, largest_component, asked.image.name, entropy=unsure, on_image=keep)
+            unsure, keep = model.calibration is not None, self._keeper(request, model, checksum)
+            result = model.segmenter.segment(
+                volume, largest_component, request.image.name, entropy=unsure, on_image=keep
+            )
             return _Made(model, result, began, loaded)
 
-        return self._on_a_lane(asked, compute)
+        return self._on_a_lane(request, compute)
 
-    def _on_a_lane(self, asked: InferRequest, compute: Callable[[Lane], Result]) -> Result:
+    def _on_a_lane(self, request: InferRequest, compute: Callable[[Lane], Result]) -> Result:
         weights = (self.preset.name, self.weights_stamp())
-        return self._lanes.run(self._lanes.work(asked.wanted, weights=weights), compute)
+        return self._lanes.run(self._lanes.work(request.wanted, weights=weights), compute)
 
-    def _keep(self, asked: InferRequest, model: LoadedModel, checksum: str, mask: CachedMask) -> None:
+    def _keep(self, request: InferRequest, model: LoadedModel, checksum: str, mask: CachedMask) -> None:
         """Keep an answer, unless the image was replaced while it was read or segmented.
 
         Args:
             checksum: of the image before it was read: under the new content's, the old one's mask would be kept.
         """
-        key = self._key(asked, model.stamp)
+        key = self._key(request, model.stamp)
         if key is not None and key.image == checksum:
             self._cache.put(key, mask)
 
-    def _keeper(self, asked: InferRequest, model: LoadedModel, checksum: str) -> Callable[[MetaTensor], None] | None:
+    def _keeper(self, request: InferRequest, model: LoadedModel, checksum: str) -> Callable[[MetaTensor], None] | None:
         """Keeps the preprocessed image, unless the file was replaced after ``checksum`` was taken."""
         images = self._images
         if images is None:
             return None
 
         def keep(image: MetaTensor) -> None:
-            if self.checksums.of(asked.image) == checksum:
+            if self.checksums.of(request.image) == checksum:
                 images.put(checksum, model.preset, image)
 
         return keep
 
-    def map_uncertainty(self, request: Mapping[str, Any]) -> Path:
-        """Write how unsure the model is at each voxel of ``request["image"]``, as NIfTI on the image's own grid.
+    def map_uncertainty(self, request: InferRequest) -> Path:
+        """Write how unsure the model is at each voxel of an image, as NIfTI on the image's own grid.
 
         Returns:
             A file of the entropies, 0 (certain) to 1 (all classes alike), to be removed by the caller.
 
         Raises:
-            As :meth:`__call__`.
+            As :meth:`segment`.
         """
-        asked = self._parse(request)
-        volume = read_input(asked.image, self.preset)
+        volume = read_input(request.image, self.preset)
         result = self._on_a_lane(
-            asked, lambda lane: self._models.get(lane).segmenter.segment(volume, name=asked.image.name, entropy=True)
+            request,
+            lambda lane: self._models.get(lane).segmenter.segment(volume, name=request.image.name, entropy=True),
         )
         assert result.entropy is not None
         return write_map(result.entropy, volume.affine_ras)
 
-    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-        """The answer, where it is kept: nothing is computed, and nobody waits for a device.
+    def recall(self, request: InferRequest) -> tuple[str, dict[str, Any]] | None:
+        """The answer, where it is kept: nothing is computed, and nobody waits for a device."""
+        return self._recall(request, time.perf_counter())
 
-        Raises:
-            ParameterError: when a parameter is not valid.
-        """
-        return self._recall(self._parse(request), time.perf_counter())
-
-    def is_kept(self, request: Mapping[str, Any]) -> bool:
+    def is_kept(self, request: InferRequest) -> bool:
         """Whether :meth:`recall` would answer."""
-        key = self._key(self._parse(request))
+        key = self._key(request)
         return key is not None and key in self._cache
 
-    def _recall(self, asked: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:
-        key = self._key(asked)
+    def _recall(self, request: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:
+        key = self._key(request)
         kept = self._cache.get(key) if key is not None else None
         if kept is None:
             return None
         found = time.perf_counter()
-        path = write_mask(kept.labels, kept.affine_ras, self.preset, asked.extension, asked.dtype, asked.compress)
+        path = write_mask(kept.labels, kept.affine_ras, self.preset, request.extension, request.dtype, request.compress)
         done = time.perf_counter()
         stages = dict.fromkeys(STOCK_LATENCIES.values(), 0.0)
         stages |= {"read": round((found - start) * 1000, 1), "write": round((done - found) * 1000, 1)}
         stages["total"] = round((done - start) * 1000, 1)
-        logger.info("segmented %s before: %s ms", asked.image.name, stages["total"])
+        logger.info("segmented %s before: %s ms", request.image.name, stages["total"])
         hit = {"hit": True, "computed_in_ms": kept.said["latencies_ms"]["total"]}
         return str(path), kept.said | describe_latencies(stages) | {"cache": hit}
 
-    def _key(self, asked: InferRequest, stamp: tuple[object, ...] | None = None) -> CacheKey | None:
+    def _key(self, request: InferRequest, stamp: tuple[object, ...] | None = None) -> CacheKey | None:
         """Under what the answer is kept; None where it cannot be: no weights yet, or no image."""
         file = self._locator.find() if stamp is None else None
         stamp = file.stamp if file is not None else stamp
-        if stamp is None or not asked.image.exists():
+        if stamp is None or not request.image.exists():
             return None
-        return CacheKey(self.checksums.of(asked.image), self.preset.name, stamp, asked.options)
+        return CacheKey(self.checksums.of(request.image), self.preset.name, stamp, request.options)
 
 
 def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) -> dict[str, Any]:

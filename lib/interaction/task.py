@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +29,8 @@ from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor, SharedEditor
 from lib.interaction.prompts import Prompts, parse_box
 from lib.interaction.starting_mask import names_of, read_mask, read_values
+from lib.networks.precision import resolve_device
+from lib.storage.bounded_cache import BoundedCache
 from lib.transforms.inputs import read_input
 from lib.transforms.postprocess import measure_labels
 from lib.transforms.preprocess import preprocess_volume
@@ -47,6 +48,36 @@ GROWTH, NETWORK = "growth", "editor"
 """What the answer's ``model`` calls the ways in which clicks change a mask: one without weights, and the network."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClickRequest(InferRequest):
+    """A correction by clicks.
+
+    Attributes:
+        prompts: the clicks.
+        all_labels: whether the answer holds all labels, and not only those that were prompted.
+        label_info: as viewers send it: the names of ``label_file``'s values; None: they are the preset's.
+    """
+
+    prompts: Prompts
+    all_labels: bool
+    label_info: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScribbleRequest(InferRequest):
+    """A correction by scribbles.
+
+    Attributes:
+        name: of the structure.
+        values: in ``label_file``: of the structure, of what is scribbled as it and as not it; 0 for what is not there.
+        roi: the box as 3D Slicer sends it, checked as far as that is possible without the image.
+    """
+
+    name: str
+    values: tuple[int, int, int]
+    roi: Any = None
+
+
 class Automatic(Protocol):
     """The task that segments an image without any prompt."""
 
@@ -62,7 +93,7 @@ class Automatic(Protocol):
     def weights_stamp(self) -> tuple[object, ...]:
         """Changes with the weights."""
 
-    def mask_of(self, request: Mapping[str, Any]) -> CachedMask:
+    def mask_of(self, request: InferRequest) -> CachedMask:
         """The automatic mask."""
 
 
@@ -83,9 +114,9 @@ class _InteractiveTask(InferTask):
     ) -> None:
         super().__init__(kind, labels, 3, description, {})
         self.preset = automatic.preset
-        self._automatic, self._images, self._cache, self._device = automatic, images, cache, device
-        self._grids: OrderedDict[str, Grid] = OrderedDict()
-        self._lock = threading.Lock()
+        self._automatic, self._images, self._cache = automatic, images, cache
+        self._device = resolve_device(device)
+        self._grids = BoundedCache(MOST_GRIDS)
 
     def is_valid(self) -> bool:
         """Always: without weights, drawing starts from nothing."""
@@ -102,29 +133,21 @@ class _InteractiveTask(InferTask):
     def settle(self) -> None:
         """Nothing is prepared in the background."""
 
-    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    def recall(self, request: Any) -> tuple[str, dict[str, Any]] | None:
         """The answer, where it is kept."""
         return None
 
-    def is_kept(self, request: Mapping[str, Any]) -> bool:
+    def is_kept(self, request: Any) -> bool:
         """Whether :meth:`recall` would answer."""
         return False
 
-    def forecast(self, request: Mapping[str, Any]) -> Forecast:
+    def forecast(self, request: InferRequest) -> Forecast:
         """What computing needs: the weights of the automatic mask."""
         return Forecast((self.preset.name, self._automatic.weights_stamp()))
 
     def _grid(self, image: Path, checksum: str) -> Grid:
         """The image's own grid."""
-        with self._lock:
-            known = self._grids.get(checksum)
-        if known is None:
-            known = read_grid(image)
-            with self._lock:
-                self._grids[checksum] = known
-                while len(self._grids) > MOST_GRIDS:
-                    self._grids.popitem(last=False)
-        return known
+        return self._grids.get(checksum, lambda: read_grid(image))
 
     def _network_image(self, image: Path, checksum: str) -> MetaTensor:
         """The image as the network sees it; the one that the automatic mask was made from, where it is kept.
@@ -176,28 +199,38 @@ class ClickTask(_InteractiveTask):
         """What answers are made with."""
         return super().load() | {"version": GROWTH if self._own_editor() is None else NETWORK}
 
-    def validate_request(self, request: Mapping[str, Any]) -> None:
-        """Check a request without running it.
+    def parse(self, request: Mapping[str, Any]) -> ClickRequest:
+        """Cast and check a request's parameters; the other methods take the result.
 
         Raises:
             ParameterError: naming the parameter or the point, and what would be valid.
         """
-        InferRequest.parse(request, self._device)
-        parse_boolean("all_labels", request, False)
-        self._prompts(request)
+        params = {key: value for key, value in request.items() if key not in ("image", "label")}
+        clicks = params | {"label": request.get("label_name")}
+        return ClickRequest.parse(
+            request,
+            self._device,
+            all_labels=bool(parse_boolean("all_labels", request, False)),
+            prompts=parse_clicks(clicks, self.preset, self._elsewhere),
+            label_info=request.get("label_info"),
+        )
 
-    def recall(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    def recall(self, request: ClickRequest) -> tuple[str, dict[str, Any]] | None:
         """The answer to the same prompts on the same image and mask, where it is kept."""
-        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
-        kept = self._cache.get(self._key(request, asked)) if not request.get("label_file") else None
-        return None if kept is None else self._write(kept, request, asked, start, hit=True)
+        start = time.perf_counter()
+        kept = self._cache.get(self._key(request)) if request.label_file is None else None
+        return None if kept is None else self._write(kept, request, start, hit=True)
 
-    def is_kept(self, request: Mapping[str, Any]) -> bool:
+    def is_kept(self, request: ClickRequest) -> bool:
         """Whether :meth:`recall` would answer."""
-        return self._key(request, InferRequest.parse(request, self._device)) in self._cache
+        return self._key(request) in self._cache
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Correct the mask of ``request["image"]``.
+        """Correct a mask, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        return self.segment(self.parse(request))
+
+    def segment(self, request: ClickRequest) -> tuple[str, dict[str, Any]]:
+        """Correct an image's mask.
 
         Returns:
             The mask's file, to be removed by the caller, and the answer's JSON. Both hold the labels that were
@@ -205,86 +238,83 @@ class ClickTask(_InteractiveTask):
 
         Raises:
             ImageError, LabelError: when image or mask cannot be used.
-            ParameterError: when a parameter is not valid.
+            ParameterError: when a point lies outside of the image.
             MemoryBudgetError: when the editor needs more memory than there is.
         """
-        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
-        prompts, checksum = self._prompts(request), self._automatic.checksums.of(asked.image)
-        labels, affine_ras, origin = self._start(request, asked, checksum)
+        start, prompts = time.perf_counter(), request.prompts
+        checksum = self._automatic.checksums.of(request.image)
+        labels, affine_ras, origin = self._start(request, checksum)
         x, y, z = labels.shape
         prompts.check_inside((x, y, z))
         values: tuple[int, ...] = ()
         began = time.perf_counter()
         if not prompts.is_empty:
-            scene = Scene(self._network_image(asked.image, checksum), labels, affine_ras)
-            edited = edit_clicks(scene, prompts, self._ready_editor(scene, asked))
+            scene = Scene(self._network_image(request.image, checksum), labels, affine_ras)
+            edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
             labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
-        said["warnings"] = _warnings(self._grid(asked.image, checksum))
+        said["warnings"] = _warnings(self._grid(request.image, checksum))
         made = CachedMask(labels, affine_ras, said)
-        if not request.get("label_file"):
-            self._cache.put(self._key(request, asked), made)
-        return self._write(made, request, asked, start, hit=False, labels=labels)
+        if request.label_file is None:
+            self._cache.put(self._key(request), made)
+        return self._write(made, request, start, hit=False, labels=labels)
 
     def _own_editor(self) -> SharedEditor | None:
         """The editor, where there is one that clicks on this preset's masks are shown to."""
         return self._editor if self._editor is not None and self._editor.serves(self.preset.name) else None
 
-    def _ready_editor(self, scene: Scene, asked: InferRequest) -> Editor | None:
+    def _ready_editor(self, scene: Scene, request: ClickRequest) -> Editor | None:
         """The editor, where there is one, and there is memory for it."""
         shared = self._own_editor()
         if shared is None:
             return None
-        editor = shared.on(device_in_use(asked.device))
-        self._planner.check_room(editor.bytes_for(scene.voxels.shape), f"a click on {asked.image.name!r}")
+        editor = shared.on(device_in_use(request.device))
+        self._planner.check_room(editor.bytes_for(scene.voxels.shape), f"a click on {request.image.name!r}")
         return editor
 
     def _write(
         self,
         made: CachedMask,
-        request: Mapping[str, Any],
-        asked: InferRequest,
+        request: ClickRequest,
         start: float,
         hit: bool,
         labels: LabelArray | None = None,
     ) -> tuple[str, dict[str, Any]]:
         values = set(made.said["prompted"])
-        whole = bool(parse_boolean("all_labels", request, False)) or not values
+        whole = request.all_labels or not values
         named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
         shown = made.labels if labels is None else labels
         if not whole:
             table = np.zeros(256, dtype=np.uint8)
             table[list(values)] = list(values)
             shown = np.take(table, shown) if shown.flags.c_contiguous else np.take(table, shown.T).T
-        path = write_mask(shown, made.affine_ras, self.preset, asked.extension, asked.dtype, asked.compress)
+        path = write_mask(shown, made.affine_ras, self.preset, request.extension, request.dtype, request.compress)
         return str(path), _describe(self, made, shown, named, start, hit)
 
-    def _prompts(self, request: Mapping[str, Any]) -> Prompts:
-        params = {key: value for key, value in request.items() if key not in ("image", "label")}
-        return parse_clicks(params | {"label": request.get("label_name")}, self.preset, self._elsewhere)
-
-    def _start(self, request: Mapping[str, Any], asked: InferRequest, checksum: str) -> tuple[LabelArray, Affine, str]:
+    def _start(self, request: ClickRequest, checksum: str) -> tuple[LabelArray, Affine, str]:
         """The mask that the answer starts from, and where it is from."""
-        grid = self._grid(asked.image, checksum)
-        if file := request.get("label_file"):
-            names = names_of(request["label_info"]) if request.get("label_info") else None
-            return read_mask(Path(file), grid, self.preset, names, "label"), grid.affine_ras, "label"
-        if saved := request.get("start_from"):
-            names = {int(value): name for name, value in saved["label_map"].items()} or None
-            read = read_mask(Path(saved["file"]), grid, self.preset, names, saved["version_id"])
-            return read, grid.affine_ras, str(saved["version_id"])
+        grid = self._grid(request.image, checksum)
+        if request.label_file is not None:
+            names = names_of(request.label_info) if request.label_info else None
+            return read_mask(request.label_file, grid, self.preset, names, "label"), grid.affine_ras, "label"
+        if (saved := request.saved) is not None:
+            names = {value: name for name, value in saved.label_map.items()} or None
+            read = read_mask(saved.file, grid, self.preset, names, saved.version_id)
+            return read, grid.affine_ras, saved.version_id
         if self._automatic.is_valid():
-            device = {} if asked.wanted is None else {"device": str(asked.wanted)}
-            mask = self._automatic.mask_of({"image": str(asked.image)} | device)
+            plain = InferRequest(
+                image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
+            )
+            mask = self._automatic.mask_of(plain)
             return mask.labels.copy(order="K"), mask.affine_ras, "automatic"
         return np.zeros(grid.shape, dtype=np.uint8, order="F"), grid.affine_ras, "empty"
 
-    def _key(self, request: Mapping[str, Any], asked: InferRequest) -> CacheKey:
-        saved = (request.get("start_from") or {}).get("version_id", "")
-        options: tuple[Hashable, ...] = (asked.device.type, saved, self._prompts(request).key())
+    def _key(self, request: ClickRequest) -> CacheKey:
+        saved = "" if request.saved is None else request.saved.version_id
+        options: tuple[Hashable, ...] = (request.device.type, saved, request.prompts.key())
         stamp = (*self._automatic.weights_stamp(), editor.sha256 if (editor := self._own_editor()) else GROWTH)
-        return CacheKey(self._automatic.checksums.of(asked.image), f"{self.preset.name}_edit", stamp, options)
+        return CacheKey(self._automatic.checksums.of(request.image), f"{self.preset.name}_edit", stamp, options)
 
 
 class ScribbleTask(_InteractiveTask):
@@ -297,34 +327,38 @@ class ScribbleTask(_InteractiveTask):
         labels, description = dict(automatic.preset.label_indices), f"Corrects {automatic.preset.name} by scribbles"
         super().__init__(InferType.SCRIBBLES, labels, description, automatic, images, cache, device)
 
-    def validate_request(self, request: Mapping[str, Any]) -> None:
-        """Check a request without running it.
+    def parse(self, request: Mapping[str, Any]) -> ScribbleRequest:
+        """Cast and check a request's parameters.
 
         Raises:
             ParameterError: naming the parameter and what would be valid.
         """
-        InferRequest.parse(request, self._device)
-        self._values(request)
         parse_box(request.get("roi"))
+        name, values = _structure_of(request)
+        return ScribbleRequest.parse(request, self._device, name=name, values=values, roi=request.get("roi"))
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Correct the structure that ``selected_label_name`` names.
+        """Correct a structure, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        return self.segment(self.parse(request))
+
+    def segment(self, request: ScribbleRequest) -> tuple[str, dict[str, Any]]:
+        """Correct the structure that the request names.
 
         Returns:
             The mask's file, 0 and 1, to be removed by the caller, and the answer's JSON.
 
         Raises:
             ImageError, LabelError: when image or mask cannot be used.
-            ParameterError: when a parameter is not valid.
+            ParameterError: when the box lies outside of the image.
         """
-        start, asked = time.perf_counter(), InferRequest.parse(request, self._device)
-        selected, drawn_value, erased_value = self._values(request)
-        if not request.get("label_file"):
+        start = time.perf_counter()
+        selected, drawn_value, erased_value = request.values
+        if request.label_file is None:
             raise LabelError("the part 'label' is missing: it carries the scribbles")
-        checksum = self._automatic.checksums.of(asked.image)
-        grid = self._grid(asked.image, checksum)
-        box = parse_box(request.get("roi"), grid.shape)
-        drawing = read_values(Path(str(request["label_file"])), grid, "label")
+        checksum = self._automatic.checksums.of(request.image)
+        grid = self._grid(request.image, checksum)
+        box = parse_box(request.roi, grid.shape)
+        drawing = read_values(request.label_file, grid, "label")
         drawn, erased = (
             np.argwhere(drawing == value) if value else np.zeros((0, 3), int) for value in (drawn_value, erased_value)
         )
@@ -333,26 +367,17 @@ class ScribbleTask(_InteractiveTask):
         structure = np.asfortranarray((drawing == selected).astype(np.uint8))
         began = time.perf_counter()
         if len(drawn) or len(erased):
-            scene = Scene(self._network_image(asked.image, checksum), structure, grid.affine_ras)
+            scene = Scene(self._network_image(request.image, checksum), structure, grid.affine_ras)
             structure = edit_scribbles(scene, drawn, erased, Prompts(box=box))
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
-        name = str(request["selected_label_name"])
+        name = request.name
         known = self.preset.find_label(name)
         single = self.preset.with_labels([known.name if known is not None else name])
-        path = write_mask(structure, grid.affine_ras, single, asked.extension, asked.dtype, asked.compress)
+        path = write_mask(structure, grid.affine_ras, single, request.extension, request.dtype, request.compress)
         said = {"start": "label", "prompts": len(drawn) + len(erased), "prompted": [1], "edit_ms": edit_ms}
         said["warnings"] = _warnings(grid)
         made = CachedMask(structure, grid.affine_ras, said)
         return str(path), _describe(self, made, structure, {name: 1}, start, hit=False, measured=single)
-
-    def _values(self, request: Mapping[str, Any]) -> tuple[int, int, int]:
-        """The values of the structure, of what is scribbled as it and as not it; 0 for what is not there."""
-        by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
-        name = request.get("selected_label_name")
-        if not isinstance(name, str) or name not in by_name or name.endswith("_scribbles"):
-            choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
-            raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
-        return by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0)
 
 
 def make_interactive_tasks(
@@ -375,6 +400,16 @@ def make_interactive_tasks(
         others: set[str] = set().union(*(labels for other, labels in names.items() if other != name))
         made[f"{name}_edit"] = ClickTask(task, images, cache, others, device, editor, planner)
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
+
+
+def _structure_of(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
+    """The structure's name, and the values of it, of what is scribbled as it and as not it; 0 for what is not there."""
+    by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
+    name = request.get("selected_label_name")
+    if not isinstance(name, str) or name not in by_name or name.endswith("_scribbles"):
+        choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
+        raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
+    return name, (by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0))
 
 
 def _warnings(grid: Grid) -> list[str]:

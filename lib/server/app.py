@@ -9,7 +9,6 @@ import gc
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from functools import partial
 
 from lib.server.stock import refuse_unknown, running_stock_app  # isort: skip  (sets how MONAI Label loads lib)
 
@@ -28,8 +27,9 @@ from lib.server.http.middleware import Surroundings
 from lib.server.http.origins import Origins
 from lib.server.http.proxies import Clients
 from lib.server.http.tokens import WatchedTokens
-from lib.server.labels.segmentations import series_store, show_as_segmentation
-from lib.server.pages import case_routes, click_routes, documentation, page_routes, sign_in
+from lib.server.pages import documentation, page_routes, sign_in
+from lib.server.pages.cases import clicks as click_routes
+from lib.server.pages.cases import routes as case_routes
 from lib.server.pages.drawing import ASSETS
 from lib.server.routes import app as app_routes
 from lib.server.routes import auth as auth_routes
@@ -101,26 +101,37 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
         tokens = services.authenticator.tokens
         warn_if_closed_to_all(None if tokens is None else tokens.count)
         limit_connections(limits_of(services.settings))
-        services.label_hooks.append(partial(show_as_segmentation, services))
-        app.state.retrainer = retrainer = Retrainer(services, services.journal)
+        services.submissions.hooks.append(services.segmentations.show)
+        app.state.retrainer = retrainer = Retrainer(
+            services.settings,
+            services.train_tasks,
+            services.datastore,
+            services.jobs,
+            services.journal,
+            services.inferences,
+            services.pause,
+            services.segmentation_tasks,
+            services.changes,
+        )
+        services.submissions.hooks.append(retrainer.on_label_saved)
         # what was cut off goes on first, or the policy would see nothing run and begin another
         services.jobs.recover(services.journal.unfinished())
         retrainer.start()
         waiting = WaitingForRoom(services.jobs, services.journal.folder_of)
         waiting.start()
-        series_source = series_store(services).source
-        series_source.start()
+        source = services.store.source
+        source.start()
         try:
             async with services.prefetcher.running(), services.scoring.running(), trimming():
                 with closed_by_signals(services.changes), read_again_by_signal(tokens):
-                    await anyio.to_thread.run_sync(page_routes.prepare, services)
+                    await anyio.to_thread.run_sync(page_routes.prepare, services.pool_knowledge)
                     spare_what_stays()
                     yield
         finally:
             waiting.stop()
             await anyio.to_thread.run_sync(retrainer.stop)
             await anyio.to_thread.run_sync(services.jobs.shut_down)
-            await anyio.to_thread.run_sync(series_source.stop)
+            await anyio.to_thread.run_sync(source.stop)
             await anyio.to_thread.run_sync(services.store.close)
 
 

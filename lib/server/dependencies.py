@@ -21,26 +21,38 @@ from lib.configs.preset import Preset
 from lib.configs.settings import Settings
 from lib.datastore.history import LabelHistory
 from lib.datastore.leases import Leases
-from lib.datastore.store import VersionedDatastore
+from lib.datastore.series import SeriesDatastore
 from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.http.events import Changes
 from lib.server.http.metrics import Metrics
+from lib.server.images import Images
+from lib.server.inference.answers import Answers
+from lib.server.labels.segmentations import Segmentations
+from lib.server.labels.submissions import Submissions
+from lib.server.pages.cases.pictures import Pictures
+from lib.server.pages.cases.view import CaseViews
+from lib.server.presented.cases import PresentedCases
 from lib.server.services import Services, get_services
 from lib.server.tasks import TasksByName
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import Jobs
+from lib.server.work.next_case import NextCase
 from lib.server.work.pause import Pause
-from lib.server.work.presented import PresentedCases
 from lib.server.work.queue import InferenceQueue
 from lib.trainers.task import UnetrTrainTask
 
 AllServices = Annotated[Services, Depends(get_services)]
 
 
+async def get_images(services: AllServices) -> Images:
+    """Finds images by the ids that clients name."""
+    return services.images
+
+
 async def get_check_image(services: AllServices) -> Callable[[str], str]:
     """The check of an image's id: gives the id by which the studies have it, or refuses it."""
-    return services.check_image
+    return services.images.check
 
 
 async def get_history(services: AllServices) -> LabelHistory:
@@ -105,8 +117,8 @@ async def get_scoring_methods(services: AllServices) -> Collection[str]:
     return methods
 
 
-async def get_store(services: AllServices) -> VersionedDatastore:
-    """Images, and labels with all their versions."""
+async def get_store(services: AllServices) -> SeriesDatastore:
+    """Files and DICOM series, and labels with all their versions."""
     return services.store
 
 
@@ -127,7 +139,7 @@ async def get_sessions(services: AllServices) -> Sessions:
 
 async def get_image_file(services: AllServices) -> Callable[[str], Path]:
     """The file or folder of an image, found by its id."""
-    return services.image_file
+    return services.images.file
 
 
 async def get_infer_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
@@ -165,6 +177,48 @@ async def get_image_inspector(services: AllServices) -> ImageInspector:
     return services.image_inspector
 
 
+async def get_app_info(services: AllServices) -> Callable[[], dict[str, Any]]:
+    """What MONAI Label's app says of itself."""
+    info: Callable[[], dict[str, Any]] = services.instance.info
+    return info
+
+
+async def get_next_case(services: AllServices) -> NextCase:
+    """Chooses the next case to label."""
+    return services.next_case
+
+
+async def get_case_views(services: AllServices) -> CaseViews:
+    """Puts together what the pages of images show."""
+    return services.case_views
+
+
+async def get_pictures(services: AllServices) -> Pictures:
+    """Reads and computes what the pictures of cases are drawn from."""
+    return services.pictures
+
+
+async def get_answers(services: AllServices) -> Answers:
+    """Answers requests for a mask."""
+    return services.answers
+
+
+async def get_find_sessions(services: AllServices) -> Callable[[], Sessions]:
+    """As :func:`get_sessions`, for requests of which only some are about a session."""
+    return lambda: services.sessions
+
+
+async def get_submissions(services: AllServices) -> Submissions:
+    """Takes labels in."""
+    return services.submissions
+
+
+async def get_segmentations(services: AllServices) -> Segmentations:
+    """Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs."""
+    return services.segmentations
+
+
+ImagesDep = Annotated[Images, Depends(get_images)]
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
 HistoryDep = Annotated[LabelHistory, Depends(get_history)]
 LeasesDep = Annotated[Leases, Depends(get_leases)]
@@ -178,7 +232,7 @@ PauseDep = Annotated[Pause, Depends(get_pause)]
 LanesDep = Annotated[Lanes, Depends(get_lanes)]
 ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
 ScoringMethodsDep = Annotated[Collection[str], Depends(get_scoring_methods)]
-StoreDep = Annotated[VersionedDatastore, Depends(get_store)]
+StoreDep = Annotated[SeriesDatastore, Depends(get_store)]
 PresetsDep = Annotated[Mapping[str, Preset], Depends(get_presets)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 SessionsDep = Annotated[Sessions, Depends(get_sessions)]
@@ -190,3 +244,11 @@ PresentedDep = Annotated[PresentedCases, Depends(get_presented)]
 PoolKnowledgeDep = Annotated[Mapping[str, PoolKnowledge], Depends(get_pool_knowledge)]
 StudiesDep = Annotated[str, Depends(get_studies)]
 ImageInspectorDep = Annotated[ImageInspector, Depends(get_image_inspector)]
+SubmissionsDep = Annotated[Submissions, Depends(get_submissions)]
+SegmentationsDep = Annotated[Segmentations, Depends(get_segmentations)]
+AppInfoDep = Annotated[Callable[[], dict[str, Any]], Depends(get_app_info)]
+NextCaseDep = Annotated[NextCase, Depends(get_next_case)]
+CaseViewsDep = Annotated[CaseViews, Depends(get_case_views)]
+PicturesDep = Annotated[Pictures, Depends(get_pictures)]
+AnswersDep = Annotated[Answers, Depends(get_answers)]
+FindSessionsDep = Annotated[Callable[[], Sessions], Depends(get_find_sessions)]

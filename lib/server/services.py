@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import anyio
-from fastapi import Depends, Request
+from fastapi import Request
 from monailabel.config import settings as stock_settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
-from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.utils.sessions import Sessions
 
 from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.configs.preset import Preset
 from lib.configs.settings import Settings
-from lib.datastore.records import LabelVersion
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
 from lib.dicom.sources import FolderSource
-from lib.errors import NotFoundError
 from lib.infers.devices.lanes import Lanes
-from lib.infers.devices.schedule import Forecast
 from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Authenticator
 from lib.server.http.devices import DeviceFigures
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.events import TOPICS, Changes
 from lib.server.http.metrics import Metrics
-from lib.server.http.names import check_image_known, find_image
+from lib.server.http.names import find_image
 from lib.server.http.tokens import WatchedTokens
+from lib.server.images import Images
+from lib.server.inference.answers import Answers
+from lib.server.labels.segmentations import Segmentations
+from lib.server.labels.submissions import Submissions
+from lib.server.pages.cases.models import CaseModels
+from lib.server.pages.cases.pictures import Pictures
+from lib.server.pages.cases.view import CaseViews
+from lib.server.presented.cases import PresentedCases
 from lib.server.tasks import TasksByName, infer_tasks, segmentation_tasks, train_tasks
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
+from lib.server.work.next_case import NextCase
 from lib.server.work.pause import Pause
 from lib.server.work.places import devices_of, occupied, pooled_devices
 from lib.server.work.prefetch import Prefetcher
-from lib.server.work.presented import PresentedCases
 from lib.server.work.queue import InferenceQueue
 from lib.server.work.scoring import BackgroundScoring
 from lib.storage.disk import MIB
@@ -56,11 +59,7 @@ CHECKS_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of a running server.
-
-    Attributes:
-        label_hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
-    """
+    """The parts of a running server."""
 
     instance: MONAILabelApp
     settings: Settings
@@ -75,7 +74,14 @@ class Services:
     pause: Pause
     journal: Journal
     presented: PresentedCases
-    label_hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
+    images: Images
+    submissions: Submissions
+    segmentations: Segmentations
+    answers: Answers
+    image_inspector: ImageInspector
+    next_case: NextCase
+    case_views: CaseViews
+    pictures: Pictures
 
     @classmethod
     def of(cls, instance: MONAILabelApp) -> Services:
@@ -86,6 +92,7 @@ class Services:
         """
         settings: Settings = instance.settings
         tokens = WatchedTokens(settings.tokens) if settings.tokens else None
+        store: SeriesDatastore = instance.datastore()
         metrics, changes = Metrics(), Changes()
 
         def on_end(job: Job) -> None:
@@ -109,9 +116,11 @@ class Services:
         )
         inferences = InferenceQueue(settings.queue_size, instance.lanes, pause)
         _share_devices(instance.lanes, jobs)
+        picture_bytes = MIB * settings.picture_cache_mib
+        find = partial(find_image, store, studies=str(instance.studies), roots=settings.image_roots)
         prefetcher = Prefetcher(
             segmentation_tasks(instance.models).find,
-            lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
+            find,
             inferences,
             metrics,
             enabled=settings.result_cache_mib > 0,
@@ -120,6 +129,22 @@ class Services:
         metrics.registry.register(DeviceFigures(instance.lanes))
         metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
         metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)
+        index = store.source.index if isinstance(store.source, FolderSource) else None
+        presented = PresentedCases(
+            store,
+            find,
+            instance.presets,
+            picture_bytes,
+            settings.ohif_for_files and index is not None,
+            index,
+            store.volumes.folder.parent / "modalities.json",
+        )
+        images = Images(store, str(instance.studies), settings.image_roots, presented.case_of)
+        trainers = train_tasks(instance.trainers)
+        models = CaseModels(instance.presets, infer_tasks(instance.models), store, images)
+        inspector = ImageInspector(store, instance.presets, instance.knowledge_by_preset, images.file)
+        submissions = Submissions(store, instance.presets, images.file, metrics, settings.unpacked_limit_mib)
+        segmentations = Segmentations(store, presented, instance.presets, submissions)
         return cls(
             instance=instance,
             settings=settings,
@@ -133,14 +158,16 @@ class Services:
             changes=changes,
             pause=pause,
             journal=journal,
-            presented=PresentedCases(
-                instance.datastore(),
-                lambda image: find_image(instance.datastore(), image, instance.studies, settings.image_roots),
-                instance.presets,
-                MIB * settings.picture_cache_mib,
-                settings.ohif_for_files and isinstance(getattr(instance.datastore(), "source", None), FolderSource),
-                getattr(getattr(instance.datastore(), "source", None), "index", None),
-                _modalities_file(instance.datastore()),
+            presented=presented,
+            images=images,
+            submissions=submissions,
+            segmentations=segmentations,
+            answers=Answers(images, store, segmentations, metrics, settings.unpacked_limit_mib),
+            image_inspector=inspector,
+            case_views=CaseViews(store, models, trainers, presented),
+            pictures=Pictures(store.history, models, trainers, inferences, picture_bytes),
+            next_case=NextCase(
+                instance.strategies, store, instance.presets, inspector, segmentation_tasks(instance.models), prefetcher
             ),
         )
 
@@ -150,9 +177,9 @@ class Services:
         return self.instance.datastore()
 
     @property
-    def store(self) -> VersionedDatastore:
-        """The same, as what keeps a history of labels."""
-        store: VersionedDatastore = self.instance.datastore()
+    def store(self) -> SeriesDatastore:
+        """The same, as what has DICOM series and keeps a history of labels."""
+        store: SeriesDatastore = self.instance.datastore()
         return store
 
     @property
@@ -185,11 +212,6 @@ class Services:
         return knowledge
 
     @property
-    def image_inspector(self) -> ImageInspector:
-        """Which images cannot be segmented, and why."""
-        return ImageInspector(self.store, self.presets, self.pool_knowledge, self.image_file)
-
-    @property
     def infer_tasks(self) -> TasksByName[UnetrInferTask]:
         """All inference tasks, those that take clicks or scribbles among them."""
         return infer_tasks(self.instance.models)
@@ -204,96 +226,11 @@ class Services:
         """The training task of each model."""
         return train_tasks(self.instance.trainers)
 
-    def on_label_saved(self, version: LabelVersion) -> None:
-        """Tell everybody who asked to hear of saved labels; what goes wrong there does not undo the save."""
-        for hook in self.label_hooks:
-            try:
-                hook(version)
-            except Exception:
-                logger.exception("after the save of %s, %r failed", version.version_id, hook)
-
-    def infer_task(self, model: str) -> UnetrInferTask:
-        """The inference task of that name.
-
-        Raises:
-            NotFoundError: with the known ones.
-        """
-        return self.infer_tasks.find(model)
-
-    def forecast(self, model: str, image: Path | None) -> Forecast:
-        """What segmenting an image needs, where there are several devices to choose from."""
-        if image is None or not self.inferences.lanes.several:
-            return Forecast()
-        return self.infer_task(model).forecast({"image": str(image)})
-
-    def segmentation_task(self, model: str) -> UnetrInferTask:
-        """The inference task of that name that segments by itself, with weights: none that takes clicks.
-
-        Raises:
-            NotFoundError: with the known ones.
-        """
-        return self.segmentation_tasks.find(model)
-
-    def click_model(self, preset: str) -> str:
-        """The model that corrects a preset's masks by clicks.
-
-        Raises:
-            NotFoundError: with the known presets.
-        """
-        models = {
-            task.preset.name: name
-            for name, task in infer_tasks(self.instance.models).items()
-            if task.type == InferType.DEEPEDIT
-        }
-        if preset not in models:
-            raise NotFoundError("preset with clicks", preset, list(models))
-        return models[preset]
-
-    def train_task(self, model: str) -> UnetrTrainTask:
-        """The training task of that name.
-
-        Raises:
-            NotFoundError: with the known ones.
-        """
-        return self.train_tasks.find(model)
-
-    def check_image(self, image_id: str) -> str:
-        """The id of an image of the studies; a file may also be named by the UIDs of the series that presents it.
-
-        Raises:
-            NotFoundError: when there is none.
-        """
-        return check_image_known(self.datastore, self.presented.case_of(image_id) or image_id)
-
-    def known_id(self, image_id: str) -> str:
-        """The id under which the studies have an image; a path below ``image_roots`` as it is."""
-        try:
-            return self.check_image(image_id)
-        except NotFoundError:
-            return image_id
-
-    def image_file(self, image_id: str) -> Path:
-        """The file or folder of an image.
-
-        Raises:
-            NotFoundError, ForbiddenError: as :func:`lib.server.http.names.find_image`.
-        """
-        image_id = self.presented.case_of(image_id) or image_id
-        return find_image(self.datastore, image_id, self.instance.studies, self.settings.image_roots)
-
 
 async def get_services(request: Request) -> Services:
     """The parts of the running server, as a FastAPI dependency."""
     services: Services = request.app.state.services
     return services
-
-
-def _modalities_file(datastore: Datastore) -> Path | None:
-    """Where the modalities of files are kept, beside the converted series."""
-    return datastore.volumes.folder.parent / "modalities.json" if isinstance(datastore, SeriesDatastore) else None
-
-
-Parts = Annotated[Services, Depends(get_services)]
 
 
 def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:

@@ -69,7 +69,7 @@ def test_bad_parameter_is_refused_by_name(
 ) -> None:
     request = {"image": str(image)} | parameters
     with pytest.raises(ParameterError, match=message):
-        task.validate_request(request)
+        task.parse(request)
     with pytest.raises(ParameterError, match=message):
         task(request)
     assert not list((tmp_path / "results").iterdir()), "nothing is written"
@@ -80,13 +80,13 @@ def test_bad_parameter_is_refused_by_name(
     [("a.nii.gz", ".nii.gz"), ("a.NII", ".nii"), ("a.seg.nrrd", ".nrrd"), ("a.mha", ".nii.gz"), ("series", ".nii.gz")],
 )
 def test_result_is_of_the_images_kind_where_none_is_asked_for(name: str, extension: str) -> None:
-    assert InferRequest.parse({"image": name}, "cpu").extension == extension
+    assert InferRequest.parse({"image": name}, torch.device("cpu")).extension == extension
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, True), ("TRUE", True), ("0", False), (False, False)])
 def test_request_flags_are_cast(value: object, expected: bool) -> None:
     request = {"image": "a.nii", "largest_component": value, "result_compress": value}
-    parsed = InferRequest.parse(request, "cpu")
+    parsed = InferRequest.parse(request, torch.device("cpu"))
     assert (parsed.largest_component, parsed.compress) == (expected, expected)
 
 
@@ -100,7 +100,7 @@ def test_request_as_slicer_sends_it_is_understood() -> None:
         "model": "tiny",
         "device": ["cpu", "cuda"],
     }
-    parsed = InferRequest.parse(request, "")
+    parsed = InferRequest.parse(request, torch.device("cpu"))
     assert (parsed.extension, parsed.dtype, parsed.device.type) == (".nrrd", "uint8", "cpu")
 
 
@@ -162,10 +162,12 @@ def test_image_that_cannot_be_read_leaves_no_file(task: UnetrInferTask, tmp_path
 
 def test_second_answer_comes_from_the_cache_in_any_format(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
     cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", ResultCache(16))
-    assert cached.recall({"image": str(image)}) is None and not cached.is_kept({"image": str(image)})
+    assert cached.recall(cached.parse({"image": str(image)})) is None and not cached.is_kept(
+        cached.parse({"image": str(image)})
+    )
     first, said = cached({"image": str(image), "result_extension": ".nii.gz"})
     assert said["cache"] == {"hit": False}
-    assert cached.is_kept({"image": str(image), "result_extension": ".nrrd"})
+    assert cached.is_kept(cached.parse({"image": str(image), "result_extension": ".nrrd"}))
     second, again = cached({"image": str(image), "result_extension": ".nii", "result_dtype": "int16"})
     assert again["cache"] == {"hit": True, "computed_in_ms": said["latencies_ms"]["total"]}
     np.testing.assert_array_equal(nib.load(first).dataobj, nib.load(second).dataobj)
@@ -174,7 +176,9 @@ def test_second_answer_comes_from_the_cache_in_any_format(task: UnetrInferTask, 
     same = ("label_names", "label_colors", "centroids", "label_statistics", "model", "quality")
     assert {key: again[key] for key in same} == {key: said[key] for key in same}
     assert again["latencies"]["infer"] == 0
-    assert cached.recall({"image": str(image), "largest_component": True}) is None, "another option, another mask"
+    assert cached.recall(cached.parse({"image": str(image), "largest_component": True})) is None, (
+        "another option, another mask"
+    )
 
 
 def test_mask_of_an_image_that_is_replaced_meanwhile_is_not_kept_for_the_new_one(
@@ -194,8 +198,8 @@ def test_mask_of_an_image_that_is_replaced_meanwhile_is_not_kept_for_the_new_one
     cached = UnetrInferTask(task.preset, locator, "cpu", "fp32", results, planner=Replacing())
     cached({"image": str(image)})
     assert len(results) == 0
-    assert cached.recall({"image": str(image)}) is None
-    cached.mask_of({"image": str(image)})
+    assert cached.recall(cached.parse({"image": str(image)})) is None
+    cached.mask_of(cached.parse({"image": str(image)}))
     assert len(results) == 0
 
 
@@ -212,7 +216,7 @@ def test_cache_forgets_with_new_weights(task: UnetrInferTask, image: Path, tmp_p
 
 
 def test_uncertainty_map_lies_on_the_image(task: UnetrInferTask, image: Path) -> None:
-    picture = nib.load(task.map_uncertainty({"image": str(image)}))
+    picture = nib.load(task.map_uncertainty(task.parse({"image": str(image)})))
     entropy, source = np.asarray(picture.dataobj), nib.load(image)
     assert entropy.shape == source.shape and entropy.dtype == np.float32
     np.testing.assert_allclose(picture.affine, source.affine, atol=1e-5)
@@ -228,7 +232,7 @@ def test_quality_is_estimated_where_the_weights_are_calibrated(
     calibration_file(tmp_path / "model" / "shipped.pt").write_text(line.to_json(), encoding="utf-8")
     calibrated = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32")
     _, said = calibrated({"image": str(image), "largest_component": False})
-    entropy = np.asarray(nib.load(calibrated.map_uncertainty({"image": str(image)})).dataobj)
+    entropy = np.asarray(nib.load(calibrated.map_uncertainty(calibrated.parse({"image": str(image)}))).dataobj)
     labels = np.asarray(nib.load(calibrated({"image": str(image)})[0]).dataobj)
     assert said["quality"] == line.estimate(foreground_uncertainty(entropy, labels))
 
@@ -283,16 +287,16 @@ def test_answer_says_where_itk_and_nibabel_read_the_image_differently(
 def test_image_that_was_read_ahead_gives_the_same_mask_and_is_kept(
     task: UnetrInferTask, image: Path, tmp_path: Path
 ) -> None:
-    plain = task.mask_of({"image": str(image)})
+    plain = task.mask_of(task.parse({"image": str(image)}))
     results = ResultCache(16)
     cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", results)
-    read = cached.read_ahead({"image": str(image)})
+    read = cached.read_ahead(cached.parse({"image": str(image)}))
     assert read is not None and read.volume.voxels.shape == (20, 18, 16)
-    made = cached.mask_of({"image": str(image)}, read)
+    made = cached.mask_of(cached.parse({"image": str(image)}), read)
     np.testing.assert_array_equal(made.labels, plain.labels)
-    assert cached.is_kept({"image": str(image)})
+    assert cached.is_kept(cached.parse({"image": str(image)}))
     assert made.said["latencies_ms"]["total"] >= made.said["latencies_ms"]["network"] > 0
-    assert cached.read_ahead({"image": str(image)}) is None, "its mask is there"
+    assert cached.read_ahead(cached.parse({"image": str(image)})) is None, "its mask is there"
 
 
 def test_image_that_was_replaced_after_it_was_read_is_not_kept(
@@ -300,25 +304,25 @@ def test_image_that_was_replaced_after_it_was_read_is_not_kept(
 ) -> None:
     results = ResultCache(16)
     cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", results)
-    read = cached.read_ahead({"image": str(image)})
+    read = cached.read_ahead(cached.parse({"image": str(image)}))
     nib.save(nib.Nifti1Image(boxes(seed=5)[0], np.eye(4)), image)
-    cached.mask_of({"image": str(image)}, read)
+    cached.mask_of(cached.parse({"image": str(image)}), read)
     assert len(results) == 0
 
 
 def test_image_is_not_read_ahead_where_memory_is_short(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
     small = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", planner=Planner(budget=1))
-    assert small.read_ahead({"image": str(image)}) is None
+    assert small.read_ahead(small.parse({"image": str(image)})) is None
 
 
 def test_request_names_its_weights_and_its_seconds_once_a_window_was_measured(
     task: UnetrInferTask, image: Path, tmp_path: Path
 ) -> None:
     request = {"image": str(image)}
-    assert task.forecast(request) == Forecast((task.preset.name, task.weights_stamp()))
-    answer = task.mask_of(request).said
-    known = task.forecast(request)
+    assert task.forecast(task.parse(request)) == Forecast((task.preset.name, task.weights_stamp()))
+    answer = task.mask_of(task.parse(request)).said
+    known = task.forecast(task.parse(request))
     assert known.weights == (task.preset.name, task.weights_stamp())
     # the plan in the answer leaves out windows of air
     assert known.seconds is not None and known.seconds >= answer["plan"]["seconds"] - 0.005
-    assert task.forecast({"image": str(tmp_path / "none.nii.gz")}).seconds is None
+    assert task.forecast(task.parse({"image": str(tmp_path / "none.nii.gz")})).seconds is None

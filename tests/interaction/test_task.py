@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def image(folder: Path) -> Path:
     return write_nifti(folder / "scan.nii.gz", boxes()[0], AFFINE)
 
 
-def ask(task: Any, image: Path, **request: Any) -> tuple[np.ndarray, dict[str, Any]]:
-    file, answer = task({"image": str(image), "result_extension": ".nii.gz", **request})
+def ask(task: Any, image: Path, label_file: Path | None = None, **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    request = task.parse({"image": str(image), "result_extension": ".nii.gz", **params})
+    file, answer = task.segment(replace(request, label_file=label_file))
     picture = nib.load(file)
     np.testing.assert_allclose(picture.affine, AFFINE, atol=1e-6)
     return np.asarray(picture.dataobj), answer
@@ -81,13 +83,13 @@ def test_answer_holds_only_what_was_clicked(folder: Path, image: Path) -> None:
 def test_same_clicks_come_from_the_cache_and_others_do_not(folder: Path, image: Path) -> None:
     _, clicks, _ = tasks_of(folder / "none")
     request = {"image": str(image), "core": [[8, 8, 8]]}
-    assert clicks.recall(request) is None and not clicks.is_kept(request)
+    assert clicks.recall(clicks.parse(request)) is None and not clicks.is_kept(clicks.parse(request))
     first, _ = ask(clicks, image, core=[[8, 8, 8]])
-    again = clicks.recall(request | {"result_extension": ".nii"})
+    again = clicks.recall(clicks.parse(request | {"result_extension": ".nii"}))
     assert again is not None and again[1]["cache"]["hit"]
     np.testing.assert_array_equal(nib.load(again[0]).dataobj, first)
-    assert clicks.recall(request | {"core": [[8, 8, 9]]}) is None
-    assert clicks.recall(request | {"background": [[1, 1, 1]]}) is None
+    assert clicks.recall(clicks.parse(request | {"core": [[8, 8, 9]]})) is None
+    assert clicks.recall(clicks.parse(request | {"background": [[1, 1, 1]]})) is None
 
 
 def test_answers_of_other_editor_weights_are_not_taken_from_the_cache(folder: Path, image: Path) -> None:
@@ -100,9 +102,9 @@ def test_answers_of_other_editor_weights_are_not_taken_from_the_cache(folder: Pa
         write_editor(folder / f"{seed}.pt", weights)
         editor = SharedEditor(folder / f"{seed}.pt")
         clicks = ClickTask(automatic, images, cache, device="cpu", editor=editor)
-        kept.append(clicks.is_kept(request))
+        kept.append(clicks.is_kept(clicks.parse(request)))
         clicks(request)
-        assert clicks.is_kept(request)
+        assert clicks.is_kept(clicks.parse(request))
     assert kept == [False, False]
 
 
@@ -122,13 +124,13 @@ def test_mask_starts_from_what_the_viewer_sends(folder: Path, image: Path) -> No
     drawn[2:6, 2:6, 2:6] = 2
     file = write_nifti(folder / "drawn.nii.gz", drawn, AFFINE)
     info = [{"name": "core", "id": 1}, {"name": "Left Box", "id": 2}]
-    mask, answer = ask(clicks, image, label_file=str(file), label_info=info, core=[[15, 15, 13]], all_labels=True)
+    mask, answer = ask(clicks, image, label_file=file, label_info=info, core=[[15, 15, 13]], all_labels=True)
     assert answer["interaction"]["start"] == "label"
     assert (mask[2:6, 2:6, 2:6] == 1).all(), "its values are read by name"
     with pytest.raises(LabelError, match="has shape"):
-        ask(clicks, image, label_file=str(write_nifti(folder / "small.nii.gz", drawn[1:], AFFINE)), core=[[1, 1, 1]])
+        ask(clicks, image, label_file=write_nifti(folder / "small.nii.gz", drawn[1:], AFFINE), core=[[1, 1, 1]])
     with pytest.raises(LabelError, match="has the value 9"):
-        ask(clicks, image, label_file=str(write_nifti(folder / "nine.nii.gz", drawn // 2 * 9, AFFINE)))
+        ask(clicks, image, label_file=write_nifti(folder / "nine.nii.gz", drawn // 2 * 9, AFFINE))
 
 
 def test_scribbles_change_the_chosen_structure_alone(folder: Path, image: Path) -> None:
@@ -138,17 +140,17 @@ def test_scribbles_change_the_chosen_structure_alone(folder: Path, image: Path) 
     file = write_nifti(folder / "drawing.nii.gz", drawing, AFFINE)
     names = ("core", "Left Box", "foreground_scribbles", "background_scribbles")
     info = [{"name": name, "id": number} for number, name in enumerate(names, 1)]
-    request = {"label_file": str(file), "label_info": info, "roi": [], "selected_label_name": "Left Box"}
-    mask, answer = ask(scribbles, image, **request)
+    request = {"label_info": info, "roi": [], "selected_label_name": "Left Box"}
+    mask, answer = ask(scribbles, image, file, **request)
     assert answer["label_names"] == {"Left Box": 1} and set(np.unique(mask)) == {0, 1}
     assert (mask[10:13, 9, 9] == 1).all() and (mask[drawing == 4] == 0).all() and mask[2, 2, 2] == 1
-    boxed, _ = ask(scribbles, image, **request | {"roi": [0, 7, 17, 0, 0, 15]})
+    boxed, _ = ask(scribbles, image, file, **request | {"roi": [0, 7, 17, 0, 0, 15]})
     assert (boxed[8:] == 0).all()
     for wrong in ({"selected_label_name": "foreground_scribbles"}, {"label_info": "x"}, {"selected_label_name": None}):
         with pytest.raises(ParameterError):
-            scribbles.validate_request({"image": str(image)} | request | wrong)
+            scribbles.parse({"image": str(image)} | request | wrong)
     with pytest.raises(LabelError, match="part 'label' is missing"):
-        scribbles({"image": str(image), **request, "label_file": None})
+        scribbles({"image": str(image), **request})
 
 
 def test_corrections_say_where_itk_and_nibabel_read_the_image_differently(folder: Path, image: Path) -> None:
@@ -161,5 +163,5 @@ def test_corrections_say_where_itk_and_nibabel_read_the_image_differently(folder
     request = {"core": [[8, 8, 8]]}
     (warning,) = ask(clicks, folder / "differs.nii.gz", **request)[1]["warnings"]
     assert "nibabel place the image up to 7.5 mm apart" in warning
-    again = clicks.recall({"image": str(folder / "differs.nii.gz"), **request})
+    again = clicks.recall(clicks.parse({"image": str(folder / "differs.nii.gz"), **request}))
     assert again is not None and again[1]["warnings"] == [warning]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from lib.dicom.sources import FolderSource
 from lib.errors import InputError, LabelError, ParameterError
 from lib.server.http.auth import User
 from lib.server.http.uploads import temporary_folder
-from lib.server.labels.submissions import submit_label
-from lib.server.services import Services
-from lib.server.work.presented_labels import origin_of
+from lib.server.labels.submissions import Submissions
+from lib.server.presented.cases import PresentedCases
+from lib.server.presented.labels import origin_of
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.server")
@@ -30,53 +32,97 @@ SOURCE = "dicom"
 """How a label came that was a DICOM SEG."""
 
 
-def series_store(parts: Services) -> SeriesDatastore:
-    """The datastore, which has DICOM series.
-
-    Raises:
-        ParameterError: when it has none.
-    """
-    if not isinstance(parts.datastore, SeriesDatastore):
-        raise ParameterError("studies", parts.instance.studies, "a folder or a DICOMweb server")
-    return parts.datastore
-
-
-def mask_as_segmentation(
-    parts: Services,
-    image_id: str,
-    mask: Path,
-    preset: Preset,
-    origin: Origin,
-    number: int = 1,
-    as_presented: bool = False,
-) -> Dataset:
-    """A mask file of a series, or of an image that is presented as one, as a DICOM SEG.
+@dataclass(frozen=True)
+class Segmentations:
+    """Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs.
 
     Args:
-        parts: the server's parts.
-        image_id: of the mask.
-        mask: the file.
-        preset: of its labels.
-        origin: how it was made.
-        number: counts the segmentations of the series.
-        as_presented: refer to the regular series, where there is one beside the image's own.
-
-    Raises:
-        ParameterError: when the image is no DICOM series.
-        ImageError, LabelError: when the series or the mask does not allow it.
+        series: the datastore, which has the DICOM series.
+        presented: files as series.
+        presets: those that are served, by name.
+        submissions: takes labels in.
     """
-    store = series_store(parts)
-    if parts.presented.attributes(image_id) or (as_presented and parts.presented.regular.has(image_id)):
-        labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
-        return parts.presented.as_segmentation(image_id, labels, preset, origin)
-    if not store.is_series(image_id):
-        raise ParameterError("image", image_id, "a DICOM series, since a DICOM SEG refers to one")
-    with temporary_folder() as folder:
-        series = store.read_series(image_id, folder)
-        labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
-        if series.even and parts.presented.regular.has(image_id):
-            return parts.presented.as_segmentation(image_id, labels, preset, origin)
-        return write_segmentation(labels, series, preset, origin, number)
+
+    series: SeriesDatastore
+    presented: PresentedCases
+    presets: Mapping[str, Preset]
+    submissions: Submissions
+
+    def of_mask(
+        self,
+        image_id: str,
+        mask: Path,
+        preset: Preset,
+        origin: Origin,
+        number: int = 1,
+        as_presented: bool = False,
+    ) -> Dataset:
+        """A mask file of a series, or of an image that is presented as one, as a DICOM SEG.
+
+        Args:
+            image_id: of the mask.
+            mask: the file.
+            preset: of its labels.
+            origin: how it was made.
+            number: counts the segmentations of the series.
+            as_presented: refer to the regular series, where there is one beside the image's own.
+
+        Raises:
+            ParameterError: when the image is no DICOM series.
+            ImageError, LabelError: when the series or the mask does not allow it.
+        """
+        if self.presented.attributes(image_id) or (as_presented and self.presented.regular.has(image_id)):
+            labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+            return self.presented.as_segmentation(image_id, labels, preset, origin)
+        if not self.series.is_series(image_id):
+            raise ParameterError("image", image_id, "a DICOM series, since a DICOM SEG refers to one")
+        with temporary_folder() as folder:
+            series = self.series.read_series(image_id, folder)
+            labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+            if series.even and self.presented.regular.has(image_id):
+                return self.presented.as_segmentation(image_id, labels, preset, origin)
+            return write_segmentation(labels, series, preset, origin, number)
+
+    def submit(self, user: User, seg: Dataset) -> None:
+        """Take a SEG as the final label of its series, and keep it where viewers find it.
+
+        Raises:
+            LabelError: when it is of no image here, or is no label of it.
+            StorageError: when the disk does not take it.
+            UpstreamError: when the PACS does not answer.
+        """
+        case = self.presented.case_of(referenced_series(seg))
+        if case is not None:
+            with temporary_folder() as folder:
+                file, volume = self.presented.mask_of(seg, case, folder)
+                version = self.submissions.submit(case, file, FINAL, {"label_info": label_info(volume)}, user, SOURCE)
+                self.show(version, of_regular=True)
+            return
+        with temporary_folder() as folder:
+            uid, file, info = unpack_segmentation(self.series, seg, folder)
+            self.submissions.submit(uid, file, FINAL, {"label_info": info}, user, SOURCE)
+        self.series.source.keep_segmentation(seg, uid)
+
+    def show(self, version: LabelVersion, of_regular: bool = False) -> None:
+        """Put a final label of a series beside it as a DICOM SEG, where it did not come as one.
+
+        It is a SEG of the series' own slices, which any program can read; uneven ones have none.
+
+        Args:
+            version: the label.
+            of_regular: it came as a SEG, but of the regular series.
+
+        Raises:
+            InputError, UpstreamError: when it cannot be done; the label itself is safe.
+        """
+        came_as_one = version.source == SOURCE and not version.restored_from and not of_regular
+        if version.tag != FINAL or came_as_one or not self.series.is_series(version.image_id):
+            return
+        number = len(self.series.history.versions(version.image_id))
+        preset = self.presets[version.preset]
+        seg = self.of_mask(version.image_id, version.file, preset, origin_of(version), number)
+        if referenced_series(seg) == version.image_id:
+            self.series.source.keep_segmentation(seg, version.image_id)
 
 
 def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
@@ -162,49 +208,3 @@ def label_info(volume: SegmentedVolume) -> list[dict[str, Any]]:
     return background + [
         {"name": name or f"segment {number}", "idx": number} for number, name in sorted(volume.names.items())
     ]
-
-
-def store_segmentation(parts: Services, user: User, seg: Dataset) -> None:
-    """Take a SEG as the final label of its series, and keep it where viewers find it.
-
-    Raises:
-        LabelError: when it is of no image here, or is no label of it.
-        StorageError: when the disk does not take it.
-        UpstreamError: when the PACS does not answer.
-    """
-    store = series_store(parts)
-    case = parts.presented.case_of(referenced_series(seg))
-    if case is not None:
-        with temporary_folder() as folder:
-            file, volume = parts.presented.mask_of(seg, case, folder)
-            version = submit_label(parts, case, file, FINAL, {"label_info": label_info(volume)}, user, SOURCE)
-            show_as_segmentation(parts, version, of_regular=True)
-        return
-    with temporary_folder() as folder:
-        uid, file, info = unpack_segmentation(store, seg, folder)
-        submit_label(parts, uid, file, FINAL, {"label_info": info}, user, SOURCE)
-    store.source.keep_segmentation(seg, uid)
-
-
-def show_as_segmentation(parts: Services, version: LabelVersion, of_regular: bool = False) -> None:
-    """Put a final label of a series beside it as a DICOM SEG, where it did not come as one; for ``label_hooks``.
-
-    It is a SEG of the series' own slices, which any program can read; uneven ones have none.
-
-    Args:
-        parts: the server's parts.
-        version: the label.
-        of_regular: it came as a SEG, but of the regular series.
-
-    Raises:
-        InputError, UpstreamError: when it cannot be done; the label itself is safe.
-    """
-    store = series_store(parts)
-    came_as_one = version.source == SOURCE and not version.restored_from and not of_regular
-    if version.tag != FINAL or came_as_one or not store.is_series(version.image_id):
-        return
-    number = len(store.history.versions(version.image_id))
-    preset = parts.presets[version.preset]
-    seg = mask_as_segmentation(parts, version.image_id, version.file, preset, origin_of(version), number)
-    if referenced_series(seg) == version.image_id:
-        store.source.keep_segmentation(seg, version.image_id)

@@ -6,7 +6,8 @@ What is wrong is refused with a sentence and kept in quarantine; the last good l
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from lib.datastore.label_files.label_file import as_label_error, read_segments
 from lib.datastore.label_names import is_no_label, parse_label_info
 from lib.datastore.predictions import Prediction
 from lib.datastore.records import FINAL, INFERENCE, ORIGINAL, LabelVersion, Submission
-from lib.datastore.store import submission_of
+from lib.datastore.store import VersionedDatastore, submission_of
 from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
+from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_tag
 from lib.server.http.uploads import check_header, temporary_folder
-from lib.server.services import Services
 from lib.transforms.volume import read_grid
 
 logger = logging.getLogger("unetr.server")
@@ -31,64 +32,155 @@ logger = logging.getLogger("unetr.server")
 LONGEST_TOLD = 500
 
 
-def submit_label(
-    parts: Services, image_id: str, file: Path, tag: str, info: Mapping[str, Any], user: User, source: str
-) -> LabelVersion:
-    """Check a label and keep it as the newest version of its image's.
+@dataclass(frozen=True)
+class Submissions:
+    """Takes labels in.
 
     Args:
-        parts: the server's parts.
-        image_id: an image that there is.
-        file: the mask as it came, which is left as it is.
-        tag: a checked tag.
-        info: what came with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``, more.
-        user: who sent it.
-        source: the way by which it came: ``rest``, ``dicom``; ``inference`` where a model made it elsewhere.
-
-    Raises:
-        LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine then.
-        ConflictError: when a model made it, and a person drew the label that there is.
-        FileKindError: when its file is of a format that is not read here; it is in quarantine then.
-        TooLargeError: when it unpacks to more than the limit; it is not kept.
-        StorageError: when the disk does not take it; then nothing has changed.
+        store: keeps them, with all their versions.
+        presets: those that are served, by name.
+        image_file: gives the file or folder of an image's id.
+        metrics: where labels are counted.
+        unpacked_limit_mib: most MiB of a mask once it is unpacked.
+        hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
     """
-    client = user.client(info.get("client_id"))
-    prediction = parts.store.predictions.find(client, image_id)
-    with temporary_folder() as folder:
+
+    store: VersionedDatastore
+    presets: Mapping[str, Preset]
+    image_file: Callable[[str], Path]
+    metrics: Metrics
+    unpacked_limit_mib: int
+    hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
+
+    def submit(
+        self, image_id: str, file: Path, tag: str, info: Mapping[str, Any], user: User, source: str
+    ) -> LabelVersion:
+        """Check a label and keep it as the newest version of its image's.
+
+        Args:
+            image_id: an image that there is.
+            file: the mask as it came, which is left as it is.
+            tag: a checked tag.
+            info: what came with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``, more.
+            user: who sent it.
+            source: the way by which it came: ``rest``, ``dicom``; ``inference`` where a model made it elsewhere.
+
+        Raises:
+            LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine.
+            ConflictError: when a model made it, and a person drew the label that there is.
+            FileKindError: when its file is of a format that is not read here; it is in quarantine then.
+            TooLargeError: when it unpacks to more than the limit; it is not kept.
+            StorageError: when the disk does not take it; then nothing has changed.
+        """
+        client = user.client(info.get("client_id"))
+        prediction = self.store.predictions.find(client, image_id)
+        with temporary_folder() as folder:
+            try:
+                preset = choose_preset(self.presets, info, prediction, names_in(file))
+                checked = self._check(image_id, file, preset, info, folder)
+            except InputError as error:
+                self._quarantine(file, str(error), image_id, tag, info, user, source)
+                raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
+            made = source == INFERENCE
+            corrected = prediction is not None and not made and prediction.preset == preset.name
+            started_from = prediction if corrected else None
+            told: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
+            model_version, engine = (str(told.get(key) or "")[:LONGEST_TOLD] for key in ("model_version", "engine"))
+            changed = self._voxels_changed(started_from, checked, folder)
+            effort = self.store.effort.find(image_id, client)
+            submission = Submission(
+                image_id=image_id,
+                tag=tag,
+                user=user.name,
+                client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
+                preset=preset.name,
+                model_version=model_version,
+                engine=engine,
+                label_map=checked.mapped.label_map,
+                # what a model does not find is not there, by what it says
+                missing_labels=() if made else checked.mapped.missing,
+                voxels_changed=changed,
+                prompts_used=_prompts_used(info, effort),
+                seconds_spent=effort.seconds,
+                source=source,
+                notes=checked.notes,
+                info=info,
+            )
+            version = self.store.save_version(checked.file, submission, None if checked.file == file else file)
+        self.store.effort.finish(image_id, client)
+        self._saved(version)
+        return version
+
+    def keep_prediction(
+        self, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str
+    ) -> LabelVersion:
+        """Keep a mask of the server's own making, which needs no checking.
+
+        Raises:
+            ConflictError: when a person drew the label that there is.
+            StorageError: when the disk does not take it.
+        """
+        submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})
+        with temporary_folder() as folder:
+            version = self.store.save_version(as_kept(mask, folder) if tag == FINAL else mask, submission)
+        self._saved(version)
+        return version
+
+    def restore(self, version_id: str, user: User, client_id: str) -> LabelVersion:
+        """Make an older version the newest one.
+
+        Raises:
+            NotFoundError: when there is none of that id.
+            StorageError: when it cannot be restored.
+        """
+        version = self.store.restore_version(version_id, user.name, client_id)
+        logger.info("version %s of %s restored by %s", version_id, version.image_id, user.name)
+        self._saved(version)
+        return version
+
+    def _check(self, image_id: str, file: Path, preset: Preset, info: Mapping[str, Any], folder: Path) -> CheckedLabel:
         try:
-            preset = choose_preset(parts.presets, info, prediction, names_in(file))
-            checked = _check(parts, image_id, file, preset, info, folder)
-        except InputError as error:
-            _quarantine(parts, file, str(error), image_id, tag, info, user, source)
-            raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
-        made = source == INFERENCE
-        started_from = prediction if not made and prediction is not None and prediction.preset == preset.name else None
-        told: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
-        model_version, engine = (str(told.get(key) or "")[:LONGEST_TOLD] for key in ("model_version", "engine"))
-        changed = _voxels_changed(parts, started_from, checked, folder)
-        effort = parts.store.effort.find(image_id, client)
-        submission = Submission(
-            image_id=image_id,
-            tag=tag,
-            user=user.name,
-            client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
-            preset=preset.name,
-            model_version=model_version,
-            engine=engine,
-            label_map=checked.mapped.label_map,
-            # what a model does not find is not there, by what it says
-            missing_labels=() if made else checked.mapped.missing,
-            voxels_changed=changed,
-            prompts_used=_prompts_used(info, effort),
-            seconds_spent=effort.seconds,
-            source=source,
-            notes=checked.notes,
-            info=info,
-        )
-        version = parts.store.save_version(checked.file, submission, None if checked.file == file else file)
-    parts.store.effort.finish(image_id, client)
-    _saved(parts, version)
-    return version
+            check_header(file, self.unpacked_limit_mib)
+        except ImageError as error:
+            raise as_label_error(error) from error
+        image = self.image_file(image_id)
+        try:
+            grid = read_grid(image)
+        except ImageError as error:
+            raise LabelError(f"the label cannot be held against its image: {error}") from error
+        return check_label(file, grid, preset, info, folder)
+
+    def _voxels_changed(self, prediction: Prediction | None, checked: CheckedLabel, folder: Path) -> int | None:
+        if prediction is None:
+            return None
+        return self.store.predictions.voxels_changed(prediction, checked.voxels, folder)
+
+    def _saved(self, version: LabelVersion) -> None:
+        """What follows from a new version: its case is free again, and whoever asked to hear of it does."""
+        if version.tag == FINAL:
+            self.store.leases.release(version.image_id)
+        self.metrics.count_label(version.tag)
+        self._tell(version)
+
+    def _quarantine(
+        self, file: Path, reason: str, image_id: str, tag: str, info: Mapping[str, Any], user: User, source: str
+    ) -> None:
+        told = {"image_id": image_id, "tag": tag, "user": user.name, "source": source}
+        told |= {key: str(info[key])[:LONGEST_TOLD] for key in ("client_id", "model", "label_info") if key in info}
+        try:
+            kept = self.store.history.quarantine.keep(file, reason, told)
+            logger.warning("label of %s from %s is in quarantine as %s: %s", image_id, user.name, kept.name, reason)
+        except OSError as error:
+            logger.error("label of %s from %s was refused and could not be kept: %s", image_id, user.name, error)
+        self.metrics.count_refused_label()
+
+    def _tell(self, version: LabelVersion) -> None:
+        """Call the hooks; what goes wrong there does not undo the save."""
+        for hook in self.hooks:
+            try:
+                hook(version)
+            except Exception:
+                logger.exception("after the save of %s, %r failed", version.version_id, hook)
 
 
 def tag_for_prediction(user: User, params: Mapping[str, Any]) -> str:
@@ -107,35 +199,6 @@ def tag_for_prediction(user: User, params: Mapping[str, Any]) -> str:
             "valid: the role reviewer, or another label_tag, such as original"
         )
     return tag
-
-
-def keep_prediction(
-    parts: Services, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str
-) -> LabelVersion:
-    """Keep a mask of the server's own making, which needs no checking.
-
-    Raises:
-        ConflictError: when a person drew the label that there is.
-        StorageError: when the disk does not take it.
-    """
-    submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})
-    with temporary_folder() as folder:
-        version = parts.store.save_version(as_kept(mask, folder) if tag == FINAL else mask, submission)
-    _saved(parts, version)
-    return version
-
-
-def restore_label(parts: Services, version_id: str, user: User, client_id: str) -> LabelVersion:
-    """Make an older version the newest one.
-
-    Raises:
-        NotFoundError: when there is none of that id.
-        StorageError: when it cannot be restored.
-    """
-    version = parts.store.restore_version(version_id, user.name, client_id)
-    logger.info("version %s of %s restored by %s", version_id, version.image_id, user.name)
-    _saved(parts, version)
-    return version
 
 
 def names_in(file: Path) -> list[str]:
@@ -183,49 +246,7 @@ def choose_preset(
     raise LabelError(f"nothing says which of the tasks {', '.join(presets)} this label is for; send model: its name")
 
 
-def _check(
-    parts: Services, image_id: str, file: Path, preset: Preset, info: Mapping[str, Any], folder: Path
-) -> CheckedLabel:
-    try:
-        check_header(file, parts.settings.unpacked_limit_mib)
-    except ImageError as error:
-        raise as_label_error(error) from error
-    image = parts.image_file(image_id)
-    try:
-        grid = read_grid(image)
-    except ImageError as error:
-        raise LabelError(f"the label cannot be held against its image: {error}") from error
-    return check_label(file, grid, preset, info, folder)
-
-
 def _prompts_used(info: Mapping[str, Any], effort: Effort) -> int:
     """As the client counts them itself, or else the server."""
     told = info.get("prompts_used")
     return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else effort.prompts
-
-
-def _voxels_changed(parts: Services, prediction: Prediction | None, checked: CheckedLabel, folder: Path) -> int | None:
-    if prediction is None:
-        return None
-    return parts.store.predictions.voxels_changed(prediction, checked.voxels, folder)
-
-
-def _saved(parts: Services, version: LabelVersion) -> None:
-    """What follows from a new version: its case is free again, and whoever asked to hear of it does."""
-    if version.tag == FINAL:
-        parts.store.leases.release(version.image_id)
-    parts.metrics.count_label(version.tag)
-    parts.on_label_saved(version)
-
-
-def _quarantine(
-    parts: Services, file: Path, reason: str, image_id: str, tag: str, info: Mapping[str, Any], user: User, source: str
-) -> None:
-    told = {"image_id": image_id, "tag": tag, "user": user.name, "source": source}
-    told |= {key: str(info[key])[:LONGEST_TOLD] for key in ("client_id", "model", "label_info") if key in info}
-    try:
-        kept = parts.store.history.quarantine.keep(file, reason, told)
-        logger.warning("label of %s from %s is in quarantine as %s: %s", image_id, user.name, kept.name, reason)
-    except OSError as error:
-        logger.error("label of %s from %s was refused and could not be kept: %s", image_id, user.name, error)
-    parts.metrics.count_refused_label()

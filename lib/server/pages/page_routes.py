@@ -3,52 +3,119 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from lib.activelearning.pool_knowledge import PoolKnowledge
+from lib.datastore.store import VersionedDatastore
 from lib.errors import NotFoundError
-from lib.server.dependencies import ChangesDep
+from lib.server.dependencies import (
+    ChangesDep,
+    InferencesDep,
+    JobsDep,
+    MetricsDep,
+    NextCaseDep,
+    PresentedDep,
+    SettingsDep,
+    StoreDep,
+    StudiesDep,
+    TrainTasksDep,
+)
 from lib.server.http.auth import User
+from lib.server.http.metrics import Metrics
 from lib.server.pages.drawing import draw, environment
 from lib.server.pages.job_view import job_view
 from lib.server.pages.models_view import models_view
 from lib.server.pages.pool_view import activity_view, next_view, pool_view
 from lib.server.pages.sign_in import PageUser
 from lib.server.pages.system_view import system_view
+from lib.server.presented.cases import PresentedCases
 from lib.server.routes.runs import Policy
-from lib.server.services import Parts, Services
+from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Jobs
+from lib.server.work.next_case import NextCase
+from lib.server.work.queue import InferenceQueue
 from lib.server.work.retraining import Retrainer
+from lib.trainers.task import UnetrTrainTask
 
 router = APIRouter(include_in_schema=False)
 
-VIEWS: dict[str, Callable[[Services, User, Retrainer], Any]] = {
-    "pool": lambda parts, user, _policy: pool_view(parts, user),
-    "next": lambda parts, _user, _policy: next_view(parts),
-    "job": lambda parts, _user, policy: job_view(parts.jobs, parts.train_tasks, policy.words(), policy.notices()),
-    "models": lambda parts, _user, _policy: models_view(parts.train_tasks),
-    "activity": lambda parts, user, _policy: activity_view(parts, user),
-    "system": lambda parts, _user, _policy: system_view(str(parts.instance.studies), parts.metrics, parts.inferences),
+
+@dataclass(frozen=True)
+class Overview:
+    """The parts of the page, each made anew from what it shows."""
+
+    store: VersionedDatastore
+    studies: str
+    strategy: str
+    cases: NextCase
+    presented: PresentedCases
+    trainers: TasksByName[UnetrTrainTask]
+    jobs: Jobs
+    policy: Retrainer
+    metrics: Metrics
+    inferences: InferenceQueue
+
+    def part(self, section: str, user: User) -> Any:
+        """What a part of the page shows a user.
+
+        Raises:
+            NotFoundError: when there is no such part.
+        """
+        if section not in SECTIONS:
+            raise NotFoundError("part of the page", section[:200], list(SECTIONS))
+        return SECTIONS[section](self, user)
+
+
+SECTIONS: Mapping[str, Callable[[Overview, User], Any]] = {
+    "pool": lambda page, user: pool_view(page.store, page.cases.inspector, user),
+    "next": lambda page, _user: next_view(page.cases, page.strategy, page.presented, page.trainers),
+    "job": lambda page, _user: job_view(page.jobs, page.trainers, page.policy.words(), page.policy.notices()),
+    "models": lambda page, _user: models_view(page.trainers),
+    "activity": lambda page, user: activity_view(page.store, user),
+    "system": lambda page, _user: system_view(page.studies, page.metrics, page.inferences),
 }
 
 
-def prepare(parts: Services) -> None:
+async def get_overview(
+    store: StoreDep,
+    studies: StudiesDep,
+    settings: SettingsDep,
+    cases: NextCaseDep,
+    presented: PresentedDep,
+    trainers: TrainTasksDep,
+    jobs: JobsDep,
+    policy: Policy,
+    metrics: MetricsDep,
+    inferences: InferencesDep,
+) -> Overview:
+    """The page's parts, as a FastAPI dependency."""
+    strategy = settings.strategy
+    return Overview(store, studies, strategy, cases, presented, trainers, jobs, policy, metrics, inferences)
+
+
+OverviewDep = Annotated[Overview, Depends(get_overview)]
+
+
+def prepare(pool_knowledge: Mapping[str, PoolKnowledge]) -> None:
     """Load what the first visit would wait for: the templates, and what the models made of the cases.
 
     The studies are not asked: a PACS that is down must not keep the server from starting.
     """
     environment()
-    for knowledge in parts.instance.knowledge_by_preset.values():
+    for knowledge in pool_knowledge.values():
         knowledge.score_records()
 
 
 @router.get("/")
-def overview(request: Request, parts: Parts, policy: Policy, user: PageUser) -> HTMLResponse:
+def overview(request: Request, page: OverviewDep, user: PageUser) -> HTMLResponse:
     """The page as it is now."""
-    return draw(request, "overview.html", user, **{name: view(parts, user, policy) for name, view in VIEWS.items()})
+    return draw(request, "overview.html", user, **{name: page.part(name, user) for name in SECTIONS})
 
 
 @router.get("/page/events", response_class=EventSourceResponse)
@@ -60,8 +127,7 @@ async def events(changes: ChangesDep, user: PageUser) -> AsyncIterator[ServerSen
 
 
 @router.get("/page/{section}")
-def part(request: Request, parts: Parts, policy: Policy, user: PageUser, section: str) -> HTMLResponse:
+def part(request: Request, page: OverviewDep, user: PageUser, section: str) -> HTMLResponse:
     """One part of the page."""
-    if section not in VIEWS:
-        raise NotFoundError("part of the page", section[:200], list(VIEWS))
-    return draw(request, f"{section}.html", user, **{section: VIEWS[section](parts, user, policy)})
+    shown = page.part(section, user)
+    return draw(request, f"{section}.html", user, **{section: shown})

@@ -12,15 +12,19 @@ from urllib.parse import quote
 from lib.datastore.images.checks import ImageCheck
 from lib.datastore.images.folder import FolderProblem
 from lib.datastore.label_files.found_labels import Problem
-from lib.datastore.open_cases import OpenCases
 from lib.datastore.quarantine import Quarantined
 from lib.datastore.records import LabelVersion
+from lib.datastore.store import VersionedDatastore
 from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
 from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
 from lib.server.pages.titles import Title, titles_of
-from lib.server.routes.health import left_out_warnings, source_problems, store_problems
-from lib.server.services import Services
+from lib.server.presented.cases import PresentedCases
+from lib.server.tasks import TasksByName
+from lib.server.work.image_checks import ImageInspector
+from lib.server.work.next_case import NextCase
+from lib.server.work.problems import left_out_warnings, source_problems, store_problems
+from lib.trainers.task import UnetrTrainTask
 
 logger = logging.getLogger("unetr.server")
 
@@ -71,7 +75,7 @@ class PoolView:
 
 
 @dataclass(frozen=True)
-class NextCase:
+class NextRow:
     """A case that will be handed out soon. ``stamp`` changes with the model, so that its picture is drawn anew."""
 
     id: str
@@ -86,7 +90,7 @@ class NextView:
     """The next cases, as the default strategy would choose them now."""
 
     strategy: str
-    cases: tuple[NextCase, ...]
+    cases: tuple[NextRow, ...]
 
 
 @dataclass(frozen=True)
@@ -116,18 +120,18 @@ class ActivityView:
     titles: Mapping[str, Title]
 
 
-def pool_view(parts: Services, user: User) -> PoolView:
+def pool_view(store: VersionedDatastore, inspector: ImageInspector, user: User) -> PoolView:
     """Count the cases, and name what is no case or left out."""
-    outside = (f"{sentence}." for sentence in left_out_warnings(parts.store))
-    problem = " ".join([*source_problems(parts.store), *store_problems(parts.store), *outside])
+    outside = (f"{sentence}." for sentence in left_out_warnings(store))
+    problem = " ".join([*source_problems(store), *store_problems(store), *outside])
     try:
-        images = set(parts.datastore.list_images())
-        unlabelled = set(parts.datastore.get_unlabeled_images())
+        images = set(store.list_images())
+        unlabelled = set(store.get_unlabeled_images())
     except UpstreamError as error:  # the rest of the page does not need the PACS
         images, unlabelled, problem = set(), set(), str(error)
-    leased = parts.store.leases.active().keys() & unlabelled
-    skipped = (parts.store.leases.skipped().keys() & unlabelled) - leased
-    checks = parts.image_inspector.broken() if images else {}
+    leased = store.leases.active().keys() & unlabelled
+    skipped = (store.leases.skipped().keys() & unlabelled) - leased
+    checks = inspector.broken() if images else {}
     unusable = (checks.keys() & unlabelled) - leased - skipped
     return PoolView(
         total=len(images),
@@ -136,40 +140,38 @@ def pool_view(parts: Services, user: User) -> PoolView:
         open=len(unlabelled) - len(leased) - len(skipped) - len(unusable),
         skipped=len(skipped),
         broken=len(unusable),
-        quarantined=parts.store.history.quarantine.count(),
+        quarantined=store.history.quarantine.count(),
         problem=problem,
-        label_problems=tuple(parts.store.label_problems()[:MOST_SHOWN]),
+        label_problems=tuple(store.label_problems()[:MOST_SHOWN]),
         left_out=tuple(checks[image] for image in sorted(unusable))[:MOST_SHOWN],
-        odd=tuple(parts.image_inspector.warned() if images else ())[:MOST_SHOWN],
-        files=parts.store.problems[:MOST_SHOWN],
+        odd=tuple(inspector.warned() if images else ())[:MOST_SHOWN],
+        files=store.problems[:MOST_SHOWN],
         may_check=user.role >= Role.ANNOTATOR,
     )
 
 
-def next_view(parts: Services) -> NextView:
+def next_view(
+    cases: NextCase, strategy: str, presented: PresentedCases, trainers: TasksByName[UnetrTrainTask]
+) -> NextView:
     """Ask the default strategy, without handing anything out."""
-    name = parts.settings.strategy
-    leases = parts.store.leases
     try:
-        left_out = parts.image_inspector.left_out(next(iter(parts.presets)))
-        closed = leases.active().keys() | leases.skipped().keys() | left_out.keys()
-        chosen = parts.instance.strategies[name]({"strategy": name}, OpenCases(parts.datastore, closed))
+        chosen = cases.preview(strategy)
     except UnetrError as error:
         logger.info("the page cannot say what comes next: %s", error)
         chosen = None
     if not chosen:
-        return NextView(name, ())
-    stamp = _stamp(parts, chosen["model"])
+        return NextView(strategy, ())
+    stamp = _stamp(trainers, chosen["model"])
     images, reasons = [chosen["id"], *chosen["next"]], [chosen["reason"], *chosen["next_reasons"]]
     pairs = list(zip(images, reasons, strict=True))[:MOST_NEXT]
-    titles = titles_of(parts.datastore, images)
-    cases = (NextCase(image, titles[image], reason, stamp, ohif_path(parts, image)) for image, reason in pairs)
-    return NextView(name, tuple(cases))
+    titles, store = titles_of(cases.store, images), cases.store
+    rows = (NextRow(image, titles[image], reason, stamp, ohif_path(store, presented, image)) for image, reason in pairs)
+    return NextView(strategy, tuple(rows))
 
 
-def activity_view(parts: Services, user: User) -> ActivityView:
+def activity_view(store: VersionedDatastore, user: User) -> ActivityView:
     """What happened lately; refused labels are for reviewers."""
-    history, leases = parts.store.history, parts.store.leases
+    history, leases = store.history, store.leases
     own = user.client("")
     held = sorted(leases.active().values(), key=lambda lease: -lease.since)[:MOST_SHOWN]
     labels = tuple(reversed(history.since(max(0, history.index.last_sequence() - MOST_SHOWN))))
@@ -189,14 +191,14 @@ def activity_view(parts: Services, user: User) -> ActivityView:
         skips=skips,
         quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
         effort=effort_view(history.since(max(0, history.index.last_sequence() - MOST_LABELS))),
-        titles=titles_of(parts.datastore, named),
+        titles=titles_of(store, named),
     )
 
 
-def ohif_path(parts: Services, image: str) -> str | None:
+def ohif_path(store: VersionedDatastore, presented: PresentedCases, image: str) -> str | None:
     """Where OHIF shows an image; None for one that is no DICOM."""
-    known = (parts.datastore.get_image_info(image) or {}) | parts.presented.attributes(image)
-    study, regular = known.get("StudyInstanceUID"), parts.presented.regular.uid(image)
+    known = (store.get_image_info(image) or {}) | presented.attributes(image)
+    study, regular = known.get("StudyInstanceUID"), presented.regular.uid(image)
     named = f"&SeriesInstanceUIDs={quote(regular)}" if regular else ""
     return f"/ohif/monai-label?StudyInstanceUIDs={quote(str(study))}{named}" if study else None
 
@@ -206,5 +208,5 @@ def clock(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
-def _stamp(parts: Services, model: str) -> str:
-    return parts.train_task(model).serving()[0] if model in parts.instance.trainers else ""
+def _stamp(trainers: TasksByName[UnetrTrainTask], model: str) -> str:
+    return trainers[model].serving()[0] if model in trainers else ""

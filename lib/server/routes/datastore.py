@@ -30,16 +30,18 @@ from lib.server.dependencies import (
     ImageChecksDep,
     ImageFileDep,
     ImageInspectorDep,
+    LeasesDep,
+    PresentedDep,
     PresetsDep,
     SettingsDep,
     StoreDep,
+    SubmissionsDep,
 )
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
-from lib.server.labels.submissions import submit_label, tag_for_prediction
-from lib.server.services import Parts, Services
+from lib.server.labels.submissions import tag_for_prediction
 from lib.server.work.image_checks import inspect_for_any
 from lib.server.work.modality import modality_of, models_for
 from lib.transforms.channels import ChannelSources
@@ -53,6 +55,19 @@ STORED_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 # Two uploads of one id at the same time: the second must see the first.
 ADDING = threading.Lock()
 CHECKSUMS = ("SHA256", "SHA512", "MD5")
+TOLD_OF_LABELS = (
+    "tag",
+    "label_map",
+    "missing_labels",
+    "voxels_changed",
+    "prompts_used",
+    "seconds_spent",
+    "model_version",
+    "sha256",
+    "notes",
+    "saved_at",
+)
+"""What the answer to a submission tells of the version that was kept."""
 
 
 class Listing(str, Enum):
@@ -169,7 +184,11 @@ def put_image_info(
 
 @router.put("/label", summary="Submit a label")
 async def save_label(
-    parts: Parts,
+    submissions: SubmissionsDep,
+    presented: PresentedDep,
+    check_image: CheckImageDep,
+    leases: LeasesDep,
+    limiter: ImageChecksDep,
     user: AsAnnotator,
     image: str,
     label: Annotated[UploadFile, File()],
@@ -180,10 +199,25 @@ async def save_label(
 
     The answer says what was kept: its version, what its values mean, which labels it does not speak of.
     """
-    info = parse_object(params)
-    return await anyio.to_thread.run_sync(
-        lambda: store_label(parts, user, image, label, check_tag(tag), info), limiter=parts.checks
-    )
+    info, tag = parse_object(params), check_tag(tag)
+    made = info.get("source") == INFERENCE
+    if made:  # by a model, elsewhere: as if the server had made it
+        tag = tag_for_prediction(user, {"label_tag": tag or FINAL})
+
+    def keep() -> dict[str, Any]:
+        case, image_id = presented.case_of(image), check_image(image)
+        leases.renew(user.client(info.get("client_id")))
+        with temporary_folder() as folder:
+            file = receive(label, folder, "label.nii.gz")
+            if case is not None:
+                check_header(file, submissions.unpacked_limit_mib)
+                file = presented.submitted_on_file(case, file, folder)
+            version = submissions.submit(image_id, file, tag, info, user, INFERENCE if made else "rest")
+        described = version.describe()
+        told = {name: described[name] for name in TOLD_OF_LABELS}
+        return {"image": image_id, "label": image_id, "version": version.version_id} | told
+
+    return await anyio.to_thread.run_sync(keep, limiter=limiter)
 
 
 @router.delete("/label", summary="Remove a label")
@@ -347,46 +381,6 @@ def channels_sent(folder: Path, presets: Sequence[Preset]) -> ChannelSources:
         except ImageError as error:
             problems.append(error)
     raise problems[0]
-
-
-def store_label(
-    parts: Services, user: User, image_id: str, upload: UploadFile, tag: str, info: dict[str, Any]
-) -> dict[str, Any]:
-    """Keep an uploaded label.
-
-    Raises:
-        NotFoundError: when there is no such image.
-        ForbiddenError: for a model's mask as ``final``, without a reviewer's right.
-        ConflictError: for a model's mask in the place of a label that a person drew.
-        LabelError, TooLargeError, StorageError: as :func:`submit_label`.
-    """
-    made = info.get("source") == INFERENCE
-    if made:  # by a model, elsewhere: as if the server had made it
-        tag = tag_for_prediction(user, {"label_tag": tag or FINAL})
-    presented = parts.presented.case_of(image_id)
-    image_id = parts.check_image(image_id)
-    parts.store.leases.renew(user.client(info.get("client_id")))
-    with temporary_folder() as folder:
-        file = receive(upload, folder, "label.nii.gz")
-        if presented is not None:
-            check_header(file, parts.settings.unpacked_limit_mib)
-            file = parts.presented.submitted_on_file(presented, file, folder)
-        version = submit_label(parts, image_id, file, tag, info, user, source=INFERENCE if made else "rest")
-    told = version.describe()
-    answer: dict[str, Any] = parts.instance.on_save_label(image_id, image_id) or {}
-    kept = (
-        "tag",
-        "label_map",
-        "missing_labels",
-        "voxels_changed",
-        "prompts_used",
-        "seconds_spent",
-        "model_version",
-        "sha256",
-        "notes",
-        "saved_at",
-    )
-    return answer | {"image": image_id, "label": image_id, "version": version.version_id} | {k: told[k] for k in kept}
 
 
 def add_label_info(datastore: Datastore, user: User, label: str, tag: str, info: str) -> None:

@@ -37,15 +37,15 @@ from lib.dicom.retrieve import (
     whole_file,
 )
 from lib.dicom.segmentation_reader import is_segmentation
-from lib.dicom.sources import FolderSource
+from lib.dicom.sources import FolderSource, SeriesSource
 from lib.dicom.store import OTHER_STUDY, REFUSED, Outcome, PartWriter, answer, read_part
 from lib.errors import InputError, NotFoundError, ParameterError, StorageError, UpstreamError
+from lib.server.dependencies import PresentedDep, SegmentationsDep, StoreDep, StudiesDep
 from lib.server.http.auth import AsAnnotator, AsUser, User
 from lib.server.http.errors import TooLargeError
 from lib.server.http.uploads import temporary_folder
-from lib.server.labels.segmentations import series_store, store_segmentation
-from lib.server.services import Parts, Services
-from lib.server.work.presented import PresentedCases, Searched
+from lib.server.labels.segmentations import Segmentations
+from lib.server.presented.cases import PresentedCases, Searched
 from lib.storage.disk import MIB
 
 logger = logging.getLogger("unetr.server")
@@ -59,48 +59,59 @@ DICOM_JSON = "application/dicom+json"
 
 
 @router.get("/dicom-web/{path:path}", summary="Query (QIDO-RS) or retrieve (WADO-RS)")
-async def read(request: Request, parts: Parts, user: AsUser, path: str) -> Response:
+async def read(
+    request: Request, store: StoreDep, studies: StudiesDep, presented: PresentedDep, user: AsUser, path: str
+) -> Response:
     """Studies, series, instances, metadata, frames and pictures."""
     resource = parse_path(path)
-    return await anyio.to_thread.run_sync(lambda: respond(request, parts, resource, path))
+    return await anyio.to_thread.run_sync(lambda: respond(request, store.source, studies, presented, resource, path))
 
 
 @router.get("/proxy/dicom/{service}/{path:path}", include_in_schema=False)
-async def read_by_service(request: Request, parts: Parts, user: AsUser, service: Service, path: str) -> Response:
+async def read_by_service(
+    request: Request,
+    store: StoreDep,
+    studies: StudiesDep,
+    presented: PresentedDep,
+    user: AsUser,
+    service: Service,
+    path: str,
+) -> Response:
     """The same where OHIF looks."""
     resource = parse_path(path)
-    return await anyio.to_thread.run_sync(lambda: respond(request, parts, resource, path))
+    return await anyio.to_thread.run_sync(lambda: respond(request, store.source, studies, presented, resource, path))
 
 
 @router.post("/dicom-web/{path:path}", summary="Store instances (STOW-RS)")
-async def write(request: Request, parts: Parts, user: AsAnnotator, path: str) -> Response:
+async def write(request: Request, segmentations: SegmentationsDep, user: AsAnnotator, path: str) -> Response:
     """Store what is sent; a DICOM SEG of a series is a submission of that series' label."""
-    return await store(request, parts, user, path)
+    return await store_instances(request, segmentations, user, path)
 
 
 @router.post("/proxy/dicom/{service}/{path:path}", include_in_schema=False)
-async def write_by_service(request: Request, parts: Parts, user: AsAnnotator, service: Service, path: str) -> Response:
+async def write_by_service(
+    request: Request, segmentations: SegmentationsDep, user: AsAnnotator, service: Service, path: str
+) -> Response:
     """The same where OHIF looks."""
-    return await store(request, parts, user, path)
+    return await store_instances(request, segmentations, user, path)
 
 
-def respond(request: Request, parts: Services, resource: Resource, path: str) -> Response:
+def respond(
+    request: Request, source: SeriesSource, studies: str, presented: PresentedCases, resource: Resource, path: str
+) -> Response:
     """Answer from the index of the folder, or let the PACS answer."""
-    source = series_store(parts).source
     if isinstance(source, FolderSource):
         if resource.series in source.index.series():  # each frame that a viewer loads comes here
-            return answer_from(source.index, request, resource, parts.presented)
-        label = parts.presented.labels.find(resource.series)
+            return answer_from(source.index, request, resource, presented)
+        label = presented.labels.find(resource.series)
         if label is not None and resource.view != "query":
-            return answer_made(
-                request, resource, [parts.presented.labels.instance(label, resource.study, resource.sop)]
-            )
-        if parts.presented.case_of(resource.series or resource.study) is not None and resource.view != "query":
-            return answer_presented(parts.presented, request, resource)
-        return answer_from(source.index, request, resource, parts.presented)
+            return answer_made(request, resource, [presented.labels.instance(label, resource.study, resource.sop)])
+        if presented.case_of(resource.series or resource.study) is not None and resource.view != "query":
+            return answer_presented(presented, request, resource)
+        return answer_from(source.index, request, resource, presented)
     if isinstance(source, RemoteSource):
-        return forward(request, parts, source, resource, path)
-    raise NotFoundError("DICOMweb server behind", str(parts.instance.studies))
+        return forward(request, source, studies, resource, path)
+    raise NotFoundError("DICOMweb server behind", studies)
 
 
 def answer_presented(presented: PresentedCases, request: Request, resource: Resource) -> Response:
@@ -227,8 +238,8 @@ def root_of(request: Request) -> str:
     return f"{str(request.base_url).rstrip('/')}/dicom-web"
 
 
-def forward(request: Request, parts: Services, source: RemoteSource, resource: Resource, path: str) -> Response:
-    """Ask the PACS, with the query as the client sent it; its answer is passed on as it comes.
+def forward(request: Request, source: RemoteSource, address: str, resource: Resource, path: str) -> Response:
+    """Ask the PACS at ``address``, with the query as the client sent it; its answer is passed on as it comes.
 
     Raises:
         UpstreamError: when the PACS does not answer.
@@ -237,10 +248,9 @@ def forward(request: Request, parts: Services, source: RemoteSource, resource: R
     qido, wado = stock_settings.MONAI_LABEL_QIDO_PREFIX, stock_settings.MONAI_LABEL_WADO_PREFIX
     prefix = qido if resource.view == "query" else wado
     user, password = stock_settings.MONAI_LABEL_DICOMWEB_USERNAME, stock_settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    root = str(parts.instance.studies).rstrip("/")
     said = source.ask(
         lambda: requests.get(
-            "/".join(filter(None, [root, prefix, path.removesuffix("/")])),
+            "/".join(filter(None, [address.rstrip("/"), prefix, path.removesuffix("/")])),
             params=request.url.query,
             headers={name: request.headers[name] for name in KEPT_HEADERS if name in request.headers},
             auth=(user, password) if user and password else None,
@@ -264,7 +274,7 @@ def _blocks(said: requests.Response) -> Iterator[bytes]:
         yield from said.iter_content(BLOCK_BYTES)
 
 
-async def store(request: Request, parts: Services, user: User, path: str) -> Response:
+async def store_instances(request: Request, segmentations: Segmentations, user: User, path: str) -> Response:
     """Store the instances of a request, each by itself; the body is never in memory as a whole.
 
     Raises:
@@ -276,7 +286,7 @@ async def store(request: Request, parts: Services, user: User, path: str) -> Res
         raise HTTPException(405, headers={"Allow": "GET"})
     with temporary_folder() as folder:
         files = await receive_parts(request, folder)
-        return await anyio.to_thread.run_sync(lambda: store_files(request, parts, user, resource.study, files))
+        return await anyio.to_thread.run_sync(lambda: store_files(request, segmentations, user, resource.study, files))
 
 
 async def receive_parts(request: Request, folder: Path) -> list[Path]:
@@ -313,27 +323,29 @@ async def _joined(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield bytes(joined)
 
 
-def store_files(request: Request, parts: Services, user: User, study: str, files: Sequence[Path]) -> Response:
+def store_files(
+    request: Request, segmentations: Segmentations, user: User, study: str, files: Sequence[Path]
+) -> Response:
     """Store instances, each read when its turn comes.
 
     Raises:
         ParameterError: when one of them is no DICOM.
     """
-    outcomes = [store_one(parts, user, read_part(file), study, root_of(request)) for file in files]
+    outcomes = [store_one(segmentations, user, read_part(file), study, root_of(request)) for file in files]
     status, told = answer(outcomes)
     return Response(dump(told), status, media_type=DICOM_JSON)
 
 
-def store_one(parts: Services, user: User, instance: FileDataset, study: str, root: str) -> Outcome:
+def store_one(segmentations: Segmentations, user: User, instance: FileDataset, study: str, root: str) -> Outcome:
     """Store an instance; what is wrong with it is told in its outcome, and the others go on."""
     names = str(instance.SOPClassUID), str(instance.SOPInstanceUID)
     if study and str(instance.StudyInstanceUID) != study:
         return Outcome(*names, failure=OTHER_STUDY, sentence=f"instance is of study {instance.StudyInstanceUID}")
     try:
         if is_segmentation(instance):
-            store_segmentation(parts, user, instance)
+            segmentations.submit(user, instance)
         else:
-            series_store(parts).source.keep_instance(instance)
+            segmentations.series.source.keep_instance(instance)
     except (InputError, NotFoundError, StorageError, TooLargeError, UpstreamError) as error:
         logger.info("instance %s of %s is not stored: %s", names[1], user.name, error)
         return Outcome(*names, failure=REFUSED, sentence=str(error))

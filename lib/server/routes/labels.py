@@ -8,14 +8,12 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse
 
 from lib.errors import NotFoundError
-from lib.server.dependencies import CheckImageDep, HistoryDep
+from lib.server.dependencies import CheckImageDep, HistoryDep, SubmissionsDep
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.http.bodies import ClientRequest
 from lib.server.http.names import check_tag
 from lib.server.http.parameters import check_fields, json_body, json_body_of
-from lib.server.labels.submissions import restore_label
 from lib.server.routes.datastore import send_file
-from lib.server.services import Parts
 
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
 
@@ -59,10 +57,10 @@ def get_version_info(history: HistoryDep, user: AsUser, version: str) -> dict[st
     openapi_extra=json_body_of(ClientRequest),
 )
 def restore_version(
-    parts: Parts, user: AsReviewer, version: str, params: Annotated[dict[str, Any], Depends(json_body)]
+    submissions: SubmissionsDep, user: AsReviewer, version: str, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
     """A copy of it becomes the newest version; nothing in between is lost."""
-    return restore_label(parts, version, user, str(check_fields(ClientRequest, params).client_id)).describe()
+    return submissions.restore(version, user, str(check_fields(ClientRequest, params).client_id)).describe()
 
 
 @router.get("/quarantine", summary="Labels that were refused, with the reasons")

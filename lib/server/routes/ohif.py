@@ -12,12 +12,11 @@ from monailabel.utils.others.generic import get_mime_type
 
 from lib.datastore.series import SeriesDatastore
 from lib.errors import NotFoundError
+from lib.server.dependencies import PresentedDep, StoreDep
 from lib.server.http.auth import AsUser, AuthenticatorDep
-from lib.server.labels.segmentations import series_store
 from lib.server.pages.drawing import base_of
 from lib.server.pages.sign_in import page_user
 from lib.server.pages.viewer_files import adapted
-from lib.server.services import Parts
 from lib.server.stock import STATIC_FILES
 
 router = APIRouter(prefix="/ohif", tags=["Others"])
@@ -33,14 +32,14 @@ def configuration() -> FileResponse:
 
 
 @router.get("/series", include_in_schema=False)
-def named_series(parts: Parts, user: AsUser, study: str) -> dict[str, Any]:
+def named_series(store: StoreDep, presented: PresentedDep, user: AsUser, study: str) -> dict[str, Any]:
     """The series of a study that is to be opened: the one that a strategy handed out last, or "" where none was.
 
     OHIF's panel opens the study of the next sample, and of a study of several series any may come first. In place of
     one that OHIF cannot show, its regular series is named, also where that is of the only image of the study;
     ``regular`` has the descriptions of the regular series by the UIDs of their sources.
     """
-    store, regular = series_store(parts), parts.presented.regular
+    regular = presented.regular
     handed_out = {uid: last_handed_out(store, uid) for uid, info in store.series().items() if info.study == study}
     newest = max(handed_out, key=lambda uid: handed_out[uid], default="")
     named = newest if handed_out.get(newest) else ""

@@ -284,7 +284,7 @@ def check_batch(
         NotFoundError: for a model or an image that there is not.
         ParameterError: for a field that is not valid.
     """
-    models.find(model).validate_request({**request, "image": "image.nii.gz"})
+    models.find(model).parse({**request, "image": "image.nii.gz"})
     images = check_fields(BatchRequest, request).images
     if isinstance(images, list):
         for image in images:

@@ -13,10 +13,10 @@ from lib.activelearning.pool_knowledge import PoolKnowledge, version_name
 from lib.activelearning.score_store import LabelDisagreement
 from lib.activelearning.task import label_stamps
 from lib.errors import CheckpointError, ModelNotReadyError, NotFoundError
+from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
-from lib.server.dependencies import DatastoreDep, PoolKnowledgeDep
+from lib.server.dependencies import DatastoreDep, ImagesDep, InferencesDep, PoolKnowledgeDep, SegmentationTasksDep
 from lib.server.http.auth import AsUser
-from lib.server.services import Parts
 from lib.server.work.prefetch import PrefetchKey
 
 router = APIRouter(tags=["Active learning"])
@@ -25,15 +25,22 @@ NIFTI = "application/gzip"
 
 
 @router.get("/uncertainty/{model}", summary="How unsure a model is, voxel by voxel", response_class=Response)
-async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, image: str) -> Response:
+async def uncertainty(
+    request: Request,
+    tasks: SegmentationTasksDep,
+    images: ImagesDep,
+    inferences: InferencesDep,
+    user: AsUser,
+    model: str,
+    image: str,
+) -> Response:
     """A NIfTI file (``.nii.gz``, 32-bit numbers) on the image's own grid: entropy, 0 (certain) to 1."""
-    task = parts.segmentation_task(model)
-    path = await anyio.to_thread.run_sync(lambda: parts.image_file(parts.check_image(image)))
-    asked = {"image": str(path)}
-    task.validate_request(asked)
+    task = tasks.find(model)
+    path = await anyio.to_thread.run_sync(lambda: images.file(images.check(image)))
+    asked = task.parse({"image": str(path)})
     what = PrefetchKey(model, f"uncertainty of {image}")
-    forecast = await anyio.to_thread.run_sync(parts.forecast, model, path)
-    async with parts.inferences.slot(what=what, forecast=forecast) as slot:
+    forecast = await anyio.to_thread.run_sync(inferences.forecast, task, asked)
+    async with inferences.slot(what=what, forecast=forecast) as slot:
         if await request.is_disconnected():
             return Response(status_code=499)
         content = await slot.run(lambda: compute(task, asked))
@@ -41,7 +48,7 @@ async def uncertainty(request: Request, parts: Parts, user: AsUser, model: str, 
     return Response(content, media_type=NIFTI, headers=attachment)
 
 
-def compute(task: UnetrInferTask, asked: dict[str, Any]) -> bytes:
+def compute(task: UnetrInferTask, asked: InferRequest) -> bytes:
     """The file's bytes.
 
     Raises:

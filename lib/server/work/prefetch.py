@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 
 from lib.errors import UnetrError
-from lib.infers.devices.lane import ALL
 from lib.infers.interruption import InterruptedWork
+from lib.infers.request import InferRequest
 from lib.infers.task import ReadImage, UnetrInferTask
 from lib.server.http.metrics import Metrics
 from lib.server.work.queue import InferenceQueue
@@ -120,11 +119,10 @@ class Prefetcher:
             task = self._task_of(one.model)
             # fetched and read before it takes its slot: neither a device nor a request waits for a PACS or a disk
             image = await anyio.to_thread.run_sync(self._file_of, one.image)
-            request, needs = {"image": str(image)}, None
+            request = task.parse({"image": str(image)})
             read = await anyio.to_thread.run_sync(task.read_ahead, request)
-            if self._inferences.lanes.several:
-                needs = await anyio.to_thread.run_sync(task.forecast, request)
-            async with self._inferences.idle_slot(ALL, one, needs) as slot:
+            needs = await anyio.to_thread.run_sync(self._inferences.forecast, task, request)
+            async with self._inferences.idle_slot(None, one, needs) as slot:
                 return await slot.run(lambda: _compute(task, request, read))
         except InterruptedWork:
             return "interrupted"
@@ -136,7 +134,7 @@ class Prefetcher:
             return "failed"
 
 
-def _compute(task: UnetrInferTask, request: Mapping[str, Any], read: ReadImage | None) -> str:
+def _compute(task: UnetrInferTask, request: InferRequest, read: ReadImage | None) -> str:
     if task.is_kept(request):
         return "known"
     task.mask_of(request, read)

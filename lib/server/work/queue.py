@@ -12,19 +12,27 @@ import math
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
 import torch
 
-from lib.infers.devices.lane import ALL, Lane, computing_on
+from lib.infers.devices.lane import Lane, computing_on
 from lib.infers.devices.lanes import Lanes
 from lib.infers.devices.schedule import Forecast, Work
 from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.request import InferRequest
 from lib.server.http.errors import BusyError
 from lib.server.work.pause import Pause
 
 Result = TypeVar("Result")
+
+
+class Forecasting(Protocol):
+    """A task that tells what a request needs."""
+
+    def forecast(self, request: InferRequest) -> Forecast:
+        """What computing it needs."""
 
 
 class InferenceQueue:
@@ -52,14 +60,18 @@ class InferenceQueue:
         """Whether anybody computes or waits; what is computed ahead does not count."""
         return any(not self.lanes.is_idle(str(lane.device)) for lane in self.lanes)
 
+    def forecast(self, task: Forecasting, request: InferRequest) -> Forecast:
+        """What a request needs, where there are several devices to choose from."""
+        return task.forecast(request) if self.lanes.several else Forecast()
+
     @asynccontextmanager
     async def slot(
-        self, device: str = ALL, what: Hashable = None, forecast: Forecast | None = None
+        self, device: torch.device | None = None, what: Hashable = None, forecast: Forecast | None = None
     ) -> AsyncIterator[DeviceSlot]:
         """Wait for a device; what runs inside has it alone.
 
         Args:
-            device: which; ``all``: the one that will have finished first.
+            device: which; None: the one that will have finished first.
             what: what is to be computed. Where the same is being computed, also ahead, that is waited for; anything
                 else that is computed ahead gives way.
             forecast: what it needs.
@@ -69,11 +81,10 @@ class InferenceQueue:
             DeviceError: when no device that may compute it works.
         """
         known = forecast or Forecast()
-        wanted = _device(device)
-        work = self.lanes.work(wanted, what, known.weights, known.seconds)
-        inside = self.lanes.wanted(wanted)
+        work = self.lanes.work(device, what, known.weights, known.seconds)
+        inside = self.lanes.wanted(device)
         if inside >= self._size + len(work.lanes):
-            seconds = self.lanes.seconds_until_free(wanted)
+            seconds = self.lanes.seconds_until_free(device)
             seconds = max(1, math.ceil(seconds)) if math.isfinite(seconds) else 1
             where = ", ".join(work.lanes)
             raise BusyError(f"{inside} inferences run or wait on {where}; come back in {seconds} s", seconds)
@@ -82,12 +93,12 @@ class InferenceQueue:
 
     @asynccontextmanager
     async def idle_slot(
-        self, device: str, what: Hashable, forecast: Forecast | None = None
+        self, device: torch.device | None, what: Hashable, forecast: Forecast | None = None
     ) -> AsyncIterator[DeviceSlot]:
         """Wait until nobody wants a device, and take it until somebody does.
 
         Args:
-            device: which; ``all``: any.
+            device: which; None: any.
             what: what is computed ahead; see :meth:`slot`.
             forecast: what it needs.
 
@@ -95,7 +106,7 @@ class InferenceQueue:
             InterruptedWork: from inside, before the next window, when somebody else wants the device.
         """
         known = forecast or Forecast()
-        work = self.lanes.work(_device(device), what, known.weights, known.seconds, ahead=True)
+        work = self.lanes.work(device, what, known.weights, known.seconds, ahead=True)
 
         def give_way() -> None:
             if work.ends:
@@ -108,7 +119,7 @@ class InferenceQueue:
     def run_when_idle(
         self,
         loop: asyncio.AbstractEventLoop,
-        device: str,
+        device: torch.device | None,
         what: Hashable,
         work: Callable[[], Result],
         patience_seconds: float,
@@ -117,7 +128,7 @@ class InferenceQueue:
 
         Args:
             loop: the event loop that the queue is used on.
-            device: which; ``all``: any.
+            device: which; None: any.
             what: what is computed ahead; see :meth:`slot`.
             work: what runs in the device's own thread.
             patience_seconds: how long to wait for a device that others use.
@@ -132,7 +143,7 @@ class InferenceQueue:
             raise InterruptedWork from error
 
     async def _run_when_idle(
-        self, device: str, what: Hashable, work: Callable[[], Result], patience_seconds: float
+        self, device: torch.device | None, what: Hashable, work: Callable[[], Result], patience_seconds: float
     ) -> Result:
         async with AsyncExitStack() as stack:
             with anyio.move_on_after(patience_seconds) as waited:
@@ -202,7 +213,3 @@ class DeviceSlot:
                 if elsewhere is None:
                     raise
             await self.wait(elsewhere)
-
-
-def _device(name: str) -> torch.device | None:
-    return None if name == ALL else torch.device(name)

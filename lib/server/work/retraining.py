@@ -14,22 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
+from monailabel.interfaces.datastore import Datastore
 
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, without_missing
 from lib.cases.split import MIN_CASES_FOR_VALIDATION, nothing_judges
+from lib.configs.settings import Settings
+from lib.datastore.records import LabelVersion
 from lib.errors import ConfigError, ParameterError, TrainingError, UnetrError
-from lib.infers.devices.lane import ALL
 from lib.infers.interruption import InterruptedWork
+from lib.infers.task import UnetrInferTask
 from lib.models.provenance import label_digests
-from lib.server.services import Services
+from lib.server.http.events import Changes
+from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Jobs
 from lib.server.work.journal import Journal
+from lib.server.work.pause import Pause
 from lib.server.work.places import idle_place, pause_file
 from lib.server.work.prefetch import PrefetchKey
+from lib.server.work.queue import InferenceQueue
 from lib.server.work.trials import Trial, Trials
 from lib.storage.clock import PastTimes
 from lib.trainers.retrain import Decision, History, Label, decide
 from lib.trainers.submitted import undrawn_as_missing
+from lib.trainers.task import UnetrTrainTask
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.retrain")
@@ -44,15 +52,34 @@ class Retrainer:
     """Decides for each model, in a thread of its own, whenever a label has come in and every few seconds.
 
     Args:
-        parts: the server's parts.
-        journal: of trainings.
+        settings: the policy, and the recipe of its runs.
+        trainers: the training task of each model.
+        datastore: images and labels.
+        jobs, journal: trainings.
+        inferences: where the trials of served weights wait for an idle device.
+        pause: makes trainings way for inference.
+        models: those that segment by themselves.
+        changes: where it is told that a decision is another one.
 
     Raises:
         ConfigError: when the recipe of these runs is not one.
     """
 
-    def __init__(self, parts: Services, journal: Journal) -> None:
-        self._parts, self._journal = parts, journal
+    def __init__(
+        self,
+        settings: Settings,
+        trainers: TasksByName[UnetrTrainTask],
+        datastore: Datastore,
+        jobs: Jobs,
+        journal: Journal,
+        inferences: InferenceQueue,
+        pause: Pause,
+        models: TasksByName[UnetrInferTask],
+        changes: Changes,
+    ) -> None:
+        self._settings, self._trainers, self._datastore = settings, trainers, datastore
+        self._jobs, self._journal, self._inferences, self._pause = jobs, journal, inferences, pause
+        self._models, self._changes = models, changes
         self._times = PastTimes()
         self._said: dict[str, str] = {}
         self._notices: dict[str, str] = {}
@@ -60,17 +87,20 @@ class Retrainer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="retrain", daemon=True)
-        for model in parts.instance.trainers:
+        for model, task in trainers.items():
             try:
-                parts.train_task(model).validate_request(self.request(model, "", False))
+                task.validate_request(self.request(model, "", False))
             except ParameterError as error:
                 raise ConfigError(f"--conf retrain_recipe: {error}") from error
 
     def start(self) -> None:
         """Begin to look; called on the event loop, where the trials of served weights wait for an idle device."""
         self._loop = asyncio.get_running_loop()
-        self._parts.label_hooks.append(lambda _: self._news.set())
         self._thread.start()
+
+    def on_label_saved(self, _version: LabelVersion) -> None:
+        """Look again at once."""
+        self._news.set()
 
     def stop(self) -> None:
         """End; a training that runs is none of its business."""
@@ -80,7 +110,7 @@ class Retrainer:
 
     def describe(self) -> dict[str, Any]:
         """Each model's decision as of now, and what it comes from."""
-        return {model: self._describe(model) for model in self._parts.instance.trainers}
+        return {model: self._describe(model) for model in self._trainers}
 
     def words(self) -> dict[str, str]:
         """Each model's last decision in words, without deciding anew."""
@@ -96,17 +126,17 @@ class Retrainer:
         Raises:
             TrainingError: when a training runs already.
         """
-        job = self._parts.jobs.submit("train", self.request(model, f"by hand, by {user}", False))
+        job = self._jobs.submit("train", self.request(model, f"by hand, by {user}", False))
         return job.describe()
 
     def request(self, model: str, why: str, from_nothing: bool) -> dict[str, Any]:
         """The Train request of a run."""
-        recipe = dict(self._parts.settings.retrain_recipe)
+        recipe = dict(self._settings.retrain_recipe)
         start = {"pretrained": False} if from_nothing else {}
-        place = idle_place(self._parts.inferences.lanes)
+        place = idle_place(self._inferences.lanes)
         place |= {"multi_gpu": False} if place else {}
         asked = {"name": RUN_NAME} | place | recipe | start | {"model": model, "why": why}
-        return asked | {"pause_file": str(pause_file(self._parts.pause, self._parts.inferences.lanes, asked))}
+        return asked | {"pause_file": str(pause_file(self._pause, self._inferences.lanes, asked))}
 
     def look(self, model: str, review: bool = False) -> tuple[History, Decision]:
         """What is known of a model's labels and runs, and what follows.
@@ -115,8 +145,8 @@ class Retrainer:
             model: which.
             review: whether the served model may be tried on new labels, where a floor is set.
         """
-        task, settings = self._parts.train_task(model), self._parts.settings
-        cases = task.submitted(self._parts.datastore).cases
+        task, settings = self._trainers.find(model), self._settings
+        cases = task.submitted(self._datastore).cases
         digests = label_digests(cases)
         labels = {c.case_id: Label(digests[c.case_id], self._saved_at(c.label)) for c in cases if digests[c.case_id]}
         runs = [version for version in task.versions.list() if version.details.get("label_digests")]
@@ -132,8 +162,8 @@ class Retrainer:
             last_version=last.name if last else "",
             last_run_at=ended_at,
             runs=len(runs),
-            running=self._parts.jobs.open("train") > 0 or self._journal.others_running(model),
-            waits_for_room=any(job.request.get("model") == model for job in self._parts.jobs.waiting_for_room()),
+            running=self._jobs.open("train") > 0 or self._journal.others_running(model),
+            waits_for_room=any(job.request.get("model") == model for job in self._jobs.waiting_for_room()),
             serving=bool(task.serving()[0]),
             failures=len(failed),
             failed_at=self._times.of((model, "failure"), failed[-1]) if failed else 0.0,
@@ -154,7 +184,7 @@ class Retrainer:
 
     def _describe(self, model: str) -> dict[str, Any]:
         history, decision = self.look(model)
-        settings = self._parts.settings
+        settings = self._settings
         policy = {name: getattr(settings, name) for name in type(settings).model_fields if name.startswith("retrain")}
         known = {"labels": len(history.labels), "last_version": history.last_version, "running": history.running}
         return asdict(decision) | known | {"runs": history.runs, "failures": history.failures, "policy": policy}
@@ -162,7 +192,7 @@ class Retrainer:
     def _work(self) -> None:
         while not self._closing.is_set():
             wait = SECONDS_BETWEEN_LOOKS
-            for model in self._parts.instance.trainers:
+            for model in self._trainers:
                 try:
                     wait = min(wait, self._act(model))
                 except (UnetrError, OSError) as error:  # a damaged version, a full disk: said, and looked at again
@@ -188,7 +218,7 @@ class Retrainer:
         self._say(model, decision.reason if decision.train else decision.reason.split("; waits until")[0])
         if decision.train:
             try:
-                self._parts.jobs.submit("train", self.request(model, decision.reason, decision.from_nothing))
+                self._jobs.submit("train", self.request(model, decision.reason, decision.from_nothing))
             except TrainingError as error:  # somebody pressed Train in this moment
                 logger.info("%s: %s", model, error)
         return SECONDS_BETWEEN_LOOKS if decision.wait_seconds is None else decision.wait_seconds
@@ -198,11 +228,11 @@ class Retrainer:
         if self._said.get(model) != reason:
             logger.info("%s: %s", model, reason)
             self._said[model] = reason
-            self._parts.changes.mark("job")
+            self._changes.mark("job")
 
     def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:
         """Add the served model's mean Dice on the new labels to the history; only with a floor and few new labels."""
-        settings, served = self._parts.settings, self._parts.train_task(model).serving()[0]
+        settings, served = self._settings, self._trainers.find(model).serving()[0]
         if not served or not settings.retrain_floor or len(new) >= settings.retrain_after or not new:
             return history
         dice = []
@@ -225,7 +255,7 @@ class Retrainer:
         Raises:
             InterruptedWork: when somebody else uses the device, or wants it meanwhile.
         """
-        preset = self._parts.train_task(model).preset
+        preset = self._trainers.find(model).preset
         try:
             _, reference = read_case(case, preset)
             mask = self._segment_when_idle(model, case, begin)
@@ -244,17 +274,12 @@ class Retrainer:
         """The served model's mask of a case, computed in an idle slot of the device, as prefetched masks are."""
         if self._loop is None:
             raise InterruptedWork
-        request = {"model": model, "image": str(case.image), "result_extension": ".nii.gz", "save_label": False}
+        task = self._models.find(model)
+        request = task.parse({"image": str(case.image), "result_extension": ".nii.gz"})
 
-        def infer() -> Any:
+        def segment() -> Path:
             begin()
-            return self._parts.instance.infer(request)
+            return Path(task.segment(request)[0])
 
-        answer: dict[str, Any] = self._parts.inferences.run_when_idle(
-            self._loop,
-            ALL,
-            PrefetchKey(model, case.case_id),
-            infer,
-            PATIENCE_SECONDS,
-        )
-        return Path(answer["file"])
+        what = PrefetchKey(model, case.case_id)
+        return self._inferences.run_when_idle(self._loop, None, what, segment, PATIENCE_SECONDS)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from lib.server.http.events import TOPICS, Changes, closed_by_signals
-from lib.server.pages.page_routes import VIEWS
+from lib.server.pages.page_routes import SECTIONS
 
 SECONDS_BETWEEN = 0.02
 
@@ -78,4 +78,4 @@ def test_stop_signal_closes_and_is_passed_on() -> None:
 
 
 def test_page_has_a_part_for_each_topic() -> None:
-    assert set(VIEWS) == set(TOPICS)
+    assert set(SECTIONS) == set(TOPICS)

@@ -15,11 +15,11 @@ from pydicom import dcmread
 
 from lib.configs.catalogue import load_preset
 from lib.datastore.series import SeriesDatastore, open_datastore
+from lib.server.dependencies import get_presented, get_segmentations, get_store, get_studies
 from lib.server.http.auth import Authenticator, Role, User
 from lib.server.http.errors import ForbiddenError, UnauthorizedError
+from lib.server.presented.cases import PresentedCases
 from lib.server.routes.dicomweb import router
-from lib.server.services import get_services
-from lib.server.work.presented import PresentedCases
 from tests.server.in_process import InProcess
 
 PRESETS = {name: load_preset(name) for name in ("hippocampus_mr", "abdomen_ct")}
@@ -55,7 +55,7 @@ def open_studies(studies: Path) -> Callable[[], Any]:
         file_of = lambda image: Path(store.get_image_uri(image))  # noqa: E731
         memory = store.volumes.folder.parent / "modalities.json"
         presented = PresentedCases(store, file_of, PRESETS, 2**20, index=index, memory=memory)
-        return SimpleNamespace(datastore=store, presented=presented, instance=SimpleNamespace(studies=str(studies)))
+        return SimpleNamespace(store=store, presented=presented)
 
     return made
 
@@ -63,7 +63,7 @@ def open_studies(studies: Path) -> Callable[[], Any]:
 def addresses(parts: Any) -> list[str]:
     """Of the series of the four images and the regular one: metadata, an instance, a frame and a picture."""
     found = []
-    for entry in [*parts.datastore.source.index.entries(), *parts.presented.entries()]:
+    for entry in [*parts.store.source.index.entries(), *parts.presented.entries()]:
         place = f"/dicom-web/studies/{entry.study}/series/{entry.series}"
         sop = entry.summary["00080018"]["Value"][0]
         ends = ("metadata", f"instances/{sop}", f"instances/{sop}/frames/1", f"instances/{sop}/rendered")
@@ -87,7 +87,8 @@ class Provider(Authenticator):
 
 def test_presented_series_need_the_same_rights_as_files(open_studies: Callable[[], Any]) -> None:
     parts = open_studies()
-    api = InProcess(router, {get_services: parts}, Provider())
+    services = {get_store: parts.store, get_studies: "", get_presented: parts.presented, get_segmentations: None}
+    api = InProcess(router, services, Provider())
     reads = addresses(parts)
     assert len(reads) == 4 * 5
     known, unknown, without = ({"Authorization": f"Bearer {token}"} for token in ("uma", "wrong", "nora"))

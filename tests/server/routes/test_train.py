@@ -35,6 +35,9 @@ class Refusing:
     def validate_request(self, request: Mapping[str, Any], strict: bool = False) -> None:
         raise ParameterError("max_epochs", request.get("max_epochs"), "1 to 100000")
 
+    def parse(self, request: Mapping[str, Any]) -> None:
+        self.validate_request(request)
+
 
 @pytest.fixture
 def api(tmp_path: Path) -> InProcess:

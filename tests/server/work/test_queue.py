@@ -14,6 +14,8 @@ from lib.server.http.errors import BusyError
 from lib.server.http.request_id import begin_request, current_request_id
 from lib.server.work.queue import InferenceQueue
 
+CPU = torch.device("cpu")
+
 
 def _queue(size: int, devices: str = "cpu") -> InferenceQueue:
     return InferenceQueue(size, Lanes.of(devices))
@@ -31,7 +33,7 @@ def test_one_runs_at_a_time_in_the_order_of_coming() -> None:
         running -= 1
 
     async def ask(queue: InferenceQueue, number: int) -> None:
-        async with queue.slot("cpu") as slot:
+        async with queue.slot(CPU) as slot:
             await slot.run(lambda: work(number))
 
     async def main() -> None:
@@ -50,7 +52,7 @@ def test_full_queue_says_when_to_come_back() -> None:
         release = threading.Event()
 
         async def ask() -> None:
-            async with queue.slot("cpu") as slot:
+            async with queue.slot(CPU) as slot:
                 await slot.run(release.wait)
 
         waiting = [asyncio.create_task(ask()) for _ in range(3)]
@@ -85,7 +87,7 @@ def test_devices_do_not_wait_for_each_other() -> None:
 def test_work_runs_in_one_thread_and_knows_its_request() -> None:
     async def ask(queue: InferenceQueue, number: int) -> tuple[str, str]:
         begin_request(f"request-{number}")
-        async with queue.slot("cpu") as slot:
+        async with queue.slot(CPU) as slot:
             return await slot.run(lambda: (current_request_id(), threading.current_thread().name))
 
     async def main() -> list[tuple[str, str]]:
@@ -102,7 +104,7 @@ def test_failure_leaves_the_queue_usable() -> None:
         queue = _queue(0)
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
-                async with queue.slot("cpu") as slot:
+                async with queue.slot(CPU) as slot:
                     await slot.run(lambda: 1 / 0)
 
     asyncio.run(main())
@@ -121,7 +123,7 @@ def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> N
 
         async def compute_ahead() -> str:
             try:
-                async with queue.idle_slot("cpu", "a") as slot:
+                async with queue.idle_slot(CPU, "a") as slot:
                     order.append("ahead")
                     await slot.run(ahead)
             except InterruptedWork:
@@ -129,7 +131,7 @@ def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> N
             return "done"
 
         async def ask(name: str, what: object) -> None:
-            async with queue.slot("cpu", what) as slot:
+            async with queue.slot(CPU, what) as slot:
                 await slot.run(release.wait)
                 order.append(name)
 
@@ -162,12 +164,12 @@ def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
             order.append("ahead")
 
         async def compute_ahead() -> None:
-            async with queue.idle_slot("cpu", "a") as slot:
+            async with queue.idle_slot(CPU, "a") as slot:
                 await slot.run(ahead)
 
         task = asyncio.create_task(compute_ahead())
         await asyncio.to_thread(begun.wait)
-        async with queue.slot("cpu", "a") as slot:
+        async with queue.slot(CPU, "a") as slot:
             await slot.run(lambda: order.append("asked"))
         await task
         assert order == ["ahead", "asked"]
@@ -183,12 +185,12 @@ def test_queue_says_when_it_gets_busy_and_when_it_is_no_longer() -> None:
         queue = InferenceQueue(8, lanes)
 
         async def ask() -> None:
-            async with queue.slot("cpu") as slot:
+            async with queue.slot(CPU) as slot:
                 await slot.run(lambda: time.sleep(0.01))
 
         await asyncio.gather(*(ask() for _ in range(3)))
         await ask()
-        async with queue.idle_slot("cpu", "a") as slot:
+        async with queue.idle_slot(CPU, "a") as slot:
             await slot.run(lambda: None)
         return said
 
@@ -200,10 +202,10 @@ def test_idle_work_of_a_thread_gets_its_result_and_leaves_the_device_free() -> N
         queue, loop = _queue(0), asyncio.get_running_loop()
 
         def ask() -> str:
-            return queue.run_when_idle(loop, "cpu", "trial", lambda: threading.current_thread().name, 5.0)
+            return queue.run_when_idle(loop, CPU, "trial", lambda: threading.current_thread().name, 5.0)
 
         assert (await asyncio.to_thread(ask)).startswith("inference")
-        async with queue.slot("cpu") as slot:
+        async with queue.slot(CPU) as slot:
             assert await slot.run(lambda: 3) == 3
 
     asyncio.run(main())
@@ -215,9 +217,9 @@ def test_idle_work_of_a_thread_does_not_start_while_one_request_runs() -> None:
         started: list[str] = []
 
         def ask() -> None:
-            queue.run_when_idle(loop, "cpu", "trial", lambda: started.append("trial"), 0.01)
+            queue.run_when_idle(loop, CPU, "trial", lambda: started.append("trial"), 0.01)
 
-        async with queue.slot("cpu"):
+        async with queue.slot(CPU):
             assert queue.waiting == 0  # the one that runs does not wait, and counts all the same
             with pytest.raises(InterruptedWork):
                 await asyncio.to_thread(ask)
@@ -238,9 +240,9 @@ def test_idle_work_of_a_thread_ends_when_a_request_comes() -> None:
             while True:
                 _ask(None, None)  # type: ignore[arg-type]
 
-        trial = asyncio.create_task(asyncio.to_thread(lambda: queue.run_when_idle(loop, "cpu", "trial", windows, 5.0)))
+        trial = asyncio.create_task(asyncio.to_thread(lambda: queue.run_when_idle(loop, CPU, "trial", windows, 5.0)))
         await running.wait()
-        async with queue.slot("cpu") as slot:
+        async with queue.slot(CPU) as slot:
             assert await slot.run(lambda: 3) == 3
         with pytest.raises(InterruptedWork):
             await trial

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.server.pages.case_view import Volumes, mask_of, stack_of
-from lib.server.pages.slices import OVERLAY_RGB, PLANES, Contour, Plane, Stack, draw_slice, middle_of, reorient
+from lib.server.pages.cases.slices import OVERLAY_RGB, PLANES, Contour, Plane, Stack, draw_slice, middle_of, reorient
+from lib.server.pages.cases.view import mask_of, stack_of
+from lib.storage.bounded_cache import BoundedCache
 from tests.tiny import axis_affine, write_nifti
 
 RED = (255, 0, 0)
@@ -112,7 +113,7 @@ def test_mask_on_nibabels_grid_is_shown_over_its_image(tmp_path: Path) -> None:
     image.header["vox_offset"] = 352
     (tmp_path / "x.nii").write_bytes(image.header.binaryblock + bytes(4) + voxels.tobytes("F"))
     mask = write_nifti(tmp_path / "mask.nii.gz", (voxels > 0.5).astype(np.uint8), nib.load(tmp_path / "x.nii").affine)
-    volumes = Volumes(2**20)
+    volumes = BoundedCache(2**20)
     stack = stack_of(volumes, tmp_path / "x.nii")
     shown = mask_of(volumes, mask, tmp_path / "x.nii", stack.voxels.shape)
     np.testing.assert_array_equal(shown, stack.voxels > 0.5)

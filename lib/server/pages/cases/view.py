@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from monailabel.interfaces.datastore import Datastore
 
 from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
-from lib.errors import ImageError, InputError, ParameterError, UnetrError
+from lib.datastore.store import VersionedDatastore
+from lib.errors import InputError, ParameterError, UnetrError
+from lib.infers.task import UnetrInferTask
+from lib.server.pages.cases.models import CaseModels, channels_of
+from lib.server.pages.cases.slices import PLANES, Plane, Stack, middle_of, reorient
 from lib.server.pages.pool_view import ohif_path
-from lib.server.pages.slices import PLANES, Plane, Stack, middle_of, reorient
 from lib.server.pages.titles import Title, titles_of
-from lib.server.services import Services
-from lib.server.work.modality import modality_of, models_for
+from lib.server.presented.cases import PresentedCases
+from lib.server.tasks import TasksByName
+from lib.storage.bounded_cache import BoundedCache
+from lib.trainers.task import UnetrTrainTask
 from lib.transforms.channels import files_of
-from lib.transforms.inputs import read_input, sources_of
+from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import range_warning
 from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
-Kept = TypeVar("Kept")
 BYTES_OF_A_FIGURE = 500  # with its key
 MOST_AGREEMENTS = 20
 """Of the newest versions: each is a mask to be read."""
@@ -81,43 +82,7 @@ class CaseView:
     edit_labels: tuple[str, ...] = ()
 
 
-class Volumes:
-    """Volumes and masks that pictures were drawn from lately, in a bounded part of memory.
-
-    Args:
-        most_bytes: that they may take.
-        least: how many are kept whatever they take.
-    """
-
-    def __init__(self, most_bytes: int, least: int = 1) -> None:
-        self._most, self._least = most_bytes, least
-        self._kept: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
-        self._size = 0
-        self._lock = threading.Lock()
-
-    def peek(self, key: Hashable) -> Any:
-        """What is kept under a key; None where nothing is."""
-        with self._lock:
-            return self._kept[key][0] if key in self._kept else None
-
-    def get(self, key: Hashable, make: Callable[[], Kept], size: Callable[[Kept], int]) -> Kept:
-        """What is kept under a key; made where it is not."""
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                found: Kept = self._kept[key][0]  # type: ignore[assignment]
-                return found
-        made = make()
-        with self._lock:
-            self._size -= self._kept.pop(key, (None, 0))[1]
-            self._kept[key] = (made, size(made))
-            self._size += self._kept[key][1]
-            while len(self._kept) > self._least and self._size > self._most:
-                self._size -= self._kept.popitem(last=False)[1][1]
-        return made
-
-
-def stack_of(volumes: Volumes, path: Path, presets: Iterable[Preset] = (), channel: str = "") -> Stack:
+def stack_of(volumes: BoundedCache, path: Path, presets: Iterable[Preset] = (), channel: str = "") -> Stack:
     """Read an image, unless it is kept.
 
     Args:
@@ -153,27 +118,7 @@ def read_channel(path: Path, presets: Iterable[Preset], channel: str) -> Volume:
     return replace(volume, voxels=volume.channels[place])
 
 
-def channels_of(path: Path, presets: Iterable[Preset]) -> tuple[Preset | None, tuple[str, ...]]:
-    """The channels that can be shown of an image, the one that stands for it first; none of a single image."""
-    for preset in presets:
-        if takes(preset, path) and preset.channels:
-            names = [channel.name for channel in preset.channels if channel.name in sources_of(path, preset).files]
-            display = preset.channels[preset.display_channel].name
-            return preset, tuple(sorted(names, key=lambda name: name != display))
-    return None, ()
-
-
-def takes(preset: Preset, path: Path) -> bool:
-    """Whether an image has the sequences that a preset's network needs; nothing but records is read."""
-    try:
-        if preset.channels:
-            sources_of(path, preset).check()
-    except ImageError:
-        return False
-    return True
-
-
-def mask_of(volumes: Volumes, path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def mask_of(volumes: BoundedCache, path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """Read a mask and reorient it as its image is, whose file or folder is ``image``; ``shape`` is that of the result.
 
     Raises:
@@ -207,64 +152,56 @@ def stamp_of(path: Path) -> tuple[tuple[int, int], ...]:
     return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files_of(path)))
 
 
-def model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
-    """The model whose prediction is shown: the label's own, or else the first with weights; empty for none.
+@dataclass(frozen=True)
+class CaseViews:
+    """Puts together what the pages of images show.
 
-    Models for images of another modality are not offered, nor those that need sequences which the image lacks.
+    Args:
+        store: images, and labels with all their versions.
+        models: chooses the model of an image.
+        trainers: the training task of each model, which knows the served version.
+        presented: files as series.
     """
-    offered = offered_for(parts.presets, parts.datastore, image, parts.image_file(image))
-    ready = [name for name in offered if name in parts.instance.models and parts.infer_task(name).is_valid()]
-    wanted = version.preset if version is not None else ""
-    return wanted if wanted in ready else next(iter(sorted(ready)), "")
+
+    store: VersionedDatastore
+    models: CaseModels
+    trainers: TasksByName[UnetrTrainTask]
+    presented: PresentedCases
+
+    def of(self, image: str, volumes: BoundedCache) -> CaseView:
+        """What the page of an image shows; its volumes are kept in ``volumes``."""
+        path, presets = self.models.images.file(image), self.models.presets
+        versions = list(reversed(self.store.history.versions(image)))
+        newest = versions[0] if versions else None
+        stack = stack_of(volumes, path)
+        shape = stack.voxels.shape
+        shown = None if newest is None else _or_none(lambda: mask_of(volumes, newest.file, path, shape))
+        agreements = _agreements(volumes, versions[: MOST_AGREEMENTS + 1], path, shape)
+        model = self.models.for_prediction(image, newest)
+        preset: Preset | None = presets.get(model) or (presets.get(newest.preset) if newest else None)
+        edit_model = self.models.for_clicks(image, newest)
+        return CaseView(
+            id=image,
+            title=titles_of(self.store, [image])[image],
+            model=model,
+            model_version=self.trainers.find(model).serving()[0] if model else "",
+            estimate=estimate_of(self.models.tasks.find(model), path) if model else None,
+            ohif=ohif_path(self.store, self.presented, image),
+            colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},
+            planes=tuple(_plane(stack, plane, shown) for plane in PLANES),
+            versions=tuple(
+                VersionRow(version, agreement) for version, agreement in itertools.zip_longest(versions, agreements)
+            ),
+            warning="" if preset is None else range_warning(stack.voxels, preset.modality),
+            edit_model=edit_model,
+            edit_labels=tuple(presets[edit_model].label_indices) if edit_model else (),
+            channels=channels_of(path, presets.values())[1],
+        )
 
 
-def edit_model_for(parts: Services, image: str, version: LabelVersion | None) -> str:
-    """The preset whose labels can be clicked: as :func:`model_for`, but weights are not needed; empty for none."""
-    offered = offered_for(parts.presets, parts.datastore, image, parts.image_file(image))
-    if version is not None and version.preset in offered:
-        return version.preset
-    return model_for(parts, image, version) or next(iter(offered), "")
-
-
-def offered_for(presets: Mapping[str, Preset], datastore: Datastore, image: str, path: Path) -> list[str]:
-    """The models that are meant for an image and can take it."""
-    meant = models_for(presets, [modality_of(datastore, image)])
-    return [name for name in meant if takes(presets[name], path)]
-
-
-def case_view(parts: Services, volumes: Volumes, image: str, path: Path) -> CaseView:
-    """What the page of an image shows."""
-    versions = list(reversed(parts.store.history.versions(image)))
-    newest = versions[0] if versions else None
-    stack = stack_of(volumes, path)
-    shape = stack.voxels.shape
-    shown = None if newest is None else _or_none(lambda: mask_of(volumes, newest.file, path, shape))
-    agreements = _agreements(volumes, versions[: MOST_AGREEMENTS + 1], path, shape)
-    model = model_for(parts, image, newest)
-    preset: Preset | None = parts.presets.get(model) or (parts.presets.get(newest.preset) if newest else None)
-    edit_model = edit_model_for(parts, image, newest)
-    return CaseView(
-        id=image,
-        title=titles_of(parts.datastore, [image])[image],
-        model=model,
-        model_version=parts.train_task(model).serving()[0] if model else "",
-        estimate=estimate_of(parts, model, path) if model else None,
-        ohif=ohif_path(parts, image),
-        colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},
-        planes=tuple(_plane(stack, plane, shown) for plane in PLANES),
-        versions=tuple(
-            VersionRow(version, agreement) for version, agreement in itertools.zip_longest(versions, agreements)
-        ),
-        warning="" if preset is None else range_warning(stack.voxels, preset.modality),
-        edit_model=edit_model,
-        edit_labels=tuple(parts.presets[edit_model].label_indices) if edit_model else (),
-        channels=channels_of(path, parts.presets.values())[1],
-    )
-
-
-def estimate_of(parts: Services, model: str, path: Path) -> Mapping[str, float] | None:
+def estimate_of(task: UnetrInferTask, path: Path) -> Mapping[str, float] | None:
     """The prediction's probable Dice and its error, where the prediction is ready and its weights are calibrated."""
-    found = parts.infer_task(model).recall({"image": str(path)})
+    found = task.recall(task.parse({"image": str(path)}))
     if found is None:
         return None
     Path(found[0]).unlink(missing_ok=True)
@@ -278,7 +215,7 @@ def _plane(stack: Stack, plane: Plane, mask: npt.NDArray[np.uint8] | None) -> Pl
 
 
 def _agreements(
-    volumes: Volumes, versions: Sequence[LabelVersion], image: Path, shape: tuple[int, ...]
+    volumes: BoundedCache, versions: Sequence[LabelVersion], image: Path, shape: tuple[int, ...]
 ) -> list[float | None]:
     """Mean Dice of each version but the last against the one after it, the newest first.
 

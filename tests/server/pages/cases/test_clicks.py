@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.server.pages.click_routes import Click, voxel_of
-from lib.server.pages.slices import AXES, PLANES, Plane, reorient
+from lib.server.pages.cases.clicks import Click, voxel_of
+from lib.server.pages.cases.slices import AXES, PLANES, Plane, reorient
 from lib.transforms.volume import Grid
 from tests.tiny import axis_affine, oblique_affine
 

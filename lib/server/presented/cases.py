@@ -37,8 +37,8 @@ from lib.dicom.segmentation_reader import SegmentedVolume, read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.errors import ImageError, InputError, LabelError, NotFoundError, ParameterError
 from lib.imagefiles.reading import read_planes
-from lib.server.work.presented_labels import PresentedLabels
-from lib.server.work.presented_regular import RegularSeries
+from lib.server.presented.labels import PresentedLabels
+from lib.server.presented.regular import RegularSeries
 from lib.storage.json_files import write_json
 from lib.transforms.intensity_range import MOST_SAMPLES, range_warning
 from lib.transforms.volume import Grid, Volume, read_grid
@@ -337,7 +337,7 @@ class PresentedCases:
         return file, volume
 
     def submitted_on_file(self, case: str, file: Path, folder: Path) -> Path:
-        """A submitted mask of the series of a case, as a file that :func:`submit_label` can place.
+        """A submitted mask of the series of a case, as a file that :meth:`Submissions.submit` can place.
 
         Where the axes of the case's file are at right angles, the series lies where the file does, and the mask is
         left as it came, with the names in its header.

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 import nibabel as nib
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from lib.datastore.records import FINAL
+from lib.configs.preset import Preset
+from lib.datastore.history import LabelHistory
+from lib.datastore.records import FINAL, LabelVersion
 from lib.errors import ParameterError
+from lib.server.dependencies import PicturesDep, SubmissionsDep
 from lib.server.http.auth import AsAnnotator
-from lib.server.http.names import check_image_known
-from lib.server.labels.submissions import submit_label
-from lib.server.pages.case_routes import Gallery, gallery_of, take_turned
-from lib.server.pages.case_view import edit_model_for, stack_of
+from lib.server.pages.cases.pictures import Pictures, take_turned
+from lib.server.pages.cases.slices import AXES, Plane
+from lib.server.pages.cases.view import stack_of
 from lib.server.pages.sign_in import PageUser
-from lib.server.pages.slices import AXES, Plane
-from lib.server.services import Parts, Services
 from lib.server.work.prefetch import PrefetchKey
 from lib.transforms.volume import Grid, read_grid
 
@@ -61,70 +62,78 @@ class Clicks(BaseModel):
 
 
 @router.post("/{image}/clicks")
-async def click(request: Request, parts: Parts, user: PageUser, image: str, asked: Clicks) -> dict[str, str]:
+async def click(pictures: PicturesDep, user: PageUser, image: str, asked: Clicks) -> dict[str, str]:
     """Correct the mask, and tell the name of the layer that shows it."""
-    gallery = gallery_of(request)
     name = f"edit:{hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:24]}"
-    file, _ = await _corrected(parts, gallery, image, asked)
-    mask = await anyio.to_thread.run_sync(lambda: take_turned(file))
-    gallery.edits.get((name, image), lambda: mask, lambda array: array.nbytes)
+    file, _ = await corrected(pictures, image, asked)
+    mask = await anyio.to_thread.run_sync(take_turned, file)
+    pictures.edits.get((name, image), lambda: mask, lambda array: array.nbytes)
     return {"layer": name}
 
 
 @router.post("/{image}/clicks/save")
-async def save(request: Request, parts: Parts, user: AsAnnotator, image: str, asked: Clicks) -> dict[str, Any]:
+async def save(
+    pictures: PicturesDep, submissions: SubmissionsDep, user: AsAnnotator, image: str, asked: Clicks
+) -> dict[str, Any]:
     """Keep the corrected mask as the newest version of the case's label."""
-    file, preset = await _corrected(parts, gallery_of(request), image, asked)
-    info = {"model": preset, "client_id": CLIENT, "prompts_used": len(asked.clicks), "start": asked.start}
-    info |= {"label_info": [{"name": n, "idx": v} for n, v in parts.presets[preset].label_indices.items()]}
+    file, preset = await corrected(pictures, image, asked)
+    info = {"model": preset.name, "client_id": CLIENT, "prompts_used": len(asked.clicks), "start": asked.start}
+    info |= {"label_info": [{"name": n, "idx": v} for n, v in preset.label_indices.items()]}
 
     def keep() -> dict[str, Any]:
         try:
-            return submit_label(parts, image, file, FINAL, info, user, CLIENT).describe()
+            return submissions.submit(image, file, FINAL, info, user, CLIENT).describe()
         finally:
             file.unlink(missing_ok=True)
 
     return await anyio.to_thread.run_sync(keep)
 
 
-async def _corrected(parts: Services, gallery: Gallery, image: str, asked: Clicks) -> tuple[Path, str]:
+async def corrected(pictures: Pictures, image: str, asked: Clicks) -> tuple[Path, Preset]:
     """The corrected mask as a file, to be removed by the caller, and its preset."""
-    path = await anyio.to_thread.run_sync(lambda: parts.image_file(check_image_known(parts.datastore, image)))
-    newest = parts.store.history.latest(image)
-    preset = edit_model_for(parts, image, newest)
-    if not preset:
+    models, inferences = pictures.models, pictures.inferences
+    path = await anyio.to_thread.run_sync(lambda: models.images.file(models.images.check(image)))
+    name = models.for_clicks(image, pictures.history.latest(image))
+    if not name:
         raise ParameterError("image", image, "an image of a modality that one of the models is for")
-    stack = await anyio.to_thread.run_sync(lambda: stack_of(gallery.volumes, path))
-    grid = await anyio.to_thread.run_sync(lambda: read_grid(path))
+    stack = await anyio.to_thread.run_sync(stack_of, pictures.volumes, path)
+    grid = await anyio.to_thread.run_sync(read_grid, path)
+    preset = models.presets[name]
     params: dict[str, Any] = {"image": str(path), "result_extension": ".nii", "all_labels": True}
-    params |= _prompts(asked.clicks, stack.voxels.shape, grid, parts, preset)
-    if asked.start:
-        version = parts.store.history.get(asked.start)
-        if version.image_id != image:
-            raise ParameterError("start", asked.start, f"a version of {image}")
-        saved = {"file": str(version.file), "label_map": dict(version.label_map), "version_id": version.version_id}
-        params["start_from"] = saved
-    model = parts.click_model(preset)
-    task = parts.infer_task(model)
-    task.validate_request(params)
-    known = await anyio.to_thread.run_sync(lambda: task.recall(params))
+    params |= prompts_of(asked.clicks, stack.voxels.shape, grid, preset)
+    model = models.click_model(name)
+    task = models.tasks.find(model)
+    request = replace(task.parse(params), saved=version_of(pictures.history, image, asked.start))
+    known = await anyio.to_thread.run_sync(task.recall, request)
     if known is not None:
         return Path(known[0]), preset
-    what, forecast = PrefetchKey(model, image), await anyio.to_thread.run_sync(parts.forecast, model, path)
-    async with parts.inferences.slot(what=what, forecast=forecast) as slot:
-        made = await slot.run(lambda: task(params))
-    return Path(str(made[0])), preset
+    forecast = await anyio.to_thread.run_sync(inferences.forecast, task, request)
+    async with inferences.slot(what=PrefetchKey(model, image), forecast=forecast) as slot:
+        made = await slot.run(lambda: task.segment(request))
+    return Path(made[0]), preset
 
 
-def _prompts(
-    clicks: Sequence[Click], shape: Sequence[int], grid: Grid, parts: Services, preset: str
-) -> dict[str, list[list[int]]]:
+def version_of(history: LabelHistory, image: str, version_id: str) -> LabelVersion | None:
+    """The version of an image's label that a correction starts from; None where it names none.
+
+    Raises:
+        NotFoundError, ParameterError: when there is none of that id, or it is another image's.
+    """
+    if not version_id:
+        return None
+    version = history.get(version_id)
+    if version.image_id != image:
+        raise ParameterError("start", version_id, f"a version of {image}")
+    return version
+
+
+def prompts_of(clicks: Sequence[Click], shape: Sequence[int], grid: Grid, preset: Preset) -> dict[str, list[list[int]]]:
     """The clicks as points of each label; those that remove are about the background."""
     points: dict[str, list[list[int]]] = {"background": []}
     for one in clicks:
-        label = parts.presets[preset].find_label(one.label)
+        label = preset.find_label(one.label)
         if label is None:
-            raise ParameterError("label", one.label, ", ".join(parts.presets[preset].label_indices))
+            raise ParameterError("label", one.label, ", ".join(preset.label_indices))
         voxel = voxel_of(one, shape, grid)
         points.setdefault(label.name if one.kind == "add" else "background", []).append(voxel)
     return points

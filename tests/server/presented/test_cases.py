@@ -10,8 +10,8 @@ import pytest
 from lib.configs.catalogue import load_preset
 from lib.dicom.query import search
 from lib.dicom.resources import parse_path
-from lib.server.work.presented import PresentedCases, Searched
-from lib.server.work.presented_labels import PresentedLabels
+from lib.server.presented.cases import PresentedCases, Searched
+from lib.server.presented.labels import PresentedLabels
 
 CASES = 2_000
 ROOT = "http://server/dicom-web"

@@ -1,0 +1,169 @@
+"""Answers to requests for a mask: recalled or computed, counted, remembered, and saved where that is asked for."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.configs.preset import Preset
+from lib.datastore.records import LabelVersion
+from lib.datastore.series import SeriesDatastore
+from lib.dicom.segmentation_writer import Origin
+from lib.errors import CheckpointError, ModelNotReadyError
+from lib.infers.request import InferRequest
+from lib.infers.writer import EXTENSIONS, write_mask
+from lib.server.http.auth import User
+from lib.server.http.metrics import Metrics
+from lib.server.http.uploads import check_header, receive, temporary_folder
+from lib.server.images import Images
+from lib.server.inference.requests import Asked, Output
+from lib.server.labels.segmentations import Segmentations
+from lib.server.work.modality import warnings_for
+from lib.transforms.volume import read_volume
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A mask, as bytes, and the JSON that goes with it."""
+
+    name: str
+    content: bytes
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers requests.
+
+    Args:
+        images: finds the images of the studies.
+        store: the studies, with who was given which mask.
+        segmentations: DICOM SEGs, files as series, and the way by which labels are saved.
+        metrics: where inferences are counted.
+        unpacked_limit_mib: most MiB of an uploaded file once it is unpacked.
+    """
+
+    images: Images
+    store: SeriesDatastore
+    segmentations: Segmentations
+    metrics: Metrics
+    unpacked_limit_mib: int
+
+    def recall(self, asked: Asked, user: User) -> Answer | None:
+        """The answer, where it is ready: it takes no slot of a device.
+
+        Raises:
+            NotFoundError, ForbiddenError: when the image is gone, or outside of what may be read.
+        """
+        if asked.upload is not None or asked.label is not None:
+            return None
+        kept = asked.task.recall(self._located(asked, user))
+        return None if kept is None else self._finish(asked, user, Path(kept[0]), kept[1])
+
+    def compute(self, asked: Asked, user: User) -> Answer:
+        """Segment, in the thread of the device. No file is left behind, whatever happens.
+
+        Raises:
+            ImageError: when the image cannot be segmented.
+            ModelNotReadyError: when there are no weights, or none that can be used.
+        """
+        with temporary_folder() as folder:
+            request = self._with_uploads(asked, self._located(asked, user), folder)
+            try:
+                mask, params = asked.task.segment(request)
+            except CheckpointError as error:
+                self.metrics.count_failure(asked.model, error)
+                raise ModelNotReadyError(f"the weights of {asked.model!r} cannot be used: {error}") from error
+            except Exception as error:
+                self.metrics.count_failure(asked.model, error)
+                raise
+            return self._finish(asked, user, Path(mask), params)
+
+    def _located(self, asked: Asked, user: User) -> InferRequest:
+        """The request with the image's file as it is now, and the version that a correction starts from."""
+        if asked.image_id is None:
+            return asked.request
+        request = replace(asked.request, image=self.images.file(asked.image_id))
+        saved = self._own_version(asked, user) if asked.task.takes_prompts and asked.label is None else None
+        return request if saved is None else asked.task.starting_from(request, saved)
+
+    def _own_version(self, asked: Asked, user: User) -> LabelVersion | None:
+        """The newest version of the image, where this client saved it."""
+        newest = self.store.history.latest(str(asked.image_id))
+        own = newest is not None and newest.user == user.name and newest.client_id == asked.client_id
+        return newest if newest is not None and own and newest.preset in ("", asked.task.preset.name) else None
+
+    def _with_uploads(self, asked: Asked, request: InferRequest, folder: Path) -> InferRequest:
+        """The request with uploads copied into ``folder``."""
+        if asked.upload is not None:
+            uploaded = receive(asked.upload, folder)
+            check_header(uploaded, self.unpacked_limit_mib)
+            request = replace(request, image=uploaded)
+        if asked.label is not None:
+            inside = folder / "label"
+            inside.mkdir()
+            label = receive(asked.label, inside, "label.nii.gz")
+            check_header(label, self.unpacked_limit_mib)
+            if asked.on_series:
+                label = self.segmentations.presented.label_on_file(str(asked.image_id), label, inside)
+            if asked.task.takes_prompts:
+                request = asked.task.correcting(request, label)
+        return request
+
+    def _finish(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
+        """Count an answer, take it into memory, and remove its file."""
+        hit = bool(params["cache"]["hit"])
+        self.metrics.count_ready(asked.model, hit)
+        if not hit:
+            self.metrics.count_inference(asked.model, params["latencies_ms"])
+        try:
+            return self._keep(asked, user, mask, params)
+        finally:
+            mask.unlink(missing_ok=True)
+
+    def _keep(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
+        """Take the mask into memory, remember who was given it, and save it as a label where that is asked for."""
+        content, preset = mask.read_bytes(), asked.task.preset
+        if asked.image_id is not None:
+            client, model = user.client(asked.client_id), params["model"]
+            if asked.task.takes_prompts:
+                # what a label is held against stays the automatic mask
+                self.store.effort.count_prompt(asked.image_id, client)
+            else:
+                name, version, engine = model["preset"], model["version"], str(params["engine"])
+                self.store.predictions.remember(client, asked.image_id, name, version, mask.name, content, engine)
+            self.store.leases.renew(client)
+        submissions = self.segmentations.submissions
+        if asked.image_id is not None and asked.tag:
+            info = {"model": asked.model, "params": params}
+            submissions.keep_prediction(asked.image_id, mask, asked.tag, info, user, asked.client_id)
+        warnings = warnings_for(submissions.presets, self.store, asked.model, asked.image_id)
+        params = {**params, "warnings": [*warnings, *params.get("warnings", [])]}
+        if asked.output is not Output.dicom_seg:
+            return Answer(mask.name, self._as_shown(asked, mask) if asked.on_series else content, params)
+        # PyTorch and OpenVINO may differ in single voxels: the mask says which of them made it
+        origin = Origin("AUTOMATIC", f"{params['model']['version']} ({params['engine']})")
+        return Answer(f"{asked.image_id}.dcm", self._as_segmentation(asked, mask, preset, origin), params)
+
+    def _as_segmentation(self, asked: Asked, mask: Path, preset: Preset, origin: Origin) -> bytes:
+        """The mask as the bytes of a DICOM SEG."""
+        seg = self.segmentations.of_mask(str(asked.image_id), mask, preset, origin, as_presented=asked.on_series)
+        packed = io.BytesIO()
+        seg.save_as(packed, write_like_original=False)
+        return packed.getvalue()
+
+    def _as_shown(self, asked: Asked, mask: Path) -> bytes:
+        """The mask on the grid of the series that presents its image, as a viewer orders its voxels."""
+        labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
+        shown = self.segmentations.presented.on_series(str(asked.image_id), labels)
+        suffix = max((end for end in EXTENSIONS if mask.name.endswith(end)), key=len)
+        request, voxels = asked.request, shown.voxels.astype(np.uint8)
+        file = write_mask(voxels, shown.affine_ras, asked.task.preset, suffix, request.dtype, request.compress)
+        try:
+            return file.read_bytes()
+        finally:
+            file.unlink(missing_ok=True)

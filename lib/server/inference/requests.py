@@ -1,0 +1,149 @@
+"""Requests for a mask, checked and parsed once, before they wait for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from fastapi import UploadFile
+
+from lib.datastore.series import SeriesDatastore
+from lib.errors import ParameterError
+from lib.infers.request import InferRequest
+from lib.infers.task import UnetrInferTask
+from lib.server.http.auth import Role, User
+from lib.server.http.errors import ForbiddenError
+from lib.server.http.names import safe_file_name
+from lib.server.images import Images
+from lib.server.labels.submissions import tag_for_prediction
+from lib.server.presented.cases import PresentedCases
+from lib.server.tasks import TasksByName
+
+# What a client may not set through ``params``: they say which file is read.
+NOT_FROM_PARAMS = (
+    "model", "image", "label", "session", "file", "description", "label_file", "label_name", "start_from"
+)  # fmt: skip
+
+
+class Output(str, Enum):
+    """Which parts of the answer the client wants."""
+
+    image = "image"
+    json = "json"
+    all = "all"
+    dicom_seg = "dicom_seg"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that has been checked.
+
+    Attributes:
+        model: which.
+        task: its inference task.
+        request: its parameters. Of an image of the studies the file may be another one when its turn comes.
+        image_id: the image of the studies; None for an uploaded one and a session's.
+        upload: an uploaded image, which is copied when its turn comes.
+        label: an uploaded mask.
+        client_id: by which the client names itself.
+        tag: under which the mask is to be kept as the image's label; "" where it is not.
+        output: what the client wants.
+        on_series: the image was named by the series that presents it, on whose grid the answer is to be.
+    """
+
+    model: str
+    task: UnetrInferTask
+    request: InferRequest
+    image_id: str | None
+    upload: UploadFile | None
+    label: UploadFile | None
+    client_id: str
+    tag: str
+    output: Output
+    on_series: bool
+
+
+@dataclass(frozen=True)
+class RequestChecks:
+    """Checks everything that can be checked without reading the image, so that bad requests do not wait.
+
+    Args:
+        tasks: all inference tasks, those that take clicks or scribbles among them.
+        images: finds the images of the studies.
+        store: the studies.
+        presented: files as series.
+        session_image: gives the file of a session's image.
+    """
+
+    tasks: TasksByName[UnetrInferTask]
+    images: Images
+    store: SeriesDatastore
+    presented: PresentedCases
+    session_image: Callable[[str], Path]
+
+    def check(
+        self,
+        user: User,
+        model: str,
+        image: str,
+        session_id: str,
+        params: dict[str, Any],
+        upload: UploadFile | None,
+        label: UploadFile | None,
+        output: Output,
+    ) -> Asked:
+        """Check and parse a request.
+
+        Raises:
+            NotFoundError: for a model, image or session that there is not.
+            ParameterError: for a parameter that is not valid, or when nothing says what to segment.
+            ForbiddenError: for what the user may not do.
+        """
+        task = self.tasks.find(model)
+        image_id, upload = None, None if session_id else upload
+        if session_id:
+            file = self.session_image(session_id)
+        elif upload is not None:  # its name stands in for the file, whose kind the default of result_extension follows
+            file = Path(safe_file_name(upload.filename, "image.nii.gz"))
+        else:
+            image_id, file = self._choose_image(image, params)
+        kept = {key: value for key, value in params.items() if key not in NOT_FROM_PARAMS}
+        on_series = image_id is not None and self.presented.case_of(str(params.get("image") or image)) is not None
+        if on_series:
+            kept = self.presented.on_file(str(image_id), kept)
+        saves = image_id is not None and str(params.get("save_label", "false")).lower() in ("true", "1")
+        if task.takes_prompts:
+            kept["label_name"] = params.get("label")
+            if saves:
+                kept["all_labels"] = True  # what is saved is a mask of all labels
+        request = task.parse({**kept, "image": str(file)})
+        tag = self._check_tag(user, str(image_id), params) if saves else ""
+        if output is Output.dicom_seg:
+            self._check_dicom_seg(image_id)
+        client_id = str(params.get("client_id") or "")
+        return Asked(model, task, request, image_id, upload, label, client_id, tag, output, on_series)
+
+    def _choose_image(self, image: str, params: Mapping[str, Any]) -> tuple[str, Path]:
+        """The image's id and file; one inside ``params`` counts too, as in MONAI Label, and must be an id as well."""
+        wanted = params.get("image") or image
+        if not isinstance(wanted, str) or not wanted:
+            raise ParameterError("image", wanted, "an image id, or else a session_id or an uploaded part 'file'")
+        file = self.images.file(wanted)
+        return self.images.known_id(wanted), file
+
+    def _check_tag(self, user: User, image_id: str, params: Mapping[str, Any]) -> str:
+        """The tag under which a user may have the mask kept."""
+        if user.role < Role.ANNOTATOR:
+            raise ForbiddenError("save_label needs the role annotator")
+        tag = tag_for_prediction(user, params)
+        self.store.history.check_replaceable(image_id, tag)
+        return tag
+
+    def _check_dicom_seg(self, image_id: str | None) -> None:
+        """Refuse a DICOM SEG where there is no DICOM to refer to."""
+        shown = image_id is not None and bool(self.presented.attributes(image_id))
+        if image_id is None or not (shown or self.store.is_series(image_id)):
+            raise ParameterError("output", "dicom_seg", "image, json or all, since the image is no DICOM series")

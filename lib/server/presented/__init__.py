@@ -1,0 +1,1 @@
+"""Files, and series that viewers cannot show, presented as DICOM series."""
