@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lib.dicom.series import Series, read_series
 from lib.dicom.sources import SeriesSource
 from lib.storage.disk import MIB, make_room
+from lib.storage.files import replacing
 
 DEFAULT_LIMIT_MIB = 20_480
 SECONDS_IN_USE = 600.0
@@ -109,12 +110,8 @@ def write_volume(series: Series, file: Path) -> None:
     image = nib.Nifti1Image(_smallest(series.read_voxels()), series.affine_ras)
     image.header.set_xyzt_units("mm")
     image.set_sform(series.affine_ras, code="scanner")
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(image.to_bytes())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(file) as out:
+        out.write(image.to_bytes())
 
 
 def _smallest(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.generic]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import anyio.to_thread
 
 from lib.infers.memory import give_back_freed
+from lib.server.background import in_background
 
 SECONDS_BETWEEN_TRIMS = 30.0
 
@@ -20,13 +21,8 @@ SECONDS_BETWEEN_TRIMS = 30.0
 @asynccontextmanager
 async def trimming(seconds: float = SECONDS_BETWEEN_TRIMS) -> AsyncIterator[None]:
     """While this lasts, freed memory is given back every so many seconds."""
-    task = asyncio.create_task(_trim(seconds))
-    try:
+    async with in_background("trimming", _trim(seconds)):
         yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 async def _trim(seconds: float) -> None:

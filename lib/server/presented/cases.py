@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +38,7 @@ from lib.errors import ImageError, InputError, LabelError, NotFoundError, Parame
 from lib.imagefiles.reading import read_planes
 from lib.server.presented.labels import PresentedLabels
 from lib.server.presented.regular import RegularSeries
+from lib.storage.bounded_cache import BoundedCache
 from lib.storage.json_files import write_json
 from lib.transforms.intensity_range import MOST_SAMPLES, range_warning
 from lib.transforms.volume import Grid, Volume, read_grid
@@ -97,7 +97,6 @@ class PresentedCases:
     ) -> None:
         self._store, self._file_of, self._enabled = store, file_of, enabled
         self.regular = RegularSeries(store, index if enabled else None)
-        self._most_bytes = most_bytes
         self.labels = PresentedLabels(self, store, presets)
         modalities: tuple[str, ...] = tuple(preset.modality for preset in presets.values())
         self._modalities, self._memory = modalities, memory if enabled else None
@@ -105,7 +104,7 @@ class PresentedCases:
         self._lock = threading.Lock()
         self._by_uid: dict[str, str] = {}
         self._listed: dict[str, SeriesEntry] = {}
-        self._opened: OrderedDict[tuple[str, str], OpenedCase] = OrderedDict()
+        self._opened = BoundedCache(most_bytes)
         self._templates = {modality: to_json(describe_case("template", modality)) for modality in modalities}
 
     # ----------------------------------------------------------------------------------------------- which there are
@@ -231,16 +230,7 @@ class PresentedCases:
             NotFoundError, ForbiddenError, ImageError: when it cannot be.
         """
         key = case, self._store.stamp(case)
-        with self._lock:
-            if key in self._opened:
-                self._opened.move_to_end(key)
-                return self._opened[key]
-        opened = self._read(case)
-        with self._lock:
-            self._opened[key] = opened
-            while len(self._opened) > 1 and sum(o.stored.nbytes for o in self._opened.values()) > self._most_bytes:
-                self._opened.popitem(last=False)
-        return opened
+        return self._opened.get(key, lambda: self._read(case), lambda opened: opened.stored.nbytes)
 
     def _read(self, case: str) -> OpenedCase:
         """Read a case's file twice, plane by plane: for the range of its values, and to store them."""

@@ -13,7 +13,6 @@ from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from starlette.exceptions import HTTPException
 
 from lib.errors import NotFoundError, ParameterError, TrainingError
-from lib.infers.devices.lanes import Lanes
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
     DatastoreDep,
@@ -32,10 +31,9 @@ from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Job, Jobs, Kind
-from lib.server.work.pause import Pause
-from lib.server.work.places import idle_place, pause_file
+from lib.server.work.places import idle_place
+from lib.server.work.trainings import Trainings, own
 from lib.trainers.request import SERVER_FIELDS, TrainRequest
-from lib.trainers.task import UnetrTrainTask
 
 train_router = APIRouter(prefix="/train", tags=["Train"])
 batch_router = APIRouter(prefix="/batch", tags=["Infer"])
@@ -47,8 +45,18 @@ TRAIN_BODY = json_body_of(TrainRequest, SERVER_FIELDS)
 BATCH_BODY = json_body_of(BatchRequest)
 SCORING_BODY = json_body_of(ScoringRequest)
 SECONDS_BETWEEN_LOOKS = 0.2
-# What a client may not set: they say what runs, and where it reads.
-NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", "begun_at", *SERVER_FIELDS)
+
+
+async def get_trainings(
+    trainers: TrainTasksDep,
+    jobs: JobsDep,
+    pause: PauseDep,
+    lanes: LanesDep,
+    datastore: DatastoreDep,
+    limiter: ImageChecksDep,
+) -> Trainings:
+    """Starts trainings, as a FastAPI dependency."""
+    return Trainings(trainers, jobs, pause, lanes, datastore, limiter)
 
 
 async def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = False) -> Callable[[Kind], Status]:
@@ -56,6 +64,7 @@ async def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = 
     return lambda kind: status(jobs, kind, all, check_if_running)
 
 
+TrainingsDep = Annotated[Trainings, Depends(get_trainings)]
 StatusDep = Annotated[Callable[[Kind], Status], Depends(get_status)]
 
 
@@ -66,30 +75,20 @@ def train_status(status: StatusDep, user: AsUser) -> Status:
 
 
 @train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
-async def train_all(
-    trainers: TrainTasksDep,
-    jobs: JobsDep,
-    pause: PauseDep,
-    lanes: LanesDep,
-    datastore: DatastoreDep,
-    limiter: ImageChecksDep,
-    user: AsReviewer,
-    params: Body,
-    run_sync: bool = False,
-) -> dict[str, Any]:
+async def train_all(trainings: TrainingsDep, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
     """Train every model that has labels; settings for all of them, or for each under its name.
 
     Where no model has any, all are tried, and the training says so.
     """
-    shared = {key: value for key, value in params.items() if key not in trainers}
-    requests = {model: shared | _object(params.get(model, {}), model) for model in trainers}
+    models = list(trainings.trainers)
+    shared = {key: value for key, value in params.items() if key not in models}
+    requests = {model: shared | _object(params.get(model, {}), model) for model in models}
     for model, request in requests.items():
-        check_training(trainers, model, request)
-    notices = {model: await notice(trainers[model], datastore, limiter, request) for model, request in requests.items()}
-    labelled = [model for model, task in trainers.items() if await has_labels(task, datastore, limiter)]
-    trained = labelled or list(trainers)
-    started = {model: jobs.submit("train", training(pause, lanes, requests[model], model), True) for model in trained}
-    skipped = {model: {"result": None, "detail": "no label yet"} for model in trainers if model not in trained}
+        trainings.check(model, request)
+    notices = {model: await trainings.notice(model, request) for model, request in requests.items()}
+    trained = await trainings.labelled() or models
+    started = {model: trainings.start(model, requests[model], enqueue=True) for model in trained}
+    skipped = {model: {"result": None, "detail": "no label yet"} for model in models if model not in trained}
     return skipped | {
         model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
         for model, job in started.items()
@@ -98,12 +97,7 @@ async def train_all(
 
 @train_router.post("/{model}", summary="Train a model", openapi_extra=TRAIN_BODY)
 async def train(
-    trainers: TrainTasksDep,
-    jobs: JobsDep,
-    pause: PauseDep,
-    lanes: LanesDep,
-    datastore: DatastoreDep,
-    limiter: ImageChecksDep,
+    trainings: TrainingsDep,
     user: AsReviewer,
     model: str,
     params: Body,
@@ -114,10 +108,9 @@ async def train(
 
     The answer's ``notice`` says when nothing will judge the result.
     """
-    check_training(trainers, model, params)
-    words = await notice(trainers[model], datastore, limiter, params)
-    job = jobs.submit("train", training(pause, lanes, params, model), enqueue)
-    return _noting(await answer(job, run_sync), words)
+    trainings.check(model, params)
+    words = await trainings.notice(model, params)
+    return _noting(await answer(trainings.start(model, params, enqueue), run_sync), words)
 
 
 @train_router.delete("/", summary="Stop the training")
@@ -236,39 +229,6 @@ async def answer(job: Job, run_sync: bool) -> Any:
             f"{job.kind} ended as {job.status}: {job.details[-1] if job.details else 'it printed nothing'}"
         )
     return job.result
-
-
-def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A request for ``model``, without what clients may not set."""
-    return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}
-
-
-def training(pause: Pause, lanes: Lanes, params: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A Train request as somebody pressed the button: with what the server adds."""
-    asked = own(params, model)
-    return asked | {"why": "by hand", "pause_file": str(pause_file(pause, lanes, asked))}
-
-
-def check_training(trainers: TasksByName[UnetrTrainTask], model: str, params: Mapping[str, Any]) -> None:
-    """Refuse a training before its process starts.
-
-    Raises:
-        NotFoundError: for a model that there is not.
-        ParameterError: for a field that is not valid.
-    """
-    trainers.find(model).validate_request(own(params, model), strict=True)
-
-
-async def notice(
-    task: UnetrTrainTask, datastore: Datastore, limiter: anyio.CapacityLimiter, params: Mapping[str, Any]
-) -> str:
-    """What whoever starts a training should know of its result; empty where it will be judged as usual."""
-    return await anyio.to_thread.run_sync(lambda: task.forecast(params, datastore), limiter=limiter)
-
-
-async def has_labels(task: UnetrTrainTask, datastore: Datastore, limiter: anyio.CapacityLimiter) -> bool:
-    """Whether there is any label to train a model on."""
-    return await anyio.to_thread.run_sync(lambda: bool(task.submitted(datastore).cases), limiter=limiter)
 
 
 def _noting(answer: Any, words: str) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lib.errors import UnetrError
 from lib.infers.interruption import InterruptedWork
 from lib.infers.request import InferRequest
 from lib.infers.task import ReadImage, UnetrInferTask
+from lib.server.background import in_background
 from lib.server.http.metrics import Metrics
 from lib.server.work.queue import InferenceQueue
 
@@ -67,14 +68,8 @@ class Prefetcher:
         self._loop = asyncio.get_running_loop()
         # one more than there are devices: it reads the next image while they compute
         count = 1 + min(MOST_AT_ONCE, sum(lane.pooled for lane in self._inferences.lanes))
-        tasks = [asyncio.create_task(self._work(), name="prefetch") for _ in range(count)]
-        try:
+        async with in_background("prefetch", *(self._work() for _ in range(count))):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
 
     def want(self, wanted: Sequence[PrefetchKey]) -> None:
         """Have these computed next, the first of them first; may be called from any thread."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import anyio.to_thread
 from monailabel.interfaces.app import MONAILabelApp
@@ -13,6 +13,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from lib.activelearning.pool_knowledge import PoolKnowledge
 from lib.activelearning.score_store import UNTRAINED
 from lib.activelearning.task import ALL_SCORES, label_stamps
+from lib.server.background import in_background
 from lib.server.work.jobs import Jobs
 from lib.server.work.places import devices_of, idle_place, occupied, pooled_devices
 from lib.server.work.queue import InferenceQueue
@@ -48,13 +49,8 @@ class BackgroundScoring:
         if self._minutes == 0:
             yield
             return
-        task = asyncio.create_task(self._watch(), name="background scoring")
-        try:
+        async with in_background("background scoring", self._watch()):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def _watch(self) -> None:
         while True:

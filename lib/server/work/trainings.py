@@ -1,0 +1,79 @@
+"""Trainings as somebody starts them by hand: checked before their process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from monailabel.interfaces.datastore import Datastore
+
+from lib.infers.devices.lanes import Lanes
+from lib.server.tasks import TasksByName
+from lib.server.work.jobs import Job, Jobs
+from lib.server.work.pause import Pause
+from lib.server.work.places import pause_file
+from lib.trainers.request import SERVER_FIELDS
+from lib.trainers.task import UnetrTrainTask
+
+# What a client may not set: they say what runs, and where it reads.
+NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", "begun_at", *SERVER_FIELDS)
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Starts trainings.
+
+    Args:
+        trainers: the training task of each model.
+        jobs: where they run.
+        pause: makes them stand still while their devices answer requests.
+        lanes: the devices.
+        datastore: images and labels.
+        limiter: threads that read labels, of which there are few, since each takes much memory.
+    """
+
+    trainers: TasksByName[UnetrTrainTask]
+    jobs: Jobs
+    pause: Pause
+    lanes: Lanes
+    datastore: Datastore
+    limiter: anyio.CapacityLimiter
+
+    def check(self, model: str, params: Mapping[str, Any]) -> None:
+        """Refuse a training before its process starts.
+
+        Raises:
+            NotFoundError: for a model that there is not.
+            ParameterError: for a field that is not valid.
+        """
+        self.trainers.find(model).validate_request(own(params, model), strict=True)
+
+    async def notice(self, model: str, params: Mapping[str, Any]) -> str:
+        """What whoever starts a training should know of its result; empty where it will be judged as usual."""
+        return await anyio.to_thread.run_sync(
+            self.trainers[model].forecast, params, self.datastore, limiter=self.limiter
+        )
+
+    async def labelled(self) -> list[str]:
+        """The models that there are labels to train on."""
+        return [model for model, task in self.trainers.items() if await self._has_labels(task)]
+
+    def start(self, model: str, params: Mapping[str, Any], enqueue: bool) -> Job:
+        """Start a training, or let it wait for the one that runs.
+
+        Raises:
+            TrainingError: when one runs already, unless ``enqueue`` is set.
+        """
+        asked = own(params, model)
+        by_hand = {"why": "by hand", "pause_file": str(pause_file(self.pause, self.lanes, asked))}
+        return self.jobs.submit("train", asked | by_hand, enqueue)
+
+    async def _has_labels(self, task: UnetrTrainTask) -> bool:
+        return await anyio.to_thread.run_sync(lambda: bool(task.submitted(self.datastore).cases), limiter=self.limiter)
+
+
+def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A request for ``model``, without what clients may not set."""
+    return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}
