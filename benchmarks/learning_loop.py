@@ -41,6 +41,7 @@ from lib.cases.metrics import dice_per_label, mean_per_label  # noqa: E402
 from lib.cases.split import read_split, subject_from_consecutive_pair  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.configs.preset import Preset, parse_preset  # noqa: E402
+from lib.drawing.figures import drawn_figure  # noqa: E402
 from lib.networks.checkpoint import Checkpoint, write_checkpoint  # noqa: E402
 from lib.storage.files import sha256_of  # noqa: E402
 from lib.storage.json_files import write_json  # noqa: E402
@@ -344,26 +345,16 @@ def as_table(outcome: Outcome) -> str:
 
 def draw(outcome: Outcome, cases: int, path: Path) -> None:
     """The points as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
     labels = [point.labels for point in outcome.points]
-    axes.plot(labels, [point.mean_dice for point in outcome.points], "o-", color="#222222", label="mean")
-    for name, color in zip(outcome.points[0].dice, ("#dc7828", "#3c8cdc"), strict=False):
-        axes.plot(labels, [point.dice[name] for point in outcome.points], "o--", color=color, label=name, linewidth=1)
-    for point in outcome.points:
-        place = (point.labels, point.mean_dice)
-        axes.annotate(point.version, place, textcoords="offset points", xytext=(4, -12), fontsize=8)
-    axes.set_xlabel("labels submitted")
-    axes.set_ylabel(f"Dice on {cases} held-out cases")
-    axes.set_xticks(labels)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+    with drawn_figure(path, "labels submitted", f"Dice on {cases} held-out cases", (6.4, 3.8)) as axes:
+        axes.plot(labels, [point.mean_dice for point in outcome.points], "o-", color="#222222", label="mean")
+        for name, color in zip(outcome.points[0].dice, ("#dc7828", "#3c8cdc"), strict=False):
+            dice = [point.dice[name] for point in outcome.points]
+            axes.plot(labels, dice, "o--", color=color, label=name, linewidth=1)
+        for point in outcome.points:
+            place = (point.labels, point.mean_dice)
+            axes.annotate(point.version, place, textcoords="offset points", xytext=(4, -12), fontsize=8)
+        axes.set_xticks(labels)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 
 from lib.cases.metrics import mean_known
+from lib.drawing.figures import drawn_figure, mark_counts
 from lib.storage.json_files import write_json
 
 FloatArray = npt.NDArray[np.float64]
@@ -119,34 +119,27 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw mean Dice against the number of labels; with one number only, each arm's difference from the baseline."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
     counts = sorted({row.labels for row in rows})
-    if len(counts) > 1:
+    if len(counts) < 2:
+        _draw_distances([row for row in rows if row.difference is not None], path)
+        return
+    with drawn_figure(path, "labelled cases", "mean Dice on judged subjects") as axes:
         for arm in dict.fromkeys(row.arm for row in rows):
             own = [row for row in rows if row.arm == arm]
             spread = [0.0 if math.isnan(row.deviation) else row.deviation for row in own]
             axes.errorbar([r.labels for r in own], [r.dice for r in own], yerr=spread, marker="o", capsize=3, label=arm)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_xlabel("labelled cases")
-        axes.legend()
-        axes.set_ylabel("mean Dice on judged subjects")
-    else:
-        _draw_distances(axes, [row for row in rows if row.difference is not None])
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+        mark_counts(axes, counts)
 
 
-def _draw_distances(axes: object, rows: Sequence[Row]) -> None:
+def _draw_distances(rows: Sequence[Row], path: Path) -> None:
     places = range(len(rows))
     values = [row.difference or 0.0 for row in rows]
     below = [value - (row.low or 0.0) for value, row in zip(values, rows, strict=True)]
     above = [(row.high or 0.0) - value for value, row in zip(values, rows, strict=True)]
-    axes.errorbar(values, places, xerr=[below, above], fmt="o", capsize=3)  # type: ignore[attr-defined]
-    axes.set_yticks(places, [row.arm for row in rows])  # type: ignore[attr-defined]
-    axes.axvline(0, color="grey", linewidth=1)  # type: ignore[attr-defined]
-    axes.set_xlabel("Dice less the baseline's, same cases, 95 % interval")  # type: ignore[attr-defined]
+    with drawn_figure(path, "Dice less the baseline's, same cases, 95 % interval") as axes:
+        axes.errorbar(values, places, xerr=[below, above], fmt="o", capsize=3)
+        axes.set_yticks(places, [row.arm for row in rows])
+        axes.axvline(0, color="grey", linewidth=1)
 
 
 def _row(runs: Mapping[int, Outcome], baseline: Mapping[int, Outcome], subject_of: Callable[[str], str]) -> Row:

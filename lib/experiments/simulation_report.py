@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from lib.drawing.figures import drawn_figure, mark_counts
 from lib.experiments.simulation import Curve
 
 
@@ -28,22 +27,15 @@ def table(curves: Sequence[Curve]) -> str:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Draw the mean Dice against labels, with a band of one deviation over the seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for curve in curves:
-        (line,) = axes.plot(curve.budgets, curve.mean, marker="o", label=curve.strategy)
-        if not any(math.isnan(value) for value in curve.deviation):
-            low = [m - d for m, d in zip(curve.mean, curve.deviation, strict=True)]
-            high = [m + d for m, d in zip(curve.mean, curve.deviation, strict=True)]
-            axes.fill_between(curve.budgets, low, high, alpha=0.12, color=line.get_color())
-    axes.set_xscale("log", base=2)
-    if curves:
-        axes.set_xticks(curves[0].budgets, [str(budget) for budget in curves[0].budgets])
-        axes.legend()
-    axes.set_xlabel("labelled cases")
-    axes.set_ylabel("mean Dice on held-out subjects")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+    with drawn_figure(path, "labelled cases", "mean Dice on held-out subjects") as axes:
+        for curve in curves:
+            (line,) = axes.plot(curve.budgets, curve.mean, marker="o", label=curve.strategy)
+            if not any(math.isnan(value) for value in curve.deviation):
+                low = [m - d for m, d in zip(curve.mean, curve.deviation, strict=True)]
+                high = [m + d for m, d in zip(curve.mean, curve.deviation, strict=True)]
+                axes.fill_between(curve.budgets, low, high, alpha=0.12, color=line.get_color())
+        if curves:
+            mark_counts(axes, curves[0].budgets)
 
 
 def _with_error(value: float, deviation: float, sign: str = "") -> str:

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = {
     "errors": 0,
     "storage": 1,
+    "drawing": 1,
     "commandline": 1,
     "configs": 2,
     "imagefiles": 2,

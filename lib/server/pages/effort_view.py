@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lib.datastore.records import FINAL, LabelVersion
-from lib.server.pages.charts import Point, line_chart
+from lib.drawing.charts import Point, line_chart
 from lib.server.pages.language import Language
 
 MOST_LABELS = 1000

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.server.pages.charts import Point, line_chart
+from lib.drawing.charts import Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Job, Jobs

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from lib.drawing.charts import REJECTED, Point, line_chart
 from lib.models.versions import Version
-from lib.server.pages.charts import REJECTED, Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.tasks import TasksByName
 from lib.trainers.task import UnetrTrainTask

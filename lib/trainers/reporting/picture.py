@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from lib.drawing.contours import hex_color, inline_png, outline_path
 from lib.transforms.volume import FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
@@ -35,30 +33,15 @@ def draw_slice(
     height, width = grey.shape
     drawn = [f'<image width="{width}" height="{height}" href="{_as_png(grey)}" style="image-rendering:pixelated"/>']
     for value, color in colors.items():
-        stroke = "#{:02x}{:02x}{:02x}".format(*color[:3])
-        drawn.append(f'<path d="{contour(theirs == value)}" stroke="{stroke}" stroke-width="0.5" fill="none"/>')
+        stroke = hex_color(color)
+        drawn.append(f'<path d="{outline_path(theirs == value)}" stroke="{stroke}" stroke-width="0.5" fill="none"/>')
         style = 'stroke="#fff" stroke-width="0.35" stroke-dasharray="1 0.7" fill="none"'
-        drawn.append(f'<path d="{contour(ours == value)}" {style}/>')
+        drawn.append(f'<path d="{outline_path(ours == value)}" {style}/>')
     size = f'width="{WIDTH_PIXELS}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(drawn)}</svg>'
-
-
-def contour(mask: npt.NDArray[np.bool_]) -> str:
-    """The outline of a mask of shape (rows, columns) along the edges of its pixels, as an SVG path.
-
-    >>> import numpy as np
-    >>> contour(np.array([[True]]))
-    'M0 0h1M0 1h1M0 0v1M1 0v1'
-    """
-    padded = np.pad(mask, 1)
-    across = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])  # edges between a pixel and the one above it
-    down = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
-    return "".join([*(f"M{x} {y}h1" for y, x in across), *(f"M{x} {y}v1" for y, x in down)])
 
 
 def _as_png(grey: FloatArray) -> str:
     low, high = np.percentile(grey, (0.5, 99.5))
     shades = np.clip((grey - low) / max(float(high - low), 1e-6) * 255, 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(shades).save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return inline_png(shades)

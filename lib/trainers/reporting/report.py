@@ -10,6 +10,7 @@ from typing import Any
 
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import mean_known
+from lib.drawing.charts import draw_curves
 from lib.infers.segmenter import Segmenter
 from lib.storage.json_files import without_nan
 from lib.trainers.judging.evaluate import CaseScore, Evaluation
@@ -19,8 +20,6 @@ from lib.trainers.run.job import TrainingResult
 
 WORST = 3
 POINTS = 400
-WIDTH, HEIGHT, BORDER = 640, 220, 40
-COLORS = ("#c4572b", "#2b6cc4", "#3a8f3a", "#8b3ac4", "#c4a32b", "#2bb5c4", "#777777")
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:.5rem 0}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}"
@@ -93,37 +92,6 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, st
 def as_json(data: Mapping[str, Any]) -> str:
     """The report as JSON; numbers that are not known are null."""
     return json.dumps(without_nan(data), indent=1) + "\n"
-
-
-def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Draw curves of (step, value) as one inline SVG chart with the limits of its axes and a legend."""
-    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
-    if not points:
-        return ""
-    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
-    wide, high = max(x1 - x0, 1), max(y1 - y0, 1e-6)
-
-    def place(x: float, y: float) -> str:
-        across = BORDER + (x - x0) / wide * (WIDTH - 2 * BORDER)
-        return f"{across:.1f},{HEIGHT - BORDER - (y - y0) / high * (HEIGHT - 2 * BORDER):.1f}"
-
-    drawn = [
-        f'<text x="{BORDER}" y="20">{html.escape(name)}</text>',
-        f'<rect x="{BORDER}" y="{BORDER}" width="{WIDTH - 2 * BORDER}" height="{HEIGHT - 2 * BORDER}" fill="none" '
-        'stroke="#bbb"/>',
-        f'<text x="2" y="{BORDER + 4}">{y1:.3f}</text><text x="2" y="{HEIGHT - BORDER}">{y0:.3f}</text>',
-        f'<text x="{BORDER}" y="{HEIGHT - 22}">{x0:g}</text>',
-        f'<text x="{WIDTH - BORDER}" y="{HEIGHT - 22}" text-anchor="end">step {x1:g}</text>',
-    ]
-    for number, (label, curve) in enumerate(curves.items()):
-        color = COLORS[number % len(COLORS)]
-        line = " ".join(place(x, y) for x, y in curve if math.isfinite(y))
-        drawn.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-        if len(curves) > 1:
-            x = BORDER + 110 * number
-            drawn.append(f'<text x="{x}" y="{HEIGHT - 6}" fill="{color}">{html.escape(label)}</text>')
-    frame = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>{"".join(drawn)}</svg>'
 
 
 def thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -17,11 +17,13 @@ from PIL import Image
 from torch import nn
 
 from lib.cases.labelled import Case
+from lib.drawing.charts import draw_curves
+from lib.drawing.contours import outline_path
 from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, judge
-from lib.trainers.reporting.picture import contour, draw_slice
-from lib.trainers.reporting.report import as_json, draw_curves, render_html, report_data, thin, worst_cases
+from lib.trainers.reporting.picture import draw_slice
+from lib.trainers.reporting.report import as_json, render_html, report_data, thin, worst_cases
 from lib.trainers.run.job import TrainingResult, Validation
 from tests.tiny import tiny_preset
 
@@ -107,10 +109,10 @@ def test_long_curve_is_thinned_to_means() -> None:
 def test_contour_goes_along_the_edges_of_pixels() -> None:
     mask = np.zeros((3, 4), dtype=bool)
     mask[1, 1:3] = True
-    edges = contour(mask)
+    edges = outline_path(mask)
     assert edges.count("h1") == 4 and edges.count("v1") == 2
     assert {"M1 1h1", "M2 1h1", "M1 2h1", "M2 2h1", "M1 1v1", "M3 1v1"} == set(re.findall(r"M\d+ \d+[hv]1", edges))
-    assert contour(np.zeros((2, 2), dtype=bool)) == ""
+    assert outline_path(np.zeros((2, 2), dtype=bool)) == ""
 
 
 def test_picture_is_the_slice_that_differs_most() -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.datastore.history import LabelHistory
+from lib.drawing.contours import Line
 from lib.errors import NotFoundError, ParameterError
 from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
 from lib.server.pages.cases.models import CaseModels
-from lib.server.pages.cases.slices import Contour, Line, Stack, reorient
+from lib.server.pages.cases.slices import Contour, Stack, reorient
 from lib.server.pages.cases.view import as_mask, mask_of, stack_of, stamp_of
 from lib.server.tasks import TasksByName
 from lib.server.work.prefetch import PrefetchKey

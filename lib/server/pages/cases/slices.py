@@ -14,18 +14,16 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
+
+from lib.drawing.contours import Line, draw_outline
 
 Voxel = TypeVar("Voxel", bound=np.generic)
 Plane = Literal["axial", "coronal", "sagittal"]
-Line = Literal["solid", "dashed", "dotted"]
 
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
 AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 """The array axis that a plane looks along, once axes run to right, anterior, superior."""
 WINDOW_PERCENTILES = (0.5, 99.5)
-DASHES: dict[Line, tuple[int, int]] = {"solid": (1, 1), "dashed": (10, 6), "dotted": (4, 2)}
-"""Period and drawn part of a line in pixels."""
 OVERLAY_RGB = (240, 228, 66)
 """Yellow of Okabe and Ito's palette, which colour-blind readers can tell from the grey below it."""
 LEAST_SHOWN = 0.05
@@ -103,7 +101,7 @@ def draw_slice(
     if uncertainty is not None:
         _lay_over(picture, _cut(uncertainty, axis, at), size)
     for contour in contours:
-        _outline(picture, contour, _cut(contour.mask, axis, at), size)
+        draw_outline(picture, _cut(contour.mask, axis, at), contour.colors, contour.line)
     buffer = io.BytesIO()
     Image.fromarray(picture.astype(np.uint8)).save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
@@ -135,16 +133,3 @@ def _lay_over(picture: npt.NDArray[np.float32], values: npt.NDArray[np.generic],
     share = np.where(share < LEAST_SHOWN, 0, share)[..., None] * 0.8
     picture *= 1 - share
     picture += share * np.array(OVERLAY_RGB, dtype=np.float32)
-
-
-def _outline(
-    picture: npt.NDArray[np.float32], contour: Contour, values: npt.NDArray[np.generic], size: tuple[int, int]
-) -> None:
-    enlarged = np.asarray(Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.NEAREST))
-    rows, columns = np.indices(enlarged.shape)
-    period, drawn = DASHES[contour.line]
-    shown = (rows + columns) % period < drawn
-    for value, color in contour.colors.items():
-        inside = enlarged == value
-        edge = inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=1)
-        picture[edge & shown] = color

@@ -18,6 +18,7 @@ from lib.cases.metrics import dice_per_label, mean_known
 from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
 from lib.datastore.store import VersionedDatastore
+from lib.drawing.contours import hex_color
 from lib.errors import InputError, ParameterError, UnetrError
 from lib.infers.task import UnetrInferTask
 from lib.server.pages.cases.models import CaseModels, channels_of
@@ -187,7 +188,7 @@ class CaseViews:
             model_version=self.trainers.find(model).serving()[0] if model else "",
             estimate=estimate_of(self.models.tasks.find(model), path) if model else None,
             ohif=ohif_path(self.store, self.presented, image),
-            colors={} if preset is None else {label.name: _hex(label.color) for label in preset.labels},
+            colors={} if preset is None else {label.name: hex_color(label.color) for label in preset.labels},
             planes=tuple(_plane(stack, plane, shown) for plane in PLANES),
             versions=tuple(
                 VersionRow(version, agreement) for version, agreement in itertools.zip_longest(versions, agreements)
@@ -246,10 +247,6 @@ def _or_none(read: Callable[[], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]
         return read()
     except (UnetrError, OSError):
         return None
-
-
-def _hex(color: tuple[int, ...]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def as_mask(path: Path, dtype: type = np.uint8) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lib.server.pages.charts import HEIGHT, Point, line_chart, thin_out
+from lib.drawing.charts import HEIGHT, Point, line_chart, thin_out
 
 
 def chart_in(html: str) -> ElementTree.Element:

@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, which take their colours from the page's style sheet."""
+"""Line charts as inline SVG: of pages, whose style sheet colours them, and of reports, which stand alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
@@ -12,6 +12,8 @@ HEIGHT = 180
 MOST_POINTS = 400
 REJECTED = "rejected"
 TICKS = 4
+REPORT_WIDTH, REPORT_HEIGHT, BORDER = 640, 220, 40
+COLORS = ("#c4572b", "#2b6cc4", "#3a8f3a", "#8b3ac4", "#c4a32b", "#2bb5c4", "#777777")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,37 @@ def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) 
     texts = (f"{y_title}: {_number(drawn[-1].y)}", f"{x_title}: {drawn[0].x:g} ... {drawn[-1].x:g}")
     axes = "".join(f"<span>{escape(text)}</span>" for text in texts)
     return "".join([*parts, f'</svg><p class="small quiet axes">{axes}</p>'])
+
+
+def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Curves of (step, value) as one chart of a report, with the limits of its axes and a legend."""
+    points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
+    if not points:
+        return ""
+    (x0, x1), (y0, y1) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    x_range, y_range = (x0, x0 + max(x1 - x0, 1)), (y0, y0 + max(y1 - y0, 1e-6))
+
+    def place(x: float, y: float) -> str:
+        across = _place(x, x_range, BORDER, REPORT_WIDTH - BORDER)
+        return f"{across:.1f},{_place(y, y_range, REPORT_HEIGHT - BORDER, BORDER):.1f}"
+
+    drawn = [
+        f'<text x="{BORDER}" y="20">{escape(name)}</text>',
+        f'<rect x="{BORDER}" y="{BORDER}" width="{REPORT_WIDTH - 2 * BORDER}" '
+        f'height="{REPORT_HEIGHT - 2 * BORDER}" fill="none" stroke="#bbb"/>',
+        f'<text x="2" y="{BORDER + 4}">{y1:.3f}</text><text x="2" y="{REPORT_HEIGHT - BORDER}">{y0:.3f}</text>',
+        f'<text x="{BORDER}" y="{REPORT_HEIGHT - 22}">{x0:g}</text>',
+        f'<text x="{REPORT_WIDTH - BORDER}" y="{REPORT_HEIGHT - 22}" text-anchor="end">step {x1:g}</text>',
+    ]
+    for number, (label, curve) in enumerate(curves.items()):
+        color = COLORS[number % len(COLORS)]
+        line = " ".join(place(x, y) for x, y in curve if math.isfinite(y))
+        drawn.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        if len(curves) > 1:
+            x = BORDER + 110 * number
+            drawn.append(f'<text x="{x}" y="{REPORT_HEIGHT - 6}" fill="{color}">{escape(label)}</text>')
+    frame = f'viewBox="0 0 {REPORT_WIDTH} {REPORT_HEIGHT}" width="{REPORT_WIDTH}" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {frame}>{"".join(drawn)}</svg>'
 
 
 def _stretches(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:

@@ -1,0 +1,1 @@
+"""Charts, figures and contours, for pages, reports, experiments and benchmarks."""
