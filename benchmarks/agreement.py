@@ -33,6 +33,7 @@ from lib.configs.preset import Preset  # noqa: E402
 from lib.infers.predictor import Stitching, predict  # noqa: E402
 from lib.networks.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from lib.networks.inference import InferenceNetwork  # noqa: E402
+from lib.networks.placement import Placement  # noqa: E402
 from lib.networks.precision import autocast, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.datasets import build_dataset  # noqa: E402
@@ -91,7 +92,7 @@ def build_ways(preset: Preset, weights: Path, device: torch.device) -> dict[str,
         placed = preset.model_copy(update={"inference": inference})
 
         def label(image: torch.Tensor) -> tuple[np.ndarray, int]:
-            found = predict(served[dtype], image, placed, device, dtype, Stitching(), overlap)
+            found = predict(served[dtype], image, Placement(placed, device, dtype), Stitching(), overlap)
             return found.labels, found.windows
 
         return label

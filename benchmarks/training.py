@@ -60,6 +60,7 @@ from lib.infers.memory import (  # noqa: E402
     release_memory,
 )
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint  # noqa: E402
+from lib.networks.placement import Placement  # noqa: E402
 from lib.networks.precision import autocast, place_for_training, resolve_device  # noqa: E402
 from lib.networks.unetr import build_unetr  # noqa: E402
 from lib.trainers.loop import run_training  # noqa: E402
@@ -278,7 +279,7 @@ def work_fit(options: argparse.Namespace) -> dict[str, Any]:
     preset, recompute = with_roi(load_preset(options.preset), options.measure[0]), options.way != "kept"
     device = resolve_device(None)
     _, weights = count_kept_bytes(preset, recompute)
-    cost = measure_step(preset, 1, recompute, device, DTYPES[options.dtype])
+    cost = measure_step(Placement(preset, device, DTYPES[options.dtype]), 1, recompute)
     counted = takes(preset, 1, recompute, options.dtype) - COPIES_OF_WEIGHTS * weights
     names = {"window": options.measure[0], "activations": options.way, "precision": options.dtype}
     gib = {"measured_gib": round(cost.bytes / GIB, 2), "counted_gib": round(counted / GIB, 2)}

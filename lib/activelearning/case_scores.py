@@ -11,8 +11,7 @@ import torch
 from lib.activelearning import scores
 from lib.activelearning.embedding import AnyUnetr, FloatArray, embed, tile_starts, window_at
 from lib.activelearning.passes import Passes
-from lib.configs.preset import Preset
-from lib.networks.precision import autocast
+from lib.networks.placement import Placement
 
 REGIONS = ("foreground", "volume", "patches")
 MAP_MEASURES = ("entropy", "margin", "bald")
@@ -52,9 +51,7 @@ def score_name(measure: str, region: str) -> str:
 def score_case(
     network: AnyUnetr,
     image: torch.Tensor,
-    preset: Preset,
-    device: torch.device,
-    dtype: torch.dtype,
+    where: Placement,
     passes: Passes | None = None,
 ) -> CaseScores:
     """Score a preprocessed image.
@@ -65,26 +62,22 @@ def score_case(
     Args:
         network: in evaluation mode on ``device``.
         image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
-        preset: the task.
-        device: where it is computed.
-        dtype: number format of the computation.
+        where: the task, and where and how it is computed.
         passes: for the measures that compare several predictions; without them, these are left out.
     """
-    windows = _WindowScores(network, image, preset, device, dtype)
+    windows = _WindowScores(network, image, where)
     windows.once()
     if passes is not None:
         windows.again(passes)
-    embedding = embed(network, image, preset, device, dtype)
+    embedding = embed(network, image, where)
     return CaseScores(windows.values(), float(int((windows.labels > 0).sum())), embedding)
 
 
 class _WindowScores:
     """Maps of one case, filled window by window."""
 
-    def __init__(
-        self, network: AnyUnetr, image: torch.Tensor, preset: Preset, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._network, self._preset, self._device, self._dtype = network, preset, device, dtype
+    def __init__(self, network: AnyUnetr, image: torch.Tensor, where: Placement) -> None:
+        self._network, self._where, preset = network, where, where.preset
         self._image = image.as_subclass(torch.Tensor)
         shape = tuple(image.shape[1:])
         self._tiles = [_Tile(start, preset.roi_size) for start in tile_starts(shape, preset.roi_size)]
@@ -99,7 +92,7 @@ class _WindowScores:
     def once(self) -> None:
         """The maps that need one prediction."""
         for tile in self._tiles:
-            with torch.inference_mode(), autocast(self._device, self._dtype):
+            with torch.inference_mode(), self._where.autocast():
                 logits = self._network(self._window(tile))
             probs = torch.softmax(logits[0].float(), dim=0)[tile.own(1)]
             entropy = scores.predictive_entropy(probs)
@@ -116,13 +109,13 @@ class _WindowScores:
         self._seen_again = torch.zeros(self.labels.shape, dtype=torch.bool)
         votes = []
         for tile in (self._tiles[i] for i in order):
-            with torch.inference_mode(), autocast(self._device, self._dtype):
+            with torch.inference_mode(), self._where.autocast():
                 logits = torch.stack([one[0] for one in passes(self._window(tile))])
             probs = torch.softmax(logits.float(), dim=1)[tile.own(2)]
             self._maps["bald"][tile.place] = scores.mutual_information(probs).cpu()
             self._seen_again[tile.place] = True
             votes.append(probs.argmax(dim=1).flatten(1).cpu())
-        self._disagreement = scores.pairwise_dice_disagreement(torch.cat(votes, dim=1), self._preset.out_channels)
+        self._disagreement = scores.pairwise_dice_disagreement(torch.cat(votes, dim=1), self._where.preset.out_channels)
 
     def values(self) -> dict[str, float]:
         """Every measure in every region."""
@@ -138,14 +131,14 @@ class _WindowScores:
         return values
 
     def _window(self, tile: _Tile) -> torch.Tensor:
-        window = window_at(self._image, tile.start, self._preset.roi_size)[None].to(self._device)
+        window = window_at(self._image, tile.start, self._where.preset.roi_size)[None].to(self._where.device)
         return window.contiguous(memory_format=torch.channels_last_3d)
 
     def _settle_overlaps(self) -> None:
         """The last window of an axis lies partly on the one before it: each voxel is counted in one of them only."""
         edges = [sorted({tile.start[axis] for tile in self._tiles}) for axis in range(3)]
         for tile in self._tiles:
-            for axis, roi in enumerate(self._preset.roi_size):
+            for axis, roi in enumerate(self._where.preset.roi_size):
                 position = edges[axis].index(tile.start[axis])
                 if position:
                     tile.skip[axis] = max(0, edges[axis][position - 1] + roi - tile.start[axis])

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.configs.preset import Preset
 from lib.infers.predictor import window_starts
 from lib.networks.inference import InferenceNetwork
-from lib.networks.precision import autocast
+from lib.networks.placement import Placement
 from lib.networks.unetr import Unetr
 
 FloatArray = npt.NDArray[np.float32]
@@ -22,31 +21,27 @@ MOST_WINDOWS = 8
 """Windows that an embedding looks at; evenly spread over larger volumes."""
 
 
-def embed(
-    network: AnyUnetr, image: torch.Tensor, preset: Preset, device: torch.device, dtype: torch.dtype
-) -> FloatArray:
+def embed(network: AnyUnetr, image: torch.Tensor, where: Placement) -> FloatArray:
     """Pool the ViT's last tokens over a preprocessed image.
 
     Args:
         network: in evaluation mode on ``device``. Random weights give an embedding too: a random projection of the
             image's patches, enough to tell cases apart before there is anything trained.
         image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
-        preset: the task.
-        device: where it is computed.
-        dtype: number format of the computation.
+        where: the task, and where and how it is computed.
 
     Returns:
         Shape (hidden_size,), of length 1, so that distances compare directions.
     """
-    starts = tile_starts(image.shape[1:], preset.roi_size)
+    starts = tile_starts(image.shape[1:], where.preset.roi_size)
     if len(starts) > MOST_WINDOWS:
         starts = [starts[i] for i in np.linspace(0, len(starts) - 1, MOST_WINDOWS).round().astype(int)]
     pooled = []
     plain = image.as_subclass(torch.Tensor)
     with torch.inference_mode():
         for start in starts:
-            window = window_at(plain, start, preset.roi_size)[None].to(device)
-            with autocast(device, dtype):
+            window = window_at(plain, start, where.preset.roi_size)[None].to(where.device)
+            with where.autocast():
                 tokens, _ = network.vit(window)
             pooled.append(tokens.float().mean(dim=1)[0].cpu())
     mean = torch.stack(pooled).mean(dim=0)

@@ -118,10 +118,10 @@ class ScoringWorker:
             return Seen(elsewhere=picture)
         assert picture is not None
         segmenter = self._segmenter
-        network, where = cast(AnyUnetr, segmenter.network), (segmenter.preset, segmenter.device, segmenter.dtype)
+        network, where = cast(AnyUnetr, segmenter.network), segmenter.placement
         if look.depth == "embedding":
-            return Seen(CaseScores(embedding=embed(network, picture, *where)))
-        return Seen(score_case(network, picture, *where, self.passes))
+            return Seen(CaseScores(embedding=embed(network, picture, where)))
+        return Seen(score_case(network, picture, where, self.passes))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lib.configs.preset import Preset
 from lib.infers.segmenter import Segmenter
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, write_checkpoint
 from lib.networks.layouts import StateDict
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.storage.json_files import write_json
 from lib.trainers.loop import run_training
@@ -165,18 +166,15 @@ class Simulation:
 
     def _look(self, strategy: str, seed: int, batches: Sequence[tuple[str, ...]]) -> dict[str, CaseScores]:
         """What the newest network makes of each case; random weights before there is one."""
-        preset, device = self.plan.preset, self.plan.device
         segmenter = self._segmenter(self._weights(seed, batches) if batches else None, seed)
         network = cast(AnyUnetr, segmenter.network)
+        where = Placement(self.plan.preset, self.plan.device, segmenter.dtype)
         if strategy in ("core_set", "typical") or not batches:
-            vectors = {n: embed(network, one.image, preset, device, segmenter.dtype) for n, one in self._pool.items()}
+            vectors = {n: embed(network, one.image, where) for n, one in self._pool.items()}
             return {name: CaseScores(embedding=vector) for name, vector in vectors.items()}
         again = MEASURE_OF.get(strategy) in NEED_PASSES
-        passes = TestTimeAugmentation(network, preset) if again else None
-        return {
-            name: score_case(network, one.image, preset, device, segmenter.dtype, passes)
-            for name, one in self._pool.items()
-        }
+        passes = TestTimeAugmentation(network, where.preset) if again else None
+        return {name: score_case(network, one.image, where, passes) for name, one in self._pool.items()}
 
     def _outcome(self, seed: int, batches: Sequence[tuple[str, ...]]) -> dict[str, float]:
         """Train on what is labelled, and score on what is held out."""

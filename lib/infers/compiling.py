@@ -89,7 +89,7 @@ def _compile_and_choose(
         if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < WORTH * pytorch.seconds:
             network.use(compiled)
             # measured once for a machine: here rather than in the next request
-            segmenter.planner.cost(network, segmenter.preset, segmenter.device, segmenter.dtype)
+            segmenter.planner.cost(network, segmenter.placement)
             network.release_memory()
     return (
         f"windows by {network.engine}; OpenVINO takes {openvino.seconds:.3f} s for one, "

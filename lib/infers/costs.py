@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.configs.preset import Preset
 from lib.infers.memory import PeakMemory, release_memory
 from lib.networks.inference import InferenceNetwork
-from lib.networks.precision import autocast
+from lib.networks.placement import Placement
 from lib.storage.json_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -112,19 +111,18 @@ class CostBook:
             logger.warning("measured costs are not kept in %s: %s", self._file, error.strerror or error)
 
 
-def cost_key(preset: Preset, device: torch.device, dtype: torch.dtype, engine: str = "pytorch") -> str:
+def cost_key(where: Placement, engine: str = "pytorch") -> str:
     """What a cost depends on: the device, the number format, what computes, PyTorch, and the network's shape."""
+    preset, device = where.preset, where.device
     shape = preset.model_dump_json(include={"roi_size", "network"}) + str(preset.out_channels)
     shape += f" {preset.in_channels} channels" if preset.channels else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
     network = hashlib.sha256(shape.encode()).hexdigest()[:12]
     computing = "" if engine == "pytorch" else f" {engine}"
-    return f"{name} {str(dtype).removeprefix('torch.')}{computing} torch-{torch.__version__} {network}"
+    return f"{name} {where.precision}{computing} torch-{torch.__version__} {network}"
 
 
-def measure_windows(
-    network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int
-) -> WindowCost:
+def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowCost:
     """Run one batch of noise twice: the first run pays for what is made only once, the second is timed.
 
     Raises:
@@ -132,10 +130,10 @@ def measure_windows(
     """
     if isinstance(network, InferenceNetwork):
         network.release_memory()
-    release_memory(device)  # what is kept in hand would be taken again unseen
-    windows = torch.randn((batch, preset.in_channels, *preset.roi_size), device=device)
-    with torch.inference_mode(), autocast(device, dtype):
-        with PeakMemory(device) as peak:
+    release_memory(where.device)  # what is kept in hand would be taken again unseen
+    windows = torch.randn((batch, where.preset.in_channels, *where.preset.roi_size), device=where.device)
+    with torch.inference_mode(), where.autocast():
+        with PeakMemory(where.device) as peak:
             network(windows)
         start = time.perf_counter()
         network(windows).sum().item()  # waits for a GPU

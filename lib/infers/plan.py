@@ -23,6 +23,7 @@ from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_win
 from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory
 from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
+from lib.networks.placement import Placement
 from lib.transforms.preprocess import network_shape
 from lib.transforms.volume import Affine, Grid, Volume
 
@@ -115,9 +116,7 @@ class Planner:
     def plan(
         self,
         network: nn.Module,
-        preset: Preset,
-        device: torch.device,
-        dtype: torch.dtype,
+        where: Placement,
         volume: Volume,
         entropy: bool = False,
         name: str = "image",
@@ -127,20 +126,21 @@ class Planner:
         Raises:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.
         """
+        preset, device = where.preset, where.device
         engine, host_left = engine_of(network), max(0, host_bytes_left(self.budget) - sum(self._reserved))
-        limits = self.book.limits(cost_key(preset, device, dtype, engine))
+        limits = self.book.limits(cost_key(where, engine))
         # OpenVINO takes a batch's windows one by one
         most = 1 if engine == "openvino" else preset.inference.window_batch_size
         sizes = _halvings(most * GPU_BATCH_FACTOR if device.type == "cuda" else most)
         if limits.window_batch:
             sizes = [size for size in sizes if size <= limits.window_batch] or [1]
-        costs = {size: cost for size in sizes if (cost := self.cost(network, preset, device, dtype, size))}
+        costs = {size: cost for size in sizes if (cost := self.cost(network, where, size))}
         if not costs:
             raise MemoryBudgetError(f"not even one window of {preset.name!r} fits into the memory of {device}")
         need = _Need(preset, volume.voxels.shape, volume.affine_ras, entropy)
         best: Plan | None = None
         for stitching in _choices(costs, device, limits):
-            best = need.plan(stitching, costs[stitching.window_batch], device, dtype, host_left)
+            best = need.plan(stitching, costs[stitching.window_batch], where, host_left)
             best = replace(best, engine=engine)
             if best.fits:
                 return best
@@ -183,12 +183,12 @@ class Planner:
                 self._reserved.remove(plan.host_bytes)
                 self._changed.notify_all()
 
-    def expected_seconds(self, preset: Preset, grid: Grid, device: torch.device, dtype: torch.dtype) -> float | None:
+    def expected_seconds(self, where: Placement, grid: Grid) -> float | None:
         """What the windows of an image of that grid take on a device; None where nothing was measured yet."""
         for engine in ("openvino", "pytorch"):
-            cost = self.book.cost(cost_key(preset, device, dtype, engine), 1)
+            cost = self.book.cost(cost_key(where, engine), 1)
             if cost is not None:
-                return cost.seconds * _Need(preset, grid.shape, grid.affine_ras, False).windows()
+                return cost.seconds * _Need(where.preset, grid.shape, grid.affine_ras, False).windows()
         return None
 
     def check_room(self, needed: int, name: str) -> None:
@@ -204,18 +204,16 @@ class Planner:
                 "image, or a larger --conf memory_budget"
             )
 
-    def cost(
-        self, network: nn.Module, preset: Preset, device: torch.device, dtype: torch.dtype, batch: int = 1
-    ) -> WindowCost | None:
+    def cost(self, network: nn.Module, where: Placement, batch: int = 1) -> WindowCost | None:
         """The kept or measured cost of a batch of windows; None for one that does not fit."""
-        key = cost_key(preset, device, dtype, engine_of(network))
+        key = cost_key(where, engine_of(network))
         known = self.book.cost(key, batch)
         if known is not None:
             return known
         with self._changed:  # what others take meanwhile would be taken for the window's
             self._changed.wait_for(lambda: not self._reserved)
             try:
-                cost = measure_windows(network, preset, device, dtype, batch)
+                cost = measure_windows(network, where, batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -224,7 +222,7 @@ class Planner:
         logger.info("measured %s, batch %d: %.0f MiB, %.3f s", key, batch, cost.bytes / MIB, cost.seconds)
         return cost
 
-    def next_fallback(self, plan: Plan, preset: Preset, device: torch.device, dtype: torch.dtype) -> Plan | None:
+    def next_fallback(self, plan: Plan, where: Placement) -> Plan | None:
         """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left.
 
         Less at once comes first, since it costs next to nothing; bands compute some windows twice.
@@ -241,7 +239,7 @@ class Planner:
         else:
             return None
         limits = Limits(new.window_batch, not new.on_device, new.bands)
-        self.book.limit(cost_key(preset, device, dtype, plan.engine), limits)
+        self.book.limit(cost_key(where, plan.engine), limits)
         return replace(plan, stitching=new, fallbacks=(*plan.fallbacks, what))
 
 
@@ -260,14 +258,13 @@ class _Need:
         self._image, self._seen = math.prod(shape), math.prod(self.shape)
         self._channels = preset.in_channels
 
-    def plan(
-        self, stitching: Stitching, cost: WindowCost, device: torch.device, dtype: torch.dtype, host_left: int
-    ) -> Plan:
+    def plan(self, stitching: Stitching, cost: WindowCost, where: Placement, host_left: int) -> Plan:
         """What these choices come to."""
         windows, slab = self.windows(stitching.bands), self._slab_bytes(stitching.bands)
         batch = stitching.window_batch
         window = self._channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
         network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * window
+        device = where.device
         on_gpu, gpu, left = device.type == "cuda", 0, 0
         preprocessing, with_image = self._preprocessing_bytes(), False
         host = slab * (not stitching.on_device) + network * (not on_gpu)
@@ -278,7 +275,7 @@ class _Need:
                 gpu, preprocessing = there, FLOAT_BYTES * self._channels * self._image
         return Plan(
             device=str(device),
-            precision=str(dtype).removeprefix("torch."),
+            precision=where.precision,
             stitching=stitching,
             windows=windows,
             host_bytes=max(preprocessing, self._stitching_bytes() + host, self._restoring_bytes()),

@@ -22,7 +22,7 @@ from torch import nn
 from lib.configs.preset import Preset
 from lib.infers.blender import HalfArray, LabelArray, SlabBlender
 from lib.infers.transfer import PendingTransfer, batches_ahead, send
-from lib.networks.precision import autocast
+from lib.networks.placement import Placement
 
 Start = tuple[int, ...]
 Box = tuple[slice, slice, slice]
@@ -67,9 +67,7 @@ class Prediction:
 def predict(
     network: nn.Module,
     image: torch.Tensor,
-    preset: Preset,
-    device: torch.device,
-    dtype: torch.dtype,
+    where: Placement,
     stitching: Stitching | None = None,
     overlap: float | None = None,
     entropy: bool = False,
@@ -83,14 +81,12 @@ def predict(
     Args:
         network: a UNETR of the preset, in evaluation mode on ``device``.
         image: shape (1, X, Y, Z), at least as large as the preset's window on every axis; on any device.
-        preset: the task.
-        device: where windows are computed.
-        dtype: number format of the computation.
+        where: the task, and where and how windows are computed.
         stitching: how windows are put together; one by one on the host if not given.
         overlap: least share of a window that its neighbour sees again; one of the preset's overlaps if not given.
         entropy: whether to tell the entropy of each voxel too.
     """
-    plain = image.as_subclass(torch.Tensor)
+    plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
     # The lowest value of several channels together says nothing about air in each.
@@ -98,7 +94,7 @@ def predict(
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
     body, overlap = _place_over_body(plain[0], air, preset, overlaps)
     inside = (slice(None), *body)
-    walk = _SlidingWindow(network, plain[inside], preset, device, dtype, stitching or Stitching(), air)
+    walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air)
     walk.place(overlap)
     with torch.inference_mode():
         for band, (found, uncertainty) in walk.bands(entropy):
@@ -204,18 +200,16 @@ class _SlidingWindow:
         self,
         network: nn.Module,
         image: torch.Tensor,
-        preset: Preset,
-        device: torch.device,
-        dtype: torch.dtype,
+        where: Placement,
         stitching: Stitching,
         air: float | None,
     ) -> None:
-        self._network, self._image, self._preset = network, image, preset
-        self._device, self._dtype, self._stitching, self._air = device, dtype, stitching, air
-        self._shape, self._roi = tuple(image.shape[1:]), preset.roi_size
+        self._network, self._image, self._where, self._preset = network, image, where, where.preset
+        self._device, self._stitching, self._air = where.device, stitching, air
+        self._shape, self._roi = tuple(image.shape[1:]), where.preset.roi_size
         # Along the longest axis the slab's cross-section is smallest; bands divide the longer of its sides.
         self._axis, self._across = (int(axis) for axis in np.argsort(self._shape, kind="stable")[::-1][:2])
-        kept_on = device if stitching.on_device else torch.device("cpu")
+        kept_on = where.device if stitching.on_device else torch.device("cpu")
         self._weights = compute_importance_map(self._roi, mode="gaussian", device=kept_on)
         self._starts: list[list[int]] = []
         self.computed, self.skipped = 0, 0
@@ -264,7 +258,7 @@ class _SlidingWindow:
         coming: deque[tuple[Sequence[Start], PendingTransfer]] = deque()
         for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
             windows = send(torch.stack([self._image[self._box(start)] for start in batch]), self._device)
-            with autocast(self._device, self._dtype):
+            with self._where.autocast():
                 logits = self._network(windows.contiguous(memory_format=torch.channels_last_3d))
             self.computed += len(batch)
             coming.append((batch, PendingTransfer(logits, self._weights.device)))

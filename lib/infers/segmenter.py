@@ -22,6 +22,7 @@ from lib.infers.plan import Plan, Planner
 from lib.infers.predictor import Prediction, Stitching, predict
 from lib.networks.checkpoint import Checkpoint, load_weights
 from lib.networks.inference import InferenceNetwork
+from lib.networks.placement import Placement
 from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.transforms.postprocess import (
@@ -103,6 +104,11 @@ class Segmenter:
         ready = InferenceNetwork(network, device, resolve_precision(precision, device), graphs)
         return cls(ready, preset, device, precision, planner)
 
+    @property
+    def placement(self) -> Placement:
+        """The network's task, where it computes now, and how."""
+        return Placement(self.preset, self.device, self.dtype)
+
     def plan(self, volume: Volume, name: str = "image", entropy: bool = False) -> Plan:
         """How :meth:`segment` would go about a volume; the first plan on a device measures it.
 
@@ -112,7 +118,7 @@ class Segmenter:
         """
         check_segmentable(volume, self.preset, name)
         self._return_home()
-        return self.planner.plan(self.network, self.preset, self.device, self.dtype, volume, entropy, name)
+        return self.planner.plan(self.network, self.placement, volume, entropy, name)
 
     def segment(
         self,
@@ -194,7 +200,7 @@ class Segmenter:
         while True:
             try:
                 stitching = plan.stitching
-                found = predict(self.network, image, self.preset, self.device, self.dtype, stitching, entropy=entropy)
+                found = predict(self.network, image, self.placement, stitching, entropy=entropy)
                 return found, plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -207,7 +213,7 @@ class Segmenter:
         """Release the device's memory and take the next fallback of the plan."""
         self._release_network()
         release_memory(self.device)
-        smaller = self.planner.next_fallback(plan, self.preset, self.device, self.dtype)
+        smaller = self.planner.next_fallback(plan, self.placement)
         if smaller is None and self.device.type == "cuda":
             cpu = torch.device("cpu")
             smaller = replace(

@@ -30,6 +30,7 @@ from lib.infers.segmenter import Segmentation
 from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
+from lib.networks.placement import Placement
 from lib.networks.precision import resolve_precision
 from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import range_warning
@@ -238,8 +239,8 @@ class UnetrInferTask(InferTask):
             grid = read_grid(request.image)
         except (ImageError, OSError):
             return Forecast(weights)  # what is wrong with it is said where it is read
-        dtype = resolve_precision(self._precision, request.device)
-        return Forecast(weights, self._planner.expected_seconds(self.preset, grid, request.device, dtype))
+        where = Placement(self.preset, request.device, resolve_precision(self._precision, request.device))
+        return Forecast(weights, self._planner.expected_seconds(where, grid))
 
     def _compute(
         self, request: InferRequest, volume: Volume, checksum: str, largest_component: bool | None = None

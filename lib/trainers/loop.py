@@ -18,6 +18,7 @@ from lib.infers.costs import CostBook
 from lib.infers.memory import keep_freed_memory
 from lib.infers.predictor import Prediction, predict
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
+from lib.networks.placement import Placement
 from lib.networks.precision import resolve_precision
 from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_loss
@@ -221,4 +222,6 @@ class _Run:
             return None
         if functions.validate is not None:
             return functions.validate
-        return Validator(build_validation_loader(self.job), self.preset, self.device, dtype, functions.predict)
+        return Validator(
+            build_validation_loader(self.job), Placement(self.preset, self.device, dtype), functions.predict
+        )

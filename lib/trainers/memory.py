@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from lib.configs.preset import Preset
 from lib.infers.costs import WindowCost
 from lib.infers.memory import PeakMemory, release_memory
-from lib.networks.precision import autocast, place_for_training
+from lib.networks.placement import Placement
+from lib.networks.precision import place_for_training
 from lib.networks.unetr import build_unetr
 from lib.trainers.optimization import build_loss
 
@@ -48,9 +49,7 @@ def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values()), weights
 
 
-def measure_step(
-    preset: Preset, crops: int, checkpointing: bool, device: torch.device, dtype: torch.dtype
-) -> WindowCost:
+def measure_step(where: Placement, crops: int, checkpointing: bool) -> WindowCost:
     """Bytes beside the weights, and seconds, of the forward and backward pass of a network with random weights.
 
     Only the first pass tells what it takes from outside: later ones find memory that the process has kept.
@@ -58,6 +57,7 @@ def measure_step(
     Raises:
         RuntimeError, MemoryError: when it does not fit.
     """
+    preset, device = where.preset, where.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         network, loss_of = build_unetr(preset, checkpointing).train(), build_loss(preset.training)
         place_for_training(network, device)
@@ -66,7 +66,7 @@ def measure_step(
         release_memory(device)
         start = time.perf_counter()
         with PeakMemory(device) as peak:
-            with autocast(device, dtype):
+            with where.autocast():
                 logits = network(image.contiguous(memory_format=torch.channels_last_3d))
             loss_of(logits.float(), label).backward()
         seconds = time.perf_counter() - start

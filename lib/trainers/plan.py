@@ -20,6 +20,7 @@ from lib.errors import TrainingError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key
 from lib.infers.memory import GIB, MIB, MemoryProbe, is_out_of_memory, release_memory
 from lib.infers.plan import MEASUREMENT_MARGIN
+from lib.networks.placement import Placement
 from lib.networks.precision import resolve_precision
 from lib.networks.unetr import recompute_blocks
 from lib.trainers.memory import FLOAT_BYTES, count_kept_bytes, measure_step
@@ -124,7 +125,7 @@ class StepPlanner:
         budget: int | None = None,
         book: CostBook | None = None,
         memory: MemoryProbe | None = None,
-        measure: Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost] = measure_step,
+        measure: Callable[[Placement, int, bool], WindowCost] = measure_step,
         beside_server: bool = False,
     ) -> None:
         self.budget, self._beside_server = budget, beside_server
@@ -160,22 +161,22 @@ class StepPlanner:
 
     def _on(self, preset: Preset, cases: int, device: torch.device, whole: bool, always_measure: bool) -> StepPlan:
         """The fastest way on one device that fits, or else the smallest."""
-        recipe, dtype = preset.training, resolve_precision(preset.training.precision, device)
+        recipe, where = preset.training, placement_for(preset, device)
         crops = min(recipe.batch_size, cases) * recipe.crops_per_case
         host = self._memory.of_host(self.budget)
         free = self._memory.of_device(device) if device.type == "cuda" else host
         free -= self._for_inference(preset, device, free)
-        limits = self.book.limits(step_key(preset, device, dtype))
+        limits = self.book.limits(step_key(where))
         ways = _ways(crops, recipe.activation_checkpointing or limits.recompute, limits.window_batch or crops, whole)
         plan: StepPlan | None = None
         for at_once, recompute in ways:
-            needs = _Needs(preset, crops, recompute, dtype)
-            costs = self._costs(needs, preset, at_once, device, dtype, free, always_measure)
+            needs = _Needs(preset, crops, recompute, where.dtype)
+            costs = self._costs(needs, where, at_once, free, always_measure)
             needed = needs.bytes(at_once, costs)
             left = max(0, host - needed) if device.type == "cpu" else host
             plan = StepPlan(
                 device=str(device),
-                precision=str(dtype).removeprefix("torch."),
+                precision=where.precision,
                 crops=crops,
                 crops_per_case=recipe.crops_per_case,
                 at_once=at_once,
@@ -195,42 +196,31 @@ class StepPlanner:
         if not self._beside_server:
             return 0
         dtype = resolve_precision("auto", device)
-        window = self.book.cost(cost_key(preset, device, dtype), 1)
+        window = self.book.cost(cost_key(Placement(preset, device, dtype)), 1)
         weights = count_kept_bytes(preset, False)[1] // FLOAT_BYTES * dtype.itemsize
         needed = 0 if window is None else window.bytes + weights
         return min(free, max(int(INFERENCE_SHARE * free), needed))
 
-    def _costs(
-        self,
-        needs: _Needs,
-        preset: Preset,
-        at_once: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        free: int,
-        always: bool,
-    ) -> list[WindowCost]:
+    def _costs(self, needs: _Needs, where: Placement, at_once: int, free: int, always: bool) -> list[WindowCost]:
         """Measured costs of one crop, and of two where more than one are done at once.
 
         Only what the count says will fit is measured: on a CPU, what does not fit ends the process.
         """
         counted = needs.bytes(at_once, [])
-        key = step_key(preset, device, dtype) + (" recomputed" if needs.recompute else " kept")
+        key = step_key(where) + (" recomputed" if needs.recompute else " kept")
         costs = []
         for crops in (1, 2)[:at_once]:
             cost = self.book.cost(key, crops)
             if cost is None and needs.bytes(crops, []) <= free and (always or ROOMY * counted > free):
-                cost = self._measure(key, needs, preset, crops, device, dtype)
+                cost = self._measure(key, needs, where, crops)
             if cost is None:
                 break
             costs.append(cost)
         return costs
 
-    def _measure(
-        self, key: str, needs: _Needs, preset: Preset, crops: int, device: torch.device, dtype: torch.dtype
-    ) -> WindowCost | None:
+    def _measure(self, key: str, needs: _Needs, where: Placement, crops: int) -> WindowCost | None:
         try:
-            cost = self._measure_step(preset, crops, needs.recompute, device, dtype)
+            cost = self._measure_step(where, crops, needs.recompute)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -250,7 +240,7 @@ class StepPlanner:
             )
         else:
             return None
-        key = step_key(preset, device, resolve_precision(preset.training.precision, device))
+        key = step_key(placement_for(preset, device))
         self.book.limit(key, Limits(window_batch=new.at_once, recompute=new.checkpointing))
         return new
 
@@ -335,9 +325,14 @@ def count_step_bytes(preset: Preset, crops: int, recompute: bool, dtype: torch.d
     return _Needs(preset, crops, recompute, dtype).bytes(crops, [])
 
 
-def step_key(preset: Preset, device: torch.device, dtype: torch.dtype) -> str:
+def placement_for(preset: Preset, device: torch.device) -> Placement:
+    """A preset's network as it is trained on a device."""
+    return Placement(preset, device, resolve_precision(preset.training.precision, device))
+
+
+def step_key(where: Placement) -> str:
     """Under what a step's costs and limits are kept."""
-    return f"training {cost_key(preset, device, dtype)}"
+    return f"training {cost_key(where)}"
 
 
 def _ways(crops: int, recompute: bool, most: int, whole: bool) -> list[tuple[int, bool]]:

@@ -27,6 +27,7 @@ from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.compiled import CompiledForward, has_openvino
 from lib.networks.inference import InferenceNetwork
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
 from tests.tiny import axis_affine, boxes, tiny_preset
@@ -57,7 +58,7 @@ def _book() -> CostBook:
     book = CostBook()
     for engine, seconds in (("pytorch", 2.0), ("openvino", 1.0)):
         for batch in (1, 2, 4):
-            book.keep(cost_key(tiny_preset(), CPU, FP32, engine), batch, WindowCost(MIB, seconds))
+            book.keep(cost_key(Placement(tiny_preset(), CPU, FP32), engine), batch, WindowCost(MIB, seconds))
     return book
 
 
@@ -113,7 +114,7 @@ def test_compiled_network_segments_the_same_and_says_who_computed() -> None:
 
 
 def test_cost_of_a_window_is_measured_before_the_next_request() -> None:
-    segmenter, key = _segmenter(), cost_key(tiny_preset(), CPU, FP32, "openvino")
+    segmenter, key = _segmenter(), cost_key(Placement(tiny_preset(), CPU, FP32), "openvino")
     book = CountingBook()
     segmenter.planner = Planner(None, book)
     compile_if_faster(segmenter, threading.Lock(), _instead())

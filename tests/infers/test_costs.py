@@ -10,6 +10,7 @@ import torch
 
 from lib.infers import costs
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -58,18 +59,18 @@ def test_book_that_cannot_be_written_is_kept_in_memory(tmp_path: Path, caplog: p
 
 def test_key_changes_with_what_a_cost_depends_on() -> None:
     keys = {
-        cost_key(preset, CPU, dtype)
+        cost_key(Placement(preset, CPU, dtype))
         for preset in (tiny_preset(), tiny_preset(roi_size=[32, 16, 16]))
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert len(keys) == 4
-    assert cost_key(tiny_preset(name="other"), CPU, torch.float32) in keys
+    assert cost_key(Placement(tiny_preset(name="other"), CPU, torch.float32)) in keys
 
 
 def test_windows_are_measured() -> None:
     preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
     network = build_unetr(preset).eval()
-    cost = measure_windows(network, preset, CPU, torch.float32, 1)
+    cost = measure_windows(network, Placement(preset, CPU, torch.float32), 1)
     maps = 16 * 64**3 * 4  # the finest feature map
     assert 2 * maps < cost.bytes < 40 * maps
     assert 0 < cost.seconds < 60

@@ -23,6 +23,7 @@ from lib.infers.memory import GIB, MIB
 from lib.infers.plan import Plan, Planner
 from lib.infers.segmenter import Segmenter
 from lib.networks.inference import InferenceNetwork
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.transforms.preprocess import network_shape, preprocess_volume
 from lib.transforms.volume import Volume
@@ -55,9 +56,9 @@ def _plan(
 ) -> Plan:
     preset, book = preset or tiny_preset(), book or CostBook()
     for batch, cost in (costs or {1: WindowCost(MIB, 1.0)}).items():
-        book.keep(cost_key(preset, CPU, FP32), batch, cost)
+        book.keep(cost_key(Placement(preset, CPU, FP32)), batch, cost)
     monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: free)
-    return Planner(None, book).plan(Never(), preset, CPU, FP32, volume, name="scan")
+    return Planner(None, book).plan(Never(), Placement(preset, CPU, FP32), volume, name="scan")
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "SAR"])
@@ -117,7 +118,7 @@ def test_costs_are_measured_once(tmp_path: Path) -> None:
     preset, volume = tiny_preset(inference={"window_batch_size": 2}), _volume(20, 20, 20)
     for _ in range(2):
         planner = Planner(None, CostBook(tmp_path / "costs.json"))
-        planner.plan(Counting(), preset, CPU, FP32, volume)
+        planner.plan(Counting(), Placement(preset, CPU, FP32), volume)
         assert calls == [2, 2, 1, 1]
 
 
@@ -152,12 +153,13 @@ def test_plan_holds_what_it_promises() -> None:
 MEASURED_TWICE = """
 import torch
 from lib.infers.costs import measure_windows
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 torch.set_num_threads(1)
 preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
 network, device = build_unetr(preset), torch.device("cpu")
-first, second = (measure_windows(network, preset, device, torch.float32, 1).bytes for _ in range(2))
+first, second = (measure_windows(network, Placement(preset, device, torch.float32), 1).bytes for _ in range(2))
 print(second / first)
 """
 
@@ -198,7 +200,7 @@ def test_request_succeeds_with_less_at_once_and_says_so(
     preset = tiny_preset(intensity={"kind": "window", "lower": 0, "upper": 1}, inference={"window_batch_size": 2})
     image = np.random.default_rng(0).integers(0, 2, (40, 20, 18)).astype(np.float32)
     # twice as fast a window: the plan begins with two at a time
-    monkeypatch.setattr(plan_module, "measure_windows", lambda n, p, d, t, batch: WindowCost(MIB, 1.0))
+    monkeypatch.setattr(plan_module, "measure_windows", lambda network, where, batch: WindowCost(MIB, 1.0))
     network = Hungry(error, failures=2)
     network.measured = 4
     segmenter = Segmenter(network, preset, CPU, "fp32")
@@ -211,7 +213,7 @@ def test_request_succeeds_with_less_at_once_and_says_so(
 
 
 def test_request_that_fits_in_no_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "measure_windows", lambda n, p, d, t, batch: WindowCost(MIB, 1.0))
+    monkeypatch.setattr(plan_module, "measure_windows", lambda network, where, batch: WindowCost(MIB, 1.0))
     network = Hungry(MemoryError, failures=100)
     network.measured = 4
     segmenter = Segmenter(network, tiny_preset(), CPU, "fp32")
@@ -270,11 +272,11 @@ def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: GIB)
     book = CostBook()
     for batch in (1, 2, 4, 8):
-        book.keep(cost_key(preset, device, FP32), batch, WindowCost(batch * MIB, 1.0))
+        book.keep(cost_key(Placement(preset, device, FP32)), batch, WindowCost(batch * MIB, 1.0))
     plans = []
     for free in (100 * MIB, 60 * MIB, 2 * MIB):
         monkeypatch.setattr(plan_module, "free_bytes", lambda _, free=free: free)
-        plans.append(Planner(None, book).plan(Never(), preset, device, FP32, volume))
+        plans.append(Planner(None, book).plan(Never(), Placement(preset, device, FP32), volume))
     assert [(plan.image_on_device, plan.stitching.on_device) for plan in plans] == [
         (True, True),
         (False, True),
@@ -283,7 +285,7 @@ def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPat
     assert plans[0].device_bytes == 4 * 4 * 200 * 200 * 125, "preprocessing is the peak"
     assert "GiB on it with the image" in plans[0].explain()
     one_by_one = replace(plans[0], stitching=replace(plans[0].stitching, window_batch=1))
-    fallbacks = Planner(None, book).next_fallback(one_by_one, preset, device, FP32)
+    fallbacks = Planner(None, book).next_fallback(one_by_one, Placement(preset, device, FP32))
     assert fallbacks is not None and not fallbacks.image_on_device and fallbacks.fallbacks == ("the image on cuda",)
 
 
@@ -355,7 +357,7 @@ def test_plan_on_a_gpu_stitches_there_and_the_ladder_ends_on_the_cpu() -> None:
     assert (found.labels == expected).mean() > 0.999
     plan: Plan | None = found.plan
     while plan is not None:
-        last, plan = plan, on_gpu.planner.next_fallback(plan, preset, device, FP32)
+        last, plan = plan, on_gpu.planner.next_fallback(plan, Placement(preset, device, FP32))
     assert on_gpu._smaller(last, "scan").device == "cpu"
     assert on_gpu.device == CPU
     again = on_gpu.segment(volume)  # comes back

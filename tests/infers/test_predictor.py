@@ -13,6 +13,7 @@ from torch import nn
 
 from lib.infers import predictor
 from lib.infers.predictor import Stitching, body_box, choose_overlap, occupied_sides, predict, window_starts
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from tests.tiny import tiny_preset
 
@@ -60,7 +61,7 @@ def test_prediction_of_one_window_is_the_direct_forward_pass() -> None:
     image = torch.randn(1, 16, 32, 16)
     with torch.inference_mode():
         direct = network(image[None])[0].argmax(0).numpy()
-    found = predict(network, image, tiny_preset(roi_size=[16, 32, 16]), CPU, FP32).labels
+    found = predict(network, image, Placement(tiny_preset(roi_size=[16, 32, 16]), CPU, FP32)).labels
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, direct)
 
@@ -86,7 +87,7 @@ def test_prediction_is_monais_where_its_windows_lie_evenly(shape: tuple[int, int
     with torch.inference_mode():
         logits = sliding_window_inference(image[None], (16, 16, 16), 1, network, overlap=overlap, mode="gaussian")
     preset = tiny_preset(inference={"overlap": overlap, "window_batch_size": 1})
-    found = predict(network, image, preset, CPU, FP32).labels
+    found = predict(network, image, Placement(preset, CPU, FP32)).labels
     # Sums in another order may decide a tie of random logits otherwise.
     assert (found == logits[0].argmax(0).numpy()).mean() > 0.9999
 
@@ -96,7 +97,7 @@ def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, i
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, *shape)
     expected = _blend_whole_volume(network, image, overlap).argmax(0).numpy()
     preset = tiny_preset(inference={"overlap": overlap, "window_batch_size": 1})
-    found = predict(network, image, preset, CPU, FP32).labels
+    found = predict(network, image, Placement(preset, CPU, FP32)).labels
     # Sums in another order may decide a tie of random logits otherwise.
     assert (found == expected).mean() > 0.9999
 
@@ -106,7 +107,7 @@ def test_prediction_slab_by_slab_is_that_of_the_whole_volume(shape: tuple[int, i
 def test_prediction_puts_every_window_in_its_place(shape: tuple[int, int, int], batch: int) -> None:
     classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, *shape))).float()
     preset = tiny_preset(inference={"overlap": 0.4, "window_batch_size": batch})
-    found = predict(Rounded(), classes, preset, CPU, FP32).labels
+    found = predict(Rounded(), classes, Placement(preset, CPU, FP32)).labels
     np.testing.assert_array_equal(found, classes[0].numpy())
 
 
@@ -114,7 +115,7 @@ def test_prediction_with_batches_ahead_puts_every_window_in_its_place(monkeypatc
     """As a GPU does it: the next batch is computed before the one before it is fetched."""
     monkeypatch.setattr(predictor, "batches_ahead", lambda device: 1)
     classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, 45, 16, 23))).float()
-    found = predict(Rounded(), classes, tiny_preset(inference={"overlap": 0.4}), CPU, FP32, Stitching(2))
+    found = predict(Rounded(), classes, Placement(tiny_preset(inference={"overlap": 0.4}), CPU, FP32), Stitching(2))
     np.testing.assert_array_equal(found.labels, classes[0].numpy())
 
 
@@ -124,12 +125,12 @@ def test_prediction_with_batches_ahead_puts_every_window_in_its_place(monkeypatc
 def test_prediction_on_a_gpu_puts_every_window_in_its_place(image_on: str, on_device: bool) -> None:
     classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, 45, 50, 23))).float()
     stitching, preset = Stitching(3, on_device, 2), tiny_preset(inference={"overlap": 0.4})
-    found = predict(Rounded(), classes.to(image_on), preset, torch.device("cuda"), FP32, stitching)
+    found = predict(Rounded(), classes.to(image_on), Placement(preset, torch.device("cuda"), FP32), stitching)
     np.testing.assert_array_equal(found.labels, classes[0].numpy())
 
 
 def test_prediction_of_a_constant_network_is_constant() -> None:
-    found = predict(Constant(), torch.randn(1, 33, 20, 47), tiny_preset(), CPU, FP32).labels
+    found = predict(Constant(), torch.randn(1, 33, 20, 47), Placement(tiny_preset(), CPU, FP32)).labels
     assert np.unique(found).tolist() == [2]
 
 
@@ -143,16 +144,16 @@ def test_prediction_overlap_of_a_call_goes_before_the_presets() -> None:
 
     image = torch.randn(1, 64, 16, 16)
     counting = Counting()
-    predict(counting, image, tiny_preset(), CPU, FP32, overlap=0.0)
+    predict(counting, image, Placement(tiny_preset(), CPU, FP32), overlap=0.0)
     assert counting.calls == 4
-    predict(counting, image, tiny_preset(), CPU, FP32)
+    predict(counting, image, Placement(tiny_preset(), CPU, FP32))
     assert counting.calls == 4 + len(window_starts(64, 16, 0.25))
 
 
 def test_prediction_in_bf16_agrees_with_fp32() -> None:
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, 16, 16, 30)
-    whole = predict(network, image, tiny_preset(), CPU, FP32).labels
-    half = predict(network, image, tiny_preset(), CPU, torch.bfloat16).labels
+    whole = predict(network, image, Placement(tiny_preset(), CPU, FP32)).labels
+    half = predict(network, image, Placement(tiny_preset(), CPU, torch.bfloat16)).labels
     assert (whole == half).mean() > 0.95
 
 
@@ -160,8 +161,10 @@ def test_prediction_in_bf16_agrees_with_fp32() -> None:
 @pytest.mark.parametrize("shape", [(45, 40, 23), (19, 50, 16), (16, 20, 37)])
 def test_prediction_in_bands_is_that_of_the_whole(shape: tuple[int, int, int], bands: int) -> None:
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, *shape)
-    whole = predict(network, image, tiny_preset(), CPU, FP32, entropy=True)
-    found = predict(network, image, tiny_preset(), CPU, FP32, Stitching(window_batch=3, bands=bands), entropy=True)
+    whole = predict(network, image, Placement(tiny_preset(), CPU, FP32), entropy=True)
+    found = predict(
+        network, image, Placement(tiny_preset(), CPU, FP32), Stitching(window_batch=3, bands=bands), entropy=True
+    )
     assert (found.labels == whole.labels).mean() > 0.9999
     assert found.entropy is not None
     np.testing.assert_allclose(found.entropy, whole.entropy, atol=2e-3)
@@ -169,13 +172,13 @@ def test_prediction_in_bands_is_that_of_the_whole(shape: tuple[int, int, int], b
 
 def test_entropy_of_a_constant_network_is_that_of_its_probabilities() -> None:
     image = torch.randn(1, 33, 20, 47)
-    found = predict(Constant(), image, tiny_preset(), CPU, FP32, entropy=True)
+    found = predict(Constant(), image, Placement(tiny_preset(), CPU, FP32), entropy=True)
     probabilities = np.exp([0.1, 0.2, 0.9]) / np.exp([0.1, 0.2, 0.9]).sum()
     expected = -(probabilities * np.log(probabilities)).sum() / np.log(3)
     assert found.entropy is not None
     assert found.entropy.shape == (33, 20, 47)
     np.testing.assert_allclose(found.entropy, expected, atol=1e-3)
-    assert predict(Constant(), image, tiny_preset(), CPU, FP32).entropy is None
+    assert predict(Constant(), image, Placement(tiny_preset(), CPU, FP32)).entropy is None
 
 
 def test_entropy_is_that_of_the_whole_volumes_blended_logits() -> None:
@@ -184,7 +187,7 @@ def test_entropy_is_that_of_the_whole_volumes_blended_logits() -> None:
         logits = sliding_window_inference(image[None], (16, 16, 16), 1, network, overlap=0.25, mode="gaussian")[0]
     probabilities = logits.softmax(0)
     expected = -(probabilities * probabilities.log()).sum(0) / np.log(3)
-    found = predict(network, image, tiny_preset(), CPU, FP32, entropy=True)
+    found = predict(network, image, Placement(tiny_preset(), CPU, FP32), entropy=True)
     np.testing.assert_allclose(found.entropy, expected.numpy(), atol=2e-3)
 
 
@@ -197,9 +200,9 @@ def _phantom() -> torch.Tensor:
 
 def test_air_is_background_and_no_window_looks_at_it() -> None:
     image = _phantom()
-    found = predict(Constant(), image, tiny_preset(), CPU, FP32, entropy=True)
+    found = predict(Constant(), image, Placement(tiny_preset(), CPU, FP32), entropy=True)
     everything = tiny_preset(inference={"skip_air": False})
-    looked = predict(Constant(), image, everything, CPU, FP32)
+    looked = predict(Constant(), image, Placement(everything, CPU, FP32))
     assert np.unique(looked.labels).tolist() == [2]
     assert looked.windows == np.prod([len(window_starts(size, 16, 0.25)) for size in image.shape[1:]])
     assert found.windows < looked.windows / 5
@@ -212,7 +215,7 @@ def test_air_is_background_and_no_window_looks_at_it() -> None:
 def test_window_of_air_within_the_body_box_is_not_computed() -> None:
     image = torch.zeros(1, 64, 64, 16)
     image[:, :8, :8], image[:, 56:, 56:] = 1.0, 1.0
-    found = predict(Constant(), image, tiny_preset(), CPU, FP32, overlap=0.0)
+    found = predict(Constant(), image, Placement(tiny_preset(), CPU, FP32), overlap=0.0)
     assert (found.windows, found.skipped) == (2, 14)
 
 
@@ -242,7 +245,7 @@ def test_margin_is_smaller_where_that_saves_a_row_of_windows(body: int, margin: 
 
 
 def test_image_of_nothing_but_air_is_background() -> None:
-    found = predict(Constant(), torch.zeros(1, 30, 30, 30), tiny_preset(), CPU, FP32)
+    found = predict(Constant(), torch.zeros(1, 30, 30, 30), Placement(tiny_preset(), CPU, FP32))
     assert (found.windows, int(found.labels.max())) == (0, 0)
 
 
@@ -250,11 +253,11 @@ def test_windows_overlap_less_where_they_would_be_too_many() -> None:
     preset = tiny_preset(inference={"overlap": 0.5, "min_overlap": 0.25, "max_windows": 4})
     few, many = torch.rand(1, 32, 16, 16) + 0.1, torch.rand(1, 64, 16, 16) + 0.1
     assert choose_overlap((32, 16, 16), preset) == 0.5
-    assert predict(Constant(), few, preset, CPU, FP32).windows == 3
+    assert predict(Constant(), few, Placement(preset, CPU, FP32)).windows == 3
     assert choose_overlap((52, 16, 16), preset) == 0.25
     # Five windows are more than allowed, and still so few only with the least overlap.
     assert choose_overlap((64, 16, 16), preset) == 0.25
-    assert predict(Constant(), many, preset, CPU, FP32).windows == 5
+    assert predict(Constant(), many, Placement(preset, CPU, FP32)).windows == 5
 
 
 def test_overlap_is_chosen_for_the_body_alone() -> None:
@@ -262,4 +265,4 @@ def test_overlap_is_chosen_for_the_body_alone() -> None:
     image = torch.zeros(1, 64, 64, 64)
     image[:, 30:46, 30:46, 30:46] = 1.0
     # With 2 voxels of air around it, 20 voxels: two windows along each axis.
-    assert predict(Constant(), image, preset, CPU, FP32).windows == 8
+    assert predict(Constant(), image, Placement(preset, CPU, FP32)).windows == 8

@@ -8,6 +8,7 @@ from torch import nn
 
 from lib.configs.catalogue import load_preset
 from lib.infers.memory import GIB, PeakMemory
+from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.trainers.memory import count_kept_bytes, forward_in_parts, measure_step
 from lib.trainers.optimization import build_loss
@@ -72,7 +73,7 @@ def test_step_is_measured_without_a_trace_in_the_random_numbers() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    cost = measure_step(preset, 1, False, CPU, FP32)
+    cost = measure_step(Placement(preset, CPU, FP32), 1, False)
     assert torch.equal(torch.rand(1), expected)
     kept, _ = count_kept_bytes(preset, False)
     assert 0.5 * kept < cost.bytes < 5 * kept

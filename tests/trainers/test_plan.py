@@ -14,6 +14,7 @@ from lib.configs.preset import Preset
 from lib.errors import TrainingError
 from lib.infers.costs import CostBook, WindowCost, cost_key
 from lib.infers.memory import GIB, MemoryProbe
+from lib.networks.placement import Placement
 from lib.networks.precision import resolve_precision
 from lib.networks.unetr import CheckpointedBlocks, build_unetr
 from lib.trainers.memory import count_kept_bytes
@@ -29,7 +30,7 @@ def _base(**recipe: object) -> Preset:
     return preset.model_copy(update={"training": preset.training.model_copy(update={"precision": "fp32", **recipe})})
 
 
-Measure = Callable[[Preset, int, bool, torch.device, torch.dtype], WindowCost]
+Measure = Callable[[Placement, int, bool], WindowCost]
 
 
 def planner_with(
@@ -44,7 +45,7 @@ def planner_with(
 @pytest.fixture
 def book() -> CostBook:
     """Measured costs of the base network: 2 GiB a crop; recomputed, 1.2."""
-    book, key = CostBook(), step_key(_base(), CPU, FP32)
+    book, key = CostBook(), step_key(Placement(_base(), CPU, FP32))
     for way, gib, seconds in (("kept", 2.0, 3.0), ("recomputed", 1.2, 4.0)):
         book.keep(f"{key} {way}", 1, WindowCost(int(gib * GIB), seconds))
         book.keep(f"{key} {way}", 2, WindowCost(int(2 * gib * GIB), 2 * seconds))
@@ -93,7 +94,7 @@ def test_freed_memory_is_kept_where_half_more_than_is_needed_is_there(
 
 
 def test_crop_more_takes_at_least_what_is_counted(book: CostBook) -> None:
-    book.keep(f"{step_key(_base(), CPU, FP32)} kept", 2, WindowCost(int(2.1 * GIB), 6.0))
+    book.keep(f"{step_key(Placement(_base(), CPU, FP32))} kept", 2, WindowCost(int(2.1 * GIB), 6.0))
     plan = planner_with(24, book).plan(_base(), 10, CPU)
     counted = count_kept_bytes(_base(), False)[0] / GIB + LOGITS_GIB
     assert plan.needed_bytes / GIB == pytest.approx(WEIGHTS_GIB + 1.25 * (2 + 3 * counted), abs=0.01)
@@ -104,7 +105,7 @@ def test_requests_of_a_server_on_the_same_device_are_left_room(book: CostBook) -
     assert (alone.free_bytes, alone.at_once) == (8 * GIB, 4)
     assert (beside.free_bytes, beside.at_once) == (pytest.approx(7.2 * GIB, abs=1), 2)
     dtype = resolve_precision("auto", CPU)
-    book.keep(cost_key(_base(), CPU, dtype), 1, WindowCost(2 * GIB, 1.0))
+    book.keep(cost_key(Placement(_base(), CPU, dtype)), 1, WindowCost(2 * GIB, 1.0))
     weights = WEIGHTS_GIB / 4 * dtype.itemsize / 4  # in the number format of requests, and once
     beside = planner_with(8, book, beside=True).plan(_base(), 10, CPU)
     assert beside.free_bytes / GIB == pytest.approx(6 - weights, abs=0.01), "a window, where it takes more than that"
@@ -154,7 +155,7 @@ def test_count_grows_with_crops_and_falls_with_checkpointing() -> None:
 def test_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
     measured = []
 
-    def measure(preset: Preset, crops: int, checkpointing: bool, device: object, dtype: object) -> WindowCost:
+    def measure(where: Placement, crops: int, checkpointing: bool) -> WindowCost:
         measured.append((crops, checkpointing))
         return WindowCost(crops * 1000, 0.5)
 

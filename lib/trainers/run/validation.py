@@ -11,10 +11,10 @@ from torch import nn
 
 from lib.cases.labelled import MISSING
 from lib.cases.metrics import dice_per_label, mean_per_label, without_missing
-from lib.configs.preset import Preset
 from lib.infers.blender import LabelArray
 from lib.infers.memory import is_out_of_memory, release_memory
 from lib.infers.predictor import Prediction, Stitching, predict
+from lib.networks.placement import Placement
 from lib.transforms.preprocess import IMAGE, LABEL
 
 logger = logging.getLogger("unetr.train")
@@ -25,28 +25,24 @@ class Validator:
 
     Args:
         items: the cases, preprocessed, one by one.
-        preset: the task.
-        device: where windows are computed.
-        dtype: number format of the computation.
+        where: the task, and where and how windows are computed.
         predictor: predicts one image; :func:`lib.infers.predictor.predict` if not given.
     """
 
     def __init__(
         self,
         items: Iterable[Mapping[str, Any]],
-        preset: Preset,
-        device: torch.device,
-        dtype: torch.dtype,
+        where: Placement,
         predictor: Callable[..., Prediction] = predict,
     ) -> None:
-        self._items, self._preset, self._device, self._dtype = items, preset, device, dtype
+        self._items, self._where = items, where
         self._predictor = predictor
-        self._window_batch = preset.inference.window_batch_size
+        self._window_batch = where.preset.inference.window_batch_size
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Mean Dice of each label over the cases whose labels speak of it."""
         network.eval()
-        indices, rows = self._preset.label_indices, []
+        indices, rows = self._where.preset.label_indices, []
         for item in self._items:
             image, label = item[IMAGE][0], item[LABEL][0, 0].numpy()
             dice = dice_per_label(self._predict(network, image), label, indices)
@@ -58,10 +54,10 @@ class Validator:
         while True:
             try:
                 stitching = Stitching(self._window_batch)
-                return self._predictor(network, image, self._preset, self._device, self._dtype, stitching).labels
+                return self._predictor(network, image, self._where, stitching).labels
             except (RuntimeError, MemoryError) as error:
                 if self._window_batch == 1 or not is_out_of_memory(error):
                     raise
             self._window_batch //= 2
-            release_memory(self._device)
+            release_memory(self._where.device)
             logger.warning("memory ran out in a validation; from now on: %d windows at a time", self._window_batch)
