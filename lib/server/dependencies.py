@@ -7,9 +7,9 @@ them otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import Depends
@@ -43,212 +43,150 @@ from lib.server.work.queue import InferenceQueue
 from lib.trainers.task import UnetrTrainTask
 
 AllServices = Annotated[Services, Depends(get_services)]
+Service = TypeVar("Service")
 
 
-async def get_images(services: AllServices) -> Images:
-    """Finds images by the ids that clients name."""
-    return services.images
+def _reading(read: Callable[[Services], Service]) -> Callable[[Services], Awaitable[Service]]:
+    """The dependency on one service."""
 
+    async def dependency(services: AllServices) -> Service:
+        return read(services)
 
-async def get_check_image(services: AllServices) -> Callable[[str], str]:
-    """The check of an image's id: gives the id by which the studies have it, or refuses it."""
-    return services.images.check
+    return dependency
 
 
-async def get_history(services: AllServices) -> LabelHistory:
-    """Versions of labels, and the quarantine."""
-    return services.store.history
-
-
-async def get_leases(services: AllServices) -> Leases:
-    """Who works on which case, and cases that are skipped."""
-    return services.store.leases
-
-
-async def get_segmentation_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
-    """The models that segment by themselves."""
-    return services.segmentation_tasks
-
-
-async def get_train_tasks(services: AllServices) -> TasksByName[UnetrTrainTask]:
-    """The training task of each model, with its runs and versions."""
-    return services.train_tasks
-
-
-async def get_model_info(services: AllServices) -> Callable[[str], dict[str, Any]]:
-    """Checksum and figures of a model's weights, as MONAI Label gives them."""
-    info: Callable[[str], dict[str, Any]] = services.instance.model_info
-    return info
-
-
-async def get_changes(services: AllServices) -> Changes:
-    """The topics of page updates."""
-    return services.changes
-
-
-async def get_datastore(services: AllServices) -> Datastore:
-    """Images and labels, as MONAI Label knows them."""
-    return services.datastore
-
-
-async def get_jobs(services: AllServices) -> Jobs:
-    """Trainings, batch inferences and scorings, each in a process of its own."""
-    return services.jobs
-
-
-async def get_pause(services: AllServices) -> Pause:
-    """Whether trainings make way for inference."""
-    return services.pause
-
-
-async def get_lanes(services: AllServices) -> Lanes:
-    """The devices."""
-    return services.inferences.lanes
-
-
-async def get_image_checks(services: AllServices) -> anyio.CapacityLimiter:
-    """The threads that read images or labels of a request, of which there are few, since each takes much memory."""
-    return services.checks
-
-
-async def get_scoring_methods(services: AllServices) -> Collection[str]:
-    """The names of the scoring methods."""
-    methods: Collection[str] = services.instance.scoring_methods
-    return methods
-
-
-async def get_store(services: AllServices) -> SeriesDatastore:
-    """Files and DICOM series, and labels with all their versions."""
-    return services.store
-
-
-async def get_presets(services: AllServices) -> Mapping[str, Preset]:
-    """The presets that are served, by name."""
-    return services.presets
-
-
-async def get_settings(services: AllServices) -> Settings:
-    """What ``--conf`` says."""
-    return services.settings
-
-
-async def get_sessions(services: AllServices) -> Sessions:
-    """Images that are kept for a while; refused where sessions are switched off."""
-    return services.sessions
-
-
-async def get_image_file(services: AllServices) -> Callable[[str], Path]:
-    """The file or folder of an image, found by its id."""
-    return services.images.file
-
-
-async def get_infer_tasks(services: AllServices) -> TasksByName[UnetrInferTask]:
-    """All inference tasks, those that take clicks or scribbles among them."""
-    return services.infer_tasks
-
-
-async def get_inferences(services: AllServices) -> InferenceQueue:
-    """The queue in which inferences wait for a device."""
-    return services.inferences
-
-
-async def get_metrics(services: AllServices) -> Metrics:
-    """Figures for Prometheus."""
-    return services.metrics
-
-
-async def get_presented(services: AllServices) -> PresentedCases:
-    """NIfTI and NRRD files as the DICOM series that OHIF is shown."""
-    return services.presented
-
-
-async def get_pool_knowledge(services: AllServices) -> Mapping[str, PoolKnowledge]:
-    """What the scoring found of the images, by preset."""
-    return services.pool_knowledge
-
-
-async def get_studies(services: AllServices) -> str:
-    """The folder of the studies, or the address of a DICOMweb server."""
-    return services.studies
-
-
-async def get_image_inspector(services: AllServices) -> ImageInspector:
-    """Which images cannot be segmented, and why."""
-    return services.image_inspector
-
-
-async def get_app_info(services: AllServices) -> Callable[[], dict[str, Any]]:
-    """What MONAI Label's app says of itself."""
-    info: Callable[[], dict[str, Any]] = services.instance.info
-    return info
-
-
-async def get_next_case(services: AllServices) -> NextCase:
-    """Chooses the next case to label."""
-    return services.next_case
-
-
-async def get_case_views(services: AllServices) -> CaseViews:
-    """Puts together what the pages of images show."""
-    return services.case_views
-
-
-async def get_pictures(services: AllServices) -> Pictures:
-    """Reads and computes what the pictures of cases are drawn from."""
-    return services.pictures
-
-
-async def get_answers(services: AllServices) -> Answers:
-    """Answers requests for a mask."""
-    return services.answers
-
-
-async def get_find_sessions(services: AllServices) -> Callable[[], Sessions]:
-    """As :func:`get_sessions`, for requests of which only some are about a session."""
-    return lambda: services.sessions
-
-
-async def get_submissions(services: AllServices) -> Submissions:
-    """Takes labels in."""
-    return services.submissions
-
-
-async def get_segmentations(services: AllServices) -> Segmentations:
-    """Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs."""
-    return services.segmentations
-
-
+get_images = _reading(lambda services: services.images)
+"""Finds images by the ids that clients name."""
 ImagesDep = Annotated[Images, Depends(get_images)]
+
+get_check_image = _reading(lambda services: services.images.check)
+"""The check of an image's id: gives the id by which the studies have it, or refuses it."""
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
+
+get_history = _reading(lambda services: services.store.history)
+"""Versions of labels, and the quarantine."""
 HistoryDep = Annotated[LabelHistory, Depends(get_history)]
+
+get_leases = _reading(lambda services: services.store.leases)
+"""Who works on which case, and cases that are skipped."""
 LeasesDep = Annotated[Leases, Depends(get_leases)]
+
+get_segmentation_tasks = _reading(lambda services: services.segmentation_tasks)
+"""The models that segment by themselves."""
 SegmentationTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_segmentation_tasks)]
+
+get_train_tasks = _reading(lambda services: services.train_tasks)
+"""The training task of each model, with its runs and versions."""
 TrainTasksDep = Annotated[TasksByName[UnetrTrainTask], Depends(get_train_tasks)]
+
+get_model_info = _reading(lambda services: services.instance.model_info)
+"""Checksum and figures of a model's weights, as MONAI Label gives them."""
 ModelInfoDep = Annotated[Callable[[str], dict[str, Any]], Depends(get_model_info)]
+
+get_changes = _reading(lambda services: services.changes)
+"""The topics of page updates."""
 ChangesDep = Annotated[Changes, Depends(get_changes)]
+
+get_datastore = _reading(lambda services: services.datastore)
+"""Images and labels, as MONAI Label knows them."""
 DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
+
+get_jobs = _reading(lambda services: services.jobs)
+"""Trainings, batch inferences and scorings, each in a process of its own."""
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
+
+get_pause = _reading(lambda services: services.pause)
+"""Whether trainings make way for inference."""
 PauseDep = Annotated[Pause, Depends(get_pause)]
+
+get_lanes = _reading(lambda services: services.inferences.lanes)
+"""The devices."""
 LanesDep = Annotated[Lanes, Depends(get_lanes)]
+
+get_image_checks = _reading(lambda services: services.checks)
+"""The threads that read images or labels of a request, of which there are few, since each takes much memory."""
 ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
+
+get_scoring_methods = _reading(lambda services: services.instance.scoring_methods)
+"""The names of the scoring methods."""
 ScoringMethodsDep = Annotated[Collection[str], Depends(get_scoring_methods)]
+
+get_store = _reading(lambda services: services.store)
+"""Files and DICOM series, and labels with all their versions."""
 StoreDep = Annotated[SeriesDatastore, Depends(get_store)]
+
+get_presets = _reading(lambda services: services.presets)
+"""The presets that are served, by name."""
 PresetsDep = Annotated[Mapping[str, Preset], Depends(get_presets)]
+
+get_settings = _reading(lambda services: services.settings)
+"""What ``--conf`` says."""
 SettingsDep = Annotated[Settings, Depends(get_settings)]
+
+get_sessions = _reading(lambda services: services.sessions)
+"""Images that are kept for a while; refused where sessions are switched off."""
 SessionsDep = Annotated[Sessions, Depends(get_sessions)]
+
+get_image_file = _reading(lambda services: services.images.file)
+"""The file or folder of an image, found by its id."""
 ImageFileDep = Annotated[Callable[[str], Path], Depends(get_image_file)]
+
+get_infer_tasks = _reading(lambda services: services.infer_tasks)
+"""All inference tasks, those that take clicks or scribbles among them."""
 InferTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_infer_tasks)]
+
+get_inferences = _reading(lambda services: services.inferences)
+"""The queue in which inferences wait for a device."""
 InferencesDep = Annotated[InferenceQueue, Depends(get_inferences)]
+
+get_metrics = _reading(lambda services: services.metrics)
+"""Figures for Prometheus."""
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
+
+get_presented = _reading(lambda services: services.presented)
+"""NIfTI and NRRD files as the DICOM series that OHIF is shown."""
 PresentedDep = Annotated[PresentedCases, Depends(get_presented)]
+
+get_pool_knowledge = _reading(lambda services: services.pool_knowledge)
+"""What the scoring found of the images, by preset."""
 PoolKnowledgeDep = Annotated[Mapping[str, PoolKnowledge], Depends(get_pool_knowledge)]
+
+get_studies = _reading(lambda services: services.studies)
+"""The folder of the studies, or the address of a DICOMweb server."""
 StudiesDep = Annotated[str, Depends(get_studies)]
+
+get_image_inspector = _reading(lambda services: services.image_inspector)
+"""Which images cannot be segmented, and why."""
 ImageInspectorDep = Annotated[ImageInspector, Depends(get_image_inspector)]
-SubmissionsDep = Annotated[Submissions, Depends(get_submissions)]
-SegmentationsDep = Annotated[Segmentations, Depends(get_segmentations)]
+
+get_app_info = _reading(lambda services: services.instance.info)
+"""What MONAI Label's app says of itself."""
 AppInfoDep = Annotated[Callable[[], dict[str, Any]], Depends(get_app_info)]
+
+get_next_case = _reading(lambda services: services.next_case)
+"""Chooses the next case to label."""
 NextCaseDep = Annotated[NextCase, Depends(get_next_case)]
+
+get_case_views = _reading(lambda services: services.case_views)
+"""Puts together what the pages of images show."""
 CaseViewsDep = Annotated[CaseViews, Depends(get_case_views)]
+
+get_pictures = _reading(lambda services: services.pictures)
+"""Reads and computes what the pictures of cases are drawn from."""
 PicturesDep = Annotated[Pictures, Depends(get_pictures)]
+
+get_answers = _reading(lambda services: services.answers)
+"""Answers requests for a mask."""
 AnswersDep = Annotated[Answers, Depends(get_answers)]
+
+get_find_sessions = _reading(lambda services: lambda: services.sessions)
+"""As :func:`get_sessions`, for requests of which only some are about a session."""
 FindSessionsDep = Annotated[Callable[[], Sessions], Depends(get_find_sessions)]
+
+get_submissions = _reading(lambda services: services.submissions)
+"""Takes labels in."""
+SubmissionsDep = Annotated[Submissions, Depends(get_submissions)]
+
+get_segmentations = _reading(lambda services: services.segmentations)
+"""Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs."""
+SegmentationsDep = Annotated[Segmentations, Depends(get_segmentations)]
