@@ -44,7 +44,8 @@ class Asked:
     Attributes:
         model: which.
         task: its inference task.
-        request: its parameters. Of an image of the studies the file may be another one when its turn comes.
+        request: its parameters. The file of an image of the studies is looked for again when its turn comes; that of an
+            upload is only a name until then.
         image_id: the image of the studies; None for an uploaded one and a session's.
         upload: an uploaded image, which is copied when its turn comes.
         label: an uploaded mask.

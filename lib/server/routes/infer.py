@@ -67,7 +67,9 @@ async def infer(
     if ready is not None:
         return respond(ready, output)
     what = PrefetchKey(asked.model, asked.image_id or str(asked.request.image))
-    forecast = await anyio.to_thread.run_sync(inferences.forecast, asked.task, asked.request)
+    forecast = None  # an upload has not been copied yet
+    if asked.upload is None:
+        forecast = await anyio.to_thread.run_sync(inferences.forecast, asked.task, asked.request)
     async with inferences.slot(asked.request.wanted, what, forecast) as slot:
         if await request.is_disconnected():
             logger.info("the client left while it waited for %s", model)
