@@ -261,28 +261,6 @@ def test_refused_upload_is_named_as_the_user_named_it(clinic: Server) -> None:
     assert answer.status_code == 422 and "'brain_1.nii.gz'" in answer.json()["detail"]
 
 
-def test_label_put_there_by_hand_that_does_not_fit_is_told_and_its_case_stays_open(
-    tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]
-) -> None:
-    server = prepare(Server(tmp_path_factory.mktemp("by_hand"), {"models": "hippocampus_mr"}), cases)
-    final = server.studies / "labels" / "final"
-    final.mkdir(parents=True)
-    for name, case in cases.items():
-        label = case.label[:-1] if name == "case_3" else case.label.astype(np.float64)
-        nib.save(nib.Nifti1Image(label, case.affine_ras), final / f"{name}.nii.gz")
-    server.start()
-    try:
-        told = server.get("/datastore/").json()
-        assert (told["total"], told["completed"]) == (5, 4)
-        assert [problem["file"] for problem in told["label_problems"]] == ["labels/final/case_3.nii.gz"]
-        page = server.get("/").text
-        assert "labels/final/case_3.nii.gz" in page and "valid: its image" in page
-        assert "labels/final/case_3.nii.gz is left out" in server.log.read_text()
-        assert server.post("/activelearning/first", json={}).json()["id"] == "case_3"
-    finally:
-        assert server.stop() in (0, -15)
-
-
 def test_each_version_says_what_it_took(clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
     name = open_cases(clinic)[0]
     assert clinic.post("/activelearning/first", json={"client_id": "anna"}).json()["id"] == name
