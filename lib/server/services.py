@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,9 @@ class Services:
 
     instance: MONAILabelApp
     settings: Settings
+    infer_tasks: TasksByName[UnetrInferTask]
+    segmentation_tasks: TasksByName[UnetrInferTask]
+    train_tasks: TasksByName[UnetrTrainTask]
     inferences: InferenceQueue
     jobs: Jobs
     authenticator: Authenticator
@@ -91,63 +94,28 @@ class Services:
             ConfigError: when the token file is not valid.
         """
         settings: Settings = instance.settings
+        presets, store, studies = instance.presets, instance.datastore(), str(instance.studies)
         tokens = WatchedTokens(settings.tokens) if settings.tokens else None
-        store: SeriesDatastore = instance.datastore()
-        metrics, changes = Metrics(), Changes()
-
-        def on_end(job: Job) -> None:
-            metrics.count_job(job.kind, job.status)
-            changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
-
-        def on_change(job: Job) -> None:
-            journal.write(job)
-            open_ones = [one for kind in KINDS for one in jobs.of(kind)]
-            instance.lanes.occupy(occupied(open_ones, pooled_devices(instance.lanes)))
-
-        pause = Pause()
-        folders = {name: task.runs for name, task in instance.trainers.items()}
-        journal = Journal(folders, str(instance.studies))
-        jobs = Jobs(
-            on_end,
-            partial(_see_new_labels, instance),
-            on_output=lambda job: changes.mark("job"),
-            on_change=on_change,
-            steps_of=journal.steps,
-        )
+        automatic, trainers = segmentation_tasks(instance.models), train_tasks(instance.trainers)
+        metrics, changes, pause = Metrics(), Changes(), Pause()
+        journal = Journal({name: task.runs for name, task in trainers.items()}, studies)
+        jobs = _jobs(instance, journal, metrics, changes)
         inferences = InferenceQueue(settings.queue_size, instance.lanes, pause)
-        _share_devices(instance.lanes, jobs)
-        picture_bytes = MIB * settings.picture_cache_mib
-        find = partial(find_image, store, studies=str(instance.studies), roots=settings.image_roots)
-        prefetcher = Prefetcher(
-            segmentation_tasks(instance.models).find,
-            find,
-            inferences,
-            metrics,
-            enabled=settings.result_cache_mib > 0,
-        )
-        _watch(metrics, instance, inferences, jobs)
-        metrics.registry.register(DeviceFigures(instance.lanes))
-        metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
-        metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)
-        index = store.source.index if isinstance(store.source, FolderSource) else None
-        presented = PresentedCases(
-            store,
-            find,
-            instance.presets,
-            picture_bytes,
-            settings.ohif_for_files and index is not None,
-            index,
-            store.volumes.folder.parent / "modalities.json",
-        )
-        images = Images(store, str(instance.studies), settings.image_roots, presented.case_of)
-        trainers = train_tasks(instance.trainers)
-        models = CaseModels(instance.presets, infer_tasks(instance.models), store, images)
-        inspector = ImageInspector(store, instance.presets, instance.knowledge_by_preset, images.file)
-        submissions = Submissions(store, instance.presets, images.file, metrics, settings.unpacked_limit_mib)
-        segmentations = Segmentations(store, presented, instance.presets, submissions)
+        find = partial(find_image, store, studies=studies, roots=settings.image_roots)
+        prefetcher = Prefetcher(automatic.find, find, inferences, metrics, enabled=settings.result_cache_mib > 0)
+        presented = _presented(store, find, presets, settings)
+        images = Images(store, studies, settings.image_roots, presented.case_of)
+        inspector = ImageInspector(store, presets, instance.knowledge_by_preset, images.file)
+        submissions = Submissions(store, presets, images.file, metrics, settings.unpacked_limit_mib)
+        segmentations = Segmentations(store, presented, presets, submissions)
+        models = CaseModels(presets, infer_tasks(instance.models), store, images)
+        _watch(metrics, instance, inferences, jobs, prefetcher)
         return cls(
             instance=instance,
             settings=settings,
+            infer_tasks=models.tasks,
+            segmentation_tasks=automatic,
+            train_tasks=trainers,
             inferences=inferences,
             jobs=jobs,
             authenticator=Authenticator(tokens, bool(stock_settings.MONAI_LABEL_AUTH_ENABLE)),
@@ -164,11 +132,9 @@ class Services:
             segmentations=segmentations,
             answers=Answers(images, store, segmentations, metrics, settings.unpacked_limit_mib),
             image_inspector=inspector,
+            next_case=NextCase(instance.strategies, store, presets, inspector, automatic, prefetcher),
             case_views=CaseViews(store, models, trainers, presented),
-            pictures=Pictures(store.history, models, trainers, inferences, picture_bytes),
-            next_case=NextCase(
-                instance.strategies, store, instance.presets, inspector, segmentation_tasks(instance.models), prefetcher
-            ),
+            pictures=Pictures(store.history, models, trainers, inferences, MIB * settings.picture_cache_mib),
         )
 
     @property
@@ -211,26 +177,43 @@ class Services:
         knowledge: Mapping[str, PoolKnowledge] = self.instance.knowledge_by_preset
         return knowledge
 
-    @property
-    def infer_tasks(self) -> TasksByName[UnetrInferTask]:
-        """All inference tasks, those that take clicks or scribbles among them."""
-        return infer_tasks(self.instance.models)
-
-    @property
-    def segmentation_tasks(self) -> TasksByName[UnetrInferTask]:
-        """The inference tasks that segment by themselves."""
-        return segmentation_tasks(self.instance.models)
-
-    @property
-    def train_tasks(self) -> TasksByName[UnetrTrainTask]:
-        """The training task of each model."""
-        return train_tasks(self.instance.trainers)
-
 
 async def get_services(request: Request) -> Services:
     """The parts of the running server, as a FastAPI dependency."""
     services: Services = request.app.state.services
     return services
+
+
+def _jobs(instance: MONAILabelApp, journal: Journal, metrics: Metrics, changes: Changes) -> Jobs:
+    """Trainings, batch inferences and scorings, and who hears of them."""
+
+    def on_end(job: Job) -> None:
+        metrics.count_job(job.kind, job.status)
+        changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
+
+    def on_change(job: Job) -> None:
+        journal.write(job)
+        open_ones = [one for kind in KINDS for one in jobs.of(kind)]
+        instance.lanes.occupy(occupied(open_ones, pooled_devices(instance.lanes)))
+
+    jobs = Jobs(
+        on_end,
+        partial(_see_new_labels, instance),
+        on_output=lambda job: changes.mark("job"),
+        on_change=on_change,
+        steps_of=journal.steps,
+    )
+    _share_devices(instance.lanes, jobs)
+    return jobs
+
+
+def _presented(
+    store: SeriesDatastore, find: Callable[[str], Path], presets: Mapping[str, Preset], settings: Settings
+) -> PresentedCases:
+    """Files as DICOM series, where the studies are a folder; their modalities are kept beside converted series."""
+    index = store.source.index if isinstance(store.source, FolderSource) else None
+    enabled, memory = settings.ohif_for_files and index is not None, store.volumes.folder.parent / "modalities.json"
+    return PresentedCases(store, find, presets, MIB * settings.picture_cache_mib, enabled, index, memory)
 
 
 def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:
@@ -254,8 +237,13 @@ def _share_devices(lanes: Lanes, jobs: Jobs) -> None:
     lanes.watch(hold)
 
 
-def _watch(metrics: Metrics, instance: MONAILabelApp, inferences: InferenceQueue, jobs: Jobs) -> None:
+def _watch(
+    metrics: Metrics, instance: MONAILabelApp, inferences: InferenceQueue, jobs: Jobs, prefetcher: Prefetcher
+) -> None:
     """The figures that are read when they are asked for."""
+    metrics.registry.register(DeviceFigures(instance.lanes))
+    metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
+    metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)
     metrics.watch("unetr_inferences_waiting", "Inferences that wait for a device", lambda: inferences.waiting)
     for kind in KINDS:
         metrics.watch(f"unetr_{kind}_open", f"Jobs ({kind}) that run or wait", partial(jobs.open, kind))
