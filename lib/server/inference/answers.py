@@ -87,9 +87,8 @@ class Answers:
         """The request with the image's file as it is now, and the version that a correction starts from."""
         if asked.image_id is None:
             return asked.request
-        request = replace(asked.request, image=self.images.file(asked.image_id))
         saved = self._own_version(asked, user) if asked.task.takes_prompts and asked.label is None else None
-        return request if saved is None else asked.task.starting_from(request, saved)
+        return replace(asked.request, image=self.images.file(asked.image_id), saved=saved)
 
     def _own_version(self, asked: Asked, user: User) -> LabelVersion | None:
         """The newest version of the image, where this client saved it."""
@@ -110,8 +109,7 @@ class Answers:
             check_header(label, self.unpacked_limit_mib)
             if asked.on_series:
                 label = self.segmentations.presented.label_on_file(str(asked.image_id), label, inside)
-            if asked.task.takes_prompts:
-                request = asked.task.correcting(request, label)
+            request = replace(request, label_file=label)
         return request
 
     def _finish(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
