@@ -31,6 +31,7 @@ from lib.server.pages import documentation, page_routes, sign_in
 from lib.server.pages.cases import clicks as click_routes
 from lib.server.pages.cases import routes as case_routes
 from lib.server.pages.drawing import ASSETS
+from lib.server.priority import switching_often
 from lib.server.routes import app as app_routes
 from lib.server.routes import auth as auth_routes
 from lib.server.routes import datastore as datastore_routes
@@ -86,7 +87,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     end_with_parent()
     uvicorn = serving_uvicorn()
     remove_log_configuration(uvicorn.config.log_config if uvicorn else None)
-    with own_temporary_folder():
+    with own_temporary_folder(), switching_often():
         async with running_server(app):
             yield
 

@@ -23,6 +23,7 @@ from lib.infers.devices.schedule import Forecast, Work
 from lib.infers.interruption import InterruptedWork, giving_way
 from lib.infers.request import InferRequest
 from lib.server.http.errors import BusyError
+from lib.server.priority import give_requests_priority
 from lib.server.work.pause import Pause
 
 Result = TypeVar("Result")
@@ -168,7 +169,9 @@ class InferenceQueue:
         that computes keeps buffers of its own: spread over a pool of forty, that is a gigabyte.
         """
         if lane.name not in self._threads:
-            self._threads[lane.name] = ThreadPoolExecutor(1, thread_name_prefix=f"inference {lane.name}")
+            self._threads[lane.name] = ThreadPoolExecutor(
+                1, f"inference {lane.name}", give_requests_priority if lane.device.type == "cpu" else None
+            )
         context = contextvars.copy_context()
 
         def on_lane() -> Result:

@@ -1,0 +1,57 @@
+"""Requests go before inferences, and threads let each other go on soon."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+
+import pytest
+
+from lib.infers.devices.lanes import Lanes
+from lib.server.priority import LEAST_PRIORITY, NICER_THAN_REQUESTS, give_requests_priority, switching_often
+from lib.server.work.queue import InferenceQueue
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
+
+
+def own_priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@needs_linux
+def test_inference_on_the_cpu_has_less_priority_than_requests() -> None:
+    async def main() -> tuple[int, int, int]:
+        async with InferenceQueue(1, Lanes.of("cpu")).slot("cpu") as slot:
+            inferring = await slot.run(own_priority)
+        return inferring, own_priority(), await asyncio.to_thread(own_priority)
+
+    inferring, loop, request = asyncio.run(main())
+    assert request == loop
+    assert inferring == min(LEAST_PRIORITY, loop + NICER_THAN_REQUESTS)
+
+
+@needs_linux
+def test_threads_that_an_inference_starts_have_its_priority() -> None:
+    seen: list[int] = []
+
+    def infer() -> None:
+        give_requests_priority()
+        inner = threading.Thread(target=lambda: seen.append(own_priority()))
+        inner.start()
+        inner.join()
+        seen.append(own_priority())
+
+    outer = threading.Thread(target=infer)
+    outer.start()
+    outer.join()
+    assert seen == [min(LEAST_PRIORITY, own_priority() + NICER_THAN_REQUESTS)] * 2
+
+
+def test_switches_are_as_before_afterwards() -> None:
+    before = sys.getswitchinterval()
+    with pytest.raises(ValueError, match="x"), switching_often(before / 4):
+        assert sys.getswitchinterval() == pytest.approx(before / 4)
+        raise ValueError("x")
+    assert sys.getswitchinterval() == before
