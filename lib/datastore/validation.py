@@ -79,7 +79,7 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
     changed = any(value != index for value, index in mapped.values.items())
     kept = _apply(voxels, mapped.values) if changed else smallest(voxels)
     notes = tuple(note for note in (reading_warning(image), reoriented, read_as) if note) + mapped.notes
-    if changed or reoriented or not _lies_alike(label.volume, image) or not is_kept_as(file, kept.dtype):
+    if changed or reoriented or not _lies_alike(label.volume, image) or not is_kept_as(file, label.header, kept.dtype):
         file = write_label(kept, image.affine_ras, folder / "kept.nii.gz")
     return CheckedLabel(kept, file, mapped, notes)
 
@@ -90,9 +90,11 @@ def as_kept(file: Path, folder: Path) -> Path:
     Raises:
         LabelError: when it cannot be read, or has values that are no whole numbers.
     """
-    volume = read_label(file).volume
-    voxels = smallest(_whole_numbers(volume.voxels))
-    return file if is_kept_as(file, voxels.dtype) else write_label(voxels, volume.affine_ras, folder / "kept.nii.gz")
+    label = read_label(file)
+    voxels = smallest(_whole_numbers(label.volume.voxels))
+    if is_kept_as(file, label.header, voxels.dtype):
+        return file
+    return write_label(voxels, label.volume.affine_ras, folder / "kept.nii.gz")
 
 
 def smallest(voxels: npt.NDArray[np.uint16]) -> MaskArray:

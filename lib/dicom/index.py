@@ -289,11 +289,15 @@ class DicomIndex:
 
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
         """DICOM JSON of the instances of a study, a series, or one instance."""
+        return [json.loads(text) for text in self.metadata_texts(study, series, sop, summary)]
+
+    def metadata_texts(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[str]:
+        """The same as it is kept, as JSON."""
         where, values = _where(study, series, sop)
         column = "summary" if summary else "metadata"
         order = "series, number, sop, id"
         rows = self._connection.execute(f"SELECT {column} FROM shown {where} ORDER BY {order}", values)
-        return [json.loads(text) for (text,) in rows]
+        return [text for (text,) in rows]
 
     def _keep_scanning(self) -> None:
         while not self._stopped.is_set():

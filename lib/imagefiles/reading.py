@@ -41,7 +41,29 @@ def read_header(path: Path) -> ImageHeader:
         ImageError: when it cannot be opened, is damaged, or names another file.
     """
     with open_regular(path) as file:
-        return _header_of(file, path.name)
+        return _header_of(file, path.name, _kind_of(file, path.name))
+
+
+def find_header(path: Path) -> ImageHeader | None:
+    """As :func:`read_header`; None for DICOM, which has a reader of its own.
+
+    Raises:
+        FileKindError, ImageError: as there.
+    """
+    with open_regular(path) as file:
+        kind = _kind_of(file, path.name)
+        return None if kind is Kind.DICOM else _header_of(file, path.name, kind)
+
+
+def find_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]] | None:
+    """As :func:`read_voxels`; None for DICOM, which has a reader of its own.
+
+    Raises:
+        MemoryBudgetError, FileKindError, ImageError: as there.
+    """
+    with open_regular(path) as file:
+        kind = _kind_of(file, path.name)
+        return None if kind is Kind.DICOM else _voxels_of(file, path.name, kind)
 
 
 def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
@@ -52,15 +74,7 @@ def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
         FileKindError, ImageError: as :func:`read_header`; also when the voxels are damaged or cut off.
     """
     with open_regular(path) as file:
-        header = _header_of(file, path.name)
-        _check_memory(header, path.name)
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if header.kind is Kind.NRRD:
-                return header, read_nrrd_voxels(file, size, header, path.name)
-            return header, read_nifti_voxels(file, size, header, path.name)
-        except MemoryError as error:
-            raise MemoryBudgetError(f"image {path.name!r} has more voxels than memory holds") from error
+        return _voxels_of(file, path.name, _kind_of(file, path.name))
 
 
 def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
@@ -70,13 +84,24 @@ def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
         MemoryBudgetError, FileKindError, ImageError: as :func:`read_voxels`.
     """
     with open_regular(path) as file:
-        header = _header_of(file, path.name)
+        header = _header_of(file, path.name, _kind_of(file, path.name))
         read = read_nrrd_planes if header.kind is Kind.NRRD else read_nifti_planes
         yield from read(file, os.fstat(file.fileno()).st_size, header, path.name)
 
 
-def _header_of(file: BinaryIO, name: str) -> ImageHeader:
-    kind = _kind_of(file, name)
+def _voxels_of(file: BinaryIO, name: str, kind: Kind) -> tuple[ImageHeader, npt.NDArray[Any]]:
+    header = _header_of(file, name, kind)
+    _check_memory(header, name)
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if header.kind is Kind.NRRD:
+            return header, read_nrrd_voxels(file, size, header, name)
+        return header, read_nifti_voxels(file, size, header, name)
+    except MemoryError as error:
+        raise MemoryBudgetError(f"image {name!r} has more voxels than memory holds") from error
+
+
+def _header_of(file: BinaryIO, name: str, kind: Kind) -> ImageHeader:
     if kind is Kind.NRRD:
         return read_nrrd_header(file, name)
     if kind is Kind.DICOM:

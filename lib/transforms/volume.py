@@ -14,8 +14,7 @@ from lib.dicom.files import find_dicom
 from lib.dicom.series import Series, read_series
 from lib.errors import ImageError
 from lib.imagefiles.header import ImageHeader
-from lib.imagefiles.kinds import Kind
-from lib.imagefiles.reading import read_header, read_kind, read_voxels
+from lib.imagefiles.reading import find_header, find_voxels
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 NRRD_SUFFIXES = (".nrrd", ".seg.nrrd")
@@ -96,10 +95,11 @@ def read_volume(path: Path) -> Volume:
         MemoryBudgetError: when its header promises more than memory holds.
         ImageError: when it is missing, damaged, empty, not 3D, names another file, or its geometry is not one.
     """
-    if _is_dicom(path):
+    found = None if _is_named_dicom(path) else find_voxels(path)
+    if found is None:
         return _read_dicom(path)
-    header, voxels = read_voxels(path)
-    grid = _grid_of(header, path.name)
+    header, voxels = found
+    grid = grid_of(header, path.name)
     voxels = np.asarray(voxels, dtype=np.float32).reshape(grid.shape, order="A")
     return Volume(voxels, grid.affine_ras, grid.other_affine_ras)
 
@@ -110,10 +110,26 @@ def read_grid(path: Path) -> Grid:
     Raises:
         FileKindError, ImageError: as :func:`read_volume`.
     """
-    if _is_dicom(path):
-        series = _read_series(path)
-        return Grid(series.shape, _checked_affine(series.affine_ras, path.name))
-    return _grid_of(read_header(path), path.name)
+    header = None if _is_named_dicom(path) else find_header(path)
+    if header is not None:
+        return grid_of(header, path.name)
+    series = _read_series(path)
+    return Grid(series.shape, _checked_affine(series.affine_ras, path.name))
+
+
+def grid_of(header: ImageHeader, name: str) -> Grid:
+    """The grid that a file's header describes.
+
+    Raises:
+        ImageError: when it is not 3D, or its geometry is not one.
+    """
+    grid = Grid(_spatial_shape(header.shape, name), _checked_affine(header.affine_ras, name))
+    other = header.other_affine_ras
+    if other is None or not np.isfinite(other).all() or abs(np.linalg.det(other[:3, :3])) < SMALLEST_VOXEL_MM3:
+        return grid
+    return (
+        grid if apart_mm(Grid(grid.shape, other), grid) <= grid.tolerance_mm else replace(grid, other_affine_ras=other)
+    )
 
 
 def apart_mm(one: Grid, other: Grid) -> float:
@@ -176,8 +192,9 @@ def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
         raise ImageError(f"image {name!r} is constant ({lowest:g} everywhere): there is nothing to segment")
 
 
-def _is_dicom(path: Path) -> bool:
-    return path.is_dir() or (path.name.lower().endswith(".dcm") and path.is_file()) or read_kind(path) is Kind.DICOM
+def _is_named_dicom(path: Path) -> bool:
+    """Whether it is DICOM without a look inside: a folder, or a file of that name."""
+    return path.is_dir() or (path.name.lower().endswith(".dcm") and path.is_file())
 
 
 def _read_dicom(path: Path) -> Volume:
@@ -189,16 +206,6 @@ def _read_dicom(path: Path) -> Volume:
 def _read_series(path: Path) -> Series:
     kind = "folder" if path.is_dir() else "file"
     return read_series(find_dicom(path) if path.is_dir() else [path], f"{kind} {path.name!r}")
-
-
-def _grid_of(header: ImageHeader, name: str) -> Grid:
-    grid = Grid(_spatial_shape(header.shape, name), _checked_affine(header.affine_ras, name))
-    other = header.other_affine_ras
-    if other is None or not np.isfinite(other).all() or abs(np.linalg.det(other[:3, :3])) < SMALLEST_VOXEL_MM3:
-        return grid
-    return (
-        grid if apart_mm(Grid(grid.shape, other), grid) <= grid.tolerance_mm else replace(grid, other_affine_ras=other)
-    )
 
 
 def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:

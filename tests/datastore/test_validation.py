@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def test_label_that_fits_is_kept_byte_for_byte(tmp_path: Path) -> None:
     assert checked.file == sent and checked.notes == ()
     np.testing.assert_array_equal(checked.voxels, VOXELS)
     assert checked.mapped.label_map == {"Left Box": 1, "core": 2}
+
+
+def test_label_is_opened_for_its_header_and_for_its_voxels(tmp_path: Path) -> None:
+    sent, opened, watching = write_nifti(tmp_path / "sent.nii.gz", VOXELS, AFFINE), [], True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]) == str(sent):
+            opened.append(arguments)
+
+    sys.addaudithook(watch)  # it cannot be taken away again
+    checked = check(sent)
+    watching = False
+    assert checked.file == sent and len(opened) == 2
 
 
 def test_swapped_values_become_the_presets(tmp_path: Path) -> None:

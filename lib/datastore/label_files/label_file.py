@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from lib.datastore.label_files.segment_header import Segment, flatten, parse_segments
 from lib.errors import FileKindError, ImageError, InputError, LabelError
+from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import Kind
-from lib.imagefiles.reading import read_header, read_voxels
-from lib.transforms.volume import Grid, Volume, read_grid, read_volume
+from lib.imagefiles.reading import find_header, read_header, read_voxels
+from lib.transforms.volume import Grid, Volume, grid_of, read_grid, read_volume
 
 KEPT_SUFFIX = ".nii.gz"
 
@@ -28,11 +29,13 @@ class LabelFile:
         volume: its voxels and where they lie.
         segments: what its header says of them; none where it says nothing.
         layered: the file has several layers, and each voxel has the position of its segment in ``segments``, from 1.
+        header: its file's; None for DICOM.
     """
 
     volume: Volume
     segments: tuple[Segment, ...] = ()
     layered: bool = False
+    header: ImageHeader | None = None
 
 
 def read_label(file: Path, image: Grid | None = None) -> LabelFile:
@@ -46,15 +49,16 @@ def read_label(file: Path, image: Grid | None = None) -> LabelFile:
         FileKindError: for a format that is not read here.
         LabelError: when it cannot be read, is not 3D, has another shape, or has overlapping segments.
     """
-    segments = read_segments(file)
     try:
-        if len({segment.layer for segment in segments}) > 1:
+        header = None if file.is_dir() else find_header(file)
+        segments = parse_segments(header.fields) if header is not None else ()
+        if header is not None and len({segment.layer for segment in segments}) > 1:
             if image is not None:
-                check_shape(read_header(file).shape[:3], image)
-            return LabelFile(_read_layers(file, segments), segments, layered=True)
+                check_shape(header.shape[:3], image)
+            return LabelFile(_read_layers(file, segments), segments, layered=True, header=header)
         if image is not None:
-            check_shape(read_grid(file).shape, image)
-        return LabelFile(read_volume(file), segments)
+            check_shape((grid_of(header, file.name) if header is not None else read_grid(file)).shape, image)
+        return LabelFile(read_volume(file), segments, header=header)
     except ImageError as error:
         raise as_label_error(error) from error
 
@@ -81,11 +85,10 @@ def read_segments(file: Path) -> tuple[Segment, ...]:
         return ()  # whoever reads the voxels says what is wrong
 
 
-def is_kept_as(file: Path, dtype: npt.DTypeLike) -> bool:
-    """Whether a file is a compressed 3D NIfTI file of that type, without a scale."""
-    if not file.name.endswith(KEPT_SUFFIX):
+def is_kept_as(file: Path, header: ImageHeader | None, dtype: npt.DTypeLike) -> bool:
+    """Whether a file of that header is a compressed 3D NIfTI file of that type, without a scale."""
+    if header is None or not file.name.endswith(KEPT_SUFFIX):
         return False
-    header = read_header(file)
     unscaled = (header.slope, header.intercept) == (1.0, 0.0)
     return header.kind is Kind.NIFTI_GZ and len(header.sizes) == 3 and unscaled and header.dtype == np.dtype(dtype)
 

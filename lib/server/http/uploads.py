@@ -10,28 +10,42 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO
 
+import anyio
+import anyio.to_thread
 from fastapi import UploadFile
 
 from lib.errors import InputError
-from lib.imagefiles.kinds import Kind
-from lib.imagefiles.reading import BYTES_A_VOXEL, read_header, read_kind
+from lib.imagefiles.header import ImageHeader
+from lib.imagefiles.reading import BYTES_A_VOXEL, find_header
 from lib.server.http.errors import TooLargeError
 from lib.server.http.names import safe_file_name
 
 MIB = 2**20
 MOST_FILES = 20_000
+PREFIX = "unetr-"
 
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder that is removed whatever happens."""
-    with tempfile.TemporaryDirectory(prefix="unetr-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@asynccontextmanager
+async def temporary_folder_beside_loop() -> AsyncIterator[Path]:
+    """The same for coroutines: it is made and removed in a thread, since removing large files takes a while."""
+    made = await anyio.to_thread.run_sync(lambda: tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        yield Path(made)
+    finally:
+        with anyio.CancelScope(shield=True):  # also when the client is gone
+            await anyio.to_thread.run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
 
 
 def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -> Path:
@@ -43,19 +57,21 @@ def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -
     return path
 
 
-def check_header(path: Path, unpacked_limit_mib: int) -> None:
+def check_header(path: Path, unpacked_limit_mib: int) -> ImageHeader | None:
     """Refuse a file whose header asks for too much, leads to another file, or is of a kind that is not read.
 
-    DICOM is left to its reader.
+    Returns:
+        The header; None for DICOM, which is left to its reader.
 
     Raises:
         FileKindError: for a format that is not read here.
         ImageError: when the header is damaged or leads to another file.
         TooLargeError: when the voxels take more than the limit.
     """
-    if path.suffix.lower() == ".dcm" or read_kind(path) is Kind.DICOM:
-        return
-    check_unpacked_size(read_header(path).voxel_count * BYTES_A_VOXEL, unpacked_limit_mib, path.name)
+    header = None if path.suffix.lower() == ".dcm" else find_header(path)
+    if header is not None:
+        check_unpacked_size(header.voxel_count * BYTES_A_VOXEL, unpacked_limit_mib, path.name)
+    return header
 
 
 def check_unpacked_size(size_bytes: int, limit_mib: int, name: str) -> None:

@@ -76,7 +76,8 @@ class Submissions:
         prediction = self.store.predictions.find(client, image_id)
         with temporary_folder() as folder:
             try:
-                preset = choose_preset(self.presets, info, prediction, names_in(file))
+                names = names_in(file) if len(self.presets) > 1 else []
+                preset = choose_preset(self.presets, info, prediction, names)
                 checked = self._check(image_id, file, preset, info, folder)
             except InputError as error:
                 self._quarantine(file, str(error), image_id, tag, info, user, source)

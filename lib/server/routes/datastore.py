@@ -22,8 +22,6 @@ from lib.configs.preset import Preset
 from lib.datastore.records import FINAL, INFERENCE
 from lib.datastore.store import VersionedDatastore
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
-from lib.imagefiles.kinds import Kind
-from lib.imagefiles.reading import read_kind
 from lib.server.dependencies import (
     CheckImageDep,
     DatastoreDep,
@@ -310,11 +308,10 @@ def store_image(
     new_id = safe_new_id(image_id or name[: -len(suffix)])
     with temporary_folder() as folder:
         file = receive(upload, folder).rename(folder / f"{name[: -len(suffix)] or 'image'}{suffix}")
-        check_header(file, limit_mib)
-        kind = read_kind(file)
-        if kind is Kind.DICOM:
+        header = check_header(file, limit_mib)
+        if header is None:
             raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
-        file = file.rename(folder / f"image{kind.suffix}")  # other programs go by the name
+        file = file.rename(folder / f"image{header.kind.suffix}")  # other programs go by the name
         warnings = inspect_for_any(file, list(presets))
         with ADDING:
             if new_id in datastore.list_images():

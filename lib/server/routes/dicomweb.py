@@ -43,7 +43,7 @@ from lib.errors import InputError, NotFoundError, ParameterError, StorageError, 
 from lib.server.dependencies import PresentedDep, SegmentationsDep, StoreDep, StudiesDep
 from lib.server.http.auth import AsAnnotator, AsUser, User
 from lib.server.http.errors import TooLargeError
-from lib.server.http.uploads import temporary_folder
+from lib.server.http.uploads import temporary_folder_beside_loop
 from lib.server.labels.segmentations import Segmentations
 from lib.server.presented.cases import PresentedCases, Searched
 from lib.storage.disk import MIB
@@ -173,9 +173,10 @@ def answer_from(index: DicomIndex, request: Request, resource: Resource, present
     instances = named_instances(index, resource)
     try:
         if resource.view == "metadata":
-            told = index.metadata(resource.study, resource.series, resource.sop)
+            told = index.metadata_texts(resource.study, resource.series, resource.sop)
             beside = [] if resource.series else presented.beside(resource.study)
-            return Response(dump([*told, *map(to_json, beside)]), media_type=DICOM_JSON)
+            told += [dump(to_json(instance)).decode() for instance in beside]
+            return Response(f"[{', '.join(told)}]", media_type=DICOM_JSON)  # not read, to be written again as it is
         if resource.view == "instances":
             beside = [] if resource.series else presented.beside(resource.study)
             files = itertools.chain(instance_parts(instances, accepted), map(presented.file, beside))
@@ -284,7 +285,7 @@ async def store_instances(request: Request, segmentations: Segmentations, user: 
     is_study = resource.view == "instances" and not resource.series
     if not is_study and path.strip("/") != "studies":
         raise HTTPException(405, headers={"Allow": "GET"})
-    with temporary_folder() as folder:
+    async with temporary_folder_beside_loop() as folder:
         files = await receive_parts(request, folder)
         return await anyio.to_thread.run_sync(lambda: store_files(request, segmentations, user, resource.study, files))
 

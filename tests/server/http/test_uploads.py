@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import zipfile
@@ -13,7 +14,13 @@ from fastapi import UploadFile
 
 from lib.errors import ImageError, InputError
 from lib.server.http.errors import TooLargeError
-from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
+from lib.server.http.uploads import (
+    check_header,
+    receive,
+    temporary_folder,
+    temporary_folder_beside_loop,
+    unpack,
+)
 from tests.tiny import boxes, write_nifti
 
 
@@ -22,6 +29,28 @@ def test_temporary_folder_is_gone_even_after_a_failure() -> None:
         (folder / "file").write_bytes(b"1")
         raise ValueError("x")
     assert not folder.exists()
+
+
+def test_temporary_folder_of_a_coroutine_is_gone_when_it_is_cancelled() -> None:
+    made: list[Path] = []
+
+    async def hold() -> None:
+        async with temporary_folder_beside_loop() as folder:
+            (folder / "file").write_bytes(b"1")
+            made.append(folder)
+            await asyncio.sleep(3600)
+
+    async def main() -> None:
+        holding = asyncio.create_task(hold())
+        while not made:
+            await asyncio.sleep(0.001)
+        assert (made[0] / "file").is_file()
+        holding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await holding
+
+    asyncio.run(main())
+    assert not made[0].exists()
 
 
 def test_upload_keeps_its_bytes_and_a_harmless_name(tmp_path: Path) -> None:
