@@ -65,10 +65,9 @@ def test_events_tell_what_a_request_has_changed(server: Server) -> None:
 
 
 def test_prediction_is_drawn_where_the_mask_is(server: Server) -> None:
+    address = "/case/case_1/slice.png?plane=axial&index=16&layers="
     plain, drawn = (
-        np.asarray(
-            Image.open(io.BytesIO(server.get(f"/case/case_1/slice.png?plane=axial&index=16&layers={layers}").content))
-        ).astype(int)
+        np.asarray(Image.open(io.BytesIO(server.get(address + layers).content)).convert("RGB")).astype(int)
         for layers in ("", "prediction")
     )
     assert plain.shape == drawn.shape and plain.shape[0] == 384

@@ -97,14 +97,15 @@ def draw_slice(
     low, high = stack.window
     grey = np.clip((_cut(stack.voxels, axis, at) - low) / (high - low) * 255, 0, 255).astype(np.uint8)
     size = _size(grey.shape, stack.spacing_mm, axis, height)
-    picture = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC).convert("RGB")).astype(np.float32)
+    shown = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC)
+    if not contours and uncertainty is None:
+        return _as_png(shown)  # in grey, which is a third of the bytes to pack
+    picture = np.asarray(shown.convert("RGB")).astype(np.float32)
     if uncertainty is not None:
         _lay_over(picture, _cut(uncertainty, axis, at), size)
     for contour in contours:
         draw_outline(picture, _cut(contour.mask, axis, at), contour.colors, contour.line)
-    buffer = io.BytesIO()
-    Image.fromarray(picture.astype(np.uint8)).save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+    return _as_png(Image.fromarray(picture.astype(np.uint8)))
 
 
 def middle_of(mask: npt.NDArray[np.uint8], plane: Plane) -> int | None:
@@ -125,6 +126,12 @@ def _size(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], axis: 
     across, down = (spacing for i, spacing in enumerate(spacing_mm) if i != axis)
     width = shape[1] * across / (shape[0] * down) * height
     return max(1, round(min(width, 4 * height))), height
+
+
+def _as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _lay_over(picture: npt.NDArray[np.float32], values: npt.NDArray[np.generic], size: tuple[int, int]) -> None:

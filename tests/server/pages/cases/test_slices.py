@@ -19,7 +19,7 @@ RED = (255, 0, 0)
 
 
 def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)))
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def corner_stack(axcodes: str, spacing: tuple[float, float, float] = (1, 1, 1)) -> tuple[Stack, np.ndarray]:
@@ -56,6 +56,15 @@ def test_contour_lies_on_the_border_of_its_mask() -> None:
     assert red[50:52, 55:145].all() and red[55:145, 148:150].all()
     assert not red[60:140, 60:140].any() and not red[:48].any()
     assert not (pixels(draw_slice(stack, "axial", 1, [Contour(mask, {1: RED})], height=200)) == RED).all(axis=-1).any()
+
+
+def test_a_picture_without_layers_is_grey_and_looks_the_same() -> None:
+    stack = Stack.of(np.random.default_rng(0).random((20, 20, 4), dtype=np.float32), np.eye(4))
+    nothing = Contour(np.zeros((20, 20, 4), dtype=np.uint8), {1: RED})
+    plain, coloured = (draw_slice(stack, "axial", 2, layers, height=200) for layers in ([], [nothing]))
+    assert [Image.open(io.BytesIO(png)).mode for png in (plain, coloured)] == ["L", "RGB"]
+    assert np.array_equal(pixels(plain), pixels(coloured))
+    assert len(plain) < len(coloured)
 
 
 def test_lines_can_be_told_apart_without_colour() -> None:
