@@ -1,27 +1,30 @@
-"""How long mixed requests take, and whether the server's memory stays where it is.
+"""How long mixed requests take, what they cost, and whether the server's memory stays where it is.
 
     python benchmarks/mixed_load.py [--clients 20] [--minutes 1] [--pause 0] [--only KIND ...] [--out FILE]
-    python benchmarks/mixed_load.py --minutes 60 --clients 12    # a soak: the last line must stay within 30 MiB
+    python benchmarks/mixed_load.py --each 20     # each kind alone, 20 times, by one client: CPU time of a request
+    python benchmarks/mixed_load.py --soak        # an hour of 6 clients that pause; exit status 1 where memory grows
 
 A server with shipped weights, files and DICOM series gets what annotators, viewers and monitors send, in random order:
 pages, pictures, listings, Next Sample, labels, sessions, uploads, DICOMweb, wrong requests, and inferences. Prints a
-table by kind of request and for everything but inferences, the growth of the server's memory (a line through its second
-half, so that caches have filled), and the files that it has left in its temporary folder. Writes JSON.
+table by kind of request and for everything but inferences, the CPU time of the server's process a request, the growth
+of its memory (a line through what follows the first quarter, so that caches have filled), and the files that it has
+left in its temporary folder. Writes JSON.
+
+A soak sends garbage, damaged labels and downloads that are broken off besides, and gives the caches of pictures and
+masks little room, so that they are full after minutes. It fails where the memory grows by more than 30 MiB after the
+first quarter, a temporary file stays, or a request fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
-import random
 import sys
 import tempfile
 import threading
 import time
-import urllib.parse
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,182 +32,113 @@ from typing import Any
 import numpy as np
 import psutil
 from measuring import REPOSITORY, show, write_json
+from mixed_requests import HOSTILE, INFERENCES, MIX, MODEL, Client, Kind
 
 sys.path[:0] = [str(REPOSITORY / folder) for folder in (".", "sample-data", "tests/integration")]
 
 from dicom_series import SeriesIdentity, write_series  # noqa: E402
-from server import Server  # noqa: E402
+from server import Server, wait_until  # noqa: E402
 from server_load import prepare  # noqa: E402
 from synthetic_hippocampus import SyntheticCase, draw_cases  # noqa: E402
 
-MODEL = "hippocampus_mr"
 CASES = 24
 SERIES = 3
-INFERENCES = ("infer", "click")
-REFUSALS = {"wrong": (400, 404), "status": (404,), "archive": (404,)}
-"""What a kind of request may be answered beside 200. A full queue (503) is counted apart."""
-BOUNDARY = "mixed-load"
 SECONDS_BETWEEN_LOOKS = 2.0
+MOST_GROWTH_MIB = 30.0
+SHARE_TO_WARM_UP = 0.25
+SOAK_CACHES = {"picture_cache_mib": "8", "result_cache_mib": "8"}
+SECONDS_TO_CLEAN_UP = 20
+COLUMNS = ("request", "count", "busy", "failed", "p50 ms", "p95 ms", "p99 ms", "max ms")
 
 
 @dataclass
-class Kind:
-    """One kind of request: the times of its answers in milliseconds, and what was not as it should be."""
+class Watched:
+    """The server's process while it was loaded.
 
-    milliseconds: list[float] = field(default_factory=list)
-    busy: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
+    Attributes:
+        memory: seconds since the start, and MiB in use.
+        cpu_seconds: CPU time that it took.
+        open_files: at the start and at the end.
+        threads: at the start and at the end.
+        left: files in its temporary folder when nobody asked for anything any more.
+    """
 
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    open_files: tuple[int, int] = (0, 0)
+    threads: tuple[int, int] = (0, 0)
+    left: list[str] = field(default_factory=list)
 
-class Client:
-    """One connection that is kept, and what its requests are drawn from."""
+    @property
+    def growth_mib(self) -> float:
+        """By how much a straight line through what follows the warm-up rises."""
+        later = [point for point in self.memory if point[0] >= self.memory[-1][0] * SHARE_TO_WARM_UP]
+        if len(later) < 2:
+            return 0.0
+        seconds, mib = np.array(later).T
+        return float(np.polyfit(seconds, mib, 1)[0] * (seconds[-1] - seconds[0]))
 
-    def __init__(self, server: Server, cases: list[SyntheticCase], number: int, kinds: Mapping[str, Kind]) -> None:
-        self._address = f"127.0.0.1:{server.port}"
-        self._http = http.client.HTTPConnection(self._address, timeout=120)
-        self._random = random.Random(number)
-        self._name = f"client-{number}"
-        self._kinds = kinds
-        self._images = [(server.studies / f"case_{n}.nii.gz").read_bytes() for n in range(len(cases))]
-        self._labels = [(server.folder / f"label_{n}.nii.gz").read_bytes() for n in range(len(cases))]
-        self._series = json.loads(self._send("GET", "/dicom-web/series")[1])
-        self._count = 0
-
-    def work(self, mix: Mapping[str, float], until: float, pause: float) -> None:
-        """Send requests until the time is up."""
-        names, weights = list(mix), list(mix.values())
-        while time.monotonic() < until:
-            name = self._random.choices(names, weights)[0]
-            requests: dict[str, Callable[[], None]] = {
-                "next": self._next, "label": self._label, "session": self._session, "upload": self._upload,
-                "skip": self._skip, "infer": self._infer, "click": self._click, "dicom": self._dicom,
-            }  # fmt: skip
-            requests.get(name, lambda name=name: self._get(name))()  # type: ignore[misc]
-            time.sleep(self._random.uniform(0, 2 * pause))
-
-    def _get(self, name: str) -> None:
-        case, cut = self._case(), self._random.randrange(30)
-        pictures = f"/case/{case}/slice.png"
-        plane = self._random.choice(("axial", "coronal", "sagittal"))
-        section = self._random.choice(("pool", "next", "job", "models", "activity", "system"))
-        paths = {
-            "info": "/info/", "status": "/train/", "page": "/", "section": f"/page/{section}", "case": f"/case/{case}",
-            "slice": f"{pictures}?plane={plane}&index={cut}", "thumbnail": f"/case/{case}/thumbnail.png",
-            "listing": "/datastore/?output=all", "train list": "/datastore/?output=train", "ready": "/readyz",
-            "metrics": "/metrics", "versions": f"/model/versions/{MODEL}", "image": f"/datastore/image?image={case}",
-            "history": f"/datastore/label/versions?image={case}", "known": f"/datastore/image/info?image={case}",
-            "leases": "/leases/", "runs": f"/runs/{MODEL}", "retrain": "/retrain/", "archive": "/datastore/dataset",
-            "wrong": self._random.choice(("/case/nobody", "/datastore/image?image=..", f"{pictures}?plane=x")),
-        }  # fmt: skip
-        self._ask(name, "GET", paths[name])
-
-    def _next(self) -> None:
-        strategy = self._random.choice(("typical", "random", "first"))
-        self._ask("next", "POST", f"/activelearning/{strategy}", {"client_id": self._name})
-
-    def _label(self) -> None:
-        number = self._random.randrange(len(self._labels))
-        info = {"label_info": [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]}
-        files = {"label": ("label.nii.gz", self._labels[number])}
-        form = json.dumps(info | {"client_id": self._name})
-        self._ask("label", "PUT", f"/datastore/label?image=case_{number}", form={"params": form}, files=files)
-
-    def _session(self) -> None:
-        files = {"files": ("image.nii.gz", self._random.choice(self._images))}
-        status, content = self._ask("session", "PUT", "/session/", files=files)
-        if status == 200:
-            session = json.loads(content)["session_id"]
-            self._ask("session", "GET", f"/session/{session}")
-            self._ask("session", "DELETE", f"/session/{session}")
-
-    def _upload(self) -> None:
-        self._count += 1
-        image, files = f"{self._name}-{self._count}", {"file": ("image.nii.gz", self._random.choice(self._images))}
-        self._ask("upload", "PUT", f"/datastore/?image={image}", files=files)
-        self._ask("upload", "DELETE", f"/datastore/?id={image}")
-
-    def _skip(self) -> None:
-        case = self._case()
-        self._ask("skip", "PUT", f"/leases/skipped?image={case}", {"reason": "blurred", "client_id": self._name})
-        self._ask("skip", "DELETE", f"/leases/skipped?image={case}")
-
-    def _infer(self) -> None:
-        wanted = {"client_id": self._name, "result_extension": ".nrrd", "result_dtype": "uint8"}
-        self._ask("infer", "POST", f"/infer/{MODEL}?image={self._case()}", form={"params": json.dumps(wanted)})
-
-    def _click(self) -> None:
-        across, down = self._random.uniform(0.3, 0.7), self._random.uniform(0.3, 0.7)
-        click = {"plane": "axial", "index": 15, "across": across, "down": down, "label": "anterior"}
-        self._ask("click", "POST", f"/case/{self._case()}/clicks", {"clicks": [click]})
-
-    def _dicom(self) -> None:
-        series = self._random.choice(self._series)
-        study, uid = (series[tag]["Value"][0] for tag in ("0020000D", "0020000E"))
-        base = f"/dicom-web/studies/{study}/series/{uid}"
-        _, content = self._ask("dicom", "GET", f"{base}/metadata")
-        instance = self._random.choice(json.loads(content))["00080018"]["Value"][0]
-        self._ask("dicom", "GET", f"{base}/instances/{instance}/frames/1")
-        self._ask("dicom", "GET", f"{base}/instances/{instance}/rendered")
-        self._ask("dicom", "GET", "/dicom-web/studies?limit=20")
-
-    def _case(self) -> str:
-        return f"case_{self._random.randrange(len(self._labels))}"
-
-    def _ask(
-        self,
-        kind: str,
-        method: str,
-        path: str,
-        body: object = None,
-        form: Mapping[str, str] | None = None,
-        files: Mapping[str, tuple[str, bytes]] | None = None,
-    ) -> tuple[int, bytes]:
-        """Send one request, and count it."""
-        headers, content = encode(body, form or {}, files or {})
-        start, of_kind = time.perf_counter(), self._kinds[kind]
-        try:
-            status, answer = self._send(method, path, content, headers)
-        except (OSError, http.client.HTTPException) as error:
-            of_kind.failures[type(error).__name__] += 1
-            self._http.close()
-            return 0, b""
-        of_kind.milliseconds.append((time.perf_counter() - start) * 1000)
-        if status == 503:
-            of_kind.busy += 1
-        elif status != 200 and status not in REFUSALS.get(kind, ()):
-            of_kind.failures[f"{status} {answer[:100]!r}"] += 1
-        return status, answer
-
-    def _send(
-        self, method: str, path: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        self._http.request(method, urllib.parse.quote(path, safe="/?&=%"), content, dict(headers or {}))
-        response = self._http.getresponse()
-        return response.status, response.read()
-
-
-MIX: dict[str, float] = {
-    "info": 10, "status": 10, "page": 3, "section": 8, "case": 3, "slice": 12, "thumbnail": 5, "listing": 3,
-    "train list": 2, "ready": 2, "metrics": 2, "versions": 2, "image": 2, "history": 2, "known": 2, "leases": 2,
-    "runs": 1, "retrain": 1, "archive": 0.3, "wrong": 3, "next": 4, "label": 4, "session": 1, "upload": 1, "skip": 2,
-    "infer": 5, "click": 1, "dicom": 3,
-}  # fmt: skip
-"""How often each kind of request is drawn, against the others."""
+    def by_minute(self) -> list[float]:
+        """Mean MiB of each minute."""
+        minutes: dict[int, list[float]] = defaultdict(list)
+        for seconds, mib in self.memory:
+            minutes[int(seconds // 60)].append(mib)
+        return [round(float(np.mean(values)), 1) for values in minutes.values()]
 
 
 def main() -> int:
     """Load a server, and say how it did."""
+    options = parse()
+    drawn = MIX | HOSTILE if options.soak else MIX
+    mix = {name: drawn[name] for name in options.only or drawn if name not in options.without}
+    conf = (SOAK_CACHES if options.soak else {}) | dict(pair.split("=", 1) for pair in options.conf)
+    left: list[str] = []
+    if options.each:
+        with loaded_server(conf, left) as (server, cases):
+            show(("request", "count", "CPU ms", "p50 ms"), each_alone(server, cases, mix, options.each))
+        return 0
+    with loaded_server(conf, left) as (server, cases):
+        kinds, watched = load(server, cases, mix, options.clients, options.minutes * 60, options.pause)
+    rows = [row(name, kinds[name]) for name in mix]
+    others = row("all but inference", joined(kinds[name] for name in mix if name not in INFERENCES))
+    show(COLUMNS, [list(line.values()) for line in (*rows, others)])
+    for name, kind in kinds.items():
+        for failure, count in kind.failures.most_common(5):
+            print(f"{name}: {count} times {failure}")
+    tell(watched, sum(len(kind.milliseconds) for kind in kinds.values()), options.minutes)
+    print(f"temporary files after its end: {left or 'none'}")
+    write_json(
+        options.out,
+        {"clients": options.clients, "minutes": options.minutes, "pause": options.pause, "rows": [*rows, others],
+         "memory": watched.memory, "growth_mib": watched.growth_mib, "cpu_seconds": watched.cpu_seconds},
+    )  # fmt: skip
+    failed = sum(sum(kind.failures.values()) for kind in kinds.values())
+    grew = watched.growth_mib > MOST_GROWTH_MIB
+    return int(options.soak and bool(grew or watched.left or left or failed))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=1)
-    parser.add_argument("--pause", type=float, default=0.0, help="mean seconds that a client thinks between requests")
-    parser.add_argument("--only", nargs="+", choices=MIX, help="only these kinds of requests")
-    parser.add_argument("--without", nargs="+", choices=MIX, default=[], help="all but these")
+    parser.add_argument("--soak", action="store_true", help="an hour of few clients, to see whether memory grows")
+    parser.add_argument("--each", type=int, default=0, metavar="N", help="each kind of request alone, N times")
+    parser.add_argument("--clients", type=int, help="20, or 6 in a soak")
+    parser.add_argument("--minutes", type=float, help="1, or 60 in a soak")
+    parser.add_argument("--pause", type=float, help="mean seconds that a client thinks between requests (0, or 0.5)")
+    parser.add_argument("--only", nargs="+", choices=MIX | HOSTILE, help="only these kinds of requests")
+    parser.add_argument("--without", nargs="+", choices=MIX | HOSTILE, default=[], help="all but these")
     parser.add_argument("--conf", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the server")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "mixed_load.json")
     options = parser.parse_args()
-    mix = {name: MIX[name] for name in options.only or MIX if name not in options.without}
-    conf = dict(pair.split("=", 1) for pair in options.conf)
+    for name, usual, in_soak in (("clients", 20, 6), ("minutes", 1.0, 60.0), ("pause", 0.0, 0.5)):
+        if getattr(options, name) is None:
+            setattr(options, name, in_soak if options.soak else usual)
+    return options
+
+
+@contextmanager
+def loaded_server(conf: Mapping[str, str], left: list[str]) -> Iterator[tuple[Server, list[SyntheticCase]]]:
+    """A server with files and DICOM series, which ends afterwards; what it then leaves is added to ``left``."""
     with tempfile.TemporaryDirectory() as folder:
         cases = list(draw_cases(CASES, seed=3))
         server = prepare(Server(Path(folder), {"models": MODEL, **conf}), cases)
@@ -213,66 +147,86 @@ def main() -> int:
             write_series(server.studies / f"series_{number}", case.image, case.affine_ras, identity)
         server.start()
         try:
-            kinds, memory = load(server, cases, mix, options.clients, options.minutes * 60, options.pause)
-            left = sorted(path.name for path in server.temporary.rglob("*") if path.is_file() and path.name != "lock")
+            yield server, cases
         finally:
             server.stop()
-        remaining = sorted(path.name for path in server.temporary.iterdir())
-    rows = [row(name, kinds[name]) for name in mix]
-    others = row("all but inference", joined(kinds[name] for name in mix if name not in INFERENCES))
-    columns = ("request", "count", "busy", "failed", "p50 ms", "p95 ms", "p99 ms", "max ms")
-    show(columns, [list(line.values()) for line in (*rows, others)])
-    for name, kind in kinds.items():
-        for failure, count in kind.failures.most_common(5):
-            print(f"{name}: {count} times {failure}")
-    growth, seen = growth_mib(memory), [mib for _, mib in memory]
-    print(f"memory: {seen[0]:.0f} MiB at first, {max(seen):.0f} at most, {seen[-1]:.0f} at last")
-    print(f"memory grows by {growth:+.1f} MiB over the second half, {growth * 120 / options.minutes:+.0f} MiB an hour")
-    print(f"temporary files while it ran: {left or 'none'}; after its end: {remaining or 'none'}")
-    write_json(
-        options.out,
-        {"clients": options.clients, "minutes": options.minutes, "pause": options.pause, "rows": [*rows, others],
-         "memory": memory, "growth_mib": growth},
-    )  # fmt: skip
-    return 0
+            left += sorted(path.name for path in server.temporary.iterdir())
 
 
 def load(
     server: Server, cases: list[SyntheticCase], mix: Mapping[str, float], clients: int, seconds: float, pause: float
-) -> tuple[dict[str, Kind], list[tuple[float, float]]]:
-    """Run all clients for a while; returns what they saw, and the server's memory (seconds, MiB)."""
+) -> tuple[dict[str, Kind], Watched]:
+    """Run all clients for a while; returns what they saw, and what became of the server's process."""
     kinds: dict[str, Kind] = defaultdict(Kind)
-    for name in MIX:
+    for name in mix:
         kinds[name] = Kind()
     workers = [Client(server, cases, number, kinds) for number in range(clients)]
     start = time.monotonic()
     threads = [threading.Thread(target=worker.work, args=(mix, start + seconds, pause)) for worker in workers]
+    assert server.process is not None
+    process, watched = psutil.Process(server.process.pid), Watched()
+    before, opened, running = cpu_seconds(process), process.num_fds(), process.num_threads()
     for thread in threads:
         thread.start()
-    assert server.process is not None
-    process, memory = psutil.Process(server.process.pid), []
     while any(thread.is_alive() for thread in threads):
-        memory.append((round(time.monotonic() - start, 1), round(process.memory_info().rss / 2**20, 1)))
+        seen = round(time.monotonic() - start, 1), round(process.memory_info().rss / 2**20, 1)
+        watched.memory.append(seen)
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    return kinds, memory
+    watched.cpu_seconds = cpu_seconds(process) - before
+    watched.open_files, watched.threads = (opened, process.num_fds()), (running, process.num_threads())
+    watched.left = left_in(server)
+    return kinds, watched
 
 
-def encode(
-    body: object, form: Mapping[str, str], files: Mapping[str, tuple[str, bytes]]
-) -> tuple[dict[str, str], bytes | None]:
-    """A request's headers and content: JSON, a form with files, or nothing."""
-    if body is not None:
-        return {"Content-Type": "application/json"}, json.dumps(body).encode()
-    if not form and not files:
-        return {}, None
-    parts = [(f'name="{name}"', value.encode()) for name, value in form.items()]
-    parts += [(f'name="{name}"; filename="{file}"', content) for name, (file, content) in files.items()]
-    blocks = [
-        f"--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
-        for head, content in parts
-    ]
-    content = b"".join(blocks) + f"--{BOUNDARY}--\r\n".encode()
-    return {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}, content
+def each_alone(
+    server: Server, cases: list[SyntheticCase], mix: Mapping[str, float], times: int
+) -> Iterator[tuple[str, int, float, float]]:
+    """Each kind by one client, so that the CPU time of the server's process is that of its requests."""
+    kinds: dict[str, Kind] = defaultdict(Kind)
+    client = Client(server, cases, 0, kinds)
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    for name in mix:
+        client.send(name)  # what the first of a kind has to read or compile is not counted
+        kinds[name].milliseconds.clear()
+        before = cpu_seconds(process)
+        for _ in range(times):
+            client.send(name)
+        count = len(kinds[name].milliseconds)
+        spent = (cpu_seconds(process) - before) / count * 1000
+        yield name, count, round(spent, 1), round(float(np.median(kinds[name].milliseconds)), 1)
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU time of a process so far, in its own code and in the system's."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def left_in(server: Server) -> list[str]:
+    """The temporary files of a server that is asked for nothing, once it has had time to remove its last ones."""
+
+    def names() -> list[str]:
+        return sorted(path.name for path in server.temporary.rglob("*") if path.is_file() and path.name != "lock")
+
+    try:
+        wait_until(lambda: not names(), SECONDS_TO_CLEAN_UP)
+    except TimeoutError:
+        return names()
+    return []
+
+
+def tell(watched: Watched, requests: int, minutes: float) -> None:
+    """Print what became of the server's process."""
+    seen, growth = [mib for _, mib in watched.memory], watched.growth_mib
+    an_hour = growth * 60 / (minutes * (1 - SHARE_TO_WARM_UP))
+    print(f"CPU of the server: {watched.cpu_seconds:.1f} s, {watched.cpu_seconds / requests * 1000:.1f} ms a request")
+    print(f"memory by minute in MiB: {' '.join(map(str, watched.by_minute()))}")
+    print(f"memory: {seen[0]:.0f} MiB at first, {max(seen):.0f} at most, {seen[-1]:.0f} at last")
+    print(f"memory grows by {growth:+.1f} MiB after the first quarter, {an_hour:+.0f} MiB an hour")
+    print(f"open files: {watched.open_files[0]} at first, {watched.open_files[1]} at last; "
+          f"threads: {watched.threads[0]}, {watched.threads[1]}")  # fmt: skip
+    print(f"temporary files once it was quiet: {watched.left or 'none'}")
 
 
 def joined(kinds: Any) -> Kind:
@@ -293,15 +247,6 @@ def row(name: str, kind: Kind) -> dict[str, Any]:
         "request": name, "count": len(kind.milliseconds), "busy": kind.busy, "failed": sum(kind.failures.values()),
         "p50": p50, "p95": p95, "p99": p99, "max": most,
     }  # fmt: skip
-
-
-def growth_mib(memory: list[tuple[float, float]]) -> float:
-    """By how much a straight line through the second half of the run rises."""
-    half = [point for point in memory if point[0] >= memory[-1][0] / 2]
-    if len(half) < 2:
-        return 0.0
-    seconds, mib = np.array(half).T
-    return float(np.polyfit(seconds, mib, 1)[0] * (seconds[-1] - seconds[0]))
 
 
 if __name__ == "__main__":
