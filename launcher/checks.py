@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from launcher.environment import set_up
 from launcher.processes import started
 from launcher.project import SERVER_ENVIRONMENT, Project
 
+SHARED_MEMORY = Path("/dev/shm")
+# Free there, from which on the files of the tests are put there.
+BYTES_FOR_FILES = 8 * 2**30
 # A test computes on one thread. Files in their own order: by default those of a few long tests would come last.
 TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
@@ -27,9 +34,10 @@ def run_tests(project: Project, options: argparse.Namespace) -> int:
     }
     codes: dict[str, int] = {}
     closing_line = ""
-    for name, command in checks.items():
-        print(f"\n== {name}", flush=True)
-        codes[name], closing_line = run_and_keep_last_line(project, command)
+    with files_in_memory() as environment:
+        for name, command in checks.items():
+            print(f"\n== {name}", flush=True)
+            codes[name], closing_line = run_and_keep_last_line(project, command, environment)
     print("\n== summary")
     for name, code in codes.items():
         print(f"{'ok  ' if code == 0 else 'FAIL'}  {name}" + (f" (exit code {code})" if code else ""))
@@ -37,11 +45,32 @@ def run_tests(project: Project, options: argparse.Namespace) -> int:
     return 0 if not any(codes.values()) else 1
 
 
-def run_and_keep_last_line(project: Project, command: Sequence[str]) -> tuple[int, str]:
-    """Run a check from the project's folder, showing what it prints; returns its exit code and its last line."""
+@contextlib.contextmanager
+def files_in_memory(folder: Path = SHARED_MEMORY, needed: int = BYTES_FOR_FILES) -> Iterator[dict[str, str]]:
+    """Variables with which pytest puts the files of tests into memory, where Linux has room there.
+
+    The tests write thousands of files that are synced, each of which a disk takes about 20 ms for.
+    """
+    if not folder.is_dir() or shutil.disk_usage(folder).free < needed:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="unetr-tests-", dir=folder, ignore_cleanup_errors=True) as root:
+        yield {"PYTEST_DEBUG_TEMPROOT": root}
+
+
+def run_and_keep_last_line(
+    project: Project, command: Sequence[str], variables: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Run a check from the project's folder, showing what it prints; returns its exit code and its last line.
+
+    Args:
+        project: its folder.
+        command: the check.
+        variables: of its environment, where they are not set already.
+    """
     last = ""
     waiting = {"OMP_WAIT_POLICY": SERVER_ENVIRONMENT["OMP_WAIT_POLICY"]}
-    environment = {**waiting, **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**waiting, **(variables or {}), **os.environ, "PYTHONUNBUFFERED": "1"}
     with started(command, cwd=project.root, env=environment) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

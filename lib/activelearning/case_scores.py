@@ -157,5 +157,5 @@ class _Tile:
     @property
     def place(self) -> tuple[slice, ...]:
         """Within the volume."""
-        parts = zip(self.start, self.skip, self._roi, strict=True)
-        return tuple(slice(first + skipped, first + edge) for first, skipped, edge in parts)
+        axes = zip(self.start, self.skip, self._roi, strict=True)
+        return tuple(slice(first + skipped, first + edge) for first, skipped, edge in axes)

@@ -58,7 +58,7 @@ class PoolKnowledge:
         version, records = self.score_records()
         candidates = [_candidate(image, records.get(image)) for image in unlabelled]
         vectors = [
-            v for i in labelled if (record := records.get(i)) is not None and (v := record.found.embedding) is not None
+            v for i in labelled if (record := records.get(i)) is not None and (v := record.scores.embedding) is not None
         ]
         return Pool(candidates, np.array(vectors) if vectors else None), version
 
@@ -87,4 +87,4 @@ def version_name(key: str) -> str:
 def _candidate(image: str, record: CaseScoreRecord | None) -> Candidate:
     if record is None:
         return Candidate(image)
-    return Candidate(image, record.found.values, record.found.embedding, record.found.foreground_voxels)
+    return Candidate(image, record.scores.values, record.scores.embedding, record.scores.foreground_voxels)

@@ -141,12 +141,12 @@ class PoolScorer:
         """Look at images here or on the cluster, until the time is up; returns how many were looked at."""
         if self._cluster is None:
             return _each(images, self._until, what, lambda image: keep(image, self._look_here(look_of, image)))
-        looks, said, reached = _Looks(images, self._until, look_of, keep), time.monotonic(), 0
+        looks, reported_at, reached = _Looks(images, self._until, look_of, keep), time.monotonic(), 0
         for finished in self._cluster.run(looks, lambda: self._recipe):
             keep(finished.item.image, finished)
             reached += 1
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if time.monotonic() - reported_at > SECONDS_BETWEEN_LINES:
+                reported_at = time.monotonic()
                 logger.info("%s, on the cluster: %d of %d", what, reached + looks.failed, len(images))
         return reached + looks.failed
 
@@ -158,34 +158,34 @@ class PoolScorer:
         except UnetrError as error:
             return _failed(image, error)
 
-    def _keep_scores(self, image: str, found: Finished[Look, Seen], stage: Depth, counts: dict[str, int]) -> None:
-        if found.answer is None:
+    def _keep_scores(self, image: str, finished: Finished[Look, Seen], stage: Depth, counts: dict[str, int]) -> None:
+        if finished.answer is None:
             counts["failed"] += 1
-            logger.warning("%s is not scored: %s", image, found.problem)
-            if not found.refused:  # it cannot be had now, and may be later
+            logger.warning("%s is not scored: %s", image, finished.problem)
+            if not finished.refused:  # it cannot be had now, and may be later
                 return
-            record = CaseScoreRecord(CaseScores(), scored=True, problem=found.problem)
-        elif found.answer.elsewhere:
+            record = CaseScoreRecord(CaseScores(), scored=True, problem=finished.problem)
+        elif finished.answer.elsewhere:
             counts["failed"] += 1
-            logger.warning("%s is not scored: %s", image, found.answer.elsewhere)
-            record = CaseScoreRecord(CaseScores(), scored=True, problem=found.answer.elsewhere, elsewhere=True)
+            logger.warning("%s is not scored: %s", image, finished.answer.elsewhere)
+            record = CaseScoreRecord(CaseScores(), scored=True, problem=finished.answer.elsewhere, elsewhere=True)
         else:
-            record = CaseScoreRecord(found.answer.scores, scored=stage == "scores")
+            record = CaseScoreRecord(finished.answer.scores, scored=stage == "scores")
             counts["done"] += stage == "scores" or not self._trained
         self._knowledge.store.keep(self.version, image, record)
 
     def _keep_comparison(
-        self, image: str, found: Finished[Look, Seen], labels: Mapping[str, str], counts: dict[str, int]
+        self, image: str, finished: Finished[Look, Seen], labels: Mapping[str, str], counts: dict[str, int]
     ) -> None:
-        if found.answer is None:
+        if finished.answer is None:
             counts["failed"] += 1
-            logger.warning("the label of %s cannot be compared: %s", image, found.problem)
-            if not found.refused:
+            logger.warning("the label of %s cannot be compared: %s", image, finished.problem)
+            if not finished.refused:
                 return
             disagreement = LabelDisagreement(image, labels[image], {}, 1.0)
         else:
             counts["done"] += 1
-            dice = found.answer.dice
+            dice = finished.answer.dice
             disagreement = LabelDisagreement(image, labels[image], dice, suspicion_of(dice))
         self._knowledge.store.keep_disagreement(self.version, disagreement)
 
@@ -235,7 +235,7 @@ def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], Non
     Returns:
         How many were done.
     """
-    said = time.monotonic()
+    reported_at = time.monotonic()
 
     def check() -> None:
         if not MAY_COMPUTE.wait(max(0.0, until - time.monotonic())) or time.monotonic() > until:
@@ -249,8 +249,8 @@ def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], Non
         except InterruptedWork:
             logger.info("%s: time is up after %d of %d", what, number, len(ids))
             return number
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES or number + 1 == len(ids):
-            said = time.monotonic()
+        if time.monotonic() - reported_at > SECONDS_BETWEEN_LINES or number + 1 == len(ids):
+            reported_at = time.monotonic()
             logger.info("%s: %d of %d", what, number + 1, len(ids))
     return len(ids)
 
@@ -262,20 +262,20 @@ def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: 
         CheckpointError: when the served ones cannot be used.
     """
     served = ModelFile.of(knowledge.preset, file, compiles=False, precision=precision)
-    found = [served]
+    files = [served]
     versions = VersionStore(knowledge.locator.folder).list() if passes in ("auto", "ensemble") else []
     for version in reversed(versions):
-        if len(found) >= MOST_IN_ENSEMBLE:
+        if len(files) >= MOST_IN_ENSEMBLE:
             break
         if version.status != "published" or version.name == version_key(file):
             continue
         try:
             if _sees(version.weights, knowledge.preset) == _sees(file.path, knowledge.preset):
                 weights = WeightsFile(version.weights, "published")
-                found.append(ModelFile.of(knowledge.preset, weights, compiles=False, precision=precision))
+                files.append(ModelFile.of(knowledge.preset, weights, compiles=False, precision=precision))
         except CheckpointError as error:
             logger.warning("version %s is left out of the ensemble: %s", version.name, error)
-    return found
+    return files
 
 
 def _sees(weights: Path, configured: Preset) -> tuple[object, ...]:

@@ -42,13 +42,13 @@ class CaseScoreRecord:
     """What a version made of a case.
 
     Attributes:
-        found: embedding, and scores where it has come to them.
+        scores: embedding, and scores where it has come to them.
         scored: whether it has; an image that cannot be read counts, or it would be tried for ever.
         problem: why there are none.
         elsewhere: whether the problem is only that the image is rather for another preset that is served.
     """
 
-    found: CaseScores
+    scores: CaseScores
     scored: bool
     problem: str = ""
     elsewhere: bool = False
@@ -112,10 +112,10 @@ class ScoreStore:
 
     def keep(self, version: str, image_id: str, record: CaseScoreRecord) -> None:
         """Keep what a version made of a case; it replaces what it made before."""
-        found = record.found
-        embedding = None if found.embedding is None else found.embedding.astype(np.float32).tobytes()
-        scores = json.dumps(dict(found.values)) if record.scored else None
-        foreground = None if math.isnan(found.foreground_voxels) else found.foreground_voxels
+        case_scores = record.scores
+        embedding = None if case_scores.embedding is None else case_scores.embedding.astype(np.float32).tobytes()
+        scores = json.dumps(dict(case_scores.values)) if record.scored else None
+        foreground = None if math.isnan(case_scores.foreground_voxels) else case_scores.foreground_voxels
         row = (version, image_id, time.time(), scores, foreground, embedding, record.problem or None)
         with self._lock, self._open() as db:
             columns = "version, image_id, at, scores, foreground, embedding, problem, elsewhere"

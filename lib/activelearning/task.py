@@ -181,7 +181,7 @@ class PoolScoring(ScoringMethod):
     ) -> dict[str, Any]:
         modalities = [other.preset.modality for other in self._insights.values()]
         scorer = PoolScorer(knowledge, device, self._precision, self._passes, minutes, modalities, self._cluster)
-        said: dict[str, Any] = {"version": scorer.version}
+        report: dict[str, Any] = {"version": scorer.version}
         if self._name != LABELS:
             unlabelled = newest_first(datastore.get_unlabeled_images(), lambda image: _added_at(datastore, image))
 
@@ -190,17 +190,17 @@ class PoolScoring(ScoringMethod):
 
             # the labelled ones only need a place among the others
             everything = [*unlabelled, *datastore.get_labeled_images()]
-            said["embedded"] = scorer.score(everything, file_of, "embedding")
+            report["embedded"] = scorer.score(everything, file_of, "embedding")
             if self._name != EMBEDDING:
-                said["scored"] = scorer.score(unlabelled, file_of)
+                report["scored"] = scorer.score(unlabelled, file_of)
         if self._name in (LABELS, ALL_SCORES):
             labels = label_stamps(datastore, knowledge.preset, self._insights)
-            said["compared"] = scorer.compare_labels(
+            report["compared"] = scorer.compare_labels(
                 labels, lambda image: labelled_case(datastore, image, knowledge.preset)
             )
         knowledge.store.prune(KEPT_VERSIONS)
-        logger.info("%s: %s", knowledge.preset.name, said)
-        return said
+        logger.info("%s: %s", knowledge.preset.name, report)
+        return report
 
 
 def make_strategies(
@@ -256,8 +256,8 @@ def labelled_case(datastore: Datastore, image: str, preset: Preset) -> LabelledC
     """An image with its final label, its values by name, and the names of which it does not speak."""
     info = datastore.get_label_info(image, FINAL) or {}
     label = Path(datastore.get_label_uri(image, FINAL))
-    found = {name: known.index for name in info.get("label_map") or {} if (known := preset.find_label(name))}
-    values = {info["label_map"][name]: index for name, index in found.items()} or None
+    indices = {name: known.index for name in info.get("label_map") or {} if (known := preset.find_label(name))}
+    values = {info["label_map"][name]: index for name, index in indices.items()} or None
     case = Case(image, Path(datastore.get_image_uri(image)), label, values)
     return LabelledCase(case, frozenset(info.get("missing_labels", ())))
 

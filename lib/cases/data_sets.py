@@ -153,5 +153,5 @@ def _nifti(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> str:
-    found = re.search(r"\d+", path.name)
-    return found[0] if found else ""
+    match = re.search(r"\d+", path.name)
+    return match[0] if match else ""

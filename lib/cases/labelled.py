@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ class Case:
         return {"case": item | ({"channels": channels} if channels else {})}
 
 
+CaseReader = Callable[[Case, Preset], tuple[Volume, npt.NDArray[np.uint8]]]
+"""Reads a case as :func:`read_case` does."""
+
+
 def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = None) -> list[Case]:
     """Pair the NIfTI files of two folders by name; images without a label are left out.
 
@@ -70,14 +74,14 @@ def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = No
         if not folder.is_dir():
             raise TrainingError(f"there is no folder {str(folder)!r}")
     by_id = {case_id(path): path for path in sorted(labels.iterdir()) if path.name.endswith(NIFTI_SUFFIXES)}
-    found = [
+    cases = [
         Case(case_id(path), path, by_id[case_id(path)], values)
         for path in sorted(images.iterdir())
         if path.name.endswith(NIFTI_SUFFIXES) and case_id(path) in by_id
     ]
-    if not found:
+    if not cases:
         raise TrainingError(f"no image in {str(images)!r} has a label of the same name in {str(labels)!r}")
-    return found
+    return cases
 
 
 def find_channel_cases(
@@ -100,15 +104,15 @@ def find_channel_cases(
     lacking += [f"{one.case_id} lacks {', '.join(one.missing)}" for one in sources if one.missing and not one.problem]
     for sentence in lacking:
         logger.warning("left out: %s", sentence)
-    found = [
+    cases = [
         Case(one.case_id, one.files[display], by_id[one.case_id], values, channels=one.files)
         for one in sources
         if not one.missing and not one.problem
     ]
-    if not found:
+    if not cases:
         why = f" ({'; '.join(lacking[:5])})" if lacking else ""
         raise TrainingError(f"no case in {str(images)!r} has all channels and a label in {str(labels)!r}{why}")
-    return found
+    return cases
 
 
 def case_id(path: Path) -> str:
@@ -189,17 +193,21 @@ class ReadCased(Transform):
     """Turns the plain data of :meth:`Case.as_item` into ``image`` and ``label`` MetaTensors of shape (1, X, Y, Z).
 
     ``missing`` is true for the classes that the label does not speak of; shape (classes,).
+
+    Args:
+        preset: the task.
+        read: reads a case.
     """
 
-    def __init__(self, preset: Preset) -> None:
-        self._preset = preset
+    def __init__(self, preset: Preset, read: CaseReader | None = None) -> None:
+        self._preset, self._read = preset, read or read_case
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = data["case"]
         values = None if item["values"] is None else dict(item["values"])
         channels = {name: Path(path) for name, path in item.get("channels", {}).items()}
         case = Case(item["id"], Path(item["image"]), Path(item["label"]), values, channels=channels)
-        volume, label = read_case(case, self._preset)
+        volume, label = self._read(case, self._preset)
         missing = torch.zeros(self._preset.out_channels, dtype=torch.bool)
         missing[item["missing"]] = True
         return {

@@ -75,10 +75,10 @@ def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
         else:
             size = sum(_expanded_size(part, known) for part in node.value)
         known[id(node)] = 1 + size
-    found = known[id(node)]
-    if found is None:
+    total = known[id(node)]
+    if total is None:
         raise yaml.YAMLError("an alias (*) stands inside of what it names")
-    return found
+    return total
 
 
 def _in_one_line(error: yaml.YAMLError) -> str:

@@ -124,8 +124,8 @@ def checked(result: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ImageError: when there were images, and none of them could be segmented.
     """
-    failures = [said["error"] for said in result.values() if said and "error" in said]
-    if failures and len(failures) == len([said for said in result.values() if said is not None]):
+    failures = [answer["error"] for answer in result.values() if answer and "error" in answer]
+    if failures and len(failures) == len([answer for answer in result.values() if answer is not None]):
         raise ImageError(f"none of {len(failures)} images could be segmented; the first: {failures[0]}")
     return result
 

@@ -203,7 +203,7 @@ class LabelHistory:
             return None
         return self.append(kept or file, submission, None if kept in (None, file) else file)
 
-    def adopt_all(self, found: Sequence[tuple[Path, Submission]]) -> list[LabelVersion]:
+    def adopt_all(self, labels: Sequence[tuple[Path, Submission]]) -> list[LabelVersion]:
         """Take in many labels that lie in ``labels/<tag>`` and have no version yet, as at the first start in a folder.
 
         They are synced to disk together, since each lies in its folder as it did before until that is done.
@@ -211,8 +211,8 @@ class LabelHistory:
         Raises:
             StorageError: when they cannot be kept.
         """
-        with self._explained(f"{len(found)} labels of the folder"), self._alone():
-            new = [(f, s) for f, s in found if not self.published.is_ours(s.image_id, s.tag, f)]  # by another process
+        with self._explained(f"{len(labels)} labels of the folder"), self._alone():
+            new = [(f, s) for f, s in labels if not self.published.is_ours(s.image_id, s.tag, f)]  # by another process
             if not new:
                 return []
             first = self._next_sequence()
@@ -248,10 +248,10 @@ class LabelHistory:
             version = self.latest(image_id, tag)
             if version is None or self.published.note_if_right(version):
                 continue
-            found = self.published.files(image_id, tag)
-            if not self._adopts and not all(self._is_version(file, image_id, tag) for file in found):
+            files = self.published.files(image_id, tag)
+            if not self._adopts and not all(self._is_version(file, image_id, tag) for file in files):
                 continue
-            taken = [f for f in found if self.adopt(f, Submission(image_id=image_id, tag=tag, source="folder"))]
+            taken = [f for f in files if self.adopt(f, Submission(image_id=image_id, tag=tag, source="folder"))]
             if taken:
                 done.append(f"{tag}/{taken[-1].name} was changed by somebody else, and taken in as a new version")
             else:

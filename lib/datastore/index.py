@@ -74,8 +74,8 @@ class VersionIndex:
 
     def newest(self, image_id: str, tag: str) -> dict[str, Any] | None:
         """The newest record of an image's label, which may be a removal."""
-        found = self._select("image_id = ? AND tag = ? ORDER BY sequence DESC LIMIT 1", image_id, tag)
-        return found[0] if found else None
+        records = self._select("image_id = ? AND tag = ? ORDER BY sequence DESC LIMIT 1", image_id, tag)
+        return records[0] if records else None
 
     def all_newest(self, tag: str) -> list[dict[str, Any]]:
         """The newest record of each image that has a label."""
@@ -91,8 +91,8 @@ class VersionIndex:
 
     def find(self, version_id: str) -> dict[str, Any] | None:
         """The record of that id, unless it is a removal."""
-        found = self._select("removal = 0 AND version_id = ?", version_id)
-        return found[0] if found else None
+        records = self._select("removal = 0 AND version_id = ?", version_id)
+        return records[0] if records else None
 
     def tags(self) -> list[str]:
         """All tags that a label ever had."""
@@ -119,8 +119,8 @@ class VersionIndex:
 
     def published(self, image_id: str, tag: str) -> sqlite3.Row | None:
         """What was put there last."""
-        found = self._execute("SELECT * FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
-        return found[0] if found else None
+        rows = self._execute("SELECT * FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
+        return rows[0] if rows else None
 
     def newest_and_published(self) -> list[sqlite3.Row]:
         """Of each label that there is: image, tag, newest sequence, and what was put into ``labels/<tag>`` last."""

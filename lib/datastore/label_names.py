@@ -166,7 +166,7 @@ def map_values(
     Raises:
         LabelError: for values without a name, and for names that are not the preset's where it does not allow them.
     """
-    said = completeness or Completeness()
+    stated = completeness or Completeness()
     by_value = _own_names(preset) if names is None else names
     unexplained = sorted(present - by_value.keys())
     if unexplained:
@@ -179,7 +179,7 @@ def map_values(
     extra = _number_unknown(unknown, preset)
     values = known | {value: extra[canonical_name(name)] for value, name in unknown.items()}
     drawn = {name for name, index in preset.label_indices.items() if index in set(known.values())}
-    missing = _missing(drawn, preset, said)
+    missing = _missing(drawn, preset, stated)
     label_map = {n: index for n, index in preset.label_indices.items() if n in drawn or n not in missing}
     label_map |= {name: extra[canonical_name(name)] for name in unknown.values()}
     left_out = [by_value[value] for value in sorted(present) if values[value] == 0]
@@ -259,14 +259,14 @@ def _number_unknown(unknown: Mapping[int, str], preset: Preset) -> dict[str, int
     return {name: len(preset.labels) + position for position, name in enumerate(distinct, start=1)}
 
 
-def _missing(drawn: Set[str], preset: Preset, said: Completeness) -> tuple[str, ...]:
+def _missing(drawn: Set[str], preset: Preset, stated: Completeness) -> tuple[str, ...]:
     named = set()
-    for name in said.missing:
+    for name in stated.missing:
         label = preset.find_label(name)
         if label is None:
             raise LabelError(f"missing_labels names {name[:100]!r}; known: {', '.join(preset.label_indices)}")
         named.add(label.name)
-    not_drawn = set() if said.complete else preset.label_indices.keys() - drawn
+    not_drawn = set() if stated.complete else preset.label_indices.keys() - drawn
     return tuple(name for name in preset.label_indices if name in named | not_drawn)
 
 

@@ -66,10 +66,10 @@ class PublishedLabels:
 
     def note_if_right(self, version: LabelVersion) -> bool:
         """Whether the newest version lies there already and only was not remembered; it is now."""
-        found = self.files(version.image_id, version.tag)
-        if len(found) != 1 or suffix_of(found[0]) != version.suffix or sha256_of(found[0]) != version.sha256:
+        files = self.files(version.image_id, version.tag)
+        if len(files) != 1 or suffix_of(files[0]) != version.suffix or sha256_of(files[0]) != version.sha256:
             return False
-        self.note(version, found[0])
+        self.note(version, files[0])
         return True
 
     def astray(self) -> list[tuple[str, str]]:

@@ -74,16 +74,16 @@ class Quarantine:
         target = self.folder / f"{name}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
         staged = stage(read_blocks(file), self.folder)
         os.replace(staged.path, target)
-        told = {**details, "file": target.name, "sha256": staged.sha256, "at": now.isoformat(timespec="seconds")}
-        write_durably(self.folder / f"{name}.json", as_json(told | {"reason": reason}))
+        record = {**details, "file": target.name, "sha256": staged.sha256, "at": now.isoformat(timespec="seconds")}
+        write_durably(self.folder / f"{name}.json", as_json(record | {"reason": reason}))
         sync_folder(self.folder)
         self._make_room()
-        return Quarantined(name, target, reason, told)
+        return Quarantined(name, target, reason, record)
 
     def all(self) -> list[Quarantined]:
         """Everything here, the newest first."""
-        found = [self._read(path) for path in sorted(self._side_cars(), reverse=True)]
-        return [one for one in found if one is not None]
+        records = [self._read(path) for path in sorted(self._side_cars(), reverse=True)]
+        return [one for one in records if one is not None]
 
     def count(self) -> int:
         """How many there are."""
@@ -96,10 +96,10 @@ class Quarantine:
             NotFoundError: when there is none of that name.
         """
         path = self.folder / f"{name}.json"
-        found = self._read(path) if _NAME.fullmatch(name) and path.is_file() else None
-        if found is None:
+        record = self._read(path) if _NAME.fullmatch(name) and path.is_file() else None
+        if record is None:
             raise NotFoundError("quarantined label", name[:200])
-        return found
+        return record
 
     def _side_cars(self) -> list[Path]:
         return list(self.folder.glob("*.json"))

@@ -160,8 +160,8 @@ def suffix_of(path: Path) -> str:
 
 def stem_for(sequence: int, tag: str, image_id: str) -> str:
     """The name of a version's files: a person who finds them, or a store that lost all else, can tell what they are."""
-    told = f".{tag}.{image_id}" if len(image_id.encode()) <= LONGEST_NAME_IN_FILE else ""
-    return f"{sequence:08d}{told}"
+    tag_and_image = f".{tag}.{image_id}" if len(image_id.encode()) <= LONGEST_NAME_IN_FILE else ""
+    return f"{sequence:08d}{tag_and_image}"
 
 
 _STEM = re.compile(r"(?P<sequence>\d{8,})(?:\.(?P<tag>[^.]+)\.(?P<image>.+))?", re.DOTALL)
@@ -173,5 +173,5 @@ def parse_stem(stem: str) -> tuple[int, str, str] | None:
     >>> parse_stem("00000042.final.case_7")
     (42, 'final', 'case_7')
     """
-    found = _STEM.fullmatch(stem)
-    return (int(found["sequence"]), found["tag"] or "", found["image"] or "") if found else None
+    match = _STEM.fullmatch(stem)
+    return (int(match["sequence"]), match["tag"] or "", match["image"] or "") if match else None

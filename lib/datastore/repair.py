@@ -30,7 +30,7 @@ MOST_SENTENCES_OF_A_KIND = 10
 
 
 @dataclass
-class _Found:
+class _VersionFiles:
     """A version's files."""
 
     stem: Path
@@ -83,8 +83,8 @@ def _folders_in(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
 
 
-def _scan(folder: Path) -> dict[int, _Found]:
-    found: dict[int, _Found] = {}
+def _scan(folder: Path) -> dict[int, _VersionFiles]:
+    versions: dict[int, _VersionFiles] = {}
     for shard in sorted(_folders_in(folder)):
         for path in shard.iterdir():
             suffix = next((s for s in (*LABEL_SUFFIXES, ".json") if path.name.endswith(s)), None)
@@ -92,33 +92,33 @@ def _scan(folder: Path) -> dict[int, _Found]:
             parsed = parse_stem(stem)
             if parsed is None:
                 continue
-            version = found.setdefault(parsed[0], _Found(shard / stem))
+            version = versions.setdefault(parsed[0], _VersionFiles(shard / stem))
             if suffix == ".json":
                 version.side_car = path
             else:
                 version.label = path
-    return found
+    return versions
 
 
-def _settle(store: _Store, sequence: int, found: _Found | None, indexed: Mapping[str, Any] | None) -> str:
+def _settle(store: _Store, sequence: int, files: _VersionFiles | None, indexed: Mapping[str, Any] | None) -> str:
     """Bring one version in order; returns a sentence, or nothing where it was."""
     removal = indexed is not None and indexed.get("removal", False)
-    if found is not None and found.label is not None:
+    if files is not None and files.label is not None:
         if indexed is None:
-            return _take_in(store, found, found.label)
-        if found.side_car is None and not store.read_only:
-            write_durably(_side_car(found), as_json(indexed))
+            return _take_in(store, files, files.label)
+        if files.side_car is None and not store.read_only:
+            write_durably(_side_car(files), as_json(indexed))
             return f"the lost side-car of version {sequence} was written again"
         return ""
     if indexed is not None and not removal:
-        if _put_back(store, indexed, found):
+        if _put_back(store, indexed, files):
             return f"the lost file of version {sequence} was written again from its copy in labels/{indexed['tag']}"
         store.index.drop(sequence)
         return f"version {sequence} is gone: somebody removed its file ({indexed['file']})"
-    return _take_in_removal(store, found, found.side_car) if indexed is None and found and found.side_car else ""
+    return _take_in_removal(store, files, files.side_car) if indexed is None and files and files.side_car else ""
 
 
-def _put_back(store: _Store, record: Mapping[str, Any], found: _Found | None) -> bool:
+def _put_back(store: _Store, record: Mapping[str, Any], files: _VersionFiles | None) -> bool:
     """Write a lost version again, where the copy in ``labels/<tag>`` is still the same."""
     suffix = suffix_of(Path(record["file"]))
     copy = store.labels / record["tag"] / f"{record['image_id']}{suffix}"
@@ -126,40 +126,40 @@ def _put_back(store: _Store, record: Mapping[str, Any], found: _Found | None) ->
         return False
     folder = store.versions / f"{record['sequence'] // VERSIONS_A_FOLDER:05d}"
     folder.mkdir(exist_ok=True)
-    if found is None or found.side_car is None:
+    if files is None or files.side_car is None:
         write_durably(folder / f"{Path(record['file']).name.removesuffix(suffix)}.json", as_json(record))
     write_durably(folder / record["file"], copy.read_bytes())
     return True
 
 
-def _take_in(store: _Store, found: _Found, label: Path) -> str:
+def _take_in(store: _Store, files: _VersionFiles, label: Path) -> str:
     """Put a version into the index that is only on disk."""
-    version, problem = _read_side_car(found, label)
+    version, problem = _read_side_car(files, label)
     if version is None:
-        return _recover(store, found, label, problem)
+        return _recover(store, files, label, problem)
     if version.size != label.stat().st_size:
-        return _quarantine(store, found, label, f"it has {label.stat().st_size} bytes instead of {version.size}")
+        return _quarantine(store, files, label, f"it has {label.stat().st_size} bytes instead of {version.size}")
     store.index.insert(to_record(version))
     return f"version {version.version_id} of {version.image_id!r} was taken into the index"
 
 
-def _read_side_car(found: _Found, label: Path) -> tuple[LabelVersion | None, str]:
-    if found.side_car is None:
+def _read_side_car(files: _VersionFiles, label: Path) -> tuple[LabelVersion | None, str]:
+    if files.side_car is None:
         return None, "its side-car was lost"
     try:
-        version = from_record(json.loads(found.side_car.read_text(encoding="utf-8")), label.parent)
+        version = from_record(json.loads(files.side_car.read_text(encoding="utf-8")), label.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"its side-car was damaged ({error})"
-    told = parse_stem(found.stem.name)
-    matches = version.file.name == label.name and told is not None and told[0] == version.sequence
+    named = parse_stem(files.stem.name)
+    matches = version.file.name == label.name and named is not None and named[0] == version.sequence
     return (version, "") if matches else (None, "its side-car was another version's")
 
 
-def _recover(store: _Store, found: _Found, label: Path, problem: str) -> str:
+def _recover(store: _Store, files: _VersionFiles, label: Path, problem: str) -> str:
     """A label whose side-car is of no use: its name says what it is, and what else was known of it is lost."""
-    sequence, tag, image_id = parse_stem(found.stem.name) or (0, "", "")
+    sequence, tag, image_id = parse_stem(files.stem.name) or (0, "", "")
     if not image_id:
-        return _quarantine(store, found, label, f"{problem}, and its name does not say which image it belongs to")
+        return _quarantine(store, files, label, f"{problem}, and its name does not say which image it belongs to")
     digest, status = sha256_of(label), label.stat()
     saved_at = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(timespec="milliseconds")
     version = LabelVersion(
@@ -167,14 +167,14 @@ def _recover(store: _Store, found: _Found, label: Path, problem: str) -> str:
         version_id=f"{sequence:08d}-{digest[:8]}", file=label, size=status.st_size, sha256=digest, saved_at=saved_at,
     )  # fmt: skip
     if not store.read_only:
-        if found.side_car is not None:
-            store.quarantine.keep(found.side_car, problem, {"image_id": image_id, "version": version.version_id})
-        write_durably(_side_car(found), as_json(to_record(version)))
+        if files.side_car is not None:
+            store.quarantine.keep(files.side_car, problem, {"image_id": image_id, "version": version.version_id})
+        write_durably(_side_car(files), as_json(to_record(version)))
     store.index.insert(to_record(version))
     return f"version {version.version_id} of {image_id!r} was recovered: {problem}"
 
 
-def _take_in_removal(store: _Store, found: _Found, side_car: Path) -> str:
+def _take_in_removal(store: _Store, files: _VersionFiles, side_car: Path) -> str:
     """A side-car without a label is a removal, or a save that never got as far as its label."""
     try:
         record: Mapping[str, Any] = json.loads(side_car.read_text(encoding="utf-8"))
@@ -186,20 +186,20 @@ def _take_in_removal(store: _Store, found: _Found, side_car: Path) -> str:
         pass
     if not store.read_only:
         side_car.unlink()
-    return f"a save of {found.stem.name!r} that was not finished was cleared away"
+    return f"a save of {files.stem.name!r} that was not finished was cleared away"
 
 
-def _quarantine(store: _Store, found: _Found, label: Path, problem: str) -> str:
+def _quarantine(store: _Store, files: _VersionFiles, label: Path, problem: str) -> str:
     if not store.read_only:
-        store.quarantine.keep(label, problem, {"version": found.stem.name})
+        store.quarantine.keep(label, problem, {"version": files.stem.name})
         label.unlink()
-        if found.side_car is not None:
-            found.side_car.unlink()
-    return f"version {found.stem.name!r} was put into quarantine: {problem}"
+        if files.side_car is not None:
+            files.side_car.unlink()
+    return f"version {files.stem.name!r} was put into quarantine: {problem}"
 
 
-def _side_car(found: _Found) -> Path:
-    return found.stem.with_name(found.stem.name + ".json")
+def _side_car(files: _VersionFiles) -> Path:
+    return files.stem.with_name(files.stem.name + ".json")
 
 
 def shorten(sentences: list[str]) -> list[str]:

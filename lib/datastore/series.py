@@ -176,7 +176,7 @@ class SeriesDatastore(VersionedDatastore):
         if not by_preset:
             record_of(file).unlink(missing_ok=True)
             return
-        found = {}
+        sources = {}
         for name, case in by_preset.items():
             files, problem = {}, case.problem
             for channel, other in case.series.items():
@@ -184,10 +184,10 @@ class SeriesDatastore(VersionedDatastore):
                     files[channel] = file if other == uid else self.volumes.get(other)
                 except (ImageError, NotFoundError) as error:
                     problem = problem or f"has no volume for the channel {channel!r}: {error}"
-            found[name] = ChannelSources(uid, files, case.missing, problem, case.notes, shown=file)
-        stamp = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+            sources[name] = ChannelSources(uid, files, case.missing, problem, case.notes, shown=file)
+        stamp = hashlib.sha256(repr(sources).encode()).hexdigest()[:16]
         if read_stamp(file) != stamp:
-            write_sources(file, found, stamp)
+            write_sources(file, sources, stamp)
 
     def _kept_series(self) -> set[str]:
         """The series that a training may read."""
@@ -195,10 +195,10 @@ class SeriesDatastore(VersionedDatastore):
         cases = self.series_cases()
         return {uid for image in labelled for uid in (image, *cases.series_of(image))}
 
-    def _admit(self, found: list[SeriesInfo]) -> None:
+    def _admit(self, series: list[SeriesInfo]) -> None:
         """Make entries for series, with the labels and the information that were kept of them."""
         infos = self.history.index.infos()
-        for info in found:
+        for info in series:
             kept = {**info.attributes, **infos.get((info.uid, ""), {})}
             self._datastore.objects[info.uid] = ImageLabelModel(image=DataModel(info=kept))
             for tag in self.history.index.tags():
@@ -206,7 +206,7 @@ class SeriesDatastore(VersionedDatastore):
                 if version is not None:
                     self._set_label(version, infos.get((info.uid, tag), {}))
         labelled = {label_id(file.name) for file in self.final.files()}
-        if labelled & {info.uid for info in found}:
+        if labelled & {info.uid for info in series}:
             self._look_again.ask()  # somebody may have put them there
 
     def _image_file(self, image_id: str) -> Path:

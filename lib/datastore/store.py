@@ -383,7 +383,7 @@ class VersionedDatastore(LocalDatastore):
         with self._objects_lock:
             pairs: list[dict[str, Any]] = super().datalist(full_path)
             ids = list(self._datastore.filter_by_tag(FINAL))
-        found = []
+        entries = []
         for image_id, pair in zip(ids, pairs, strict=True):
             files = [Path(file) for file in pair.values()]
             if image_id in self.channels:
@@ -395,8 +395,8 @@ class VersionedDatastore(LocalDatastore):
                 files = [*self.channels.files(image_id), Path(pair["label"])]
             # a file may have become a link since the folders were looked at
             if all(self._may_be_read(str(file)) for file in files):
-                found.append(pair)
-        return found
+                entries.append(pair)
+        return entries
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """What is known of an image."""
@@ -507,10 +507,10 @@ class VersionedDatastore(LocalDatastore):
             Path(self._datastore.image_path(), self._filename(image_id, self._datastore.objects[image_id].image.ext))
         ]
 
-    def _tell(self, problems: tuple[FolderProblem, ...], told: Iterable[FolderProblem]) -> None:
+    def _tell(self, problems: tuple[FolderProblem, ...], reported: Iterable[FolderProblem]) -> None:
         """Keep what is no case; what ``told`` holds is in the log already."""
         new = [str(problem) for problem in problems if problem not in self.problems]
-        self.problems = (*problems, *told)
+        self.problems = (*problems, *reported)
         for sentence in shorten(new):
             logger.warning("studies: %s", sentence)
 
@@ -566,9 +566,9 @@ class VersionedDatastore(LocalDatastore):
             taken = self.final.take_in(right)
         if not all_seen:
             self._look_again.ask()
-        found = [one for tag in self._label_folders() if tag.name != FINAL for one in self._strange_labels(tag)]
-        first = [(f, s) for f, s in found if not self.history.versions(s.image_id, s.tag)]
-        changed = [(f, s) for f, s in found if self.history.versions(s.image_id, s.tag)]
+        labels = [one for tag in self._label_folders() if tag.name != FINAL for one in self._strange_labels(tag)]
+        first = [(f, s) for f, s in labels if not self.history.versions(s.image_id, s.tag)]
+        changed = [(f, s) for f, s in labels if self.history.versions(s.image_id, s.tag)]
         taken += len(self.history.adopt_all(first))
         taken += sum(self.history.adopt(file, submission) is not None for file, submission in changed)
         if taken:
@@ -731,11 +731,11 @@ def submission_of_file(image_id: str, tag: str, info: Mapping[str, Any]) -> Subm
 
 def info_of(version: LabelVersion) -> dict[str, Any]:
     """What is told of a label: what came with it, and what the history knows."""
-    told = {
+    record = {
         name: value for name, value in version.describe().items() if name not in ("info", "file", "image_id", "tag")
     }
     saved = datetime.fromisoformat(version.saved_at).timestamp()
-    return {**version.info, **told, "ts": int(saved), "name": f"{version.image_id}{version.suffix}"}
+    return {**version.info, **record, "ts": int(saved), "name": f"{version.image_id}{version.suffix}"}
 
 
 def plain(tag: Any) -> str:

@@ -69,13 +69,13 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
         LabelError: when it cannot be read, lies on another grid, is not integer-valued, or has values that nothing
             explains; the sentence says which.
     """
-    entries, said = parse_entries(info.get("label_info")), Completeness.parse(info)
+    entries, stated = parse_entries(info.get("label_info")), Completeness.parse(info)
     label = read_label(file, image)
     volume, reoriented = to_grid(label.volume, image)
     voxels = _whole_numbers(volume.voxels)
     present = _values_in(voxels)
     names, read_as = _names(present, label.segments, label.layered, entries, preset)
-    mapped = map_values(present, names if label.segments or info.get("label_info") else None, preset, said)
+    mapped = map_values(present, names if label.segments or info.get("label_info") else None, preset, stated)
     changed = any(value != index for value, index in mapped.values.items())
     kept = _apply(voxels, mapped.values) if changed else smallest(voxels)
     notes = tuple(note for note in (reading_warning(image), reoriented, read_as) if note) + mapped.notes

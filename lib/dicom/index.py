@@ -129,7 +129,7 @@ class SeriesEntry:
 class Progress:
     """How far the index is."""
 
-    found: int = 0
+    files: int = 0
     indexed: int = 0
     scans: int = 0
     failure: str = ""
@@ -200,21 +200,21 @@ class DicomIndex:
     def scan(self) -> None:
         """Take in what is new or changed below the folder, and forget what is gone."""
         known = dict(self._connection.execute("SELECT path, stamp FROM files"))
-        found = dict(self._walk())
-        unnamed = [path for path in found if not _is_text(path)]
+        stamps = dict(self._walk())
+        unnamed = [path for path in stamps if not _is_text(path)]
         if unnamed != self._unnamed:
             self._unnamed, self._judged = unnamed, -1
         for path in unnamed:
-            del found[path]
-        gone = [path for path in known if path not in found]
-        changed = [path for path, stamp in found.items() if known.get(path) != stamp]
-        self.progress.found, self.progress.indexed = len(found), len(found) - len(changed)
+            del stamps[path]
+        gone = [path for path in known if path not in stamps]
+        changed = [path for path, stamp in stamps.items() if known.get(path) != stamp]
+        self.progress.files, self.progress.indexed = len(stamps), len(stamps) - len(changed)
         self._remove(gone)
         for start in range(0, len(changed), FILES_A_TRANSACTION):
             if self._stopped.is_set():
                 return
             part = changed[start : start + FILES_A_TRANSACTION]
-            self._take_in([(path, found[path]) for path in part])
+            self._take_in([(path, stamps[path]) for path in part])
             self.progress.indexed += len(part)
         if self._judged != (judged := self._changes):
             self.progress.problems = {self._below(path): problem for path, problem in self._problems()}
@@ -255,11 +255,11 @@ class DicomIndex:
 
     def regular(self) -> dict[str, Regular]:
         """What is to be shown beside the series that viewers cannot show, by their UID."""
-        found = self._regular
-        if found is None:
+        regular = self._regular
+        if regular is None:
             rows = self._connection.execute("SELECT series, slices, why FROM regular WHERE slices > 0")
-            self._regular = found = {series: Regular(slices, why) for series, slices, why in rows}
-        return found
+            self._regular = regular = {series: Regular(slices, why) for series, slices, why in rows}
+        return regular
 
     def instances(self, study: str = "", series: str = "", sop: str = "") -> list[Instance]:
         """Instances of a study or a series, or with a UID, in the order of their numbers."""
@@ -368,8 +368,8 @@ class DicomIndex:
         judged = []
         for (study, series), stamp in wanted.items():
             if known.get((study, series)) != stamp and not self._stopped.is_set():
-                found = regular_for(self.metadata(study, series), images[study, series].summary)
-                judged.append((study, series, stamp, *((found.slices, found.why) if found else (0, ""))))
+                regular = regular_for(self.metadata(study, series), images[study, series].summary)
+                judged.append((study, series, stamp, *((regular.slices, regular.why) if regular else (0, ""))))
         with self._writing, self._connection as connection:
             connection.executemany(
                 "DELETE FROM regular WHERE study = ? AND series = ?", [uids for uids in known if uids not in wanted]

@@ -38,7 +38,7 @@ def _items(metadata: Mapping[str, Any], path: Sequence[str]) -> Iterable[Mapping
         return []
     if len(path) == 1:
         return [item]
-    return [found for below in item.get("Value") or [] for found in _items(below, path[1:])]
+    return [nested for below in item.get("Value") or [] for nested in _items(below, path[1:])]
 
 
 def _matches_item(item: Mapping[str, Any], wanted: str, fuzzy: bool) -> bool:
@@ -49,12 +49,13 @@ def _matches_item(item: Mapping[str, Any], wanted: str, fuzzy: bool) -> bool:
     if vr in RANGES and "-" in wanted:
         low, high = (part.strip() for part in wanted.split("-", 1))
         return any((not low or text >= low) and (not high or text[: len(high)] <= high) for text in texts)
-    parts = [part.strip() for part in re.split(r"[\\,]" if vr in LISTS else r"\\", wanted)]
+    alternatives = [part.strip() for part in re.split(r"[\\,]" if vr in LISTS else r"\\", wanted)]
     if vr == "UI":
-        return bool(set(parts) & set(texts))
+        return bool(set(alternatives) & set(texts))
     if vr in NUMBERS:
-        return any(_number(part) == _number(text) for part in parts for text in texts if _number(part) is not None)
-    return any(has_pattern(text, part) for part in parts for text in texts)
+        numbers = {number for part in alternatives if (number := _number(part)) is not None}
+        return any(_number(text) in numbers for text in texts)
+    return any(has_pattern(text, part) for part in alternatives for text in texts)
 
 
 def _number(text: str) -> float | None:
@@ -86,11 +87,11 @@ def _matches_name(name: Any, wanted: str, fuzzy: bool) -> bool:
     groups = [_trimmed(group) for group in groups]
     asked = [_trimmed(part) for part in wanted.split("=")]
     if len(asked) == 1:
-        found = any(group and has_pattern(group, asked[0]) for group in groups)
+        fits = any(group and has_pattern(group, asked[0]) for group in groups)
     else:
         pairs = zip(asked, groups, strict=False)
-        found = all(part in ANYTHING or has_pattern(group, part) for part, group in pairs)
-    return found or (fuzzy and _has_words(groups, wanted))
+        fits = all(part in ANYTHING or has_pattern(group, part) for part, group in pairs)
+    return fits or (fuzzy and _has_words(groups, wanted))
 
 
 def _trimmed(group: str) -> str:

@@ -57,12 +57,12 @@ def search(index: Searchable, resource: Resource, pairs: Sequence[tuple[str, str
     wanted = [(_known_path(name), value) for name, value in pairs if name.lower() not in NOT_ATTRIBUTES]
     fields = [tag for name, value in pairs if name.lower() == "includefield" for tag in value.split(",") if tag]
     in_full = any(path[0] not in SUMMARY | COUNTED for path, _ in wanted)
-    found = [
+    matching = [
         entry
         for entry in _entries(index, resource)
         if _matches_all(_in_full(index, entry, resource) if in_full else entry, wanted, fuzzy)
     ]
-    chosen = found[offset : offset + limit]
+    chosen = matching[offset : offset + limit]
     return [_shown(index, entry, resource, fields, root) for entry in chosen]
 
 
@@ -123,8 +123,8 @@ def _shown(index: Searchable, entry: Json, resource: Resource, fields: Iterable[
         tags |= set(entry) if "all" in asked else {path[0] for name in asked if (path := parse_path(name))}
     address = "/".join([root, "studies", study, *(["series", series] if level != "studies" else [])])
     address += f"/instances/{sop}" if level == "instances" else ""
-    told = {tag: entry[tag] for tag in sorted(tags & entry.keys())}
-    return told | element("RetrieveURL", address) | element("InstanceAvailability", "ONLINE")
+    shown = {tag: entry[tag] for tag in sorted(tags & entry.keys())}
+    return shown | element("RetrieveURL", address) | element("InstanceAvailability", "ONLINE")
 
 
 COUNTS: dict[Level, tuple[str, ...]] = {

@@ -112,10 +112,10 @@ class RemoteSource:
             ImageError: when it is in several studies.
         """
         info = self._known(uid)
-        found = self._ask_for(uid, lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
-        if not found:
+        instances = self._ask_for(uid, lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
+        if not instances:
             raise self._gone(uid)
-        uids = sorted(first_value(entry, "SOPInstanceUID") for entry in found)
+        uids = sorted(first_value(entry, "SOPInstanceUID") for entry in instances)
         return hashlib.sha256(" ".join(uids).encode()).hexdigest()[:16]
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
@@ -164,10 +164,10 @@ class RemoteSource:
 
     def status(self) -> dict[str, Any]:
         """Where it is, how old the list of its series is, and what is wrong with it."""
-        told: dict[str, Any] = {"dicomweb": self.client.base_url, "list_age_seconds": self.list_age_seconds()}
+        status: dict[str, Any] = {"dicomweb": self.client.base_url, "list_age_seconds": self.list_age_seconds()}
         problems = {f"series {uid}": self._ambiguous(uid) for uid in self._shared}
-        told |= {"problems": problems} if problems else {}
-        return {**told, **({"problem": self._sentence()} if self._circuit.is_open else {})}
+        status |= {"problems": problems} if problems else {}
+        return {**status, **({"problem": self._sentence()} if self._circuit.is_open else {})}
 
     def list_age_seconds(self) -> float | None:
         """How old the list of series is; None before the first."""
@@ -242,12 +242,12 @@ class RemoteSource:
             for info in infos:
                 studies.setdefault(info.uid, set()).add(info.study)
             shared = {uid: sorted(of_uid) for uid, of_uid in studies.items() if len(of_uid) > 1}
-            found = {info.uid: info for info in infos}
+            by_uid = {info.uid: info for info in infos}
         except UNEXPECTED as error:
             logger.warning("the DICOMweb server %s does not list its series: %r", self.client.base_url, error)
             self._circuit.fail(_reason(error))
         else:
-            self._listed, self._shared, self._stale = (self._clock(), found), shared, False
+            self._listed, self._shared, self._stale = (self._clock(), by_uid), shared, False
             self._circuit.succeed()
 
     def _look_again(self) -> None:
@@ -257,8 +257,8 @@ class RemoteSource:
 
     def _search(self, filters: dict[str, str]) -> list[Json]:
         fields = [*INFO_KEYWORDS, *SHOWN_KEYWORDS, *MATCHED_KEYWORDS]
-        found: list[Json] = self.client.search_for_series(search_filters=filters, fields=fields, get_remaining=True)
-        return found
+        entries: list[Json] = self.client.search_for_series(search_filters=filters, fields=fields, get_remaining=True)
+        return entries
 
     def _sentence(self) -> str:
         age = self.list_age_seconds()

@@ -47,18 +47,18 @@ def referenced_series(seg: Dataset) -> str:
 
 def referenced_instances(seg: Dataset) -> set[str]:
     """SOP Instance UIDs of the images that it says it was made of."""
-    found = set()
+    uids = set()
     for reference in seg.get("ReferencedSeriesSequence") or []:
         for item in reference.get("ReferencedInstanceSequence") or []:
-            found.add(str(item.get("ReferencedSOPInstanceUID", "")))
+            uids.add(str(item.get("ReferencedSOPInstanceUID", "")))
     for groups in (
         *(seg.get("PerFrameFunctionalGroupsSequence") or []),
         *(seg.get("SharedFunctionalGroupsSequence") or []),
     ):
         for derivation in groups.get("DerivationImageSequence") or []:
             for item in derivation.get("SourceImageSequence") or []:
-                found.add(str(item.get("ReferencedSOPInstanceUID", "")))
-    return found - {""}
+                uids.add(str(item.get("ReferencedSOPInstanceUID", "")))
+    return uids - {""}
 
 
 def read_segmentation(seg: Dataset, series: Series) -> SegmentedVolume:

@@ -141,8 +141,8 @@ class FolderSource:
     def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
         """As :class:`SeriesSource`; of any study, by the index."""
         entries = self.index.series()
-        found = [uid for uid in self.series() if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
-        return sorted(found, key=lambda uid: entries[uid].study != study)
+        uids = [uid for uid in self.series() if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
+        return sorted(uids, key=lambda uid: entries[uid].study != study)
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
         """As :class:`SeriesSource`: one file a series, replaced at once or not at all."""
@@ -171,7 +171,7 @@ class FolderSource:
         progress = self.index.progress
         problems = sorted(progress.problems.items())
         return {
-            "files": progress.found,
+            "files": progress.files,
             "indexed": progress.indexed,
             "problems": dict(problems[:MOST_PROBLEMS]),
             "problems_in_all": len(problems),

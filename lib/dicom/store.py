@@ -57,12 +57,12 @@ class PartWriter:
     """
 
     def __init__(self, content_type: str, folder: Path) -> None:
-        found = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type, re.IGNORECASE)
-        if not content_type.lower().startswith("multipart/related") or found is None:
+        match = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type, re.IGNORECASE)
+        if not content_type.lower().startswith("multipart/related") or match is None:
             raise ParameterError(
                 "Content-Type", content_type[:200], 'multipart/related; type="application/dicom"; boundary=...'
             )
-        boundary = (found[1] or found[2]).encode("latin-1")
+        boundary = (match[1] or match[2]).encode("latin-1")
         self._marker = b"\r\n--" + boundary
         self._preamble: bytes | None = b"\r\n"
         self._folder, self._files, self._part = folder, list[Path](), ExitStack()
@@ -163,12 +163,14 @@ def answer(outcomes: Sequence[Outcome]) -> tuple[int, Json]:
     """The status (200 all, 202 some, 409 none stored) and the DICOM JSON of a store request."""
     stored = [outcome for outcome in outcomes if not outcome.failure]
     failed = [outcome for outcome in outcomes if outcome.failure]
-    told: Json = {}
+    data_set: Json = {}
     if stored:
-        told |= element("ReferencedSOPSequence", *(_reference(o) | element("RetrieveURL", o.address) for o in stored))
+        data_set |= element(
+            "ReferencedSOPSequence", *(_reference(o) | element("RetrieveURL", o.address) for o in stored)
+        )
     if failed:
-        told |= element("FailedSOPSequence", *(_failure(o) for o in failed))
-    return (200 if not failed else 202 if stored else 409), told
+        data_set |= element("FailedSOPSequence", *(_failure(o) for o in failed))
+    return (200 if not failed else 202 if stored else 409), data_set
 
 
 def _reference(outcome: Outcome) -> Json:

@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,14 +31,27 @@ from lib.experiments.simulation import Plan, Round, Simulation, summarise
 from lib.experiments.simulation_report import draw, table
 from lib.networks.precision import resolve_device
 from lib.storage.json_files import write_json
+from lib.trainers.loop import run_training
+from lib.trainers.run.job import TrainingJob, TrainingResult
 
 DEFAULT_STRATEGIES = "random,random_foreground,entropy,bald,core_set,typical,hybrid"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Play, and write table, picture and JSON; 0 when it succeeded, 2 with a sentence when the input was wrong."""
+Train = Callable[[TrainingJob], TrainingResult]
+
+
+def main(arguments: Sequence[str] | None = None, train: Train = run_training) -> int:
+    """Play, and write table, picture and JSON.
+
+    Args:
+        arguments: of the command line.
+        train: trains a job.
+
+    Returns:
+        0 when it succeeded, 2 with a sentence when the input was wrong.
+    """
     options = build_parser().parse_args(arguments)
-    return run_command(functools.partial(_play_and_write, options), level=logging.WARNING)
+    return run_command(functools.partial(_play_and_write, options, train), level=logging.WARNING)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,9 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _play_and_write(options: argparse.Namespace) -> None:
+def _play_and_write(options: argparse.Namespace, train: Train) -> None:
     plan, strategies = make_plan(options)
-    rounds = play_all(plan, strategies, options.seeds, options.processes, options.threads)
+    rounds = play_all(plan, strategies, options.seeds, options.processes, options.threads, train)
     print(write_results(options.out, rounds, strategies, options.dice))
 
 
@@ -114,14 +127,16 @@ def parse_budgets(text: str, most: int) -> tuple[int, ...]:
     return budgets
 
 
-def play_all(plan: Plan, strategies: Sequence[str], seeds: int, processes: int, threads: int) -> list[Round]:
+def play_all(
+    plan: Plan, strategies: Sequence[str], seeds: int, processes: int, threads: int, train: Train = run_training
+) -> list[Round]:
     """Play every strategy with every seed; seed by seed, so that what is there early compares."""
     runs = [(strategy, seed) for seed in range(seeds) for strategy in strategies]
     rounds: list[Round] = []
     with tqdm(total=len(runs) * len(plan.budgets), unit="round", smoothing=0) as bar:
         if processes <= 1:
             torch.set_num_threads(threads)
-            simulation = Simulation(plan)
+            simulation = Simulation(plan, train)
             for strategy, seed in runs:
 
                 def report(what: str, run: str = f"{strategy} seed {seed}") -> None:
@@ -132,7 +147,10 @@ def play_all(plan: Plan, strategies: Sequence[str], seeds: int, processes: int, 
             return rounds
         # spawn: a forked child of a process that has computed hangs in OpenMP
         context = multiprocessing.get_context("spawn")
-        with _own_thread_count(threads), ProcessPoolExecutor(processes, context, _begin, (plan, threads)) as pool:
+        with (
+            _own_thread_count(threads),
+            ProcessPoolExecutor(processes, context, _begin, (plan, threads, train)) as pool,
+        ):
             for future in as_completed([pool.submit(_play, strategy, seed) for strategy, seed in runs]):
                 rounds += future.result()
                 bar.update(len(plan.budgets))
@@ -155,11 +173,11 @@ def write_results(folder: Path, rounds: Sequence[Round], strategies: Sequence[st
 _simulation: Simulation | None = None
 
 
-def _begin(plan: Plan, threads: int) -> None:
+def _begin(plan: Plan, threads: int, train: Train) -> None:
     """What a process of several does first: it reads the cases once."""
     global _simulation
     torch.set_num_threads(threads)
-    _simulation = Simulation(plan)
+    _simulation = Simulation(plan, train)
 
 
 def _play(strategy: str, seed: int) -> list[Round]:

@@ -48,14 +48,14 @@ class CachedMask:
     Args:
         labels: shape (X, Y, Z).
         affine_ras: 4x4, voxel indices to millimetres in RAS.
-        said: plain data of the answer, without its timings.
+        payload: plain data of the answer, without its timings.
     """
 
-    def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, said: Mapping[str, Any]) -> None:
+    def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, payload: Mapping[str, Any]) -> None:
         # As they lie in memory: turning a large mask takes longer than packing it.
         self._order: Literal["C", "F"] = "F" if labels.flags.fnc else "C"
         self._packed, self._shape = zlib.compress(labels.tobytes(self._order), 1), labels.shape
-        self.affine_ras, self.said = affine_ras, dict(said)
+        self.affine_ras, self.payload = affine_ras, dict(payload)
 
     @property
     def labels(self) -> npt.NDArray[np.uint8]:

@@ -69,8 +69,8 @@ class CostBook:
 
     def cost(self, key: str, batch: int) -> WindowCost | None:
         """What was measured for a batch."""
-        found = self._read().get(key, {}).get(str(batch))
-        return WindowCost(int(found["bytes"]), float(found["seconds"])) if found else None
+        entry = self._read().get(key, {}).get(str(batch))
+        return WindowCost(int(entry["bytes"]), float(entry["seconds"])) if entry else None
 
     def keep(self, key: str, batch: int, cost: WindowCost) -> None:
         """Keep what was measured."""
@@ -78,8 +78,8 @@ class CostBook:
 
     def limits(self, key: str) -> Limits:
         """What memory ran out on within the last day; no limits otherwise."""
-        found = self._read().get(key, {}).get("limits")
-        limits = Limits(**found) if found else Limits()
+        entry = self._read().get(key, {}).get("limits")
+        limits = Limits(**entry) if entry else Limits()
         left = limits.until - time.time()  # more than a day where the clock was turned back
         return limits if 0 < left <= SECONDS_TO_REMEMBER else Limits()
 
@@ -100,7 +100,7 @@ class CostBook:
         entries = self._read()
         if self._file is not None and self._file.is_file():
             # a training measures in a process of its own, into the same file
-            entries |= {name: {**found, **entries.get(name, {})} for name, found in _parse(self._file).items()}
+            entries |= {name: {**kept, **entries.get(name, {})} for name, kept in _parse(self._file).items()}
         entries[key] = {**entries.get(key, {}), **values}
         if self._file is None:
             return
@@ -144,8 +144,10 @@ def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowC
 def _parse(file: Path) -> dict[str, dict[str, Any]]:
     """The book's entries; a damaged file only means that everything is measured again."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         logger.warning("measured costs in %s cannot be read, and are measured again: %s", file, error)
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
+    return (
+        {key: value for key, value in entries.items() if isinstance(value, dict)} if isinstance(entries, dict) else {}
+    )

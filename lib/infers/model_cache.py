@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,8 +53,9 @@ class ModelCache:
         preset: the task as configured.
         locator: where its weights are.
         precision, planner: see :class:`Segmenter`.
-        compiles: whether models that are loaded are compiled in the background (:func:`compile_if_faster`) while they
-            answer; whoever computes with one holds its lane's lock.
+        compiles: whether models that are loaded are compiled in the background while they answer; whoever computes
+            with one holds its lane's lock.
+        compile_model: compiles a model, given the lane's lock.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class ModelCache:
         precision: str = "auto",
         planner: Planner | None = None,
         compiles: bool = False,
+        compile_model: Callable[[Segmenter, threading.Lock], None] = compile_if_faster,
     ) -> None:
         self._preset, self._locator, self._precision, self._planner = preset, locator, precision, planner
         self._kept: dict[str, _Kept] = {}
         self._lock = threading.Lock()
-        self._compiles, self._compiling = compiles, threading.Lock()
+        self._compiles, self._compile_model, self._compiling = compiles, compile_model, threading.Lock()
         self._background: threading.Thread | None = None
 
     def get(self, where: Lane | torch.device) -> LoadedModel:
@@ -115,7 +118,7 @@ class ModelCache:
         def work() -> None:
             with self._compiling:
                 if kept.model is model:
-                    compile_if_faster(model.segmenter, kept.lane.lock)
+                    self._compile_model(model.segmenter, kept.lane.lock)
 
         with self._lock:
             self._background = threading.Thread(target=work, name=f"compile {self._preset.name}")

@@ -20,7 +20,7 @@ from torch import nn
 from lib.configs.preset import Preset
 from lib.errors import MemoryBudgetError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
-from lib.infers.memory import GIB, MIB, free_bytes, host_bytes_left, is_out_of_memory
+from lib.infers.memory import GIB, MIB, MemoryProbe, is_out_of_memory
 from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
 from lib.networks.placement import Placement
@@ -105,11 +105,21 @@ class Planner:
         budget: bytes that this process may use on the host; all that is free, less a reserve, if not given.
         book: where measured costs are kept.
         cuda_graphs: whether GPUs replay recorded kernels.
+        memory: says how much is free.
+        measure: measures a batch of windows.
     """
 
-    def __init__(self, budget: int | None = None, book: CostBook | None = None, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        budget: int | None = None,
+        book: CostBook | None = None,
+        cuda_graphs: bool = False,
+        memory: MemoryProbe | None = None,
+        measure: Callable[[nn.Module, Placement, int], WindowCost] = measure_windows,
+    ) -> None:
         self.budget, self.cuda_graphs = budget, cuda_graphs
         self.book = book or CostBook()
+        self._memory, self._measure = memory or MemoryProbe(), measure
         self._reserved: list[int] = []
         self._changed = threading.Condition()
 
@@ -127,7 +137,7 @@ class Planner:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.
         """
         preset, device = where.preset, where.device
-        engine, host_left = engine_of(network), max(0, host_bytes_left(self.budget) - sum(self._reserved))
+        engine, host_left = engine_of(network), max(0, self.host_bytes_left() - sum(self._reserved))
         limits = self.book.limits(cost_key(where, engine))
         # OpenVINO takes a batch's windows one by one
         most = 1 if engine == "openvino" else preset.inference.window_batch_size
@@ -138,9 +148,10 @@ class Planner:
         if not costs:
             raise MemoryBudgetError(f"not even one window of {preset.name!r} fits into the memory of {device}")
         need = _Need(preset, volume.voxels.shape, volume.affine_ras, entropy)
+        device_left = self._memory.of_device(device) if device.type == "cuda" else 0
         best: Plan | None = None
         for stitching in _choices(costs, device, limits):
-            best = need.plan(stitching, costs[stitching.window_batch], where, host_left)
+            best = need.plan(stitching, costs[stitching.window_batch], where, host_left, device_left)
             best = replace(best, engine=engine)
             if best.fits:
                 return best
@@ -191,13 +202,17 @@ class Planner:
                 return cost.seconds * _Need(where.preset, grid.shape, grid.affine_ras, False).windows()
         return None
 
+    def host_bytes_left(self) -> int:
+        """Bytes of the host's memory that this process may still take, of the budget where there is one."""
+        return self._memory.of_host(self.budget)
+
     def check_room(self, needed: int, name: str) -> None:
         """Refuse what needs more of the host's memory than may be taken, before it starts.
 
         Raises:
             MemoryBudgetError: with what it takes and what there is.
         """
-        left = host_bytes_left(self.budget)
+        left = self.host_bytes_left()
         if needed > left:
             raise MemoryBudgetError(
                 f"{name} needs {_gib(needed)} GiB of memory on the host; there are {_gib(left)} GiB; valid: a smaller "
@@ -213,7 +228,7 @@ class Planner:
         with self._changed:  # what others take meanwhile would be taken for the window's
             self._changed.wait_for(lambda: not self._reserved)
             try:
-                cost = measure_windows(network, where, batch)
+                cost = self._measure(network, where, batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -258,20 +273,20 @@ class _Need:
         self._image, self._seen = math.prod(shape), math.prod(self.shape)
         self._channels = preset.in_channels
 
-    def plan(self, stitching: Stitching, cost: WindowCost, where: Placement, host_left: int) -> Plan:
+    def plan(self, stitching: Stitching, cost: WindowCost, where: Placement, host_left: int, device_left: int) -> Plan:
         """What these choices come to."""
         windows, slab = self.windows(stitching.bands), self._slab_bytes(stitching.bands)
         batch = stitching.window_batch
         window = self._channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
         network = int(MEASUREMENT_MARGIN * cost.bytes) + 2 * batch * window
         device = where.device
-        on_gpu, gpu, left = device.type == "cuda", 0, 0
+        on_gpu, gpu = device.type == "cuda", 0
         preprocessing, with_image = self._preprocessing_bytes(), False
         host = slab * (not stitching.on_device) + network * (not on_gpu)
         if on_gpu:
-            left, gpu = free_bytes(device), network + self._logits_bytes(batch) + slab * stitching.on_device
+            gpu = network + self._logits_bytes(batch) + slab * stitching.on_device
             there = max(preprocessing, FLOAT_BYTES * self._channels * self._seen + gpu)
-            if with_image := there <= left:
+            if with_image := there <= device_left:
                 gpu, preprocessing = there, FLOAT_BYTES * self._channels * self._image
         return Plan(
             device=str(device),
@@ -281,7 +296,7 @@ class _Need:
             host_bytes=max(preprocessing, self._stitching_bytes() + host, self._restoring_bytes()),
             device_bytes=gpu,
             host_left=host_left,
-            device_left=left,
+            device_left=device_left,
             seconds=windows / batch * cost.seconds,
             image_on_device=with_image,
         )

@@ -71,6 +71,7 @@ def predict(
     stitching: Stitching | None = None,
     overlap: float | None = None,
     entropy: bool = False,
+    ahead: int | None = None,
 ) -> Prediction:
     """Segment one preprocessed image.
 
@@ -85,6 +86,7 @@ def predict(
         stitching: how windows are put together; one by one on the host if not given.
         overlap: least share of a window that its neighbour sees again; one of the preset's overlaps if not given.
         entropy: whether to tell the entropy of each voxel too.
+        ahead: batches that are computed before the first of them is fetched; as suits the device if not given.
     """
     plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
@@ -94,11 +96,12 @@ def predict(
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
     body, overlap = _place_over_body(plain[0], air, preset, overlaps)
     inside = (slice(None), *body)
-    walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air)
+    ahead = batches_ahead(where.device) if ahead is None else ahead
+    walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air, ahead)
     walk.place(overlap)
     with torch.inference_mode():
-        for band, (found, uncertainty) in walk.bands(entropy):
-            labels[body][band] = found
+        for band, (of_band, uncertainty) in walk.bands(entropy):
+            labels[body][band] = of_band
             if certain is not None and uncertainty is not None:
                 certain[body][band] = uncertainty
     return Prediction(labels, certain, walk.computed, walk.skipped)
@@ -203,9 +206,10 @@ class _SlidingWindow:
         where: Placement,
         stitching: Stitching,
         air: float | None,
+        ahead: int,
     ) -> None:
         self._network, self._image, self._where, self._preset = network, image, where, where.preset
-        self._device, self._stitching, self._air = where.device, stitching, air
+        self._device, self._stitching, self._air, self._ahead = where.device, stitching, air, ahead
         self._shape, self._roi = tuple(image.shape[1:]), where.preset.roi_size
         # Along the longest axis the slab's cross-section is smallest; bands divide the longer of its sides.
         self._axis, self._across = (int(axis) for axis in np.argsort(self._shape, kind="stable")[::-1][:2])
@@ -254,7 +258,7 @@ class _SlidingWindow:
 
     def _compute(self, starts: Sequence[Start]) -> Iterator[tuple[Start, torch.Tensor]]:
         """The logits of each window, where its sums are kept."""
-        size, ahead = self._stitching.window_batch, batches_ahead(self._device)
+        size = self._stitching.window_batch
         coming: deque[tuple[Sequence[Start], PendingTransfer]] = deque()
         for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
             windows = send(torch.stack([self._image[self._box(start)] for start in batch]), self._device)
@@ -262,7 +266,7 @@ class _SlidingWindow:
                 logits = self._network(windows.contiguous(memory_format=torch.channels_last_3d))
             self.computed += len(batch)
             coming.append((batch, PendingTransfer(logits, self._weights.device)))
-            if len(coming) > ahead:
+            if len(coming) > self._ahead:
                 yield from _logits_of(*coming.popleft())
         while coming:
             yield from _logits_of(*coming.popleft())

@@ -66,6 +66,7 @@ class Segmenter:
         device: where it computes.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         planner: chooses what fits into memory; by what is free if not given.
+        preprocess: makes what the network sees, on the host or on a given device.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Segmenter:
         device: torch.device,
         precision: str = "auto",
         planner: Planner | None = None,
+        preprocess: Callable[..., MetaTensor] = preprocess_volume,
     ) -> None:
         self.preset = preset
         self.device = device
@@ -82,6 +84,7 @@ class Segmenter:
         self.network = place(network, device).eval()
         check_before_each_window(self.network)
         self.planner = planner or Planner()
+        self._preprocess_volume = preprocess
         self._home = (self.device, self.dtype)
 
     @classmethod
@@ -154,27 +157,29 @@ class Segmenter:
                     on_image(image)
             with clock.stage("network"):
                 judged = bool(self.preset.inference.component_entropy)
-                found, plan = self._predict(image, plan, name, entropy or judged)
-                plan = plan.after(found.windows)
+                prediction, plan = self._predict(image, plan, name, entropy or judged)
+                plan = plan.after(prediction.windows)
                 del image  # its memory is needed for what follows
                 self._release_network()
             with clock.stage("postprocess"):
-                seen = self._clean(found, largest_component)
+                seen = self._clean(prediction, largest_component)
             with clock.stage("restore"):
                 grid = (affine, volume.voxels.shape, volume.affine_ras)
                 smooth = self.preset.inference.restore == "linear"
                 labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *grid)
                 uncertainty = (
-                    interpolate_to_grid(found.entropy, *grid) if entropy and found.entropy is not None else None
+                    interpolate_to_grid(prediction.entropy, *grid)
+                    if entropy and prediction.entropy is not None
+                    else None
                 )
         logger.info("%s: %s", name, plan.explain())
         return Segmentation(labels, plan, uncertainty, clock.milliseconds)
 
-    def _clean(self, found: Prediction, largest_component: bool | None) -> LabelArray:
+    def _clean(self, prediction: Prediction, largest_component: bool | None) -> LabelArray:
         """Drop uncertain components, and keep the largest one of each label that this is asked for."""
-        labels, limits = found.labels, self.preset.component_entropies
-        if limits and found.entropy is not None and largest_component is not False:
-            labels = drop_uncertain_components(labels, found.entropy, limits)
+        labels, limits = prediction.labels, self.preset.component_entropies
+        if limits and prediction.entropy is not None and largest_component is not False:
+            labels = drop_uncertain_components(labels, prediction.entropy, limits)
         if largest_component is None:
             indices = self.preset.largest_component_indices
         else:
@@ -186,22 +191,22 @@ class Segmenter:
         """What the network sees, on the GPU where the plan has room for it there, or else on the host."""
         if plan.image_on_device:
             try:
-                return preprocess_volume(volume, self.preset, self.device), plan
+                return self._preprocess_volume(volume, self.preset, self.device), plan
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             release_memory(self.device)
             what = f"preprocessing on {self.device}"
             plan = replace(plan, image_on_device=False, fallbacks=(*plan.fallbacks, what))
-        return preprocess_volume(volume, self.preset), plan
+        return self._preprocess_volume(volume, self.preset), plan
 
     def _predict(self, image: torch.Tensor, plan: Plan, name: str, entropy: bool) -> tuple[Prediction, Plan]:
         """Predict as planned; where memory runs out, by smaller and smaller plans, and in the end on the CPU."""
         while True:
             try:
                 stitching = plan.stitching
-                found = predict(self.network, image, self.placement, stitching, entropy=entropy)
-                return found, plan
+                prediction = predict(self.network, image, self.placement, stitching, entropy=entropy)
+                return prediction, plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

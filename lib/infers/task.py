@@ -21,7 +21,6 @@ from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import ALL, Lane, lane_in_use
 from lib.infers.devices.lanes import Lanes
 from lib.infers.devices.schedule import Forecast
-from lib.infers.memory import host_bytes_left
 from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
@@ -76,6 +75,7 @@ class UnetrInferTask(InferTask):
         compiles: whether models on the CPU are compiled in the background, and used so where that is faster.
         images: where preprocessed images are kept for clicks that correct the mask; none are kept if not given.
         lanes: the devices, each with weights of its own.
+        read: reads an image.
     """
 
     takes_prompts = False
@@ -91,6 +91,7 @@ class UnetrInferTask(InferTask):
         compiles: bool = False,
         images: NetworkImages | None = None,
         lanes: Lanes | None = None,
+        read: Callable[[Path, Preset], Volume] = read_input,
     ) -> None:
         self._lanes = lanes if lanes is not None else Lanes.of(device)
         # clients send the first back, which would take all of them to one device
@@ -105,7 +106,7 @@ class UnetrInferTask(InferTask):
         self._precision, self._planner = precision, planner if planner is not None else Planner()
         self._models = ModelCache(preset, locator, precision, self._planner, compiles)
         self._cache = cache if cache is not None else ResultCache(0)
-        self._images = images
+        self._images, self._read_image = images, read
         self.checksums = Checksums()
 
     def is_valid(self) -> bool:
@@ -164,16 +165,16 @@ class UnetrInferTask(InferTask):
             result.labels, volume.affine_ras, model.preset, request.extension, request.dtype, request.compress
         )
         written = time.perf_counter()
-        said = describe_result(result, volume, model)
+        payload = describe_result(result, volume, model)
         done = time.perf_counter()
         timings = {"read": read - start, "wait": made.began - read, "load": made.loaded - made.began}
         timings |= {"write": written - computed, "measure": done - written}
         stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
         stages["total"] = round((done - start) * 1000, 1)
         logger.info("segmented %s with %s in %s ms", request.image.name, model.describe(), stages)
-        said |= describe_latencies(stages)
-        self._keep(request, model, checksum, CachedMask(result.labels, volume.affine_ras, said))
-        return str(path), said | {"cache": {"hit": False}}
+        payload |= describe_latencies(stages)
+        self._keep(request, model, checksum, CachedMask(result.labels, volume.affine_ras, payload))
+        return str(path), payload | {"cache": {"hit": False}}
 
     def preset_in_use(self) -> Preset:
         """The preset with the spacing and intensities that the newest weights want; as configured without weights.
@@ -205,10 +206,10 @@ class UnetrInferTask(InferTask):
         image = read if read is not None else self._read(request.image)
         made = self._compute(request, image.volume, image.checksum)
         model, result = made.model, made.result
-        said = describe_result(result, image.volume, model)
+        payload = describe_result(result, image.volume, model)
         total = round((time.perf_counter() - start) * 1000, 1)
-        said |= describe_latencies({**_NO_TIME, **result.latencies_ms, "total": total})
-        mask = CachedMask(result.labels, image.volume.affine_ras, said)
+        payload |= describe_latencies({**_NO_TIME, **result.latencies_ms, "total": total})
+        mask = CachedMask(result.labels, image.volume.affine_ras, payload)
         self._keep(request, model, image.checksum, mask)
         return mask
 
@@ -224,11 +225,11 @@ class UnetrInferTask(InferTask):
         if self.is_kept(request) or self.preset.channels or request.image.is_dir():
             return None
         size = np.dtype(np.float32).itemsize * math.prod(read_grid(request.image).shape)
-        return self._read(request.image) if size <= SHARE_AHEAD * host_bytes_left(self._planner.budget) else None
+        return self._read(request.image) if size <= SHARE_AHEAD * self._planner.host_bytes_left() else None
 
     def _read(self, image: Path) -> ReadImage:
         checksum = self.checksums.of(image) if image.exists() else ""
-        return ReadImage(checksum, read_input(image, self.preset))
+        return ReadImage(checksum, self._read_image(image, self.preset))
 
     def forecast(self, request: InferRequest) -> Forecast:
         """What computing a mask needs, for whoever chooses a device; only the image's header is read."""
@@ -294,7 +295,7 @@ class UnetrInferTask(InferTask):
         Raises:
             As :meth:`segment`.
         """
-        volume = read_input(request.image, self.preset)
+        volume = self._read_image(request.image, self.preset)
         result = self._on_a_lane(
             request,
             lambda lane: self._models.get(lane).segmenter.segment(volume, name=request.image.name, entropy=True),
@@ -316,15 +317,15 @@ class UnetrInferTask(InferTask):
         kept = self._cache.get(key) if key is not None else None
         if kept is None:
             return None
-        found = time.perf_counter()
+        recalled = time.perf_counter()
         path = write_mask(kept.labels, kept.affine_ras, self.preset, request.extension, request.dtype, request.compress)
         done = time.perf_counter()
         stages = dict.fromkeys(STOCK_LATENCIES.values(), 0.0)
-        stages |= {"read": round((found - start) * 1000, 1), "write": round((done - found) * 1000, 1)}
+        stages |= {"read": round((recalled - start) * 1000, 1), "write": round((done - recalled) * 1000, 1)}
         stages["total"] = round((done - start) * 1000, 1)
         logger.info("segmented %s before: %s ms", request.image.name, stages["total"])
-        hit = {"hit": True, "computed_in_ms": kept.said["latencies_ms"]["total"]}
-        return str(path), kept.said | describe_latencies(stages) | {"cache": hit}
+        hit = {"hit": True, "computed_in_ms": kept.payload["latencies_ms"]["total"]}
+        return str(path), kept.payload | describe_latencies(stages) | {"cache": hit}
 
     def _key(self, request: InferRequest, stamp: tuple[object, ...] | None = None) -> CacheKey | None:
         """Under what the answer is kept; None where it cannot be: no weights yet, or no image."""
@@ -341,7 +342,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
-    found = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
+    warnings = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
     measures = measure_labels(result.labels, volume.affine_ras, preset)
     centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
     return {
@@ -352,7 +353,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "model": model.describe(),
         "engine": result.plan.engine,
         "quality": estimate_quality(result, model),
-        "warnings": [warning for warning in found if warning],
+        "warnings": [warning for warning in warnings if warning],
         "channels": [channel.name for channel in preset.channels],
         "plan": result.plan.as_json(),
     }

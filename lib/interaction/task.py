@@ -281,7 +281,7 @@ class ClickTask(_InteractiveTask):
         hit: bool,
         labels: LabelArray | None = None,
     ) -> tuple[str, dict[str, Any]]:
-        values = set(made.said["prompted"])
+        values = set(made.payload["prompted"])
         whole = request.all_labels or not values
         named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
         shown = made.labels if labels is None else labels
@@ -429,7 +429,7 @@ def _describe(
     measures = measure_labels(shown, made.affine_ras, measured or task.preset)
     colors = {label.name: list(label.color) for label in task.preset.labels if label.name in named}
     total_ms = round((time.perf_counter() - start) * 1000, 1)
-    said = dict(made.said)
+    said = dict(made.payload)
     return {
         "warnings": list(said["warnings"]),
         "label_names": dict(named),

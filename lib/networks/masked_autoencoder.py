@@ -57,9 +57,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Mean loss over the hidden patches of windows of shape (batch, channels, X, Y, Z)."""
         drawn, hidden = self.autoencoder(windows)
-        error = (drawn.float() - self._targets(windows)).square().mean(dim=-1)
-        loss: torch.Tensor = (error * hidden).sum() / hidden.sum()
-        return loss
+        return hidden_patch_loss(drawn.float(), self._targets(windows), hidden)
 
     def encoder(self) -> StateDict:
         """The encoder's weights as a UNETR names them."""
@@ -81,3 +79,15 @@ class MaskedAutoencoder(nn.Module):
         patches = cut.flatten(2, 4).flatten(3).transpose(1, 2)
         mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
         return ((patches - mean) / (variance + 1e-6).sqrt()).flatten(2)
+
+
+def hidden_patch_loss(drawn: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the hidden patches alone.
+
+    Args:
+        drawn: what the decoder makes of each patch, (batch, tokens, channels * voxels).
+        targets: the patches, of the same shape.
+        hidden: 1 for a patch that was hidden, 0 for one that was shown; (batch, tokens).
+    """
+    error = (drawn - targets).square().mean(dim=-1)
+    return (error * hidden).sum() / hidden.sum()

@@ -68,7 +68,7 @@ class Admission:
         with self._lock:
             if key not in self._outside:
                 names = _count_names(self._folders)
-                self._outside = {found: count < found[2] for found, count in names.items()}
+                self._outside = {file: count < file[2] for file, count in names.items()}
             return self._outside.get(key, True)
 
 

@@ -134,9 +134,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _task(options: argparse.Namespace) -> None:
     """Write preset and split once, train (or go on training), and write scored weights."""
-    found = read_task(options.folder)
-    preset = found.preset(_preset_with_recipe(options.preset, options.set))
-    cases = found.cases(preset)
+    published = read_task(options.folder)
+    preset = published.preset(_preset_with_recipe(options.preset, options.set))
+    cases = published.cases(preset)
     folder = options.out
     folder.mkdir(parents=True, exist_ok=True)
     write_preset(folder / "preset.yaml", preset)
@@ -146,7 +146,7 @@ def _task(options: argparse.Namespace) -> None:
     split = extend_split(known, ids, options.validation_share, SUBJECT_RULES[options.subjects])
     how = f"hash of the subject ({options.subjects}), {options.validation_share:g} held out"
     write_split(options.split, split, how)
-    options.out, options.data_name, options.data_licence = folder / "weights.pt", found.name, found.licence
+    options.out, options.data_name, options.data_licence = folder / "weights.pt", published.name, published.licence
     _train_and_write(options, preset, _sides(cases, split), folder / "run", resume=True)
 
 
@@ -242,8 +242,8 @@ def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:
         named = {str(name): int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"--label-values {str(path)!r} is no JSON file of names and values: {error}") from error
-    found = {value: preset.find_label(name) for name, value in named.items()}
-    return {value: label.index if label else 0 for value, label in found.items()}
+    labels = {value: preset.find_label(name) for name, value in named.items()}
+    return {value: label.index if label else 0 for value, label in labels.items()}
 
 
 def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argparse.Namespace) -> Evaluation:

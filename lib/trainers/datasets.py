@@ -17,7 +17,7 @@ from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, Sma
 from monai.transforms import Compose, EnsureTyped
 from torch.utils.data import Dataset as TorchDataset
 
-from lib.cases.labelled import Case, ReadCased
+from lib.cases.labelled import Case, CaseReader, ReadCased
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.infers.memory import is_out_of_memory, release_memory
@@ -124,7 +124,14 @@ class SeededItems(TorchDataset[Any]):
         return torch.stack([crop[IMAGE] for crop in changed]), torch.stack([crop[LABEL] for crop in changed])
 
 
-def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: Path, cache_bytes: int = 0) -> Dataset:
+def build_dataset(
+    cases: Sequence[Case],
+    preset: Preset,
+    kind: str,
+    cache_dir: Path,
+    cache_bytes: int = 0,
+    read: CaseReader | None = None,
+) -> Dataset:
     """Build a dataset of preprocessed whole cases.
 
     Args:
@@ -134,6 +141,7 @@ def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: P
             caches keep as many as fit into ``cache_bytes`` of memory, at least one; ``Dataset`` keeps nothing.
         cache_dir: folder of the persistent dataset.
         cache_bytes: memory for cases.
+        read: reads a case; :func:`lib.cases.labelled.read_case` if not given.
 
     Raises:
         ParameterError: for a kind that there is not.
@@ -141,7 +149,7 @@ def build_dataset(cases: Sequence[Case], preset: Preset, kind: str, cache_dir: P
     if kind not in DATASET_KINDS:
         raise ParameterError("dataset", kind, ", ".join(DATASET_KINDS))
     fixed: list[Any] = [
-        ReadCased(preset),
+        ReadCased(preset, read),
         *build_preprocessing(preset, (IMAGE, LABEL)).transforms,
         EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False),
         EnsureTyped(LABEL, dtype=torch.uint8, track_meta=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.errors import InputError
 from lib.infers.costs import CostBook
-from lib.infers.memory import keep_freed_memory
+from lib.infers.memory import MemoryProbe, keep_freed_memory
 from lib.infers.predictor import Prediction, predict
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.placement import Placement
@@ -49,6 +49,7 @@ class RunFunctions:
         validate: returns the Dice of each label for a network; a :class:`Validator` if not given.
         keep_freed_memory: called once where memory suffices to keep what is freed.
         wait: waits while requests have the device, given the job's pause file.
+        memory: says how much is free.
     """
 
     build_loss: LossBuilder = build_loss
@@ -57,6 +58,7 @@ class RunFunctions:
     validate: Callable[[nn.Module], dict[str, float]] | None = None
     keep_freed_memory: Callable[[], object] = keep_freed_memory
     wait: Callable[[Path | None], float] = wait_while_paused
+    memory: MemoryProbe = field(default_factory=MemoryProbe)
 
 
 def run_training(
@@ -102,7 +104,8 @@ class _Run:
         self.rank, self.world_size = rank_and_world_size()
         set_determinism(self.recipe.seed)
         beside = job.pause_file is not None
-        planner, alone = StepPlanner(job.memory_budget, CostBook(job.costs), beside_server=beside), self.world_size == 1
+        planner = StepPlanner(job.memory_budget, CostBook(job.costs), functions.memory, beside_server=beside)
+        alone = self.world_size == 1
         plan = planner.plan(self.preset, len(job.train_cases), job.device, whole=not alone)
         logger.info("%s", plan.explain())
         self.device = torch.device(plan.device)

@@ -337,10 +337,10 @@ def step_key(where: Placement) -> str:
 
 def _ways(crops: int, recompute: bool, most: int, whole: bool) -> list[tuple[int, bool]]:
     """Crops at once and checkpointing, fastest first. A part is as slow as a checkpointed step, whatever its size."""
-    parts = [] if whole else _halvings(crops)[1:]
-    kept = [(crops, False), (crops, True), *((size, False) for size in parts)]
+    sizes = [] if whole else _halvings(crops)[1:]
+    kept = [(crops, False), (crops, True), *((size, False) for size in sizes)]
     last = [] if whole else [(1, True)]
-    ways = [(crops, True), *((size, True) for size in parts)] if recompute else [*kept, *last]
+    ways = [(crops, True), *((size, True) for size in sizes)] if recompute else [*kept, *last]
     return [way for way in dict.fromkeys(ways) if way[0] <= most or whole]
 
 

@@ -67,10 +67,10 @@ def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
     """
     if not version.label_map and not version.missing_labels:
         return Case(version.image_id, image, version.file)
-    found = {name: label.index for name in version.label_map if (label := preset.find_label(name)) is not None}
-    values = {value: found[name] for name, value in version.label_map.items() if name in found}
-    not_said = {label.index for name in version.missing_labels if (label := preset.find_label(name)) is not None}
-    missing = tuple(sorted(set(preset.label_indices.values()) - set(found.values()) | not_said))
+    indices = {name: label.index for name in version.label_map if (label := preset.find_label(name)) is not None}
+    values = {value: indices[name] for name, value in version.label_map.items() if name in indices}
+    stated_missing = {label.index for name in version.missing_labels if (label := preset.find_label(name)) is not None}
+    missing = tuple(sorted(set(preset.label_indices.values()) - set(indices.values()) | stated_missing))
     return Case(version.image_id, image, version.file, values, missing)
 
 

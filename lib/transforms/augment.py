@@ -48,9 +48,9 @@ class RandCropBySampledLabeld(RandCropByPosNegLabeld):
         if label is not None and fg_indices is None and bg_indices is None:
             looked_at = torch.from_numpy(self.cropper.R.randint(label.numel(), size=SAMPLED_VOXELS))
             foreground = torch.as_tensor(label).reshape(-1)[looked_at] > 0
-            found = looked_at[foreground], looked_at[~foreground]
-            if min(map(len, found)) >= ENOUGH:
-                fg_indices, bg_indices = found
+            sampled = looked_at[foreground], looked_at[~foreground]
+            if min(map(len, sampled)) >= ENOUGH:
+                fg_indices, bg_indices = sampled
         super().randomize(label, fg_indices, bg_indices, image)
 
 

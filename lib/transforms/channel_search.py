@@ -41,7 +41,9 @@ class KnownShapes:
 
 
 @dataclass
-class _Found:
+class _CaseFiles:
+    """Files of one case by channel, and what is wrong with them."""
+
     files: dict[str, Path] = field(default_factory=dict)
     problem: str = ""
 
@@ -66,7 +68,7 @@ def find_channel_sources(
         shape_of: tells the shape of a file; read from its header if not given.
     """
     shape_of = shape_of or KnownShapes()
-    found: dict[str, _Found] = defaultdict(_Found)
+    cases: dict[str, _CaseFiles] = defaultdict(_CaseFiles)
     stacked: dict[str, ChannelSources] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -75,28 +77,28 @@ def find_channel_sources(
             for file in sorted(path.iterdir()) if path.name not in skipped else ():
                 name = channel_named(stem_of(file), preset) if _is_image(file) else None
                 if name is not None:
-                    found[path.name].add(name, file)
+                    cases[path.name].add(name, file)
         elif _is_image(path):
             stem = stem_of(path)
             case_id, name = _numbered(stem, preset)
             if name is not None:
-                found[case_id].add(name, path)
+                cases[case_id].add(name, path)
             elif is_stacked(shape_of(path), preset):
                 stacked[stem] = stacked_sources(stem, path, preset)
-    named = {c: ChannelSources(c, f.files, missing_channels(f.files, preset), f.problem) for c, f in found.items()}
+    named = {c: ChannelSources(c, f.files, missing_channels(f.files, preset), f.problem) for c, f in cases.items()}
     return [sources for _, sources in sorted((stacked | named).items())]
 
 
 def sources_in(folder: Path, preset: Preset) -> ChannelSources | None:
     """The one case in a folder, of files with nnU-Net's suffixes or the channels' names; None where there is none."""
-    found = _Found()
+    case = _CaseFiles()
     for file in sorted(path for path in folder.iterdir() if _is_image(path)):
         _, name = _numbered(stem_of(file), preset)
         if name := name or channel_named(stem_of(file), preset):
-            found.add(name, file)
-    if not found.files:
+            case.add(name, file)
+    if not case.files:
         return None
-    return ChannelSources(folder.name, found.files, missing_channels(found.files, preset), found.problem)
+    return ChannelSources(folder.name, case.files, missing_channels(case.files, preset), case.problem)
 
 
 def channel_named(text: str, preset: Preset) -> str | None:

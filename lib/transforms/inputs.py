@@ -42,8 +42,8 @@ def sources_of(image: Path, preset: Preset) -> ChannelSources:
     kept = read_sources(image)
     if preset.name in kept:
         return kept[preset.name]
-    if image.is_dir() and (found := sources_in(image, preset)) is not None:
-        return found
+    if image.is_dir() and (sources := sources_in(image, preset)) is not None:
+        return sources
     if image.is_file() and is_stacked(read_header(image).shape, preset):
         return stacked_sources(stem_of(image), image, preset)
     needed = ", ".join(channel.name for channel in preset.channels)

@@ -33,11 +33,12 @@ def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
     flat = voxels.reshape(-1) if voxels.flags.c_contiguous else voxels.ravel(order="K")
     sample = flat[:: max(1, flat.size // MOST_SAMPLES)].astype(np.float32)
     low, high = (float(p) for p in np.percentile(sample, (0.5, 99.5)))
-    said = f"intensities of {low:.4g} to {high:.4g} (0.5 and 99.5 percentiles)"
+    extent = f"intensities of {low:.4g} to {high:.4g} (0.5 and 99.5 percentiles)"
     if modality == "CT" and (oddity := _odd_for_ct(sample, low, high)):
-        return f"{said} are not Hounsfield units: {oddity}; the segmentation is probably wrong"
+        return f"{extent} are not Hounsfield units: {oddity}; the segmentation is probably wrong"
     if modality == "MR" and low < LOWEST_MR:
-        return f"{said} look like Hounsfield units, but the model was trained on MR; the segmentation is probably wrong"
+        wrong = "but the model was trained on MR; the segmentation is probably wrong"
+        return f"{extent} look like Hounsfield units, {wrong}"
     return ""
 
 

@@ -50,8 +50,8 @@ def restore_to_grid(
         np.rint(position).astype(np.int64).clip(0, labels.shape[axis] - 1)
         for axis, position in zip(axes, positions, strict=True)
     ]
-    found: LabelArray = _turned(labels, axes).numpy()[np.ix_(*lookups)]
-    return _without_outside(found, axes, positions, labels.shape).T
+    restored: LabelArray = _turned(labels, axes).numpy()[np.ix_(*lookups)]
+    return _without_outside(restored, axes, positions, labels.shape).T
 
 
 def restore_by_interpolation(
@@ -85,16 +85,16 @@ def restore_by_interpolation(
     axes, positions = _positions(image_to_labels, source_axes, shape)
     given = _turned(labels, axes)
     boxes = [(index, box) for index, box in enumerate(ndimage.find_objects(given.numpy()), start=1) if box is not None]
-    found = torch.zeros([len(position) for position in positions], dtype=torch.uint8)
-    planes = max(1, chunk_numbers // max(1, found[:1].numel()))
-    for first in range(0, len(found), planes):
-        slab = found[first : first + planes]
+    restored = torch.zeros([len(position) for position in positions], dtype=torch.uint8)
+    planes = max(1, chunk_numbers // max(1, restored[:1].numel()))
+    for first in range(0, len(restored), planes):
+        slab = restored[first : first + planes]
         in_slab = [positions[0][first : first + planes], *positions[1:]]
         best, total = torch.zeros_like(slab), torch.zeros_like(slab)
         for index, box in boxes:
             _add_indicator(given, index, box, in_slab, (slab, best, total))
         slab[best <= FULL_WEIGHT - total] = 0
-    return _without_outside(found.numpy(), axes, positions, labels.shape).T
+    return _without_outside(restored.numpy(), axes, positions, labels.shape).T
 
 
 def _add_indicator(
@@ -118,9 +118,9 @@ def _add_indicator(
         weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][places] - start))
     # Truncated, not rounded: the weights of all labels of a voxel stay within eight bits.
     share = weight.to(torch.uint8)
-    found, best, total = (part[tuple(slice(places[0], places[-1] + 1) for places in near)] for part in slab)
+    winners, best, total = (part[tuple(slice(places[0], places[-1] + 1) for places in near)] for part in slab)
     wins = share > best
-    found.masked_fill_(wins, index)
+    winners.masked_fill_(wins, index)
     torch.maximum(best, share, out=best)
     total.add_(share)
 
@@ -149,10 +149,10 @@ def interpolate_to_grid(
         )
         return sheared
     axes, positions = _positions(image_to_values, source_axes, shape)
-    found = _turned(values, axes).float()
+    interpolated = _turned(values, axes).float()
     for place, position in enumerate(positions):
-        found = interpolate_axis(found, place, torch.from_numpy(position))
-    array: FloatArray = _without_outside(found.numpy(), axes, positions, values.shape).T
+        interpolated = interpolate_axis(interpolated, place, torch.from_numpy(position))
+    array: FloatArray = _without_outside(interpolated.numpy(), axes, positions, values.shape).T
     return array
 
 
@@ -253,8 +253,10 @@ def _find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | N
 def _resample(labels: LabelArray, image_to_labels: Affine, shape: tuple[int, ...]) -> LabelArray:
     """Nearest neighbour for grids of any position to each other."""
     matrix, offset = image_to_labels[:3, :3], image_to_labels[:3, 3]
-    found: LabelArray = ndimage.affine_transform(labels, matrix, offset, shape, order=0, mode="grid-constant", cval=0)
-    return found
+    resampled: LabelArray = ndimage.affine_transform(
+        labels, matrix, offset, shape, order=0, mode="grid-constant", cval=0
+    )
+    return resampled
 
 
 def _source_axes(image_to_labels: Affine) -> npt.NDArray[np.int64] | None:
@@ -282,7 +284,7 @@ def _turned(volume: npt.NDArray[Any], axes: list[int]) -> torch.Tensor:
 
 
 def _without_outside(
-    found: npt.NDArray[Any], axes: list[int], positions: list[npt.NDArray[np.float64]], given: tuple[int, ...]
+    restored: npt.NDArray[Any], axes: list[int], positions: list[npt.NDArray[np.float64]], given: tuple[int, ...]
 ) -> npt.NDArray[Any]:
     """Set to 0 what does not lie in the given volume, whose axes are numbered by ``axes``.
 
@@ -292,8 +294,8 @@ def _without_outside(
     for place, (axis, position) in enumerate(zip(axes, positions, strict=True)):
         outside = (position < -reach) | (position > given[axis] - 1 + reach)
         if outside.any():
-            found[(slice(None),) * place + (outside,)] = 0
-    return found
+            restored[(slice(None),) * place + (outside,)] = 0
+    return restored
 
 
 def _only(matrix: npt.NDArray[np.float64], source_axes: npt.NDArray[np.int64]) -> bool:

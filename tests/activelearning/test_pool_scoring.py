@@ -83,10 +83,10 @@ def test_store_keeps_versions_apart_and_reads_what_another_process_wrote(tmp_pat
     writer, reader = ScoreStore(tmp_path), ScoreStore(tmp_path)
     assert reader.score_records("v0001") == {} and reader.latest() is None
     writer.keep("v0001", "a", CaseScoreRecord(CaseScores({"entropy/volume": 0.5}, 7.0), scored=True))
-    assert reader.score_records("v0001")["a"].found.values == {"entropy/volume": 0.5}
+    assert reader.score_records("v0001")["a"].scores.values == {"entropy/volume": 0.5}
     writer.keep("v0001", "a", CaseScoreRecord(CaseScores({"entropy/volume": 0.7}, 7.0), scored=True))
     writer.keep("v0002", "b", CaseScoreRecord(CaseScores(), scored=False))
-    assert reader.score_records("v0001")["a"].found.values == {"entropy/volume": 0.7}
+    assert reader.score_records("v0001")["a"].scores.values == {"entropy/volume": 0.7}
     assert list(reader.score_records("v0002")) == ["b"] and reader.latest() == "v0002"
     writer.keep_disagreement("v0001", LabelDisagreement("a", "stamp", {"left": 0.5}, 0.5))
     assert reader.disagreements("v0001")["a"].dice == {"left": 0.5} and reader.disagreements("v0002") == {}
@@ -154,8 +154,8 @@ def test_cluster_gives_the_scores_that_this_process_would(
     assert said_there == said and doubts_there == doubts
     for image, record in records.items():
         assert there[image].problem == record.problem
-        assert dict(there[image].found.values) == dict(record.found.values)
-        assert image == "broken" or np.array_equal(there[image].found.embedding, record.found.embedding)
+        assert dict(there[image].scores.values) == dict(record.scores.values)
+        assert image == "broken" or np.array_equal(there[image].scores.embedding, record.scores.embedding)
 
 
 def test_cluster_is_given_nothing_more_once_the_time_is_up(knowledge: PoolKnowledge) -> None:

@@ -208,7 +208,7 @@ def test_scoring_looks_at_all_the_newest_first_and_compares_labels(
     looks = knowledge.store.score_records("v0002")
     assert set(looks) == set(store.cases)
     assert [image for image in looks if looks[image].scored] == sorted(store.get_unlabeled_images(), reverse=True)
-    assert all(look.found.embedding is not None and look.found.embedding.shape == (48,) for look in looks.values())
+    assert all(look.scores.embedding is not None and look.scores.embedding.shape == (48,) for look in looks.values())
     assert "bald/foreground" in looks[store.get_unlabeled_images()[0]].found.values
     again = PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32")({}, store)["tiny"]
     assert again["scored"] == {"done": 0, "known": 3, "failed": 0, "left": 0}

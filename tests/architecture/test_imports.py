@@ -6,13 +6,14 @@ server, main -> task -> parts -> models -> cases, datastore -> transforms, netwo
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.integration.server import run_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -190,12 +191,11 @@ def test_module_and_public_names_say_what_they_are(module: str) -> None:
     assert not [node.name for node in public if not ast.get_docstring(node)]
 
 
-def test_parts_run_without_monai_label() -> None:
-    """In a notebook, say: everything but the tasks and the server, imported in a fresh process."""
+def test_parts_run_without_monai_label(tmp_path: Path) -> None:
+    """In a notebook, say: everything but the tasks and the server, in a process that has imported the libraries."""
     parts = [m for m in LIBRARY if not _may_know_monai_label(m) and not m.endswith("__main__")]
-    code = f"import sys, {', '.join(parts)}; sys.exit('monailabel' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    code = f"import sys, {', '.join(parts)}; print('lib.infers.plan' in sys.modules, 'monailabel' in sys.modules)"
+    assert run_code(code, tmp_path).split()[-2:] == ["True", "False"]
 
 
 def test_launcher_needs_nothing_installed() -> None:

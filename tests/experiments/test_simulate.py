@@ -13,7 +13,6 @@ import yaml
 
 from lib.cases.labelled import Case
 from lib.cases.split import Split, write_split
-from lib.experiments import simulation
 from lib.experiments.simulate import main
 from lib.experiments.simulation import Plan, Round, Simulation, labels_needed, summarise
 from lib.trainers.loop import run_training
@@ -56,16 +55,17 @@ def test_all_strategies_play_to_the_end(studies: list[str], tmp_path: Path, caps
     assert text.startswith("| strategy | 2 labels | 4 labels | area | against random | labels needed | seeds |")
 
 
-def test_interrupted_simulation_goes_on_where_it_was(
-    studies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_simulation_goes_on_where_it_was(studies: list[str], tmp_path: Path) -> None:
     arguments = [*studies, "--strategies", "random,typical", "--seeds", "1"]
     assert main(arguments) == 0
     whole = results(tmp_path)
     trained: list[int] = []
-    original = simulation.run_training
-    monkeypatch.setattr(simulation, "run_training", lambda plan: (trained.append(plan.max_steps), original(plan))[1])
-    assert main(arguments) == 0
+
+    def train(job: TrainingJob) -> TrainingResult:
+        trained.append(job.max_steps or 0)
+        return run_training(job)
+
+    assert main(arguments, train) == 0
     assert trained == [] and results(tmp_path) == whole
     kept = next((tmp_path / "out").glob("typical-0-*.json"))
     kept.write_text(json.dumps(json.loads(kept.read_text(encoding="utf-8"))[:1]), encoding="utf-8")
@@ -74,7 +74,7 @@ def test_interrupted_simulation_goes_on_where_it_was(
             last = file
     last.unlink()
     last.with_suffix(".json").unlink()
-    assert main(arguments) == 0
+    assert main(arguments, train) == 0
     assert trained == [2], "only the round that was missing is trained again"
     assert results(tmp_path) == whole
 

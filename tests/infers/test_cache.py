@@ -30,7 +30,7 @@ def test_mask_comes_back_as_it_was(order: str) -> None:
     np.testing.assert_array_equal(kept.labels, labels)
     assert kept.labels.flags.fnc == labels.flags.fnc, "it is not turned in memory"
     np.testing.assert_array_equal(kept.affine_ras, 2 * np.eye(4))
-    assert kept.said == {"model": "x"}
+    assert kept.payload == {"model": "x"}
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_task_answers_at_once_and_later_with_what_was_compiled(tmp_path: Path) -
     assert answer["plan"]["engine"] == "openvino"
 
 
-def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path) -> None:
     compiled, going, waiting = list[Segmenter](), threading.Event(), threading.Event()
 
     def compile_slowly(segmenter: Segmenter, computing: threading.Lock) -> None:
@@ -237,8 +237,7 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
         waiting.set()
         assert going.wait(60)
 
-    monkeypatch.setattr("lib.infers.model_cache.compile_if_faster", compile_slowly)
-    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", compiles=True)
+    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32", compiles=True, compile_model=compile_slowly)
     first = models.get(CPU).segmenter
     assert waiting.wait(60)
     _weights(tmp_path, 1)
@@ -250,11 +249,14 @@ def test_model_that_was_replaced_meanwhile_is_not_compiled(tmp_path: Path, monke
     assert compiled[0] is first and compiled[-1] is third and second not in compiled
 
 
-def test_cache_that_was_not_told_to_compile_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.infers.model_cache.compile_if_faster", lambda *_: pytest.fail("compiled"))
-    models = ModelCache(tiny_preset(), _weights(tmp_path, 0), "fp32")
+def test_cache_that_was_not_told_to_compile_does_not(tmp_path: Path) -> None:
+    compiled = list[Segmenter]()
+    models = ModelCache(
+        tiny_preset(), _weights(tmp_path, 0), "fp32", compile_model=lambda model, _: compiled.append(model)
+    )
     models.get(CPU)
     models.settle()
+    assert not compiled
 
 
 def test_setting_says_who_computes() -> None:

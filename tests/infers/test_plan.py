@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +16,8 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.errors import MemoryBudgetError
-from lib.infers import plan as plan_module
-from lib.infers import segmenter as segmenter_module
 from lib.infers.costs import CostBook, WindowCost, cost_key
-from lib.infers.memory import GIB, MIB
+from lib.infers.memory import GIB, MIB, MemoryProbe
 from lib.infers.plan import Plan, Planner
 from lib.infers.segmenter import Segmenter
 from lib.networks.inference import InferenceNetwork
@@ -27,11 +25,11 @@ from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.transforms.preprocess import network_shape, preprocess_volume
 from lib.transforms.volume import Volume
+from tests.integration.server import run_code
 from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
 
 WIDE_NETWORK = {"feature_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
 CPU, FP32 = torch.device("cpu"), torch.float32
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Never(nn.Module):
@@ -46,8 +44,12 @@ def _volume(*shape: int, spacing_mm: tuple[float, float, float] = (1, 1, 1)) -> 
     return Volume(np.broadcast_to(np.float32(0), shape), axis_affine("LPS", spacing_mm))
 
 
+def _one_mib(*_: object) -> WindowCost:
+    """The cost of any batch, instead of a measurement."""
+    return WindowCost(MIB, 1.0)
+
+
 def _plan(
-    monkeypatch: pytest.MonkeyPatch,
     volume: Volume,
     free: int,
     preset: Preset | None = None,
@@ -57,8 +59,8 @@ def _plan(
     preset, book = preset or tiny_preset(), book or CostBook()
     for batch, cost in (costs or {1: WindowCost(MIB, 1.0)}).items():
         book.keep(cost_key(Placement(preset, CPU, FP32)), batch, cost)
-    monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: free)
-    return Planner(None, book).plan(Never(), Placement(preset, CPU, FP32), volume, name="scan")
+    planner = Planner(None, book, memory=MemoryProbe(of_host=lambda budget: free))
+    return planner.plan(Never(), Placement(preset, CPU, FP32), volume, name="scan")
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "SAR"])
@@ -71,35 +73,35 @@ def test_network_shape_is_known_before_preprocessing(shape: tuple[int, int, int]
         assert network_shape(shape, affine, preset) == expected
 
 
-def test_plan_takes_the_batch_whose_windows_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_takes_the_batch_whose_windows_are_fastest() -> None:
     preset = tiny_preset(inference={"window_batch_size": 4})
     costs = {1: WindowCost(MIB, 1.0), 2: WindowCost(2 * MIB, 1.5), 4: WindowCost(4 * MIB, 4.4)}
-    found = _plan(monkeypatch, _volume(64, 64, 64), GIB, preset, costs)
+    found = _plan(_volume(64, 64, 64), GIB, preset, costs)
     assert (found.stitching.window_batch, found.stitching.bands) == (2, 1)
     assert found.windows == 5**3
     assert found.seconds == pytest.approx(5**3 / 2 * 1.5)
     assert found.fits
 
 
-def test_plan_cuts_into_bands_only_where_a_slab_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_cuts_into_bands_only_where_a_slab_does_not_fit() -> None:
     volume = _volume(200, 200, 200)
     labels = [{"index": number, "name": f"label {number}"} for number in range(1, 61)]
     preset = tiny_preset(roi_size=[64, 16, 16], labels=labels)
-    whole = _plan(monkeypatch, volume, 10 * GIB, preset)
+    whole = _plan(volume, 10 * GIB, preset)
     assert whole.stitching.bands == 1
-    tight = _plan(monkeypatch, volume, whole.host_bytes - 1, preset)
+    tight = _plan(volume, whole.host_bytes - 1, preset)
     assert tight.stitching.bands > 1
     assert tight.host_bytes < whole.host_bytes
     assert tight.windows > whole.windows
 
 
-def test_image_that_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_that_cannot_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(MemoryBudgetError, match=r"'scan' \(512x512x1500 voxels, .*needs \d+\.\d\d GiB.*are 1\.00 GiB"):
-        _plan(monkeypatch, _volume(512, 512, 1500), GIB)
+        _plan(_volume(512, 512, 1500), GIB)
 
 
-def test_plan_explains_itself_in_one_line_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = _plan(monkeypatch, _volume(64, 64, 64), GIB)
+def test_plan_explains_itself_in_one_line_and_as_json() -> None:
+    found = _plan(_volume(64, 64, 64), GIB)
     text = found.explain()
     assert "\n" not in text
     assert "125 windows on cpu in float32 by pytorch, 1 at a time; stitched slab by slab on the host, 0.0" in text
@@ -128,6 +130,7 @@ from lib.infers.memory import PeakMemory, release_memory
 from lib.infers.segmenter import Segmenter
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
+from tests.integration.server import run_code
 from tests.tiny import tiny_preset
 torch.set_num_threads(1)
 preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
@@ -141,13 +144,12 @@ print(peak.bytes / promised.host_bytes)
 """
 
 
-def test_plan_holds_what_it_promises() -> None:
+def test_plan_holds_what_it_promises(tmp_path: Path) -> None:
     """A window larger than all else: the peak of a real run lies below the plan's, and not far.
 
     In a process of its own, which gives back what planning took: memory in hand is taken without asking for it.
     """
-    ran = subprocess.run([sys.executable, "-c", PROMISE], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert 0.4 < float(ran.stdout) < 1.3
+    assert 0.4 < float(run_code(PROMISE, tmp_path).split()[-1]) < 1.3
 
 
 MEASURED_TWICE = """
@@ -164,11 +166,8 @@ print(second / first)
 """
 
 
-def test_window_is_measured_as_large_in_a_process_that_has_computed_before() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURED_TWICE], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert float(ran.stdout) > 0.5
+def test_window_is_measured_as_large_in_a_process_that_has_computed_before(tmp_path: Path) -> None:
+    assert float(run_code(MEASURED_TWICE, tmp_path).split()[-1]) > 0.5
 
 
 # ---------------------------------------------------------------------------------------------- the ladder
@@ -195,15 +194,15 @@ ERRORS = [MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_request_succeeds_with_less_at_once_and_says_so(
-    error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Callable[[], Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     preset = tiny_preset(intensity={"kind": "window", "lower": 0, "upper": 1}, inference={"window_batch_size": 2})
     image = np.random.default_rng(0).integers(0, 2, (40, 20, 18)).astype(np.float32)
     # twice as fast a window: the plan begins with two at a time
-    monkeypatch.setattr(plan_module, "measure_windows", lambda network, where, batch: WindowCost(MIB, 1.0))
+    planner = Planner(measure=_one_mib)
     network = Hungry(error, failures=2)
     network.measured = 4
-    segmenter = Segmenter(network, preset, CPU, "fp32")
+    segmenter = Segmenter(network, preset, CPU, "fp32", planner)
     found = segmenter.segment(Volume(image, np.eye(4)), name="scan")
     np.testing.assert_array_equal(found.labels, image)
     assert found.plan.fallbacks == ("a batch of 2 windows", "1 band a slab", "2 bands a slab")
@@ -212,11 +211,10 @@ def test_request_succeeds_with_less_at_once_and_says_so(
     assert (again.stitching.window_batch, again.stitching.bands, again.fallbacks) == (1, 4, ())
 
 
-def test_request_that_fits_in_no_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "measure_windows", lambda network, where, batch: WindowCost(MIB, 1.0))
+def test_request_that_fits_in_no_way_is_refused() -> None:
     network = Hungry(MemoryError, failures=100)
     network.measured = 4
-    segmenter = Segmenter(network, tiny_preset(), CPU, "fp32")
+    segmenter = Segmenter(network, tiny_preset(), CPU, "fp32", Planner(measure=_one_mib))
     with pytest.raises(MemoryBudgetError, match="'scan', however little was done at once"):
         segmenter.segment(Volume(boxes()[0], np.eye(4)), name="scan")
 
@@ -232,10 +230,11 @@ LIMITED = """
 import resource, sys
 import numpy as np, torch
 from torch import nn
-from lib.infers import plan
 from lib.infers.costs import WindowCost
+from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.transforms.volume import Volume
+from tests.integration.server import run_code
 from tests.tiny import tiny_preset
 
 class Large(nn.Module):
@@ -244,10 +243,10 @@ class Large(nn.Module):
         return -(windows - torch.arange(3).reshape(1, 3, 1, 1, 1)).abs()
 
 torch.set_num_threads(1)
-plan.measure_windows = lambda *_: WindowCost(2**20, 1.0)
+planner = Planner(measure=lambda *_: WindowCost(2**20, 1.0))
 preset = tiny_preset(intensity={"kind": "window", "lower": 0, "upper": 1}, inference={"window_batch_size": 4})
 image = np.random.default_rng(0).integers(0, 2, (40, 20, 18)).astype(np.float32)
-segmenter = Segmenter(Large(), preset, torch.device("cpu"), "fp32")
+segmenter = Segmenter(Large(), preset, torch.device("cpu"), "fp32", planner)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 400 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -258,25 +257,23 @@ print(found.plan.stitching.window_batch, *found.plan.fallbacks, sep="|")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
-def test_request_succeeds_under_a_real_limit_of_the_process() -> None:
+def test_request_succeeds_under_a_real_limit_of_the_process(tmp_path: Path) -> None:
     """A network that takes 256 MiB for each window, in a process that may take 400 more."""
-    ended = subprocess.run([sys.executable, "-c", LIMITED], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() == "1|a batch of 4 windows|a batch of 2 windows"
+    printed = run_code(LIMITED, tmp_path).splitlines()
+    assert printed[-1] == "1|a batch of 4 windows|a batch of 2 windows"
 
 
 def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of 1 MiB a window: 20 MB of voxels, with what preprocessing takes beside them."""
     device, preset, volume = torch.device("cuda"), tiny_preset(), _volume(200, 200, 125)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    monkeypatch.setattr(plan_module, "host_bytes_left", lambda budget: GIB)
     book = CostBook()
     for batch in (1, 2, 4, 8):
         book.keep(cost_key(Placement(preset, device, FP32)), batch, WindowCost(batch * MIB, 1.0))
     plans = []
     for free in (100 * MIB, 60 * MIB, 2 * MIB):
-        monkeypatch.setattr(plan_module, "free_bytes", lambda _, free=free: free)
-        plans.append(Planner(None, book).plan(Never(), Placement(preset, device, FP32), volume))
+        memory = MemoryProbe(of_device=lambda _, free=free: free, of_host=lambda budget: GIB)
+        plans.append(Planner(None, book, memory=memory).plan(Never(), Placement(preset, device, FP32), volume))
     assert [(plan.image_on_device, plan.stitching.on_device) for plan in plans] == [
         (True, True),
         (False, True),
@@ -289,14 +286,15 @@ def test_image_stays_on_a_gpu_that_has_room_for_it(monkeypatch: pytest.MonkeyPat
     assert fallbacks is not None and not fallbacks.image_on_device and fallbacks.fallbacks == ("the image on cuda",)
 
 
-def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    preset, where = tiny_preset(), []
-    segmenter = Segmenter(InferenceNetwork(build_unetr(preset), CPU, FP32), preset, CPU, "fp32")
-    volume = Volume(boxes()[0], np.eye(4))
-    plan = replace(segmenter.plan(volume), image_on_device=True)
-    monkeypatch.setattr(segmenter, "plan", lambda *_: plan)
+class OnDevice(Planner):
+    """Plans to keep every image where it is computed, as on a GPU with room for it."""
+
+    def plan(self, *arguments: Any, **options: Any) -> Plan:
+        return replace(super().plan(*arguments, **options), image_on_device=True)
+
+
+def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_host() -> None:
+    preset, where = tiny_preset(), list[torch.device | None]()
 
     def full(volume: Volume, preset: Preset, device: torch.device | None = None) -> torch.Tensor:
         where.append(device)
@@ -304,8 +302,9 @@ def test_image_that_does_not_fit_on_the_gpu_after_all_is_preprocessed_on_the_hos
             raise torch.OutOfMemoryError("CUDA out of memory")
         return preprocess_volume(volume, preset)
 
-    monkeypatch.setattr(segmenter_module, "preprocess_volume", full)
-    found = segmenter.segment(volume)
+    network = InferenceNetwork(build_unetr(preset), CPU, FP32)
+    segmenter = Segmenter(network, preset, CPU, "fp32", OnDevice(), full)
+    found = segmenter.segment(Volume(boxes()[0], np.eye(4)))
     assert where == [CPU, None]
     assert found.plan.fallbacks == ("preprocessing on cpu",)
 

@@ -11,7 +11,6 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from lib.infers import predictor
 from lib.infers.predictor import Stitching, body_box, choose_overlap, occupied_sides, predict, window_starts
 from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
@@ -111,11 +110,11 @@ def test_prediction_puts_every_window_in_its_place(shape: tuple[int, int, int], 
     np.testing.assert_array_equal(found, classes[0].numpy())
 
 
-def test_prediction_with_batches_ahead_puts_every_window_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prediction_with_batches_ahead_puts_every_window_in_its_place() -> None:
     """As a GPU does it: the next batch is computed before the one before it is fetched."""
-    monkeypatch.setattr(predictor, "batches_ahead", lambda device: 1)
     classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, 45, 16, 23))).float()
-    found = predict(Rounded(), classes, Placement(tiny_preset(inference={"overlap": 0.4}), CPU, FP32), Stitching(2))
+    where = Placement(tiny_preset(inference={"overlap": 0.4}), CPU, FP32)
+    found = predict(Rounded(), classes, where, Stitching(2), ahead=1)
     np.testing.assert_array_equal(found.labels, classes[0].numpy())
 
 

@@ -69,13 +69,16 @@ def test_large_organs_of_the_phantom_are_found(mask: np.ndarray, torso: TorsoCas
     assert found["liver"] > 0.85
 
 
-def test_ct_of_full_range_and_the_same_ct_clipped_give_the_same_mask(
-    segmenter: Segmenter, torso: TorsoCase, mask: np.ndarray
-) -> None:
-    assert torso.image_hu.min() < -900
-    assert torso.image_hu.max() > 300
-    clipped = Volume(torso.image_hu.clip(-125, 275).astype(np.float32), torso.affine_ras)
-    np.testing.assert_array_equal(segmenter.segment(clipped).labels, mask)
+def test_ct_of_full_range_and_the_same_ct_clipped_give_the_same_mask(segmenter: Segmenter, torso: TorsoCase) -> None:
+    """A part of the torso with twelve of the organs, and air and bone."""
+    part = torso.image_hu[32:96, 64:128, 20:56].astype(np.float32)
+    assert part.min() < -900
+    assert part.max() > 300
+    whole, clipped = (
+        segmenter.segment(Volume(voxels, torso.affine_ras)).labels for voxels in (part, part.clip(-125, 275))
+    )
+    assert len(np.unique(whole)) > 6, "there is something to tell apart"
+    np.testing.assert_array_equal(clipped, whole)
 
 
 def test_large_organs_of_a_ct_of_another_origin_are_found(segmenter: Segmenter, shared_data: Path) -> None:

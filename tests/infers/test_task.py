@@ -15,12 +15,10 @@ import torch
 
 from lib.configs.preset import Preset
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
-from lib.infers import task as task_module
 from lib.infers.cache import ResultCache
 from lib.infers.devices.schedule import Forecast
 from lib.infers.plan import Plan, Planner
 from lib.infers.request import InferRequest
-from lib.infers.segmenter import Segmentation, Segmenter
 from lib.infers.task import UnetrInferTask
 from lib.models.calibration import Calibration, calibration_file, foreground_uncertainty
 from lib.models.weights import WeightsLocator
@@ -237,14 +235,10 @@ def test_quality_is_estimated_where_the_weights_are_calibrated(
     assert said["quality"] == line.estimate(foreground_uncertainty(entropy, labels))
 
 
-def test_next_image_is_read_while_one_is_computed(
-    task: UnetrInferTask, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_image_is_read_while_one_is_computed(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
     """As in a batch inference with two workers: the first waits in its computation for the second to have read."""
     other = write_nifti(tmp_path / "other.nii.gz", boxes(seed=1)[0])
-    task.load()
-    both_read, reads = threading.Event(), []
-    segment = Segmenter.segment
+    both_read, reads = threading.Event(), list[str]()
 
     def read(path: Path, preset: Preset) -> Volume:
         volume = read_input(path, preset)
@@ -253,14 +247,18 @@ def test_next_image_is_read_while_one_is_computed(
             both_read.set()
         return volume
 
-    def waiting(self: Segmenter, *arguments: Any, **options: Any) -> Segmentation:
-        assert both_read.wait(60), "nothing was read meanwhile"
-        return segment(self, *arguments, **options)
+    class WaitingPlanner(Planner):
+        """Makes the first request wait at the beginning of its computation."""
 
-    monkeypatch.setattr(task_module, "read_input", read)
-    monkeypatch.setattr(Segmenter, "segment", waiting)
+        def plan(self, *arguments: Any, **options: Any) -> Plan:
+            assert both_read.wait(60), "nothing was read meanwhile"
+            return super().plan(*arguments, **options)
+
+    locator = WeightsLocator(tmp_path / "model")
+    waiting = UnetrInferTask(task.preset, locator, "cpu", "fp32", planner=WaitingPlanner(), read=read)
+    waiting.load()
     with ThreadPoolExecutor(2) as workers:
-        answers = list(workers.map(lambda path: task({"image": str(path)})[0], (image, other)))
+        answers = list(workers.map(lambda path: waiting({"image": str(path)})[0], (image, other)))
     assert sorted(reads) == ["other.nii.gz", "scan.nii.gz"]
     assert all(answer is not None and Path(answer).is_file() for answer in answers)
 
@@ -295,7 +293,7 @@ def test_image_that_was_read_ahead_gives_the_same_mask_and_is_kept(
     made = cached.mask_of(cached.parse({"image": str(image)}), read)
     np.testing.assert_array_equal(made.labels, plain.labels)
     assert cached.is_kept(cached.parse({"image": str(image)}))
-    assert made.said["latencies_ms"]["total"] >= made.said["latencies_ms"]["network"] > 0
+    assert made.payload["latencies_ms"]["total"] >= made.payload["latencies_ms"]["network"] > 0
     assert cached.read_ahead(cached.parse({"image": str(image)})) is None, "its mask is there"
 
 
@@ -320,7 +318,7 @@ def test_request_names_its_weights_and_its_seconds_once_a_window_was_measured(
 ) -> None:
     request = {"image": str(image)}
     assert task.forecast(task.parse(request)) == Forecast((task.preset.name, task.weights_stamp()))
-    answer = task.mask_of(task.parse(request)).said
+    answer = task.mask_of(task.parse(request)).payload
     known = task.forecast(task.parse(request))
     assert known.weights == (task.preset.name, task.weights_stamp())
     # the plan in the answer leaves out windows of air

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import yaml
 from synthetic_hippocampus import SyntheticCase, draw_cases
 
-from tests.integration.server import REPOSITORY, Server
+from lib.infers.costs import COSTS_FILE
+from tests.integration.server import MEASURED_COSTS, REPOSITORY, Server
 from tests.tiny import preset_data
 
 CASES = 5
@@ -33,6 +35,8 @@ def prepare(server: Server, cases: dict[str, SyntheticCase]) -> Server:
     target.mkdir()
     for name in ("shipped.pt", "shipped.json", "shipped.calibration.json"):
         shutil.copy(shipped / name, target)
+    if MEASURED_COSTS:
+        (server.models / COSTS_FILE).write_text(json.dumps(MEASURED_COSTS))
     return server
 
 

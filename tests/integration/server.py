@@ -25,6 +25,7 @@ import psutil
 import requests
 
 from launcher.project import SERVER_ENVIRONMENT, Project
+from lib.infers.costs import COSTS_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 APP = Project(REPOSITORY).app
@@ -32,6 +33,8 @@ MAIN = APP / "main.py"
 SECONDS_TO_START = 120
 SECONDS_TO_STOP = 30
 STOCK_APP = "monailabel.app:app"
+MEASURED_COSTS: dict[str, dict[str, Any]] = {}
+"""What earlier servers of this test run have measured, as it stands in the file of costs."""
 
 
 class Server:
@@ -116,10 +119,19 @@ class Server:
         assert self.process is not None
         self.process.send_signal(number)
         try:
-            return self.process.wait(SECONDS_TO_STOP)
+            code = self.process.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        self._keep_costs()
+        return code
+
+    def _keep_costs(self) -> None:
+        """Keep what windows cost, as it was measured, for the servers that come after this one."""
+        with contextlib.suppress(OSError, ValueError):
+            entries = json.loads((self.models / COSTS_FILE).read_text(encoding="utf-8"))
+            for key, costs in entries.items():
+                MEASURED_COSTS[key] = {batch: cost for batch, cost in costs.items() if batch.isdigit()}
 
     def children(self) -> list[psutil.Process]:
         """The processes that it has started."""
@@ -213,10 +225,13 @@ class Starter:
         self._asking = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def start(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> ForkedProcess:
-        """``python -m monailabel.main ARGUMENTS`` in a folder, with its output in a file."""
+    def start(
+        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, code: str = ""
+    ) -> ForkedProcess:
+        """``python -m monailabel.main ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
         assert self._process.stdin is not None
         asked = {"argv": list(arguments), "cwd": str(folder), "environment": dict(environment), "log": str(log)}
+        asked["code"] = code
         with self._asking:
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
@@ -236,6 +251,35 @@ class Starter:
 def the_starter() -> Starter:
     """The one of this test run."""
     return Starter()
+
+
+def run_code(code: str, folder: Path, seconds: float = 300) -> str:
+    """What a program prints, run in a process of its own from this repository, which starts with its libraries.
+
+    Args:
+        code: in Python.
+        folder: for the file of its output.
+        seconds: that it may take.
+
+    Raises:
+        AssertionError: with its output, when its exit code is not 0.
+    """
+    log = folder / "output.txt"
+    environment = server_environment() | {"PYTHONUNBUFFERED": "1"}
+    if sys.platform == "linux":
+        process: ForkedProcess | subprocess.Popen[bytes] = the_starter().start([], REPOSITORY, environment, log, code)
+    else:
+        with log.open("wb") as file:
+            command = [sys.executable, "-c", code]
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        code_of_exit = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    printed = log.read_text(errors="replace")
+    assert code_of_exit == 0, printed
+    return printed
 
 
 def free_port() -> int:

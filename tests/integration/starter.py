@@ -2,9 +2,10 @@
 
     python starter.py
 
-Each line of standard input asks for a server, as JSON: ``argv``, ``cwd``, ``environment``, ``log``. Each line of the
-output is a process id, alone when the server is started, with its exit code when it has ended. Nothing of this project
-or of MONAI Label is imported before the fork: they read the environment when they are.
+Each line of standard input asks for a server, as JSON: ``argv``, ``cwd``, ``environment``, ``log``; or, with ``code``,
+for a program of its own. Each line of the output is a process id, alone when it is started, with its exit code when it
+has ended. Nothing of this project or of MONAI Label is imported before the fork: they read the environment when they
+are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ LIBRARIES = (
     "torch", "monai.data", "monai.inferers", "monai.losses", "monai.metrics", "monai.networks.nets", "monai.transforms",
     "nibabel", "SimpleITK", "nrrd", "pydicom", "highdicom", "pydicom_seg", "dicomweb_client", "pynetdicom",
     "scipy.ndimage", "scipy.stats", "PIL.Image", "fastapi", "fastapi.sse", "uvicorn", "requests", "psutil", "yaml",
-    "jinja2", "prometheus_client", "filelock", "cachetools",
+    "jinja2", "prometheus_client", "filelock", "cachetools", "bcrypt", "cryptography.x509", "diskcache", "dotenv",
+    "fastapi_offline", "girder_client", "h11", "jwt", "passlib.context", "passlib.hash", "pydantic_settings",
+    "requests_toolbelt", "schedule", "timeloop", "torch.utils.tensorboard", "watchdog.observers",
 )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def tell_ended(*_: object) -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Be ``python -m monailabel.main ARGV``."""
+    """Be ``python -m monailabel.main ARGV``, or ``python -c CODE``."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
     with open(os.devnull, "rb") as nothing, open(request["log"], "wb") as log:
@@ -70,7 +73,12 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv, sys.path[0] = ["monailabel.main", *request["argv"]], str(Path.cwd())
+    sys.path[0] = str(Path.cwd())
+    if request["code"]:
+        sys.argv = ["-c"]
+        exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})
+        return
+    sys.argv = ["monailabel.main", *request["argv"]]
     runpy.run_module("monailabel.main", run_name="__main__", alter_sys=True)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.errors import TrainingError
-from lib.networks.masked_autoencoder import MaskedAutoencoder
+from lib.networks.masked_autoencoder import MaskedAutoencoder, hidden_patch_loss
 from tests.tiny import tiny_preset
 
 
@@ -23,7 +23,7 @@ def test_targets_are_the_patches_in_the_order_of_the_tokens() -> None:
     torch.testing.assert_close(network._targets(windows), expected)
 
 
-def test_loss_is_that_of_hidden_patches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_is_that_of_hidden_patches_only() -> None:
     network, windows = _network(), torch.randn(1, 1, 32, 16, 48)
     targets = network._targets(windows)
     hidden = torch.zeros(targets.shape[:2])
@@ -31,8 +31,16 @@ def test_loss_is_that_of_hidden_patches_only(monkeypatch: pytest.MonkeyPatch) ->
     drawn = targets.clone()
     drawn[:, :3] += 2.0  # half of the hidden ones are off by 2 everywhere
     drawn[:, 6:] += 100.0  # what was shown does not count
-    monkeypatch.setattr(network.autoencoder, "forward", lambda x: (drawn, hidden))
-    assert network(windows).item() == pytest.approx(2.0)
+    assert hidden_patch_loss(drawn, targets, hidden).item() == pytest.approx(2.0)
+
+
+def test_network_answers_with_the_loss_of_what_its_autoencoder_draws() -> None:
+    network, windows = _network(), torch.randn(2, 1, 32, 16, 48)
+    torch.manual_seed(1)
+    drawn, hidden = network.autoencoder(windows)
+    torch.manual_seed(1)
+    expected = hidden_patch_loss(drawn, network._targets(windows), hidden)
+    torch.testing.assert_close(network(windows), expected)
 
 
 @pytest.mark.parametrize("proj_type", ["perceptron", "conv"])

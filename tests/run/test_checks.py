@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from launcher.checks import TEST_PROCESSES
+from launcher.checks import TEST_PROCESSES, files_in_memory
 from launcher.environment import set_up
 from tests.run.conftest import RecordedProject
 
@@ -29,6 +31,17 @@ def test_all_green_is_exit_code_0(project: RecordedProject) -> None:
 def test_failed_tests_are_exit_code_1(project: RecordedProject) -> None:
     project.answer("-m pytest", 1, "==== 1 failed in 1.00s ====")
     assert project.run("test") == 1
+
+
+def test_files_of_tests_are_in_memory_while_there_is_room_for_them(tmp_path: Path) -> None:
+    with files_in_memory(tmp_path, needed=1) as variables:
+        root = Path(variables["PYTEST_DEBUG_TEMPROOT"])
+        assert root.parent == tmp_path
+        (root / "pytest-of-anna").mkdir()
+    assert not root.exists()
+    for folder, needed in ((tmp_path, 2**62), (tmp_path / "none", 1)):
+        with files_in_memory(folder, needed) as variables:
+            assert variables == {}
 
 
 def test_doctor_works_before_the_install(project: RecordedProject, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from monai.data import CacheDataset, PersistentDataset, SmartCacheDataset
+from monai.transforms import Compose
 
-from lib.cases.labelled import Case
+from lib.cases.labelled import Case, read_case
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.trainers import datasets
@@ -24,25 +26,23 @@ from lib.trainers.datasets import (
     build_loader,
 )
 from lib.trainers.parallel import ResumableSampler
+from lib.transforms.augment import build_changes, build_cropping
 from lib.transforms.preprocess import IMAGE, LABEL, preprocess_volume
-from lib.transforms.volume import read_volume
+from lib.transforms.volume import Volume, read_volume
 from tests.tiny import boxes, preset_data, tiny_preset, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ids of the cases that are read from their files, in order."""
-    ids: list[str] = []
-    original = datasets.ReadCased.__call__
+class CountingReader:
+    """Reads cases, and keeps their ids in order."""
 
-    def read(self: datasets.ReadCased, data: dict) -> dict:
-        ids.append(data["case"]["id"])
-        return original(self, data)
+    def __init__(self) -> None:
+        self.ids: list[str] = []
 
-    monkeypatch.setattr(datasets.ReadCased, "__call__", read)
-    return ids
+    def __call__(self, case: Case, preset: Preset) -> tuple[Volume, np.ndarray]:
+        self.ids.append(case.case_id)
+        return read_case(case, preset)
 
 
 @pytest.mark.parametrize("kind", DATASET_KINDS)
@@ -66,12 +66,12 @@ def test_dataset_for_training_draws_new_crops_each_time(make_cases: MakeCases, t
     assert not torch.equal(first[0][IMAGE], second[0][IMAGE])
 
 
-def test_persistent_dataset_reads_a_case_once(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
-    cases = make_cases(2)
+def test_persistent_dataset_reads_a_case_once(make_cases: MakeCases, tmp_path: Path) -> None:
+    cases, read = make_cases(2), CountingReader()
     for _ in range(2):  # another run finds what this one left
-        dataset = build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path / "cache")
+        dataset = build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path / "cache", read=read)
         _ = [dataset[i] for i in (0, 1, 0, 1)]
-    assert sorted(reads) == ["case_001", "case_002"]
+    assert sorted(read.ids) == ["case_001", "case_002"]
 
 
 def test_persistent_dataset_notices_a_changed_label(make_cases: MakeCases, tmp_path: Path) -> None:
@@ -88,15 +88,16 @@ def test_persistent_dataset_notices_a_changed_label(make_cases: MakeCases, tmp_p
     assert voxels() == int((corrected > 0).sum())
 
 
-def test_persistent_dataset_mends_a_broken_file(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
-    dataset = build_dataset(make_cases(1), tiny_preset(), "PersistentDataset", tmp_path / "cache")
+def test_persistent_dataset_mends_a_broken_file(make_cases: MakeCases, tmp_path: Path) -> None:
+    read = CountingReader()
+    dataset = build_dataset(make_cases(1), tiny_preset(), "PersistentDataset", tmp_path / "cache", read=read)
     whole = dataset[0][IMAGE].clone()
     (file,) = (tmp_path / "cache").rglob("*.pt")
     file.write_bytes(b"not a case")
     with pytest.warns(UserWarning, match="Corrupt cache file"):
         torch.testing.assert_close(dataset[0][IMAGE], whole, rtol=0, atol=0)
     torch.testing.assert_close(dataset[0][IMAGE], whole, rtol=0, atol=0)
-    assert len(reads) == 2
+    assert len(read.ids) == 2
 
 
 def test_persistent_dataset_of_another_spacing_has_a_cache_of_its_own(make_cases: MakeCases, tmp_path: Path) -> None:
@@ -107,16 +108,17 @@ def test_persistent_dataset_of_another_spacing_has_a_cache_of_its_own(make_cases
 
 
 def test_persistent_dataset_leaves_a_full_disk_alone(
-    make_cases: MakeCases, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+    make_cases: MakeCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 2))
-    dataset = build_dataset(make_cases(3), tiny_preset(), "PersistentDataset", tmp_path / "cache")
+    read = CountingReader()
+    dataset = build_dataset(make_cases(3), tiny_preset(), "PersistentDataset", tmp_path / "cache", read=read)
     seen = [float(dataset[i][IMAGE].sum()) for i in (0, 1, 2, 0, 1, 2)]
     assert seen[:3] == seen[3:]
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 1, "one case fits, and then no more"
-    assert reads.count("case_001") == 1
-    assert reads.count("case_002") == reads.count("case_003") == 2
+    assert read.ids.count("case_001") == 1
+    assert read.ids.count("case_002") == read.ids.count("case_003") == 2
 
 
 def _memory_for(cases: int) -> int:
@@ -124,13 +126,14 @@ def _memory_for(cases: int) -> int:
     return int((cases + 0.5) * 20 * 18 * 16 * (4 + 1))
 
 
-def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
-    dataset = build_dataset(make_cases(4), tiny_preset(), "CacheDataset", tmp_path, _memory_for(2))
+def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_path: Path) -> None:
+    read = CountingReader()
+    dataset = build_dataset(make_cases(4), tiny_preset(), "CacheDataset", tmp_path, _memory_for(2), read)
     assert isinstance(dataset, CacheDataset)
     assert dataset.cache_num == 2
-    reads.clear()
+    read.ids.clear()
     _ = [dataset[i] for i in range(4)]
-    assert reads == ["case_003", "case_004"], "the two that are kept are not read again"
+    assert read.ids == ["case_003", "case_004"], "the two that are kept are not read again"
 
 
 @pytest.mark.parametrize("kind", ["CacheDataset", "PersistentDataset"])
@@ -176,23 +179,26 @@ def test_crops_changed_on_the_device_are_those_that_a_thread_would_have_changed(
     assert changed[0].shape == (8, 1, 16, 16, 16) and changed[1].dtype == torch.uint8
 
 
-def test_crops_are_changed_on_the_host_where_the_device_has_no_memory(
-    make_cases: MakeCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crops = build_crops(make_cases(1, (30, 30, 30)), _changing_preset(), "Dataset", tmp_path, 2, changed_later=True)
-    (batch,) = build_loader(crops, "DataLoader", 1)
-    expected, change, tried = crops.change(batch, torch.device("cpu")), crops._change_on, list[str]()
+class RunningOut(Compose):
+    """Changes to crops, for the first of which there is no memory."""
 
-    def run_out(device: torch.device, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        tried.append(device.type)
-        if len(tried) == 1:
+    tried = 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.tried += 1
+        if self.tried == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return change(device, batch)
+        return super().__call__(*arguments, **options)
 
-    monkeypatch.setattr(crops, "_change_on", run_out)
-    image, label = crops.change(batch, torch.device("cpu"))
-    torch.testing.assert_close((image, label), expected, rtol=0, atol=0)
-    assert len(tried) == 2
+
+def test_crops_are_changed_on_the_host_where_the_device_has_no_memory(make_cases: MakeCases, tmp_path: Path) -> None:
+    preset = _changing_preset()
+    crops = build_crops(make_cases(1, (30, 30, 30)), preset, "Dataset", tmp_path, 2, changed_later=True)
+    (batch,) = build_loader(crops, "DataLoader", 1)
+    expected, changes = crops.change(batch, torch.device("cpu")), RunningOut(build_changes(preset).transforms)
+    full = SeededItems(crops.items, build_cropping(preset, 2), changes, preset.training.seed, changed_later=True)
+    torch.testing.assert_close(full.change(batch, torch.device("cpu")), expected, rtol=0, atol=0)
+    assert changes.tried == 3, "two crops, the first of them twice"
 
 
 @pytest.mark.gpu
@@ -208,15 +214,16 @@ def test_crops_changed_on_a_gpu_are_those_of_the_cpu(make_cases: MakeCases, tmp_
     assert (there[1].cpu() != here[1]).float().mean() < 1e-3, "but for ties"
 
 
-def test_smart_cache_dataset_comes_round_to_every_case(make_cases: MakeCases, tmp_path: Path, reads: list[str]) -> None:
-    dataset = build_dataset(make_cases(4), tiny_preset(), "SmartCacheDataset", tmp_path, _memory_for(2))
+def test_smart_cache_dataset_comes_round_to_every_case(make_cases: MakeCases, tmp_path: Path) -> None:
+    read = CountingReader()
+    dataset = build_dataset(make_cases(4), tiny_preset(), "SmartCacheDataset", tmp_path, _memory_for(2), read)
     assert isinstance(dataset, SmartCacheDataset)
     assert len(dataset) == 2
     dataset.start()
     for _ in range(4):
         dataset.update_cache()
     dataset.shutdown()
-    assert set(reads) == {f"case_{i:03d}" for i in range(1, 5)}
+    assert set(read.ids) == {f"case_{i:03d}" for i in range(1, 5)}
 
 
 def test_smart_cache_dataset_that_holds_everything_is_a_plain_cache(make_cases: MakeCases, tmp_path: Path) -> None:

@@ -11,13 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.cases.labelled import Case
+from lib.configs.preset import Training
 from lib.errors import LabelError, TrainingError
+from lib.infers.costs import CostBook
+from lib.infers.memory import MemoryProbe
 from lib.infers.predictor import Prediction, predict
 from lib.networks.checkpoint import read_checkpoint
 from lib.networks.layouts import StateDict
@@ -26,7 +30,7 @@ from lib.trainers.loop import BEST_FILE, RunFunctions, run_training
 from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_loss
 from lib.trainers.pause import is_paused, wait_while_paused
-from lib.trainers.plan import StepLadder, StepPlanner
+from lib.trainers.plan import CACHE_SHARE, KEEPING_FACTOR, StepLadder, StepPlanner
 from lib.trainers.run.data import TrainingData, count_loading_threads
 from lib.trainers.run.job import TrainingJob
 from lib.trainers.run.state import RunState
@@ -49,6 +53,13 @@ def make_plan(make_cases: MakeCases, tmp_path: Path) -> Callable[..., TrainingJo
         return TrainingJob(preset, cases[:train], cases[train:], tmp_path / "run", CPU)
 
     return make
+
+
+def measured(job: TrainingJob) -> tuple[TrainingJob, int]:
+    """The job with a file of what its steps cost, and the bytes that they take by it."""
+    job = replace(job, costs=job.run_dir / "costs.json")
+    planner = StepPlanner(book=CostBook(job.costs))
+    return job, planner.plan(job.preset, len(job.train_cases), CPU, always_measure=True).needed_bytes
 
 
 def test_training_on_blobs_learns_them(make_plan: Callable[..., TrainingJob]) -> None:
@@ -187,12 +198,11 @@ def test_pause_of_a_server_that_died_ends_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("roomy", [True, False])
-def test_freed_memory_is_kept_as_planned(
-    roomy: bool, make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = list[bool]()
-    monkeypatch.setattr("lib.trainers.plan.KEEPING_FACTOR", 1.5 if roomy else 1e9)
-    run_training(make_plan(1), functions=RunFunctions(keep_freed_memory=lambda: called.append(True)))
+def test_freed_memory_is_kept_as_planned(roomy: bool, make_plan: Callable[..., TrainingJob]) -> None:
+    (job, needed), called = measured(make_plan(1)), list[bool]()
+    free = math.ceil(KEEPING_FACTOR * needed) - (not roomy)
+    memory = MemoryProbe(of_device=lambda _: free, of_host=lambda _: free)
+    run_training(job, functions=RunFunctions(keep_freed_memory=lambda: called.append(True), memory=memory))
     assert bool(called) is roomy
 
 
@@ -460,20 +470,32 @@ def test_every_dataset_and_loader_trains(make_plan: Callable[..., TrainingJob], 
     assert len(run_training(plan).losses) == 4
 
 
-def test_smart_cache_with_little_memory_sees_new_cases_each_epoch(
-    make_plan: Callable[..., TrainingJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lib.trainers import datasets
+def test_smart_cache_with_little_memory_sees_new_cases_each_epoch(make_plan: Callable[..., TrainingJob]) -> None:
+    """Four cases that are known by the values in their labels."""
+    job, needed = measured(replace(make_plan(4, max_epochs=5), dataset="SmartCacheDataset"))
+    both = boxes()[1]
+    labels = (both, np.where(both == 1, both, 0), np.where(both == 2, both, 0), np.ones_like(both))
+    for case, label in zip(job.train_cases, labels, strict=True):
+        write_nifti(case.label, label.astype(np.uint8))
+    bytes_of_case = 20 * 18 * 16 * (4 + 1)
+    room = needed + int(2.5 * bytes_of_case / CACHE_SHARE)
+    seen = set[tuple[float, ...]]()
 
-    monkeypatch.setattr(datasets, "_cases_that_fit", lambda *_: 2)
-    read: list[str] = []
-    original = datasets.ReadCased.__call__
-    monkeypatch.setattr(
-        datasets.ReadCased, "__call__", lambda self, data: read.append(data["case"]["id"]) or original(self, data)
-    )
-    result = run_training(replace(make_plan(4, max_epochs=5), dataset="SmartCacheDataset"))
+    class Recording(nn.Module):
+        """The recipe's loss; the values of each crop's label are kept."""
+
+        def __init__(self, recipe: Training) -> None:
+            super().__init__()
+            self.loss = build_loss(recipe)
+
+        def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+            seen.add(tuple(label.unique().tolist()))
+            return self.loss(logits, label)
+
+    memory = MemoryProbe(of_device=lambda _: room, of_host=lambda _: room)
+    result = run_training(job, functions=RunFunctions(build_loss=Recording, memory=memory))
     assert len(result.losses) == 10, "two cases an epoch"
-    assert len(set(read)) == 4
+    assert seen == {(0.0, 1.0, 2.0), (0.0, 1.0), (0.0, 2.0), (1.0,)}
 
 
 def test_batch_larger_than_the_data_is_what_there_is(make_plan: Callable[..., TrainingJob]) -> None:

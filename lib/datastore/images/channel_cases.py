@@ -85,19 +85,19 @@ class ChannelCases:
         Returns:
             The files that belong to cases, and what is wrong with files that look so and are none.
         """
-        found: dict[str, dict[str, ChannelSources]] = defaultdict(dict)
+        by_case: dict[str, dict[str, ChannelSources]] = defaultdict(dict)
         for preset in self.presets:
             for sources in find_channel_sources(folder, preset, (HIDDEN, *NOT_SCANNED), self._shapes):
-                found[sources.case_id][preset.name] = sources
+                by_case[sources.case_id][preset.name] = sources
         cases: dict[str, ByPreset] = {}
         problems = []
-        for case_id, by_preset in found.items():
+        for case_id, by_preset in by_case.items():
             if problem := self._problem_of(case_id, by_preset, refusal):
                 problems.append(FolderProblem(shown(case_id), problem))
             else:
                 cases[case_id] = by_preset
         self._cases = cases
-        return frozenset(path for one in found.values() for path in _files(one)), problems
+        return frozenset(path for one in by_case.values() for path in _files(one)), problems
 
     def file(self, case_id: str) -> Path:
         """The file that stands for a case, whether or not it has been made."""

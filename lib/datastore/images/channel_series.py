@@ -101,10 +101,10 @@ def _cases_of(preset: Preset, study: Sequence[SeriesInfo]) -> list[SeriesCase]:
         for name in _channels_of(info, preset):
             candidates[name].append(info)
     display = preset.channels[preset.display_channel].name
-    problem = "; ".join(_two_series(name, found) for name, found in candidates.items() if len(found) > 1)
+    problem = "; ".join(_two_series(name, several) for name, several in candidates.items() if len(several) > 1)
     cases = []
     for info in candidates.get(display, []):
-        chosen = {name: found[0] for name, found in candidates.items() if len(found) == 1} | {display: info}
+        chosen = {name: several[0] for name, several in candidates.items() if len(several) == 1} | {display: info}
         series = {channel.name: chosen[channel.name].uid for channel in preset.channels if channel.name in chosen}
         notes = [_other_frame(name, other, display, info) for name, other in chosen.items()]
         missing = missing_channels(candidates, preset)
@@ -122,8 +122,8 @@ def _channels_of(info: SeriesInfo, preset: Preset) -> list[str]:
     return [name] if name is not None and name not in with_rules else []
 
 
-def _two_series(channel: str, found: Sequence[SeriesInfo]) -> str:
-    named = " and ".join(f"{info.shown.get('SeriesDescription', '')!r} ({info.uid})" for info in found)
+def _two_series(channel: str, series: Sequence[SeriesInfo]) -> str:
+    named = " and ".join(f"{info.shown.get('SeriesDescription', '')!r} ({info.uid})" for info in series)
     return f"has several series for the channel {channel!r}: {named}; the preset's rules (series) must choose one"
 
 

@@ -16,7 +16,7 @@ OTHER_KINDS = (".nhdr", ".mha", ".mhd", ".hdr", ".img", ".nii.bz2", ".nii.zst", 
 SEGMENTATION = ".seg.nrrd"
 MOST_ENTRIES = 50_000
 """Files in sub-folders that are looked at: a large DICOM archive need not be walked through at each change."""
-MOST_TOLD = 200
+MOST_PROBLEMS = 200
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = 
         endings: of image files, as ``.nii.gz``, in order of preference.
         taken: files that belong to cases of several sequences, and are no images by themselves.
     """
-    found: dict[str, list[str]] = {}
+    endings_of: dict[str, list[str]] = {}
     problems: list[FolderProblem] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if Path(entry.path) in taken:
@@ -68,8 +68,8 @@ def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = 
         if problem:
             problems.append(FolderProblem(shown(entry.name), problem))
         elif not entry.name.startswith(".") and (ending := ending_of(entry.name, endings)) and _is_file(entry):
-            found.setdefault(entry.name[: -len(ending)], []).append(ending)
-    for image_id, several in found.items():
+            endings_of.setdefault(entry.name[: -len(ending)], []).append(ending)
+    for image_id, several in endings_of.items():
         several.sort(key=lambda ending: (endings.index(ending.lower()), ending != ending.lower(), ending))
         problems += [
             FolderProblem(
@@ -79,7 +79,8 @@ def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = 
         ]
     of_cases = {path.parent.name for path in taken if path.parent != folder}
     problems += _in_sub_folders(folder, endings, of_cases)
-    return FolderListing({image_id: several[0] for image_id, several in found.items()}, tuple(problems[:MOST_TOLD]))
+    images = {image_id: several[0] for image_id, several in endings_of.items()}
+    return FolderListing(images, tuple(problems[:MOST_PROBLEMS]))
 
 
 def ending_of(name: str, endings: Collection[str]) -> str:

@@ -52,11 +52,11 @@ def unite_series(received: Path, target: Path, presets: Collection[Preset]) -> t
 
 
 def _by_series(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = defaultdict(list)
+    files: dict[str, list[Path]] = defaultdict(list)
     for file in find_dicom(folder):
         with reading(f"{file.name!r} cannot be read"):
-            found[str(read_instance(file, with_pixels=False).get("SeriesInstanceUID", ""))].append(file)
-    return dict(found)
+            files[str(read_instance(file, with_pixels=False).get("SeriesInstanceUID", ""))].append(file)
+    return dict(files)
 
 
 def _info_of(file: Path) -> SeriesInfo:

@@ -19,7 +19,7 @@ from lib.transforms.channel_search import find_channel_sources
 from lib.transforms.channels import read_channels
 from lib.transforms.volume import Grid, read_grid
 
-FOUND_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd")
+ACCEPTED_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd")
 """Kinds of a label's file, in whatever case, the longer suffixes first."""
 FOLDER = f"labels/{FINAL}"
 
@@ -58,7 +58,7 @@ def label_id(name: str) -> str | None:
     >>> label_id("case_7.seg.nrrd"), label_id("case_7.NII.GZ"), label_id("notes.txt")
     ('case_7', 'case_7', None)
     """
-    suffix = next((suffix for suffix in FOUND_SUFFIXES if name.lower().endswith(suffix)), None)
+    suffix = next((suffix for suffix in ACCEPTED_SUFFIXES if name.lower().endswith(suffix)), None)
     return name[: -len(suffix)] or None if suffix else None
 
 
@@ -74,7 +74,7 @@ def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[P
     for path in sorted(_files(folder)):
         image = label_id(path.name)
         if image is None:
-            kinds = ", ".join(FOUND_SUFFIXES)
+            kinds = ", ".join(ACCEPTED_SUFFIXES)
             problems.append(
                 Problem(f"{FOLDER}/{path.name}", f"it is of a kind that labels do not have; valid: {kinds}")
             )
@@ -83,7 +83,7 @@ def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[P
     return problems
 
 
-def check_found(file: Path, image: Grid, known: Submission, presets: Sequence[Preset], folder: Path) -> FoundLabel:
+def check_label_file(file: Path, image: Grid, known: Submission, presets: Sequence[Preset], folder: Path) -> FoundLabel:
     """Check a label as a submitted one is checked, for the task that it is known to be of, or else for all.
 
     A label without a voxel in the mask is not in the image: whoever puts finished labels there has drawn all.
@@ -100,7 +100,7 @@ def check_found(file: Path, image: Grid, known: Submission, presets: Sequence[Pr
     """
     named = [preset for preset in presets if preset.name == known.preset]
     info = {key: known.info[key] for key in ("label_info", "missing_labels") if key in known.info} | {"complete": True}
-    reasons, found = [], file
+    reasons, original = [], file
     if file.name != _readable_name(file.name):
         file = Path(shutil.copyfile(file, folder / _readable_name(file.name)))
     for preset in named or presets:
@@ -112,7 +112,7 @@ def check_found(file: Path, image: Grid, known: Submission, presets: Sequence[Pr
         submission = replace(known, notes=checked.notes)
         if info.get("label_info") or read_segments(file):
             submission = replace(submission, preset=preset.name, label_map=checked.mapped.label_map)
-        return FoundLabel(found, checked.file, submission)
+        return FoundLabel(original, checked.file, submission)
     same = len({reason for _, reason in reasons}) == 1
     raise LabelError(reasons[0][1] if same else "; ".join(f"as {name}: {reason}" for name, reason in reasons))
 
@@ -147,7 +147,7 @@ def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Ite
             continue
         try:
             grid = read_grid(image) if image is not None and name not in cases else read_channels(*cases[name]).grid
-            check_found(file, grid, Submission(image_id=name), presets, folder)
+            check_label_file(file, grid, Submission(image_id=name), presets, folder)
         except ImageError as error:
             yield Problem(f"{FOLDER}/{file.name}", f"it cannot be held against its image: {error}")
         except LabelError as error:

@@ -15,7 +15,7 @@ from lib.datastore.label_files.found_labels import (
     FOLDER,
     FoundLabel,
     Problem,
-    check_found,
+    check_label_file,
     fingerprint,
     label_files,
     stray_files,
@@ -76,30 +76,30 @@ class LabelFolder:
         Returns:
             Those that are right, and whether there was time for all.
         """
-        found, deadline = dict[str, FoundLabel](), time.monotonic() + SECONDS_A_LOOK
+        labels, deadline = dict[str, FoundLabel](), time.monotonic() + SECONDS_A_LOOK
         refused = self.history.index.refused()
         for number, candidate in enumerate(reversed(list(candidates))):
             stamp, image = self._stamp(candidate), candidate.known.image_id
             if refused.get(candidate.file.name, ("", ""))[0] == stamp:
                 continue
             if time.monotonic() > deadline:
-                return list(found.values())[::-1], False
-            if image in found:
-                self._refuse(candidate, stamp, f"there is a newer label of the same image, {found[image].file.name!r}")
+                return list(labels.values())[::-1], False
+            if image in labels:
+                self._refuse(candidate, stamp, f"there is a newer label of the same image, {labels[image].file.name!r}")
                 continue
             own = folder / str(number)
             own.mkdir()
             label = self._check(candidate, stamp, own)
             if label is not None:
-                found[image] = label
-        return list(found.values())[::-1], True
+                labels[image] = label
+        return list(labels.values())[::-1], True
 
-    def take_in(self, found: Sequence[FoundLabel]) -> int:
+    def take_in(self, labels: Sequence[FoundLabel]) -> int:
         """Keep labels as versions; returns how many are new."""
-        plain = [one for one in found if one.kept == one.file]
+        plain = [one for one in labels if one.kept == one.file]
         new = [one for one in plain if not self._versions(one)]
         taken = len(self.history.adopt_all([(one.file, one.submission) for one in new]))
-        for one in found:
+        for one in labels:
             if one not in new:
                 taken += self.history.adopt(one.file, one.submission, one.kept) is not None
                 self._take_away(one)
@@ -110,15 +110,17 @@ class LabelFolder:
         """What lies there and is left out, by the names of its files."""
         refused = self.history.index.refused()
         there = {file.name for file in self.files()}
-        told = [Problem(f"{FOLDER}/{name}", reason) for name, (_, reason) in sorted(refused.items()) if name in there]
-        return told + stray_files(self.folder, images)
+        reasons = {name: reason for name, (_, reason) in sorted(refused.items()) if name in there}
+        return [Problem(f"{FOLDER}/{name}", reason) for name, reason in reasons.items()] + stray_files(
+            self.folder, images
+        )
 
     def _check(self, candidate: Candidate, stamp: str, folder: Path) -> FoundLabel | None:
         file = candidate.file
         if not self.presets:
             return FoundLabel(file, file, candidate.known)
         try:
-            return check_found(file, read_grid(candidate.image()), candidate.known, self.presets, folder)
+            return check_label_file(file, read_grid(candidate.image()), candidate.known, self.presets, folder)
         except (NotFoundError, UpstreamError) as error:  # the series is gone, or its PACS does not answer: another time
             logger.warning("label store: %s/%s is not looked at yet: %s", FOLDER, file.name, error)
         except ImageError as error:
@@ -130,8 +132,8 @@ class LabelFolder:
     def _refuse(self, candidate: Candidate, stamp: str, reason: str) -> None:
         """Leave a label out: its case stays open. A version that it took the place of comes back there."""
         name, known = candidate.file.name, candidate.known
-        told = {"image_id": known.image_id, "tag": known.tag, "source": "folder", "file_name": name}
-        kept = self.history.quarantine.keep(candidate.file, reason, told)
+        details = {"image_id": known.image_id, "tag": known.tag, "source": "folder", "file_name": name}
+        kept = self.history.quarantine.keep(candidate.file, reason, details)
         self.history.index.keep_refused(name, stamp, reason)
         logger.warning("label store: %s/%s is left out (in quarantine as %s): %s", FOLDER, name, kept.name, reason)
         version = self.history.latest(known.image_id, known.tag)

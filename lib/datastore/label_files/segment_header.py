@@ -42,14 +42,14 @@ def parse_segments(header: Mapping[str, str]) -> tuple[Segment, ...]:
     Raises:
         LabelError: when a segment has no name or no value, or two names share a value.
     """
-    found: dict[int, dict[str, str]] = {}
+    fields: dict[int, dict[str, str]] = {}
     for key, text in header.items():
         matched = _KEY.fullmatch(key)
         if matched:
-            found.setdefault(int(matched[1]), {})[matched[2]] = text.strip()
-    if len(found) > MOST_NAMES:
-        raise LabelError(f"the file's header describes {len(found)} segments; valid: at most {MOST_NAMES}")
-    segments = tuple(_parse_segment(number, found[number]) for number in sorted(found))
+            fields.setdefault(int(matched[1]), {})[matched[2]] = text.strip()
+    if len(fields) > MOST_NAMES:
+        raise LabelError(f"the file's header describes {len(fields)} segments; valid: at most {MOST_NAMES}")
+    segments = tuple(_parse_segment(number, fields[number]) for number in sorted(fields))
     _check_distinct(segments)
     return segments
 

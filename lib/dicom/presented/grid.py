@@ -75,10 +75,10 @@ class SeriesGrid:
 
     def index_in_file(self, index: Sequence[float]) -> list[float]:
         """The voxel index (X, Y, Z) in the file for (column, row, slice) in the series."""
-        found = [0.0, 0.0, 0.0]
+        in_file = [0.0, 0.0, 0.0]
         for value, axis, flip, size in zip(index, self.order, self.flips, self.shape, strict=True):
-            found[axis] = size - 1 - value if flip else value
-        return found
+            in_file[axis] = size - 1 - value if flip else value
+        return in_file
 
     def lies_on_file(self, affine_ras: Affine) -> bool:
         """Whether each voxel has the place that the file's own affine gives it: not so for a sheared file."""
@@ -98,12 +98,12 @@ class SeriesGrid:
 
 def _nearest_axes(directions: Affine) -> list[int]:
     """The patient's axis (0 to 2 for L, P, S) nearest to each file axis, each once."""
-    left, found = np.abs(directions).copy(), [0, 0, 0]
+    left, nearest = np.abs(directions).copy(), [0, 0, 0]
     for _ in range(3):
         patient, axis = np.unravel_index(int(np.argmax(left)), left.shape)
-        found[int(axis)] = int(patient)
+        nearest[int(axis)] = int(patient)
         left[patient, :] = left[:, axis] = -1.0
-    return found
+    return nearest
 
 
 def _upright(order: list[int], flips: list[bool], shape: tuple[int, int, int], affine_lps: Affine) -> Affine:

@@ -52,19 +52,19 @@ def name_of(case_id: str) -> str:
 
 def describe_case(case_id: str, modality: str) -> Dataset:
     """What is the same in all instances of a case, known without opening its file."""
-    told = Dataset()
-    told.SpecificCharacterSet = "ISO_IR 192"
-    told.PatientID = told.StudyDescription = case_id.replace("\\", " ")[:64]
-    told.PatientName = name_of(case_id)
-    told.PatientBirthDate = told.PatientSex = told.StudyDate = told.StudyTime = ""
-    told.AccessionNumber = told.ReferringPhysicianName = told.StudyID = ""
-    told.StudyInstanceUID = uid_of(case_id, "study")
-    told.SeriesInstanceUID = uid_of(case_id, "series")
-    told.FrameOfReferenceUID = uid_of(case_id, "frame")
-    told.PositionReferenceIndicator = ""
-    told.Modality, told.SeriesNumber, told.SeriesDescription = modality, 1, "from a file"
-    told.SOPClassUID = SOP_CLASSES.get(modality, MRImageStorage)
-    return told
+    described = Dataset()
+    described.SpecificCharacterSet = "ISO_IR 192"
+    described.PatientID = described.StudyDescription = case_id.replace("\\", " ")[:64]
+    described.PatientName = name_of(case_id)
+    described.PatientBirthDate = described.PatientSex = described.StudyDate = described.StudyTime = ""
+    described.AccessionNumber = described.ReferringPhysicianName = described.StudyID = ""
+    described.StudyInstanceUID = uid_of(case_id, "study")
+    described.SeriesInstanceUID = uid_of(case_id, "series")
+    described.FrameOfReferenceUID = uid_of(case_id, "frame")
+    described.PositionReferenceIndicator = ""
+    described.Modality, described.SeriesNumber, described.SeriesDescription = modality, 1, "from a file"
+    described.SOPClassUID = SOP_CLASSES.get(modality, MRImageStorage)
+    return described
 
 
 def make_header(

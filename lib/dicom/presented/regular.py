@@ -62,7 +62,7 @@ def regular_for(metadata: Iterable[Json], summary: Json) -> Regular | None:
         with reading("the geometry cannot be read"):
             to_json(describe_regular(summary, "1", ""))
             series = order_series(
-                [_geometry(number, told) for number, told in enumerate(metadata)], notes, "the series"
+                [_geometry(number, instance) for number, instance in enumerate(metadata)], notes, "the series"
             )
             grid = UprightGrid.of(series.shape, series.affine_ras)
     except ImageError:
@@ -86,23 +86,23 @@ def describe_regular(source: Json, uid: str, why: str) -> Dataset:
         uid: the source's Series Instance UID.
         why: as in :class:`Regular`.
     """
-    told = Dataset.from_json({tag: source[tag] for tag in COPIED if tag in source})
-    told.SpecificCharacterSet = "ISO_IR 192"
-    told.StudyInstanceUID = first_value(source, "StudyInstanceUID")
-    told.SeriesInstanceUID = uid_of(uid, "regular series")
-    told.Modality = first_value(source, "Modality")
-    told.SOPClassUID = SOP_CLASSES[told.Modality]
-    told.SeriesNumber = AFTER_THE_SOURCES + _number(first_value(source, "SeriesNumber"))
+    described = Dataset.from_json({tag: source[tag] for tag in COPIED if tag in source})
+    described.SpecificCharacterSet = "ISO_IR 192"
+    described.StudyInstanceUID = first_value(source, "StudyInstanceUID")
+    described.SeriesInstanceUID = uid_of(uid, "regular series")
+    described.Modality = first_value(source, "Modality")
+    described.SOPClassUID = SOP_CLASSES[described.Modality]
+    described.SeriesNumber = AFTER_THE_SOURCES + _number(first_value(source, "SeriesNumber"))
     added = f" (regular: {why})"
-    told.SeriesDescription = first_value(source, "SeriesDescription")[: LONGEST_DESCRIPTION - len(added)] + added
-    told.DerivationDescription = f"Shown for viewers that need upright, even slices: {why}; made of series {uid}"
-    if "FrameOfReferenceUID" not in told:
-        told.FrameOfReferenceUID = uid_of(uid, "regular frame")
-    told.PositionReferenceIndicator = ""
+    described.SeriesDescription = first_value(source, "SeriesDescription")[: LONGEST_DESCRIPTION - len(added)] + added
+    described.DerivationDescription = f"Shown for viewers that need upright, even slices: {why}; made of series {uid}"
+    if "FrameOfReferenceUID" not in described:
+        described.FrameOfReferenceUID = uid_of(uid, "regular frame")
+    described.PositionReferenceIndicator = ""
     for keyword in TYPE_2:
-        if keyword not in told:
-            setattr(told, keyword, "")
-    return told
+        if keyword not in described:
+            setattr(described, keyword, "")
+    return described
 
 
 def _geometry(number: int, metadata: Json) -> tuple[Path, Dataset]:

@@ -82,11 +82,15 @@ class Authenticator:
     Args:
         tokens: the token file; None for none.
         openid: whether MONAI Label's OpenID settings are on.
+        public_key: fetches the provider's key, given its address.
     """
 
-    def __init__(self, tokens: WatchedTokens | None, openid: bool) -> None:
+    def __init__(
+        self, tokens: WatchedTokens | None, openid: bool, public_key: Callable[[str], str] = get_public_key
+    ) -> None:
         self.tokens = tokens
         self.openid = openid
+        self._public_key = public_key
 
     @property
     def enabled(self) -> bool:
@@ -116,16 +120,15 @@ class Authenticator:
         if entry is not None:
             return User(entry.user, Role[entry.role.upper()])
         if self.openid:
-            return _user_of_openid(token)
+            return _user_of_openid(token, self._public_key(stock_settings.MONAI_LABEL_AUTH_REALM_URI))
         raise UnauthorizedError("the token is not valid")
 
 
-def _user_of_openid(token: str) -> User:
-    """The user in a token that the OpenID provider signed.
+def _user_of_openid(token: str, key: str) -> User:
+    """The user in a token that the OpenID provider signed with the private half of ``key``.
 
     MONAI Label's own check cannot succeed: it decodes without naming the algorithms.
     """
-    key = get_public_key(stock_settings.MONAI_LABEL_AUTH_REALM_URI)
     try:
         payload = jwt.decode(token, key, algorithms=list(ALGORITHMS), options={"verify_aud": False})
     except jwt.InvalidTokenError as error:

@@ -25,7 +25,7 @@ from lib.server.http.proxies import is_among
 
 logger = logging.getLogger("unetr.server")
 
-SECONDS_BETWEEN_LOOKS = 1.0
+CHECK_SECONDS = 1.0
 SECONDS_TO_READ_A_REFUSAL = 0.5
 BODY_BYTES_A_SECOND = 1024
 # Connections that the system accepts for the process before it has looked at one of them.
@@ -127,7 +127,7 @@ class LimitedProtocol(H11Protocol):
                 self.close(TIMED_OUT if self._received else b"")
         elif self._phase is h11.SEND_BODY:
             if self.flow.read_paused or (self.cycle is not None and self.cycle.waiting_for_100_continue):
-                self._since += SECONDS_BETWEEN_LOOKS  # the client waits for this server
+                self._since += self._crowd.check_seconds  # the client waits for this server
             elif now - self._since > limits.body_seconds + self._received / BODY_BYTES_A_SECOND:
                 logger.info("closed a connection of %s: its request comes too slowly", self.address)
                 answered = self.cycle is not None and self.cycle.response_started
@@ -179,10 +179,11 @@ class Crowd:
 
     Args:
         limits: what they may take.
+        check_seconds: time between two checks of how long they have been waiting.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, check_seconds: float = CHECK_SECONDS) -> None:
+        self.limits, self.check_seconds = limits, check_seconds
         self._all: dict[Connection, str] = {}
         self._of_client: dict[str, dict[Connection, None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -213,7 +214,7 @@ class Crowd:
         self._all[connection] = address
         self._of_client.setdefault(address, {})[connection] = None
         if self._timer is None:
-            self._timer = connection.loop.call_later(SECONDS_BETWEEN_LOOKS, self._look, connection.loop)
+            self._timer = connection.loop.call_later(self.check_seconds, self._look, connection.loop)
         return True
 
     def leave(self, connection: Connection) -> None:
@@ -238,7 +239,7 @@ class Crowd:
         now = time.monotonic()
         for connection in list(self._all):
             connection.end_if_overdue(now, self.limits)
-        self._timer = loop.call_later(SECONDS_BETWEEN_LOOKS, self._look, loop) if self._all else None
+        self._timer = loop.call_later(self.check_seconds, self._look, loop) if self._all else None
 
 
 def serving_uvicorn() -> uvicorn.Server | None:

@@ -102,6 +102,7 @@ class Jobs:
         before_end: the same, before anybody is told that it has ended.
         on_change: called with each job whose status has changed.
         steps_of: how far a training has come.
+        start: starts a job's process, which writes its result to a file.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Jobs:
         on_output: Callable[[Job], None] | None = None,
         on_change: Callable[[Job], None] | None = None,
         steps_of: Callable[[Job], int] | None = None,
+        start: Callable[[Job, Path], subprocess.Popen[str]] | None = None,
     ) -> None:
         self._jobs: dict[Kind, deque[Job]] = {}
         self._threads: dict[Kind, ThreadPoolExecutor] = {}
@@ -120,6 +122,7 @@ class Jobs:
         self._held: set[Kind] = set()
         self._on_change = on_change or (lambda _: None)
         self._steps_of = steps_of or (lambda _: 0)
+        self._start_process = start or start_process
         self._closing = False
 
     def submit(self, kind: Kind, request: Mapping[str, Any], enqueue: bool = False) -> Job:
@@ -254,7 +257,7 @@ class Jobs:
         with self._lock:
             if not job.is_open:
                 return None
-            process = start_process(job, result)
+            process = self._start_process(job, result)
             job.process, job.status = process, "RUNNING"
             if job.kind in self._held:
                 _tell(process, HOLD)

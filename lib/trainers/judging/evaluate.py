@@ -82,15 +82,15 @@ def evaluate(segmenter: Segmenter, cases: Iterable[Case]) -> Evaluation:
     scores = []
     for case in cases:
         volume, reference = read_case(case, segmenter.preset)
-        found = segmenter.segment(volume, name=case.case_id, entropy=True)
-        predicted = found.labels
+        segmentation = segmenter.segment(volume, name=case.case_id, entropy=True)
+        predicted = segmentation.labels
         indices = segmenter.preset.label_indices
         dice = dice_per_label(predicted, reference, indices)
         hd95, nsd = surface_per_label(
             predicted, reference, indices, volume.spacing_mm, max(segmenter.preset.spacing_mm)
         )
         dice, hd95, nsd = (without_missing(score, indices, case.missing) for score in (dice, hd95, nsd))
-        assert found.entropy is not None
-        scores.append(CaseScore(case.case_id, dice, hd95, nsd, foreground_uncertainty(found.entropy, predicted)))
+        assert segmentation.entropy is not None
+        scores.append(CaseScore(case.case_id, dice, hd95, nsd, foreground_uncertainty(segmentation.entropy, predicted)))
         logger.info("%s dice %s", case.case_id, {k: round(v, 3) for k, v in dice.items()})
     return Evaluation(tuple(scores))

@@ -262,14 +262,15 @@ def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
 def _doubtful_label(champion: Champion) -> str:
     """Why the new labels of one name are for somebody to look at: in a mean over many labels it would not show."""
     cases = [*champion.on_new.cases, *_new_cases(champion)]
-    for label, promised in champion.reported_by_label.items():
+    for label, reported_dice in champion.reported_by_label.items():
         known = {case.case_id: case.dice[label] for case in cases if not math.isnan(case.dice.get(label, math.nan))}
-        contradicted = sorted(name for name, dice in known.items() if dice < CONTRADICTED * promised)
+        contradicted = sorted(name for name, dice in known.items() if dice < CONTRADICTED * reported_dice)
         if len(contradicted) >= max(FEWEST_OF_A_LABEL, MOST_CONTRADICTED * len(known)):
             names = ", ".join(contradicted[:MOST_NAMED])
             return (
                 f"the served weights contradict {len(contradicted)} of {len(known)} new labels of {label} (median Dice "
-                f"{statistics.median(known.values()):.3f} where {promised:.3f} was measured before): {names}. {LOOK}"
+                f"{statistics.median(known.values()):.3f} where {reported_dice:.3f} was measured before): "
+                f"{names}. {LOOK}"
             )
     return ""
 

@@ -30,8 +30,8 @@ class Tracking:
 
         try:
             client = mlflow.MlflowClient(tracking_uri=address)
-            found = client.get_experiment_by_name(EXPERIMENT)
-            experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+            existing = client.get_experiment_by_name(EXPERIMENT)
+            experiment = existing.experiment_id if existing else client.create_experiment(EXPERIMENT)
             self._run = client.create_run(experiment, run_name=name).info.run_id
             for key, value in params.items():
                 client.log_param(self._run, key, value)

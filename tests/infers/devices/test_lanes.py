@@ -247,7 +247,7 @@ def test_every_gpu_computes_and_gives_the_same_mask(tmp_path: Path) -> None:
     names = [lane.name for lane in lanes]
     assert names == [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     masks = [task.mask_of(task.parse({"image": str(image), "device": name})) for name in names]
-    assert [mask.said["plan"]["device"] for mask in masks] == names
+    assert [mask.payload["plan"]["device"] for mask in masks] == names
     assert all(np.array_equal(mask.labels, masks[0].labels) for mask in masks)
     assert [lanes.state(lane).done for lane in lanes] == [1] * len(names)
 

@@ -11,7 +11,6 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from fastapi.routing import APIRoute
 
 from lib.server import app
-from lib.server.http import auth
 from lib.server.http.auth import Authenticator, Role
 from lib.server.http.errors import ForbiddenError, UnauthorizedError
 from lib.server.http.tokens import WatchedTokens, add_token
@@ -61,12 +60,17 @@ def test_anything_else_is_refused(with_tokens: tuple[Authenticator, str], header
 
 
 @pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> rsa.RSAPrivateKey:
-    """An OpenID provider's key, as MONAI Label would fetch it."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    monkeypatch.setattr(auth, "get_public_key", lambda _: public.decode())
-    return key
+def provider() -> rsa.RSAPrivateKey:
+    """An OpenID provider's key."""
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def trusting(provider: rsa.RSAPrivateKey) -> Authenticator:
+    """What asks for OpenID tokens, with the provider's public key as MONAI Label would fetch it."""
+    public = provider.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return Authenticator(None, openid=True, public_key=lambda _: public.decode())
 
 
 def claims(*roles: str, seconds: float = 60) -> dict[str, object]:
@@ -75,12 +79,12 @@ def claims(*roles: str, seconds: float = 60) -> dict[str, object]:
 
 def test_openid_token_names_user_and_highest_role(provider: rsa.RSAPrivateKey) -> None:
     token = jwt.encode(claims("monailabel-user", "monailabel-reviewer", "other"), provider, "RS256")
-    user = Authenticator(None, openid=True).identify(f"Bearer {token}")
+    user = trusting(provider).identify(f"Bearer {token}")
     assert (user.name, user.role) == ("otto", Role.REVIEWER)
 
 
 def test_openid_token_that_is_not_valid_is_refused(provider: rsa.RSAPrivateKey) -> None:
-    authenticator = Authenticator(None, openid=True)
+    authenticator = trusting(provider)
     stranger = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     for token in (
         jwt.encode(claims("monailabel-admin", seconds=-60), provider, "RS256"),
@@ -95,4 +99,4 @@ def test_openid_token_that_is_not_valid_is_refused(provider: rsa.RSAPrivateKey) 
 def test_openid_user_without_a_role_of_ours_is_refused(provider: rsa.RSAPrivateKey) -> None:
     token = jwt.encode(claims("other"), provider, "RS256")
     with pytest.raises(ForbiddenError, match="'otto' has none of this server's roles"):
-        Authenticator(None, openid=True).identify(f"Bearer {token}")
+        trusting(provider).identify(f"Bearer {token}")

@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from lib.server.http import connections
 from lib.server.http.connections import Crowd, Limits
 from lib.server.http.encryption import limit_connections, protocol_factory
 from tests.certificate import make_certificate
@@ -27,6 +26,8 @@ HALF_A_HEADER = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Half: "
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
 LARGE = 64 * 2**20
+# So that the tests need not wait for seconds.
+CHECK_SECONDS = 0.01
 
 
 async def hello(request: Request) -> PlainTextResponse:
@@ -42,7 +43,7 @@ def serving(limits: Limits, encrypted: tuple[Path, Path] | None = None) -> Itera
     """Its port and connections; with a key and a certificate, encrypted ones."""
     app = Starlette(routes=[Route("/", hello, methods=["GET", "POST"]), Route("/large", large)])
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=60)
-    server, crowd = uvicorn.Server(config), Crowd(limits)
+    server, crowd = uvicorn.Server(config), Crowd(limits, CHECK_SECONDS)
     config.load()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if encrypted else None
     if context is not None and encrypted is not None:
@@ -76,12 +77,6 @@ def answer(made: socket.socket) -> bytes:
 def ask(port: int) -> bytes:
     with connect(port, GET) as made:
         return answer(made)
-
-
-@pytest.fixture(autouse=True)
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks every hundredth of a second, so that the tests need not wait for seconds."""
-    monkeypatch.setattr(connections, "SECONDS_BETWEEN_LOOKS", 0.01)
 
 
 def test_half_headers_are_closed_and_whole_ones_answered() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.activelearning.pool_scoring import MAY_COMPUTE
-from lib.server.work import job_process, jobs
+from lib.server.work import job_process
 from lib.server.work.jobs import Job, Jobs
 
 ECHO = "import sys\nfor word in iter(lambda: sys.stdin.read(1), '.'): print(word, flush=True)"
@@ -29,9 +29,8 @@ def wait_for(details: object, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_job_is_told_to_hold_and_to_go_on_also_when_it_starts_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "start_process", start_echo)
-    runner = Jobs()
+def test_job_is_told_to_hold_and_to_go_on_also_when_it_starts_later() -> None:
+    runner = Jobs(start=start_echo)
     runner.hold("scoring", True)
     job = runner.submit("scoring", {})
     wait_for(job.details, 1)

@@ -8,15 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from filelock import Timeout
 
-from lib.server.work import jobs as module
-from lib.server.work.jobs import EXIT_NO_ROOM, Job, Jobs
+from lib.server.work.jobs import DEATHS_WITHOUT_PROGRESS, EXIT_NO_ROOM, Job, Jobs
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
 from lib.server.work.waiting_for_room import WaitingForRoom
@@ -31,22 +29,21 @@ def journal(tmp_path: Path) -> Journal:
     return Journal({MODEL: tmp_path / "runs"}, "studies")
 
 
-@pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dict[str, object]]]:
-    """Let each start of a job run a line of Python instead; returns the requests of the starts."""
+class Processes:
+    """Starts lines of Python in place of jobs, one after the other; the last line again and again.
 
-    def use(lines: list[str]) -> list[dict[str, object]]:
-        left, requests = list(lines), list[dict[str, object]]()
+    Attributes:
+        requests: that of each start.
+    """
 
-        def start(job: Job, result: Path) -> subprocess.Popen[str]:
-            requests.append(dict(job.request))
-            code = left.pop(0) if len(left) > 1 else left[0]
-            return subprocess.Popen([sys.executable, "-c", code, str(result)], stdout=subprocess.PIPE, text=True)
+    def __init__(self, *lines: str) -> None:
+        self._left = list(lines)
+        self.requests: list[dict[str, object]] = []
 
-        monkeypatch.setattr(module, "start_process", start)
-        return requests
-
-    return use
+    def start(self, job: Job, result: Path) -> subprocess.Popen[str]:
+        self.requests.append(dict(job.request))
+        code = self._left.pop(0) if len(self._left) > 1 else self._left[0]
+        return subprocess.Popen([sys.executable, "-c", code, str(result)], stdout=subprocess.PIPE, text=True)
 
 
 KILLED = "import os, signal; print('step', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
@@ -60,57 +57,51 @@ def written(tmp_path: Path, job: Job) -> dict[str, object]:
     return said
 
 
-def test_training_that_is_killed_goes_on(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    requests = processes([KILLED, KILLED, DONE])
-    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+def test_training_that_is_killed_goes_on(journal: Journal, tmp_path: Path) -> None:
+    processes = Processes(KILLED, KILLED, DONE)
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps, start=processes.start)
     job = jobs.submit("train", {"model": MODEL})
     assert job.finished.wait(60)
     assert (job.status, job.result) == ("DONE", {"version": 1})
-    assert [request.get("resume", False) for request in requests] == [False, True, True]
+    assert [request.get("resume", False) for request in processes.requests] == [False, True, True]
     assert "the process was killed (signal 9) after step 0; it goes on from its state" in job.details
     assert written(tmp_path, job)["status"] == "DONE"
 
 
 def test_training_that_dies_without_coming_further_is_given_up_with_the_reason(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
+    journal: Journal, tmp_path: Path
 ) -> None:
-    requests = processes([KILLED])
-    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    processes = Processes(KILLED)
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps, start=processes.start)
     job, after = jobs.submit("train", {"model": MODEL}), jobs.submit("train", {"model": MODEL}, enqueue=True)
     assert job.finished.wait(60) and after.finished.wait(60), "the queue goes on"
-    assert len(requests) == 2 * module.DEATHS_WITHOUT_PROGRESS
+    assert len(processes.requests) == 2 * DEATHS_WITHOUT_PROGRESS
     assert (job.status, job.reason) == ("ERROR", "the process was killed 5 times at step 0 (signal 9, the last)")
     assert written(tmp_path, job)["reason"] == job.reason
     assert len(journal.failures(MODEL, 0)) == 2
     assert journal.failures(MODEL, time.time() + 1) == []
 
 
-def test_training_that_comes_further_may_die_as_often_as_it_likes(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    requests = processes([KILLED] * 9 + [DONE])
+def test_training_that_comes_further_may_die_as_often_as_it_likes(journal: Journal, tmp_path: Path) -> None:
+    processes = Processes(*[KILLED] * 9, DONE)
     steps = iter(range(1, 100))
-    job = Jobs(on_change=journal.write, steps_of=lambda _: next(steps)).submit("train", {"model": MODEL})
+    job = Jobs(on_change=journal.write, steps_of=lambda _: next(steps), start=processes.start).submit(
+        "train", {"model": MODEL}
+    )
     assert job.finished.wait(60)
-    assert (job.status, len(requests)) == ("DONE", 10)
+    assert (job.status, len(processes.requests)) == ("DONE", 10)
 
 
-def test_training_that_fails_on_its_own_is_not_started_again(
-    journal: Journal, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    requests = processes([FAILED])
-    job = Jobs(on_change=journal.write).submit("train", {"model": MODEL})
+def test_training_that_fails_on_its_own_is_not_started_again(journal: Journal) -> None:
+    processes = Processes(FAILED)
+    job = Jobs(on_change=journal.write, start=processes.start).submit("train", {"model": MODEL})
     assert job.finished.wait(60)
-    assert (job.status, job.reason, len(requests)) == ("ERROR", "TrainingError: no label", 1)
+    assert (job.status, job.reason, len(processes.requests)) == ("ERROR", "TrainingError: no label", 1)
 
 
-def test_training_that_a_full_disk_has_ended_goes_on_when_there_is_room(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    requests = processes([FULL, FULL, DONE])
-    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+def test_training_that_a_full_disk_has_ended_goes_on_when_there_is_room(journal: Journal, tmp_path: Path) -> None:
+    processes = Processes(FULL, FULL, DONE)
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps, start=processes.start)
     job = jobs.submit("train", {"model": MODEL})
     assert job.finished.wait(60)
     assert (job.status, job.reason, job.waits_for_room) == ("ERROR", "the disk is full", True)
@@ -121,16 +112,14 @@ def test_training_that_a_full_disk_has_ended_goes_on_when_there_is_room(
         waiting.look()
         assert job.finished.wait(60)
     assert (job.status, job.result, job.reason, job.waits_for_room) == ("DONE", {"version": 1}, "", False)
-    assert [request.get("resume", False) for request in requests] == [False, True, True]
+    assert [request.get("resume", False) for request in processes.requests] == [False, True, True]
     assert journal.unfinished() == []
 
 
 @pytest.mark.parametrize("by", ["another training", "stopping"])
-def test_training_that_nobody_wants_any_more_does_not_wait_for_room(
-    by: str, journal: Journal, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    requests = processes([FULL, DONE])
-    jobs = Jobs(on_change=journal.write)
+def test_training_that_nobody_wants_any_more_does_not_wait_for_room(by: str, journal: Journal) -> None:
+    processes = Processes(FULL, DONE)
+    jobs = Jobs(on_change=journal.write, start=processes.start)
     job = jobs.submit("train", {"model": MODEL})
     assert job.finished.wait(60)
     if by == "stopping":
@@ -139,7 +128,7 @@ def test_training_that_nobody_wants_any_more_does_not_wait_for_room(
         assert jobs.submit("train", {"model": MODEL}).finished.wait(60)
     WaitingForRoom(jobs, journal.folder_of).look()
     assert job.status == "ERROR" and jobs.waiting_for_room() == journal.unfinished() == []
-    assert len(requests) == (1 if by == "stopping" else 2)
+    assert len(processes.requests) == (1 if by == "stopping" else 2)
 
 
 def leave_behind(tmp_path: Path, name: str, status: str, studies: str = "studies", pid: int = 2**22) -> None:
@@ -149,9 +138,7 @@ def leave_behind(tmp_path: Path, name: str, status: str, studies: str = "studies
     write_json(tmp_path / "runs" / name / "job.json", said)
 
 
-def test_next_server_takes_up_what_was_left_in_order(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
+def test_next_server_takes_up_what_was_left_in_order(journal: Journal, tmp_path: Path) -> None:
     leave_behind(tmp_path, "2-waits", "SUBMITTED")
     leave_behind(tmp_path, "1-ran", "RUNNING")
     for number, status in enumerate(("DONE", "ERROR", "STOPPED")):
@@ -159,13 +146,13 @@ def test_next_server_takes_up_what_was_left_in_order(
     leave_behind(tmp_path, "3-elsewhere", "RUNNING", studies="other studies")
     (tmp_path / "runs" / "4-half").mkdir()
     (tmp_path / "runs" / "4-half" / "job.json").write_text("{")
-    requests = processes([DONE])
-    jobs = Jobs(on_change=journal.write, steps_of=journal.steps)
+    processes = Processes(DONE)
+    jobs = Jobs(on_change=journal.write, steps_of=journal.steps, start=processes.start)
     jobs.recover(journal.unfinished())
     left = jobs.of("train")
     assert [job.id for job in left] == ["1-ran", "2-waits"]
     assert all(job.finished.wait(60) for job in left)
-    assert [request["resume"] for request in requests] == [True, True]
+    assert [request["resume"] for request in processes.requests] == [True, True]
     assert (left[0].request["max_epochs"], left[0].deaths, left[0].step) == (3, 2, 7)
     assert journal.unfinished() == []
 
@@ -184,11 +171,9 @@ def test_run_of_a_server_that_lives_is_left_to_it(journal: Journal, tmp_path: Pa
         assert [job.id for job in journal.unfinished()] == ["1-theirs"]
 
 
-def test_shutting_down_leaves_a_training_to_the_next_server(
-    journal: Journal, tmp_path: Path, processes: Callable[[list[str]], list[dict[str, object]]]
-) -> None:
-    processes(["import time; time.sleep(60)"])
-    jobs = Jobs(on_change=journal.write)
+def test_shutting_down_leaves_a_training_to_the_next_server(journal: Journal, tmp_path: Path) -> None:
+    processes = Processes("import time; time.sleep(60)")
+    jobs = Jobs(on_change=journal.write, start=processes.start)
     job = jobs.submit("train", {"model": MODEL})
     deadline = time.monotonic() + 30
     while job.status != "RUNNING" and time.monotonic() < deadline:
@@ -196,7 +181,7 @@ def test_shutting_down_leaves_a_training_to_the_next_server(
     jobs.shut_down()
     assert job.status == "STOPPED"
     assert written(tmp_path, job)["status"] == "RUNNING"
-    stopped = Jobs(on_change=journal.write)
+    stopped = Jobs(on_change=journal.write, start=processes.start)
     other = stopped.submit("train", {"model": MODEL})
     stopped.stop("train")
     assert other.finished.wait(60)
