@@ -62,7 +62,7 @@ NEEDED_MODULES = ("monai.networks.nets", "monailabel.interfaces.app", "pydicom_s
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: how it stands, what was seen, and what to do about it."""
+    """One line of the report: its state, what was observed, and what to do about it."""
 
     state: State
     text: str
@@ -122,7 +122,7 @@ def examine() -> Iterable[Finding]:
 
 
 def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Finding]:
-    """What in a folder of studies is no case, and which labels that somebody put there are left out.
+    """Check a folder of studies: which files are no case, and which labels in it are left out.
 
     Args:
         studies: the folder.
@@ -190,7 +190,7 @@ def check_versions(requirements: str) -> Finding:
 
 
 def pinned(requirements: str) -> Iterable[tuple[str, str]]:
-    """Names and versions of the pins that hold for this Python.
+    """Package names and pinned versions of a requirements file, of the lines whose markers match this Python.
 
     >>> list(pinned('a==1.0\\nb==2.0; python_version < "3.0"\\n# c==3'))
     [('a', '1.0')]

@@ -64,7 +64,7 @@ class PoolKnowledge:
 
 
 def version_key(file: WeightsFile | None) -> str:
-    """A name under which a version's scores are kept; other weights have another one.
+    """The key under which a version's scores are kept; it changes with the weights.
 
     A published version's is its own. Files from elsewhere can be replaced, so that theirs holds a stamp.
     """

@@ -279,7 +279,7 @@ def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: 
 
 
 def _sees(weights: Path, configured: Preset) -> tuple[object, ...]:
-    """What an image becomes before the network.
+    """Those parts of a checkpoint's preset that decide how an image is preprocessed.
 
     Raises:
         CheckpointError: when the weights cannot be used.

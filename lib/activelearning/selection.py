@@ -78,7 +78,7 @@ Selection = Callable[[list[Candidate], Pool, int, str, np.random.Generator], lis
 
 
 def select(name: str, pool: Pool, count: int = 1, seed: int = 0, region: str = "foreground") -> list[Pick]:
-    """Choose cases.
+    """Choose the cases of a pool to label next, by a strategy.
 
     Args:
         name: one of ``STRATEGIES``.

@@ -45,7 +45,7 @@ class Split:
 
 
 def subject_from_stem(case_id: str) -> str:
-    """Each file is a subject of its own."""
+    """The rule that each case is a subject of its own, named by its id."""
     return case_id
 
 

@@ -1,4 +1,4 @@
-"""Work that many things ask for and that is done once for all of them, a little later and in a thread of its own."""
+"""A background task that is requested from many places, and runs once for all requests of the last moments."""
 
 from __future__ import annotations
 

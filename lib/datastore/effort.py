@@ -1,4 +1,4 @@
-"""What a label takes: prompts and seconds from the moment at which a client is handed a case until it submits.
+"""Annotation effort: prompts and seconds from the moment at which a client is handed a case until it submits a label.
 
 Counted in the server, for each client and case, so that it holds for every client; over restarts, in SQLite.
 """

@@ -108,7 +108,7 @@ class LabelHistory:
         return [self._version(record) for record in self.index.since(sequence) if not record.get("removal")]
 
     def get(self, version_id: str) -> LabelVersion:
-        """One version.
+        """The version with an id.
 
         Raises:
             NotFoundError: when there is none of that id.

@@ -69,7 +69,7 @@ class Predictions:
     def remember(
         self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes, engine: str = ""
     ) -> None:
-        """Keep a mask that a client is being given; ``name`` is its file's. Returns at once."""
+        """Keep the mask that a client is sent, in the background; ``name`` is the file's."""
         suffix = next((s for s in (".nii.gz", ".nii", ".nrrd") if name.endswith(s)), ".nii.gz")
         prediction = Prediction(client, image_id, preset, version, suffix, time.time(), engine)
         self._latest = self._writer.submit(self._write, prediction, mask)

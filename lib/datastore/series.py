@@ -165,7 +165,7 @@ class SeriesDatastore(VersionedDatastore):
         return {**super().status(), "dicom": self.source.status()}
 
     def json(self) -> dict[str, Any]:
-        """All that is known of the images that there are; of a case of several series the one that stands for it."""
+        """The data list with what is known of each image; a case of several series is listed by its shown one."""
         images = set(self.list_images())  # first: new series get their entries
         known = super().json()
         return known | {"objects": {image: one for image, one in known["objects"].items() if image in images}}

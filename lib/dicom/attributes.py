@@ -109,7 +109,7 @@ def _is_long_binary(element: DataElement) -> bool:
 
 
 def summarize(metadata: Json) -> Json:
-    """What is looked for and listed most, of one instance."""
+    """The attributes of an instance that queries and lists use most."""
     return {tag: metadata[tag] for tag in SUMMARY & metadata.keys()}
 
 

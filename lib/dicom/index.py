@@ -270,7 +270,7 @@ class DicomIndex:
         return [_instance(row) for row in rows]
 
     def stamp(self, series: str, study: str = "") -> str:
-        """Of a series' files: another one when any is added, changed or gone."""
+        """A hash of a series' files with their sizes and times; it changes when one is added, changed or removed."""
         where, values = _where(study, series)
         rows = self._connection.execute(
             f"SELECT path, stamp FROM files JOIN shown USING (path) {where} ORDER BY path", values

@@ -64,7 +64,7 @@ def decode(instance: Dataset) -> Pixels:
 
 
 def decode_cells(instance: Dataset) -> Pixels:
-    """As :func:`decode`, with the bits of a cell that do not belong to its value.
+    """As :func:`decode`, but with the unused bits of each pixel cell, between Bits Stored and Bits Allocated.
 
     Raises:
         ImageError: as :func:`decode`.

@@ -84,7 +84,7 @@ class RemoteSource:
         self._listing = threading.Lock()
 
     def start(self) -> None:
-        """As :class:`SeriesSource`: a server is asked when its answer is needed."""
+        """As :class:`SeriesSource`; nothing runs in the background, since a query is sent when its answer is needed."""
 
     def stop(self) -> None:
         """As :class:`SeriesSource`."""
@@ -267,7 +267,7 @@ class RemoteSource:
 
 
 class _Session(requests.Session):
-    """Gives up on a server that does not answer, where the client itself would wait for ever."""
+    """An HTTP session with timeouts; without them the client would wait for ever for a server that does not answer."""
 
     def request(self, *arguments: Any, **options: Any) -> requests.Response:
         query = "json" in str((options.get("headers") or {}).get("Accept", ""))

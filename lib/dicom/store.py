@@ -106,7 +106,7 @@ class PartWriter:
         self._part.close()
 
     def _without_preamble(self, block: bytes) -> bytes:
-        """What follows the text before the first boundary, which RFC 2046 allows and nobody reads."""
+        """The body after its preamble: the text before the first boundary, which RFC 2046 says is to be ignored."""
         start = (self._preamble or b"") + block
         at = start.find(self._marker)
         if at >= 0:

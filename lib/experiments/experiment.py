@@ -70,7 +70,7 @@ class Budget(Model):
 
 
 class Arm(Model):
-    """What one side of a comparison does otherwise than the preset.
+    """One arm of an experiment: what it changes in the preset.
 
     Attributes:
         preset: keys of the preset that are replaced; groups are merged.

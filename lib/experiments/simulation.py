@@ -301,7 +301,7 @@ def _curve(
 
 
 def labels_needed(budgets: npt.ArrayLike, dice: npt.ArrayLike, goal: float) -> float | None:
-    """Labels at which a curve first reaches a Dice, between budgets by the logarithm of the labels.
+    """Number of labels at which a curve first reaches a Dice; interpolated between budgets on a logarithmic scale.
 
     >>> labels_needed([8, 32], [0.6, 0.8], 0.7)
     16.0

@@ -346,7 +346,7 @@ class _Need:
         return (counts[across] + twice) * math.prod(counts) // counts[across]
 
     def _axes(self) -> tuple[int, int, int]:
-        """The slabs' axis, that of the bands, and the third: from the longest to the shortest."""
+        """The axes from the longest to the shortest: slabs lie along the first, bands divide the second."""
         long, middle, short = sorted(range(3), key=lambda axis: -self.shape[axis])
         return long, middle, short
 

@@ -337,7 +337,7 @@ class UnetrInferTask(InferTask):
 
 
 def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) -> dict[str, Any]:
-    """The answer's JSON but for the time it took: names, colours, centroids, volumes, the model, its plan.
+    """The JSON of an answer without its latencies: names, colours, centroids, volumes, the model, its plan.
 
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """

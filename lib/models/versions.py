@@ -76,7 +76,7 @@ class _Details(BaseModel):
 
 @dataclass(frozen=True)
 class Version:
-    """One version.
+    """One version of a preset's weights.
 
     Attributes:
         name: ``shipped``, or ``v0001`` and counting.

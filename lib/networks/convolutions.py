@@ -28,7 +28,7 @@ class PointwiseConv3d(nn.Conv3d):
 
 
 class OneDNNConv3d(nn.Conv3d):
-    """A convolution for inference; on other devices, and in other number formats, it is an ordinary one."""
+    """A convolution that calls oneDNN for fp32 on a CPU; PyTorch's own elsewhere, and while it is traced."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve; shape (batch, channels, X, Y, Z)."""
@@ -42,7 +42,7 @@ class OneDNNConv3d(nn.Conv3d):
 
 
 def multiply_pointwise(module: nn.Module) -> None:
-    """Put products in the place of each convolution of single voxels."""
+    """Replace each convolution of 1x1x1 voxels by a matrix product."""
     replace_modules(module, _to_pointwise)
 
 

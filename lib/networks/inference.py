@@ -40,7 +40,7 @@ class InferenceNetwork(nn.Module):
         self.move(device, dtype)
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compute elsewhere, or in another number format, from now on."""
+        """Move the network to a device and a number format; what was recorded or compiled for others is dropped."""
         self.network.to(device=device, dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         _keep_statistics_in_fp32(self.network)
         self._dtype = dtype

@@ -254,7 +254,7 @@ def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argpar
 def _side_car(
     options: argparse.Namespace, plan: TrainingJob, result: TrainingResult, scores: Evaluation
 ) -> dict[str, Any]:
-    """What the weights are, in plain data."""
+    """Plain data for the side-car of the weights: recipe, data and scores."""
     return {
         "preset": plan.preset.model_dump(mode="json"),
         "labels": plan.preset.label_indices,

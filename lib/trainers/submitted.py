@@ -94,6 +94,6 @@ def missing_labels(cases: Iterable[Case], preset: Preset) -> dict[str, list[str]
 
 
 def labels_nowhere(cases: Iterable[Case], preset: Preset) -> frozenset[str]:
-    """Names of the labels that none of the cases speaks of."""
+    """Names of the preset's labels that are missing in every case."""
     everywhere = set.intersection(*[set(case.missing) for case in cases] or [set()])
     return frozenset(name for name, index in preset.label_indices.items() if index in everywhere)

@@ -13,12 +13,12 @@ from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 
 class _BetweenEnds(MapTransform):
-    """Changes the voxels of MetaTensors by two ends.
+    """Base of the transforms that map the intensities of MetaTensors by a lower and an upper bound.
 
     Args:
         keys: of the dictionary.
-        lower: one end.
-        upper: the other.
+        lower: the lower bound.
+        upper: the upper bound.
     """
 
     def __init__(self, keys: Sequence[str], lower: float, upper: float) -> None:

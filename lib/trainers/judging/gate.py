@@ -243,7 +243,7 @@ def _agreement(champion: Champion) -> dict[str, Any]:
 
 
 def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
-    """Why a batch of new labels is for somebody to look at; empty where the served weights agree with most of it.
+    """The reason why a person should check a batch of new labels; empty where the served weights agree with most.
 
     A validation of few cases can miss what a batch of wrong labels does. The champion's opinion of the labels is there
     for each of them.

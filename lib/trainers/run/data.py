@@ -59,7 +59,7 @@ class TrainingData:
         )
 
     def begin_epoch(self, epoch: int, step: int) -> None:
-        """Which crops are drawn follows from the seed and the epoch, so that a resumed run draws the same.
+        """Seed the crops of an epoch and their order by the run's seed and the epoch: a resumed run draws the same.
 
         Args:
             epoch: from 1.
