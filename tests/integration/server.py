@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +50,8 @@ class Server:
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
         options: more of MONAI Label's own, such as ``--root_path``.
-        forked: started in seconds by :class:`Starter`; otherwise as a user starts it, for tests about processes.
+        forked: started in seconds by :class:`Starter`, and so are its own processes; otherwise as a user starts it, for
+            tests about processes.
         module: the command line of one that is not forked: MONAI Label's own, or that of ``run.py``.
     """
 
@@ -216,7 +220,11 @@ class Starter:
     """The process of ``tests/integration/starter.py``; it ends with this one."""
 
     def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("starter.py"))]
+        self._place = Path(tempfile.mkdtemp(prefix="starter-"))
+        atexit.register(shutil.rmtree, self._place, ignore_errors=True)
+        socket_file = str(self._place / "socket")
+        command = [sys.executable, "-u", "-X", "utf8", str(Path(__file__).with_name("starter.py")), socket_file]
+        self._for_forks = {"TEST_STARTER": socket_file, "TEST_PYTHON": sys.executable}
         self._process = subprocess.Popen(
             command, env=server_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -230,8 +238,9 @@ class Starter:
     ) -> ForkedProcess:
         """``python -m monailabel.main ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
         assert self._process.stdin is not None
-        asked = {"argv": list(arguments), "cwd": str(folder), "environment": dict(environment), "log": str(log)}
-        asked["code"] = code
+        variables = {**environment, **self._for_forks}
+        asked = {"argv": list(arguments), "cwd": str(folder), "environment": variables, "log": str(log), "code": code}
+        asked["python"] = "" if code else str(Path(__file__).with_name("forked_python.py"))
         with self._asking:
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
