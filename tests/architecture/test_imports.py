@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.server import run_code
+from tests.forks import run_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -25,7 +25,7 @@ from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
 from lib.transforms.preprocess import network_shape, preprocess_volume
 from lib.transforms.volume import Volume
-from tests.integration.server import run_code
+from tests.forks import run_code
 from tests.tiny import axis_affine, boxes, oblique_affine, tiny_preset
 
 WIDE_NETWORK = {"feature_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
@@ -130,7 +130,7 @@ from lib.infers.memory import PeakMemory, release_memory
 from lib.infers.segmenter import Segmenter
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
-from tests.integration.server import run_code
+from tests.forks import run_code
 from tests.tiny import tiny_preset
 torch.set_num_threads(1)
 preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
@@ -234,7 +234,7 @@ from lib.infers.costs import WindowCost
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.transforms.volume import Volume
-from tests.integration.server import run_code
+from tests.forks import run_code
 from tests.tiny import tiny_preset
 
 class Large(nn.Module):

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import hashlib
 import json
-import os
-import queue
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.parser import BytesParser
@@ -27,10 +20,10 @@ import numpy as np
 import psutil
 import requests
 
-from launcher.project import SERVER_ENVIRONMENT, Project
+from launcher.project import Project
 from lib.infers.costs import COSTS_FILE
+from tests.forks import REPOSITORY, ForkedProcess, server_environment, the_starter
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 APP = Project(REPOSITORY).app
 MAIN = APP / "main.py"
 SECONDS_TO_START = 120
@@ -50,7 +43,7 @@ class Server:
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
         options: more of MONAI Label's own, such as ``--root_path``.
-        forked: started in seconds by :class:`Starter`, and so are its own processes; otherwise as a user starts it, for
+        forked: started by :class:`tests.forks.Starter`, as are its own processes; otherwise as a user starts it, for
             tests about processes.
         module: the command line of one that is not forked: MONAI Label's own, or that of ``run.py``.
     """
@@ -179,116 +172,6 @@ class Server:
                 return status
             time.sleep(0.3)
         raise TimeoutError(f"{path} still says {status}")
-
-
-def server_environment() -> dict[str, str]:
-    """Variables of every server's process."""
-    return {**SERVER_ENVIRONMENT, **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-class ForkedProcess:
-    """A server that :class:`Starter` has started, used as a :class:`subprocess.Popen` is."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.returncode = pid, None
-        self._ended = threading.Event()
-
-    def end(self, code: int) -> None:
-        """Called when it has ended."""
-        self.returncode = code
-        self._ended.set()
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        if not self._ended.wait(timeout):
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-class Starter:
-    """The process of ``tests/integration/starter.py``; it ends with this one."""
-
-    def __init__(self) -> None:
-        self._place = Path(tempfile.mkdtemp(prefix="starter-"))
-        atexit.register(shutil.rmtree, self._place, ignore_errors=True)
-        socket_file = str(self._place / "socket")
-        command = [sys.executable, "-u", "-X", "utf8", str(Path(__file__).with_name("starter.py")), socket_file]
-        self._for_forks = {"TEST_STARTER": socket_file, "TEST_PYTHON": sys.executable}
-        self._process = subprocess.Popen(
-            command, env=server_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._servers: dict[int, ForkedProcess] = {}
-        self._started: queue.SimpleQueue[ForkedProcess] = queue.SimpleQueue()
-        self._asking = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def start(
-        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, code: str = ""
-    ) -> ForkedProcess:
-        """``python -m monailabel.main ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
-        assert self._process.stdin is not None
-        variables = {**environment, **self._for_forks}
-        asked = {"argv": list(arguments), "cwd": str(folder), "environment": variables, "log": str(log), "code": code}
-        asked["python"] = "" if code else str(Path(__file__).with_name("forked_python.py"))
-        with self._asking:
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-            return self._started.get(timeout=SECONDS_TO_START)
-
-    def _listen(self) -> None:
-        for line in self._process.stdout or ():
-            pid, *code = map(int, line.split())
-            if code:
-                self._servers.pop(pid).end(code[0])
-            else:
-                self._servers[pid] = ForkedProcess(pid)
-                self._started.put(self._servers[pid])
-
-
-@functools.cache
-def the_starter() -> Starter:
-    """The one of this test run."""
-    return Starter()
-
-
-def run_code(code: str, folder: Path, seconds: float = 300) -> str:
-    """What a program prints, run in a process of its own from this repository, which starts with its libraries.
-
-    Args:
-        code: in Python.
-        folder: for the file of its output.
-        seconds: that it may take.
-
-    Raises:
-        AssertionError: with its output, when its exit code is not 0.
-    """
-    log = folder / "output.txt"
-    environment = server_environment() | {"PYTHONUNBUFFERED": "1"}
-    if sys.platform == "linux":
-        process: ForkedProcess | subprocess.Popen[bytes] = the_starter().start([], REPOSITORY, environment, log, code)
-    else:
-        with log.open("wb") as file:
-            command = [sys.executable, "-c", code]
-            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        code_of_exit = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    printed = log.read_text(errors="replace")
-    assert code_of_exit == 0, printed
-    return printed
 
 
 def free_port() -> int:
