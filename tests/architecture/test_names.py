@@ -10,7 +10,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "lib"
 # What such a name holds is left to guesses: an answer's payload, records, a match, what was reported before.
 REFUSED = {"said", "told", "found", "familiar", "promised"}
 # Rooms in which such names are left.
-LEFT = ("cluster/", "infers/devices/", "interaction/", "server/")
+LEFT = ("cluster/", "interaction/", "server/")
 
 
 def _words(name: str) -> set[str]:

@@ -130,7 +130,6 @@ from lib.infers.memory import PeakMemory, release_memory
 from lib.infers.segmenter import Segmenter
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
-from tests.forks import run_code
 from tests.tiny import tiny_preset
 torch.set_num_threads(1)
 preset = tiny_preset(roi_size=[64, 64, 64], network={"feature_size": 16, "hidden_size": 48, "num_heads": 4})
@@ -234,7 +233,6 @@ from lib.infers.costs import WindowCost
 from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.transforms.volume import Volume
-from tests.forks import run_code
 from tests.tiny import tiny_preset
 
 class Large(nn.Module):

@@ -35,9 +35,9 @@ def try_device(device: torch.device) -> None:
     Raises:
         RuntimeError: when the device does not work.
     """
-    found = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
-    if found != 64**3:
-        raise RuntimeError(f"{device} computes wrongly: {found:g} instead of {64**3}")
+    product = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
+    if product != 64**3:
+        raise RuntimeError(f"{device} computes wrongly: {product:g} instead of {64**3}")
 
 
 def first_line(error: BaseException) -> str:

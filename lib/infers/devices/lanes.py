@@ -301,9 +301,13 @@ class Lanes:
     def _no_device(self, work: Work) -> DeviceError:
         """What is said where no lane works."""
         failures = {name: self._schedule.lanes[name].failure for name in work.lanes}
-        said = ", ".join(f"{name} ({failure.reason})" for name, failure in failures.items() if failure is not None)
+        reasons = ", ".join(f"{name} ({failure.reason})" for name, failure in failures.items() if failure is not None)
         waits = [self.seconds_until_retry(self._lanes[name]) for name in work.lanes]
-        text = f"no device works: {said}" if all(failures.values()) else f"{said} failed on it, and no other is tried"
+        text = (
+            f"no device works: {reasons}"
+            if all(failures.values())
+            else f"{reasons} failed on it, and no other is tried"
+        )
         return DeviceError(text, max(1, round(min(waits))))
 
     def _look_again(self) -> None:
