@@ -95,10 +95,10 @@ def read_volume(path: Path) -> Volume:
         MemoryBudgetError: when its header promises more than memory holds.
         ImageError: when it is missing, damaged, empty, not 3D, names another file, or its geometry is not one.
     """
-    found = None if _is_named_dicom(path) else find_voxels(path)
-    if found is None:
+    header_and_voxels = None if _is_named_dicom(path) else find_voxels(path)
+    if header_and_voxels is None:
         return _read_dicom(path)
-    header, voxels = found
+    header, voxels = header_and_voxels
     grid = grid_of(header, path.name)
     voxels = np.asarray(voxels, dtype=np.float32).reshape(grid.shape, order="A")
     return Volume(voxels, grid.affine_ras, grid.other_affine_ras)
