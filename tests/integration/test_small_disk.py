@@ -107,7 +107,8 @@ def test_training_ends_in_words_on_a_full_disk_and_goes_on_when_there_is_room(
         disk.make_room()
         wait_until(lambda: server.get("/train/").json()["status"] == "DONE", 240)
         assert server.get("/train/").json()["id"] == ended["id"]
-        assert len(server.get(f"/model/versions/{MODEL}").json()["versions"]) == 1
+        versions = server.get(f"/model/versions/{MODEL}").json()["versions"]
+        assert [version["version"] for version in versions] == ["shipped", "v0001"], "one run, one version"
     finally:
         server.stop()
 
