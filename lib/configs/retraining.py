@@ -37,7 +37,7 @@ class Retraining(Model):
     retrain: Literal["auto", "schedule", "off"] = "auto"
     retrain_after: Annotated[int, Field(gt=0)] = 5
     retrain_floor: Share = 0.5
-    retrain_quiet_seconds: Annotated[float, Field(ge=0)] = 60.0
+    retrain_quiet_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0
     retrain_at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] = "02:00"
     retrain_recipe: dict[str, str] = Field(default_factory=dict)
     retrain_from_nothing: Annotated[int, Field(ge=0)] = 10

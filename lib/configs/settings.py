@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
@@ -82,7 +83,7 @@ class Settings(Retraining):
     strategy: str = "typical"
     cold_start_labels: Annotated[int, Field(ge=0)] = 5
     passes: Literal["auto", "tta", "ensemble", "dropout"] = "auto"
-    scoring_minutes: Annotated[float, Field(ge=0)] = 30.0
+    scoring_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     result_cache_mib: Annotated[int, Field(ge=0)] = 256
     picture_cache_mib: Annotated[int, Field(ge=0)] = 512
     upload_limit_mib: Annotated[int, Field(gt=0)] = 2048
@@ -114,6 +115,13 @@ class Settings(Retraining):
     def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
             ipaddress.ip_network(value)  # its error names what is wrong with the value
+        return values
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            urlsplit(value).port  # noqa: B018 (its error names what is wrong with the host or the port)
         return values
 
     @field_validator("pretrained", mode="before")

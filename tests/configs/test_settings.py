@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,30 @@ def test_from_conf_with_a_bad_value_is_refused_in_words(conf: dict[str, str], pa
         Settings.from_conf(conf)
     assert str(refused.value).startswith("--conf: ")
     assert [part for part in parts if part not in str(refused.value)] == [], str(refused.value)
+
+
+ODD_VALUES = (
+    "", " ", "nan", "inf", "-inf", "1e400", "-1", "0", "9" * 400, "9" * 5000, "9" * 400 + "GiB", "[", "http://[",
+    "http://x:y", "http://x:999999", "http://[v1.x]", "a=b", "=", ",", "a==", "../..", "None", "{}", "true",
+    "10.0.0.1/8", "::ffff:1/999", "01:02", "24:00", "ray://:1", "host:99999", "\0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", Settings.model_fields)
+def test_any_value_of_any_key_is_taken_as_a_finite_one_or_refused_in_words(key: str) -> None:
+    for value in ODD_VALUES:
+        try:
+            taken = getattr(Settings.from_conf({key: value}), key)
+        except ConfigError as refused:
+            assert str(refused).startswith(f"--conf: '{key}") and "\n" not in str(refused), str(refused)
+        else:
+            assert not isinstance(taken, float) or math.isfinite(taken), (key, value)
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://x:y", "https://x:999999"])
+def test_origin_that_is_no_address_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match="cors_origins"):
+        Settings.from_conf({"cors_origins": f"https://viewer.example,{origin}"})
 
 
 def test_device_and_devices_are_not_both_given() -> None:

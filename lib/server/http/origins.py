@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from monailabel.config import settings as stock_settings
 from starlette.middleware.cors import CORSMiddleware
@@ -46,11 +46,12 @@ class Origins:
         services = scope["app"].state.services
         if self._allowed is None:
             self._open_to(allowed_origins(services.settings.cors_origins))
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            self._check_origin(scope["method"], headers)
+            hosts = _values(scope, b"host")
+            _check_addresses(hosts)
+            self._check_origin(scope["method"], _values(scope, b"origin"), hosts, _values(scope, b"sec-fetch-site"))
             if not services.authenticator.enabled:
-                self._check_host(scope, headers.get(b"host", ""))
+                self._check_host(scope, hosts)
         except ForbiddenError as error:
             client = (scope.get("client") or ("unknown",))[0]
             logger.info("refused %s %s from %s: 403 %s", scope["method"], scope["path"], client, error)
@@ -68,26 +69,57 @@ class Origins:
             expose_headers=["X-Request-ID", "Retry-After", "Content-Disposition"],
         )
 
-    def _check_origin(self, method: str, headers: dict[bytes, str]) -> None:
-        origin = headers.get(b"origin")
-        if method in SAFE_METHODS or origin in (self._allowed or ()):
+    def _check_origin(self, method: str, origins: list[str], hosts: list[str], sites: list[str]) -> None:
+        """Every value counts, of a header that stands there twice too."""
+        if method in SAFE_METHODS or (origins and all(origin in (self._allowed or ()) for origin in origins)):
             return
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get(b"host", "").lower():
-            raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server (cors_origins)")
+        for origin in origins:
+            at = _split(origin)
+            if at is None or [at.netloc.lower()] != [host.lower() for host in hosts]:
+                raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server (cors_origins)")
         # some requests of browsers carry no Origin; which page they come from stands here, and no page can change it
-        site = headers.get(b"sec-fetch-site", "").strip().lower()
-        if site in OTHER_PAGES:
-            raise ForbiddenError(f"pages of other servers ({site}) may not call this server (cors_origins)")
+        for site in (part.strip().lower() for value in sites for part in value.split(",")):
+            if site in OTHER_PAGES:
+                raise ForbiddenError(f"pages of other servers ({site}) may not call this server (cors_origins)")
 
-    def _check_host(self, scope: Scope, host: str) -> None:
+    def _check_host(self, scope: Scope, hosts: list[str]) -> None:
         client = (scope.get("client") or ("127.0.0.1",))[0]
-        name = (urlsplit(f"//{host}").hostname or "").lower()
-        named = {urlsplit(origin).hostname for origin in self._allowed or ()}
-        if is_loopback(client) and name not in LOCAL_NAMES and name not in named and not is_address(name):
-            raise ForbiddenError(
-                f"this server asks for no token and answers on this machine only as localhost, not as {name[:200]!r}; "
-                "an administrator can allow the name (cors_origins)"
-            )
+        if not is_loopback(client):
+            return
+        named = {at.hostname for origin in self._allowed or () if (at := _split(origin)) is not None}
+        for host in hosts or [""]:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+            if name not in LOCAL_NAMES and name not in named and not is_address(name):
+                raise ForbiddenError(
+                    f"this server asks for no token and answers on this machine only as localhost, not as "
+                    f"{name[:200]!r}; an administrator can allow the name (cors_origins)"
+                )
+
+
+def _values(scope: Scope, header: bytes) -> list[str]:
+    """All values of a header, which may stand there several times."""
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == header]
+
+
+def _split(address: str) -> SplitResult | None:
+    """The parts of an address; None for what is none, such as ``http://[`` and ``http://host:port``."""
+    try:
+        found = urlsplit(address)
+        found.port  # noqa: B018 (raises for what is no port)
+    except ValueError:
+        return None
+    return found
+
+
+def _check_addresses(hosts: Iterable[str]) -> None:
+    """Refuse a Host that is no address, before anything makes an address of it.
+
+    Raises:
+        ForbiddenError: quoting it.
+    """
+    for host in hosts:
+        if _split(f"//{host}") is None:
+            raise ForbiddenError(f"the header Host is {host[:200]!r}, which is no address; valid: name or name:port")
 
 
 def allowed_origins(ours: Iterable[str]) -> frozenset[str]:

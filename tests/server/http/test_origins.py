@@ -17,7 +17,10 @@ VIEWER = "https://viewer.example"
 
 
 def ask(
-    method: str, headers: dict[str, str], address: str = "127.0.0.1", authenticated: bool = False
+    method: str,
+    headers: dict[str, str] | list[tuple[str, str]],
+    address: str = "127.0.0.1",
+    authenticated: bool = False,
 ) -> httpx.Response:
     app = Starlette(routes=[Route("/", lambda _: PlainTextResponse("hello"), methods=["GET", "PUT", "POST"])])
     app.add_middleware(Origins)
@@ -58,6 +61,35 @@ def test_a_change_without_an_origin_is_refused_when_another_page_asks_for_it(sit
     assert ask("POST", {"Sec-Fetch-Site": site}, authenticated=True).status_code == status
     assert ask("POST", {"Sec-Fetch-Site": site, "Origin": VIEWER}).status_code == 200
     assert ask("GET", {"Sec-Fetch-Site": site}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Origin", "http://evil.example"), ("Origin", "http://localhost:8000")],
+        [("Origin", "http://localhost:8000"), ("Origin", "http://evil.example")],
+        [("Origin", VIEWER), ("Origin", "http://evil.example")],
+        [("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Site", "none")],
+        [("Sec-Fetch-Site", "none, cross-site")],
+        [("Origin", "http://[")],
+        [("Origin", "http://[::1")],
+        [("Origin", "http://[v1.x]")],
+    ],
+)
+def test_every_value_of_a_header_counts_and_what_is_no_address_is_refused(headers: list[tuple[str, str]]) -> None:
+    assert ask("POST", headers).status_code == 403
+    assert ask("POST", headers, authenticated=True).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["", "evil.example#@localhost", "localhost.evil.example", "0x7f.0.0.1", "2130706433"])
+def test_host_that_is_no_name_of_this_machine_is_refused(host: str) -> None:
+    assert ask("GET", {"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "localhost:x", "localhost:99999999"])
+def test_host_that_is_no_address_is_refused_with_tokens_too(host: str) -> None:
+    answer = ask("GET", {"Host": host}, authenticated=True)
+    assert answer.status_code == 403 and repr(host) in answer.json()["detail"]
 
 
 def test_only_allowed_pages_may_read_answers() -> None:
