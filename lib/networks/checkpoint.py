@@ -7,7 +7,9 @@ with ``weights_only=True``: a checkpoint is data, never code.
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +24,14 @@ from lib.errors import CheckpointError, ConfigError
 from lib.networks.layouts import StateDict, to_current_layout
 from lib.storage.files import replacing
 from lib.storage.full_disk import writing
+from lib.storage.json_files import without_nan
 
 FORMAT = "unetr_radiology/1"
+DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
+MOST_INFO_BYTES = 2**20
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "net", "network")
 
 # UNETR's research code keeps its best accuracy as a NumPy number beside the weights. A number is data too.
@@ -59,6 +67,7 @@ def read_data(path: Path) -> Any:
     Raises:
         CheckpointError: when it is missing, damaged, or holds code.
     """
+    _check_stored(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -78,13 +87,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if state is None:
         valid = f"a state dict, bare or as {', '.join(STATE_KEYS)}"
         raise CheckpointError(f"checkpoint {path.name!r} holds no weights; valid: {valid}")
+    _check_tensors(state, path.name)
     if data.get("format") != FORMAT:
         return Checkpoint(state)
     try:
         preset = parse_preset(data["preset"], source=f"checkpoint {path.name!r}")
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the preset in checkpoint {path.name!r} cannot be used: {error}") from error
-    return Checkpoint(state, preset, data.get("info", {}))
+    return Checkpoint(state, preset, _plain_info(data.get("info", {}), path.name))
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> None:
@@ -118,12 +128,21 @@ def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: naming the keys that are missing, left over, or of another shape.
     """
+    network.load_state_dict(fitting(state, network), strict=True)
+
+
+def fitting(state: Mapping[str, torch.Tensor], network: nn.Module) -> StateDict:
+    """Weights of any known layout under the keys of a network, which may be on PyTorch's device ``meta``.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`.
+    """
     reference = network.state_dict()
     current = to_current_layout(state, reference)
     problems = _describe_mismatch(current, reference)
     if problems:
         raise CheckpointError(f"the weights do not fit the network: {problems}")
-    network.load_state_dict(current, strict=True)
+    return current
 
 
 def check_finite(state: Mapping[str, torch.Tensor]) -> None:
@@ -135,6 +154,56 @@ def check_finite(state: Mapping[str, torch.Tensor]) -> None:
     bad = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"the weights hold values that are not finite (NaN or infinity): {_shorten(bad)}")
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse a packed archive: PyTorch packs none, and a small one may unpack to more than memory holds.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
+        return  # another format, or damaged, which PyTorch says
+    if packed:
+        raise CheckpointError(f"checkpoint {path.name!r} is a packed archive; valid: as torch.save writes it")
+
+
+def _check_tensors(state: StateDict, name: str) -> None:
+    """Refuse tensors that are no plain arrays of numbers, or larger than what the file holds of them.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    odd = [key for key, value in state.items() if not _is_plain(value)]
+    if odd:
+        raise CheckpointError(
+            f"checkpoint {name!r} holds tensors that are no plain arrays of real numbers, or larger than their data: "
+            f"{_shorten(odd)}"
+        )
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in DTYPES:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _plain_info(info: Any, name: str) -> dict[str, Any]:
+    """What is known of a training, if it can be kept as JSON.
+
+    Raises:
+        CheckpointError: when it is no such data, or too much of it.
+    """
+    try:
+        size = len(json.dumps(without_nan(dict(info)), ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the info in checkpoint {name!r} is no plain data: {str(error)[:200]}") from error
+    if size > MOST_INFO_BYTES:
+        raise CheckpointError(f"the info in checkpoint {name!r} takes {size} bytes; valid: at most {MOST_INFO_BYTES}")
+    return dict(info)
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -149,9 +218,13 @@ def _find_state(data: Any) -> StateDict | None:
     if not isinstance(data, Mapping):
         return None
     for candidate in (*(data.get(key) for key in STATE_KEYS), data):
-        if isinstance(candidate, Mapping) and candidate and all(torch.is_tensor(v) for v in candidate.values()):
+        if isinstance(candidate, Mapping) and candidate and all(map(_is_entry, candidate.items())):
             return dict(candidate)
     return None
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    return isinstance(entry[0], str) and torch.is_tensor(entry[1])
 
 
 def _to_storage(value: torch.Tensor, half: bool) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_damaged_file_is_a_checkpoint_error_wherever_it_is_cut(tmp_path: Path, o
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"'model.pt'"):
             read_checkpoint(path)
+
+
+def test_packed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(50_000_000, dtype=torch.uint8)}, tmp_path / "whole.pt")
+    packed = zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, packed as bomb:
+        for entry in whole.infolist():
+            bomb.writestr(entry.filename, whole.read(entry.filename))
+    assert (tmp_path / "bomb.pt").stat().st_size < 200_000
+    with pytest.raises(CheckpointError, match=r"'bomb\.pt' is a packed archive"):
+        read_checkpoint(tmp_path / "bomb.pt")
+    assert read_checkpoint(tmp_path / "whole.pt").model["a"].shape == (50_000_000,)
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {}, {"model": {}}, {"a": 1}, {"state_dict": {"a": "b"}}])

@@ -21,7 +21,8 @@ from lib.infers.task import UnetrInferTask
 from lib.models.provenance import code_version
 from lib.models.versions import Version, VersionStore
 from lib.models.weights import preset_for, read_live
-from lib.networks.checkpoint import check_finite, read_checkpoint
+from lib.networks.checkpoint import check_finite, fitting, read_checkpoint
+from lib.networks.unetr import build_unetr
 from lib.server.dependencies import (
     DatastoreDep,
     ImageChecksDep,
@@ -206,6 +207,9 @@ def publish_upload(
         checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
         check_finite(checkpoint.model)
         preset = preset_for(checkpoint, task.preset)
+        with torch.device("meta"):  # a network of the size that their preset says may be larger than memory
+            network = build_unetr(preset)
+        fitting(checkpoint.model, network)
         fitted = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
         tried = try_on_a_case(fitted, cases)
     details = {
@@ -245,26 +249,29 @@ def cases_to_try(
 
 
 def try_on_a_case(segmenter: Segmenter, cases: Iterable[tuple[str, Volume]]) -> str:
-    """Segment cases until one has a mask.
+    """Segment cases until one has a mask of more than one value.
 
     Returns:
         The id of that case; empty where there is none to try on.
 
     Raises:
-        CheckpointError: when probabilities are not finite, or all masks are empty.
+        CheckpointError: when probabilities are not finite, no mask tells one voxel from another, or no case can be
+            segmented.
     """
-    empty = []
+    without = dict[str, str]()
     for image, volume in cases:
         try:
             found = segmenter.segment(volume, name=image, entropy=True)
         except InputError as error:
-            logger.info("uploaded weights are not tried on %s: %s", image, error)
+            logger.info("uploaded weights cannot segment %s: %s", image, error)
+            without[image] = f"it cannot be segmented with them ({error})"
             continue
         if found.entropy is not None and not np.isfinite(found.entropy).all():
             raise CheckpointError(f"the weights were tried on {image!r}, and their probabilities are not finite")
-        if found.labels.any():
+        first = found.labels.flat[0]
+        if (found.labels != first).any():
             return image
-        empty.append(image)
-    if empty:
-        raise CheckpointError(f"the weights were tried on {', '.join(map(repr, empty))}, and segment nothing there")
+        without[image] = f"each of its voxels is {first}" if first else "they segment nothing there"
+    if without:
+        raise CheckpointError("the weights were tried: " + "; ".join(f"{i!r}: {why}" for i, why in without.items()))
     return ""
