@@ -1,4 +1,4 @@
-"""The JSON bodies of requests, field by field: what ``/docs`` shows is what is checked.
+"""The JSON of requests, as a body or as the part ``params`` of a form, field by field: what ``/docs`` shows is checked.
 
 Fields that stand in none of them are handed on to the task that they are for, which ignores what it does not know.
 """
@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lib.datastore.label_names import MOST_NAMES
+from lib.infers.writer import DTYPES, EXTENSIONS
+from lib.interaction.prompts import MOST_POINTS
 from lib.trainers.request import GPUS
 
 MOST_WORKERS = 64
@@ -16,6 +19,7 @@ MOST_IMAGES = 100_000
 LONGEST_MINUTES = 7 * 24 * 60
 MOST_STEPS = 10_000_000
 LONGEST_REASON = 500
+LONGEST_IMAGE = 4096
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -67,3 +71,53 @@ class SkipRequest(ClientRequest):
     """Have a case not handed out any more: why, and who says so."""
 
     reason: Annotated[str, Field(max_length=LONGEST_REASON)] = ""
+
+
+_POINTS = {"items": {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}}
+Points = Annotated[list[Any], Field(max_length=MOST_POINTS, json_schema_extra=_POINTS)]
+Flag = bool | Annotated[int, Field(ge=0, le=1)] | Annotated[str, Field(pattern="^(?i:true|false|1|0|)$")]
+# These are read by the rooms that know them, whose sentences say more; a label that they refuse is kept in quarantine.
+_NAMES = {"type": "object", "properties": {"name": {"type": "string"}, "idx": {"type": "integer"}}}
+LabelNames = Annotated[Any, Field(json_schema_extra={"type": "array", "items": _NAMES, "maxItems": MOST_NAMES})]
+Truth = Annotated[Any, Field(json_schema_extra={"type": "boolean"})]
+Texts = Annotated[Any, Field(json_schema_extra={"type": "array", "items": {"type": "string"}})]
+Count = Annotated[Any, Field(json_schema_extra={"type": "integer", "minimum": 0})]
+
+
+class InferParams(ClientRequest):
+    """How to segment; beside these fields, points of each label under its name, for a model that takes clicks."""
+
+    image: Annotated[str, Field(max_length=LONGEST_IMAGE)] = ""
+    device: Name | Annotated[list[Name], Field(max_length=100)] = ""
+    result_extension: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *EXTENSIONS]})] = ""
+    result_dtype: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *DTYPES]})] = ""
+    result_compress: Flag = False
+    largest_component: Flag | None = None
+    save_label: Flag = False
+    label_tag: Annotated[str, Field(max_length=32)] = ""
+    label: Name = ""
+    foreground: Points = []
+    background: Points = []
+    roi: Annotated[list[Any], Field(max_length=6, json_schema_extra={"items": {"type": "number"}})] = []
+    selected_label_name: Name = ""
+    label_info: LabelNames = []
+
+
+class LabelParams(ClientRequest):
+    """What a label is: which task's, what its values mean, what it leaves open; other fields are kept beside it."""
+
+    model: Name = ""
+    preset: Name = ""
+    label_info: LabelNames = []
+    complete: Truth = False
+    missing_labels: Texts = []
+    prompts_used: Count = None
+    source: Name = ""
+    model_version: Annotated[str, Field(max_length=LONGEST_REASON)] = ""
+    engine: Annotated[str, Field(max_length=LONGEST_REASON)] = ""
+
+
+def described_by(model: type[BaseModel]) -> dict[str, Any]:
+    """What OpenAPI says of a form's part that is a JSON object of a model's fields, each of which may be left out."""
+    schema = model.model_json_schema()
+    return {name: value for name, value in schema.items() if name != "required"} | {"default": {}}

@@ -23,7 +23,9 @@ from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.metrics import Metrics
+from lib.server.http.bodies import LabelParams
 from lib.server.http.names import check_tag
+from lib.server.http.parameters import check_fields
 from lib.server.http.uploads import check_header, temporary_folder
 from lib.transforms.volume import read_grid
 
@@ -76,6 +78,7 @@ class Submissions:
         prediction = self.store.predictions.find(client, image_id)
         with temporary_folder() as folder:
             try:
+                check_fields(LabelParams, info)
                 names = names_in(file) if len(self.presets) > 1 else []
                 preset = choose_preset(self.presets, info, prediction, names)
                 checked = self._check(image_id, file, preset, info, folder)

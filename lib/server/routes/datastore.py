@@ -36,6 +36,7 @@ from lib.server.dependencies import (
     SubmissionsDep,
 )
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
+from lib.server.http.bodies import LabelParams, described_by
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
@@ -190,7 +191,7 @@ async def save_label(
     user: AsAnnotator,
     image: str,
     label: Annotated[UploadFile, File()],
-    params: Annotated[str, Form()] = "{}",
+    params: Annotated[str, Form(json_schema_extra=described_by(LabelParams))] = "{}",
     tag: str = "",
 ) -> dict[str, Any]:
     """Submit a label for an image, as ``final`` where no tag is given.

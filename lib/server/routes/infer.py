@@ -24,7 +24,8 @@ from lib.server.dependencies import (
     StoreDep,
 )
 from lib.server.http.auth import AsUser
-from lib.server.http.parameters import parse_object
+from lib.server.http.bodies import InferParams, described_by
+from lib.server.http.parameters import check_fields, parse_object
 from lib.server.inference.answers import Answer
 from lib.server.inference.requests import Output, RequestChecks
 from lib.server.routes.sessions import session_image
@@ -54,13 +55,14 @@ async def infer(
     model: str,
     image: str = "",
     session_id: str = "",
-    params: Annotated[str, Form()] = "{}",
+    params: Annotated[str, Form(json_schema_extra=described_by(InferParams))] = "{}",
     file: Annotated[UploadFile | None, File()] = None,
     label: Annotated[UploadFile | None, File()] = None,
     output: Output = Output.all,
 ) -> Response:
     """Answer with ``multipart/form-data`` of ``params`` (JSON) and ``image`` (the mask), or only one of them."""
     given = parse_object(params)
+    check_fields(InferParams, given)
     # in a thread: a series may have to be fetched from a PACS, and nobody else waits for that
     asked = await anyio.to_thread.run_sync(checks.check, user, model, image, session_id, given, file, label, output)
     ready = await anyio.to_thread.run_sync(answers.recall, asked, user)
