@@ -26,7 +26,7 @@ from lib.dicom.remote import RemoteSource, connect
 from lib.dicom.series import Series
 from lib.dicom.sources import FolderSource, SeriesInfo, SeriesSource
 from lib.dicom.volumes import VolumeCache
-from lib.errors import ImageError, NotFoundError, ParameterError
+from lib.errors import InputError, NotFoundError, ParameterError
 from lib.storage.admission import Admission
 from lib.transforms.channels import ChannelSources, read_stamp, record_of, write_sources
 
@@ -107,6 +107,7 @@ class SeriesDatastore(VersionedDatastore):
         if self.is_series(image_id):
             file = self.volumes.get(image_id)
             self._gather_channels(image_id, file)
+            self._check_sources(image_id, file)
             return str(file)
         uri: str = super().get_image_uri(image_id)
         return uri
@@ -144,7 +145,7 @@ class SeriesDatastore(VersionedDatastore):
             if self.is_series(image):
                 try:
                     self.get_image_uri(image)
-                except (ImageError, NotFoundError) as error:  # no volume, or deleted meanwhile
+                except (InputError, NotFoundError) as error:  # no volume, or deleted meanwhile
                     logger.warning("labelled series %s is left out of the training: %s", image, error)
                     broken.add(str(self.volumes.file(image).resolve()))
         pairs = super().datalist(full_path)
@@ -182,7 +183,7 @@ class SeriesDatastore(VersionedDatastore):
             for channel, other in case.series.items():
                 try:
                     files[channel] = file if other == uid else self.volumes.get(other)
-                except (ImageError, NotFoundError) as error:
+                except (InputError, NotFoundError) as error:
                     problem = problem or f"has no volume for the channel {channel!r}: {error}"
             sources[name] = ChannelSources(uid, files, case.missing, problem, case.notes, shown=file)
         stamp = hashlib.sha256(repr(sources).encode()).hexdigest()[:16]

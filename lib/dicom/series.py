@@ -22,6 +22,7 @@ from lib.dicom.files import describe, read_instance, reading
 from lib.dicom.pixels import decode_file
 from lib.dicom.spacing import EvenSlices, even_slices
 from lib.errors import ImageError
+from lib.imagefiles.reading import check_memory
 
 FloatArray = npt.NDArray[np.float64]
 TOLERANCE_MM = 0.1
@@ -189,8 +190,10 @@ class Series:
         """Decode, rescale, and resample where the frames are not evenly spaced; shape (columns, rows, slices).
 
         Raises:
+            MemoryBudgetError: when the headers promise more than memory holds.
             ImageError: naming the instance that cannot be decoded.
         """
+        check_memory((*self.shape[:2], len(self.frames)), 0, f"series of {self.frames[0].uid}")
         voxels = np.empty((*self.shape[:2], len(self.frames)), dtype=np.float32)
         places: dict[Path, list[int]] = defaultdict(list)
         for index, frame in enumerate(self.frames):

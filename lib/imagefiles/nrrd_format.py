@@ -83,7 +83,7 @@ def read_nrrd_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) 
             numbers = read_exactly(stream, header.size_bytes, name).view(header.dtype)
             if header.encoding != "raw":
                 check_end(stream, name)
-    except (OSError, ValueError, *BROKEN_STREAM) as error:
+    except (OSError, ValueError, OverflowError, *BROKEN_STREAM) as error:
         raise ImageError(f"image {name!r} is damaged: {error}") from error
     voxels = numbers.reshape(header.sizes, order="F")
     return voxels if header.layer_axis is None else np.moveaxis(voxels, header.layer_axis, -1)

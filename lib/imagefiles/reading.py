@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,7 +92,7 @@ def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
 
 def _voxels_of(file: BinaryIO, name: str, kind: Kind) -> tuple[ImageHeader, npt.NDArray[Any]]:
     header = _header_of(file, name, kind)
-    _check_memory(header, name)
+    check_memory(header.sizes, header.dtype.itemsize, name)
     size = os.fstat(file.fileno()).st_size
     try:
         if header.kind is Kind.NRRD:
@@ -123,12 +124,21 @@ def _kind_of(file: BinaryIO, name: str) -> Kind:
     raise ImageError(f"image {name!r} is of an unknown kind; valid: {', '.join(KNOWN_SUFFIXES)}, DICOM")
 
 
-def _check_memory(header: ImageHeader, name: str) -> None:
-    """Let the header decide, before anything is unpacked."""
-    needed = header.voxel_count * (header.dtype.itemsize + BYTES_A_VOXEL)
+def check_memory(sizes: Sequence[int], itemsize: int, name: str) -> None:
+    """Let the header decide, before anything is unpacked.
+
+    Args:
+        sizes: voxels along each axis.
+        itemsize: bytes of one voxel as it is stored, beside the float32 that is made of it.
+        name: the image's.
+
+    Raises:
+        MemoryBudgetError: naming what is needed and what is free.
+    """
+    needed = math.prod(sizes) * (itemsize + BYTES_A_VOXEL)
     free = psutil.virtual_memory().available
     if needed > free:
         raise MemoryBudgetError(
-            f"image {name!r} of {header.sizes} voxels needs {needed / 2**30:.3g} GiB to be read, and "
+            f"image {name!r} of {tuple(sizes)} voxels needs {needed / 2**30:.3g} GiB to be read, and "
             f"{free / 2**30:.3g} GiB are free"
         )

@@ -25,6 +25,8 @@ ROUNDING = 1e-4
 MAX_NETWORK_VOXELS = 1_500_000_000
 GRID_TOLERANCE_VOXELS = 0.1
 SMALLEST_VOXEL_MM3 = 1e-12
+FARTHEST_MM = 1e7
+"""Lengths and distances beyond ten kilometres are no image's; the largest numbers overflow where they are squared."""
 
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
@@ -125,7 +127,11 @@ def grid_of(header: ImageHeader, name: str) -> Grid:
     """
     grid = Grid(_spatial_shape(header.shape, name), _checked_affine(header.affine_ras, name))
     other = header.other_affine_ras
-    if other is None or not np.isfinite(other).all() or abs(np.linalg.det(other[:3, :3])) < SMALLEST_VOXEL_MM3:
+    if (
+        other is None
+        or not (np.abs(other) <= FARTHEST_MM).all()
+        or abs(np.linalg.det(other[:3, :3])) < SMALLEST_VOXEL_MM3
+    ):
         return grid
     return (
         grid if apart_mm(Grid(grid.shape, other), grid) <= grid.tolerance_mm else replace(grid, other_affine_ras=other)
@@ -221,7 +227,7 @@ def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 def _checked_affine(affine: Affine, name: str) -> Affine:
     affine_ras = np.asarray(affine, dtype=np.float64)
-    if affine_ras.shape != (4, 4) or not np.isfinite(affine_ras).all():
+    if affine_ras.shape != (4, 4) or not (np.abs(affine_ras) <= FARTHEST_MM).all():  # NaN is not either
         raise ImageError(f"image {name!r} has no usable affine: {affine_ras.tolist()}")
     if abs(np.linalg.det(affine_ras[:3, :3])) < SMALLEST_VOXEL_MM3:
         raise ImageError(f"image {name!r} has an affine without volume (an axis of spacing 0, or two parallel axes)")

@@ -20,7 +20,7 @@ from lib.dicom.files import find_dicom
 from lib.dicom.segmentation_reader import read_segmentation
 from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import Series, read_series, tolerance_mm
-from lib.errors import ImageError, LabelError
+from lib.errors import ImageError, LabelError, MemoryBudgetError
 from tests.dicom.conftest import AFFINES, SHAPE, draw_mask, draw_volume, edit, strip_preamble, transcode
 
 Make = Callable[..., list[Path]]
@@ -335,3 +335,12 @@ def test_series_without_preambles_is_the_same_volume(make_series: Make) -> None:
         strip_preamble(file)
     assert len(find_dicom(files[0].parent)) == len(files)
     assert_is_volume(read_series(files), draw_volume(), AFFINES["axial"])
+
+
+def test_series_larger_than_memory_is_refused_by_its_headers(make_series: Make) -> None:
+    files = make_series()
+    for file in files:
+        edit(file, Rows=65535, Columns=65535)
+    series = read_series(files)
+    with pytest.raises(MemoryBudgetError, match=r"of \(65535, 65535, 11\) voxels needs 176 GiB to be read"):
+        series.read_voxels()

@@ -15,6 +15,7 @@ import pytest
 
 from lib.errors import ImageError, MemoryBudgetError
 from lib.imagefiles.reading import read_header, read_voxels
+from lib.transforms.volume import read_grid, read_volume
 
 SECRET = b"the secret of another file" * 20
 NRRD = (
@@ -135,3 +136,32 @@ ATTACKS = {
 def test_no_header_leads_to_another_file(beside: Path, attack: str, name: str) -> None:
     (beside / name).write_bytes(ATTACKS[attack] + (bytes(512) if "gzip" not in attack else b""))
     assert _read(beside / name), "it was read"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"space directions": "(1e308,0,0) (0,1e308,0) (0,0,1e308)"},
+        {"space directions": "(1e200,1e200,0) (0,1,0) (0,0,1)"},
+        {"space origin": "(1e308,0,0)"},
+        {"space directions": "none none none"},
+    ],
+    ids=str,
+)
+def test_geometry_beyond_all_bounds_is_refused(tmp_path: Path, fields: dict[str, str]) -> None:
+    lines = [line.split(": ") for line in NRRD.decode().splitlines() if ": " in line]
+    header = "".join(f"{key}: {value}\n" for key, value in (dict(lines) | fields).items())
+    (tmp_path / "a.nrrd").write_bytes(b"NRRD0004\n" + header.encode() + b"\n" + bytes(512))
+    for read in (read_grid, read_volume):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ImageError, match=r"affine|axes"):
+                read(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("word", ["99999999999999999999", "-1", "1e999", "nan", "rm", "0x1", "1.5"])
+def test_text_that_is_no_number_of_its_type_is_refused(tmp_path: Path, word: str) -> None:
+    content = NRRD.replace(b"encoding: raw", b"encoding: ascii") + (f"{word} " * 512).encode()
+    (tmp_path / "a.nrrd").write_bytes(content)
+    with pytest.raises(ImageError, match="damaged"):
+        read_voxels(tmp_path / "a.nrrd")

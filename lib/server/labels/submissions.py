@@ -21,9 +21,9 @@ from lib.datastore.store import VersionedDatastore, submission_of
 from lib.datastore.validation import CheckedLabel, as_kept, check_label
 from lib.errors import FileKindError, ImageError, InputError, LabelError
 from lib.server.http.auth import Role, User
+from lib.server.http.bodies import LabelParams
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.metrics import Metrics
-from lib.server.http.bodies import LabelParams
 from lib.server.http.names import check_tag
 from lib.server.http.parameters import check_fields
 from lib.server.http.uploads import check_header, temporary_folder

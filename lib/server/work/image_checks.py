@@ -12,7 +12,7 @@ from lib.activelearning.score_store import CaseScoreRecord
 from lib.configs.preset import Preset
 from lib.datastore.images.checks import ImageCheck
 from lib.datastore.store import VersionedDatastore
-from lib.errors import ImageError, OtherModalityError
+from lib.errors import ImageError, MemoryBudgetError, OtherModalityError
 from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import check_modality, range_warning
 from lib.transforms.volume import check_segmentable, reading_warning
@@ -49,6 +49,9 @@ class ImageInspector:
         problem, warning, elsewhere = "", "", False
         try:
             warning = inspect(self.image_file(image_id), preset, [other.modality for other in self.presets.values()])
+        except MemoryBudgetError as error:  # not kept: there may be more memory the next time
+            logger.warning("image %s is not taken for %s: %s", image_id, preset.name, error)
+            return ImageCheck(image_id, preset.name, stamp, str(error))
         except ImageError as error:
             problem, elsewhere = str(error), isinstance(error, OtherModalityError)
             logger.warning("image %s is left out of the pool of %s: %s", image_id, preset.name, problem)
