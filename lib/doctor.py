@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -47,6 +46,7 @@ from lib.networks.inference import InferenceNetwork
 from lib.networks.precision import cpu_computes_bf16, resolve_device, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
+from lib.storage.json_files import read_json
 from lib.trainers.plan import StepPlanner
 from lib.transforms.channel_search import find_channel_sources
 from lib.transforms.channels import read_channels
@@ -312,7 +312,9 @@ def check_weights(name: str, locator: WeightsLocator) -> Finding:
         advice = "train it, or start with --conf pretrained FILE, before it can segment"
         return Finding("warn", f"preset {name}: no weights", advice)
     try:
-        side_car = json.loads(file.side_car.read_text(encoding="utf-8"))
+        side_car = read_json(file.side_car)
+        if not isinstance(side_car, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError):
         return Finding("warn", f"preset {name}: {_describe(file)}", "its side-car (.json) is missing or damaged")
     if side_car.get("sha256") != sha256_of(file.path):

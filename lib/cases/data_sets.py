@@ -9,7 +9,6 @@ first version lists ``imagesTr/case.nii.gz`` all the same, its second lists no f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from lib.cases.labelled import Case, case_id
 from lib.configs.preset import Preset, parse_preset
 from lib.errors import ConfigError, TrainingError
+from lib.storage.json_files import read_json
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES
 
 FIRST_CHANNEL = "_0000"
@@ -81,7 +81,7 @@ def read_task(folder: Path) -> TaskFolder:
 
 def _read_described(folder: Path, file: Path) -> TaskFolder:
     try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        data: dict[str, Any] = read_json(file)
         pairs = _listed(folder, data["training"]) if "training" in data else _of_nnunet(folder, data)
         labels = _labels_of(data["labels"])
         channels = list((data.get("modality") or data.get("channel_names") or {}).values())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import TrainingError
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 
 SPLIT_FILE = "split.json"
 RUNS_FOLDER = "runs"
@@ -166,7 +165,7 @@ def read_split(path: Path) -> Split:
         TrainingError: when the file is not one.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         test, subjects = tuple(data.get("test", ())), dict(data.get("subjects", {}))
         return Split(tuple(data["train"]), tuple(data["validation"]), test, subjects)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

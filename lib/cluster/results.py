@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lib.configs.preset import Preset
 from lib.infers.writer import write_mask
 from lib.storage.files import replacing
 from lib.storage.full_disk import writing
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.transforms.volume import Affine
 
 RECORDS_FOLDER = "records"
@@ -89,7 +88,7 @@ class ResultFolder:
     def find(self, case: str, model: str, weights_sha256: str) -> CaseResult | None:
         """The result of a case, where it is of these weights and its mask is there; of which image, it says itself."""
         try:
-            found = CaseResult(**json.loads(self._record(case).read_text(encoding="utf-8")))
+            found = CaseResult(**read_json(self._record(case)))
         except (OSError, ValueError, TypeError):
             return None  # none, or a damaged one: the case is computed again
         same = (found.model, found.weights_sha256) == (model, weights_sha256)

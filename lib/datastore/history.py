@@ -42,6 +42,7 @@ from lib.datastore.records import (
 )
 from lib.datastore.repair import repair, shorten
 from lib.errors import ConflictError, NotFoundError, StorageError
+from lib.storage.admission import is_what_was_kept
 from lib.storage.files import (
     PARTIAL,
     Staged,
@@ -118,6 +119,29 @@ class LabelHistory:
             raise NotFoundError("version", version_id[:200])
         return self._version(record)
 
+    def is_kept(self, version: LabelVersion) -> bool:
+        """Whether a version's mask is there as it was saved, and no link to something else lies in its place."""
+        return is_what_was_kept(version.file, self.folder, version.sha256)
+
+    def mask(self, version: LabelVersion) -> Path:
+        """The file of a version's mask.
+
+        Raises:
+            NotFoundError: when it is gone, or a link to something else lies in its place.
+        """
+        return self._kept(version, version.file, version.sha256, "file of version")
+
+    def sent(self, version: LabelVersion) -> Path:
+        """The file as it came.
+
+        Raises:
+            NotFoundError: as :meth:`mask`.
+        """
+        if not version.sent_file:
+            return self.mask(version)
+        file = self.sent_folder / self.shard(version.sequence).name / version.sent_file
+        return self._kept(version, file, version.sent_sha256, "sent file of version")
+
     # ------------------------------------------------------------------------------------------------ writing
 
     def append(self, file: Path, submission: Submission, sent: Path | None = None) -> LabelVersion:
@@ -142,12 +166,6 @@ class LabelHistory:
                     return self._append(staged, suffix_of(file), submission, sent)
             finally:
                 staged.path.unlink(missing_ok=True)
-
-    def sent(self, version: LabelVersion) -> Path:
-        """The file as it came."""
-        if not version.sent_file:
-            return version.file
-        return self.sent_folder / self.shard(version.sequence).name / version.sent_file
 
     def check_replaceable(self, image_id: str, tag: str) -> None:
         """Refuse to put a model's mask in the place of what a person drew.
@@ -233,7 +251,10 @@ class LabelHistory:
         with self._explained(f"label of {image_id!r}"), self._alone():
             version = self.latest(image_id, tag)
             if version is not None and not self.published.note_if_right(version):
-                staged = self.published.stage(version)
+                if not self.is_kept(version):
+                    logger.error("label store: %s is not what was saved, and is not published", version.file.name)
+                    return
+                staged = self.published.stage(version, version.file)
                 self.published.note(version, staged)
                 self.published.put(version, staged)
 
@@ -273,6 +294,13 @@ class LabelHistory:
         self.index.close()
 
     # ------------------------------------------------------------------------------------------------ inside
+
+    def _kept(self, version: LabelVersion, file: Path, sha256: str, what: str) -> Path:
+        if not is_what_was_kept(file, self.folder, sha256):
+            if os.path.lexists(file):
+                logger.error("label store: %s is not what was saved, and is not read", file.name)
+            raise NotFoundError(what, version.version_id)
+        return file
 
     def _append(self, staged: Staged, suffix: str, submission: Submission, sent: Path | None) -> LabelVersion:
         sequence = self._next_sequence()

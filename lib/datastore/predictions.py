@@ -14,19 +14,23 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from lib.datastore.validation import MaskArray
-from lib.errors import ImageError
-from lib.imagefiles.compression import pack_gzip
+from lib.errors import UnetrError
+from lib.imagefiles.compression import BROKEN_GZIP, pack_gzip
 from lib.storage.disk import MIB, make_room
 from lib.storage.files import replacing
+from lib.storage.json_files import read_json
 from lib.transforms.volume import read_volume
 
 logger = logging.getLogger("unetr.datastore")
 
 DEFAULT_LIMIT_MIB = 1024
+Suffix = Literal[".nii.gz", ".nii", ".nrrd"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,12 @@ class Prediction:
     image_id: str
     preset: str
     model_version: str
-    extension: str
+    extension: Suffix
     at: float
     engine: str = ""
+
+
+_PREDICTION = TypeAdapter(Prediction)
 
 
 class Predictions:
@@ -70,7 +77,7 @@ class Predictions:
         self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes, engine: str = ""
     ) -> None:
         """Keep the mask that a client is sent, in the background; ``name`` is the file's."""
-        suffix = next((s for s in (".nii.gz", ".nii", ".nrrd") if name.endswith(s)), ".nii.gz")
+        suffix: Suffix = next((s for s in get_args(Suffix) if name.endswith(s)), ".nii.gz")
         prediction = Prediction(client, image_id, preset, version, suffix, time.time(), engine)
         self._latest = self._writer.submit(self._write, prediction, mask)
 
@@ -79,10 +86,10 @@ class Predictions:
         self._wait()
         side_car = self._side_car(client, image_id)
         try:
-            return Prediction(**json.loads(side_car.read_text(encoding="utf-8")))
+            return _PREDICTION.validate_python(read_json(side_car))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("prediction %s cannot be read: %s", side_car.name, error)
             return None
 
@@ -100,7 +107,7 @@ class Predictions:
             content = packed.read_bytes()
             unpacked.write_bytes(content if prediction.extension == ".nii.gz" else gzip.decompress(content))
             predicted = read_volume(unpacked).voxels
-        except (OSError, EOFError, ImageError) as error:
+        except (OSError, *BROKEN_GZIP, UnetrError) as error:
             logger.warning("prediction %s cannot be compared: %s", packed.name, error)
             return None
         finally:

@@ -22,12 +22,12 @@ class PublishedLabels:
         self.folder = folder
         self._index = index
 
-    def stage(self, version: LabelVersion, content: Path | None = None) -> Path:
+    def stage(self, version: LabelVersion, content: Path) -> Path:
         """Write a copy that only has to be renamed, so that a full disk is noticed before anything has changed."""
         folder = self.folder / version.tag
         folder.mkdir(parents=True, exist_ok=True)
         # The version itself is durable: a copy that a power cut took or tore is put right at the next start.
-        return stage(read_blocks(content or version.file), folder, durable=False).path
+        return stage(read_blocks(content), folder, durable=False).path
 
     def note(self, version: LabelVersion, staged: Path) -> None:
         """Remember the copy's size and time."""

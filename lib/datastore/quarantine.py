@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -16,8 +15,10 @@ from typing import Any
 
 from lib.datastore.records import suffix_of
 from lib.errors import NotFoundError
+from lib.storage.admission import is_what_was_kept
 from lib.storage.disk import MIB, make_room
 from lib.storage.files import as_json, read_blocks, stage, sync_folder, write_durably
+from lib.storage.json_files import read_json
 
 logger = logging.getLogger("unetr.datastore")
 
@@ -101,12 +102,23 @@ class Quarantine:
             raise NotFoundError("quarantined label", name[:200])
         return record
 
+    def content(self, name: str) -> Path:
+        """The file of one of them.
+
+        Raises:
+            NotFoundError: when there is none of that name, its file is gone, or a link to something else lies there.
+        """
+        refused = self.get(name)
+        if not is_what_was_kept(refused.file, self.folder, str(refused.details.get("sha256", ""))):
+            raise NotFoundError("file of quarantined label", name)
+        return refused.file
+
     def _side_cars(self) -> list[Path]:
         return list(self.folder.glob("*.json"))
 
     def _read(self, side_car: Path) -> Quarantined | None:
         try:
-            details = json.loads(side_car.read_text(encoding="utf-8"))
+            details = read_json(side_car)
             file = self.folder / Path(details["file"]).name
             return Quarantined(side_car.stem, file, str(details.pop("reason")), details)
         except (OSError, ValueError, KeyError, TypeError) as error:

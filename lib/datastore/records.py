@@ -8,6 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from lib.storage.json_files import read_json
+
 FINAL, ORIGINAL = "final", "original"
 INFERENCE = "inference"
 """How a label came that a model made."""
@@ -150,6 +154,20 @@ def from_record(record: Mapping[str, Any], folder: Path) -> LabelVersion:
     if not (isinstance(version.image_id, str) and isinstance(version.tag, str) and isinstance(version.sha256, str)):
         raise TypeError("image_id, tag and sha256 must be text")
     return version
+
+
+def from_side_car(path: Path) -> LabelVersion:
+    """The version of a side-car file, each field of which has its type.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: when it cannot be read, or is none.
+    """
+    version = from_record(read_json(path), path.parent)
+    _TYPES.validate_python(vars(version))
+    return version
+
+
+_TYPES = TypeAdapter(LabelVersion)
 
 
 def suffix_of(path: Path) -> str:

@@ -5,7 +5,6 @@ The files are the truth and the index follows them. Everything here runs while n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,12 +18,13 @@ from lib.datastore.records import (
     LABEL_SUFFIXES,
     VERSIONS_A_FOLDER,
     LabelVersion,
-    from_record,
+    from_side_car,
     parse_stem,
     suffix_of,
     to_record,
 )
 from lib.storage.files import as_json, remove_left_over, sha256_of, write_durably
+from lib.storage.json_files import read_json
 
 MOST_SENTENCES_OF_A_KIND = 10
 
@@ -84,9 +84,12 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _scan(folder: Path) -> dict[int, _VersionFiles]:
+    """What lies below a folder under names of versions. This project makes no links: they are no versions."""
     versions: dict[int, _VersionFiles] = {}
-    for shard in sorted(_folders_in(folder)):
+    for shard in sorted(path for path in _folders_in(folder) if not path.is_symlink()):
         for path in shard.iterdir():
+            if path.is_symlink():
+                continue
             suffix = next((s for s in (*LABEL_SUFFIXES, ".json") if path.name.endswith(s)), None)
             stem = path.name.removesuffix(suffix) if suffix else ""
             parsed = parse_stem(stem)
@@ -147,7 +150,7 @@ def _read_side_car(files: _VersionFiles, label: Path) -> tuple[LabelVersion | No
     if files.side_car is None:
         return None, "its side-car was lost"
     try:
-        version = from_record(json.loads(files.side_car.read_text(encoding="utf-8")), label.parent)
+        version = from_side_car(files.side_car)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"its side-car was damaged ({error})"
     named = parse_stem(files.stem.name)
@@ -177,9 +180,9 @@ def _recover(store: _Store, files: _VersionFiles, label: Path, problem: str) -> 
 def _take_in_removal(store: _Store, files: _VersionFiles, side_car: Path) -> str:
     """A side-car without a label is a removal, or a save that never got as far as its label."""
     try:
-        record: Mapping[str, Any] = json.loads(side_car.read_text(encoding="utf-8"))
+        record: Mapping[str, Any] = read_json(side_car)
         if record.get("removal"):
-            from_record(record, side_car.parent)
+            from_side_car(side_car)
             store.index.insert(record)
             return f"the removal {record['version_id']} of {record['image_id']!r} was taken into the index"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

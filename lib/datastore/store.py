@@ -94,7 +94,7 @@ class VersionedDatastore(LocalDatastore):
     ) -> None:
         folder = Path(datastore_path)
         self.channels = ChannelCases(place or folder / HIDDEN, presets)
-        self._admission = Admission(folder, image_roots)
+        self._admission = Admission(folder, (*image_roots, *([place] if place else ())))
         self._left_out: dict[Path, str] = {}
         self._reconciling = threading.RLock()
         self._objects_lock = threading.RLock()
@@ -337,9 +337,21 @@ class VersionedDatastore(LocalDatastore):
         if image_id not in self._datastore.objects:
             raise NotFoundError("image", str(image_id)[:200])
         if image_id in self.channels:
-            return str(self.channels.get(image_id).absolute())
-        uri: str = super().get_image_uri(image_id)
+            uri = str(self.channels.get(image_id).absolute())
+        else:
+            uri = super().get_image_uri(image_id)
+        self._check_sources(image_id, Path(uri))
         return uri
+
+    def _check_sources(self, image_id: str, image: Path) -> None:
+        """Look at the files that are written down beside an image as the other sequences of its case.
+
+        Raises:
+            ImageError: when one of them is none of the studies', whoever wrote that down.
+        """
+        for file in files_of(image)[1:]:
+            if (why := self._admission.refusal(file)) is not None:
+                raise ImageError(f"image {image_id!r} names a file for another sequence that {why}")
 
     def restore_version(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
         """Make a copy of an older version the newest one.
@@ -385,14 +397,15 @@ class VersionedDatastore(LocalDatastore):
             ids = list(self._datastore.filter_by_tag(FINAL))
         entries = []
         for image_id, pair in zip(ids, pairs, strict=True):
-            files = [Path(file) for file in pair.values()]
-            if image_id in self.channels:
-                try:
+            try:
+                if image_id in self.channels:
                     pair["image"] = self.get_image_uri(image_id)
-                except ImageError as error:
-                    logger.warning("labelled case %s is left out: %s", image_id, error)
-                    continue
-                files = [*self.channels.files(image_id), Path(pair["label"])]
+                self._check_sources(image_id, Path(pair["image"]))
+            except ImageError as error:
+                logger.warning("labelled case %s is left out: %s", image_id, error)
+                continue
+            own = self.channels.files(image_id) if image_id in self.channels else [Path(pair["image"])]
+            files = [*own, Path(pair["label"])]
             # a file may have become a link since the folders were looked at
             if all(self._may_be_read(str(file)) for file in files):
                 entries.append(pair)

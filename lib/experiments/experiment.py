@@ -41,7 +41,7 @@ from lib.infers.segmenter import Segmenter
 from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.trainers.judging.evaluate import evaluate
 from lib.trainers.loop import run_training
 from lib.trainers.resume import remove_state
@@ -231,7 +231,7 @@ class _Run:
             if not kept.is_file():
                 logger.info("%s, %d labels, seed %d", self.name, self.count, self.seed)
                 write_json(kept, self._train(kept.with_suffix(".run"), self._steps()).__dict__)
-            return Outcome(**json.loads(kept.read_text(encoding="utf-8")))
+            return Outcome(**read_json(kept))
 
     def _train(self, run_dir: Path, steps: int) -> Outcome:
         started = time.process_time()
@@ -279,7 +279,7 @@ class _Run:
                 assert self._budget.cpu_minutes is not None
                 steps = max(1, int(60 * self._budget.cpu_minutes / self._seconds_of_a_step()))
                 write_json(file, {"steps": steps})
-            return int(json.loads(file.read_text(encoding="utf-8"))["steps"])
+            return int(read_json(file)["steps"])
 
     def _seconds_of_a_step(self) -> float:
         """CPU seconds of a step, with all that happens beside it."""

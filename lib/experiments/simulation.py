@@ -28,7 +28,7 @@ from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint, w
 from lib.networks.layouts import StateDict
 from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.trainers.loop import run_training
 from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.transforms.preprocess import preprocess_volume
@@ -180,7 +180,7 @@ class Simulation:
         """Train on what is labelled, and score on what is held out."""
         file = self._round_file(seed, batches).with_suffix(".json")
         if file.is_file():
-            kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+            kept: dict[str, float] = read_json(file)
             return kept
         segmenter = self._segmenter(self._weights(seed, batches), seed)
         rows = []
@@ -341,7 +341,7 @@ def _load(case: Case, preset: Preset) -> _Loaded:
 def _read_rounds(file: Path) -> list[Round]:
     if not file.is_file():
         return []
-    data: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    data: list[dict[str, Any]] = read_json(file)
     return [Round(**{**row, "labelled": tuple(row["labelled"])}) for row in data]
 
 

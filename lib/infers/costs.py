@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from lib.infers.memory import PeakMemory, release_memory
 from lib.networks.inference import InferenceNetwork
 from lib.networks.placement import Placement
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class Limits:
     bands: int = 1
     recompute: bool = False
     until: float = 0.0
+
+
+_COST, _LIMITS = TypeAdapter(WindowCost), TypeAdapter(Limits)
 
 
 class CostBook:
@@ -144,10 +147,19 @@ def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowC
 def _parse(file: Path) -> dict[str, dict[str, Any]]:
     """The book's entries; a damaged file only means that everything is measured again."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError) as error:
         logger.warning("measured costs in %s cannot be read, and are measured again: %s", file, error)
         return {}
-    return (
-        {key: value for key, value in entries.items() if isinstance(value, dict)} if isinstance(entries, dict) else {}
-    )
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: {name: one for name, one in _usable(value)} for key, value in entries if isinstance(value, dict)}
+
+
+def _usable(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What stands in an entry as it was written there."""
+    for name, one in entry.items():
+        try:
+            known: WindowCost | Limits = (_LIMITS if name == "limits" else _COST).validate_python(one)
+        except ValidationError:
+            continue
+        yield name, asdict(known)

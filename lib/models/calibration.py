@@ -7,6 +7,7 @@ on each case with the line that the others give: a promise of Dice without it wo
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from lib.errors import CheckpointError
+from lib.storage.json_files import read_json
 from lib.transforms.volume import FloatArray
+
+logger = logging.getLogger("unetr.publish")
 
 CALIBRATION_FILE = "calibration.json"
 FEWEST_CASES = 8
@@ -94,16 +97,16 @@ def calibration_file(weights: Path) -> Path:
 
 
 def read_calibration(weights: Path) -> Calibration | None:
-    """The calibration of a file of weights; None where it has none.
+    """The calibration of a file of weights; None where it has none, or a damaged one, which the log says.
 
-    Raises:
-        CheckpointError: when the file is not one.
+    Weights segment without it; only what is expected of a mask is not told then.
     """
     try:
-        data = json.loads(calibration_file(weights).read_text(encoding="utf-8"))
+        data = read_json(calibration_file(weights))
         numbers = {name: float(data[name]) for name in ("intercept", "slope", "error")}
         return Calibration(cases=int(data["cases"]), **numbers)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the calibration of {weights.name!r} cannot be used: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        logger.error("the calibration of %r cannot be used: %s", weights.name, error)
+        return None

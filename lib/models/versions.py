@@ -12,7 +12,6 @@ replaced. A reader sees the version before or the version after, whatever moment
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import os
 import shutil
@@ -31,7 +30,7 @@ from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, W
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.layouts import StateDict
 from lib.storage.files import sha256_of
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 
 logger = logging.getLogger("unetr.publish")
 
@@ -274,7 +273,7 @@ class VersionStore:
             details = read_details(folder / side_car) or {"sha256": sha256_of(folder / weights)}
             return Version(name, folder, folder / weights, details)
         try:
-            details = json.loads((folder / side_car).read_text(encoding="utf-8"))
+            details = read_json(folder / side_car)
             return Version(name, folder, folder / weights, check_details(details))
         except (OSError, ValueError) as error:
             return Version(name, folder, folder / weights, {}, f"{side_car} cannot be read: {error}")

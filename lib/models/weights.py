@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lib.configs.preset import Preset
 from lib.errors import CheckpointError
 from lib.networks.checkpoint import Checkpoint, read_checkpoint
 from lib.storage.files import sha256_of
+from lib.storage.json_files import read_json, read_object
 
 logger = logging.getLogger("unetr.publish")
 
@@ -67,7 +67,7 @@ def read_live(folder: Path) -> str | None:
         CheckpointError: when the pointer is not one.
     """
     try:
-        name = json.loads((folder / LIVE_FILE).read_text(encoding="utf-8"))["version"]
+        name = read_json(folder / LIVE_FILE)["version"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,11 +79,7 @@ def read_live(folder: Path) -> str | None:
 
 def read_details(path: Path) -> dict[str, Any]:
     """What is known of a version, from its ``version.json``; empty where that is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return read_object(path)
 
 
 def damage_of(weights: Path) -> str:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from lib.storage.files import sha256_of
+
 ALLOW = "an administrator can allow its folder (image_roots)"
 
 
@@ -70,6 +72,27 @@ class Admission:
                 names = _count_names(self._folders)
                 self._outside = {file: count < file[2] for file, count in names.items()}
             return self._outside.get(key, True)
+
+
+def is_what_was_kept(file: Path, folder: Path, sha256: str) -> bool:
+    """Whether a file below a folder is the one that this project put there.
+
+    A link, and a file with another name elsewhere, is so with the content that was kept alone: what another file holds
+    is never taken for it.
+
+    Args:
+        file: below ``folder``.
+        folder: whose own files are plain ones.
+        sha256: of what was kept, in hexadecimal.
+    """
+    try:
+        real, status = file.resolve(strict=True), file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        is_plain = real == folder.resolve() / file.relative_to(folder) and status.st_nlink == 1
+        return is_plain or sha256_of(file) == sha256
+    except (OSError, RuntimeError):  # gone, or links in a circle
+        return False
 
 
 def _key(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -36,7 +36,7 @@ from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoin
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.files import sha256_of
-from lib.storage.json_files import without_nan, write_json
+from lib.storage.json_files import read_json, without_nan, write_json
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.loop import run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
@@ -239,7 +239,7 @@ def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:
     if path is None:
         return None
     try:
-        named = {str(name): int(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        named = {str(name): int(value) for name, value in read_json(path).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"--label-values {str(path)!r} is no JSON file of names and values: {error}") from error
     labels = {value: preset.find_label(name) for name, value in named.items()}

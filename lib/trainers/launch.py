@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lib.errors import ParameterError, TrainingError, UnetrError
 from lib.infers.memory import is_out_of_memory, release_memory
+from lib.storage.json_files import read_json
 from lib.trainers.loop import run_training
 from lib.trainers.parallel import joined_processes
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -153,7 +154,7 @@ def _within_memory(plan: TrainingJob, train: Train, train_alone: Train) -> Train
 def _raise_reported_error(folder: str, count: int) -> None:
     """Raise the error that one of the processes reported, if one did."""
     for path in sorted(Path(folder).glob("error-*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         path.unlink()
         if report["kind"] == "OutOfMemoryError":
             raise torch.OutOfMemoryError(report["text"])

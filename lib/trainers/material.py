@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from lib.cases.labelled import Case, find_cases, find_channel_cases
 from lib.cases.split import Split
 from lib.configs.preset import Preset
 from lib.errors import TrainingError
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 
 CASES_FILE = "cases.json"
 
@@ -108,11 +107,21 @@ def keep_cases(run_dir: Path, material: Material) -> None:
 
 
 def kept_cases(run_dir: Path) -> dict[str, Any] | None:
-    """Which cases a run has begun with; None where it has not."""
+    """Which cases a run has begun with; None where it has not.
+
+    Raises:
+        TrainingError: when they are written down no more readably.
+    """
     path = run_dir / CASES_FILE
-    if not path.is_file():
+    try:
+        kept: dict[str, Any] = read_json(path)
+        sides = [kept[name] for name in ("train", "validation", "test")] + [list(kept["labels"])]
+        if not all(isinstance(case, str) for side in sides for case in side):
+            raise TypeError("a case has no name")
+    except FileNotFoundError:
         return None
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"the cases of run {run_dir.name!r} cannot be read: {error}; train anew") from error
     return kept
 
 

@@ -53,6 +53,8 @@ def submitted_labels(datastore: Any, preset: Preset, served: Collection[str]) ->
         problem = why_not_for(preset, version.preset, version.label_map, served)
         if problem and problem != OTHER_TASK:
             left_out[name] = f"label of {name!r} {problem}"
+        elif not problem and history and not history.is_kept(version):
+            left_out[name] = f"label of {name!r} is not what was saved"
         elif not problem:
             cases.append(case_of_version(version, image, preset))
             if version.source == INFERENCE or version.info.get("complete") is True:

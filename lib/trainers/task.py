@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -29,7 +28,7 @@ from lib.networks.checkpoint import read_checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_object, write_json
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.gathering import CaseGatherer
 from lib.trainers.judging.champion import read_served
@@ -117,7 +116,7 @@ class UnetrTrainTask(TrainTask):
     def stats(self) -> dict[str, Any]:
         """Figures of the last run that ended, in the form that MONAI Label's clients read."""
         path = self.runs / STATS_FILE
-        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stats = read_object(path)
         # 3D Slicer computes with it, and knows that it may be absent
         return {name: value for name, value in stats.items() if name != "best_metric" or value is not None}
 

@@ -6,7 +6,7 @@ The files of a case are found once, by who lists the studies, and written down b
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,11 @@ import numpy as np
 from lib.configs.preset import Preset
 from lib.errors import ImageError
 from lib.imagefiles.reading import read_voxels
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_object, write_json
 from lib.transforms.postprocess import interpolate_to_grid
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, read_volume
+
+logger = logging.getLogger("unetr.datastore")
 
 RECORD_SUFFIX = ".channels.json"
 STACKED_AXES = 4
@@ -79,9 +81,8 @@ def is_stacked(shape: tuple[int, ...], preset: Preset) -> bool:
 
 def files_of(image: Path) -> list[Path]:
     """All files that are read for an image, itself among them; in a fixed order."""
-    kept = _read_record(image)
-    others = () if kept is None else (p for one in kept["presets"].values() for p in one["files"].values())
-    return [image, *sorted({Path(path) for path in others} - {image})]
+    others = {path for sources in read_sources(image).values() for path in sources.files.values()}
+    return [image, *sorted(others - {image})]
 
 
 def record_of(image: Path) -> Path:
@@ -103,8 +104,7 @@ def write_sources(image: Path, by_preset: Mapping[str, ChannelSources], stamp: s
 
 def read_stamp(image: Path) -> str:
     """The stamp that :func:`write_sources` was given; empty where nothing is written down."""
-    kept = _read_record(image)
-    return "" if kept is None else str(kept["stamp"])
+    return str(read_object(record_of(image)).get("stamp", ""))
 
 
 def read_channels(sources: ChannelSources, preset: Preset) -> Volume:
@@ -169,17 +169,12 @@ def stem_of(path: Path) -> str:
 
 
 def read_sources(image: Path) -> dict[str, ChannelSources]:
-    """What :func:`write_sources` was given for an image; empty where nothing is written down."""
-    kept = _read_record(image)
-    return {} if kept is None else {name: _from_json(one) for name, one in kept["presets"].items()}
-
-
-def _read_record(image: Path) -> dict[str, Any] | None:
+    """What :func:`write_sources` was given for an image; empty where nothing is written down, or no more readable."""
     try:
-        kept: dict[str, Any] = json.loads(record_of(image).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return kept
+        return {name: _from_json(one) for name, one in read_object(record_of(image)).get("presets", {}).items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be used: %r", record_of(image), error)
+        return {}
 
 
 def _as_json(sources: ChannelSources) -> dict[str, Any]:

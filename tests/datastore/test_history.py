@@ -151,7 +151,25 @@ def test_lost_side_car_is_written_again(reopen: Open) -> None:
     assert json.loads(side_car.read_text())["user"] == "anna"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sequence": 1}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "field",
+    [{"label_map": "x"}, {"label_map": {"a": "b"}}, {"info": []}, {"notes": [1]}, {"saved_at": 5}, {"size": None}],
+    ids=str,
+)
+def test_version_with_side_car_of_wrong_types_is_recovered_without_the_index(
+    reopen: Open, field: dict[str, object]
+) -> None:
+    history = reopen()
+    version = save(history, "a", b"one", user="anna")
+    side_car = version.file.with_name("00000001.final.a.json")
+    side_car.write_text(json.dumps(json.loads(side_car.read_text()) | field))
+    (history.folder / "index.sqlite").unlink()
+    found = reopen().latest("a")
+    assert found is not None and (found.sha256, found.source) == (version.sha256, "recovered")
+    assert found.describe()["label_map"] == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sequence": 1}', b"\xff\xfe\x00", b"[" * 100_000])
 def test_version_with_damaged_side_car_is_recovered_without_the_index(reopen: Open, content: bytes) -> None:
     history = reopen()
     version = save(history, "case.7", b"one", user="anna")
@@ -276,3 +294,58 @@ def test_file_that_came_is_kept_beside_the_one_that_was_made_of_it(reopen: Open,
     assert found == version and again.sent(found).read_bytes() == b"as it came"
     plain = save(again, "case", b"plain")
     assert again.sent(plain) == plain.file and plain.sent_file == ""
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A file that nobody sent."""
+    path = tmp_path / "secret.nii.gz"
+    path.write_bytes(b"a secret")
+    return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_link_in_the_place_of_a_version_is_not_read(
+    reopen: Open, outside: Path, link: Callable[[Path, Path], None]
+) -> None:
+    history = reopen()
+    came = outside.with_name("came.nrrd")
+    came.write_bytes(b"as it came")
+    version = history.append(mask(outside.parent, b"one"), Submission(image_id="a"), came)
+    assert history.mask(version).read_bytes() == b"one" and history.sent(version).read_bytes() == b"as it came"
+    for file in (version.file, history.sent(version)):
+        file.unlink()
+        link(outside, file)
+    for read in (history.mask, history.sent):
+        with pytest.raises(NotFoundError, match=version.version_id):
+            read(version)
+    (history.published.folder / "final/a.nii.gz").unlink()
+    history.publish_again("a", "final")
+    assert not (history.published.folder / "final/a.nii.gz").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+def test_link_to_the_content_that_was_kept_is_read(reopen: Open, tmp_path: Path) -> None:
+    """As a backup by hard links makes them, or files that were moved to another disk."""
+    history = reopen()
+    version = save(history, "a", b"one")
+    os.link(version.file, tmp_path / "backup")
+    assert history.mask(version) == version.file
+    shutil.move(version.file, tmp_path / "moved")
+    version.file.symlink_to(tmp_path / "moved")
+    assert history.mask(version).read_bytes() == b"one"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+def test_link_is_taken_for_a_version_at_no_start(reopen: Open, outside: Path) -> None:
+    history = reopen()
+    save(history, "a", b"one")
+    (history.shard(1) / "00000007.final.a.nii.gz").symlink_to(outside)
+    folder = outside.parent / "elsewhere"
+    folder.mkdir()
+    (folder / "00001001.final.a.nii.gz").write_bytes(b"a secret")
+    (history.versions_folder / "00001").symlink_to(folder, target_is_directory=True)
+    history = reopen()
+    assert [version.sequence for version in history.versions("a")] == [1]
+    assert history.quarantine.all() == []

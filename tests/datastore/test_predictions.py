@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,29 @@ def test_damaged_ones_are_as_if_there_were_none(predictions: Predictions, preset
     assert predictions.voxels_changed(found, LABEL, tmp_path) is None
     next(predictions.folder.glob("*.json")).write_bytes(b"damaged")
     assert predictions.find("anna", "a") is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"preset": ["tiny"]}, {"extension": "/../x.nii"}, {"at": "now"}, {"client": None}, {"engine": {}}]
+)
+def test_prediction_of_wrong_types_is_none(
+    predictions: Predictions, preset: Preset, tmp_path: Path, change: dict[str, object]
+) -> None:
+    give(predictions, preset, "anna")
+    assert predictions.find("anna", "a") is not None
+    side_car = next((tmp_path / "predictions").glob("*.json"))
+    side_car.write_text(json.dumps(json.loads(side_car.read_text()) | change))
+    assert predictions.find("anna", "a") is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"x" * 5000)[:-20] + b"\0" * 12, gzip.compress(b"x")]
+)
+def test_damaged_prediction_is_not_compared(
+    predictions: Predictions, preset: Preset, tmp_path: Path, content: bytes
+) -> None:
+    give(predictions, preset, "anna")
+    found = predictions.find("anna", "a")
+    assert found is not None and predictions.voxels_changed(found, LABEL, tmp_path) == 0
+    next((tmp_path / "predictions").glob("*.mask")).write_bytes(content)
+    assert predictions.voxels_changed(found, LABEL, tmp_path) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,17 @@ def test_oldest_go_first_when_there_is_too_much(tmp_path: Path) -> None:
 def test_strange_file_names_do_no_harm(tmp_path: Path) -> None:
     kept = Quarantine(tmp_path / "quarantine").keep(sent(tmp_path, name="x.n;i$i"), "wrong", {})
     assert kept.file.parent == tmp_path / "quarantine" and "$" not in kept.file.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_link_in_the_place_of_a_refused_file_is_not_read(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine")
+    kept = quarantine.keep(sent(tmp_path), "it is wrong", {})
+    assert quarantine.content(kept.name).read_bytes() == b"bytes"
+    kept.file.unlink()
+    with pytest.raises(NotFoundError, match=kept.name):
+        quarantine.content(kept.name)
+    link(sent(tmp_path, b"a secret", "secret"), kept.file)
+    with pytest.raises(NotFoundError, match=kept.name):
+        quarantine.content(kept.name)

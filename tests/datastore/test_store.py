@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from lib.datastore.history import LabelHistory
 from lib.datastore.open_cases import OpenCases
 from lib.datastore.records import Submission
 from lib.datastore.store import VersionedDatastore
-from lib.errors import StorageError
+from lib.errors import ImageError, StorageError
+from lib.transforms.channels import ChannelSources, write_sources
 from tests.tiny import write_nifti
 
 Open = Callable[..., VersionedDatastore]
@@ -268,6 +270,30 @@ def test_what_is_not_the_studies_own_is_left_out_everywhere(reopen: Open, tmp_pa
         (studies / f"{name}.nii.gz").unlink()
     store.refresh()
     assert store.why_left_out("linked") is None
+
+
+def test_record_beside_an_image_brings_no_other_file_in(reopen: Open, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    store = reopen()
+    for number in (0, 1):
+        store.save_label(f"case_{number}", str(label(tmp_path)), "final", {})
+    sources = ChannelSources("case_0", {"t1": tmp_path / "studies/case_0.nii.gz", "t2": secret})
+    write_sources(tmp_path / "studies/case_0.nii.gz", {"any": sources}, "")
+    with pytest.raises(ImageError, match="'case_0' names a file for another sequence that lies outside the studies"):
+        store.get_image_uri("case_0")
+    assert [Path(pair["image"]).name for pair in store.datalist()] == ["case_1.nii.gz"]
+    with zipfile.ZipFile(store.get_dataset_archive(None)) as archive:
+        assert {name.split("/")[-1] for name in archive.namelist()} == {"case_1.nii.gz", "metadata.json"}
+        os.unlink(str(archive.filename))
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", '{"presets": []}', '{"presets": {"a": {"files": {"b": 5}}}}', '{"presets": {"a": 1}}']
+)
+def test_damaged_record_beside_an_image_is_none(reopen: Open, tmp_path: Path, text: str) -> None:
+    (tmp_path / "studies/case_0.channels.json").write_text(text)
+    assert Path(reopen().get_image_uri("case_0")).name == "case_0.nii.gz"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are bytes")

@@ -39,11 +39,24 @@ def test_limits_end_after_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
     assert book.limits("cpu") == Limits(), "the clock was turned back"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"cpu": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"cpu": 3}',
+        "\x00",
+        "[" * 100_000,
+        '{"cpu": {"1": 5}}',
+        '{"cpu": {"1": {"bytes": "many", "seconds": 1}}}',
+        '{"cpu": {"1": {"bytes": 5}, "limits": {"until": "soon"}}}',
+        '{"cpu": {"1": null, "limits": []}}',
+    ],
+)
 def test_damaged_book_is_an_empty_one(text: str, tmp_path: Path) -> None:
     (tmp_path / "costs.json").write_text(text)
     book = CostBook(tmp_path / "costs.json")
-    assert book.cost("cpu", 1) is None
+    assert book.cost("cpu", 1) is None and book.limits("cpu") == Limits()
     book.keep("cpu", 1, WindowCost(5, 1.0))
     assert CostBook(tmp_path / "costs.json").cost("cpu", 1) == WindowCost(5, 1.0)
 

@@ -12,7 +12,7 @@ from lib.cases.labelled import Case
 from lib.cases.split import Split
 from lib.cases.studies import corrected_ids, subject_rule
 from lib.errors import TrainingError
-from lib.trainers.material import Material, divide, keep_cases, kept_cases, read_replay, weigh
+from lib.trainers.material import CASES_FILE, Material, divide, keep_cases, kept_cases, read_replay, weigh
 from tests.tiny import boxes, tiny_preset, write_nifti
 
 
@@ -62,6 +62,17 @@ def test_run_that_goes_on_has_the_cases_that_it_had(tmp_path: Path) -> None:
     assert dict(narrowed.labels) == {"a": "1", "b": "2", "v": "3"}, "what came since is new to the next run"
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"train": 1, "validation": [], "test": [], "labels": {}}', "[" * 100_000]
+)
+def test_run_whose_cases_are_damaged_says_so(tmp_path: Path, text: str) -> None:
+    keep_cases(tmp_path, Material((case("a"),), (case("b"),), ()))
+    assert kept_cases(tmp_path) is not None and kept_cases(tmp_path / "none") is None
+    (tmp_path / CASES_FILE).write_text(text)
+    with pytest.raises(TrainingError, match="cannot be read"):
+        kept_cases(tmp_path)
+
+
 def test_sides_follow_the_split() -> None:
     found = divide([case(name) for name in "abcd"], Split(("a", "c"), ("b",), ("d",)))
     assert [[one.case_id for one in side] for side in (found.train, found.validation, found.test)] == [
@@ -87,6 +98,6 @@ def test_corrected_are_those_whose_voxels_a_person_changed() -> None:
     latest = [
         SimpleNamespace(image_id=name, voxels_changed=changed) for name, changed in (("a", 0), ("b", 7), ("c", None))
     ]
-    studies = Studies(history=SimpleNamespace(all_latest=lambda tag: latest))
+    studies = Studies(history=SimpleNamespace(all_latest=lambda tag: latest, is_kept=lambda version: True))
     assert corrected_ids(studies, ["a", "b", "c", "d"]) == {"b", "c", "d"}
     assert corrected_ids(Studies(), ["a", "b"]) == {"a", "b"}, "a store that does not know"

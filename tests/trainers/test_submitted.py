@@ -149,3 +149,17 @@ def _without_core(store: VersionedDatastore, name: str) -> tuple[str, Path]:
 
 def _save(store: VersionedDatastore, drawn: tuple[str, Path], **said: Any) -> None:
     store.save_version(drawn[1], Submission(image_id=drawn[0], preset="tiny", **said))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+def test_version_that_became_a_link_is_not_trained_on(studies: Studies, tmp_path: Path) -> None:
+    known = {"model": "tiny", "label_info": NAMES}
+    store = studies({"case_001": dict(known), "case_002": dict(known)})
+    elsewhere = write_nifti(tmp_path / "elsewhere.nii.gz", boxes(seed=9)[1])
+    version = store.history.latest("case_001")
+    assert version is not None
+    version.file.unlink()
+    version.file.symlink_to(elsewhere)
+    found = submitted_labels(store, TINY, ["tiny"])
+    assert [case.case_id for case in found.cases] == ["case_002"]
+    assert found.left_out == {"case_001": "label of 'case_001' is not what was saved"}

@@ -51,7 +51,7 @@ class FakeDatastore:
                             file=case.label, voxels_changed=None, source="rest", info={})
             for case in cases if presets and case.case_id in presets
         ]  # fmt: skip
-        self.history = SimpleNamespace(all_latest=lambda tag="final": versions)
+        self.history = SimpleNamespace(all_latest=lambda tag="final": versions, is_kept=lambda version: True)
 
     def datalist(self) -> list[dict[str, str]]:
         return [{"image": str(case.image), "label": str(case.label)} for case in self.cases]

@@ -94,7 +94,10 @@ class Answers:
         """The newest version of the image, where this client saved it."""
         newest = self.store.history.latest(str(asked.image_id))
         own = newest is not None and newest.user == user.name and newest.client_id == asked.client_id
-        return newest if newest is not None and own and newest.preset in ("", asked.task.preset.name) else None
+        if newest is None or not own or newest.preset not in ("", asked.task.preset.name):
+            return None
+        self.store.history.mask(newest)  # raises where it is not what was saved
+        return newest
 
     def _with_uploads(self, asked: Asked, request: InferRequest, folder: Path) -> InferRequest:
         """The request with uploads copied into ``folder``."""

@@ -120,7 +120,8 @@ class Segmentations:
             return
         number = len(self.series.history.versions(version.image_id))
         preset = self.presets[version.preset]
-        seg = self.of_mask(version.image_id, version.file, preset, origin_of(version), number)
+        mask = self.series.history.mask(version)
+        seg = self.of_mask(version.image_id, mask, preset, origin_of(version), number)
         if referenced_series(seg) == version.image_id:
             self.series.source.keep_segmentation(seg, version.image_id)
 

@@ -12,8 +12,7 @@ from lib.drawing.charts import Point, line_chart
 from lib.server.pages.language import Language
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Job, Jobs
-from lib.trainers.reporting.progress import PROGRESS_FILE, format_seconds, read_curve
-from lib.trainers.reporting.runs import read_json
+from lib.trainers.reporting.progress import format_seconds, read_curve, read_progress
 from lib.trainers.task import UnetrTrainTask
 
 
@@ -87,7 +86,7 @@ def job_view(
         lines=tuple(job.details),
         policy=policy,
         notices=notices,
-        progress=read_json(run / PROGRESS_FILE) if run is not None else {},
+        progress=read_progress(run) if run is not None else {},
         curve=tuple(read_curve(run)) if run is not None else (),
     )
 

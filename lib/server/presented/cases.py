@@ -7,7 +7,6 @@ segmented as.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,7 @@ from lib.imagefiles.reading import read_planes
 from lib.server.presented.labels import PresentedLabels
 from lib.server.presented.regular import RegularSeries
 from lib.storage.bounded_cache import BoundedCache
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.transforms.intensity_range import MOST_SAMPLES, range_warning
 from lib.transforms.volume import Grid, Volume, read_grid
 
@@ -390,7 +389,7 @@ class PresentedCases:
 def _remembered(memory: Path | None) -> dict[str, tuple[str, str]]:
     """Modality and stamp of the cases that have been opened before; none where the file is damaged."""
     try:
-        kept = json.loads(memory.read_text(encoding="utf-8")) if memory is not None else {}
+        kept = read_json(memory) if memory is not None else {}
         return {str(case): (str(modality), str(stamp)) for case, (modality, stamp) in kept.items()}
     except FileNotFoundError:
         return {}

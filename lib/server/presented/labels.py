@@ -104,9 +104,7 @@ class PresentedLabels:
         made = self._made
         if made is not None and made[0] == version.version_id:
             return made[1]
-        if not version.file.is_file():
-            raise NotFoundError("file of version", version.version_id)
-        labels = np.rint(read_volume(version.file).voxels).astype(np.uint8)
+        labels = np.rint(read_volume(self._store.history.mask(version)).voxels).astype(np.uint8)
         preset = self._presets[version.preset]
         seg = self._presented.as_segmentation(version.image_id, labels, preset, origin_of(version))
         seg.SeriesInstanceUID, seg.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")

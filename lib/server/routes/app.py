@@ -34,8 +34,7 @@ from lib.server.presented.cases import PresentedCases
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Jobs
 from lib.server.work.modality import models_for
-from lib.trainers.reporting.progress import PROGRESS_FILE
-from lib.trainers.reporting.runs import read_json
+from lib.trainers.reporting.progress import read_progress
 from lib.trainers.task import UnetrTrainTask
 
 logger = logging.getLogger("unetr.server")
@@ -96,7 +95,7 @@ def running_training(jobs: Jobs, trainers: TasksByName[UnetrTrainTask]) -> dict[
         return {}
     model = str(job.request["model"])
     task = trainers.find(model)
-    progress = read_json(task.runs / job.id / PROGRESS_FILE)
+    progress = read_progress(task.runs / job.id)
     total = int(progress.get("max_epochs") or task.validate_request(job.request).max_epochs)
     best = progress.get("best_mean_dice")
     said: dict[str, float] = {"epoch": int(progress.get("epoch", 0)), "total_epochs": total}

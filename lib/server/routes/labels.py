@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse
 
-from lib.errors import NotFoundError
 from lib.server.dependencies import CheckImageDep, HistoryDep, SubmissionsDep
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.http.bodies import ClientRequest
@@ -30,19 +29,13 @@ def list_versions(
 @router.get("/label/versions/{version}", summary="A version's mask", response_class=FileResponse)
 def get_version(history: HistoryDep, user: AsUser, version: str) -> FileResponse:
     """Download the mask, whether it is the newest or not."""
-    found = history.get(version)
-    if not found.file.is_file():
-        raise NotFoundError("file of version", version[:200])
-    return send_file(found.file)
+    return send_file(history.mask(history.get(version)))
 
 
 @router.get("/label/versions/{version}/sent", summary="A version's file as it was sent", response_class=FileResponse)
 def get_sent_file(history: HistoryDep, user: AsUser, version: str) -> FileResponse:
     """Download what the client sent, before it was mapped, turned or packed anew."""
-    file = history.sent(history.get(version))
-    if not file.is_file():
-        raise NotFoundError("sent file of version", version[:200])
-    return send_file(file)
+    return send_file(history.sent(history.get(version)))
 
 
 @router.get("/label/versions/{version}/info", summary="What is known of a version")
@@ -72,7 +65,5 @@ def list_quarantine(history: HistoryDep, user: AsReviewer) -> list[dict[str, Any
 @router.get("/quarantine/{name}", summary="A refused label's file", response_class=FileResponse)
 def get_quarantined(history: HistoryDep, user: AsReviewer, name: str) -> FileResponse:
     """Its bytes, as they came."""
-    refused = history.quarantine.get(name)
-    if not refused.file.is_file():
-        raise NotFoundError("file of quarantined label", name)
-    return FileResponse(refused.file, media_type="application/octet-stream", filename=refused.file.name)
+    file = history.quarantine.content(name)
+    return FileResponse(file, media_type="application/octet-stream", filename=file.name)

@@ -18,8 +18,9 @@ from lib.server.dependencies import TrainTasksDep
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.tasks import TasksByName
 from lib.server.work.retraining import Retrainer
-from lib.trainers.reporting.progress import PROGRESS_FILE
-from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_json
+from lib.storage.json_files import read_object
+from lib.trainers.reporting.progress import read_progress
+from lib.trainers.reporting.runs import JOB_FILE, OPEN, list_runs, read_job
 from lib.trainers.task import UnetrTrainTask
 
 runs_router = APIRouter(prefix="/runs", tags=["Train"])
@@ -128,7 +129,7 @@ def report_file(trainers: TasksByName[UnetrTrainTask], model: str, run: str, nam
 
 def describe(folder: Path) -> dict[str, Any]:
     """A run's state in plain data."""
-    job, made = read_json(folder / JOB_FILE), read_json(folder / "report.json")
+    job, made = read_job(folder / JOB_FILE), read_object(folder / "report.json")
     request = job.get("request") or {}
     return {
         "run": folder.name,
@@ -137,7 +138,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "started": job.get("start_ts"),
         "ended": job.get("end_ts"),
         "failed_because": job.get("reason") or None,
-        "progress": read_json(folder / PROGRESS_FILE) or None,
+        "progress": read_progress(folder) or None,
         "version": made.get("version"),
         "decision": made.get("status"),
         "reason": made.get("reason"),

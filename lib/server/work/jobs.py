@@ -29,6 +29,7 @@ import psutil
 
 from lib.errors import TrainingError
 from lib.storage.full_disk import storage_problem
+from lib.storage.json_files import read_json
 
 logger = logging.getLogger("unetr.server")
 
@@ -273,7 +274,7 @@ class Jobs:
             if pipe is not None:
                 pipe.close()
         if code == 0 and result.is_file():
-            job.result = json.loads(result.read_text(encoding="utf-8"))
+            job.result = read_json(result)
         return code
 
     def _goes_on(self, job: Job, code: int) -> bool:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from lib.server.work.jobs import Job
 from lib.storage.json_files import write_json
-from lib.trainers.reporting.runs import JOB_FILE, OPEN, is_unfinished, list_runs, read_json, steps_done
+from lib.trainers.reporting.runs import JOB_FILE, OPEN, is_unfinished, list_runs, read_job, steps_done
 
 logger = logging.getLogger("unetr.server")
 
@@ -64,10 +64,11 @@ class Journal:
 
     def unfinished(self) -> list[Job]:
         """Trainings and batches that a server which is gone has left, the oldest first."""
-        found = [read_json(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
+        found = [read_job(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
         batches = [runs.parent / BATCHES for runs in self._folders.values()]
-        found += [read_json(file) for folder in batches for file in sorted(folder.glob("*.json"))]
-        left = [data for data in found if is_unfinished(data) and data.get("studies") == self._studies]
+        found += [read_job(file) for folder in batches for file in sorted(folder.glob("*.json"))]
+        known = [data for data in found if {"id", "request", "start_ts"} <= data.keys()]
+        left = [data for data in known if is_unfinished(data) and data.get("studies") == self._studies]
         owners = [(data, data.get("owner") or {}) for data in left]
         jobs = [_as_job(data) for data, owner in owners if not (_is_of_another_machine(owner) or _lives(owner))]
         return sorted(jobs, key=lambda job: job.id)
@@ -78,7 +79,7 @@ class Journal:
         Of a server on another machine only its files tell: a run of its that has written none for a while is over.
         """
         for run in list_runs(self._folders[model]):
-            data = read_json(run / JOB_FILE)
+            data = read_job(run / JOB_FILE)
             if data.get("status") not in OPEN or data.get("studies") != self._studies:
                 continue
             owner = data.get("owner") or {}
@@ -97,7 +98,7 @@ class Journal:
     def failures(self, model: str, since: float) -> list[float]:
         """When trainings of a model have failed since a time."""
         runs = [run / JOB_FILE for run in list_runs(self._folders[model])]
-        told = [(path, read_json(path)) for path in runs]
+        told = [(path, read_job(path)) for path in runs]
         ended = [p.stat().st_mtime for p, said in told if said.get("status") == "ERROR" and not is_unfinished(said)]
         return sorted(when for when in ended if when > since)
 

@@ -17,8 +17,8 @@ from lib.models.versions import check_details
 from lib.models.weights import WeightsFile, WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.storage.json_files import read_object
 from lib.trainers.material import Material
-from lib.trainers.reporting.runs import read_json
 
 logger = logging.getLogger("unetr.train")
 
@@ -116,7 +116,7 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
 
 def _details_of(file: WeightsFile) -> dict[str, Any]:
     """What is known of weights; nothing where that is damaged."""
-    details = read_json(file.side_car)
+    details = read_object(file.side_car)
     if file.origin != "published":
         return details
     try:

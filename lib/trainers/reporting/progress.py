@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from pydantic import BaseModel
 from torch.utils.tensorboard import SummaryWriter
 
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.trainers.reporting.tracking import Tracking
 
 logger = logging.getLogger("unetr.train")
@@ -23,6 +26,7 @@ CURVE_FILE = "curve.csv"
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_FILES = 1.0
 MIB = 2**20
+_POINT = re.compile(r"([0-9]{1,18}),(nan|-?inf|-?[0-9.]+(?:e[+-]?[0-9]+)?)")
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,38 @@ class ProgressReporter:
             file.write(f"{progress.step},{progress.loss:.6g}\n")
 
 
+class _ProgressRecord(BaseModel):
+    """The fields of :class:`Progress` as they are in a file; more may stand there."""
+
+    epoch: int
+    max_epochs: int
+    step: int
+    total_steps: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    eta_seconds: float | None = None
+    dice: dict[str, float | None] = {}
+    best_mean_dice: float | None = None
+    memory: dict[str, float | None] = {}
+    plan: str = ""
+
+
+def read_progress(run_dir: Path) -> dict[str, Any]:
+    """How far a run is, with the keys of :class:`Progress`; empty where it has not said so, or its file is damaged."""
+    try:
+        data: dict[str, Any] = read_json(run_dir / PROGRESS_FILE)
+        _ProgressRecord.model_validate(data, strict=True)
+    except (OSError, ValueError):
+        return {}
+    return data
+
+
 def read_curve(run_dir: Path) -> list[tuple[int, float]]:
     """Step and loss, about one a second of the run; what was done twice, after a resume, counts as it was last."""
     path = run_dir / CURVE_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    pairs = [line.split(",") for line in lines if line.count(",") == 1]
-    return sorted({int(step): float(loss) for step, loss in pairs if step.isdigit()}.items())
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    pairs = [found for line in text.splitlines() if (found := _POINT.fullmatch(line))]
+    return sorted({int(found[1]): float(found[2]) for found in pairs}.items())
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

@@ -9,27 +9,67 @@ model/<preset>/runs/<run>/job.json       the server's: request, status, times, w
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from lib.storage.json_files import read_json
 from lib.trainers.material import CASES_FILE
-from lib.trainers.reporting.progress import PROGRESS_FILE
+from lib.trainers.reporting.progress import read_progress
 from lib.trainers.resume import STATE_FILE
+
+logger = logging.getLogger("unetr.train")
 
 JOB_FILE = "job.json"
 OPEN = ("SUBMITTED", "RUNNING")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or half of one."""
+class _Owner(BaseModel):
+    """The server's process that a job is of."""
+
+    model_config = ConfigDict(strict=True)
+
+    pid: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    started: float = 0.0
+    host: str = ""
+
+
+class _JobRecord(BaseModel):
+    """What others rely on in ``job.json``; more may stand there."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str = ""
+    status: str = ""
+    request: dict[str, Any] = {}
+    start_ts: str = ""
+    end_ts: str = ""
+    reason: str = ""
+    studies: str = ""
+    deaths: int = 0
+    step: int = 0
+    waits_for_room: bool = False
+    owner: _Owner = _Owner()
+
+
+def read_job(file: Path) -> dict[str, Any]:
+    """What a job's file says, which the server has written; empty where there is none.
+
+    A damaged one is a job that has ended in an error, which says so.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data: dict[str, Any] = read_json(file)
+        _JobRecord.model_validate(data)
+    except FileNotFoundError:
         return {}
-    return data if isinstance(data, dict) else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be used: %s", file, str(error).splitlines()[0])
+        return {"status": "ERROR", "reason": f"its {file.name} is damaged"}
+    return data
 
 
 def is_unfinished(job: Mapping[str, Any]) -> bool:
@@ -54,12 +94,12 @@ def list_runs(runs: Path) -> list[Path]:
 
 def steps_done(run_dir: Path) -> int:
     """How many steps a run has reported."""
-    return int(read_json(run_dir / PROGRESS_FILE).get("step", 0))
+    return int(read_progress(run_dir).get("step", 0))
 
 
 def prune_runs(runs: Path, keep: int) -> None:
     """Remove the oldest runs beyond ``keep``, but none that is open, and the states of those that have ended."""
-    ended = [path for path in list_runs(runs) if not is_unfinished(read_json(path / JOB_FILE))]
+    ended = [path for path in list_runs(runs) if not is_unfinished(read_job(path / JOB_FILE))]
     for path in ended[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in ended[-keep:-1]:

@@ -8,8 +8,7 @@ import psutil
 
 from lib.server.work.jobs import Job
 from lib.server.work.journal import BATCHES, Journal
-from lib.storage.json_files import write_json
-from lib.trainers.reporting.runs import read_json
+from lib.storage.json_files import read_object, write_json
 
 GONE = {"pid": 2**22 + 1, "started": 1.0}
 
@@ -20,7 +19,7 @@ def _batch(status: str) -> Job:
 
 def _forget_owner(file: Path) -> None:
     """As if the server that wrote it was gone."""
-    write_json(file, read_json(file) | {"owner": GONE})
+    write_json(file, read_object(file) | {"owner": GONE})
 
 
 def test_open_batch_of_a_server_that_is_gone_is_found_with_its_request(tmp_path: Path) -> None:
@@ -41,7 +40,7 @@ def test_batch_of_a_server_that_lives_is_left_to_it(tmp_path: Path) -> None:
     parent = psutil.Process().parent()
     assert parent is not None
     file = tmp_path / "tiny" / BATCHES / f"{job.id}.json"
-    write_json(file, read_json(file) | {"owner": {"pid": parent.pid, "started": parent.create_time()}})
+    write_json(file, read_object(file) | {"owner": {"pid": parent.pid, "started": parent.create_time()}})
     assert journal.unfinished() == []
 
 

@@ -124,6 +124,7 @@ def version_of(history: LabelHistory, image: str, version_id: str) -> LabelVersi
     version = history.get(version_id)
     if version.image_id != image:
         raise ParameterError("start", version_id, f"a version of {image}")
+    history.mask(version)  # raises where it is not what was saved
     return version
 
 

@@ -102,7 +102,7 @@ class Pictures:
         preset = presets.get(version.preset) or presets.get(subject.model)
         named = {label.index: label.color for label in preset.labels} if preset is not None else {}
         colors = {value: named.get(value, (255, 255, 255)) for value in version.label_map.values()}
-        mask = mask_of(self.volumes, version.file, subject.path, subject.stack.voxels.shape)
+        mask = mask_of(self.volumes, self.history.mask(version), subject.path, subject.stack.voxels.shape)
         return Contour(mask, colors, LINES[kind])
 
     def edited(self, image: str, name: str) -> npt.NDArray[np.uint8]:

@@ -176,7 +176,8 @@ class CaseViews:
         newest = versions[0] if versions else None
         stack = stack_of(volumes, path)
         shape = stack.voxels.shape
-        shown = None if newest is None else _or_none(lambda: mask_of(volumes, newest.file, path, shape))
+        history = self.store.history
+        shown = None if newest is None else _or_none(lambda: mask_of(volumes, history.mask(newest), path, shape))
         agreements = _agreements(volumes, versions[: MOST_AGREEMENTS + 1], path, shape)
         model = self.models.for_prediction(image, newest)
         preset: Preset | None = presets.get(model) or (presets.get(newest.preset) if newest else None)
