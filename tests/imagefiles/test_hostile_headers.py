@@ -144,7 +144,6 @@ def test_no_header_leads_to_another_file(beside: Path, attack: str, name: str) -
         {"space directions": "(1e308,0,0) (0,1e308,0) (0,0,1e308)"},
         {"space directions": "(1e200,1e200,0) (0,1,0) (0,0,1)"},
         {"space origin": "(1e308,0,0)"},
-        {"space directions": "none none none"},
     ],
     ids=str,
 )
@@ -159,7 +158,7 @@ def test_geometry_beyond_all_bounds_is_refused(tmp_path: Path, fields: dict[str,
                 read(tmp_path / "a.nrrd")
 
 
-@pytest.mark.parametrize("word", ["99999999999999999999", "-1", "1e999", "nan", "rm", "0x1", "1.5"])
+@pytest.mark.parametrize("word", ["99999999999999999999", "-1", "256", "1e999", "nan", "rm", "0x1", "1.5"])
 def test_text_that_is_no_number_of_its_type_is_refused(tmp_path: Path, word: str) -> None:
     content = NRRD.replace(b"encoding: raw", b"encoding: ascii") + (f"{word} " * 512).encode()
     (tmp_path / "a.nrrd").write_bytes(content)
