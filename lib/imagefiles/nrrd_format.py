@@ -227,7 +227,7 @@ def _read_text(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt
         raise ImageError(f"image {name!r} is damaged: it holds {len(words)} of {header.voxel_count} numbers")
     if header.dtype.kind == "f":
         return np.array(words).astype(header.dtype)
-    numbers, bounds = np.array(words).astype(np.int64), np.iinfo(header.dtype)
+    numbers, bounds = np.array(words).astype(np.int64), np.iinfo(header.dtype.name)
     if numbers.min() < bounds.min or numbers.max() > bounds.max:  # NumPy would wrap them round
         raise ImageError(f"image {name!r} is damaged: it holds numbers that are none of type {header.dtype.name}")
     return numbers.astype(header.dtype)
