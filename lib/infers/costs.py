@@ -147,11 +147,11 @@ def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowC
 def _parse(file: Path) -> dict[str, dict[str, Any]]:
     """The book's entries; a damaged file only means that everything is measured again."""
     try:
-        found = read_json(file)
+        content = read_json(file)
     except (OSError, ValueError) as error:
         logger.warning("measured costs in %s cannot be read, and are measured again: %s", file, error)
         return {}
-    entries = found.items() if isinstance(found, dict) else ()
+    entries = content.items() if isinstance(content, dict) else ()
     return {key: {name: one for name, one in _usable(value)} for key, value in entries if isinstance(value, dict)}
 
 

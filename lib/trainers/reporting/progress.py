@@ -132,8 +132,8 @@ def read_curve(run_dir: Path) -> list[tuple[int, float]]:
     """Step and loss, about one a second of the run; what was done twice, after a resume, counts as it was last."""
     path = run_dir / CURVE_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    pairs = [found for line in text.splitlines() if (found := _POINT.fullmatch(line))]
-    return sorted({int(found[1]): float(found[2]) for found in pairs}.items())
+    points = [point for line in text.splitlines() if (point := _POINT.fullmatch(line))]
+    return sorted({int(point[1]): float(point[2]) for point in points}.items())
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
