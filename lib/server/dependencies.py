@@ -34,7 +34,7 @@ from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
 from lib.server.services import Services, get_services
-from lib.server.tasks import TasksByName
+from lib.server.tasks import InferenceTask, TasksByName
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import Jobs
 from lib.server.work.next_case import NextCase
@@ -133,7 +133,7 @@ ImageFileDep = Annotated[Callable[[str], Path], Depends(get_image_file)]
 
 get_infer_tasks = _reading(lambda services: services.infer_tasks)
 """All inference tasks, those that take clicks or scribbles among them."""
-InferTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_infer_tasks)]
+InferTasksDep = Annotated[TasksByName[InferenceTask], Depends(get_infer_tasks)]
 
 get_inferences = _reading(lambda services: services.inferences)
 """The queue in which inferences wait for a device."""

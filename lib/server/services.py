@@ -38,7 +38,7 @@ from lib.server.pages.cases.models import CaseModels
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
-from lib.server.tasks import TasksByName, infer_tasks, segmentation_tasks, train_tasks
+from lib.server.tasks import InferenceTask, TasksByName, infer_tasks, segmentation_tasks, train_tasks
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
@@ -63,7 +63,7 @@ class Services:
 
     instance: MONAILabelApp
     settings: Settings
-    infer_tasks: TasksByName[UnetrInferTask]
+    infer_tasks: TasksByName[InferenceTask]
     segmentation_tasks: TasksByName[UnetrInferTask]
     train_tasks: TasksByName[UnetrTrainTask]
     inferences: InferenceQueue
@@ -108,7 +108,7 @@ class Services:
         inspector = ImageInspector(store, presets, instance.knowledge_by_preset, images.file)
         submissions = Submissions(store, presets, images.file, metrics, settings.unpacked_limit_mib)
         segmentations = Segmentations(store, presented, presets, submissions)
-        models = CaseModels(presets, infer_tasks(instance.models), store, images)
+        models = CaseModels(presets, infer_tasks(instance.models), automatic, store, images)
         _watch(metrics, instance, inferences, jobs, prefetcher)
         return cls(
             instance=instance,

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from monailabel.interfaces.tasks.infer_v2 import InferType
+
+from lib.configs.preset import Preset
 from lib.errors import NotFoundError
+from lib.infers.devices.schedule import Forecast
+from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
 from lib.trainers.task import UnetrTrainTask
 
 LONGEST_NAME_IN_ERRORS = 200
 Task = TypeVar("Task")
+
+
+class InferenceTask(Protocol):
+    """What the server asks of every inference task, of those that take clicks or scribbles too."""
+
+    preset: Preset
+    type: InferType
+    takes_prompts: bool
+
+    def is_valid(self) -> bool:
+        """Whether it can answer."""
+
+    def parse(self, request: Mapping[str, Any]) -> InferRequest:
+        """Cast and check a request's parameters; the other methods take the result."""
+
+    def recall(self, request: InferRequest) -> tuple[str, dict[str, Any]] | None:
+        """The answer, where it is kept."""
+
+    def forecast(self, request: InferRequest) -> Forecast:
+        """What computing it needs."""
+
+    def segment(self, request: InferRequest) -> tuple[str, dict[str, Any]]:
+        """The mask's file, to be removed by the caller, and the answer's JSON."""
 
 
 class TasksByName(Mapping[str, Task], Generic[Task]):
@@ -44,7 +72,7 @@ class TasksByName(Mapping[str, Task], Generic[Task]):
         return self._tasks[name]
 
 
-def infer_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrInferTask]:
+def infer_tasks(tasks: Mapping[str, Any]) -> TasksByName[InferenceTask]:
     """All inference tasks, those that take clicks or scribbles among them."""
     return TasksByName(tasks, "model")
 

@@ -13,14 +13,13 @@ from fastapi import UploadFile
 from lib.datastore.series import SeriesDatastore
 from lib.errors import ParameterError
 from lib.infers.request import InferRequest
-from lib.infers.task import UnetrInferTask
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.names import safe_file_name
 from lib.server.images import Images
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.presented.cases import PresentedCases
-from lib.server.tasks import TasksByName
+from lib.server.tasks import InferenceTask, TasksByName
 
 # What a client may not set through ``params``: they say which file is read.
 NOT_FROM_PARAMS = (
@@ -56,7 +55,7 @@ class Asked:
     """
 
     model: str
-    task: UnetrInferTask
+    task: InferenceTask
     request: InferRequest
     image_id: str | None
     upload: UploadFile | None
@@ -79,7 +78,7 @@ class RequestChecks:
         session_image: gives the file of a session's image.
     """
 
-    tasks: TasksByName[UnetrInferTask]
+    tasks: TasksByName[InferenceTask]
     images: Images
     store: SeriesDatastore
     presented: PresentedCases

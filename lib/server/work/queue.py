@@ -12,7 +12,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import anyio
 import torch
@@ -24,16 +24,10 @@ from lib.infers.interruption import InterruptedWork, giving_way
 from lib.infers.request import InferRequest
 from lib.server.http.errors import BusyError
 from lib.server.priority import give_requests_priority
+from lib.server.tasks import InferenceTask
 from lib.server.work.pause import Pause
 
 Result = TypeVar("Result")
-
-
-class Forecasting(Protocol):
-    """A task that tells what a request needs."""
-
-    def forecast(self, request: InferRequest) -> Forecast:
-        """What computing it needs."""
 
 
 class InferenceQueue:
@@ -61,7 +55,7 @@ class InferenceQueue:
         """Whether anybody computes or waits; what is computed ahead does not count."""
         return any(not self.lanes.is_idle(str(lane.device)) for lane in self.lanes)
 
-    def forecast(self, task: Forecasting, request: InferRequest) -> Forecast:
+    def forecast(self, task: InferenceTask, request: InferRequest) -> Forecast:
         """What a request needs, where there are several devices to choose from."""
         return task.forecast(request) if self.lanes.several else Forecast()
 

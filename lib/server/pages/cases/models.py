@@ -14,7 +14,7 @@ from lib.datastore.records import LabelVersion
 from lib.errors import ImageError, NotFoundError
 from lib.infers.task import UnetrInferTask
 from lib.server.images import Images
-from lib.server.tasks import TasksByName
+from lib.server.tasks import InferenceTask, TasksByName
 from lib.server.work.modality import modality_of, models_for
 from lib.transforms.inputs import sources_of
 
@@ -26,12 +26,14 @@ class CaseModels:
     Args:
         presets: those that are served, by name.
         tasks: all inference tasks, those that take clicks among them.
+        automatic: those that segment by themselves.
         datastore: knows the modality of a series.
         images: finds the images.
     """
 
     presets: Mapping[str, Preset]
-    tasks: TasksByName[UnetrInferTask]
+    tasks: TasksByName[InferenceTask]
+    automatic: TasksByName[UnetrInferTask]
     datastore: Datastore
     images: Images
 
@@ -46,7 +48,7 @@ class CaseModels:
 
         Models for images of another modality are not offered, nor those that need sequences which the image lacks.
         """
-        ready = [name for name in self.offered(image) if name in self.tasks and self.tasks[name].is_valid()]
+        ready = [name for name in self.offered(image) if name in self.automatic and self.automatic[name].is_valid()]
         wanted = version.preset if version is not None else ""
         return wanted if wanted in ready else next(iter(sorted(ready)), "")
 

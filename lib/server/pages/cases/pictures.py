@@ -118,7 +118,7 @@ class Pictures:
 
     def kept_prediction(self, subject: Subject) -> npt.NDArray[np.uint8] | None:
         """The served model's mask where it is ready, reoriented as the image is."""
-        task = self.models.tasks.find(subject.model)
+        task = self.models.automatic.find(subject.model)
         kept = task.recall(task.parse(fields_for(subject)))
         return None if kept is None else take_turned(Path(kept[0]))
 
@@ -137,7 +137,7 @@ class Pictures:
             kept = self.volumes.peek(key)
             if kept is not None:
                 return kept
-            task = self.models.tasks.find(subject.model)
+            task = self.models.automatic.find(subject.model)
             request = task.parse(fields_for(subject))
             wanted = PrefetchKey(subject.model, subject.image)
             forecast = await anyio.to_thread.run_sync(self.inferences.forecast, task, request)

@@ -187,7 +187,7 @@ class CaseViews:
             title=titles_of(self.store, [image])[image],
             model=model,
             model_version=self.trainers.find(model).serving()[0] if model else "",
-            estimate=estimate_of(self.models.tasks.find(model), path) if model else None,
+            estimate=estimate_of(self.models.automatic.find(model), path) if model else None,
             ohif=ohif_path(self.store, self.presented, image),
             colors={} if preset is None else {label.name: hex_color(label.color) for label in preset.labels},
             planes=tuple(_plane(stack, plane, shown) for plane in PLANES),
