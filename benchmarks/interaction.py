@@ -1,11 +1,16 @@
-"""Clicks of a simulated annotator on held-out cases: Dice and surface Dice after each, beside baselines, and times.
+"""Clicks of a simulated annotator on held-out cases: Dice and surface Dice after each, beside baselines, time, memory.
 
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder of images and labels> --cases 12
     python -m benchmarks.interaction --preset abdomen_ct --data <folder> --ids btcv_0001,btcv_0006 --each-label --empty
+    python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways deepedit,editor --train-deepedit 30
+    python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways growth --server http://127.0.0.1:8000
 
-Compared are the editor network, growth without weights, a ball painted at the click (of several radii), and the random
-walker of scikit-image in a crop around the click. Without ``--ids`` the held-out cases of ``model/<preset>/split.json``
-are used, or all cases of the folder where there are none, and the table says so.
+Compared are the editor network, growth without weights, a ball painted at the click (of several radii, of which the
+best after ten clicks is named), the random walker of scikit-image in a crop around the click, and a DeepEdit-style
+UNETR that is trained for the minutes of ``--train-deepedit`` on the cases that are not held out. With ``--server``
+the clicks are sent to a server whose studies hold the cases under the names that they have here, as 3D Slicer sends
+them; what it makes of them is called ``served``. Without ``--ids`` the held-out cases of
+``model/<preset>/split.json`` are used, or all cases of the folder where there are none, and the table says so.
 """
 
 from __future__ import annotations
@@ -13,44 +18,61 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import requests
 import torch
 from monai.data import MetaTensor
 from skimage.segmentation import random_walker
 
-from lib.cases.labelled import find_cases, read_case
-from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
+from benchmarks.deepedit import DeepEdit
+from lib.cases.labelled import Case, find_cases, read_case
 from lib.cases.split import shipped_split
 from lib.configs.catalogue import load_preset
+from lib.configs.preset import Preset
+from lib.imagefiles.geometry import set_affine
 from lib.infers.segmenter import Segmenter
-from lib.interaction.annotator import Correction, next_click, prompts_of
+from lib.interaction.annotator import Correction, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
-from lib.interaction.training import change_image
+from lib.interaction.evaluation import STOPS, Edit, Followed, follow
+from lib.interaction.training import change_image, read_material
 from lib.networks.checkpoint import read_checkpoint
+from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Volume
+from lib.transforms.volume import Volume, read_volume
 
-STOPS = (0, 1, 3, 5, 10)
 GOALS = (0.90, 0.95)
 BALLS_MM = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+BALL = "ball of "
 WALKER_VOXELS = 20
 MODEL = Path(__file__).resolve().parents[1] / "model"
-Edit = Callable[[np.ndarray, Sequence[Correction]], np.ndarray]
 
 
-@dataclass
-class Followed:
-    """What one way of editing made of one start: Dice after each click, surface Dice at the stops, seconds a click."""
+@dataclass(frozen=True)
+class Start:
+    """A case with the mask that clicks correct.
 
-    dice: list[float]
-    surface: list[float]
-    seconds: list[float]
+    Attributes:
+        case: its files.
+        volume: the image on its own grid.
+        image: the same as the network sees it.
+        begin: the mask, on the image's own grid.
+        indices: the labels that count, by name.
+        empty: whether ``begin`` is no automatic mask.
+    """
+
+    case: Case
+    volume: Volume
+    image: MetaTensor
+    begin: np.ndarray
+    indices: Mapping[str, int]
+    empty: bool
 
 
 def paint(labels: np.ndarray, click: Correction, radius_mm: float, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -81,46 +103,88 @@ def walk(image: np.ndarray, labels: np.ndarray, click: Correction) -> np.ndarray
     return walked
 
 
-def follow(start: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float], indices: Mapping[str, int],
-           edit: Edit, seed: int) -> Followed:  # fmt: skip
-    """Mean Dice after 0, 1, 2 ... clicks."""
-    labels, clicks, random = start, list[Correction](), np.random.default_rng(seed)
-    found = Followed([], [], [])
-    for count in range(STOPS[-1] + 1):
-        click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
-        if click is not None:
-            clicks.append(click)
-            began = time.perf_counter()
-            labels = edit(labels, clicks)
-            found.seconds.append(time.perf_counter() - began)
-        found.dice.append(mean_known(dice_per_label(labels, truth, indices).values()))
-        if count in STOPS:
-            _, surface = surface_per_label(labels, truth, indices, spacing_mm, max(spacing_mm))
-            found.surface.append(mean_known(surface.values()))
-    return found
+class Served:
+    """A server that clicks are sent to, with all clicks so far each time, as 3D Slicer sends them.
+
+    Args:
+        url: of the server.
+        preset: the task.
+    """
+
+    def __init__(self, url: str, preset: Preset) -> None:
+        self._url, self._preset, self._session = url.rstrip("/"), preset, requests.Session()
+
+    def edit(self, start: Start, clicks: Sequence[Correction]) -> np.ndarray:
+        """The whole mask that the server answers."""
+        names = {value: name for name, value in self._preset.label_indices.items()} | {0: "background"}
+        points: dict[str, list[list[int]]] = {}
+        for click in clicks:
+            points.setdefault(names[click.value], []).append(list(click.point))
+        sent = {**points, "all_labels": True, "result_extension": ".nii.gz", "client_id": "benchmark"}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "mask.nii.gz"
+            files = None
+            if start.empty:
+                mask = nib.Nifti1Image(start.begin, start.volume.affine_ras)
+                set_affine(mask, start.volume.affine_ras)
+                nib.save(mask, file)
+                files = {"label": ("label.nii.gz", file.read_bytes())}
+            answer = self._session.post(
+                f"{self._url}/infer/{self._preset.name}_edit",
+                params={"image": start.case.case_id, "output": "image"},
+                data={"params": json.dumps(sent)},
+                files=files,
+                timeout=600,
+            )
+            answer.raise_for_status()
+            file.write_bytes(answer.content)
+            return np.rint(read_volume(file).voxels).astype(np.uint8)
 
 
 def ways_of(
-    image: MetaTensor, volume: Volume, begin: np.ndarray, editor: Editor | None, names: Sequence[str]
+    start: Start, editor: Editor | None, deepedit: DeepEdit | None, served: Served | None, asked: argparse.Namespace
 ) -> dict[str, Edit]:
     """The ways of editing that are compared."""
+    volume, names = start.volume, asked.ways.split(",")
 
     def by(network: Editor | None) -> Edit:
         return lambda _, clicks: (
-            edit_clicks(Scene(image, begin.copy(order="K"), volume.affine_ras), prompts_of(clicks), network).labels
+            edit_clicks(Scene(start.image, start.begin, volume.affine_ras), prompts_of(clicks), network).labels
         )
 
     ways: dict[str, Edit] = {}
+    if served is not None:
+        ways["served"] = lambda _, clicks: served.edit(start, clicks)
     if editor is not None:
         ways["editor"] = by(editor)
     if "growth" in names:
         ways["growth"] = by(None)
+    if deepedit is not None:
+        ways["DeepEdit style"] = lambda _, clicks: by_deepedit(deepedit, start, clicks)
     if "walker" in names:
         ways["random walker"] = lambda mask, clicks: walk(volume.voxels, mask, clicks[-1])
     if "ball" in names:
-        for mm in BALLS_MM:
-            ways[f"ball of {mm:g} mm"] = lambda m, clicks, r=mm: paint(m, clicks[-1], r, volume.spacing_mm)  # type: ignore[misc]
+        for mm in asked.balls:
+            ways[f"{BALL}{mm:g} mm"] = lambda m, clicks, r=mm: paint(m, clicks[-1], r, volume.spacing_mm)  # type: ignore[misc]
     return ways
+
+
+def by_deepedit(network: DeepEdit, start: Start, clicks: Sequence[Correction]) -> np.ndarray:
+    """What the network makes of a case with clicks, on the image's own grid: the labels that count, and no others."""
+    scene = Scene(start.image, start.begin, start.volume.affine_ras)
+    placed = []
+    for click in clicks:
+        x, y, z = (int(v) for v in scene.on_network([click.point])[0])
+        placed.append(Correction(click.value, (x, y, z)))
+    found = network.segment(scene.voxels, placed)
+    labels = restore_to_grid(found, scene.affine_network, start.volume.voxels.shape, start.volume.affine_ras)
+    return np.where(np.isin(labels, list(start.indices.values())), labels, 0).astype(np.uint8)
+
+
+def best_ball(rows: Mapping[str, list[Followed]]) -> str:
+    """The radius that is best after ten clicks, in the mean; empty where no ball was painted."""
+    balls = [name for name in rows if name.startswith(BALL)]
+    return max(balls, key=lambda name: float(np.mean([f.dice[-1] for f in rows[name]])), default="")
 
 
 def show(rows: Mapping[str, list[Followed]]) -> None:
@@ -144,8 +208,8 @@ def show(rows: Mapping[str, list[Followed]]) -> None:
         print(f"{'  surface Dice':18}" + "".join(f"{s:>17.4f}" for s in surface))
 
 
-def main() -> None:
-    """Print the table, and write it as JSON beside this file."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--preset", default="hippocampus_mr")
     parser.add_argument("--data", type=Path, required=True)
@@ -161,48 +225,83 @@ def main() -> None:
         action="store_true",
         help="start from the mask of the blurred image with noise, for cases that the preset's weights have seen",
     )
-    parser.add_argument("--ways", default="editor,growth,walker,ball", help="what is compared")
+    parser.add_argument("--ways", default="editor,growth,walker,ball", help="what is compared; also: deepedit")
+    parser.add_argument("--balls", type=float, nargs="+", default=BALLS_MM, metavar="MM", help="radii that are tried")
     parser.add_argument("--editor", type=Path, default=MODEL / "editor" / "shipped.pt")
-    asked = parser.parse_args()
+    parser.add_argument("--train-deepedit", type=float, default=30.0, metavar="MINUTES")
+    parser.add_argument("--server", default="", help="address of a server with these cases in its studies")
+    parser.add_argument("--out", type=Path, help="beside this file by default")
+    return parser.parse_args()
+
+
+def choose_cases(asked: argparse.Namespace) -> tuple[list[Case], list[Case], bool]:
+    """The cases to click on, those that may be trained on, and whether the former were held out."""
+    cases, split = find_cases(asked.data / "images", asked.data / "labels"), shipped_split(MODEL / asked.preset)
+    held_out = set(split.validation) | set(split.test) if split is not None else set()
+    if asked.ids:
+        chosen = [case for case in cases if case.case_id in asked.ids.split(",")]
+        known = {case.case_id for case in chosen} <= held_out
+    else:
+        validated = [case for case in cases if split is not None and case.case_id in split.validation]
+        chosen, known = (validated or cases)[: asked.cases], bool(validated)
+    left = [case for case in cases if case.case_id not in held_out and case not in chosen]
+    return chosen, left, known
+
+
+def starts_of(
+    case: Case, preset: Preset, segmenter: Segmenter, asked: argparse.Namespace, seed: int
+) -> list[tuple[Start, np.ndarray]]:
+    """A case as often as labels are clicked by themselves, each with its reference."""
+    volume, truth = read_case(case, preset)
+    seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
+    found = np.zeros_like(truth) if asked.empty else segmenter.segment(seen).labels
+    image = preprocess_volume(volume, preset)
+    names = asked.labels.split(",") if asked.labels else list(preset.label_indices)
+    made = []
+    for group in [[name] for name in names] if asked.each_label else [names]:
+        indices = {name: preset.label_indices[name] for name in group}
+        right, begin = (
+            np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8) for mask in (truth, found)
+        )
+        if right.any():
+            made.append((Start(case, volume, image, begin, indices, asked.empty or asked.each_label), right))
+    return made
+
+
+def main() -> None:
+    """Print the table, and write it as JSON."""
+    asked = parse()
+    names = asked.ways.split(",")
     checkpoint = read_checkpoint(MODEL / asked.preset / "shipped.pt")
     preset = checkpoint.preset or load_preset(asked.preset)
     segmenter = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"))
-    editor = Editor.from_file(asked.editor, torch.device("cpu")) if "editor" in asked.ways.split(",") else None
-    cases, held_out = find_cases(asked.data / "images", asked.data / "labels"), True
-    split = shipped_split(MODEL / asked.preset)
-    if asked.ids:
-        cases = [case for case in cases if case.case_id in asked.ids.split(",")]
-    else:
-        known = [case for case in cases if split is not None and case.case_id in split.validation]
-        cases, held_out = (known or cases)[: asked.cases], bool(known)
-    names = asked.labels.split(",") if asked.labels else list(preset.label_indices)
-    groups = [[name] for name in names] if asked.each_label else [names]
+    editor = Editor.from_file(asked.editor, torch.device("cpu")) if "editor" in names else None
+    cases, trainable, held_out = choose_cases(asked)
+    deepedit = None
+    if "deepedit" in names:
+        deepedit = DeepEdit(preset, dict(checkpoint.model))
+        steps = deepedit.train([read_material(case, preset, None) for case in trainable], asked.train_deepedit)
+        print(f"DeepEdit style: {steps} steps in {asked.train_deepedit:g} minutes on {len(trainable)} cases")
+    served = Served(asked.server, preset) if asked.server else None
     rows: dict[str, list[Followed]] = {}
     for seed, case in enumerate(cases):
-        volume, truth = read_case(case, preset)
-        seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
-        start = np.zeros_like(truth) if asked.empty else segmenter.segment(seen).labels
-        image, spacing = preprocess_volume(volume, preset), volume.spacing_mm
-        for group in groups:
-            indices = {name: preset.label_indices[name] for name in group}
-            right = np.where(np.isin(truth, list(indices.values())), truth, 0).astype(np.uint8)
-            begin = np.where(np.isin(start, list(indices.values())), start, 0).astype(np.uint8)
-            if not right.any():
-                continue
-
-            ways = ways_of(image, volume, begin, editor, asked.ways.split(","))
-            for name, edit in ways.items():
-                rows.setdefault(name, []).append(follow(begin, right, spacing, indices, edit, seed))
-    kind = "held-out" if held_out else "training"
-    unit = "label" if asked.each_label else "case"
+        for start, right in starts_of(case, preset, segmenter, asked, seed):
+            for name, edit in ways_of(start, editor, deepedit, served, asked).items():
+                begin = edit(start.begin, []) if name == "DeepEdit style" else start.begin
+                made = follow(begin, right, start.volume.spacing_mm, start.indices, edit, seed, surface=True)
+                rows.setdefault(name, []).append(made)
+    kind, unit = "held-out" if held_out else "not held-out", "label" if asked.each_label else "case"
     begun = "an empty mask" if asked.empty else "the automatic mask" + " of a changed image" * asked.changed_image
     print(f"{preset.name}: mean Dice (worst {unit}) of {len(cases)} {kind} cases from {begun}, after clicks a {unit}")
-    show(rows)
+    best = best_ball(rows)
+    show({name: found for name, found in rows.items() if not name.startswith(BALL) or name == best})
+    if best:
+        print(f"the best of balls of {', '.join(f'{mm:g}' for mm in asked.balls)} mm after ten clicks: {best}")
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory at most")
     result = {"preset": preset.name, "cases": [c.case_id for c in cases], "held_out": held_out, "empty": asked.empty,
-              "ways": {name: [vars(f) for f in found] for name, found in rows.items()}}  # fmt: skip
-    file = f"interaction-{preset.name}{'-empty' if asked.empty else ''}.json"
-    Path(__file__).with_name(file).write_text(json.dumps(result), encoding="utf-8")
+              "ways": {name: [asdict(f) for f in found] for name, found in rows.items()}}  # fmt: skip
+    file = asked.out or Path(__file__).with_name(f"interaction-{preset.name}{'-empty' if asked.empty else ''}.json")
+    file.write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ from lib.infers.interruption import giving_way  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
+from lib.interaction.background import EditorTrainer  # noqa: E402
 from lib.interaction.editor import SharedEditor  # noqa: E402
+from lib.interaction.served import FOLDER as EDITORS  # noqa: E402
+from lib.interaction.served import ServedEditor  # noqa: E402
 from lib.interaction.task import make_interactive_tasks  # noqa: E402
 from lib.models.weights import WeightsLocator  # noqa: E402
 from lib.trainers.pretraining.task import UnetrPretraining  # noqa: E402
@@ -52,6 +55,8 @@ class UnetrRadiologyApp(MONAILabelApp):
             )
             for name, preset in self.presets.items()
         }
+        shared = SharedEditor.if_there(self.settings.editor_file)
+        self.editors = {n: ServedEditor(n, at.folder / EDITORS, shared) for n, at in self.locators.items()}
         self.lanes = Lanes.of(self.settings.devices or self.settings.device)
         self._studies = studies.strip()
         self.results = ResultCache(self.settings.result_cache_mib)
@@ -113,8 +118,7 @@ class UnetrRadiologyApp(MONAILabelApp):
             n: UnetrInferTask(p, self.locators[n], device, precision, results, planner, compiles, images, lanes)
             for n, p in self.presets.items()
         }
-        editor = SharedEditor.if_there(settings.editor_file)
-        return {**automatic, **make_interactive_tasks(automatic, images, results, device, editor, planner)}
+        return {**automatic, **make_interactive_tasks(automatic, images, results, device, self.editors, planner)}
 
     def init_batch_infer(self) -> DrawnLabelsStay:
         """Segments many images, and never replaces what a person drew."""
@@ -129,10 +133,14 @@ class UnetrRadiologyApp(MONAILabelApp):
         """One training task a preset."""
         settings, costs = self.settings, self.settings.model_dir / COSTS_FILE
         budget, names, device = settings.memory_budget, list(self.presets), str(self.lanes.first.device)
+        followed = settings.editor_training == "on"
         return {
-            n: UnetrTrainTask(p, self.locators[n], device, settings, budget, costs, names)
+            n: UnetrTrainTask(
+                p, self.locators[n], device, settings, budget, costs, names,
+                follow_up=EditorTrainer(p, self.locators[n], self.editors[n], settings, budget) if followed else None,
+            )
             for n, p in self.presets.items()
-        }
+        }  # fmt: skip
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Ways to choose the next case; the one of ``--conf strategy`` first, where clients find their default."""

@@ -31,6 +31,9 @@ class Retraining(Model):
         gate_tolerance: how much the Dice or normalised surface distance of one label may fall.
         keep_versions: how many published and how many rejected versions are kept besides the live one and its parent.
         keep_runs: how many runs' reports are kept.
+        editor_training: whether a training is followed by one of the editor, the network that clicks are shown to;
+            that takes the CPU for ``editor_training_minutes`` each time.
+        editor_training_minutes: how long that takes at most, beside a few minutes in which it is compared.
         mlflow: address of an MLflow server or database that runs are logged to, as ``sqlite:///runs.db``.
     """
 
@@ -49,6 +52,8 @@ class Retraining(Model):
     gate_tolerance: Share = 0.02
     keep_versions: Annotated[int, Field(gt=0)] = 10
     keep_runs: Annotated[int, Field(gt=0)] = 20
+    editor_training: Literal["off", "on"] = "off"
+    editor_training_minutes: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] = 20.0
     mlflow: str = ""
 
     @field_validator("retrain_recipe", mode="before")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from cachetools import LRUCache
 
 from lib.errors import ImageError
+from lib.imagefiles.compression import pack_quickly, unpack
 from lib.imagefiles.opening import open_regular
 from lib.storage.files import sha256_of_blocks
 from lib.transforms.channels import files_of
@@ -54,13 +54,14 @@ class CachedMask:
     def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, payload: Mapping[str, Any]) -> None:
         # As they lie in memory: turning a large mask takes longer than packing it.
         self._order: Literal["C", "F"] = "F" if labels.flags.fnc else "C"
-        self._packed, self._shape = zlib.compress(labels.tobytes(self._order), 1), labels.shape
+        as_it_lies = labels.T if self._order == "F" else labels
+        self._packed, self._shape = pack_quickly(np.ascontiguousarray(as_it_lies)), labels.shape
         self.affine_ras, self.payload = affine_ras, dict(payload)
 
     @property
     def labels(self) -> npt.NDArray[np.uint8]:
         """Shape (X, Y, Z)."""
-        return np.frombuffer(zlib.decompress(self._packed), dtype=np.uint8).reshape(self._shape, order=self._order)
+        return np.frombuffer(unpack(self._packed), dtype=np.uint8).reshape(self._shape, order=self._order)
 
     @property
     def size_bytes(self) -> int:
@@ -105,6 +106,11 @@ class ResultCache:
     def size_bytes(self) -> int:
         """Memory that all of them take, about."""
         return int(self._kept.currsize)
+
+    @property
+    def limit_mib(self) -> int:
+        """Memory that they may take."""
+        return int(self._kept.maxsize) // MIB
 
     def _forget_other_models(self, key: CacheKey) -> None:
         stale = [k for k in self._kept if k.preset == key.preset and k.model != key.model]

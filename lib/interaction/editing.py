@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from lib.interaction.editor import Editor
 from lib.interaction.growth import LEAST_VOXELS, NEVER, Claim, claim_around, reach_of
-from lib.interaction.merge import LabelClaim, apply_claims, obey
+from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
 from lib.interaction.prompts import Prompts, Voxel
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.volume import Affine, FloatArray
@@ -32,10 +32,12 @@ class Edited:
     Attributes:
         labels: on the image's own grid, shape (X, Y, Z), with the labels that nobody clicked as they were.
         values: of the labels that were prompted.
+        part: outside of it no voxel has changed; None where nothing has.
     """
 
     labels: LabelArray
     values: tuple[int, ...]
+    part: Part | None = None
 
 
 class Scene:
@@ -81,12 +83,13 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
         claims = _grown_claims(scene, prompts)
     else:
         claims = [claim for value in sorted(values) for claim in _network_claims(scene, prompts, value, editor)]
-    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
+    labels, parts = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
     if editor is not None and (ignored := _ignored(labels, scene.labels, prompts)) is not None:
         claims += _grown_claims(scene, ignored)
-        labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
+        labels, parts = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
     obey(labels, scene.labels, prompts)
-    return Edited(labels, tuple(sorted(values)))
+    parts += [tuple(slice(v, v + 1) for v in point) for point in prompts.points]
+    return Edited(labels, tuple(sorted(values)), around(parts))
 
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
@@ -177,7 +180,7 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
     for value, places, _ in sides:
         if len(places):
             claims.append(LabelClaim(value, (), claim_around(scene.voxels, places, reach, scene.spacing_mm)))
-    labels = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, inside_box.box)
+    labels, _ = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, inside_box.box)
     labels[tuple(erased.T)] = 0
     labels[tuple(drawn.T)] = 1
     return labels

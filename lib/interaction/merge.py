@@ -18,6 +18,8 @@ from lib.transforms.postprocess import interpolate_to_grid
 from lib.transforms.volume import Affine
 
 LabelArray = npt.NDArray[np.uint8]
+Part = tuple[slice, ...]
+"""A part of an image: its first voxel and one beyond its last on each axis."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class LabelClaim:
 
 def apply_claims(
     labels: LabelArray, affine_ras: Affine, claims: Sequence[LabelClaim], affine_network: Affine, box: Box | None
-) -> LabelArray:
-    """The mask after all claims.
+) -> tuple[LabelArray, list[Part]]:
+    """The mask after all claims, and the parts of the image outside of which it is as before.
 
     Args:
         labels: the mask before, on the image's grid; it stays as it is.
@@ -48,7 +50,7 @@ def apply_claims(
         box: nothing changes outside of it.
     """
     result = labels.copy(order="K")
-    won: list[tuple[tuple[slice, ...], npt.NDArray[np.float32]]] = []
+    won: list[tuple[Part, npt.NDArray[np.float32]]] = []
     placed = [(one, *_on_image(one.claim, affine_network, labels.shape, affine_ras)) for one in claims]
     for one, where, values in sorted(placed, key=lambda item: item[0].value or 256):
         wins = (values < 1) & _inside(where, box)
@@ -61,7 +63,7 @@ def apply_claims(
                 wins[mine] &= values[mine] < other[theirs]
         result[where][wins] = one.value
         won.append((where, np.where(wins, values, np.inf).astype(np.float32)))
-    return result
+    return result, [where for where, _ in won]
 
 
 def obey(labels: LabelArray, before: LabelArray, prompts: Prompts) -> None:
@@ -73,6 +75,13 @@ def obey(labels: LabelArray, before: LabelArray, prompts: Prompts) -> None:
             labels[point] = before[point] if before[point] != prompts.of_label else 0
     for value, points in prompts.positive:
         labels[tuple(np.array(points).T)] = value
+
+
+def around(parts: Sequence[Part]) -> Part | None:
+    """The least part that holds all of them; None for none."""
+    if not parts:
+        return None
+    return tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*parts, strict=True))
 
 
 def _within(part: Sequence[slice], whole: Sequence[slice]) -> tuple[slice, ...]:

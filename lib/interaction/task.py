@@ -24,17 +24,19 @@ from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
 from lib.infers.writer import write_mask
+from lib.interaction.answers import describe_answer, describe_time, only_labels, warnings_of
 from lib.interaction.dialects import BACKGROUND, parse_clicks
-from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
-from lib.interaction.editor import Editor, SharedEditor
+from lib.interaction.editing import Edited, Scene, edit_clicks, edit_scribbles
+from lib.interaction.editor import Editor
 from lib.interaction.prompts import Prompts, parse_box
-from lib.interaction.starting_mask import names_of, read_mask, read_values
+from lib.interaction.served import ServedEditor
+from lib.interaction.starting_mask import KEPT_MIB, StartingMask, StartingMasks, names_of, read_mask, read_values
+from lib.models.versions import VersionStore
 from lib.networks.precision import resolve_device
 from lib.storage.bounded_cache import BoundedCache
 from lib.transforms.inputs import read_input
-from lib.transforms.postprocess import measure_labels
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid, reading_warning
+from lib.transforms.volume import Affine, Grid, check_segmentable, read_grid
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +176,9 @@ class ClickTask(_InteractiveTask):
         images, cache: where preprocessed images and answers are kept.
         elsewhere: names of other tasks' labels, whose clicks say nothing here.
         device: default device.
-        editor: the network that clicks are shown to; None lets them grow without weights.
+        editor: finds the network that clicks are shown to; None lets them grow without weights.
         planner: knows how much memory there is.
+        starts: keeps the masks that clicks start from; one of its own if not given.
     """
 
     def __init__(
@@ -185,8 +188,9 @@ class ClickTask(_InteractiveTask):
         cache: ResultCache,
         elsewhere: Collection[str] = (),
         device: str = "",
-        editor: SharedEditor | None = None,
+        editor: ServedEditor | None = None,
         planner: Planner | None = None,
+        starts: StartingMasks | None = None,
     ) -> None:
         labels = dict(automatic.preset.label_indices)
         if BACKGROUND not in labels and BACKGROUND_VALUE not in labels.values():
@@ -194,10 +198,24 @@ class ClickTask(_InteractiveTask):
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
         self._elsewhere, self._editor, self._planner = frozenset(elsewhere), editor, planner or Planner()
+        self._starts = starts or StartingMasks()
 
     def load(self) -> dict[str, str]:
         """What answers are made with."""
-        return super().load() | {"version": GROWTH if self._own_editor() is None else NETWORK}
+        if self._editor is None or self._editor.current() is None:
+            return super().load()
+        own = self._editor.version()
+        said = {"version": f"{NETWORK} {own}", "origin": "published"} if own else {"version": NETWORK}
+        return super().load() | said
+
+    @property
+    def versions(self) -> VersionStore | None:
+        """The editors that were trained here; None where none can be."""
+        return None if self._editor is None else self._editor.versions
+
+    def serving(self) -> tuple[str, str]:
+        """The version of the editor that is served, empty for none of these; and why it is not the right one."""
+        return ("", "") if self._editor is None else self._editor.serving()
 
     def parse(self, request: Mapping[str, Any]) -> ClickRequest:
         """Cast and check a request's parameters; the other methods take the result.
@@ -219,7 +237,9 @@ class ClickTask(_InteractiveTask):
         """The answer to the same prompts on the same image and mask, where it is kept."""
         start = time.perf_counter()
         kept = self._cache.get(self._key(request)) if request.label_file is None else None
-        return None if kept is None else self._write(kept, request, start, hit=True)
+        if kept is None:
+            return None
+        return self._write(kept.labels, kept.affine_ras, kept.payload, request, start, hit=True)
 
     def is_kept(self, request: ClickRequest) -> bool:
         """Whether :meth:`recall` would answer."""
@@ -243,30 +263,24 @@ class ClickTask(_InteractiveTask):
         """
         start, prompts = time.perf_counter(), request.prompts
         checksum = self._automatic.checksums.of(request.image)
-        labels, affine_ras, origin = self._start(request, checksum)
-        x, y, z = labels.shape
-        prompts.check_inside((x, y, z))
-        values: tuple[int, ...] = ()
+        prompts.check_inside(self._grid(request.image, checksum).shape)
+        before = self._start(request, checksum)
+        edited = Edited(before.labels, ())
         began = time.perf_counter()
         if not prompts.is_empty:
-            scene = Scene(self._network_image(request.image, checksum), labels, affine_ras)
+            scene = Scene(self._network_image(request.image, checksum), before.labels, before.affine_ras)
             edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
-            labels, values = edited.labels, edited.values
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
-        said = {"start": origin, "prompts": len(prompts.points), "prompted": list(values), "edit_ms": edit_ms}
-        said["warnings"] = _warnings(self._grid(request.image, checksum))
-        made = CachedMask(labels, affine_ras, said)
+        said = {"start": before.origin, "prompts": len(prompts.points), "prompted": edited.values, "edit_ms": edit_ms}
+        said["warnings"] = warnings_of(self._grid(request.image, checksum))
+        said["boxes"] = before.boxes_with(edited.part, edited.values)
         if request.label_file is None:
-            self._cache.put(self._key(request), made)
-        return self._write(made, request, start, hit=False, labels=labels)
-
-    def _own_editor(self) -> SharedEditor | None:
-        """The editor, where there is one that clicks on this preset's masks are shown to."""
-        return self._editor if self._editor is not None and self._editor.serves(self.preset.name) else None
+            self._cache.put(self._key(request), CachedMask(edited.labels, before.affine_ras, said))
+        return self._write(edited.labels, before.affine_ras, said, request, start)
 
     def _ready_editor(self, scene: Scene, request: ClickRequest) -> Editor | None:
         """The editor, where there is one, and there is memory for it."""
-        shared = self._own_editor()
+        shared = self._editor.current() if self._editor is not None else None
         if shared is None:
             return None
         editor = shared.on(device_in_use(request.device))
@@ -275,45 +289,53 @@ class ClickTask(_InteractiveTask):
 
     def _write(
         self,
-        made: CachedMask,
+        labels: LabelArray,
+        affine_ras: Affine,
+        said: Mapping[str, Any],
         request: ClickRequest,
         start: float,
-        hit: bool,
-        labels: LabelArray | None = None,
+        hit: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        values = set(made.payload["prompted"])
+        """The answer's file, and its JSON."""
+        values, boxes = said["prompted"], said["boxes"]
         whole = request.all_labels or not values
         named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
-        shown = made.labels if labels is None else labels
-        if not whole:
-            table = np.zeros(256, dtype=np.uint8)
-            table[list(values)] = list(values)
-            shown = np.take(table, shown) if shown.flags.c_contiguous else np.take(table, shown.T).T
-        path = write_mask(shown, made.affine_ras, self.preset, request.extension, request.dtype, request.compress)
-        return str(path), _describe(self, made, shown, named, start, hit)
+        shown = labels if whole else only_labels(labels, values, boxes)
+        path = write_mask(shown, affine_ras, self.preset, request.extension, request.dtype, request.compress)
+        answer = describe_answer(self.preset, shown, affine_ras, said, named, boxes) | {"model": self.load()}
+        total_ms = round((time.perf_counter() - start) * 1000, 1)
+        return str(path), answer | describe_time(said["edit_ms"], total_ms, hit)
 
-    def _start(self, request: ClickRequest, checksum: str) -> tuple[LabelArray, Affine, str]:
-        """The mask that the answer starts from, and where it is from."""
-        grid = self._grid(request.image, checksum)
+    def _start(self, request: ClickRequest, checksum: str) -> StartingMask:
+        """The mask that the answer starts from."""
+        grid, highest, saved = self._grid(request.image, checksum), len(self.preset.labels), request.saved
         if request.label_file is not None:
             names = names_of(request.label_info) if request.label_info else None
-            return read_mask(request.label_file, grid, self.preset, names, "label"), grid.affine_ras, "label"
-        if (saved := request.saved) is not None:
-            names = {value: name for name, value in saved.label_map.items()} or None
-            read = read_mask(saved.file, grid, self.preset, names, saved.version_id)
-            return read, grid.affine_ras, saved.version_id
-        if self._automatic.is_valid():
-            plain = InferRequest(
-                image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
-            )
-            mask = self._automatic.mask_of(plain)
-            return mask.labels.copy(order="K"), mask.affine_ras, "automatic"
-        return np.zeros(grid.shape, dtype=np.uint8, order="F"), grid.affine_ras, "empty"
+            read = read_mask(request.label_file, grid, self.preset, names, "label")
+            return StartingMask.of(read, grid.affine_ras, "label", highest)
+
+        def make() -> StartingMask:
+            if saved is not None:
+                names = {value: name for name, value in saved.label_map.items()} or None
+                read = read_mask(saved.file, grid, self.preset, names, saved.version_id)
+                return StartingMask.of(read, grid.affine_ras, saved.version_id, highest)
+            if self._automatic.is_valid():
+                plain = InferRequest(
+                    image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
+                )
+                mask = self._automatic.mask_of(plain)
+                return StartingMask.of(mask.labels.copy(order="K"), mask.affine_ras, "automatic", highest)
+            empty = np.zeros(grid.shape, dtype=np.uint8, order="F")
+            return StartingMask.of(empty, grid.affine_ras, "empty", highest)
+
+        stamp = (self._automatic.weights_stamp(), request.device.type) if saved is None else saved.version_id
+        return self._starts.get((checksum, self.preset.name, stamp), make)
 
     def _key(self, request: ClickRequest) -> CacheKey:
         saved = "" if request.saved is None else request.saved.version_id
         options: tuple[Hashable, ...] = (request.device.type, saved, request.prompts.key())
-        stamp = (*self._automatic.weights_stamp(), editor.sha256 if (editor := self._own_editor()) else GROWTH)
+        editor = self._editor.current() if self._editor is not None else None
+        stamp = (*self._automatic.weights_stamp(), GROWTH if editor is None else editor.sha256)
         return CacheKey(self._automatic.checksums.of(request.image), f"{self.preset.name}_edit", stamp, options)
 
 
@@ -374,10 +396,10 @@ class ScribbleTask(_InteractiveTask):
         known = self.preset.find_label(name)
         single = self.preset.with_labels([known.name if known is not None else name])
         path = write_mask(structure, grid.affine_ras, single, request.extension, request.dtype, request.compress)
-        said = {"start": "label", "prompts": len(drawn) + len(erased), "prompted": [1], "edit_ms": edit_ms}
-        said["warnings"] = _warnings(grid)
-        made = CachedMask(structure, grid.affine_ras, said)
-        return str(path), _describe(self, made, structure, {name: 1}, start, hit=False, measured=single)
+        said = {"start": "label", "prompts": len(drawn) + len(erased), "warnings": warnings_of(grid)}
+        answer = describe_answer(self.preset, structure, grid.affine_ras, said, {name: 1}, measured=single)
+        total_ms = round((time.perf_counter() - start) * 1000, 1)
+        return str(path), answer | {"model": self.load()} | describe_time(edit_ms, total_ms, hit=False)
 
 
 def make_interactive_tasks(
@@ -385,20 +407,23 @@ def make_interactive_tasks(
     images: NetworkImages,
     cache: ResultCache,
     device: str,
-    editor: SharedEditor | None = None,
+    editors: Mapping[str, ServedEditor] | None = None,
     planner: Planner | None = None,
 ) -> dict[str, InferTask]:
     """The tasks for clicks and scribbles of each preset, all clicks first.
 
     Args:
-        editor: the network that clicks are shown to; None lets them grow without weights.
+        editors: for each preset what finds the network that clicks are shown to; without, they grow without weights.
         planner: knows how much memory there is.
     """
     names = {name: set(task.preset.label_indices) for name, task in automatic.items()}
+    starts = StartingMasks(min(KEPT_MIB, cache.limit_mib))
     made: dict[str, InferTask] = {}
     for name, task in automatic.items():
         others: set[str] = set().union(*(labels for other, labels in names.items() if other != name))
-        made[f"{name}_edit"] = ClickTask(task, images, cache, others, device, editor, planner)
+        made[f"{name}_edit"] = ClickTask(
+            task, images, cache, others, device, (editors or {}).get(name), planner, starts
+        )
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
 
 
@@ -406,40 +431,7 @@ def _structure_of(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]
     """The structure's name, and the values of it, of what is scribbled as it and as not it; 0 for what is not there."""
     by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
     name = request.get("selected_label_name")
-    if not isinstance(name, str) or name not in by_name or name.endswith("_scribbles"):
+    if not isinstance(name, str) or not by_name.get(name) or name.endswith("_scribbles"):
         choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
         raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
     return name, (by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0))
-
-
-def _warnings(grid: Grid) -> list[str]:
-    return [warning] if (warning := reading_warning(grid)) else []
-
-
-def _describe(
-    task: _InteractiveTask,
-    made: CachedMask,
-    shown: LabelArray,
-    named: Mapping[str, int],
-    start: float,
-    hit: bool,
-    measured: Preset | None = None,
-) -> dict[str, Any]:
-    """The answer's JSON, of the form of an automatic mask's."""
-    measures = measure_labels(shown, made.affine_ras, measured or task.preset)
-    colors = {label.name: list(label.color) for label in task.preset.labels if label.name in named}
-    total_ms = round((time.perf_counter() - start) * 1000, 1)
-    said = dict(made.payload)
-    return {
-        "warnings": list(said["warnings"]),
-        "label_names": dict(named),
-        "label_colors": colors,
-        "label_statistics": measures,
-        "centroids": {n: [str(round(c)) for c in m["centroid_voxels"]] for n, m in measures.items()},  # type: ignore[attr-defined]
-        "model": task.load(),
-        "interaction": {"start": said["start"], "prompts": said["prompts"]},
-        "quality": None,
-        "latencies_ms": {"edit": said["edit_ms"], "total": total_ms},
-        "latencies": {"infer": round(said["edit_ms"] / 1000, 3), "total": round(total_ms / 1000, 3)},
-        "cache": {"hit": hit} | ({"computed_in_ms": said["edit_ms"]} if hit else {}),
-    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,10 +39,11 @@ from lib.interaction.editor import (
     write_editor,
 )
 from lib.interaction.sessions import Material, Session, begin_session
-from lib.networks.checkpoint import read_checkpoint
+from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.precision import autocast, place_for_training, resolve_precision
 from lib.storage.files import replacing, sha256_of
 from lib.storage.json_files import write_json
+from lib.trainers.optimization import average_weights, half_cosine
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
 from lib.transforms.volume import Volume
@@ -54,7 +55,9 @@ LabelArray = npt.NDArray[np.uint8]
 VOXELS = 2**17
 LEARNING_RATE = 8e-3
 """With a tenth of it, and with zeros in the last layer, a thousand steps taught next to nothing."""
-WARM_UP = 0.02
+WARM_UP, LOWEST_RATE = 0.02, 0.02
+"""Shares: of the training, until the highest rate is reached; of that rate, at the end."""
+EMA_DECAY = 0.99
 NEAR_WEIGHT = 10.0
 """How much more a voxel beside a click counts in the loss."""
 MOST_BLUR_VOXELS, MOST_NOISE = 1.2, 0.35
@@ -69,7 +72,7 @@ def read_material(case: Case, preset: Preset, segmenter: Segmenter | None, masks
     """
     volume, truth = read_case(case, preset)
     image = preprocess_volume(volume, preset)
-    voxels = image.as_subclass(torch.Tensor)[0].numpy()
+    voxels = image.as_subclass(torch.Tensor)[preset.display_channel].numpy()
     affine = np.asarray(image.affine.numpy(), dtype=np.float64)
     random, found = np.random.default_rng(seed), []
     for number in range(masks if segmenter is not None else 0):
@@ -118,6 +121,7 @@ class EditorTraining:
         voxels: of a preset in a step: as many sessions as they hold windows, and at least one.
         learning_rate: the highest one.
         seed: of everything that is drawn.
+        start: weights of the same design to begin with; random ones without.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class EditorTraining:
         voxels: int = VOXELS,
         learning_rate: float = LEARNING_RATE,
         seed: int = 0,
+        start: EditorWeights | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.design, self.folder, self._highest = design, folder, learning_rate
@@ -139,27 +144,35 @@ class EditorTraining:
         batches = [max(1, voxels // int(np.prod(window))) for window in self._windows]
         self._sessions: list[list[Session | None]] = [[None] * batch for batch in batches]
         self.network = build_editor(design)
+        if start is not None:
+            load_weights(self.network, start.model)
         self._device = torch.device("cpu")
         self._dtype = resolve_precision("auto", self._device)
         place_for_training(self.network, self._device)
         self._optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         )
-        self._average = torch.optim.swa_utils.AveragedModel(
-            self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True
-        )
+        self._average = average_weights(self.network, lambda _: EMA_DECAY)
         self.steps, self.seconds, self.losses = 0, 0.0, list[float]()
         if (folder / "state.pt").exists():
             self._resume()
 
-    def run(self, minutes: float, most_steps: int | None = None) -> None:
-        """Train until so many minutes or steps have been spent in all."""
+    def run(
+        self, minutes: float, most_steps: int | None = None, before_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """Train until so many minutes or steps have been spent in all.
+
+        Args:
+            minutes: of training, over all starts; what ``before_step`` takes does not count.
+            most_steps: over all starts.
+            before_step: called before each step; may wait.
+        """
         while self.seconds < 60 * minutes and (most_steps is None or self.steps < most_steps):
+            before_step()
             began = time.perf_counter()
             part = self.seconds / (60 * minutes) if most_steps is None else self.steps / most_steps
-            falling = 0.02 + 0.98 * (1 + float(np.cos(np.pi * part))) / 2
             for group in self._optimizer.param_groups:
-                group["lr"] = self._highest * min((part + 0.002) / WARM_UP, falling)
+                group["lr"] = self._highest * min((part + 0.002) / WARM_UP, half_cosine(part, LOWEST_RATE))
             self.losses.append(self.step())
             self.seconds += time.perf_counter() - began
             if self.steps % 50 == 0:

@@ -39,6 +39,7 @@ STAGING = ".staging-"
 FIRST_YEAR, LAST_YEAR = 1970, 9998
 Status = Literal["shipped", "published", "rejected", "unproven", "damaged"]
 Files = Mapping[str, Callable[[str], str]]
+WriteWeights = Callable[[Path, str, str], None]
 
 
 class _Scores(BaseModel):
@@ -181,7 +182,24 @@ class VersionStore:
             details: plain data for ``version.json``: ``parent`` and whatever says where it comes from.
             files: more files to keep with it: their names, and what writes the text of each from the version's name.
         """
-        version = self._add(weights, preset, dict(details) | {"status": status}, files or {})
+
+        def write(path: Path, name: str, created: str) -> None:
+            write_checkpoint(path, Checkpoint(weights, preset, {"version": name, "created": created}))
+
+        known = {"preset": preset.model_dump(mode="json"), "labels": preset.label_indices}
+        return self.add_file(status, write, known | dict(details), files)
+
+    def add_file(
+        self, status: Status, write: WriteWeights, details: Mapping[str, Any], files: Files | None = None
+    ) -> Version:
+        """Keep a version whose weights are a file of any format, and serve it if it is ``published``.
+
+        Args:
+            status: ``published``, ``rejected`` or ``unproven``.
+            write: writes the file of weights; is given its path, the version's name and the time.
+            details, files: as of :meth:`add`.
+        """
+        version = self._add(write, dict(details) | {"status": status}, files or {})
         if status == "published":
             self._point_to(version.name)
         return version
@@ -278,7 +296,7 @@ class VersionStore:
         except (OSError, ValueError) as error:
             return Version(name, folder, folder / weights, {}, f"{side_car} cannot be read: {error}")
 
-    def _add(self, weights: StateDict, preset: Preset, details: dict[str, Any], files: Files) -> Version:
+    def _add(self, write: WriteWeights, details: dict[str, Any], files: Files) -> Version:
         self._remove_left_overs()
         number = max((version.number for version in self.list()), default=0) + 1
         staging = self.folder / f"{STAGING}{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -286,14 +304,14 @@ class VersionStore:
         try:
             while True:
                 name = f"v{number:04d}"
-                _write(staging, name, weights, preset, details, files)
+                _write(staging, name, write, details, files)
                 if _take_name(staging, self.folder / name):
                     break
                 number += 1  # another process was faster
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        logger.info("%s version %s of %s", details["status"], name, preset.name)
+        logger.info("%s version %s in %s", details["status"], name, self.folder)
         return self._read(name)
 
     def _point_to(self, name: str, by: str = "") -> None:
@@ -329,13 +347,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _write(
-    folder: Path, name: str, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files
-) -> None:
+def _write(folder: Path, name: str, write: WriteWeights, details: Mapping[str, Any], files: Files) -> None:
     created = now()
-    write_checkpoint(folder / WEIGHTS_FILE, Checkpoint(weights, preset, {"version": name, "created": created}))
-    summary = {"version": name, "created": created, "preset": preset.model_dump(mode="json")}
-    summary |= {"labels": preset.label_indices, "sha256": sha256_of(folder / WEIGHTS_FILE)}
+    write(folder / WEIGHTS_FILE, name, created)
+    summary = {"version": name, "created": created, "sha256": sha256_of(folder / WEIGHTS_FILE)}
     write_json(folder / VERSION_FILE, summary | dict(details))
     for file, text_of in files.items():
         (folder / file).write_text(text_of(name), encoding="utf-8")

@@ -34,7 +34,7 @@ from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
 from lib.server.services import Services, get_services
-from lib.server.tasks import InferenceTask, TasksByName
+from lib.server.tasks import InferenceTask, TasksByName, Versioned
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import Jobs
 from lib.server.work.next_case import NextCase
@@ -78,6 +78,10 @@ SegmentationTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_segmen
 get_train_tasks = _reading(lambda services: services.train_tasks)
 """The training task of each model, with its runs and versions."""
 TrainTasksDep = Annotated[TasksByName[UnetrTrainTask], Depends(get_train_tasks)]
+
+get_versioned_models = _reading(lambda services: services.versioned_models)
+"""Presets and editors, with their versions."""
+VersionedModelsDep = Annotated[TasksByName[Versioned], Depends(get_versioned_models)]
 
 get_model_info = _reading(lambda services: services.instance.model_info)
 """Checksum and figures of a model's weights, as MONAI Label gives them."""

@@ -38,7 +38,15 @@ from lib.server.pages.cases.models import CaseModels
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
-from lib.server.tasks import InferenceTask, TasksByName, infer_tasks, segmentation_tasks, train_tasks
+from lib.server.tasks import (
+    InferenceTask,
+    TasksByName,
+    Versioned,
+    infer_tasks,
+    segmentation_tasks,
+    train_tasks,
+    versioned_models,
+)
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import KINDS, Job, Jobs
 from lib.server.work.journal import Journal
@@ -66,6 +74,7 @@ class Services:
     infer_tasks: TasksByName[InferenceTask]
     segmentation_tasks: TasksByName[UnetrInferTask]
     train_tasks: TasksByName[UnetrTrainTask]
+    versioned_models: TasksByName[Versioned]
     inferences: InferenceQueue
     jobs: Jobs
     authenticator: Authenticator
@@ -106,7 +115,8 @@ class Services:
         presented = _presented(store, find, presets, settings)
         images = Images(store, studies, settings.image_roots, presented.case_of)
         inspector = ImageInspector(store, presets, instance.knowledge_by_preset, images.file)
-        submissions = Submissions(store, presets, images.file, metrics, settings.unpacked_limit_mib)
+        named = {name: task.preset.name for name, task in infer_tasks(instance.models).items()}
+        submissions = Submissions(store, presets, images.file, metrics, settings.unpacked_limit_mib, named)
         segmentations = Segmentations(store, presented, presets, submissions)
         models = CaseModels(presets, infer_tasks(instance.models), automatic, store, images)
         _watch(metrics, instance, inferences, jobs, prefetcher)
@@ -116,6 +126,7 @@ class Services:
             infer_tasks=models.tasks,
             segmentation_tasks=automatic,
             train_tasks=trainers,
+            versioned_models=versioned_models(instance.trainers, instance.models),
             inferences=inferences,
             jobs=jobs,
             authenticator=Authenticator(tokens, bool(stock_settings.MONAI_LABEL_AUTH_ENABLE)),

@@ -12,6 +12,7 @@ from lib.errors import NotFoundError
 from lib.infers.devices.schedule import Forecast
 from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
+from lib.models.versions import VersionStore
 from lib.trainers.task import UnetrTrainTask
 
 LONGEST_NAME_IN_ERRORS = 200
@@ -72,6 +73,17 @@ class TasksByName(Mapping[str, Task], Generic[Task]):
         return self._tasks[name]
 
 
+class Versioned(Protocol):
+    """A model that is trained here: a preset, or the editor that its clicks are shown to."""
+
+    @property
+    def versions(self) -> VersionStore:
+        """All of its versions."""
+
+    def serving(self) -> tuple[str, str]:
+        """The version that is served, empty for none; and why it is not the one that should be."""
+
+
 def infer_tasks(tasks: Mapping[str, Any]) -> TasksByName[InferenceTask]:
     """All inference tasks, those that take clicks or scribbles among them."""
     return TasksByName(tasks, "model")
@@ -86,3 +98,9 @@ def segmentation_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrInferTask]:
 def train_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrTrainTask]:
     """The training task of each model."""
     return TasksByName(tasks, "model to train")
+
+
+def versioned_models(trainers: Mapping[str, Any], models: Mapping[str, Any]) -> TasksByName[Versioned]:
+    """What has versions: the training task of each preset, and the models that take clicks, for their editors."""
+    editors = {name: task for name, task in models.items() if getattr(task, "versions", None) is not None}
+    return TasksByName({**trainers, **editors}, "model to train")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,27 @@ class Material:
 
         train, validation, test = those("train"), those("validation"), those("test")
         return replace(self, train=train, validation=validation, test=test, labels=kept["labels"]) if train else self
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A preset's training that has ended, for what follows it.
+
+    Attributes:
+        run: its id.
+        material: its cases.
+        run_dir: its folder.
+        pause_file: what the server touches while requests wait for the device; None where nobody does.
+    """
+
+    run: str
+    material: Material
+    run_dir: Path
+    pause_file: Path | None = None
+
+
+FollowUp = Callable[[EndedRun], Mapping[str, Any]]
+"""What is done in the same process after a preset's training; gives plain data for the run's figures."""
 
 
 def divide(cases: Sequence[Case], split: Split) -> Material:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from monai.losses import DiceCELoss
@@ -86,10 +87,18 @@ def build_schedule(optimizer: AdamW, recipe: Training, total_steps: int) -> Lamb
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return half_cosine((step - warmup) / max(1, total_steps - warmup))
 
     return LambdaLR(optimizer, factor)
+
+
+def half_cosine(part: float, lowest: float = 0.0) -> float:
+    """From 1 at the begin (``part`` 0) to ``lowest`` at the end (1) and beyond.
+
+    >>> [round(half_cosine(part, 0.02), 3) for part in (0, 0.5, 1, 2)]
+    [1.0, 0.51, 0.02, 0.02]
+    """
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
 def build_average(network: nn.Module, recipe: Training) -> AveragedModel:
@@ -97,6 +106,11 @@ def build_average(network: nn.Module, recipe: Training) -> AveragedModel:
 
     A fixed decay of 0.997 would keep a run of a hundred steps near where it started.
     """
+    return average_weights(network, lambda count: min(recipe.ema_decay, (1 + count) / (10 + count)))
+
+
+def average_weights(network: nn.Module, decay_after: Callable[[float], float]) -> AveragedModel:
+    """An exponential moving average of the weights, whose decay may depend on how many were averaged before."""
 
     def average(kept: Tensors, new: Tensors, copied: torch.Tensor | int) -> None:
         """All tensors of one type at once.
@@ -104,9 +118,7 @@ def build_average(network: nn.Module, recipe: Training) -> AveragedModel:
         The count is read on the host, where it is kept: to read its copy on a GPU is to wait for all that runs there.
         """
         if kept[0].is_floating_point():
-            count = float(averaged.n_averaged)
-            decay = min(recipe.ema_decay, (1 + count) / (10 + count))
-            get_ema_multi_avg_fn(decay)(kept, new, copied)
+            get_ema_multi_avg_fn(decay_after(float(averaged.n_averaged)))(kept, new, copied)
         else:  # counters, such as batch norm's
             for own, given in zip(kept, new, strict=True):
                 own.copy_(given)

@@ -19,7 +19,7 @@ from lib.cases.split import (
 )
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
-from lib.errors import CheckpointError, ParameterError
+from lib.errors import CheckpointError, ParameterError, UnetrError
 from lib.infers.costs import CostBook
 from lib.infers.plan import Planner
 from lib.models.versions import Version, VersionStore
@@ -34,7 +34,7 @@ from lib.trainers.gathering import CaseGatherer
 from lib.trainers.judging.champion import read_served
 from lib.trainers.judging.publishing import STATS_FILE, Publisher
 from lib.trainers.launch import launch
-from lib.trainers.material import divide
+from lib.trainers.material import EndedRun, FollowUp, divide
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.request import TrainRequest
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -55,6 +55,7 @@ class UnetrTrainTask(TrainTask):
         costs: file of measured costs.
         served: names of all tasks of this server, whose labels are not this one's.
         launcher: trains a job; :func:`lib.trainers.launch.launch` if not given.
+        follow_up: done after a training, whose own result it cannot spoil; nothing if not given.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class UnetrTrainTask(TrainTask):
         costs: Path | None = None,
         served: Collection[str] = (),
         launcher: Callable[[TrainingJob, bool, str], TrainingResult] = launch,
+        follow_up: FollowUp | None = None,
     ) -> None:
         super().__init__(f"Train {preset.description or preset.name}")
-        self.preset, self._launcher = preset, launcher
+        self.preset, self._launcher, self._follow_up = preset, launcher, follow_up
         self.versions = VersionStore(locator.folder)
         self._locator = locator
         self._settings = settings or Retraining()
@@ -158,6 +160,8 @@ class UnetrTrainTask(TrainTask):
         if asked.resume and (made := self._version_of(asked.run_id)):
             logger.info("the run had ended with %s already", made.name)
             write_json(self.runs / STATS_FILE, dict(made.details) | {"decision": made.details["reason"]})
+            if self._follow_up is not None:
+                self._follow(EndedRun(asked.run_id, self._gatherer.gather(datastore, asked, run_dir), run_dir))
             return self.stats()
         material = self._gatherer.gather(datastore, asked, run_dir)
         champion = read_served(self._locator, self.preset)[0] if asked.pretrained else None
@@ -190,7 +194,22 @@ class UnetrTrainTask(TrainTask):
             "why": asked.why,
         }
         self._publisher.conclude(plan, result, material, origin, started)
+        if self._follow_up is not None:
+            self._follow(EndedRun(asked.run_id, material, run_dir, asked.pause_file))
         return self.stats()
+
+    def _follow(self, run: EndedRun) -> None:
+        """Do what follows a training, and keep what became of it with the run's figures.
+
+        The new weights are judged and kept by then: a follow-up that fails is said, and the run has not failed.
+        """
+        assert self._follow_up is not None
+        try:
+            told: Mapping[str, Any] = self._follow_up(run)
+        except (UnetrError, OSError, RuntimeError, MemoryError) as error:
+            logger.exception("what follows the training of %s failed", self.preset.name)
+            told = {"status": "failed", "reason": str(error)}
+        write_json(self.runs / STATS_FILE, self.stats() | {"editor": dict(told)})
 
     def _version_of(self, run: str) -> Version | None:
         return next((version for version in self.versions.list() if version.details.get("run") == run), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def drop_uncertain_components(
         limits: by label, the entropy that the 10th percentile of a component may have; other labels are kept whole.
     """
     result = labels.copy(order="K")
-    for index, box in enumerate(_find_boxes(labels), start=1):
+    for index, box in enumerate(find_boxes(labels), start=1):
         if box is None or index not in limits:
             continue
         mask = labels[box] == index
@@ -195,7 +195,7 @@ def keep_largest_components(
         share: of the largest component's voxels, with which another component is kept too; only the largest at 1.
     """
     result = labels.copy(order="K")
-    for index, box in enumerate(_find_boxes(labels), start=1):
+    for index, box in enumerate(find_boxes(labels), start=1):
         if box is None or (indices is not None and index not in indices):
             continue
         mask = labels[box] == index
@@ -208,16 +208,30 @@ def keep_largest_components(
     return result
 
 
-def measure_labels(labels: LabelArray, affine_ras: Affine, preset: Preset) -> dict[str, dict[str, object]]:
-    """Voxels, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present."""
+def measure_labels(
+    labels: LabelArray,
+    affine_ras: Affine,
+    preset: Preset,
+    boxes: Sequence[tuple[slice, ...] | None] | None = None,
+) -> dict[str, dict[str, object]]:
+    """Voxels, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present.
+
+    Args:
+        labels: shape (X, Y, Z).
+        affine_ras: 4x4, voxel indices to millimetres in RAS.
+        preset: names the labels.
+        boxes: of each value from 1 on, where they are known: a part that holds all its voxels, None for none.
+    """
     voxel_ml = abs(float(np.linalg.det(affine_ras[:3, :3]))) / 1000
     measures: dict[str, dict[str, object]] = {}
-    boxes = _find_boxes(labels, len(preset.labels))
+    boxes = find_boxes(labels, len(preset.labels)) if boxes is None else boxes
     for label in preset.labels:
         box = boxes[label.index - 1]
         if box is None:
             continue
         voxels, middle = _count_and_centre(labels[box], label.index)
+        if not voxels:
+            continue
         centroid = middle + [part.start for part in box]
         centroid_mm = affine_ras[:3, :3] @ centroid + affine_ras[:3, 3]
         measures[label.name] = {
@@ -238,11 +252,13 @@ def _count_and_centre(labels: LabelArray, index: int) -> tuple[int, npt.NDArray[
     sums = np.stack([(plane == index).astype(np.float64) @ across for plane in labels])  # of each row: voxels, places
     rows = sums[..., 0]
     voxels = rows.sum()
+    if not voxels:
+        return 0, np.zeros(3)
     places = (np.arange(len(rows)) @ rows.sum(1), np.arange(rows.shape[1]) @ rows.sum(0), sums[..., 1].sum())
     return int(voxels), np.array(places) / voxels
 
 
-def _find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:
+def find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:
     """The box of each label from 1 on, up to the highest or to ``most``; walked through as the labels lie in memory."""
     if labels.flags.f_contiguous:
         return [box and box[::-1] for box in ndimage.find_objects(labels.T, most)]

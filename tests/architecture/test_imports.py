@@ -34,7 +34,7 @@ LEVELS = {
     "infers": 7,
     "trainers": 8,
     "cluster": 8,
-    "interaction": 8,
+    "interaction": 9,
     "activelearning": 9,
     "experiments": 10,
     "server": 10,

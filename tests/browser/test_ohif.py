@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import requests
 from dicom_series import SeriesIdentity, write_series
+from scipy import ndimage
 from selenium.webdriver.remote.webdriver import WebDriver
 from synthetic_hippocampus import draw_cases
 
@@ -180,6 +181,62 @@ def test_next_sample_opens_the_series_that_it_names(clinic: Clinic, open_browser
     for number in (2, 3):
         hand_out(clinic, number)
         viewer.open(clinic.study(number), clinic.series[number].uid)
+
+
+def test_point_prompts_change_the_clicked_label_alone_and_are_submitted(
+    clinic: Clinic,
+    request: pytest.FixtureRequest,
+    open_browser: Callable[..., WebDriver],
+    keep_screenshot: Callable[[WebDriver, str], Path],
+) -> None:
+    """A click adds, one on the background takes away, nothing else changes, and what is shown is what is stored."""
+    viewer, number = Viewer(open_browser(1400, 900), clinic.server.url), 3
+    hand_out(clinic, number)
+    viewer.open(clinic.study(number), clinic.series[number].uid)
+    viewer.connect()
+    viewer.segment()
+    predicted = in_preset_numbers(viewer)
+    added, taken = voxel_beside(predicted, 2), voxel_inside(predicted, 2)
+
+    viewer.choose_prompt("posterior")
+    viewer.click_voxel(added)
+    assert viewer.clicked() == [added]
+    viewer.run_prompts()
+    viewer.wait_for(lambda: (in_preset_numbers(viewer) != predicted).any())
+    first = in_preset_numbers(viewer)
+    assert first[added] == 2
+    np.testing.assert_array_equal(first == 1, predicted == 1)
+    assert set(np.unique(first[first != predicted])) == {2}, "a click that adds takes nothing away"
+    keep_screenshot(viewer.browser, f"ohif-{request.node.callspec.params['clinic']}-click")
+
+    viewer.choose_prompt("background")
+    assert viewer.clicked() == [], "the clicks of another label are not shown"
+    viewer.click_voxel(taken)
+    viewer.run_prompts()
+    viewer.wait_for(lambda: (in_preset_numbers(viewer) != first).any())
+    second = in_preset_numbers(viewer)
+    assert second[taken] == 0 and second[added] == 2
+    np.testing.assert_array_equal(second == 1, predicted == 1)
+    keep_screenshot(viewer.browser, f"ohif-{request.node.callspec.params['clinic']}-clicks")
+    viewer.submit()
+    np.testing.assert_array_equal(clinic.label(number), second)
+
+
+def voxel_beside(mask: np.ndarray, value: int) -> tuple[int, int, int]:
+    """A voxel of the background that is three voxels away from a label, in the axial slice with most of it."""
+    z = int((mask == value).sum(axis=(0, 1)).argmax())
+    away = ndimage.distance_transform_edt(mask == 0)[..., z]
+    to_label = ndimage.distance_transform_edt(mask != value)[..., z]
+    x, y = np.argwhere((away >= 3) & (to_label < 4))[0]
+    return int(x), int(y), z
+
+
+def voxel_inside(mask: np.ndarray, value: int) -> tuple[int, int, int]:
+    """The deepest voxel of a label in the axial slice with most of it."""
+    z = int((mask == value).sum(axis=(0, 1)).argmax())
+    depth = ndimage.distance_transform_edt(mask[..., z] == value)
+    x, y = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(x), int(y), z
 
 
 def hand_out(clinic: Clinic, number: int) -> None:

@@ -74,6 +74,51 @@ class Viewer:
         self.press("button[title='Run Segmentation']")
         self.wait_for(lambda: self.labelmap().any())
 
+    def choose_prompt(self, label: str) -> None:
+        """Choose under Point Prompts what the next clicks are about: a label, or ``background``."""
+        self.open_tab("Point Prompts")
+        rows = ".//tr[contains(@class, 'clickable-row')][td[2][normalize-space()='{}']]"
+        row = self.wait_for(lambda: self.panel.find_element(By.XPATH, rows.format(label)))
+        self.browser.execute_script("arguments[0].click()", row)
+
+    def click_voxel(self, voxel: tuple[int, int, int]) -> None:
+        """Go to a voxel's axial slice, and click where the picture shows that voxel."""
+        to_world = "services.segmentationService.getLabelmapVolume('1').imageData.indexToWorld"
+        place = self.run(f"return Array.from({to_world}(arguments[0]))", list(voxel))
+        self.run(
+            f"const at = {VIEWPORT}.getCamera(), place = arguments[0], way = at.viewPlaneNormal;"
+            "const off = way.reduce((sum, part, axis) => sum + part * (place[axis] - at.focalPoint[axis]), 0);"
+            "const moved = point => point.map((part, axis) => part + off * way[axis]);"
+            f"{VIEWPORT}.setCamera({{focalPoint: moved(at.focalPoint), position: moved(at.position)}});"
+            f"{VIEWPORT}.render()",
+            place,
+        )
+        time.sleep(0.5)  # drawn with the next frame of the browser
+        canvas = self.run(f"return {VIEWPORT}.getCanvas()")
+        (across, down), (width, height) = (
+            self.canvas_points(np.array([place]))[0],
+            self.run("const box = arguments[0].getBoundingClientRect(); return [box.width, box.height]", canvas),
+        )
+        before = len(self.clicked())
+        offset = round(across - width / 2), round(down - height / 2)
+        ActionChains(self.browser).move_to_element_with_offset(canvas, *offset).click().perform()
+        self.wait_for(lambda: len(self.clicked()) > before)
+
+    def clicked(self) -> list[tuple[int, int, int]]:
+        """The voxels of the clicks that are shown, as the panel sends them."""
+        to_index = "services.segmentationService.getLabelmapVolume('1').imageData.worldToIndex"
+        found = self.run(
+            "return cornerstoneTools.annotation.state.getAllAnnotations()"
+            ".filter(one => one.metadata.toolName === 'ProbeMONAILabel')"
+            f".map(one => Array.from({to_index}(one.data.handles.points[0])).map(Math.round))"
+        )
+        return [(int(x), int(y), int(z)) for x, y, z in found]
+
+    def run_prompts(self) -> None:
+        """Press Run under Point Prompts, and wait until the panel says that the answer has come."""
+        self.press("button[title='Run PointPrompts']")
+        self.wait_for(lambda: "Running Inference for Point Prompts - Successful" in self.text)
+
     def paint(self, radius_mm: float = PAINTED_MM) -> None:
         """Choose the brush and drag it over the axial slice with the mouse."""
         self.press("[data-cy='UnetrBrush']")

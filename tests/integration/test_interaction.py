@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from synthetic_hippocampus import SyntheticCase
 
 from tests.integration.conftest import encode
+from tests.integration.hostile_prompts import NOT_BOXES, check_prompts
 from tests.integration.server import Server, parse_multipart, read_nrrd
 
 
@@ -40,26 +40,17 @@ def test_clicks_are_obeyed_and_the_other_label_keeps_its_voxels(
     np.testing.assert_array_equal(again, mask)
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"anterior": [[999, 0, 0]]},
-        {"anterior": [[-1, 0, 0]]},
-        {"anterior": [[1, 2]]},
-        {"anterior": [[1.5, 2, 3]]},
-        {"anterior": "here"},
-        {"anterior": [None]},
-        {"spleen": [[1, 1, 1]]},
-        {"anterior": [[1, 1, 1]], "posterior": [[1, 1, 1]]},
-        {"anterior": [[i % 20, i % 30, i % 20] for i in range(10_000)]},
-        {"foreground": [[1, 1, 1]], "background": []},
-        {"foreground": [[1, 1, 1]], "label": "spleen"},
-        {"roi": "all"},
-    ],
-)
-def test_bad_prompts_are_refused(server: Server, params: dict[str, Any]) -> None:
-    answer = server.post("/infer/hippocampus_mr_edit", params={"image": "case_1"}, data={"params": json.dumps(params)})
-    assert 400 <= answer.status_code < 500, answer.text
+def test_bad_prompts_are_refused_and_change_no_other_label(
+    server: Server, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    labels = {"anterior": 1, "posterior": 2}
+    check_prompts(server, "hippocampus_mr_edit", {"image": "case_1"}, labels, tmp_path)
+    file = encode(cases["case_1"].image, cases["case_1"].affine_ras, tmp_path)
+    session = server.put("/session/", files={"files": ("scan.nii.gz", file)}).json()["session_id"]
+    check_prompts(server, "hippocampus_mr_edit", {"session_id": session}, labels, tmp_path)
+    for image in (["case_1"], {"a": 1}, "case_1\0", "../case_1"):
+        data = {"params": json.dumps({"anterior": [[1, 1, 1]], "image": image})}
+        assert 400 <= server.post("/infer/hippocampus_mr_edit?image=case_1", data=data).status_code < 500
 
 
 def test_points_without_a_label_of_ohif_and_of_other_tasks_are_left_out(server: Server, tmp_path: Path) -> None:
@@ -109,6 +100,22 @@ def test_scribbles_of_slicer_change_the_chosen_label(
     mask = read_nrrd(parse_multipart(answer)["image"][1], tmp_path)[0]
     assert set(np.unique(mask)) == {0, 1}
     assert (mask[drawing == 4] == 1).all() and (mask[drawing == 3] == 0).all() and (mask[drawing == 1] == 1).all()
+    hostile: list[dict[str, Any]] = [
+        {"label_info": wrong}
+        for wrong in (None, 5, "x", [1], [{}], [{"name": 5, "id": 1}], [{"name": "anterior", "id": "1"}],
+                      [{"name": "anterior", "id": 0}], [{"name": "anterior", "id": -1}], [{"id": 1}],
+                      [{"name": "anterior", "id": 1}, {"name": "posterior", "id": 1}])
+    ]  # fmt: skip
+    hostile += [{"selected_label_name": wrong} for wrong in (None, 5, ["anterior"], "", "x" * 5000, "\n", names[2])]
+    hostile += [{"roi": wrong} for wrong in NOT_BOXES]
+    for changed in hostile:
+        refused = server.post(
+            "/infer/hippocampus_mr_scribbles",
+            params={"image": "case_3"},
+            data={"params": json.dumps(params | changed)},
+            files={"label": ("scribbles.nii.gz", encode(drawing, case.affine_ras, tmp_path))},
+        )
+        assert 400 <= refused.status_code < 500, (changed, refused.text)
     for wrong in ({"files": None}, {"data": {"params": json.dumps(params | {"selected_label_name": "no"})}}):
         request: dict[str, Any] = {"data": {"params": json.dumps(params)}, "files": None} | wrong
         refused = server.post("/infer/hippocampus_mr_scribbles", params={"image": "case_3"}, **request)

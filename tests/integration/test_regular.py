@@ -24,6 +24,7 @@ from lib.dicom.segmentation_writer import Origin, write_segmentation
 from lib.dicom.series import Series, read_series
 from tests.dicom.conftest import draw_mask, edit
 from tests.integration.conftest import prepare
+from tests.integration.hostile_prompts import check_prompts
 from tests.integration.server import Server, parse_multipart, wait_until
 
 KINDS = {
@@ -202,6 +203,13 @@ def test_dicom_seg_refers_to_the_series_that_is_asked_for(odd: Odd, kind: str) -
         assert seg.ReferencedSeriesSequence[0].SeriesInstanceUID == refers_to.uid
         expected_there = mask if refers_to is series else grid.to_series(mask)
         np.testing.assert_array_equal(read_segmentation(seg, refers_to).labels, expected_there)
+
+
+def test_clicks_on_a_tilted_series_and_on_its_regular_one_change_the_clicked_label_alone(
+    odd: Odd, tmp_path: Path
+) -> None:
+    for image in (odd.sources["tilted"].uid, odd.regular("tilted")):
+        check_prompts(odd.server, "hippocampus_mr_edit", {"image": image}, {"anterior": 1, "posterior": 2}, tmp_path)
 
 
 def test_viewer_is_told_to_open_the_regular_series(odd: Odd) -> None:

@@ -19,6 +19,7 @@ from lib.dicom.presented.instances import uid_of
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from tests.integration.conftest import encode
+from tests.integration.hostile_prompts import check_prompts
 from tests.integration.server import Server, parse_multipart, read_nrrd, wait_until
 from tests.tiny import preset_data, tiny_preset, write_nifti
 
@@ -203,6 +204,7 @@ def test_clicks_correct_a_case_on_what_is_shown(two: Server, tmp_path: Path) -> 
     assert answer.status_code == 200, answer.text
     mask, _ = read_nrrd(parse_multipart(answer)["image"][1], tmp_path)
     assert mask.shape == SHAPE and mask[9, 9, 7] == 1
+    check_prompts(two, "two_edit", {"image": "stacked"}, {"Left Box": 1, "core": 2}, tmp_path)
 
 
 def test_corrections_are_trained_on_and_the_gate_decides(two: Server, tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ def scene_of(affine: np.ndarray, labels: np.ndarray | None = None, seed: int = 0
     return Scene(preprocess_volume(Volume(image, affine), tiny_preset()), start, affine), truth
 
 
+def dice_of(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+
+
 @pytest.mark.parametrize("name", list(AFFINES))
 def test_every_click_is_obeyed_and_nothing_else_is_touched(name: str) -> None:
     random = np.random.default_rng(5)
@@ -51,24 +55,38 @@ def test_same_prompts_in_another_order_give_the_same_mask() -> None:
     np.testing.assert_array_equal(one, other)
 
 
-def test_click_from_nothing_finds_what_looks_alike() -> None:
-    scene, truth = scene_of(np.eye(4))
-    middle = tuple(int(v) for v in np.argwhere(truth == 2).mean(axis=0).round())
-    found = edit_clicks(scene, make_prompts({2: [middle]})).labels == 2
-    dice = 2 * (found & (truth == 2)).sum() / (found.sum() + (truth == 2).sum())
-    assert dice > 0.75
+@pytest.mark.parametrize(
+    ("name", "least"), [("RAS", 0.97), ("oblique", 0.97), ("LPS at 0.6 mm", 0.7), ("turned axes", 0.95)]
+)
+def test_click_from_nothing_finds_what_looks_alike(name: str, least: float) -> None:
+    """Guards that a front stops where intensities change: a ball that reaches as far has a Dice of 0.1.
+
+    On the grids that are resampled, the border lies between the network's voxels.
+    """
+    for seed in range(4):
+        scene, truth = scene_of(AFFINES[name], seed=seed)
+        middle = tuple(int(v) for v in np.argwhere(truth == 2).mean(axis=0).round())
+        found = edit_clicks(scene, make_prompts({2: [middle]})).labels == 2
+        assert dice_of(found, truth == 2) > least
 
 
 def test_negative_click_takes_a_false_part_away() -> None:
-    _, truth = scene_of(np.eye(4))
-    wrong = truth.copy()
-    x, y, z = (2, 2, 2) if not truth[1:8, 1:8, 1:8].any() else (20, 20, 18)
-    assert not truth[x : x + 5, y : y + 5, z : z + 5].any()
-    wrong[x : x + 5, y : y + 5, z : z + 5] = 1
-    scene, _ = scene_of(np.eye(4), wrong)
-    edited = edit_clicks(scene, make_prompts({}, [(int(x) + 2, int(y) + 2, int(z) + 2)]))
-    assert edited.values == (1,)
-    assert (edited.labels != truth).sum() < 0.8 * (wrong != truth).sum()
+    """Guards that one click takes away a third of a part at least, and nothing else.
+
+    Growth does not reach the corners of a cube: its reach is the distance to the nearest border.
+    """
+    for seed in range(4):
+        _, truth = scene_of(np.eye(4), seed=seed)
+        starts = np.argwhere(np.ones((22, 20, 18), bool)) + 1
+        free = [s for s in starts if not truth[tuple(slice(v - 1, v + 6) for v in s)].any()]
+        x, y, z = (int(v) for v in free[len(free) // 2])
+        wrong = truth.copy()
+        wrong[x : x + 5, y : y + 5, z : z + 5] = 1
+        scene, _ = scene_of(np.eye(4), wrong, seed)
+        edited = edit_clicks(scene, make_prompts({}, [(x + 2, y + 2, z + 2)]))
+        assert edited.values == (1,)
+        assert (edited.labels != truth).sum() < 0.7 * (wrong != truth).sum()
+        assert not ((edited.labels != truth) & (wrong == truth)).any()
 
 
 def test_nothing_changes_outside_of_the_box() -> None:
@@ -81,12 +99,17 @@ def test_nothing_changes_outside_of_the_box() -> None:
 
 
 def test_scribbles_are_obeyed() -> None:
-    scene, truth = scene_of(np.eye(4))
-    drawn, erased = np.argwhere(truth == 2)[::7], np.argwhere(truth == 0)[::211]
-    labels = edit_scribbles(scene, drawn, erased, Prompts())
-    assert (labels[tuple(drawn.T)] == 1).all() and (labels[tuple(erased.T)] == 0).all()
-    found, core = labels == 1, truth == 2
-    assert 2 * (found & core).sum() / (found.sum() + core.sum()) > 0.35
+    """Guards that drawing does not run into what is far off in intensity: all that may be reached has a Dice of 0.1.
+
+    The box around the core carries no scribble, so that growth takes it too: it is more like the core than the rest is.
+    """
+    for seed in range(3):
+        scene, truth = scene_of(np.eye(4), seed=seed)
+        drawn = np.argwhere(truth == 2)[::7]
+        erased = np.argwhere(truth == 0)[::211]
+        labels = edit_scribbles(scene, drawn, erased, Prompts())
+        assert (labels[tuple(drawn.T)] == 1).all() and (labels[tuple(erased.T)] == 0).all()
+        assert dice_of(labels == 1, truth == 2) > 0.4
 
 
 def test_changes_that_are_not_connected_with_a_click_of_their_kind_are_left_out() -> None:

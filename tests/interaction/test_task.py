@@ -17,6 +17,7 @@ from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.task import UnetrInferTask
 from lib.interaction.editor import EditorDesign, EditorWeights, SharedEditor, build_editor, write_editor
+from lib.interaction.served import ServedEditor
 from lib.interaction.task import ClickTask, ScribbleTask, make_interactive_tasks
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
@@ -100,7 +101,7 @@ def test_answers_of_other_editor_weights_are_not_taken_from_the_cache(folder: Pa
         torch.manual_seed(seed)
         weights = EditorWeights(build_editor(SMALL).state_dict(), SMALL)
         write_editor(folder / f"{seed}.pt", weights)
-        editor = SharedEditor(folder / f"{seed}.pt")
+        editor = ServedEditor("tiny", folder / "none", SharedEditor(folder / f"{seed}.pt"))
         clicks = ClickTask(automatic, images, cache, device="cpu", editor=editor)
         kept.append(clicks.is_kept(clicks.parse(request)))
         clicks(request)
@@ -112,7 +113,7 @@ def test_click_that_does_not_fit_into_memory_is_refused_before_it_starts(folder:
     images, cache = NetworkImages(64), ResultCache(64)
     automatic = UnetrInferTask(tiny_preset(), WeightsLocator(folder / "none"), "cpu", "fp32", cache, images=images)
     write_editor(folder / "editor.pt", EditorWeights(build_editor(SMALL).state_dict(), SMALL))
-    editor = SharedEditor(folder / "editor.pt")
+    editor = ServedEditor("tiny", folder / "none", SharedEditor(folder / "editor.pt"))
     clicks = ClickTask(automatic, images, cache, device="cpu", editor=editor, planner=Planner(budget=1))
     with pytest.raises(MemoryBudgetError, match=r"a click on .scan\.nii\.gz. needs"):
         clicks({"image": str(image), "core": [[8, 8, 8]]})

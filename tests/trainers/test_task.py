@@ -29,6 +29,7 @@ from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
 from lib.trainers.judging.champion import read_served
 from lib.trainers.launch import launch
+from lib.trainers.material import EndedRun
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.task import UnetrTrainTask
@@ -528,3 +529,29 @@ def test_learning_rate_is_lower_where_training_goes_on_from_weights(locator: Wei
     assert task.validate_request({}).learning_rate == 2e-4
     assert task.validate_request({"pretrained": False}).learning_rate == 1e-3
     assert task.validate_request({"learning_rate": 5e-4}).learning_rate == 5e-4
+
+
+def test_what_follows_a_training_gets_its_cases_and_cannot_spoil_it(
+    locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    seen: list[EndedRun] = []
+
+    def follow_up(run: EndedRun) -> dict[str, Any]:
+        seen.append(run)
+        if len(seen) == 2:
+            raise MemoryError("no room")
+        return {"status": "rejected", "reason": "not better"}
+
+    task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu", follow_up=follow_up)
+    datastore = FakeDatastore(make_cases(6))
+    stats = task({"name": "first"} | QUICK, datastore)
+    assert stats["editor"] == {"status": "rejected", "reason": "not better"}
+    assert seen[0].run == "first" and seen[0].run_dir == task.runs / "first"
+    assert {c.case_id for c in (*seen[0].material.train, *seen[0].material.validation, *seen[0].material.test)} == {
+        f"case_{n:03d}" for n in range(1, 7)
+    }
+    stats = task({"name": "second"} | QUICK, datastore)
+    assert stats["editor"] == {"status": "failed", "reason": "no room"}
+    assert [version.name for version in task.versions.list()] == ["v0001", "v0002"]
+    task({"name": "second", "resume": True} | QUICK, datastore)
+    assert len(seen) == 3 and seen[2].material == seen[1].material, "a run that had ended is followed up again"

@@ -44,6 +44,7 @@ class Submissions:
         image_file: gives the file or folder of an image's id.
         metrics: where labels are counted.
         unpacked_limit_mib: most MiB of a mask once it is unpacked.
+        models: the preset of each model that a client may name, those that take clicks and scribbles among them.
         hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
     """
 
@@ -52,6 +53,7 @@ class Submissions:
     image_file: Callable[[str], Path]
     metrics: Metrics
     unpacked_limit_mib: int
+    models: Mapping[str, str] = field(default_factory=dict)
     hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
 
     def submit(
@@ -80,7 +82,7 @@ class Submissions:
             try:
                 check_fields(LabelParams, info)
                 names = names_in(file) if len(self.presets) > 1 else []
-                preset = choose_preset(self.presets, info, prediction, names)
+                preset = choose_preset(self.presets, info, prediction, names, self.models)
                 checked = self._check(image_id, file, preset, info, folder)
             except InputError as error:
                 self._quarantine(file, str(error), image_id, tag, info, user, source)
@@ -219,6 +221,7 @@ def choose_preset(
     info: Mapping[str, Any],
     prediction: Prediction | None,
     names_in_file: Sequence[str] = (),
+    models: Mapping[str, str] | None = None,
 ) -> Preset:
     """The task that a label is for: the one that the client names, the only one, or the one that has its names.
 
@@ -229,11 +232,13 @@ def choose_preset(
         info: what came with the label.
         prediction: what the client was given for this image.
         names_in_file: as from :func:`names_in`; they count more than ``label_info``.
+        models: the preset of each model that a client may name, those that take clicks and scribbles among them.
 
     Raises:
         LabelError: when several are served and nothing says which.
     """
     named = next((info[key] for key in ("model", "preset") if isinstance(info.get(key), str) and info[key]), None)
+    named = (models or {}).get(str(named), named)
     if named in presets:
         return presets[str(named)]
     if len(presets) == 1:

@@ -10,8 +10,7 @@ from urllib.parse import quote
 from lib.drawing.charts import REJECTED, Point, line_chart
 from lib.models.versions import Version
 from lib.server.pages.language import Language
-from lib.server.tasks import TasksByName
-from lib.trainers.task import UnetrTrainTask
+from lib.server.tasks import Versioned
 
 MOST_VERSIONS = 30
 """The newest ones are shown."""
@@ -87,13 +86,19 @@ class ModelView:
         return line_chart(points, t("models.chart"), t("models.number"), t("models.dice"))
 
 
-def models_view(trainers: TasksByName[UnetrTrainTask]) -> list[ModelView]:
-    """Every model that is served or can be trained."""
-    return [model_view(name, trainers[name]) for name in sorted(trainers)]
+def models_view(trainers: Mapping[str, Versioned], trained: Mapping[str, Versioned]) -> list[ModelView]:
+    """Every preset that is served or can be trained, and the editors of which there are versions.
+
+    Args:
+        trainers: presets.
+        trained: presets and editors.
+    """
+    shown = [name for name in sorted(trained) if name in trainers or trained[name].versions.list()]
+    return [model_view(name, trained[name]) for name in shown]
 
 
-def model_view(name: str, task: UnetrTrainTask) -> ModelView:
-    """One model, with its training task."""
+def model_view(name: str, task: Versioned) -> ModelView:
+    """One model, with its versions."""
     live, problem = task.serving()
     versions = sorted(task.versions.list(), key=lambda version: -version.number)[:MOST_VERSIONS]
     return ModelView(name, tuple(_view(name, version, live) for version in versions), problem)

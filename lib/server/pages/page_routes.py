@@ -25,6 +25,7 @@ from lib.server.dependencies import (
     StoreDep,
     StudiesDep,
     TrainTasksDep,
+    VersionedModelsDep,
 )
 from lib.server.http.auth import User
 from lib.server.http.metrics import Metrics
@@ -36,7 +37,7 @@ from lib.server.pages.sign_in import PageUser
 from lib.server.pages.system_view import system_view
 from lib.server.presented.cases import PresentedCases
 from lib.server.routes.runs import Policy
-from lib.server.tasks import TasksByName
+from lib.server.tasks import TasksByName, Versioned
 from lib.server.work.jobs import Jobs
 from lib.server.work.next_case import NextCase
 from lib.server.work.queue import InferenceQueue
@@ -56,6 +57,7 @@ class Overview:
     cases: NextCase
     presented: PresentedCases
     trainers: TasksByName[UnetrTrainTask]
+    trained: TasksByName[Versioned]
     jobs: Jobs
     policy: Retrainer
     metrics: Metrics
@@ -76,7 +78,7 @@ SECTIONS: Mapping[str, Callable[[Overview, User], Any]] = {
     "pool": lambda page, user: pool_view(page.store, page.cases.inspector, user),
     "next": lambda page, _user: next_view(page.cases, page.strategy, page.presented, page.trainers),
     "job": lambda page, _user: job_view(page.jobs, page.trainers, page.policy.words(), page.policy.notices()),
-    "models": lambda page, _user: models_view(page.trainers),
+    "models": lambda page, _user: models_view(page.trainers, page.trained),
     "activity": lambda page, user: activity_view(page.store, user),
     "system": lambda page, _user: system_view(page.studies, page.metrics, page.inferences),
 }
@@ -89,6 +91,7 @@ async def get_overview(
     cases: NextCaseDep,
     presented: PresentedDep,
     trainers: TrainTasksDep,
+    trained: VersionedModelsDep,
     jobs: JobsDep,
     policy: Policy,
     metrics: MetricsDep,
@@ -96,7 +99,7 @@ async def get_overview(
 ) -> Overview:
     """The page's parts, as a FastAPI dependency."""
     strategy = settings.strategy
-    return Overview(store, studies, strategy, cases, presented, trainers, jobs, policy, metrics, inferences)
+    return Overview(store, studies, strategy, cases, presented, trainers, trained, jobs, policy, metrics, inferences)
 
 
 OverviewDep = Annotated[Overview, Depends(get_overview)]

@@ -30,6 +30,7 @@ from lib.server.dependencies import (
     ModelInfoDep,
     SegmentationTasksDep,
     TrainTasksDep,
+    VersionedModelsDep,
 )
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
@@ -61,30 +62,30 @@ def describe(models: SegmentationTasksDep, model_info: ModelInfoDep, user: AsAdm
 
 
 @router.get("/versions/{model}", summary="All versions, and which one is live")
-def versions(trainers: TrainTasksDep, user: AsUser, model: str) -> dict[str, Any]:
+def versions(trained: VersionedModelsDep, user: AsUser, model: str) -> dict[str, Any]:
     """Name, status, time, parent, reason and scores of each version, the oldest first.
 
     ``live`` is the version that was published or chosen last, ``serving`` what is served: another one where the live
     one is damaged, which ``problem`` says.
     """
-    task = trainers.find(model)
+    task = trained.find(model)
     serving, problem = task.serving()
     listed = [summarize(version) for version in task.versions.list()]
     return {"live": live_name(task.versions), "serving": serving or None, "problem": problem, "versions": listed}
 
 
 @router.get("/versions/{model}/{version}", summary="All that is known of a version")
-def version_details(trainers: TrainTasksDep, user: AsUser, model: str, version: str) -> dict[str, Any]:
+def version_details(trained: VersionedModelsDep, user: AsUser, model: str, version: str) -> dict[str, Any]:
     """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
-    found = trainers.find(model).versions.get(version)
+    found = trained.find(model).versions.get(version)
     damaged = {"reason": found.damage} if found.damage else {}
     return {"version": found.name} | dict(found.details) | {"status": found.status} | damaged
 
 
 @router.get("/versions/{model}/{version}/report", summary="A version's report", response_class=FileResponse)
-def version_report(trainers: TrainTasksDep, user: AsUser, model: str, version: str) -> FileResponse:
+def version_report(trained: VersionedModelsDep, user: AsUser, model: str, version: str) -> FileResponse:
     """One HTML page: curves, scores, comparison, worst cases, data; for versions that a training made."""
-    file = trainers.find(model).versions.get(version).report
+    file = trained.find(model).versions.get(version).report
     if file is None:
         raise NotFoundError("report of version", version[:200])
     return FileResponse(file, media_type="text/html")
@@ -92,14 +93,14 @@ def version_report(trainers: TrainTasksDep, user: AsUser, model: str, version: s
 
 @router.post("/rollback/{model}", summary="Serve another version again")
 def rollback(
-    trainers: TrainTasksDep, user: AsAdmin, model: str, version: str = "", rejected: bool = False
+    trained: VersionedModelsDep, user: AsAdmin, model: str, version: str = "", rejected: bool = False
 ) -> dict[str, Any]:
     """Serve the version that is named, or else the one that was served before the live one.
 
     The next inference takes it; nothing is removed. With ``rejected``, also one that the gate rejected: whoever asks
     answers for it.
     """
-    store = trainers.find(model).versions
+    store = trained.find(model).versions
     live = store.rollback(version, rejected, user.name).name if version else store.withdraw()
     against = " against the gate" if version and store.get(version).status == "rejected" else ""
     logger.info("%s rolled back to %s by %s%s", model, live or "what it starts with", user.name, against)
@@ -107,13 +108,13 @@ def rollback(
 
 
 @router.post("/versions/{model}/{version}/serve", summary="Serve a version that nothing has judged")
-def serve_unproven(trainers: TrainTasksDep, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
+def serve_unproven(trained: VersionedModelsDep, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
     """Serve an ``unproven`` version from the next inference on: a reviewer answers for it in the gate's place.
 
     Raises:
         TrainingError: for a version of another status, which is an administrator's to serve.
     """
-    store = trainers.find(model).versions
+    store = trained.find(model).versions
     status = store.get(version).status
     if status != "unproven":
         raise TrainingError(

@@ -17,3 +17,12 @@ def test_names_of_the_header_choose_the_task(tmp_path: Path) -> None:
     other = tiny_preset(name="other", labels=[{"index": 1, "name": "nucleus"}, *preset_data()["labels"][1:]])
     sent = write_segments(tmp_path / "sent.seg.nrrd", [VOXELS], [Segment("nucleus", 1), Segment("background", 2)])
     assert choose_preset({"tiny": PRESET, "other": other}, {}, None, names_in(sent)) is other
+
+
+def test_model_that_takes_clicks_names_its_preset() -> None:
+    """Also where two presets have the same labels, so that names alone would choose the first."""
+    presets = {"tiny": PRESET, "other": tiny_preset(name="other")}
+    models = {"tiny": "tiny", "other": "other", "other_edit": "other", "other_scribbles": "other"}
+    for model in ("other", "other_edit", "other_scribbles"):
+        assert choose_preset(presets, {"model": model}, None, ["core"], models).name == "other"
+    assert choose_preset(presets, {"model": "unknown"}, None, ["core"], models).name == "tiny"

@@ -1,0 +1,140 @@
+"""How good masks become by clicks: a simulated annotator on cases whose right masks are known."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+
+from lib.cases.labelled import Case, read_case
+from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
+from lib.configs.preset import Preset
+from lib.infers.segmenter import Segmenter
+from lib.interaction.annotator import Correction, next_click, prompts_of
+from lib.interaction.editing import Scene, edit_clicks
+from lib.interaction.editor import Editor
+from lib.transforms.postprocess import restore_to_grid
+from lib.transforms.preprocess import preprocess_volume
+
+LabelArray = npt.NDArray[np.uint8]
+STOPS = (0, 1, 3, 5, 10)
+"""Numbers of clicks after which masks are scored."""
+Edit = Callable[[LabelArray, Sequence[Correction]], LabelArray]
+"""The mask after clicks, from the mask of before the last one, and all clicks so far."""
+
+
+@dataclass
+class Followed:
+    """What one way of editing made of one mask.
+
+    Attributes:
+        dice: mean over the labels after 0, 1, 2 ... clicks.
+        surface: mean surface Dice at the stops; empty where nobody asked for it.
+        seconds: of each click.
+    """
+
+    dice: list[float] = field(default_factory=list)
+    surface: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def follow(
+    start: LabelArray,
+    truth: LabelArray,
+    spacing_mm: Sequence[float],
+    indices: Mapping[str, int],
+    edit: Edit,
+    seed: int,
+    surface: bool = False,
+) -> Followed:
+    """Click until the last stop, each time where the mask is wrong.
+
+    Args:
+        start, truth: masks before and of the reference, shape (X, Y, Z).
+        spacing_mm: of their voxels.
+        indices: labels that count, by name.
+        edit: the way of editing.
+        seed: of the annotator: the same clicks for the same masks.
+        surface: whether the surface Dice is computed at the stops, with the largest voxel edge as tolerance.
+    """
+    labels, clicks, random, found = start, list[Correction](), np.random.default_rng(seed), Followed()
+    for count in range(STOPS[-1] + 1):
+        click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
+        if click is not None:
+            clicks.append(click)
+            began = time.perf_counter()
+            labels = edit(labels, clicks)
+            found.seconds.append(time.perf_counter() - began)
+        found.dice.append(mean_known(dice_per_label(labels, truth, indices).values()))
+        if surface and count in STOPS:
+            _, near = surface_per_label(labels, truth, indices, spacing_mm, max(spacing_mm))
+            found.surface.append(mean_known(near.values()))
+    return found
+
+
+@dataclass(frozen=True)
+class JudgedCase:
+    """A held-out case on its preset's grid.
+
+    Attributes:
+        case_id: its id.
+        image: as the network sees it, shape (1, X, Y, Z).
+        truth, automatic: the reference, and the preset's own mask; only labels that the reference speaks of.
+        indices: those labels, by name.
+    """
+
+    case_id: str
+    image: MetaTensor
+    truth: LabelArray
+    automatic: LabelArray
+    indices: Mapping[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it takes."""
+        return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes)
+
+
+def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> JudgedCase:
+    """Read a held-out case, and segment it; without a network, clicks begin with nothing.
+
+    Raises:
+        ImageError, LabelError: when image or label cannot be used.
+    """
+    volume, truth = read_case(case, preset)
+    image = preprocess_volume(volume, preset)
+    place = preset.display_channel
+    voxels, affine = image.as_subclass(torch.Tensor)[place : place + 1], image.affine.numpy()
+    found = np.zeros_like(truth) if segmenter is None else segmenter.segment(volume, name=case.case_id).labels
+    indices = {name: value for name, value in preset.label_indices.items() if value not in case.missing}
+    on_grid = []
+    for mask in (truth, found):
+        known = np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8)
+        on_grid.append(restore_to_grid(known, volume.affine_ras, tuple(voxels.shape[1:]), affine))
+    return JudgedCase(case.case_id, MetaTensor(voxels.clone(), affine=image.affine), on_grid[0], on_grid[1], indices)
+
+
+def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str, list[float]]:
+    """Mean Dice of each case at each stop, corrected by an editor, or by growth without one.
+
+    The annotator's seed is the case's place, so that two editors are asked the same where their masks are the same.
+    """
+    scores = {}
+    for seed, case in enumerate(cases):
+        affine = np.asarray(case.image.affine.numpy(), dtype=np.float64)
+
+        def edit(_: LabelArray, clicks: Sequence[Correction], case: JudgedCase = case) -> LabelArray:
+            scene = Scene(case.image, case.automatic, np.asarray(case.image.affine.numpy(), dtype=np.float64))
+            return edit_clicks(scene, prompts_of(clicks), editor).labels
+
+        spacing_mm = [float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)]
+        found = follow(case.automatic, case.truth, spacing_mm, case.indices, edit, seed)
+        if not math.isnan(found.dice[0]):
+            scores[case.case_id] = [found.dice[stop] for stop in STOPS]
+    return scores
