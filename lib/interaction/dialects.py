@@ -1,21 +1,69 @@
-"""What viewers send, read as prompts: deepedit and deepgrow of 3D Slicer and OHIF."""
+"""What viewers send, read as prompts: deepedit and deepgrow of 3D Slicer and OHIF, and 3D Slicer's scribbles."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lib.configs.preset import Preset, canonical_name
 from lib.errors import ParameterError
+from lib.infers.request import InferRequest
 from lib.interaction.prompts import Prompts, Voxel, make_prompts, parse_box, parse_points
+from lib.interaction.starting_mask import names_of
 
 BACKGROUND = "background"
 FOREGROUND = "foreground"
+FOREGROUND_SCRIBBLES, BACKGROUND_SCRIBBLES = "foreground_scribbles", "background_scribbles"
 NOBODY = frozenset({"", "null", "undefined", "none"})
 """The key that OHIF sends points under while no label is chosen."""
 NOT_LABELS = frozenset(
     {"label", "roi", "image", "device", "session_id", "client_id", "label_info", "reset_state", "selected_label_name"}
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickRequest(InferRequest):
+    """A correction by clicks.
+
+    Attributes:
+        prompts: the clicks.
+        all_labels: whether the answer holds all labels, and not only those that were prompted.
+        label_info: as viewers send it: the names of ``label_file``'s values; None: they are the preset's.
+    """
+
+    prompts: Prompts
+    all_labels: bool
+    label_info: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScribbleRequest(InferRequest):
+    """A correction by scribbles.
+
+    Attributes:
+        name: of the structure.
+        values: in ``label_file``: of the structure, of what is scribbled as it and as not it; 0 for what is not there.
+        roi: the box as 3D Slicer sends it, checked as far as that is possible without the image.
+    """
+
+    name: str
+    values: tuple[int, int, int]
+    roi: Any = None
+
+
+def parse_structure(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
+    """The structure's name, and the values of it, of what is scribbled as it and as not it; 0 for what is not there.
+
+    Raises:
+        ParameterError: when ``label_info`` does not name it, or gives it the background's value.
+    """
+    by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
+    name = request.get("selected_label_name")
+    if not isinstance(name, str) or not by_name.get(name) or name.endswith("_scribbles"):
+        choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
+        raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
+    return name, (by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0))
 
 
 def parse_clicks(params: Mapping[str, Any], preset: Preset, elsewhere: Collection[str] = ()) -> Prompts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.configs.preset import Preset
-from lib.errors import LabelError, ParameterError
+from lib.errors import LabelError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import device_in_use
 from lib.infers.devices.schedule import Forecast
@@ -25,7 +24,7 @@ from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
 from lib.infers.writer import write_mask
 from lib.interaction.answers import describe_answer, describe_time, only_labels, warnings_of
-from lib.interaction.dialects import BACKGROUND, parse_clicks
+from lib.interaction.dialects import BACKGROUND, ClickRequest, ScribbleRequest, parse_clicks, parse_structure
 from lib.interaction.editing import Edited, Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor
 from lib.interaction.prompts import Prompts, parse_box
@@ -44,40 +43,9 @@ LabelArray = npt.NDArray[np.uint8]
 
 BACKGROUND_VALUE = 255
 """Announced for ``background``, which is how negative clicks are named: OHIF takes a value of 0 for a label's."""
-FOREGROUND_SCRIBBLES, BACKGROUND_SCRIBBLES = "foreground_scribbles", "background_scribbles"
 MOST_GRIDS = 64
 GROWTH, NETWORK = "growth", "editor"
 """What the answer's ``model`` calls the ways in which clicks change a mask: one without weights, and the network."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClickRequest(InferRequest):
-    """A correction by clicks.
-
-    Attributes:
-        prompts: the clicks.
-        all_labels: whether the answer holds all labels, and not only those that were prompted.
-        label_info: as viewers send it: the names of ``label_file``'s values; None: they are the preset's.
-    """
-
-    prompts: Prompts
-    all_labels: bool
-    label_info: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScribbleRequest(InferRequest):
-    """A correction by scribbles.
-
-    Attributes:
-        name: of the structure.
-        values: in ``label_file``: of the structure, of what is scribbled as it and as not it; 0 for what is not there.
-        roi: the box as 3D Slicer sends it, checked as far as that is possible without the image.
-    """
-
-    name: str
-    values: tuple[int, int, int]
-    roi: Any = None
 
 
 class Automatic(Protocol):
@@ -356,7 +324,7 @@ class ScribbleTask(_InteractiveTask):
             ParameterError: naming the parameter and what would be valid.
         """
         parse_box(request.get("roi"))
-        name, values = _structure_of(request)
+        name, values = parse_structure(request)
         return ScribbleRequest.parse(request, self._device, name=name, values=values, roi=request.get("roi"))
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -425,13 +393,3 @@ def make_interactive_tasks(
             task, images, cache, others, device, (editors or {}).get(name), planner, starts
         )
     return made | {f"{name}_scribbles": ScribbleTask(t, images, cache, device) for name, t in automatic.items()}
-
-
-def _structure_of(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
-    """The structure's name, and the values of it, of what is scribbled as it and as not it; 0 for what is not there."""
-    by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
-    name = request.get("selected_label_name")
-    if not isinstance(name, str) or not by_name.get(name) or name.endswith("_scribbles"):
-        choices = ", ".join(n for n in by_name if not n.endswith("_scribbles"))
-        raise ParameterError("selected_label_name", name, f"one of label_info's names: {choices}")
-    return name, (by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0))
