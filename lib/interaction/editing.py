@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,19 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from lib.interaction.editor import Editor
-from lib.interaction.growth import LEAST_VOXELS, NEVER, Claim, claim_around, reach_of
+from lib.interaction.growth import (
+    FROM_NOTHING_VOXELS,
+    LEAST_VOXELS,
+    MOST_VOXELS,
+    NEVER,
+    Claim,
+    claim_around,
+    is_drawn_nearby,
+    reach_of,
+)
 from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
 from lib.interaction.prompts import Prompts, Voxel
+from lib.interaction.regions import REGION_CLAIM, KeptRegions, region_claim
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.volume import Affine, FloatArray
 
@@ -23,6 +33,10 @@ MaskArray = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.int64]
 
 BESIDE_VOXELS = 2.0
+BEYOND_NEW_BORDER = 1.7
+"""Times the distance to the border of what other clicks draw anew: how far a click takes it away again."""
+MOST_REGIONS = 16
+"""Clicks on one structure that may draw a region; of more, as of a scribble, the others correct the border."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +61,28 @@ class Scene:
         image: shape (1, X, Y, Z), with the network grid's affine.
         labels: the mask that is corrected, on the image's own grid.
         affine_ras: of the image's own grid.
+        regions: keeps what clicks draw where nothing is drawn; it depends on the image and the click alone.
+        key: of the image there.
     """
 
-    def __init__(self, image: MetaTensor, labels: LabelArray, affine_ras: Affine) -> None:
+    def __init__(
+        self,
+        image: MetaTensor,
+        labels: LabelArray,
+        affine_ras: Affine,
+        regions: KeptRegions | None = None,
+        key: Hashable = None,
+    ) -> None:
+        self._regions, self._key = regions or KeptRegions(), key
         self.voxels: FloatArray = image.as_subclass(torch.Tensor)[0].numpy()
         self.affine_network: Affine = np.asarray(image.affine.numpy(), dtype=np.float64)
         self.labels, self.affine_ras = labels, affine_ras
         self.coarse = restore_to_grid(labels, affine_ras, self.voxels.shape, self.affine_network)
         self.spacing_mm = tuple(float(s) for s in np.linalg.norm(self.affine_network[:3, :3], axis=0))
+
+    def region_of(self, seed: Points) -> Claim | None:
+        """What a click draws where nothing is drawn; None where only a front grows."""
+        return self._regions.get((self._key, *seed.tolist()), lambda: region_claim(self.voxels, seed, self.spacing_mm))
 
     def on_network(self, points: Sequence[Voxel]) -> Points:
         """Voxels of the image as voxels of the network's grid, shape (n, 3), each once."""
@@ -94,18 +122,17 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
     """What grows around each click."""
-    claims = []
+    claims, new = [], np.zeros(scene.coarse.shape, dtype=bool)
     for value, points in prompts.positive:
-        mask = scene.coarse == value
-        claims += [LabelClaim(value, (), c) for c in _click_claims(scene, points, mask, inside=False)]
+        claims += _positive_claims(scene, value, points, new)
     for point in prompts.negative:
         drawn = int(scene.labels[point])
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        beside = scene.coarse == target if target else None
         if target or takes_from:
-            claims += [LabelClaim(0, takes_from, c) for c in _click_claims(scene, [point], beside, inside=bool(target))]
+            where = scene.coarse == target if target else None
+            claims += [LabelClaim(0, takes_from, c) for c in _negative_claims(scene, point, where, new)]
     return claims
 
 
@@ -186,12 +213,44 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
     return labels
 
 
-def _click_claims(
-    scene: Scene, points: Sequence[Voxel], mask: npt.NDArray[np.bool_] | None, inside: bool
-) -> list[Claim]:
-    claims = []
-    for seed in scene.on_network(points):
-        # A background click beside what is drawn only holds off what other clicks would add there.
-        reach = reach_of(seed.tolist(), mask, inside, scene.spacing_mm) if mask is not None else BESIDE_VOXELS
-        claims.append(claim_around(scene.voxels, seed[None], reach, scene.spacing_mm))
+def _positive_claims(scene: Scene, value: int, points: Sequence[Voxel], new: MaskArray) -> list[LabelClaim]:
+    """What clicks add to a structure; what is drawn where there was nothing is entered in ``new``."""
+    seeds, mask = scene.on_network(points), scene.coarse == value
+    near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
+    claims = [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
+    # The largest region comes first, and what lies in it corrects it, in whatever order the clicks were made.
+    alone, rest = seeds[~near][:MOST_REGIONS], seeds[~near][MOST_REGIONS:]
+    regions = [(seed, scene.region_of(seed)) for seed in alone]
+    regions.sort(key=lambda one: -int((one[1].values < 1).sum()) if one[1] is not None else 0)
+    own = np.zeros(mask.shape, dtype=bool)
+    for seed, region in [*regions, *((seed, None) for seed in rest)]:
+        if region is None or own[tuple(seed)]:
+            claim = _border_claim(scene, seed, own, FROM_NOTHING_VOXELS)
+            claims.append(LabelClaim(value, (), claim))
+        else:
+            # It takes nothing from labels that are drawn already, but from the one that was clicked.
+            claim = region
+            claims.append(LabelClaim(value, (0, int(scene.coarse[tuple(seed)])), claim))
+        part = tuple(slice(a, a + n) for a, n in zip(claim.start, claim.values.shape, strict=True))
+        own[part] |= claim.values < 1
+    new |= own
     return claims
+
+
+def _border_claim(scene: Scene, seed: Points, mask: MaskArray, most: float) -> Claim:
+    """What a click beside a structure adds to it: as far as its border is away."""
+    reach = reach_of(seed.tolist(), mask, False, scene.spacing_mm, most)
+    return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)
+
+
+def _negative_claims(scene: Scene, point: Voxel, mask: MaskArray | None, new: MaskArray) -> list[Claim]:
+    """What a click takes away from a structure, or, beside it, holds off from what other clicks add."""
+    seed = scene.on_network([point])[0]
+    if mask is not None:
+        reach = reach_of(seed.tolist(), mask, inside=True, spacing_mm=scene.spacing_mm)
+    elif new[tuple(seed)]:
+        away = reach_of(seed.tolist(), new, True, scene.spacing_mm, FROM_NOTHING_VOXELS)
+        reach = BEYOND_NEW_BORDER * away / REGION_CLAIM
+    else:
+        reach = BESIDE_VOXELS
+    return [claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)]

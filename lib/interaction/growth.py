@@ -45,7 +45,14 @@ class Claim:
     values: FloatArray
 
 
-def reach_of(seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Sequence[float]) -> float:
+def is_drawn_nearby(seed: Sequence[int], mask: MaskArray, spacing_mm: Sequence[float]) -> bool:
+    """Whether any of the structure lies so near to a click that the click corrects its border."""
+    return bool(mask[_nearby(seed, mask.shape, spacing_mm)].any())
+
+
+def reach_of(
+    seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Sequence[float], most: float = MOST_VOXELS
+) -> float:
     """How far a click is to reach, in voxels of the finest axis.
 
     Args:
@@ -53,18 +60,23 @@ def reach_of(seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Seq
         mask: the structure as it is drawn, shape (X, Y, Z).
         inside: whether the click takes voxels away from the structure, and adds them otherwise.
         spacing_mm: of the volume.
+        most: the farthest that it may reach.
     """
-    finest = min(spacing_mm)
-    margin = np.ceil(NEARBY_VOXELS * finest / np.asarray(spacing_mm)).astype(int) + 1
-    low = np.maximum(np.asarray(seed) - margin, 0)
-    high = np.minimum(np.asarray(seed) + margin + 1, mask.shape)
-    crop = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    other = ~crop if inside else crop
+    part = _nearby(seed, mask.shape, spacing_mm)
+    other = ~mask[part] if inside else mask[part]
     if not other.any():
-        return MOST_VOXELS if inside else FROM_NOTHING_VOXELS
-    places = np.argwhere(other) - (np.asarray(seed) - low)
-    distance = float(np.sqrt(((places * np.asarray(spacing_mm)) ** 2).sum(axis=1)).min()) / finest
-    return float(np.clip(BEYOND_BORDER * distance, LEAST_VOXELS, MOST_VOXELS))
+        return most if inside else FROM_NOTHING_VOXELS
+    places = np.argwhere(other) - (np.asarray(seed) - [side.start for side in part])
+    distance = float(np.sqrt(((places * np.asarray(spacing_mm)) ** 2).sum(axis=1)).min()) / min(spacing_mm)
+    return float(np.clip(BEYOND_BORDER * distance, LEAST_VOXELS, most))
+
+
+def _nearby(seed: Sequence[int], shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
+    """The part of a volume in which a border near a click is looked for."""
+    margin = np.ceil(NEARBY_VOXELS * min(spacing_mm) / np.asarray(spacing_mm)).astype(int) + 1
+    low = np.maximum(np.asarray(seed) - margin, 0)
+    high = np.minimum(np.asarray(seed) + margin + 1, shape)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
 def claim_around(image: FloatArray, seeds: Place, reach: float, spacing_mm: Sequence[float]) -> Claim:
