@@ -28,12 +28,19 @@ class SlabBlender:
         weights: of a window's voxels, shape of the window, on the device where sums are kept.
         classes: channels of the network's output.
         entropy: whether the entropy of the blended probabilities is wanted too.
+        of_labels: whether it is wanted of voxels with a label only; it is 0 elsewhere.
     """
 
     def __init__(
-        self, shape: Sequence[int], axis: int, weights: torch.Tensor, classes: int, entropy: bool = False
+        self,
+        shape: Sequence[int],
+        axis: int,
+        weights: torch.Tensor,
+        classes: int,
+        entropy: bool = False,
+        of_labels: bool = False,
     ) -> None:
-        self._axis, self._depth, self._position = axis, weights.shape[axis], 0
+        self._axis, self._depth, self._position, self._of_labels = axis, weights.shape[axis], 0, of_labels
         self._weights = weights.movedim(axis, 0)
         cross_section = [size for i, size in enumerate(shape) if i != axis]
         self._sums = torch.zeros((self._depth, *cross_section, classes), device=weights.device)
@@ -79,8 +86,15 @@ class SlabBlender:
         for first in range(0, planes, step):
             chunk = slice(first, min(first + step, planes))
             place = slice(self._position + chunk.start, self._position + chunk.stop)
-            self._labels[place] = self._sums[chunk].argmax(dim=-1).to(torch.uint8).cpu().numpy()
-            if self._total is not None and self._entropy is not None:
+            labels = self._sums[chunk].argmax(dim=-1)
+            self._labels[place] = labels.to(torch.uint8).cpu().numpy()
+            if self._total is None or self._entropy is None:
+                continue
+            if self._of_labels:
+                wanted = labels > 0
+                entropy = normalized_entropy(self._sums[chunk][wanted], self._total[chunk][wanted])
+                self._entropy[place][wanted.cpu().numpy()] = entropy.cpu().numpy()
+            else:
                 self._entropy[place] = normalized_entropy(self._sums[chunk], self._total[chunk]).cpu().numpy()
 
 

@@ -72,6 +72,7 @@ def predict(
     overlap: float | None = None,
     entropy: bool = False,
     ahead: int | None = None,
+    of_labels: bool = False,
 ) -> Prediction:
     """Segment one preprocessed image.
 
@@ -85,8 +86,9 @@ def predict(
         where: the task, and where and how windows are computed.
         stitching: how windows are put together; one by one on the host if not given.
         overlap: least share of a window that its neighbour sees again; one of the preset's overlaps if not given.
-        entropy: whether to tell the entropy of each voxel too.
+        entropy: whether to compute the entropy of each voxel too.
         ahead: batches that are computed before the first of them is fetched; as suits the device if not given.
+        of_labels: whether the entropy of voxels with a label is enough, a small part of the work; it is 0 elsewhere.
     """
     plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
@@ -100,7 +102,7 @@ def predict(
     walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air, ahead)
     walk.place(overlap)
     with torch.inference_mode():
-        for band, (of_band, uncertainty) in walk.bands(entropy):
+        for band, (of_band, uncertainty) in walk.bands(entropy, of_labels):
             labels[body][band] = of_band
             if certain is not None and uncertainty is not None:
                 certain[body][band] = uncertainty
@@ -222,20 +224,22 @@ class _SlidingWindow:
         """Decide where the windows are."""
         self._starts = [window_starts(size, edge, overlap) for size, edge in zip(self._shape, self._roi, strict=True)]
 
-    def bands(self, entropy: bool) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None]]]:
+    def bands(self, entropy: bool, of_labels: bool) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None]]]:
         """Each band's place and answer."""
         edges = np.linspace(0, self._shape[self._across], self._stitching.bands + 1).astype(int).tolist()
         for first, last in itertools.pairwise(edges):
-            yield self._band(first, last, entropy)
+            yield self._band(first, last, entropy, of_labels)
 
-    def _band(self, first: int, last: int, entropy: bool) -> tuple[Box, tuple[LabelArray, HalfArray | None]]:
+    def _band(
+        self, first: int, last: int, entropy: bool, of_labels: bool
+    ) -> tuple[Box, tuple[LabelArray, HalfArray | None]]:
         """Decide the planes ``first`` to ``last`` across the slabs, with all windows that reach into them."""
         edge = self._roi[self._across]
         reaching = [start for start in self._starts[self._across] if start < last and start + edge > first]
         # The windows' own extent, of which only the band is kept, so that no window has to be cut.
         low, high = reaching[0], reaching[-1] + edge
         shape = [high - low if axis == self._across else size for axis, size in enumerate(self._shape)]
-        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy)
+        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels)
         for position in self._starts[self._axis]:
             blender.advance(position)
             sides = {self._axis: [position], self._across: reaching}

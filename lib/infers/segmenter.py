@@ -157,7 +157,7 @@ class Segmenter:
                     on_image(image)
             with clock.stage("network"):
                 judged = bool(self.preset.inference.component_entropy)
-                prediction, plan = self._predict(image, plan, name, entropy or judged)
+                prediction, plan = self._predict(image, plan, name, entropy, judged)
                 plan = plan.after(prediction.windows)
                 del image  # its memory is needed for what follows
                 self._release_network()
@@ -200,13 +200,15 @@ class Segmenter:
             plan = replace(plan, image_on_device=False, fallbacks=(*plan.fallbacks, what))
         return self._preprocess_volume(volume, self.preset), plan
 
-    def _predict(self, image: torch.Tensor, plan: Plan, name: str, entropy: bool) -> tuple[Prediction, Plan]:
+    def _predict(
+        self, image: torch.Tensor, plan: Plan, name: str, entropy: bool, judged: bool
+    ) -> tuple[Prediction, Plan]:
         """Predict as planned; where memory runs out, by smaller and smaller plans, and in the end on the CPU."""
         while True:
             try:
                 stitching = plan.stitching
-                prediction = predict(self.network, image, self.placement, stitching, entropy=entropy)
-                return prediction, plan
+                wanted = {"entropy": entropy or judged, "of_labels": not entropy}
+                return predict(self.network, image, self.placement, stitching, **wanted), plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -28,6 +28,7 @@ from lib.interaction.dialects import BACKGROUND, ClickRequest, ScribbleRequest, 
 from lib.interaction.editing import Edited, Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor
 from lib.interaction.prompts import Prompts, parse_box
+from lib.interaction.regions import KeptRegions
 from lib.interaction.served import ServedEditor
 from lib.interaction.starting_mask import KEPT_MIB, StartingMask, StartingMasks, names_of, read_mask, read_values
 from lib.models.versions import VersionStore
@@ -166,7 +167,7 @@ class ClickTask(_InteractiveTask):
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
         self._elsewhere, self._editor, self._planner = frozenset(elsewhere), editor, planner or Planner()
-        self._starts = starts or StartingMasks()
+        self._starts, self._regions = starts or StartingMasks(), KeptRegions()
 
     def load(self) -> dict[str, str]:
         """What answers are made with."""
@@ -236,7 +237,8 @@ class ClickTask(_InteractiveTask):
         edited = Edited(before.labels, ())
         began = time.perf_counter()
         if not prompts.is_empty:
-            scene = Scene(self._network_image(request.image, checksum), before.labels, before.affine_ras)
+            image, key = self._network_image(request.image, checksum), (checksum, self._automatic.weights_stamp())
+            scene = Scene(image, before.labels, before.affine_ras, self._regions, key)
             edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": before.origin, "prompts": len(prompts.points), "prompted": edited.values, "edit_ms": edit_ms}

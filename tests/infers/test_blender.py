@@ -44,6 +44,23 @@ def test_two_windows_are_averaged_where_they_overlap(axis: int) -> None:
     np.testing.assert_allclose(np.moveaxis(entropy, axis, 0)[:, 1, 2], expected, atol=1e-3)
 
 
+def test_entropy_of_labels_only_is_the_same_there_and_0_elsewhere() -> None:
+    random = torch.Generator().manual_seed(3)
+    windows = [torch.randn(3, 4, 4, 4, generator=random) for _ in range(2)]
+    answers = []
+    for of_labels in (False, True):
+        blender = SlabBlender((6, 4, 4), 0, torch.ones(4, 4, 4), classes=3, entropy=True, of_labels=of_labels)
+        blender.add([0, 0, 0], windows[0])
+        blender.advance(2)
+        blender.add([2, 0, 0], windows[1])
+        answers.append(blender.finish())
+    (labels, everywhere), (same, of_labels_only) = answers
+    assert everywhere is not None and of_labels_only is not None
+    np.testing.assert_array_equal(labels, same)
+    assert 0 < (labels > 0).sum() < labels.size and everywhere[labels == 0].min() > 0
+    np.testing.assert_array_equal(of_labels_only, np.where(labels > 0, everywhere, 0))
+
+
 def test_labels_up_to_255_are_kept() -> None:
     blender = SlabBlender((2, 2, 2), 0, torch.ones(2, 2, 2), classes=256)
     logits = torch.zeros(256, 2, 2, 2)
