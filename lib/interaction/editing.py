@@ -24,7 +24,8 @@ from lib.interaction.growth import (
 )
 from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
 from lib.interaction.prompts import Prompts, Voxel
-from lib.interaction.regions import REGION_CLAIM, KeptRegions, region_claim
+from lib.interaction.regions import REGION_CLAIM, kept_regions, region_claim
+from lib.storage.bounded_cache import BoundedCache
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.volume import Affine, FloatArray
 
@@ -70,10 +71,10 @@ class Scene:
         image: MetaTensor,
         labels: LabelArray,
         affine_ras: Affine,
-        regions: KeptRegions | None = None,
+        regions: BoundedCache | None = None,
         key: Hashable = None,
     ) -> None:
-        self._regions, self._key = regions or KeptRegions(), key
+        self._regions, self._key = regions or kept_regions(), key
         self.voxels: FloatArray = image.as_subclass(torch.Tensor)[0].numpy()
         self.affine_network: Affine = np.asarray(image.affine.numpy(), dtype=np.float64)
         self.labels, self.affine_ras = labels, affine_ras

@@ -8,15 +8,14 @@ all there is (`growth.py`). The limits were chosen with one click on each of ten
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from cachetools import LRUCache
 from scipy import ndimage
 
 from lib.interaction.growth import FROM_NOTHING_VOXELS, NEVER, Claim, claim_around
+from lib.storage.bounded_cache import BoundedCache
 from lib.transforms.volume import FloatArray
 
 MaskArray = npt.NDArray[np.bool_]
@@ -38,22 +37,9 @@ MOST_KEPT = 32
 NEIGHBOURS = ndimage.generate_binary_structure(3, 2)
 
 
-class KeptRegions:
-    """What clicks have drawn: with each further click, all those before it are sent again."""
-
-    def __init__(self) -> None:
-        self._kept: LRUCache[Hashable, Claim | None] = LRUCache(MOST_KEPT)
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], Claim | None]) -> Claim | None:
-        """What is kept under that key, or else what ``make`` gives."""
-        with self._lock:
-            if key in self._kept:
-                return self._kept[key]
-        made = make()
-        with self._lock:
-            self._kept[key] = made
-        return made
+def kept_regions() -> BoundedCache:
+    """Where regions are kept: with each further click, all those before it are sent again."""
+    return BoundedCache(MOST_KEPT)
 
 
 def region_claim(image: FloatArray, seed: Points, spacing_mm: Sequence[float]) -> Claim | None:

@@ -28,7 +28,7 @@ from lib.interaction.dialects import BACKGROUND, ClickRequest, ScribbleRequest, 
 from lib.interaction.editing import Edited, Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor
 from lib.interaction.prompts import Prompts, parse_box
-from lib.interaction.regions import KeptRegions
+from lib.interaction.regions import kept_regions
 from lib.interaction.served import ServedEditor
 from lib.interaction.starting_mask import KEPT_MIB, StartingMask, StartingMasks, names_of, read_mask, read_values
 from lib.models.versions import VersionStore
@@ -167,7 +167,7 @@ class ClickTask(_InteractiveTask):
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
         self._elsewhere, self._editor, self._planner = frozenset(elsewhere), editor, planner or Planner()
-        self._starts, self._regions = starts or StartingMasks(), KeptRegions()
+        self._starts, self._regions = starts or StartingMasks(), kept_regions()
 
     def load(self) -> dict[str, str]:
         """What answers are made with."""

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.growth import NEVER
 from lib.interaction.prompts import make_prompts
-from lib.interaction.regions import MOST_KEPT, KeptRegions, region_claim
+from lib.interaction.regions import kept_regions, region_claim
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 
@@ -83,8 +83,12 @@ def test_region_lies_in_the_image_and_its_claim_is_below_that_of_clicks() -> Non
     assert claim.values.min() == 0 and claim.values.max() == pytest.approx(NEVER)
 
 
-def test_kept_regions_are_made_once_and_only_so_many_are_kept() -> None:
-    kept, made = KeptRegions(), list[int]()
-    for number in [*range(MOST_KEPT + 1), MOST_KEPT, 0]:
-        kept.get(number, lambda number=number: made.append(number))  # type: ignore[misc]
-    assert made == [*range(MOST_KEPT + 1), 0]
+def test_region_of_a_click_is_found_once_an_image() -> None:
+    image, _, _ = organ_and_neighbour()
+    kept, zeros = kept_regions(), np.zeros(image.shape, np.uint8)
+    scene = Scene(MetaTensor(torch.from_numpy(image)[None], affine=torch.eye(4)), zeros, np.eye(4), kept, "one")
+    region = scene.region_of(np.array((22, 30, 30)))
+    empty = Scene(MetaTensor(torch.zeros((1, *image.shape)), affine=torch.eye(4)), zeros, np.eye(4), kept, "one")
+    assert region is not None and empty.region_of(np.array((22, 30, 30))) is region
+    other = Scene(MetaTensor(torch.zeros((1, *image.shape)), affine=torch.eye(4)), zeros, np.eye(4), kept, "other")
+    assert other.region_of(np.array((22, 30, 30))) is not region
