@@ -77,13 +77,19 @@ class Starter:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def start(
-        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, code: str = ""
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        log: Path,
+        code: str = "",
     ) -> ForkedProcess:
-        """``python -m monailabel.main ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
+        """``python -m MODULE ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
         assert self._process.stdin is not None
         variables = {**environment, **self._for_forks}
         asked = {"argv": list(arguments), "cwd": str(folder), "environment": variables, "log": str(log), "code": code}
-        asked["python"] = "" if code else str(STARTER.with_name("forked_python.py"))
+        asked |= {"module": module, "python": "" if code else str(STARTER.with_name("forked_python.py"))}
         with self._asking:
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
@@ -119,7 +125,9 @@ def run_code(code: str, folder: Path, seconds: float = 300) -> str:
     log = folder / "output.txt"
     environment = server_environment() | {"PYTHONUNBUFFERED": "1"}
     if sys.platform == "linux":
-        process: ForkedProcess | subprocess.Popen[bytes] = the_starter().start([], REPOSITORY, environment, log, code)
+        process: ForkedProcess | subprocess.Popen[bytes] = the_starter().start(
+            "", [], REPOSITORY, environment, log, code
+        )
     else:
         with log.open("wb") as file:
             command = [sys.executable, "-c", code]

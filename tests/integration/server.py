@@ -45,7 +45,7 @@ class Server:
         options: more of MONAI Label's own, such as ``--root_path``.
         forked: started by :class:`tests.forks.Starter`, as are its own processes; otherwise as a user starts it, for
             tests about processes.
-        module: the command line of one that is not forked: MONAI Label's own, or that of ``run.py``.
+        module: its command line: MONAI Label's own, or that of ``run.py``.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Server:
         }
         environment |= {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(self.folder / "cache")} | self._environment
         if self._forked:
-            self.process = the_starter().start(self._command, self.folder, environment, self.log)
+            self.process = the_starter().start(self._module, self._command, self.folder, environment, self.log)
             return self.process
         with self.log.open("wb") as log:
             command = [sys.executable, "-m", self._module, *self._command]

@@ -2,11 +2,11 @@
 
     python -u starter.py SOCKET
 
-Each line of standard input asks for a server, as JSON: ``argv``, ``cwd``, ``environment``, ``log``, and ``python`` for
-what it starts; or, with ``code``, for a program of its own. Each line of the output is a process id, alone when it is
-started, with its exit code when it has ended. ``forked_python.py`` asks over the socket, with a ``module`` and its
-standard streams, and is told the same there. Nothing of this project or of MONAI Label is imported before the fork:
-they read the environment when they are.
+Each line of standard input asks for a server, as JSON: ``module``, ``argv``, ``cwd``, ``environment``, ``log``, and
+``python`` for what it starts; or, with ``code``, for a program of its own. Each line of the output is a process id,
+alone when it is started, with its exit code when it has ended. ``forked_python.py`` asks over the socket, with a
+``module`` and its standard streams, and is told the same there. Nothing of this project or of MONAI Label is imported
+before the fork: they read the environment when they are.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def tell_ended(*_: object) -> None:
 
 
 def become(request: dict[str, Any], streams: list[int]) -> None:
-    """Be ``python -m monailabel.main ARGV``, ``python -m MODULE ARGV``, or ``python -c CODE``."""
+    """Be ``python -m MODULE ARGV``, or ``python -c CODE``."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
     if streams:
@@ -140,9 +140,8 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
         sys.argv = ["-c"]
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
         return
-    module = request.get("module", "monailabel.main")
-    sys.argv = [module, *request["argv"]]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [request["module"], *request["argv"]]
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

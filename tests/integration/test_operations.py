@@ -156,7 +156,7 @@ def test_failure_that_is_no_wrong_setting_ends_the_start_with_a_sentence_too(
     tmp_path: Path, conf: dict[str, str], options: list[str], sentence: str
 ) -> None:
     """The stack trace is in the log's file, where somebody looks who wants more than the sentence."""
-    server = Server(tmp_path / "server", conf, options=options, forked=False, module="lib.server")
+    server = Server(tmp_path / "server", conf, options=options, module="lib.server")
     (server.folder / "occupied").write_text("")
     process = server.launch()
     try:

@@ -94,9 +94,14 @@ def test_training_without_labels_ends_with_a_sentence(server: Server, cases: dic
     assert "ERROR" in (page := server.get("/page/job").text) and ": TrainingError: there is no usable" in page
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_no_training_outlives_its_server(number: int, cases: dict[str, SyntheticCase], tmp_path: Path) -> None:
-    server = prepare(Server(tmp_path / "server", forked=False), cases).start()
+@pytest.mark.parametrize(
+    ("number", "forked"), [(signal.SIGTERM, True), (signal.SIGKILL, False)], ids=["SIGTERM", "SIGKILL"]
+)
+def test_no_training_outlives_its_server(
+    number: int, forked: bool, cases: dict[str, SyntheticCase], tmp_path: Path
+) -> None:
+    """Of a server that a user has started, and of a fork, whose trainings have ended when what it started ends."""
+    server = prepare(Server(tmp_path / "server", forked=forked), cases).start()
     label = encode(cases["case_0"].label, cases["case_0"].affine_ras, tmp_path)
     assert server.save_label("case_0", label, ["anterior", "posterior"]).status_code == 200
     server.post("/train/hippocampus_mr", json=ENDLESS)
