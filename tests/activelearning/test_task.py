@@ -209,7 +209,7 @@ def test_scoring_looks_at_all_the_newest_first_and_compares_labels(
     assert set(looks) == set(store.cases)
     assert [image for image in looks if looks[image].scored] == sorted(store.get_unlabeled_images(), reverse=True)
     assert all(look.scores.embedding is not None and look.scores.embedding.shape == (48,) for look in looks.values())
-    assert "bald/foreground" in looks[store.get_unlabeled_images()[0]].found.values
+    assert "bald/foreground" in looks[store.get_unlabeled_images()[0]].scores.values
     again = PoolScoring("all", {"tiny": knowledge}, device="cpu", precision="fp32")({}, store)["tiny"]
     assert again["scored"] == {"done": 0, "known": 3, "failed": 0, "left": 0}
     assert again["compared"]["known"] == 2
