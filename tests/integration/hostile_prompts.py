@@ -28,13 +28,13 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"foreground": [[1, 1, 1]], "label": 5}, {"foreground": [[1, 1, 1]], "label": ["core"]},
     {"foreground": [[1, 1, 1]], "label": "x" * 5000}, {"foreground": 5, "label": "core"},
     {"all_labels": "maybe"}, {"result_extension": ".exe"}, {"result_extension": [".nrrd"]}, {"result_dtype": {"a": 1}},
-    {"device": "tpu"}, {"device": {"a": 1}},
+    {"device": "tpu"}, {"device": {"a": 1}}, {"label": 5}, {"label": []}, {"selected_label_name": [1]},
 )  # fmt: skip
 IGNORED: tuple[dict[str, Any], ...] = (
-    {"null": [[1, 1, 1]]}, {"undefined": "x"}, {"": [[1, 1, 1]]}, {"label": None}, {"label": 5}, {"label": []},
+    {"null": [[1, 1, 1]]}, {"undefined": "x"}, {"": [[1, 1, 1]]}, {"label": None},
     {"roi": None}, {"roi": []}, {"background": None}, {"background": []}, {"reset_state": {"a": [1]}},
     {"label_file": "/etc/passwd"}, {"start_from": {"file": "/etc/passwd"}}, {"label_info": []}, {"unknown": 5},
-    {"session_id": 5}, {"selected_label_name": [1]}, {"config": {"a": []}},
+    {"session_id": 5}, {"config": {"a": []}},
 )  # fmt: skip
 """What viewers are known to send beside points, or what is none of a server's business."""
 
