@@ -205,11 +205,11 @@ class UnetrTrainTask(TrainTask):
         """
         assert self._follow_up is not None
         try:
-            told: Mapping[str, Any] = self._follow_up(run)
+            outcome: Mapping[str, Any] = self._follow_up(run)
         except (UnetrError, OSError, RuntimeError, MemoryError) as error:
             logger.exception("what follows the training of %s failed", self.preset.name)
-            told = {"status": "failed", "reason": str(error)}
-        write_json(self.runs / STATS_FILE, self.stats() | {"editor": dict(told)})
+            outcome = {"status": "failed", "reason": str(error)}
+        write_json(self.runs / STATS_FILE, self.stats() | {"editor": dict(outcome)})
 
     def _version_of(self, run: str) -> Version | None:
         return next((version for version in self.versions.list() if version.details.get("run") == run), None)
