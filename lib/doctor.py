@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import torch
 
+from lib.cluster.ray_connection import Authentication
 from lib.configs.catalogue import load_preset, shipped_preset_names
 from lib.configs.preset import Preset
 from lib.configs.settings import REPOSITORY, Settings
@@ -294,15 +295,16 @@ def check_cluster(
     if not (importlib.util.find_spec("ray") is not None if is_installed is None else is_installed):
         return Finding("ok", "Ray is not installed (run.py setup --cluster); segmenting on one machine needs none")
     ways_in = "whoever reaches Ray's ports can run any program on the cluster's machines"
-    token_file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
-    has_token = bool(environment.get("RAY_AUTH_TOKEN")) or token_file.is_file()
-    mode = environment.get("RAY_AUTH_MODE", "token" if has_token else "").lower()  # as Ray decides it
-    if mode != "token":
+    authentication = Authentication.find(environment, home)
+    if not authentication.asked:
         advice = "keep them in a network of their own, and set RAY_AUTH_MODE=token (docs/how-to/many-scans.md, 'Ray')"
         return Finding("warn", f"Ray is installed without authentication: {ways_in}", advice)
-    if not has_token:
-        return Finding("warn", f"RAY_AUTH_MODE is token, but there is none in {token_file}", "put the cluster's there")
-    return Finding("ok", f"Ray asks for a token; without one {ways_in}: keep its ports in a network of their own")
+    if not authentication.given:
+        return Finding(
+            "warn", f"RAY_AUTH_MODE is token, but there is none in {authentication.source}", "put the cluster's there"
+        )
+    text = f"Ray asks for a token, and has one in {authentication.source}; with it {ways_in}"
+    return Finding("ok", f"{text}: keep them in a network of their own")
 
 
 def check_weights(name: str, locator: WeightsLocator) -> Finding:

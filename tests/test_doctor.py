@@ -44,8 +44,12 @@ def test_ray_without_authentication_is_a_warning_and_with_its_token_none(tmp_pat
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
     assert doctor.check_cluster(True, asked, tmp_path).state == doctor.check_cluster(True, {}, tmp_path).state == "ok"
+    told = doctor.check_cluster(True, asked, tmp_path).text
+    assert str(tmp_path / ".ray" / "auth_token") in told and "can run any program" in told and "secret" not in told
     assert doctor.check_cluster(True, {"RAY_AUTH_MODE": "disabled"}, tmp_path).state == "warn"
     assert doctor.check_cluster(True, asked | {"RAY_AUTH_TOKEN": "x"}, tmp_path / "elsewhere").state == "ok"
+    (tmp_path / ".ray" / "auth_token").write_text("\n")
+    assert "there is none in" in doctor.check_cluster(True, asked, tmp_path).text, "Ray takes no empty file"
 
 
 def test_weights_are_named_with_the_dice_that_their_side_car_states(weights: Path) -> None:

@@ -66,6 +66,10 @@ class TwoNodes:
             time.sleep(0.2)
         return process
 
+    def processes_made(self) -> int:
+        """How many processes of workers have ever been started."""
+        return len(list((self._folder / "ray").rglob("python-core-worker-*.log")))
+
     def start_second(self) -> None:
         """Start the second node, unless it runs."""
         if len(self._nodes) == 1:

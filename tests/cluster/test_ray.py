@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from synthetic_hippocampus import draw_cases
 
-from lib.cluster.engine import LocalEngine, Recipe
-from lib.cluster.model import ModelFile
+from lib.cluster.engine import Recipe
 from lib.cluster.ray_engine import RayEngine
-from lib.cluster.results import ResultFolder
-from lib.cluster.source import FolderSource
-from lib.cluster.worker import MakeWorker, Outcome, segment_cases
 from lib.errors import CheckpointError, ConfigError
-from lib.models.weights import WeightsLocator
-from lib.networks.checkpoint import Checkpoint, write_checkpoint
-from lib.networks.unetr import build_unetr
 from tests.cluster.ray_nodes import TwoNodes
 from tests.cluster.sleeper import Sleeper
 from tests.integration.conftest import prepare
 from tests.integration.server import Server, wait_until
-from tests.tiny import boxes, tiny_preset, write_nifti
+from tests.tiny import tiny_preset
 
 pytest.importorskip("ray", reason="needs Ray: python3 run.py setup --cluster")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
@@ -51,30 +43,6 @@ def test_case_that_kills_its_worker_three_times_is_reported_and_the_others_are_d
     assert "it ended its worker 3 times" in finished.pop("deadly").problem
     assert finished.pop("unreadable").problem == "it cannot be read"
     assert {one.answer for one in finished.values()} == {"v0001"}
-
-
-def test_results_are_those_of_one_process_bit_for_bit(nodes: TwoNodes, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    folder = tmp_path / "model" / "tiny"
-    folder.mkdir(parents=True)
-    write_checkpoint(folder / "shipped.pt", Checkpoint(build_unetr(PRESET).state_dict(), PRESET, {}))
-    for seed in range(4):
-        write_nifti(tmp_path / "studies" / f"case{seed}.nii.gz", boxes(seed=seed)[0])
-    (tmp_path / "studies" / "broken.nii.gz").write_bytes(b"no image")
-    source, model = FolderSource(tmp_path / "studies"), ModelFile.find(PRESET, WeightsLocator(folder), compiles=False)
-
-    def run(engine: RayEngine | LocalEngine, out: Path, model: ModelFile) -> Outcome:
-        recipe = Recipe(model.sha256, MakeWorker(source, model))
-        return segment_cases(source.cases(), ResultFolder(out), engine, lambda: recipe, (model.name, model.sha256))
-
-    here = run(LocalEngine(["cpu"]), tmp_path / "here", model)
-    there = run(RayEngine(nodes.address), tmp_path / "there", model.packed())
-    assert sorted(there.done) == sorted(here.done) == ["case0", "case1", "case2", "case3"]
-    assert there.failed == here.failed and list(there.failed) == ["broken"]
-    for case, result in here.done.items():
-        assert (tmp_path / "there" / result.mask).read_bytes() == (tmp_path / "here" / result.mask).read_bytes()
-        other = there.done[case]
-        assert (other.volumes_ml, other.version, other.engine) == (result.volumes_ml, "shipped", "pytorch")
 
 
 def test_node_that_is_killed_loses_nothing_and_another_joins(nodes: TwoNodes) -> None:
@@ -118,10 +86,18 @@ def test_worker_that_cannot_be_made_ends_the_run_with_its_sentence(nodes: TwoNod
         list(RayEngine(nodes.address).run([0.01], lambda: Recipe("v0001", make)))
 
 
-@pytest.mark.slow
-def test_cluster_that_is_not_there_is_a_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"no Ray cluster to be reached at 'ray://127\.0\.0\.2:1'"):
-        list(RayEngine("ray://127.0.0.2:1").run([0.01], _recipe))
+@pytest.mark.parametrize("address", ["127.0.0.2:1", "ray://127.0.0.2:1"])
+def test_cluster_that_is_not_there_is_a_sentence(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"no Ray cluster to be reached at '{address}': Connection refused"):
+        list(RayEngine(address).run([0.01], _recipe))
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.2:1", "127.0.0.2", "ray://127.0.0.2", "a:b", "cluster of ours", "x:99999"]
+)
+def test_address_that_is_none_is_a_sentence(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no address of a Ray cluster; valid: auto, HOST:PORT"):
+        list(RayEngine(address).run([0.01], _recipe))
 
 
 @pytest.mark.slow
