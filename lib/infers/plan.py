@@ -68,6 +68,7 @@ class Plan:
     image_on_device: bool = False
     fallbacks: tuple[str, ...] = ()
     engine: str = "pytorch"
+    restoring_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -94,8 +95,18 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Plain data for an answer."""
         stitching = asdict(self.stitching)
-        own = {key: value for key, value in asdict(self).items() if key not in ("stitching", "seconds")}
+        own = {
+            key: value for key, value in asdict(self).items() if key not in ("stitching", "seconds", "restoring_bytes")
+        }
         return {**own, **stitching, "seconds": round(self.seconds, 2), "text": self.explain()}
+
+
+@dataclass(eq=False)
+class Reservation:
+    """What a plan keeps of the host's memory from other plans."""
+
+    plan: Plan
+    bytes: int
 
 
 class Planner:
@@ -120,7 +131,7 @@ class Planner:
         self.budget, self.cuda_graphs = budget, cuda_graphs
         self.book = book or CostBook()
         self._memory, self._measure = memory or MemoryProbe(), measure
-        self._reserved: list[int] = []
+        self._reserved: list[Reservation] = []
         self._changed = threading.Condition()
 
     def plan(
@@ -137,7 +148,7 @@ class Planner:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.
         """
         preset, device = where.preset, where.device
-        engine, host_left = engine_of(network), max(0, self.host_bytes_left() - sum(self._reserved))
+        engine, host_left = engine_of(network), max(0, self.host_bytes_left() - self.reserved_bytes)
         limits = self.book.limits(cost_key(where, engine))
         # OpenVINO takes a batch's windows one by one
         most = 1 if engine == "openvino" else preset.inference.window_batch_size
@@ -165,9 +176,14 @@ class Planner:
             + "; valid: a smaller image, or a larger --conf memory_budget"
         )
 
+    @property
+    def reserved_bytes(self) -> int:
+        """What running plans keep of the host's memory from others."""
+        return sum(one.bytes for one in self._reserved)
+
     @contextmanager
-    def reserving(self, make: Callable[[], Plan]) -> Iterator[Plan]:
-        """Make a plan, and keep what it takes of the host's memory from other lanes' plans until the block ends.
+    def reserving(self, make: Callable[[], Plan]) -> Iterator[Reservation]:
+        """Make a plan, and keep what it takes of the host's memory from other plans until the block ends.
 
         A plan that does not fit beside them waits for their end.
 
@@ -186,13 +202,20 @@ class Planner:
                     if not self._reserved:
                         raise
                 self._changed.wait()
-            self._reserved.append(plan.host_bytes)
+            reservation = Reservation(plan, plan.host_bytes)
+            self._reserved.append(reservation)
         try:
-            yield plan
+            yield reservation
         finally:
             with self._changed:
-                self._reserved.remove(plan.host_bytes)
+                self._reserved.remove(reservation)
                 self._changed.notify_all()
+
+    def keep_restoring(self, reservation: Reservation) -> None:
+        """Give up what was reserved for the network, once it has computed."""
+        with self._changed:
+            reservation.bytes = min(reservation.bytes, reservation.plan.restoring_bytes)
+            self._changed.notify_all()
 
     def expected_seconds(self, where: Placement, grid: Grid) -> float | None:
         """What the windows of an image of that grid take on a device; None where nothing was measured yet."""
@@ -299,6 +322,7 @@ class _Need:
             device_left=device_left,
             seconds=windows / batch * cost.seconds,
             image_on_device=with_image,
+            restoring_bytes=self._restoring_bytes(),
         )
 
     def _preprocessing_bytes(self) -> int:

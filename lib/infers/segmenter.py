@@ -34,7 +34,7 @@ from lib.transforms.postprocess import (
     restore_to_grid,
 )
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import FloatArray, Volume, check_segmentable
+from lib.transforms.volume import Affine, FloatArray, Volume, check_segmentable
 
 logger = logging.getLogger("unetr.plan")
 
@@ -55,6 +55,30 @@ class Segmentation:
     plan: Plan
     entropy: FloatArray | None = None
     latencies_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a network found of an image, on its own grid: the device is done with it.
+
+    Attributes:
+        prediction: labels, and their entropy where it is needed.
+        plan: how it was computed.
+        name: of the image, for errors.
+        grid: affine of the network's grid; shape and affine of the image's.
+        entropy, largest_component: as asked for.
+        held: what is kept of the memory for the rest of the work; given back by :meth:`Segmenter.restore`, or when
+            this is dropped.
+    """
+
+    prediction: Prediction
+    plan: Plan
+    name: str
+    grid: tuple[Affine, tuple[int, ...], Affine]
+    entropy: bool
+    largest_component: bool | None
+    clock: _Clock
+    held: ExitStack
 
 
 class Segmenter:
@@ -145,35 +169,59 @@ class Segmenter:
             ImageError: when the volume cannot be segmented.
             MemoryBudgetError: when it does not fit into memory.
         """
+        return self.restore(self.compute(volume, largest_component, name, entropy, on_image))
+
+    def compute(
+        self,
+        volume: Volume,
+        largest_component: bool | None = None,
+        name: str = "image",
+        entropy: bool = False,
+        on_image: Callable[[MetaTensor], None] | None = None,
+    ) -> Computed:
+        """The part of :meth:`segment` that needs the device; :meth:`restore` is the rest, in whatever thread.
+
+        Raises:
+            ImageError, MemoryBudgetError: as :meth:`segment`.
+        """
         clock = _Clock()
         with ExitStack() as stack:
             with clock.stage("plan"):
-                plan = stack.enter_context(self.planner.reserving(lambda: self.plan(volume, name, entropy)))
-            stack.enter_context(_refusing(name, plan))
-            with clock.stage("preprocess"):
-                image, plan = self._preprocess(volume, plan)
-                affine = image.affine.cpu().numpy()
-                if on_image is not None:
-                    on_image(image)
-            with clock.stage("network"):
-                judged = bool(self.preset.inference.component_entropy)
-                prediction, plan = self._predict(image, plan, name, entropy, judged)
-                plan = plan.after(prediction.windows)
-                del image  # its memory is needed for what follows
-                self._release_network()
+                reservation = stack.enter_context(self.planner.reserving(lambda: self.plan(volume, name, entropy)))
+                plan = reservation.plan
+            with _refusing(name, plan):
+                with clock.stage("preprocess"):
+                    image, plan = self._preprocess(volume, plan)
+                    affine = image.affine.cpu().numpy()
+                    if on_image is not None:
+                        on_image(image)
+                with clock.stage("network"):
+                    judged = bool(self.preset.inference.component_entropy)
+                    prediction, plan = self._predict(image, plan, name, entropy, judged)
+                    plan = plan.after(prediction.windows)
+                    del image  # its memory is needed for what follows
+                    self._release_network()
+            self.planner.keep_restoring(reservation)
+            grid = (affine, volume.voxels.shape, volume.affine_ras)
+            return Computed(prediction, plan, name, grid, entropy, largest_component, clock, stack.pop_all())
+
+    def restore(self, computed: Computed) -> Segmentation:
+        """What the network found, cleaned and on the image's own grid; nothing of it needs the device.
+
+        Raises:
+            MemoryBudgetError: when memory runs out.
+        """
+        prediction, clock = computed.prediction, computed.clock
+        with computed.held, _refusing(computed.name, computed.plan):
             with clock.stage("postprocess"):
-                seen = self._clean(prediction, largest_component)
+                seen = self._clean(prediction, computed.largest_component)
             with clock.stage("restore"):
-                grid = (affine, volume.voxels.shape, volume.affine_ras)
                 smooth = self.preset.inference.restore == "linear"
-                labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *grid)
-                uncertainty = (
-                    interpolate_to_grid(prediction.entropy, *grid)
-                    if entropy and prediction.entropy is not None
-                    else None
-                )
-        logger.info("%s: %s", name, plan.explain())
-        return Segmentation(labels, plan, uncertainty, clock.milliseconds)
+                labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *computed.grid)
+                wanted = prediction.entropy if computed.entropy else None
+                uncertainty = None if wanted is None else interpolate_to_grid(wanted, *computed.grid)
+        logger.info("%s: %s", computed.name, computed.plan.explain())
+        return Segmentation(labels, computed.plan, uncertainty, clock.milliseconds)
 
     def _clean(self, prediction: Prediction, largest_component: bool | None) -> LabelArray:
         """Drop uncertain components, and keep the largest one of each label that this is asked for."""

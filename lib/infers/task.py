@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +25,16 @@ from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest
-from lib.infers.segmenter import Segmentation
+from lib.infers.segmenter import Computed, Segmentation
 from lib.infers.writer import write_map, write_mask
 from lib.models.calibration import foreground_uncertainty
 from lib.models.weights import WeightsLocator
 from lib.networks.placement import Placement
 from lib.networks.precision import resolve_precision
 from lib.transforms.inputs import read_input
-from lib.transforms.intensity_range import range_warning
+from lib.transforms.intensity_range import warnings_of
 from lib.transforms.postprocess import measure_labels
-from lib.transforms.volume import Volume, read_grid, reading_warning
+from lib.transforms.volume import Affine, Volume, read_grid
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +46,50 @@ SHARE_AHEAD = 1 / 16
 
 @dataclass(frozen=True)
 class ReadImage:
-    """An image in memory, and the checksum that its file had before it was read."""
+    """An image in memory.
+
+    Attributes:
+        checksum: that its file had before it was read.
+        warnings: what a user should know of it.
+        seconds: that reading took.
+    """
 
     checksum: str
     volume: Volume
+    warnings: list[str]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A segmentation, the model that made it, and when the lane was there and the weights were."""
+    """What a network found, its model, and when the lane was there and the weights were."""
 
     model: LoadedModel
-    result: Segmentation
+    computed: Computed
     began: float
     loaded: float
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A request of which the device has done its part.
+
+    Attributes:
+        request: what was asked for.
+        made: by which model.
+        checksum, warnings: of the image.
+        affine_ras: of the image's grid.
+        seconds: of each stage so far.
+        known: the answer, where it was kept; nothing else is there then.
+    """
+
+    request: InferRequest
+    made: _Made | None = None
+    checksum: str = ""
+    warnings: list[str] = field(default_factory=list)
+    affine_ras: Affine | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    known: tuple[str, dict[str, Any]] | None = None
 
 
 class UnetrInferTask(InferTask):
@@ -153,28 +183,52 @@ class UnetrInferTask(InferTask):
             MemoryBudgetError: when it does not fit into memory.
             ModelNotReadyError, CheckpointError: when there are no usable weights.
         """
-        start = time.perf_counter()
-        if (known := self._recall(request, start)) is not None:
-            return known
-        image = self._read(request.image)
-        checksum, volume = image.checksum, image.volume
-        read = time.perf_counter()
-        made = self._compute(request, volume, checksum, request.largest_component)
-        model, result, computed = made.model, made.result, time.perf_counter()
-        path = write_mask(
-            result.labels, volume.affine_ras, model.preset, request.extension, request.dtype, request.compress
-        )
+        return self.complete(self.begin(request))
+
+    def begin(self, request: InferRequest, ahead: ReadImage | None = None) -> Begun:
+        """The part of an answer that needs a device.
+
+        Args:
+            request: as of :meth:`segment`.
+            ahead: the image, where it was read before (:meth:`read_ahead`).
+
+        Raises:
+            As :meth:`segment`.
+        """
+        if (known := self._recall(request, time.perf_counter())) is not None:
+            return Begun(request, known=known)
+        image = self._read(request.image) if ahead is None or self._is_other(request.image, ahead) else ahead
+        there = time.perf_counter()
+        made = self._compute(request, image.volume, image.checksum, request.largest_component)
+        seconds = {"read": image.seconds, "wait": made.began - there, "load": made.loaded - made.began}
+        return Begun(request, made, image.checksum, image.warnings, image.volume.affine_ras, seconds)
+
+    def complete(self, begun: Begun) -> tuple[str, dict[str, Any]]:
+        """The rest of an answer, for which no device is needed; as :meth:`segment` returns it.
+
+        Raises:
+            MemoryBudgetError: when memory runs out.
+        """
+        if begun.known is not None:
+            return begun.known
+        assert begun.made is not None and begun.affine_ras is not None
+        request, model, affine = begun.request, begun.made.model, begun.affine_ras
+        result = model.segmenter.restore(begun.made.computed)
+        restored = time.perf_counter()
+        path = write_mask(result.labels, affine, model.preset, request.extension, request.dtype, request.compress)
         written = time.perf_counter()
-        payload = describe_result(result, volume, model)
-        done = time.perf_counter()
-        timings = {"read": read - start, "wait": made.began - read, "load": made.loaded - made.began}
-        timings |= {"write": written - computed, "measure": done - written}
-        stages = {name: round(seconds * 1000, 1) for name, seconds in timings.items()} | result.latencies_ms
-        stages["total"] = round((done - start) * 1000, 1)
+        payload = describe_result(result, affine, begun.warnings, model)
+        seconds = {**begun.seconds, "write": written - restored, "measure": time.perf_counter() - written}
+        stages = {name: round(value * 1000, 1) for name, value in seconds.items()} | result.latencies_ms
+        stages["total"] = round(sum(stages.values()), 1)
         logger.info("segmented %s with %s in %s ms", request.image.name, model.describe(), stages)
         payload |= describe_latencies(stages)
-        self._keep(request, model, checksum, CachedMask(result.labels, volume.affine_ras, payload))
+        self._keep(request, model, begun.checksum, CachedMask(result.labels, affine, payload))
         return str(path), payload | {"cache": {"hit": False}}
+
+    def _is_other(self, image: Path, read: ReadImage) -> bool:
+        """Whether a file was replaced since it was read."""
+        return not image.exists() or self.checksums.of(image) != read.checksum
 
     def preset_in_use(self) -> Preset:
         """The preset with the spacing and intensities that the newest weights want; as configured without weights.
@@ -205,8 +259,9 @@ class UnetrInferTask(InferTask):
             return kept
         image = read if read is not None else self._read(request.image)
         made = self._compute(request, image.volume, image.checksum)
-        model, result = made.model, made.result
-        payload = describe_result(result, image.volume, model)
+        model = made.model
+        result = model.segmenter.restore(made.computed)
+        payload = describe_result(result, image.volume.affine_ras, image.warnings, model)
         total = round((time.perf_counter() - start) * 1000, 1)
         payload |= describe_latencies({**_NO_TIME, **result.latencies_ms, "total": total})
         mask = CachedMask(result.labels, image.volume.affine_ras, payload)
@@ -228,8 +283,10 @@ class UnetrInferTask(InferTask):
         return self._read(request.image) if size <= SHARE_AHEAD * self._planner.host_bytes_left() else None
 
     def _read(self, image: Path) -> ReadImage:
+        start = time.perf_counter()
         checksum = self.checksums.of(image) if image.exists() else ""
-        return ReadImage(checksum, self._read_image(image, self.preset))
+        volume = self._read_image(image, self.preset)
+        return ReadImage(checksum, volume, warnings_of(volume, self.preset), time.perf_counter() - start)
 
     def forecast(self, request: InferRequest) -> Forecast:
         """What computing a mask needs, for whoever chooses a device; only the image's header is read."""
@@ -253,10 +310,8 @@ class UnetrInferTask(InferTask):
             model = self._models.get(lane)
             loaded = time.perf_counter()
             unsure, keep = model.calibration is not None, self._keeper(request, model, checksum)
-            result = model.segmenter.segment(
-                volume, largest_component, request.image.name, entropy=unsure, on_image=keep
-            )
-            return _Made(model, result, began, loaded)
+            computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep)
+            return _Made(model, computed, began, loaded)
 
         return self._on_a_lane(request, compute)
 
@@ -336,14 +391,15 @@ class UnetrInferTask(InferTask):
         return CacheKey(self.checksums.of(request.image), self.preset.name, stamp, request.options)
 
 
-def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) -> dict[str, Any]:
+def describe_result(
+    result: Segmentation, affine_ras: Affine, warnings: Sequence[str], model: LoadedModel
+) -> dict[str, Any]:
     """The JSON of an answer without its latencies: names, colours, centroids, volumes, the model, its plan.
 
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
-    warnings = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
-    measures = measure_labels(result.labels, volume.affine_ras, preset)
+    measures = measure_labels(result.labels, affine_ras, preset)
     centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
     return {
         "label_names": preset.label_indices,
@@ -353,7 +409,7 @@ def describe_result(result: Segmentation, volume: Volume, model: LoadedModel) ->
         "model": model.describe(),
         "engine": result.plan.engine,
         "quality": estimate_quality(result, model),
-        "warnings": [warning for warning in warnings if warning],
+        "warnings": list(warnings),
         "channels": [channel.name for channel in preset.channels],
         "plan": result.plan.as_json(),
     }

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from lib.configs.preset import Preset
 from lib.errors import OtherModalityError
+from lib.transforms.volume import Volume, reading_warning
 
 MOST_SAMPLES = 500_000
 SMALLEST_RANGE_HU = 100.0
@@ -19,6 +20,12 @@ MOST_DENSE_SHARE = 0.1
 """Dense bone: a few per cent of a body at most. Soft tissue lies there when 1024 has been added."""
 LOWEST_BRIGHT_HU = -150.0
 LOWEST_MR = -500.0
+
+
+def warnings_of(volume: Volume, preset: Preset) -> list[str]:
+    """What a user should know of an image before its segmentation is used, one sentence each."""
+    warnings = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
+    return [warning for warning in warnings if warning]
 
 
 def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lib.configs.preset import Preset
-from lib.errors import CheckpointError, ImageError
-from lib.infers.segmenter import Segmenter
+from lib.errors import CheckpointError, ImageError, MemoryBudgetError
+from lib.infers.plan import Plan, Planner
+from lib.infers.segmenter import Segmentation, Segmenter
 from lib.networks.checkpoint import Checkpoint
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
@@ -146,3 +150,39 @@ def test_entropy_is_on_the_images_own_grid_where_asked() -> None:
     assert found.entropy[14:26, 8:16, 7:13].min() > 0.99
     assert found.entropy[:8].max() < 0.01
     assert segmenter.segment(Volume(image, np.eye(4))).entropy is None
+
+
+def test_memory_is_kept_until_a_mask_is_restored_or_dropped() -> None:
+    volume = Volume(np.pad(np.full((10, 8, 7), 100, np.float32), 5), np.eye(4))
+    segmenter = _segmenter()
+    computed = segmenter.compute(volume)
+    kept = segmenter.planner.reserved_bytes
+    assert 0 < kept == computed.plan.restoring_bytes <= computed.plan.host_bytes, "what the network took is free again"
+    assert segmenter.restore(computed).labels.shape == (20, 18, 17)
+    assert segmenter.planner.reserved_bytes == 0
+    computed = segmenter.compute(volume)
+    assert segmenter.planner.reserved_bytes == kept
+    del computed
+    assert segmenter.planner.reserved_bytes == 0, "what nobody finishes holds up nobody"
+
+
+def test_plan_that_does_not_fit_beside_what_is_restored_waits_for_its_end() -> None:
+    class Tight(Planner):
+        """Has memory for one image at a time."""
+
+        def plan(self, *of: Any, **options: Any) -> Plan:
+            if self.reserved_bytes:
+                raise MemoryBudgetError("it does not fit beside the other")
+            return super().plan(*of, **options)
+
+    segmenter = Segmenter(Threshold(), tiny_preset(intensity=HALVES), CPU, "fp32", Tight())
+    volume = Volume(np.pad(np.full((10, 8, 7), 100, np.float32), 5), np.eye(4))
+    first = segmenter.compute(volume)
+    second: list[Segmentation] = []
+    waiting = threading.Thread(target=lambda: second.append(segmenter.segment(volume)))
+    waiting.start()
+    waiting.join(0.3)
+    assert not second and waiting.is_alive(), "it must not take the memory that the first one needs"
+    segmenter.restore(first)
+    waiting.join(20)
+    assert len(second) == 1

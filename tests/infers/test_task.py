@@ -324,3 +324,29 @@ def test_request_names_its_weights_and_its_seconds_once_a_window_was_measured(
     # the plan in the answer leaves out windows of air
     assert known.seconds is not None and known.seconds >= answer["plan"]["seconds"] - 0.005
     assert task.forecast(task.parse({"image": str(tmp_path / "none.nii.gz")})).seconds is None
+
+
+def test_device_does_its_part_and_the_rest_needs_none(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+    file, whole = task({"image": str(image), "result_extension": ".nii.gz"})
+    request = task.parse({"image": str(image), "result_extension": ".nii.gz"})
+    cached = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", ResultCache(16))
+    ahead = cached.read_ahead(request)
+    begun = cached.begin(request, ahead)
+    assert not cached.is_kept(request), "there is no mask yet"
+    made, said = cached.complete(begun)
+    assert Path(made).read_bytes() == Path(file).read_bytes()
+    stages = said["latencies_ms"]
+    assert stages.keys() == whole["latencies_ms"].keys()
+    assert stages["total"] == pytest.approx(sum(stages.values()) - stages["total"], abs=0.2)
+    assert cached.complete(cached.begin(request))[1]["cache"]["hit"] is True
+
+
+def test_image_that_was_replaced_after_it_was_read_ahead_is_read_again(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    request = task.parse({"image": str(image)})
+    ahead = task.read_ahead(request)
+    nib.save(nib.Nifti1Image(boxes(seed=5)[0], np.eye(4)), image)
+    begun = task.begin(request, ahead)
+    assert begun.checksum == task.checksums.of(image) != ahead.checksum
+    Path(task.complete(begun)[0]).unlink()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,12 +15,13 @@ from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
 from lib.datastore.series import SeriesDatastore
 from lib.dicom.segmentation_writer import Origin
-from lib.errors import CheckpointError, ModelNotReadyError
+from lib.errors import CheckpointError, ModelNotReadyError, UnetrError
 from lib.infers.request import InferRequest
+from lib.infers.task import Begun, ReadImage, UnetrInferTask
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.server.http.auth import User
 from lib.server.http.metrics import Metrics
-from lib.server.http.uploads import check_header, receive, temporary_folder
+from lib.server.http.uploads import check_header, receive
 from lib.server.images import Images
 from lib.server.inference.requests import Asked, Output
 from lib.server.labels.segmentations import Segmentations
@@ -61,29 +64,20 @@ class Answers:
         """
         if asked.upload is not None or asked.label is not None:
             return None
-        kept = asked.task.recall(self._located(asked, user))
-        return None if kept is None else self._finish(asked, user, Path(kept[0]), kept[1])
+        kept = asked.task.recall(self.located(asked, user))
+        return None if kept is None else self.finish(asked, user, Path(kept[0]), kept[1])
 
-    def compute(self, asked: Asked, user: User) -> Answer:
-        """Segment, in the thread of the device. No file is left behind, whatever happens.
+    def start(self, asked: Asked, user: User, folder: Path) -> Inference:
+        """A request on its way.
 
-        Raises:
-            ImageError: when the image cannot be segmented.
-            ModelNotReadyError: when there are no weights, or none that can be used.
+        Args:
+            asked: for what.
+            user: by whom.
+            folder: for its files; the caller removes it at the end, whatever happens.
         """
-        with temporary_folder() as folder:
-            request = self._with_uploads(asked, self._located(asked, user), folder)
-            try:
-                mask, params = asked.task.segment(request)
-            except CheckpointError as error:
-                self.metrics.count_failure(asked.model, error)
-                raise ModelNotReadyError(f"the weights of {asked.model!r} cannot be used: {error}") from error
-            except Exception as error:
-                self.metrics.count_failure(asked.model, error)
-                raise
-            return self._finish(asked, user, Path(mask), params)
+        return Inference(self, asked, user, folder)
 
-    def _located(self, asked: Asked, user: User) -> InferRequest:
+    def located(self, asked: Asked, user: User) -> InferRequest:
         """The request with the image's file as it is now, and the version that a correction starts from."""
         if asked.image_id is None:
             return asked.request
@@ -99,7 +93,7 @@ class Answers:
         self.store.history.mask(newest)  # raises where it is not what was saved
         return newest
 
-    def _with_uploads(self, asked: Asked, request: InferRequest, folder: Path) -> InferRequest:
+    def with_uploads(self, asked: Asked, request: InferRequest, folder: Path) -> InferRequest:
         """The request with uploads copied into ``folder``."""
         if asked.upload is not None:
             uploaded = receive(asked.upload, folder)
@@ -115,7 +109,7 @@ class Answers:
             request = replace(request, label_file=label)
         return request
 
-    def _finish(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
+    def finish(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
         """Count an answer, take it into memory, and remove its file."""
         hit = bool(params["cache"]["hit"])
         self.metrics.count_ready(asked.model, hit)
@@ -168,3 +162,69 @@ class Answers:
             return file.read_bytes()
         finally:
             file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One request on its way: read while it waits, computed on a device, and finished when that is free for the next.
+
+    Args:
+        answers: what makes the answer.
+        asked: for what.
+        user: by whom.
+        folder: for its files.
+    """
+
+    answers: Answers
+    asked: Asked
+    user: User
+    folder: Path
+
+    def read_ahead(self) -> ReadImage | None:
+        """The image, where it is one that can be read before its turn; what is wrong with it is said then."""
+        asked, task = self.asked, self.asked.task
+        if asked.upload is not None or asked.label is not None or not isinstance(task, UnetrInferTask):
+            return None
+        try:
+            return task.read_ahead(self.answers.located(asked, self.user))
+        except UnetrError:
+            return None
+
+    def begin(self, ahead: ReadImage | None) -> Begun | Answer:
+        """Compute, in the thread of the device.
+
+        Raises:
+            ImageError: when the image cannot be segmented.
+            ModelNotReadyError: when there are no weights, or none that can be used.
+        """
+        asked, task, answers = self.asked, self.asked.task, self.answers
+        request = answers.with_uploads(asked, answers.located(asked, self.user), self.folder)
+        with self._counting():
+            if isinstance(task, UnetrInferTask):
+                return task.begin(request, ahead)
+            mask, params = task.segment(request)
+        return answers.finish(asked, self.user, Path(mask), params)
+
+    def complete(self, begun: Begun | Answer) -> Answer:
+        """What is left to do for the answer, for which no device is needed.
+
+        Raises:
+            MemoryBudgetError: when memory runs out.
+        """
+        if isinstance(begun, Answer):
+            return begun
+        with self._counting():
+            mask, params = cast(UnetrInferTask, self.asked.task).complete(begun)
+        return self.answers.finish(self.asked, self.user, Path(mask), params)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        model, metrics = self.asked.model, self.answers.metrics
+        try:
+            yield
+        except CheckpointError as error:
+            metrics.count_failure(model, error)
+            raise ModelNotReadyError(f"the weights of {model!r} cannot be used: {error}") from error
+        except Exception as error:
+            metrics.count_failure(model, error)
+            raise

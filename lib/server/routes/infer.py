@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from contextlib import AsyncExitStack
 from typing import Annotated
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsUser
 from lib.server.http.bodies import InferParams, described_by
 from lib.server.http.parameters import check_fields, parse_object
+from lib.server.http.uploads import temporary_folder
 from lib.server.inference.answers import Answer
 from lib.server.inference.requests import Output, RequestChecks
 from lib.server.routes.sessions import session_image
@@ -72,11 +74,15 @@ async def infer(
     forecast = None  # an upload has not been copied yet
     if asked.upload is None:
         forecast = await anyio.to_thread.run_sync(inferences.forecast, asked.task, asked.request)
-    async with inferences.slot(asked.request.wanted, what, forecast) as slot:
-        if await request.is_disconnected():
-            logger.info("the client left while it waited for %s", model)
-            return Response(status_code=499)
-        answer = await slot.run(lambda: answers.compute(asked, user))
+    async with AsyncExitStack() as stack:
+        one = answers.start(asked, user, stack.enter_context(temporary_folder()))
+        async with inferences.slot(asked.request.wanted, what, forecast, one.read_ahead) as slot:
+            if await request.is_disconnected():
+                logger.info("the client left while it waited for %s", model)
+                return Response(status_code=499)
+            begun = await slot.run(lambda: one.begin(slot.ahead))
+            place = await stack.enter_async_context(slot.finishing())
+        answer = await place.run(lambda: one.complete(begun))
     return respond(answer, output)
 
 

@@ -11,14 +11,15 @@ import contextvars
 import math
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TypeVar
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
 
 import anyio
 import torch
 
 from lib.infers.devices.lane import Lane, computing_on
 from lib.infers.devices.lanes import Lanes
+from lib.infers.devices.read_ahead import ReadingAhead
 from lib.infers.devices.schedule import Forecast, Work
 from lib.infers.interruption import InterruptedWork, giving_way
 from lib.infers.request import InferRequest
@@ -44,6 +45,10 @@ class InferenceQueue:
         self._size = size
         self._pause = pause or Pause()
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        # an image for each device is read before its turn, and one behind it is finished
+        self._ahead = asyncio.Semaphore(sum(1 for _ in lanes))
+        self._places_to_finish: dict[str, asyncio.Semaphore] = {}
+        self._finishing: dict[Hashable, asyncio.Event] = {}
 
     @property
     def waiting(self) -> int:
@@ -61,7 +66,11 @@ class InferenceQueue:
 
     @asynccontextmanager
     async def slot(
-        self, device: torch.device | None = None, what: Hashable = None, forecast: Forecast | None = None
+        self,
+        device: torch.device | None = None,
+        what: Hashable = None,
+        forecast: Forecast | None = None,
+        read: Callable[[], Any] | None = None,
     ) -> AsyncIterator[DeviceSlot]:
         """Wait for a device; what runs inside has it alone.
 
@@ -70,6 +79,8 @@ class InferenceQueue:
             what: what is to be computed. Where the same is being computed, also ahead, that is waited for; anything
                 else that is computed ahead gives way.
             forecast: what it needs.
+            read: runs in another thread while the device is waited for, where it comes to that; what it returns is the
+                slot's ``ahead``.
 
         Raises:
             BusyError: at once, when too many wait already.
@@ -83,7 +94,7 @@ class InferenceQueue:
             seconds = max(1, math.ceil(seconds)) if math.isfinite(seconds) else 1
             where = ", ".join(work.lanes)
             raise BusyError(f"{inside} inferences run or wait on {where}; come back in {seconds} s", seconds)
-        async with self._granted(work) as slot:
+        async with self._granted(work, read) as slot:
             yield slot
 
     @asynccontextmanager
@@ -148,13 +159,51 @@ class InferenceQueue:
             return await slot.run(work)
 
     @asynccontextmanager
-    async def _granted(self, work: Work) -> AsyncIterator[DeviceSlot]:
+    async def _granted(self, work: Work, read: Callable[[], Any] | None = None) -> AsyncIterator[DeviceSlot]:
         slot = DeviceSlot(self, work)
         try:
-            await slot.wait(self.lanes.enter(work))
+            granted = self.lanes.enter(work)
+            if read is None or granted.done():
+                await slot.wait(granted)
+            else:
+                async with ReadingAhead(self._ahead, read) as reading:
+                    await slot.wait(granted)
+                    slot.ahead = await reading.result()
             yield slot
         finally:
             self.lanes.leave(work, slot.finished)
+
+    @asynccontextmanager
+    async def finishing(self, lane: Lane, what: Hashable) -> AsyncIterator[Finish]:
+        """A place to finish what a lane has computed, once the one before it is finished.
+
+        Args:
+            lane: which; it may be let go as soon as the place is there.
+            what: as of :meth:`slot`; whoever computes the same waits for its end.
+        """
+        place = self._places_to_finish.setdefault(lane.name, asyncio.Semaphore(1))
+        ended = asyncio.Event()
+        async with place:
+            if what is not None:
+                self._finishing[what] = ended
+            try:
+                yield Finish(self._thread("finish", lane))
+            finally:
+                ended.set()
+                if self._finishing.get(what) is ended:
+                    del self._finishing[what]
+
+    async def others_finish(self, what: Hashable) -> None:
+        """Wait for the end of what was computed of the same, so that its result is found."""
+        if what in self._finishing:
+            await self._finishing[what].wait()
+
+    def _thread(self, task: str, lane: Lane) -> ThreadPoolExecutor:
+        name = f"{task} {lane.name}"
+        if name not in self._threads:
+            priority = give_requests_priority if lane.device.type == "cpu" else None
+            self._threads[name] = ThreadPoolExecutor(1, name, priority)
+        return self._threads[name]
 
     async def compute(self, lane: Lane, work: Work, compute: Callable[[], Result]) -> Result:
         """Run ``compute`` in the lane's own thread, with trainings on its device standing still.
@@ -162,10 +211,7 @@ class InferenceQueue:
         Neither waiting nor computing takes a thread from other requests. It is always the same one, since each thread
         that computes keeps buffers of its own: spread over a pool of forty, that is a gigabyte.
         """
-        if lane.name not in self._threads:
-            self._threads[lane.name] = ThreadPoolExecutor(
-                1, f"inference {lane.name}", give_requests_priority if lane.device.type == "cpu" else None
-            )
+        thread = self._thread("inference", lane)
         context = contextvars.copy_context()
 
         def on_lane() -> Result:
@@ -174,7 +220,7 @@ class InferenceQueue:
 
         with self._pause.asked(str(lane.device) if not work.ahead else ""):
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads[lane.name], context.run, on_lane)
+            return await loop.run_in_executor(thread, context.run, on_lane)
 
 
 class DeviceSlot:
@@ -182,12 +228,14 @@ class DeviceSlot:
 
     Attributes:
         finished: whether the work was done to its end.
+        ahead: what was read while the device was waited for; None where nothing was.
     """
 
     def __init__(self, queue: InferenceQueue, work: Work) -> None:
         self._queue, self._work = queue, work
         self._lane: Lane | None = None
         self.finished = False
+        self.ahead: Any = None
 
     async def wait(self, granted: Future[Lane]) -> None:
         """Wait for the lane."""
@@ -199,14 +247,31 @@ class DeviceSlot:
         Raises:
             DeviceError: when no device that may compute it works.
         """
+        await self._queue.others_finish(self._work.what)
         while True:
             assert self._lane is not None
             try:
                 result = await self._queue.compute(self._lane, self._work, compute)
-                self.finished = True
+                self.finished, self.ahead = True, None  # an image that nobody needs any more
                 return result
             except Exception as error:
                 elsewhere = self._queue.lanes.moves_on(self._work, error)
                 if elsewhere is None:
                     raise
             await self.wait(elsewhere)
+
+    def finishing(self) -> AbstractAsyncContextManager[Finish]:
+        """A place to finish what was computed, after the device is let go: see :meth:`InferenceQueue.finishing`."""
+        assert self._lane is not None
+        return self._queue.finishing(self._lane, self._work.what)
+
+
+class Finish:
+    """Runs what is left of a piece of work in a thread for that."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+
+    async def run(self, rest: Callable[[], Result]) -> Result:
+        """Run it; its errors are raised here."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, contextvars.copy_context().run, rest)

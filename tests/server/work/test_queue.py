@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import AsyncExitStack
 
 import pytest
 import torch
@@ -248,3 +249,93 @@ def test_idle_work_of_a_thread_ends_when_a_request_comes() -> None:
             await trial
 
     asyncio.run(main())
+
+
+def test_next_image_is_read_while_one_is_computed_and_no_more_than_that() -> None:
+    async def main() -> None:
+        queue = _queue(8)
+        release, read = threading.Event(), []
+
+        async def ask(number: int) -> object:
+            async with queue.slot(CPU, read=lambda: read.append(number) or f"image {number}") as slot:
+                return await slot.run(lambda: release.wait(10) and slot.ahead)
+
+        asked = []
+        for number in range(4):
+            asked.append(asyncio.create_task(ask(number)))
+            await asyncio.sleep(0)
+        while not read:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert read == [1], "the first had its device at once, and the others' turn to be read comes later"
+        release.set()
+        assert (await asyncio.gather(*asked))[:2] == [None, "image 1"]
+        assert await asyncio.wait_for(ask(9), 5) is None, "nobody has kept a place"
+
+    asyncio.run(main())
+
+
+def test_request_that_is_given_up_leaves_its_place_to_read() -> None:
+    async def main() -> None:
+        queue, release, reading = _queue(8), threading.Event(), threading.Event()
+
+        async def ask(read: object = None) -> object:
+            async with queue.slot(CPU, read=read) as slot:  # type: ignore[arg-type]
+                return await slot.run(lambda: release.wait(10) and slot.ahead)
+
+        first = asyncio.create_task(ask())
+        await asyncio.sleep(0.02)
+        leaving = asyncio.create_task(ask(lambda: reading.set() or "nobody wants it"))
+        while not reading.is_set():
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        reading.clear()
+        third = asyncio.create_task(ask(lambda: reading.set() or "read"))
+        while not reading.is_set():
+            await asyncio.sleep(0.01)
+        release.set()
+        await first
+        assert await third == "read"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("second", "meanwhile"),
+    [("another", ["first computed", "second computed"]), ("the same", ["first computed"])],
+)
+def test_device_is_free_while_a_request_is_finished_and_only_the_same_waits_for_its_end(
+    second: str, meanwhile: list[str]
+) -> None:
+    async def main() -> list[str]:
+        queue, order = _queue(8), []
+        finish, finishing = threading.Event(), threading.Event()
+
+        async def ask(name: str, what: str) -> None:
+            async with AsyncExitStack() as stack:
+                async with queue.slot(CPU, what) as slot:
+                    await slot.run(lambda: order.append(f"{name} computed"))
+                    place = await stack.enter_async_context(slot.finishing())
+                await place.run(lambda: rest(name))
+
+        def rest(name: str) -> None:
+            if name == "first":
+                finishing.set()
+                assert finish.wait(10)
+            order.append(f"{name} finished")
+
+        first = asyncio.create_task(ask("first", "the same"))
+        while not finishing.is_set():
+            await asyncio.sleep(0.01)
+        other = asyncio.create_task(ask("second", second))
+        await asyncio.sleep(0.2)
+        assert order == meanwhile
+        finish.set()
+        await asyncio.gather(first, other)
+        return order
+
+    order = asyncio.run(main())
+    rest = [step for step in ("first finished", "second computed", "second finished") if step not in meanwhile]
+    assert order == [*meanwhile, *rest]
