@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.cluster.engine import Engine, Recipe
+from lib.cluster.engine import Engine, Recipe, Rest
 from lib.cluster.model import Model, ModelFile
 from lib.cluster.results import CaseResult, Masked
-from lib.cluster.source import ReadCase, checksum_of, read_case
+from lib.cluster.source import Fetched, ReadCase, read_case
 from lib.cluster.worker import segment
 from lib.configs.preset import Preset
 from lib.datastore.records import MadeMask
@@ -43,9 +43,9 @@ class StudiesWorker:
                 f"image {image.id!r} is not on this machine as {str(image.file)!r}: all machines of the cluster must "
                 "see the studies under the server's path (or run.py segment --studies URL --ray fetches them)"
             )
-        return read_case(image.id, image.file, checksum_of(image.file), self._model.segmenter.preset)
+        return read_case(image.id, Fetched(image.file), self._model.segmenter.preset)
 
-    def compute(self, ready: ReadCase) -> Masked:
+    def compute(self, ready: ReadCase) -> Rest[Masked]:
         """Segment it.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from tqdm import tqdm
 from lib.cluster.engine import Engine, LocalEngine, Recipe
 from lib.cluster.model import ModelFile
 from lib.cluster.ray_engine import RayEngine
-from lib.cluster.remote import Access, ServerLabels, ServerSource, open_source
+from lib.cluster.remote import Access, ServerLabels, ServerSource
 from lib.cluster.report import as_table, summary
-from lib.cluster.results import ResultFolder
+from lib.cluster.results import CaseResult, Masked, ResultFolder
 from lib.cluster.source import Shard
-from lib.cluster.worker import MakeWorker, Outcome, segment_cases
+from lib.cluster.studies import open_source
+from lib.cluster.worker import Case, MakeWorker, Outcome, segment_cases
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
 from lib.errors import ConfigError
@@ -27,14 +29,23 @@ from lib.networks.precision import resolve_device
 from lib.storage.full_disk import writing
 from lib.storage.json_files import write_json
 
+INTERRUPTED = 130
+MOST_THREADS = 1024
 MODEL_FOLDER = Path(__file__).resolve().parents[2] / "model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 0 when every case has its mask, 1 when some have not, 2 with a sentence when the input was wrong."""
+    """Run it; 0 when every case has its mask, 1 when some have not, 2 with a sentence when the input was wrong.
+
+    130 where Ctrl-C ended it.
+    """
     options = build_parser().parse_args(arguments)
     failed: dict[str, str] = {}
-    code = run_command(lambda: failed.update(_segment(options).failed), options.threads, logging.WARNING)
+    try:
+        code = run_command(lambda: failed.update(_segment(options).failed), options.threads, logging.WARNING)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it ended", file=sys.stderr)
+        return INTERRUPTED
     return code or (1 if failed else 0)
 
 
@@ -66,7 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="compute on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, local"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of a worker; PyTorch's default if not given")
+    parser.add_argument(
+        "--threads", type=_threads, metavar="COUNT", help="CPU threads of a worker; PyTorch's default if not given"
+    )
     return parser
 
 
@@ -74,6 +87,7 @@ def _segment(options: argparse.Namespace) -> Outcome:
     shard = Shard.parse(options.shard)
     if options.ray and options.devices:
         raise ConfigError("--devices is for this machine; a Ray cluster's workers take the devices of their nodes")
+    _check_places(options.studies, options.out)
     preset = find_preset(options.model)
     locator = WeightsLocator(options.model_dir / preset.name)
     model = ModelFile.find(preset, locator, compiles=options.engine == "auto")
@@ -88,7 +102,8 @@ def _segment(options: argparse.Namespace) -> Outcome:
             )
     cases = [case for case in source.cases() if case in shard]
     broken = {name: reason for name, reason in source.broken.items() if name in shard}
-    recipe = Recipe(model.sha256, MakeWorker(source, model.packed() if options.ray else model))
+    make = MakeWorker(source, model.packed() if options.ray else model)
+    recipe: Recipe[Case, CaseResult | Masked] = Recipe(model.sha256, make)
     results = ResultFolder(options.out)
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
         outcome = segment_cases(
@@ -106,6 +121,24 @@ def _segment(options: argparse.Namespace) -> Outcome:
     with writing("the summary"):
         write_json(options.out / name, summary(outcome, model.name, model.version))
     return outcome
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r}; valid: a number from 1 to {MOST_THREADS}")
+    return int(text)
+
+
+def _check_places(studies: str, out: Path) -> None:
+    """Refuse to write masks over images.
+
+    Raises:
+        ConfigError: where masks would lie in the folder of the images.
+    """
+    if "://" not in studies and os.path.realpath(studies) == os.path.realpath(out):
+        raise ConfigError(
+            f"--out {str(out)!r} is the folder of the images, which masks of the same names would replace"
+        )
 
 
 def _engine(options: argparse.Namespace) -> Engine:

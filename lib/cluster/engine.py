@@ -19,14 +19,25 @@ Given = TypeVar("Given", covariant=True)
 SECONDS_BETWEEN_CHECKS = 0.2
 
 
+@dataclass(frozen=True)
+class Rest(Generic[Given]):
+    """What is left of a case once the device is free for the next.
+
+    Attributes:
+        finish: makes the answer, in another thread.
+    """
+
+    finish: Callable[[], Given]
+
+
 class Worker(Protocol[Taken, Given]):
     """What holds the weights on one device. ``read`` runs in another thread, while ``compute`` has the case before."""
 
     def read(self, item: Taken) -> Any:
-        """Everything that needs no device."""
+        """Everything before the device is needed."""
 
-    def compute(self, ready: Any) -> Given:
-        """The rest, of what ``read`` returned."""
+    def compute(self, ready: Any) -> Given | Rest[Given]:
+        """What needs the device, of what ``read`` returned; the answer, or what is left to do for it."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +139,24 @@ class _Run(Generic[Item, Answer]):
     def lane(self, device: str) -> None:
         """One device's work, from its first item to the last."""
         try:
-            with giving_way(self._check), ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+            with (
+                giving_way(self._check),
+                ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
+                ThreadPoolExecutor(1, thread_name_prefix="finish") as finisher,
+            ):
                 hands: _Hands[Item, Answer] = _Hands(device, reader)
                 ahead = self._pull(hands)
+                before: Future[None] | None = None
                 while ahead is not None:
                     item, worker, reading = ahead
                     reading.exception()  # waits: never more than one case is being read
                     ahead = self._pull(hands)
-                    self._put(_finish(item, worker, reading))
+                    computed = _compute(item, worker, reading)
+                    if before is not None:
+                        before.result()  # waits: never more than one case is being finished, and in their order
+                    before = finisher.submit(self._finish, computed)
+                if before is not None:
+                    before.result()
             self._put(None)
         except InterruptedWork:
             return  # nobody listens any more
@@ -151,6 +172,9 @@ class _Run(Generic[Item, Answer]):
             return None
         worker = hands.worker(recipe)
         return item, worker, hands.reader.submit(worker.read, item)
+
+    def _finish(self, computed: Finished[Item, Any]) -> None:
+        self._put(finish(computed))
 
     def _put(self, message: Finished[Item, Answer] | BaseException | None) -> None:
         while not self.stopping.is_set():
@@ -178,8 +202,24 @@ class _Hands(Generic[Item, Answer]):
         return self.made[1]
 
 
-def _finish(item: Item, worker: Worker[Item, Answer], reading: Future[Any]) -> Finished[Item, Answer]:
+def _compute(item: Item, worker: Worker[Item, Answer], reading: Future[Any]) -> Finished[Item, Any]:
+    """The answer is still a :class:`Rest` where something is left to do."""
     try:
         return Finished(item, worker.compute(reading.result()))
     except UnetrError as error:
-        return Finished(item, problem=str(error), refused=isinstance(error, InputError))
+        return failed(item, error)
+
+
+def finish(computed: Finished[Item, Any]) -> Finished[Item, Any]:
+    """Do what is left of a case, where something is."""
+    if not isinstance(computed.answer, Rest):
+        return computed
+    try:
+        return Finished(computed.item, computed.answer.finish())
+    except UnetrError as error:
+        return failed(computed.item, error)
+
+
+def failed(item: Item, error: UnetrError) -> Finished[Item, Any]:
+    """A case that one of this project's errors has ended."""
+    return Finished(item, problem=str(error), refused=isinstance(error, InputError))

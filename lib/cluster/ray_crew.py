@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lib.cluster.engine import Finished, Worker
+from lib.cluster.engine import Finished, Worker, failed, finish
 from lib.cluster.ray_connection import import_ray
-from lib.errors import ConfigError, InputError, UnetrError
+from lib.errors import ConfigError, UnetrError
 
 logger = logging.getLogger("unetr.cluster")
 
@@ -44,9 +44,10 @@ class RemoteWorker:
         try:
             ready = worker.read(item)
             with self._computing:
-                return Finished(item, worker.compute(ready))
+                computed = Finished(item, worker.compute(ready))
         except UnetrError as error:
-            return Finished(item, problem=str(error), refused=isinstance(error, InputError))
+            return failed(item, error)
+        return finish(computed)
 
     def _worker(self, key: str, make: list[Any]) -> Worker[Any, Any]:
         with self._making:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,17 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import requests
 from requests.auth import HTTPBasicAuth
 
 from lib.cluster.results import CaseResult
-from lib.cluster.source import CaseSource, Fetched, FolderSource
-from lib.configs.preset import Preset
+from lib.cluster.source import Fetched
+from lib.configs.preset import Preset, canonical_name
 from lib.datastore.records import FINAL, INFERENCE, is_drawn
 from lib.dicom.remote import CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS, RemoteSource, connect
-from lib.errors import ConfigError, ConflictError, NotFoundError, UpstreamError
+from lib.dicom.sources import SeriesInfo
+from lib.errors import ConfigError, ConflictError, ImageError, NotFoundError, UpstreamError
+from lib.storage.files import sha256_of
+from lib.transforms.channels import ChannelSources
 
 TOKEN_VARIABLE = "UNETR_TOKEN"
 PREFIXES = {"qido": "MONAI_LABEL_QIDO_PREFIX", "wado": "MONAI_LABEL_WADO_PREFIX", "stow": "MONAI_LABEL_STOW_PREFIX"}
@@ -104,6 +107,29 @@ class Rest:
             raise UpstreamError(f"the server {self.url} answers {answer.status_code}: {_reason(answer)}")
         return answer
 
+    def download(self, path: Path, **wanted: str) -> Path:
+        """Save the file of an image.
+
+        Args:
+            path: where to.
+            wanted: the image, and which file of it.
+
+        Raises:
+            NotFoundError: when there is none.
+            ConfigError, UpstreamError: as :meth:`ask`.
+        """
+        with self.ask("GET", "/datastore/image", TRANSFER_SECONDS, params=wanted, stream=True) as answer:
+            if answer.status_code != 200:
+                raise NotFoundError("image", wanted["image"])
+            try:
+                with path.open("wb") as file:
+                    for block in answer.iter_content(BLOCK):
+                        file.write(block)
+            except requests.RequestException as error:
+                broken = f"the server broke off the image {wanted['image']!r} ({type(error).__name__})"
+                raise UpstreamError(broken) from error
+        return path
+
 
 def _reason(answer: requests.Response) -> str:
     try:
@@ -133,23 +159,39 @@ class PacsSource:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`CaseSource`: what is broken shows when it is fetched."""
+        """As :class:`lib.cluster.source.CaseSource`: what is broken shows when it is fetched."""
         return {}
 
     def cases(self) -> list[str]:
-        """As :class:`CaseSource`.
+        """As :class:`lib.cluster.source.CaseSource`.
 
         Raises:
             UpstreamError: when the server does not answer as one.
         """
-        return sorted(self._remote().series())
+        return sorted(self.infos())
+
+    def infos(self) -> dict[str, SeriesInfo]:
+        """What is told of each series, by UID.
+
+        Raises:
+            UpstreamError: when the server does not answer as one.
+        """
+        return self._remote().series()
+
+    def stamp(self, case: str) -> str:
+        """What changes with a series.
+
+        Raises:
+            NotFoundError, UpstreamError, ImageError: when it cannot be had.
+        """
+        return self._remote().stamp(case)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`CaseSource`; by its stamp."""
-        return bool(stamp) and self._remote().stamp(case) == stamp
+        """As :class:`lib.cluster.source.CaseSource`; by its stamp."""
+        return bool(stamp) and self.stamp(case) == stamp
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`CaseSource`.
+        """As :class:`lib.cluster.source.CaseSource`.
 
         Raises:
             NotFoundError, UpstreamError, ImageError: when it cannot be had.
@@ -167,17 +209,67 @@ class PacsSource:
         return self._source
 
 
-class ServerSource:
-    """The pool of a running server: its files by REST, its DICOM series by its DICOMweb.
+class ServerChannels:
+    """The files of a server's cases of several sequences.
 
     Args:
         rest: the server.
-        modality: of the series that are wanted.
+        preset: what segments them.
+    """
+
+    def __init__(self, rest: Rest, preset: Preset) -> None:
+        self._rest, self._preset = rest, preset
+
+    def of(self, case: str) -> dict[str, Any]:
+        """What the server says of a case: ``files`` by channel, and what is missing or wrong.
+
+        Raises:
+            ImageError: when it is no such case there, or the server does not serve the preset.
+        """
+        wanted = {"image": case, "model": self._preset.name}
+        answer = self._rest.ask("GET", "/datastore/image/channels", TRANSFER_SECONDS, params=wanted)
+        if answer.status_code != 200:
+            raise ImageError(f"{case!r} is no case of several sequences: {_reason(answer)}")
+        said: dict[str, Any] = answer.json()
+        return said
+
+    def fetch(self, case: str, folder: Path) -> Fetched:
+        """Download the files of a case.
+
+        Raises:
+            ImageError: when it lacks a channel.
+            NotFoundError, UpstreamError: when it cannot be had.
+        """
+        said = self.of(case)
+        files: dict[str, Path] = {}
+        ChannelSources(case, {}, tuple(said["missing"]), said["problem"]).check()
+        for channel, ending in said["files"].items():
+            wanted = {"image": case, "model": self._preset.name, "channel": channel}
+            known = next(iter(files.values())) if said["stacked"] and files else None
+            files[channel] = known or self._rest.download(folder / f"{canonical_name(channel)}{ending}", **wanted)
+        shown = files.get(said["shown"])
+        if shown is None and not said["stacked"]:
+            shown = self._rest.download(folder / f"shown{said['ending']}", image=case)
+        checksums = "".join(f"{name} {sha256_of(file)}\n" for name, file in sorted(files.items()))
+        sha256 = hashlib.sha256(checksums.encode("utf-8")).hexdigest()
+        sources = ChannelSources(case, files, notes=tuple(said["notes"]), shown=shown)
+        return Fetched(folder, said["stamp"], sha256, sources)
+
+
+class ServerSource:
+    """The pool of a running server: its files by REST, its DICOM series by its DICOMweb.
+
+    Cases of several sequences come by REST, whatever they are there.
+
+    Args:
+        rest: the server.
+        preset: what segments them; series of its modality are wanted.
         keeps: the tag of labels that masks are to be sent to; cases that a person drew one of are left out.
     """
 
-    def __init__(self, rest: Rest, modality: str, keeps: str = "") -> None:
-        self.rest = rest
+    def __init__(self, rest: Rest, preset: Preset, keeps: str = "") -> None:
+        self.rest, modality = rest, preset.modality
+        self._channels = ServerChannels(rest, preset) if preset.channels else None
         self._series = PacsSource(f"{rest.url}/dicom-web", {"Modality": modality}, Access(rest.access.token))
         self._files: dict[str, str] = {}
         self.drawn: list[str] = []
@@ -194,40 +286,33 @@ class ServerSource:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`CaseSource`: the server has left those out."""
+        """As :class:`lib.cluster.source.CaseSource`: the server has left those out."""
         return {}
 
     def cases(self) -> list[str]:
-        """As :class:`CaseSource`."""
+        """As :class:`lib.cluster.source.CaseSource`."""
         return list(self._cases)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`CaseSource`; of a file the server compares the checksum."""
+        """As :class:`lib.cluster.source.CaseSource`; of a file the server compares the checksum."""
+        if self._channels is not None:
+            return bool(stamp) and self._channels.of(case)["stamp"] == stamp
         if case not in self._files:
             return self._series.is_unchanged(case, sha256, stamp)
         wanted = {"image": case, "check_sum": f"SHA256:{sha256}"}
         return self.rest.ask("HEAD", "/datastore/image", TRANSFER_SECONDS, params=wanted).status_code == 200
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`CaseSource`.
+        """As :class:`lib.cluster.source.CaseSource`.
 
         Raises:
             NotFoundError, UpstreamError, ImageError: when it cannot be had.
         """
+        if self._channels is not None:
+            return self._channels.fetch(case, folder)
         if case not in self._files:
             return self._series.fetch(case, folder)
-        path = folder / f"image{self._files[case]}"
-        answer = self.rest.ask("GET", "/datastore/image", TRANSFER_SECONDS, params={"image": case}, stream=True)
-        with answer:
-            if answer.status_code != 200:
-                raise NotFoundError("image", case)
-            try:
-                with path.open("wb") as file:
-                    for block in answer.iter_content(BLOCK):
-                        file.write(block)
-            except requests.RequestException as error:
-                raise UpstreamError(f"the server broke off the image {case!r} ({type(error).__name__})") from error
-        return Fetched(path)
+        return Fetched(self.rest.download(folder / f"image{self._files[case]}", image=case))
 
 
 @dataclass(frozen=True)
@@ -280,44 +365,3 @@ class ServerLabels:
         if answer.status_code != 200:
             raise ConflictError(_reason(answer))
         return place
-
-
-def open_source(studies: str, preset: Preset, access: Access, keeps: str = "") -> CaseSource:
-    """The cases of a folder, of a running server by its address, or of a PACS by that of its DICOMweb server.
-
-    What follows ``?`` in the address is a query of series (QIDO-RS), such as ``StudyDate=20250101-``.
-
-    Args:
-        studies: a path or an address.
-        preset: what segments them.
-        access: to the server.
-        keeps: see :class:`ServerSource`.
-
-    Raises:
-        ConfigError: for a folder or an address that is none, or that does not let this program in.
-        UpstreamError: when the server does not answer.
-    """
-    if "://" not in studies:
-        if keeps:
-            raise ConfigError("--save-labels sends masks to a running server; --studies is a folder")
-        return FolderSource(Path(studies))
-    parts = urlsplit(studies)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--studies {studies!r}; valid: a folder, or an address that begins with http:// or https://")
-    if parts.username or parts.password:
-        raise ConfigError("--studies holds a password, which everybody on the machine sees; set the variables instead")
-    root = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-    if not parts.query and _is_server(Rest(root, access)):
-        return ServerSource(Rest(root, access), preset.modality, keeps)
-    if keeps:
-        raise ConfigError(f"--save-labels sends masks to a running server, and {root} is none")
-    filters = {"Modality": preset.modality} | dict(parse_qsl(parts.query))
-    return PacsSource(root.removesuffix("/series"), filters, access)
-
-
-def _is_server(rest: Rest) -> bool:
-    answer = rest.ask("GET", "/info/")
-    try:
-        return answer.status_code == 200 and "models" in answer.json()
-    except ValueError:
-        return False

@@ -38,6 +38,11 @@ def as_table(outcome: Outcome) -> str:
         volumes = ", ".join(f"{label} {volume:g}" for label, volume in result.volumes_ml.items() if volume)
         note = " (finished before)" if case in outcome.skipped else ""
         rows.append(f"{case:<32} {result.seconds:>8.2f} {dice:>9}  {volumes or 'nothing found'}{note}")
-    rows += [f"{case:<32} FAILED: {reason}" for case, reason in sorted(outcome.failed.items())]
+    rows += [f"{_printable(case):<32} FAILED: {reason}" for case, reason in sorted(outcome.failed.items())]
     counts = f"{len(outcome.done)} finished, {len(outcome.skipped)} finished before, {len(outcome.failed)} failed"
     return "\n".join([*rows, counts])
+
+
+def _printable(name: str) -> str:
+    """A name on one line, whatever it has in it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)

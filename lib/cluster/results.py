@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from lib.storage.json_files import read_json, write_json
 from lib.transforms.volume import Affine
 
 RECORDS_FOLDER = "records"
+SECONDS_BEFORE_LEFT_OVER = 600.0
+"""After which what a worker was writing when it was killed is removed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class CaseResult:
         image_stamp: by which a PACS' series is known again without its files; empty for files.
         label_names: name to value in the mask.
         sent_to: where the mask was sent to, and under which tag.
+        warnings: what a user should know of the image and its sequences, one sentence each.
     """
 
     case: str
@@ -47,6 +52,7 @@ class CaseResult:
     image_stamp: str = ""
     sent_to: str = ""
     label_names: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,10 @@ class ResultFolder:
         self.folder = folder
         with writing(f"the folder {str(folder)!r}"):
             (folder / RECORDS_FOLDER).mkdir(parents=True, exist_ok=True)
+            for path in [*folder.glob(".*.tmp"), *(folder / RECORDS_FOLDER).glob(".*.tmp")]:
+                with suppress(FileNotFoundError):  # another worker may write it, or remove it, at the same time
+                    if time.time() - path.stat().st_mtime > SECONDS_BEFORE_LEFT_OVER:
+                        path.unlink()
 
     def find(self, case: str, model: str, weights_sha256: str) -> CaseResult | None:
         """The result of a case, where it is of these weights and its mask is there; of which image, it says itself."""

@@ -12,10 +12,14 @@ from typing import Protocol
 
 from lib.cases.labelled import case_id
 from lib.configs.preset import Preset
+from lib.datastore.images.folder import shown
 from lib.dicom.files import find_dicom, read_instance, reading
 from lib.errors import ConfigError, ImageError
+from lib.imagefiles.reading import read_header
 from lib.storage.files import sha256_of
+from lib.transforms.channels import ChannelSources, read_channels
 from lib.transforms.inputs import read_input
+from lib.transforms.intensity_range import warnings_of
 from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume
 
 logger = logging.getLogger(__name__)
@@ -23,6 +27,11 @@ logger = logging.getLogger(__name__)
 LABELS_FOLDER = "labels"
 NO_IMAGES = ("SEG", "RTDOSE")
 """Modalities whose instances have pixels, but of no image."""
+LONGEST_NAME = 200
+"""Of bytes: file systems take 255, and a mask has a longer name while it is written."""
+NO_FILE = (
+    "it is no file that can be read from its beginning to its end (a pipe, a device, or a link that leads nowhere)"
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class ReadCase:
-    """A case that is in memory, with the SHA-256 of its file or of its folder's files, and its stamp."""
+    """A case that is in memory, with the SHA-256 of its file or of its files, its stamp, and what is odd about it."""
 
     case: str
     volume: Volume
     sha256: str
     stamp: str = ""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,14 @@ class Fetched:
     Attributes:
         path: a file, or a folder of one DICOM series.
         stamp: changes with the image; empty where only its content tells.
+        sha256: checksum of what was fetched; that of ``path`` where it is empty.
+        channels: the files of a case of several sequences, in the place of ``path``.
     """
 
     path: Path
     stamp: str = ""
+    sha256: str = ""
+    channels: ChannelSources | None = None
 
 
 class CaseSource(Protocol):
@@ -126,12 +140,20 @@ def find_images(folder: Path) -> FoundImages:
             continue
         if path.is_dir():
             broken_before = len(found.broken)
-            images = list(_dicom_folders(path, frozenset(), found.broken, folder))
+            images = list(dicom_folders(path, frozenset(), found.broken, folder))
             if not images and len(found.broken) == broken_before:
                 found.left_out.append(path.name)
             for image in images:
-                by_id.setdefault("_".join(image.relative_to(folder).parts), []).append(image)
-        elif _is_image_file(path.name):
+                name = "_".join(image.relative_to(folder).parts)
+                if problem := name_problem(name):
+                    found.broken[shown(_below(image, folder))] = problem
+                else:
+                    by_id.setdefault(name, []).append(image)
+        elif not is_image_file(path):
+            continue
+        elif problem := name_problem(path.name) or ("" if path.is_file() else NO_FILE):
+            found.broken[shown(path.name)] = problem
+        else:
             by_id.setdefault(case_id(path), []).append(path)
     for name, paths in sorted(by_id.items()):
         if len(paths) == 1:
@@ -147,7 +169,7 @@ def find_images(folder: Path) -> FoundImages:
     return found
 
 
-def _dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], top: Path) -> Iterator[Path]:
+def dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], top: Path) -> Iterator[Path]:
     """The folder and those below it that have DICOM images of their own; one that cannot be read becomes broken."""
     real = folder.resolve()
     if real in above:  # a link to a folder that it lies in
@@ -160,7 +182,7 @@ def _dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str],
         broken[_below(folder, top)] = f"folder {folder.name!r} cannot be read: {error.strerror or error}"
         return
     for path in nested:
-        yield from _dicom_folders(path, above | {real}, broken, top)
+        yield from dicom_folders(path, above | {real}, broken, top)
 
 
 def _is_image_instance(file: Path) -> bool:
@@ -177,8 +199,34 @@ def _below(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _is_image_file(name: str) -> bool:
-    return name.endswith((*NIFTI_SUFFIXES, *NRRD_SUFFIXES)) and not name.endswith(".seg.nrrd")
+def is_image_file(path: Path) -> bool:
+    """Whether a name is that of an image that is one file."""
+    visible = not path.name.startswith(".") and not path.is_dir()
+    return visible and path.name.endswith((*NIFTI_SUFFIXES, *NRRD_SUFFIXES)) and not path.name.endswith(".seg.nrrd")
+
+
+def name_problem(name: str) -> str:
+    """Why no mask and record can be named as an image is; empty where they can."""
+    if shown(name) != name:
+        return "its name is not UTF-8; rename it"
+    if not name.isprintable():
+        return "its name has a character that is none, such as a line break; rename it"
+    if len(name.encode("utf-8")) > LONGEST_NAME:
+        return f"its name is longer than {LONGEST_NAME} bytes; rename it"
+    return ""
+
+
+def problem_of(path: Path) -> str:
+    """Why a file's header cannot be read; empty where it can."""
+    if not path.is_file():
+        return NO_FILE
+    try:
+        read_header(path)
+    except ImageError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    return ""
 
 
 def checksum_of(path: Path) -> str:
@@ -197,16 +245,19 @@ def checksum_of(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
-def read_case(case: str, path: Path, sha256: str, preset: Preset, stamp: str = "") -> ReadCase:
-    """Read what a preset's network takes of an image whose checksum is known.
+def read_case(case: str, fetched: Fetched, preset: Preset) -> ReadCase:
+    """Read what a preset's network takes of an image.
 
     Raises:
         ImageError: when it cannot be read.
     """
     try:
-        return ReadCase(case, read_input(path, preset), sha256, stamp)
+        sha256 = fetched.sha256 or checksum_of(fetched.path)
+        channels = fetched.channels
+        volume = read_input(fetched.path, preset) if channels is None else read_channels(channels, preset)
     except OSError as error:
-        raise ImageError(f"image {path.name!r} cannot be read: {error.strerror or error}") from error
+        raise ImageError(f"image {case!r} cannot be read: {error.strerror or error}") from error
+    return ReadCase(case, volume, sha256, fetched.stamp, warnings_of(volume, preset))
 
 
 class FolderSource:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lib.cluster.engine import Engine, Recipe
+from lib.cluster.engine import Engine, Recipe, Rest
 from lib.cluster.model import Model, ModelFile
 from lib.cluster.results import CaseResult, Masked, ResultFolder, measure_ml, packed_mask
-from lib.cluster.source import CaseSource, ReadCase, checksum_of, read_case
+from lib.cluster.source import CaseSource, ReadCase, read_case
 from lib.errors import UnetrError, UpstreamError
 from lib.models.calibration import foreground_uncertainty
 
@@ -67,11 +67,9 @@ class SegmentingWorker:
         if known is not None and self._source.is_unchanged(case.id, known.image_sha256, known.image_stamp):
             return known
         with tempfile.TemporaryDirectory(prefix="unetr-") as folder:
-            fetched = self._source.fetch(case.id, Path(folder))
-            preset = self._model.segmenter.preset
-            return read_case(case.id, fetched.path, checksum_of(fetched.path), preset, fetched.stamp)
+            return read_case(case.id, self._source.fetch(case.id, Path(folder)), self._model.segmenter.preset)
 
-    def compute(self, ready: CaseResult | ReadCase) -> CaseResult | Masked:
+    def compute(self, ready: CaseResult | ReadCase) -> CaseResult | Rest[CaseResult | Masked]:
         """Segment what was read.
 
         Raises:
@@ -144,31 +142,40 @@ def _send(case: str, outcome: Outcome, results: ResultFolder, send: Send) -> Non
         results.record(found[case])
 
 
-def segment(ready: ReadCase, model: Model) -> Masked:
-    """The mask of an image, and what is known of it.
+def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
+    """Have the network compute; the mask of the image, and what is known of it, are the rest.
 
     Raises:
         InputError: when it cannot be segmented.
     """
     start = time.perf_counter()
-    found = model.segmenter.segment(ready.volume, name=ready.case, entropy=model.calibration is not None)
-    seconds = round(time.perf_counter() - start, 3)
-    preset, affine = model.segmenter.preset, ready.volume.affine_ras
-    quality = None
-    if model.calibration is not None and found.entropy is not None:
-        quality = model.calibration.estimate(foreground_uncertainty(found.entropy, found.labels))
-    result = CaseResult(
-        case=ready.case,
-        image_sha256=ready.sha256,
-        model=model.name,
-        version=model.version,
-        weights_sha256=model.weights_sha256,
-        mask=f"{ready.case}.nii.gz",
-        seconds=seconds,
-        volumes_ml=measure_ml(found.labels, affine, preset),
-        estimated_dice=quality["estimated_dice"] if quality else None,
-        engine=found.plan.engine,
-        image_stamp=ready.stamp,
-        label_names=preset.label_indices,
-    )
-    return Masked(result, packed_mask(found.labels, affine, preset))
+    segmenter, volume = model.segmenter, ready.volume
+    computed = segmenter.compute(volume, name=ready.case, entropy=model.calibration is not None)
+    seconds, affine = time.perf_counter() - start, volume.affine_ras
+    case, sha256, stamp, warnings = ready.case, ready.sha256, ready.stamp, ready.warnings
+
+    def finish() -> Masked:  # holds on to nothing of the image but its affine
+        start = time.perf_counter()
+        found, preset = segmenter.restore(computed), segmenter.preset
+        took = round(seconds + time.perf_counter() - start, 3)
+        quality = None
+        if model.calibration is not None and found.entropy is not None:
+            quality = model.calibration.estimate(foreground_uncertainty(found.entropy, found.labels))
+        result = CaseResult(
+            case=case,
+            image_sha256=sha256,
+            model=model.name,
+            version=model.version,
+            weights_sha256=model.weights_sha256,
+            mask=f"{case}.nii.gz",
+            seconds=took,
+            volumes_ml=measure_ml(found.labels, affine, preset),
+            estimated_dice=quality["estimated_dice"] if quality else None,
+            engine=found.plan.engine,
+            image_stamp=stamp,
+            label_names=preset.label_indices,
+            warnings=warnings,
+        )
+        return Masked(result, packed_mask(found.labels, affine, preset))
+
+    return Rest(finish)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lib.cluster.engine import LocalEngine, Recipe
+from lib.cluster.engine import LocalEngine, Recipe, Rest
 from lib.errors import CheckpointError, ImageError
 
 PATIENCE_SECONDS = 20
@@ -133,3 +133,42 @@ def test_newer_recipe_is_used_from_its_next_case_on() -> None:
 
     finished = list(LocalEngine(["cpu"]).run(range(6), recipe))
     assert [one.answer for one in finished] == ["v0001"] * 3 + ["v0002"] * 3
+
+
+def test_rest_of_a_case_is_done_while_the_next_is_computed_and_in_order() -> None:
+    next_is_computed, threads = threading.Event(), set()
+
+    def finish(item: int) -> int:
+        threads.add(threading.current_thread().name)
+        if item == 0:
+            assert next_is_computed.wait(PATIENCE_SECONDS), "nothing was computed while this was finished"
+        if item == 2:
+            raise ImageError("it could not be restored")
+        return 10 * item
+
+    class Halves(Worker):
+        def compute(self, ready: Any) -> Any:
+            if ready == 1:
+                next_is_computed.set()
+            return ready if ready == 3 else Rest(lambda: finish(ready))
+
+    found = list(LocalEngine(["cpu"]).run(range(5), _recipe(Halves())))
+    assert [(one.answer, one.problem) for one in found] == [
+        (0, ""), (10, ""), (None, "it could not be restored"), (3, ""), (40, "")
+    ]  # fmt: skip
+    assert len(threads) == 1
+
+
+def test_fault_in_the_rest_of_a_case_ends_the_run() -> None:
+    def fault() -> None:
+        raise RuntimeError("a fault of ours")
+
+    class Halves(Worker):
+        def compute(self, ready: Any) -> Any:
+            return Rest(fault)
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        list(LocalEngine(["cpu"]).run(range(3), _recipe(Halves())))
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(("worker", "read-ahead", "finish"))
+    ]

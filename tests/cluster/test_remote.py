@@ -13,8 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from lib.cluster.remote import Access, PacsSource, Rest, ServerLabels, ServerSource, open_source
+from lib.cluster.remote import Access, PacsSource, Rest, ServerLabels, ServerSource
 from lib.cluster.results import CaseResult
+from lib.cluster.studies import open_source
 from lib.errors import ConfigError, ConflictError, NotFoundError, UpstreamError
 from tests.tiny import tiny_preset
 
@@ -114,7 +115,7 @@ def test_pool_is_files_and_series_of_the_modality_without_what_a_person_drew(poo
 
 
 def test_file_is_downloaded_whole_or_not_at_all_and_compared_by_the_server(pool: Pool, tmp_path: Path) -> None:
-    source = ServerSource(Rest(pool.url, Access("secret")), "MR")
+    source = ServerSource(Rest(pool.url, Access("secret")), PRESET)
     assert source.fetch("a", tmp_path).path.read_bytes() == b"contents"
     assert source.is_unchanged("a", "same", "") and not source.is_unchanged("a", "other", "")
     pool.bytes_sent = 3
@@ -122,7 +123,7 @@ def test_file_is_downloaded_whole_or_not_at_all_and_compared_by_the_server(pool:
         source.fetch("a", tmp_path)
     pool.objects["gone"] = _entry(".nii")
     with pytest.raises(NotFoundError, match="'gone'"):
-        ServerSource(Rest(pool.url, Access("secret")), "MR").fetch("gone", tmp_path)
+        ServerSource(Rest(pool.url, Access("secret")), PRESET).fetch("gone", tmp_path)
 
 
 def test_right_to_a_tag_is_checked_before_anything_is_computed(pool: Pool) -> None:

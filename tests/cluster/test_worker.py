@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,48 @@ def test_command_writes_a_summary_and_says_by_its_code_how_it_went(
     assert main(["--studies", "ftp://127.0.0.1/dicom", *command[2:]]) == 2
     told = capsys.readouterr().err
     assert "secret" not in told and "to a running server" in told and "valid: a folder, or an address" in told
+
+
+def test_what_cannot_be_a_case_is_reported_and_the_others_remain(studies: Path) -> None:
+    os.mkfifo(studies / "pipe.nii.gz")
+    (studies / "nowhere.nii.gz").symlink_to(studies / "none")
+    (studies / "itself.nii.gz").symlink_to(studies / "itself.nii.gz")
+    image = (studies / "case1.nii.gz").read_bytes()
+    for name in ("Müller Größe.nii.gz", "two\nlines.nii.gz", f"{'n' * 220}.nii.gz"):
+        (studies / name).write_bytes(image)
+    (studies / os.fsdecode(b"\xff.nii.gz")).write_bytes(image)
+    found = find_images(studies)
+    assert sorted(found.images) == ["Müller Größe", "case1", "case2"]
+    no_files = [name for name, reason in found.broken.items() if reason.startswith("it is no file")]
+    assert sorted(no_files) == ["itself.nii.gz", "nowhere.nii.gz", "pipe.nii.gz"]
+    assert found.broken["two\nlines.nii.gz"].endswith("such as a line break; rename it")
+    assert found.broken[f"{'n' * 220}.nii.gz"] == "its name is longer than 200 bytes; rename it"
+    assert found.broken["\\udcff.nii.gz"] == "its name is not UTF-8; rename it"
+
+
+def test_masks_are_never_written_over_the_images(
+    studies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(studies)
+    before = {path.name: path.read_bytes() for path in studies.iterdir()}
+    for out in (studies, tmp_path / "link", studies / ".." / "studies"):
+        assert main(["--studies", str(studies), "--model", "hippocampus_mr", "--out", str(out)]) == 2
+        assert "is the folder of the images" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in studies.iterdir()} == before
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "many", "1e3"])
+def test_number_of_threads_that_is_none_is_refused(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--studies", "s", "--model", "m", "--out", "o", f"--threads={threads}"])
+    assert "valid: a number from 1 to 1024" in capsys.readouterr().err
+
+
+def test_half_written_masks_of_a_worker_that_was_killed_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    ResultFolder(tmp_path)
+    old, new = tmp_path / ".a.nii.gz.1.2.tmp", tmp_path / "records" / ".b.json.1.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    ResultFolder(tmp_path)
+    assert not old.exists() and new.exists()

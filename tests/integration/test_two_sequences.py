@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import yaml
 from dicom_series import SeriesIdentity, write_series
 from pydicom import dcmread
 
+from lib.cluster.cli import main as segment
 from lib.dicom.presented.instances import uid_of
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
@@ -128,6 +130,47 @@ def test_all_channels_reach_the_network_and_the_answer_says_how(two: Server, tmp
     assert (read_nrrd(parts["image"][1], tmp_path)[0] != mask).any()
     stacked = json.loads(parse_multipart(two.infer("two", "stacked"))["params"][1])
     assert not any("channel" in warning for warning in stacked["warnings"])
+
+
+def test_worker_makes_the_masks_of_the_server_from_its_folder_and_from_its_address(two: Server, tmp_path: Path) -> None:
+    preset = two.models.parent / "two.yaml"
+    command = ["--model", str(preset), "--model-dir", str(two.models), "--engine", "pytorch", "--devices", "cpu"]
+
+    def run(studies: str, name: str, code: int = 1) -> dict[str, Any]:
+        assert segment([*command, "--studies", studies, "--out", str(tmp_path / name)]) == code
+        said: dict[str, Any] = json.loads((tmp_path / name / "summary.json").read_text())
+        return said
+
+    cases = sorted(["stacked", "suffixed", _flair_series(two), *LABELLED])
+    here = run(str(two.studies), "here")
+    assert [case["case"] for case in here["cases"]] == cases
+    assert {name: reason for name, reason in here["failed"].items()} == {
+        "no_t1": "case 'no_t1' lacks the channels t1",
+        "no_flair": "case 'no_flair' lacks the channels flair",
+    }
+    there = run(two.url, "there")
+    assert [case["case"] for case in there["cases"]] == cases
+    assert sorted(there["failed"]) == ["no_t1", "single"] and "lacks the channels t1" in there["failed"]["no_t1"]
+    of_study = run(f"{two.url}/dicom-web?PatientID=SYNTH-9", "pacs", code=0)
+    assert [case["case"] for case in of_study["cases"]] == [_flair_series(two)]
+    for case in cases:
+        served, _ = read_nrrd(parse_multipart(two.infer("two", case))["image"][1], tmp_path)
+        folders = ("here", "there", *(["pacs"] if case == _flair_series(two) else []))
+        masks = [np.asarray(nib.load(tmp_path / folder / f"{case}.nii.gz").dataobj) for folder in folders]
+        assert all(np.array_equal(mask, masks[0]) for mask in masks), f"{case} has several masks"
+        # the server may compute with another number of threads
+        assert masks[0].shape == served.shape and np.mean(masks[0] == served) > 0.999
+    warned = {case["case"]: case["warnings"] for case in here["cases"]}
+    assert "channel t1 was resampled onto the grid of flair" in warned["suffixed"]
+    for name, studies in (("here", str(two.studies)), ("there", two.url)):
+        assert run(studies, name)["finished_before"] == len(cases), "nothing has changed"
+    assert run(f"{two.url}/dicom-web?PatientID=SYNTH-9", "pacs", code=0)["finished_before"] == 1
+    t1, flair, _ = _case(101)
+    before = (two.studies / "stacked.nii.gz").read_bytes()
+    write_nifti(two.studies / "stacked.nii.gz", np.stack([t1, flair, flair], axis=-1))
+    for name, studies in (("here", str(two.studies)), ("there", two.url)):
+        assert run(studies, name)["finished_now"] == 1, "one sequence's file has changed"
+    (two.studies / "stacked.nii.gz").write_bytes(before)
 
 
 def test_a_missing_channel_is_refused_with_a_sentence(two: Server) -> None:

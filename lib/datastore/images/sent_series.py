@@ -32,10 +32,10 @@ def unite_series(received: Path, target: Path, presets: Collection[Preset]) -> t
         ImageError: when the series are no case of a preset, or one cannot be read.
     """
     taking = [preset for preset in presets if preset.channels]
-    files = _by_series(received) if taking and received.is_dir() else {}
+    files = files_by_series(received) if taking and received.is_dir() else {}
     if len(files) < 2:
         return received, ()
-    infos = {uid: _info_of(paths[0]) for uid, paths in files.items()}
+    infos = {uid: info_of(paths[0]) for uid, paths in files.items()}
     cases = SeriesCases(taking, infos)
     shown = [uid for uid in files if cases.of(uid)]
     if not shown:
@@ -51,7 +51,12 @@ def unite_series(received: Path, target: Path, presets: Collection[Preset]) -> t
     return target, case.notes
 
 
-def _by_series(folder: Path) -> dict[str, list[Path]]:
+def files_by_series(folder: Path) -> dict[str, list[Path]]:
+    """The DICOM files of a folder, by their Series Instance UID.
+
+    Raises:
+        ImageError: when one cannot be read.
+    """
     files: dict[str, list[Path]] = defaultdict(list)
     for file in find_dicom(folder):
         with reading(f"{file.name!r} cannot be read"):
@@ -59,6 +64,11 @@ def _by_series(folder: Path) -> dict[str, list[Path]]:
     return dict(files)
 
 
-def _info_of(file: Path) -> SeriesInfo:
+def info_of(file: Path) -> SeriesInfo:
+    """What a file says of its series.
+
+    Raises:
+        ImageError: when it cannot be read.
+    """
     with reading(f"{file.name!r} cannot be read"):
         return series_info(to_json(read_instance(file, with_pixels=False)))

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from lib.configs.preset import Preset
+from lib.datastore.images.folder import ending_of
 from lib.datastore.records import FINAL, INFERENCE
 from lib.datastore.store import VersionedDatastore
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
@@ -43,7 +44,8 @@ from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.work.image_checks import inspect_for_any
 from lib.server.work.modality import modality_of, models_for
-from lib.transforms.channels import ChannelSources
+from lib.transforms.channel_search import ENDINGS
+from lib.transforms.channels import ChannelSources, read_sources
 from lib.transforms.inputs import sources_of
 
 logger = logging.getLogger("unetr.server")
@@ -131,9 +133,49 @@ def has_image(
 
 
 @router.get("/image", summary="An image's file", response_class=FileResponse)
-def get_image(check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str) -> FileResponse:
-    """Download an image."""
-    return send_file(single_file(image_file(check_image(image)), image))
+def get_image(
+    check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, model: str = "", channel: str = ""
+) -> FileResponse:
+    """Download an image; with ``model`` and ``channel`` that sequence's file, of a case of several."""
+    file = single_file(image_file(check_image(image)), image)
+    if not channel:
+        return send_file(file)
+    files = channels_of(file, image, model).files
+    if channel not in files:
+        raise NotFoundError("channel", channel, list(files))
+    return send_file(single_file(files[channel], image))
+
+
+@router.get("/image/channels", summary="The sequences of a case")
+def list_channels(
+    store: StoreDep, check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, model: str
+) -> dict[str, Any]:
+    """The files of a case of several sequences, as a model takes them, and what is missing or wrong."""
+    image = check_image(image)
+    stamp, file = store.stamp(image), single_file(image_file(image), image)
+    sources = channels_of(file, image, model)
+    return {
+        "files": {name: ending_of(path.name, ENDINGS) for name, path in sources.files.items()},
+        "stacked": sources.stacked,
+        "shown": next((name for name, path in sources.files.items() if path == sources.shown), ""),
+        "ending": ending_of(file.name, ENDINGS),
+        "missing": list(sources.missing),
+        "problem": sources.problem,
+        "notes": list(sources.notes),
+        "stamp": stamp,
+    }
+
+
+def channels_of(file: Path, image: str, model: str) -> ChannelSources:
+    """The sequences of the case that a file stands for.
+
+    Raises:
+        NotFoundError: when it stands for none of that model's.
+    """
+    kept = read_sources(file)
+    if model not in kept:
+        raise NotFoundError(f"case of several sequences of {model!r}", image)
+    return kept[model]
 
 
 @router.get("/problems", summary="Files that are no cases, images that are left out, and images that look odd")
