@@ -1,24 +1,32 @@
 """Segmenting a pool: what the worker and Ray cost beside the computing, and what two nodes and a lost one do.
 
-    python benchmarks/cluster.py [overhead] [efficiency] [recovery] [memory] [--out FILE]
+    python benchmarks/cluster.py [overhead] [efficiency] [recovery] [memory] [table] [--out FILE]
 
-All four if none is named; it needs Ray (run.py setup --cluster), two cores, and less than five minutes.
+All five if none is named; it needs Ray (run.py setup --cluster) and two cores, and takes five to eight minutes.
 
 overhead    seconds from one case to the next where the computing is a sleep of 0.5 s, as of a GPU: a bare loop that
             reads, sleeps and writes; the worker; Ray with one node. A sleep, so that a busy machine disturbs little.
-efficiency  hippocampus cases with the shipped weights, on one node of one core and on two: needs two quiet cores.
+efficiency  hippocampus cases a second with the shipped weights, on one node of one core and on two, each for 30 s once
+            every node's worker has done its first cases: needs two quiet cores.
 recovery    from the kill of one of two nodes until the cases that it had run elsewhere, and until they are done.
 memory      of the driver while 10,000 cases wait, and how many cases it hands out in a second when they take no time.
+table       what 10,000 CTs take on 8 and 64 GPUs: computed from the four others (of this call, or else of the file that
+            an earlier one wrote) and printed as computed, with the formula and all that goes into it.
 
-The time of 10,000 CTs on 8 and 64 GPUs is computed from these, and printed as computed. Prints tables and writes JSON.
+Prints tables and writes JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +45,20 @@ from lib.cluster.engine import Engine, LocalEngine, Recipe  # noqa: E402
 from lib.cluster.model import ModelFile  # noqa: E402
 from lib.cluster.ray_engine import RayEngine  # noqa: E402
 from lib.cluster.results import CaseResult, Masked, ResultFolder  # noqa: E402
-from lib.cluster.source import FolderSource, ReadCase, checksum_of, read_case  # noqa: E402
-from lib.cluster.worker import Case, MakeWorker, segment_cases  # noqa: E402
+from lib.cluster.source import FolderSource, ReadCase, read_case  # noqa: E402
+from lib.cluster.worker import Case, MakeWorker, SegmentingWorker, segment_cases  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
 from lib.models.weights import WeightsLocator  # noqa: E402
 from tests.cluster.ray_nodes import TwoNodes  # noqa: E402
 
-PARTS = ("overhead", "efficiency", "recovery", "memory")
+PARTS = ("overhead", "efficiency", "recovery", "memory", "table")
 CASE_SECONDS = 0.5
-CASES, HIPPOCAMPI, LOST_CASES, QUEUED = 24, 48, 16, 10_000
+CASES, HIPPOCAMPI, LOST_CASES, QUEUED = 24, 8, 40, 10_000
+FIRST_CASES, WINDOW_SECONDS, PATIENCE_SECONDS = 3, 30.0, 120.0
 SHAPE = (64, 64, 64)
-# A whole CT request of 512x512x200 on an H200 as it was measured, and a goal.
-CT_SECONDS = (2.75, 1.0)
+CT_SECONDS = 2.75
+"""A whole request of a CT of 512x512x200 on one H200, with reading and writing, as it was measured there once."""
+CT_BYTES = 512 * 512 * 200 * 2
 GPUS = (8, 64)
 
 
@@ -63,14 +73,13 @@ class Sleeper:
         """The image, where there are images."""
         if self._source is None:
             return case
-        path = self._source.fetch(case.id, Path()).path
-        return read_case(case.id, path, checksum_of(path), self._preset)
+        return read_case(case.id, self._source.fetch(case.id, Path()), self._preset)
 
     def compute(self, ready: ReadCase | Case) -> Masked:
         """An empty mask."""
         case = ready.id if isinstance(ready, Case) else ready.case
         if self._notes is not None:
-            (self._notes / f"{case}-{time.time()}").touch()
+            (self._notes / f"{case}-{time.time()}-{os.getpid()}").touch()
         time.sleep(self._seconds)
         return Masked(CaseResult(case, "", "sleep", "none", "", f"{case}.nii.gz", self._seconds, {}), b"mask")
 
@@ -96,20 +105,32 @@ def main() -> int:
     wanted = options.parts or PARTS
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; valid: {', '.join(PARTS)}")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the nodes are ended
+    measured = [part for part in wanted if part != "table"]
+    if measured:
+        measure(measured, found, options.out)
+    if "table" in wanted:
+        if missing := [part for part in PARTS[:-1] if part not in found]:
+            parser.error(f"the table needs {', '.join(missing)} too")
+        found["table"] = compute(found)
+        write_json(options.out, found)
+    return 0
+
+
+def measure(parts: list[str], found: dict[str, Any], out: Path) -> None:
+    """Measure parts on a cluster of two nodes, and keep each as soon as it is there."""
     nodes = TwoNodes(second=False)
     try:
         with tempfile.TemporaryDirectory(prefix="unetr-") as name:
-            folder = Path(name)
-            for part in wanted:
-                print(f"\n{part}", flush=True)
-                found[part] = MEASURES[part](nodes, folder)
+            for part in parts:
+                start, load = time.monotonic(), round(os.getloadavg()[0], 1)
+                print(f"\n{part}; load of the machine before it: {load}", flush=True)
+                found[part] = MEASURES[part](nodes, Path(name)) | {"load_before": load}
+                print(f"measured in {time.monotonic() - start:.0f} s", flush=True)
+                write_json(out, found)
     finally:
         nodes.stop()
-    if {"overhead", "memory"} <= found.keys():
-        found["computed"] = compute(found)
-    write_json(options.out, found)
-    return 0
 
 
 def overhead(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
@@ -162,6 +183,32 @@ def _a_case(ends: list[float]) -> float:
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
+@dataclass(frozen=True)
+class MakeNamed:
+    """Makes workers that answer with the process that computed."""
+
+    make: MakeWorker
+
+    def __call__(self, device: str) -> Named:
+        return Named(self.make(device))
+
+
+class Named:
+    """A worker that answers with its process."""
+
+    def __init__(self, worker: SegmentingWorker) -> None:
+        self._worker = worker
+
+    def read(self, case: Case) -> Any:
+        """As the worker does."""
+        return self._worker.read(case)
+
+    def compute(self, ready: Any) -> int:
+        """As the worker does; returns the process' id."""
+        self._worker.compute(ready)
+        return os.getpid()
+
+
 def efficiency(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
     """Cases a second of two nodes against one."""
     studies = folder / "hippocampi"
@@ -171,21 +218,34 @@ def efficiency(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
     preset = load_preset("hippocampus_mr")
     model = ModelFile.find(preset, WeightsLocator(REPOSITORY / "model" / preset.name), compiles=False).packed()
     source = FolderSource(studies)
-    recipe = Recipe(model.sha256, MakeWorker(source, model))
-    rates = {}
-    for count in (1, 2):
-        if count == 2:
-            nodes.start_second()
-        ends: list[float] = []
-        # the first ones bring the weights, and the first window's measuring of costs, to each worker
-        cases = source.cases()
-        for _ in RayEngine(nodes.address, 1).run(map(Case, cases), lambda: recipe):
-            ends.append(time.perf_counter())
-        warm = ends[len(ends) // 3 :]
-        rates[count] = (len(warm) - 1) / (warm[-1] - warm[0])
+    recipe = Recipe(model.sha256, MakeNamed(MakeWorker(source, model)))
+    rates = {1: _rate(nodes, source, recipe, 1)}
+    nodes.start_second()
+    rates[2] = _rate(nodes, source, recipe, 2)
     show(("nodes", "cases/s"), [(count, f"{rate:.2f}") for count, rate in rates.items()])
     print(f"two nodes do {rates[2] / rates[1]:.2f} times what one does")
     return {"cases_a_second": rates, "ratio": rates[2] / rates[1]}
+
+
+def _rate(nodes: TwoNodes, source: FolderSource, recipe: Recipe[Case, int], count: int) -> float:
+    """Cases a second while all nodes compute: each brings its weights, and measures costs, in its first cases."""
+    done: Counter[int] = Counter()
+    ends: list[float] = []
+    start = time.perf_counter()
+    run = RayEngine(nodes.address, 1).run(map(Case, itertools.cycle(source.cases())), lambda: recipe)
+    for one in run:
+        assert one.answer is not None, one.problem
+        now = time.perf_counter()
+        done[one.answer] += 1
+        if len([process for process, number in done.items() if number >= FIRST_CASES]) >= count:
+            ends.append(now)
+        elif now - start > PATIENCE_SECONDS:
+            raise RuntimeError(f"{len(done)} of {count} workers have done {FIRST_CASES} cases in {now - start:.0f} s")
+        if ends and now - ends[0] > WINDOW_SECONDS:
+            break
+    run.close()  # type: ignore[attr-defined]  # it is a generator
+    print(f"{count} nodes: {len(ends) - 1} cases in {ends[-1] - ends[0]:.1f} s, by {len(done)} processes", flush=True)
+    return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
 def recovery(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
@@ -199,13 +259,16 @@ def recovery(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
     for one in RayEngine(nodes.address, 1).run((Case(f"case{n:02d}") for n in range(LOST_CASES)), lambda: recipe):
         done[one.item.id] = time.time()
         assert one.answer is not None, one.problem
-        if len(done) == 4:
+        both = len({note.name.rpartition("-")[2] for note in notes.iterdir()}) == 2
+        if not killed and len(done) >= 4 and both:
             nodes.kill_second()
             killed = time.time()
     assert len(done) == LOST_CASES, "a case was lost"
+    if not killed:
+        raise RuntimeError("the second node had not begun when all cases were done: the machine is too busy")
     begun: dict[str, list[float]] = {}
     for note in notes.iterdir():
-        case, _, when = note.name.partition("-")
+        case, when, _ = note.name.split("-")
         begun.setdefault(case, []).append(float(when))
     again = {case: max(times) for case, times in begun.items() if len(times) > 1}
     result = {
@@ -244,19 +307,37 @@ def memory(nodes: TwoNodes, folder: Path) -> dict[str, Any]:
 
 
 def compute(found: dict[str, Any]) -> dict[str, Any]:
-    """What 10,000 CTs take by the figures above. Not measured on so many GPUs."""
-    cost = found["overhead"]["seconds_a_case"]["Ray"] - CASE_SECONDS
+    """What 10,000 CTs take by the figures of the other parts. Nothing here was measured on so many GPUs."""
+    overhead_s = max(0.0, found["overhead"]["seconds_a_case"]["Ray"] - CASE_SECONDS)
+    share = min(1.0, found["efficiency"]["ratio"] / 2)
     rate = found["memory"]["most_per_second"]
+    again = found["recovery"]["seconds_until_they_are_done"]
+    lost = "no case was lost with the node here" if again is None else f"{again:.0f} s here"
+    print(f"""
+COMPUTED, not measured: {QUEUED} CTs of 512x512x200
+
+    hours = {QUEUED} * max((g + o) / (n * e), 1 / r) / 3600
+
+n  GPUs
+g  = {CT_SECONDS} s, a whole request (reading, computing, writing) as measured once on one H200
+o  = {overhead_s:.4f} s beside the computing, a case (overhead, Ray)
+e  = {share:.2f}, what each of two nodes did of what one did alone (efficiency), taken as the same for n GPUs; and 1,
+   if nothing were lost
+r  = {rate:.0f} cases a second that one driver hands out at most (memory)
+as if the folder or server of the images kept up; a node that is lost costs its cases' time again, {lost}
+(recovery)
+""")
     rows, computed = [], []
-    for seconds in CT_SECONDS:
-        for gpus in GPUS:
-            hours = QUEUED * max((seconds + cost) / gpus, 1 / rate) / 3600
-            limit = "the driver" if 1 / rate > (seconds + cost) / gpus else "the GPUs"
-            rows.append((seconds, gpus, f"{hours:.2f}", limit))
-            computed.append({"seconds_a_ct": seconds, "gpus": gpus, "hours": hours, "limited_by": limit})
-    print("\n10,000 CTs, COMPUTED from the overhead of Ray and the driver's rate, as if reading kept up")
-    show(("s a CT on one GPU", "GPUs", "hours", "limited by"), rows)
-    return {"computed_not_measured": computed}
+    for gpus in GPUS:
+        for each in sorted({share, 1.0}):
+            seconds = max((CT_SECONDS + overhead_s) / (gpus * each), 1 / rate)
+            limit = "the driver" if seconds == 1 / rate else "the GPUs"
+            hours, read = QUEUED * seconds / 3600, CT_BYTES / seconds / 1e9
+            rows.append((gpus, f"{each:.2f}", f"{hours:.2f}", limit, f"{read:.1f}"))
+            computed.append({"gpus": gpus, "efficiency": each, "hours": hours, "limited_by": limit, "read_gb_s": read})
+    show(("GPUs", "e", "hours", "limited by", "images unpacked, GB/s"), rows)
+    inputs = {"ct_seconds_measured_on_one_h200": CT_SECONDS, "overhead_s": overhead_s, "efficiency": share}
+    return {"computed_not_measured": computed, "from": inputs | {"most_per_second": rate}}
 
 
 MEASURES = {"overhead": overhead, "efficiency": efficiency, "recovery": recovery, "memory": memory}
