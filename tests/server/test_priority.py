@@ -23,7 +23,7 @@ def own_priority() -> int:
 @needs_linux
 def test_inference_on_the_cpu_has_less_priority_than_requests() -> None:
     async def main() -> tuple[int, int, int]:
-        async with InferenceQueue(1, Lanes.of("cpu")).slot("cpu") as slot:
+        async with InferenceQueue(1, Lanes.of("cpu")).slot() as slot:
             inferring = await slot.run(own_priority)
         return inferring, own_priority(), await asyncio.to_thread(own_priority)
 
