@@ -115,6 +115,7 @@ def test_bad_address(server: Server, path: str, status: int, sentence: str) -> N
         ('{"device": "tpu"}', "valid: cpu"),
         ('{"device": NaN}', "NaN is no JSON"),
         ('{"largest_component": 7}', "'largest_component' is 7"),
+        ('{"save_label": "maybe"}', "'save_label' is 'maybe'"),
     ],
 )
 def test_bad_inference_parameter(server: Server, params: str, sentence: str) -> None:

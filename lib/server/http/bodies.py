@@ -75,7 +75,6 @@ class SkipRequest(ClientRequest):
 
 _POINTS = {"items": {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}}
 Points = Annotated[list[Any], Field(max_length=MOST_POINTS, json_schema_extra=_POINTS)]
-Flag = bool | Annotated[int, Field(ge=0, le=1)] | Annotated[str, Field(pattern="^(?i:true|false|1|0|)$")]
 # These are read by the rooms that know them, whose sentences say more; a label that they refuse is kept in quarantine.
 _NAMES = {"type": "object", "properties": {"name": {"type": "string"}, "idx": {"type": "integer"}}}
 LabelNames = Annotated[Any, Field(json_schema_extra={"type": "array", "items": _NAMES, "maxItems": MOST_NAMES})]
@@ -91,9 +90,9 @@ class InferParams(ClientRequest):
     device: Name | Annotated[list[Name], Field(max_length=100)] = ""
     result_extension: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *EXTENSIONS]})] = ""
     result_dtype: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *DTYPES]})] = ""
-    result_compress: Flag = False
-    largest_component: Flag | None = None
-    save_label: Flag = False
+    result_compress: Truth = False
+    largest_component: Truth = None
+    save_label: Truth = False
     label_tag: Annotated[str, Field(max_length=32)] = ""
     label: Name = ""
     foreground: Points = []

@@ -12,7 +12,7 @@ from fastapi import UploadFile
 
 from lib.datastore.series import SeriesDatastore
 from lib.errors import ParameterError
-from lib.infers.request import InferRequest
+from lib.infers.request import InferRequest, parse_boolean
 from lib.server.http.auth import Role, User
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.names import safe_file_name
@@ -114,7 +114,7 @@ class RequestChecks:
         on_series = image_id is not None and self.presented.case_of(str(params.get("image") or image)) is not None
         if on_series:
             kept = self.presented.on_file(str(image_id), kept)
-        saves = image_id is not None and str(params.get("save_label", "false")).lower() in ("true", "1")
+        saves = bool(parse_boolean("save_label", params, False)) and image_id is not None
         if task.takes_prompts:
             kept["label_name"] = params.get("label")
             if saves:
