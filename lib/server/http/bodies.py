@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lib.datastore.label_names import MOST_NAMES
+from lib.infers.request import parse_boolean
 from lib.infers.writer import DTYPES, EXTENSIONS
 from lib.interaction.prompts import MOST_POINTS
 from lib.trainers.request import GPUS
@@ -79,6 +80,17 @@ Points = Annotated[list[Any], Field(max_length=MOST_POINTS, json_schema_extra=_P
 _NAMES = {"type": "object", "properties": {"name": {"type": "string"}, "idx": {"type": "integer"}}}
 LabelNames = Annotated[Any, Field(json_schema_extra={"type": "array", "items": _NAMES, "maxItems": MOST_NAMES})]
 Truth = Annotated[Any, Field(json_schema_extra={"type": "boolean"})]
+
+
+def _check_flag(value: Any, info: ValidationInfo) -> Any:
+    """Refuse what is neither true nor false, in the words of whoever reads it."""
+    name = str(info.field_name)
+    if value != "":  # as forms send what was left empty
+        parse_boolean(name, {name: value}, None)
+    return value
+
+
+Flag = Annotated[Truth, AfterValidator(_check_flag)]
 Texts = Annotated[Any, Field(json_schema_extra={"type": "array", "items": {"type": "string"}})]
 Count = Annotated[Any, Field(json_schema_extra={"type": "integer", "minimum": 0})]
 
@@ -90,9 +102,9 @@ class InferParams(ClientRequest):
     device: Name | Annotated[list[Name], Field(max_length=100)] = ""
     result_extension: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *EXTENSIONS]})] = ""
     result_dtype: Annotated[str, Field(max_length=20, json_schema_extra={"enum": ["", *DTYPES]})] = ""
-    result_compress: Truth = False
-    largest_component: Truth = None
-    save_label: Truth = False
+    result_compress: Flag = False
+    largest_component: Flag = None
+    save_label: Flag = False
     label_tag: Annotated[str, Field(max_length=32)] = ""
     label: Name = ""
     foreground: Points = []

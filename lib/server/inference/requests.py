@@ -114,7 +114,10 @@ class RequestChecks:
         on_series = image_id is not None and self.presented.case_of(str(params.get("image") or image)) is not None
         if on_series:
             kept = self.presented.on_file(str(image_id), kept)
-        saves = bool(parse_boolean("save_label", params, False)) and image_id is not None
+        saves = (
+            bool(parse_boolean("save_label", {"save_label": params.get("save_label") or False}, False))
+            and image_id is not None
+        )
         if task.takes_prompts:
             kept["label_name"] = params.get("label")
             if saves:
