@@ -133,7 +133,7 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
         if target or takes_from:
             where = scene.coarse == target if target else None
-            claims += [LabelClaim(0, takes_from, c) for c in _negative_claims(scene, point, where, new)]
+            claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, where, new)))
     return claims
 
 
@@ -232,8 +232,7 @@ def _positive_claims(scene: Scene, value: int, points: Sequence[Voxel], new: Mas
             # It takes nothing from labels that are drawn already, but from the one that was clicked.
             claim = region
             claims.append(LabelClaim(value, (0, int(scene.coarse[tuple(seed)])), claim))
-        part = tuple(slice(a, a + n) for a, n in zip(claim.start, claim.values.shape, strict=True))
-        own[part] |= claim.values < 1
+        own[claim.part] |= claim.values < 1
     new |= own
     return claims
 
@@ -244,7 +243,7 @@ def _border_claim(scene: Scene, seed: Points, mask: MaskArray, most: float) -> C
     return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)
 
 
-def _negative_claims(scene: Scene, point: Voxel, mask: MaskArray | None, new: MaskArray) -> list[Claim]:
+def _negative_claim(scene: Scene, point: Voxel, mask: MaskArray | None, new: MaskArray) -> Claim:
     """What a click takes away from a structure, or, beside it, holds off from what other clicks add."""
     seed = scene.on_network([point])[0]
     if mask is not None:
@@ -254,4 +253,4 @@ def _negative_claims(scene: Scene, point: Voxel, mask: MaskArray | None, new: Ma
         reach = BEYOND_NEW_BORDER * away / REGION_CLAIM
     else:
         reach = BESIDE_VOXELS
-    return [claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)]
+    return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)

@@ -44,6 +44,11 @@ class Claim:
     start: Place
     values: FloatArray
 
+    @property
+    def part(self) -> tuple[slice, ...]:
+        """Where it lies in the volume."""
+        return tuple(slice(int(a), int(a) + n) for a, n in zip(self.start, self.values.shape, strict=True))
+
 
 def is_drawn_nearby(seed: Sequence[int], mask: MaskArray, spacing_mm: Sequence[float]) -> bool:
     """Whether any of the structure lies so near to a click that the click corrects its border."""
