@@ -9,7 +9,7 @@ from typing import Any
 from lib.configs.preset import Preset, canonical_name
 from lib.errors import ParameterError
 from lib.infers.request import InferRequest
-from lib.interaction.prompts import Prompts, Voxel, make_prompts, parse_box, parse_points
+from lib.interaction.prompts import Box, Prompts, Voxel, make_prompts, parse_box, parse_points
 from lib.interaction.starting_mask import names_of
 
 BACKGROUND = "background"
@@ -44,12 +44,12 @@ class ScribbleRequest(InferRequest):
     Attributes:
         name: of the structure.
         values: in ``label_file``: of the structure, of what is scribbled as it and as not it; 0 for what is not there.
-        roi: the box as 3D Slicer sends it, checked as far as that is possible without the image.
+        box: outside of it nothing changes; it may reach beyond the image. None for no box.
     """
 
     name: str
     values: tuple[int, int, int]
-    roi: Any = None
+    box: Box | None = None
 
 
 def parse_structure(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:

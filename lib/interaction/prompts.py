@@ -30,6 +30,20 @@ class Box:
     def __contains__(self, voxel: Voxel) -> bool:
         return all(low <= v < high for low, v, high in zip(self.start, voxel, self.stop, strict=True))
 
+    def clipped(self, shape: Shape) -> Box:
+        """The part of it that lies inside of an image.
+
+        Raises:
+            ParameterError: when there is none.
+        """
+        stop = tuple(min(high, size) for high, size in zip(self.stop, shape, strict=True))
+        if any(low >= high for low, high in zip(self.start, stop, strict=True)):
+            ends = ", ".join(f"0 to {size - 1}" for size in shape)
+            raise ParameterError(
+                "roi", f"voxels {list(self.start)} to {[v - 1 for v in self.stop]}", f"some of the voxels {ends}"
+            )
+        return Box(self.start, (stop[0], stop[1], stop[2]))
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -117,11 +131,13 @@ def parse_points(value: Any, name: str) -> list[Voxel]:
     return [_parse_voxel(point, name) for point in value]
 
 
-def parse_box(value: Any, shape: Shape | None = None) -> Box | None:
+def parse_box(value: Any) -> Box | None:
     """A box as 3D Slicer sends it: ``[i0, i1, j0, j1, k0, k1]``, of which a pair may descend; empty for none.
 
+    It may reach beyond the image, which is not known here: see :meth:`Box.clipped`.
+
     Raises:
-        ParameterError: when it is no box, or lies outside of the image.
+        ParameterError: when it is no box, or ends before the image begins.
     """
     valid = "[i0, i1, j0, j1, k0, k1] in voxels"
     if value is None or value == []:
@@ -130,8 +146,6 @@ def parse_box(value: Any, shape: Shape | None = None) -> Box | None:
         raise ParameterError("roi", _shorten(value), valid)
     pairs = [sorted(round(v) for v in value[2 * axis : 2 * axis + 2]) for axis in range(3)]
     lows, highs = [max(0, pair[0]) for pair in pairs], [pair[1] + 1 for pair in pairs]
-    if shape is not None:
-        highs = [min(high, size) for high, size in zip(highs, shape, strict=True)]
     if any(low >= high for low, high in zip(lows, highs, strict=True)):
         raise ParameterError("roi", _shorten(value), f"{valid}, inside of the image")
     return Box((lows[0], lows[1], lows[2]), (highs[0], highs[1], highs[2]))

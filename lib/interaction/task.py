@@ -325,9 +325,9 @@ class ScribbleTask(_InteractiveTask):
         Raises:
             ParameterError: naming the parameter and what would be valid.
         """
-        parse_box(request.get("roi"))
+        box = parse_box(request.get("roi"))
         name, values = parse_structure(request)
-        return ScribbleRequest.parse(request, self._device, name=name, values=values, roi=request.get("roi"))
+        return ScribbleRequest.parse(request, self._device, name=name, values=values, box=box)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """Correct a structure, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
@@ -349,7 +349,7 @@ class ScribbleTask(_InteractiveTask):
             raise LabelError("the part 'label' is missing: it carries the scribbles")
         checksum = self._automatic.checksums.of(request.image)
         grid = self._grid(request.image, checksum)
-        box = parse_box(request.roi, grid.shape)
+        box = None if request.box is None else request.box.clipped(grid.shape)
         drawing = read_values(request.label_file, grid, "label")
         drawn, erased = (
             np.argwhere(drawing == value) if value else np.zeros((0, 3), int) for value in (drawn_value, erased_value)

@@ -89,5 +89,18 @@ def test_points_outside_are_refused() -> None:
 
 
 def test_box_is_cut_to_the_image() -> None:
-    assert parse_box([-5, 3, 9, 2, 0, 100], (8, 8, 8)) == Box((0, 2, 0), (4, 8, 8))
+    box = parse_box([-5, 3, 9, 2, 0, 100])
+    assert box is not None and box.clipped((8, 8, 8)) == Box((0, 2, 0), (4, 8, 8))
     assert parse_box([]) is None
+
+
+def test_box_beside_the_image_is_refused() -> None:
+    with pytest.raises(ParameterError, match="inside of the image"):
+        parse_box([-5, -3, 0, 7, 0, 7])
+    box = parse_box([8, 9, 0, 7, 0, 7])
+    assert box is not None
+    with pytest.raises(
+        ParameterError,
+        match=r"'roi' is 'voxels \[8, 0, 0\] to \[9, 7, 7\]'; valid: some of the voxels 0 to 7, 0 to 6, 0 to 8",
+    ):
+        box.clipped((8, 7, 9))

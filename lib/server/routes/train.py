@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from lib.server.dependencies import (
     SegmentationTasksDep,
     TrainTasksDep,
 )
-from lib.server.http.auth import AsAnnotator, AsReviewer, AsUser
+from lib.server.http.auth import AsAnnotator, AsReviewer, Role, at_least
 from lib.server.http.bodies import BatchRequest, ScoringRequest
 from lib.server.http.names import check_image_known
 from lib.server.http.parameters import check_fields, json_body, json_body_of
@@ -59,19 +59,50 @@ async def get_trainings(
     return Trainings(trainers, jobs, pause, lanes, datastore, limiter)
 
 
-async def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = False) -> Callable[[Kind], Status]:
-    """The dependency of the routes that tell how jobs stand: gives a kind's status as the query asks for it."""
-    return lambda kind: status(jobs, kind, all, check_if_running)
+def add_status_and_stop(router: APIRouter, path: str, kind: Kind, noun: str, may_stop: Role) -> None:
+    """Give a kind of job its two routes: ``GET`` for its status, ``DELETE`` to stop it.
 
+    Args:
+        router: of the kind.
+        path: below the router's prefix.
+        kind: of the jobs.
+        noun: what a job of the kind is called in the API's documentation.
+        may_stop: the lowest role that may stop it; any user may see its status.
+    """
+
+    lines = "with the last 20 lines that it printed; 404 where there is none (or none runs)"
+
+    def get_status(jobs: JobsDep, all: bool = False, check_if_running: bool = False) -> Status:
+        return status(jobs, kind, all, check_if_running)
+
+    def delete(jobs: JobsDep) -> dict[str, Any] | None:
+        return stop(jobs, kind)
+
+    router.add_api_route(
+        path,
+        get_status,
+        name=f"{kind}_status",
+        summary=f"Status of the {noun}",
+        description=f"The latest {noun}, {lines}.",
+        response_model=None,
+        dependencies=[Depends(at_least(Role.USER))],
+    )
+    router.add_api_route(
+        path,
+        delete,
+        methods=["DELETE"],
+        name=f"stop_{kind}",
+        summary=f"Stop the {noun}",
+        description=f"Stop the {noun} that runs and those that wait; null when there is none.",
+        dependencies=[Depends(at_least(may_stop))],
+    )
+
+
+add_status_and_stop(train_router, "/", "train", "training", Role.REVIEWER)
+add_status_and_stop(batch_router, "/infer", "batch_infer", "batch inference", Role.ANNOTATOR)
+add_status_and_stop(scoring_router, "/", "scoring", "scoring", Role.ANNOTATOR)
 
 TrainingsDep = Annotated[Trainings, Depends(get_trainings)]
-StatusDep = Annotated[Callable[[Kind], Status], Depends(get_status)]
-
-
-@train_router.get("/", summary="Status of the training", response_model=None)
-def train_status(status: StatusDep, user: AsUser) -> Status:
-    """The latest training, with the last 20 lines that it printed; 404 where there is none (or none runs)."""
-    return status("train")
 
 
 @train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
@@ -113,18 +144,6 @@ async def train(
     return _noting(await answer(trainings.start(model, params, enqueue), run_sync), words)
 
 
-@train_router.delete("/", summary="Stop the training")
-def stop_training(jobs: JobsDep, user: AsReviewer) -> dict[str, Any] | None:
-    """Stop the training that runs and those that wait; null when there is none."""
-    return stop(jobs, "train")
-
-
-@batch_router.get("/infer", summary="Status of the batch inference", response_model=None)
-def batch_status(status: StatusDep, user: AsUser) -> Status:
-    """As the status of the training."""
-    return status("batch_infer")
-
-
 @batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=BATCH_BODY)
 async def batch_infer(
     models: SegmentationTasksDep,
@@ -151,18 +170,6 @@ async def batch_infer(
     return await answer(jobs.submit("batch_infer", request), run_sync)
 
 
-@batch_router.delete("/infer", summary="Stop the batch inference")
-def stop_batch(jobs: JobsDep, user: AsAnnotator) -> dict[str, Any] | None:
-    """As stopping the training."""
-    return stop(jobs, "batch_infer")
-
-
-@scoring_router.get("/", summary="Status of the scoring", response_model=None)
-def scoring_status(status: StatusDep, user: AsUser) -> Status:
-    """As the status of the training."""
-    return status("scoring")
-
-
 @scoring_router.post("/{method}", summary="Score the images", openapi_extra=SCORING_BODY)
 async def score(
     methods: ScoringMethodsDep,
@@ -183,12 +190,6 @@ async def score(
         raise NotFoundError("model", model, list(trainers))
     request |= {"method": method} | idle_place(lanes)
     return await answer(jobs.submit("scoring", request, enqueue=True), run_sync)
-
-
-@scoring_router.delete("/", summary="Stop the scoring")
-def stop_scoring(jobs: JobsDep, user: AsAnnotator) -> dict[str, Any] | None:
-    """As stopping the training."""
-    return stop(jobs, "scoring")
 
 
 def status(jobs: Jobs, kind: Kind, everything: bool, only_open: bool) -> Status:
