@@ -74,7 +74,7 @@ def score_case(
 
 
 class _WindowScores:
-    """Maps of one case, filled window by window."""
+    """Uncertainty maps of one case, computed window by window."""
 
     def __init__(self, network: AnyUnetr, image: torch.Tensor, where: Placement) -> None:
         self._network, self._where, preset = network, where, where.preset
@@ -90,7 +90,7 @@ class _WindowScores:
         self._seen_again: torch.Tensor | None = None
 
     def once(self) -> None:
-        """The maps that need one prediction."""
+        """Compute the labels and the maps that one forward pass for each window gives: entropy and margin."""
         for tile in self._tiles:
             with torch.inference_mode(), self._where.autocast():
                 logits = self._network(self._window(tile))
@@ -103,7 +103,7 @@ class _WindowScores:
             self._interest.append(float((entropy * (1 - probs[0])).sum()))
 
     def again(self, passes: Passes) -> None:
-        """The maps that need several predictions, of the windows that promise most."""
+        """Compute the maps that need several forward passes (BALD), in the windows with most uncertain foreground."""
         order = np.argsort(self._interest)[::-1][:MOST_WINDOWS_FOR_PASSES]
         self._maps["bald"] = torch.zeros(self.labels.shape)
         self._seen_again = torch.zeros(self.labels.shape, dtype=torch.bool)
@@ -118,7 +118,7 @@ class _WindowScores:
         self._disagreement = scores.pairwise_dice_disagreement(torch.cat(votes, dim=1), self._where.preset.out_channels)
 
     def values(self) -> dict[str, float]:
-        """Every measure in every region."""
+        """Mean of each uncertainty map over each region, named by :func:`score_name`, and scores of the whole case."""
         region = scores.foreground_region(self.labels)
         values = {"class_balanced_entropy": scores.class_balanced_entropy(self._class_sums)}
         for name, uncertainty in self._maps.items():

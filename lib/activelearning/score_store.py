@@ -105,7 +105,7 @@ class ScoreStore:
             return dict(known.records)
 
     def latest(self) -> str | None:
-        """The version that looked last."""
+        """The version whose scores are the newest."""
         with self._lock:
             row = self._open().execute("SELECT version FROM looks ORDER BY sequence DESC LIMIT 1").fetchone()
             return row["version"] if row else None

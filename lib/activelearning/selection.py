@@ -296,7 +296,7 @@ def _highest(values: Array, count: int, random: np.random.Generator) -> npt.NDAr
 
 
 def _distance_to(vectors: Array, labelled: Vectors | None) -> Array:
-    """Distance to the nearest labelled case; to the mean of all where nothing is labelled."""
+    """Each case's distance to the nearest labelled one; to the mean of all cases where none is labelled."""
     known = vectors.mean(axis=0, keepdims=True) if labelled is None or not len(labelled) else labelled
     nearest: Array = _distances(vectors, np.asarray(known, dtype=np.float64)).min(axis=1)
     return nearest

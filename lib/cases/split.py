@@ -25,9 +25,9 @@ class Split:
     """Case ids by part, sorted.
 
     Attributes:
-        train: what is trained on.
-        validation: what weights are chosen and judged on.
-        test: what nothing is decided on.
+        train: cases that are trained on.
+        validation: cases by which weights are chosen and judged.
+        test: cases that no decision depends on.
         subjects: a digest of each case's subject, so that a subject is known again when its first case is gone.
     """
 
@@ -49,7 +49,7 @@ def subject_from_stem(case_id: str) -> str:
 
 
 def subject_until(separator: str) -> Callable[[str], str]:
-    """The rule that what stands before the first ``separator`` names the subject: p017 of p017_t1 and p017_t2."""
+    """The rule that a case id's part before the first ``separator`` is its subject: p017 of p017_t1 and p017_t2."""
     return lambda case_id: case_id.split(separator)[0] if separator else case_id
 
 

@@ -68,12 +68,12 @@ class Finished(Generic[Item, Answer]):
 
 
 class Engine(Protocol):
-    """What runs cases."""
+    """Runs cases on devices: of this machine, or of a Ray cluster."""
 
     def run(
         self, items: Iterable[Item], recipe: Callable[[], Recipe[Item, Answer]]
     ) -> Iterator[Finished[Item, Answer]]:
-        """Run all items, in no certain order.
+        """Run all items; their results come in the order in which they finish.
 
         Args:
             items: taken one by one, as they are needed.

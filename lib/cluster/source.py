@@ -1,4 +1,4 @@
-"""Where cases come from, a folder among others, and the share of them that one of several workers takes."""
+"""Sources of cases to segment, such as a folder, and the share of the cases that one of several workers takes."""
 
 from __future__ import annotations
 

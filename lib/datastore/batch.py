@@ -73,7 +73,7 @@ class DrawnLabelsStay(BatchInferTask):
         """Segment the images.
 
         Returns:
-            What is said of each image, by its id; ``{"error": sentence}`` for one that could not be segmented.
+            The answer for each image, by its id; ``{"error": sentence}`` for one that could not be segmented.
 
         Raises:
             ImageError: when there were images, and none of them could be segmented.

@@ -65,7 +65,7 @@ class VersionIndex:
         self._execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", *identity, removal, json.dumps(record))
 
     def drop(self, sequence: int) -> None:
-        """Take a version's record out."""
+        """Remove a version's record."""
         self._execute("DELETE FROM versions WHERE sequence = ?", sequence)
 
     def records(self) -> dict[int, dict[str, Any]]:

@@ -11,7 +11,7 @@ from lib.storage.files import read_blocks, sha256_of, stage
 
 
 class PublishedLabels:
-    """The folder of the newest labels. Copies and not links: a tool that writes into one must not change a version.
+    """The folder of the newest labels, as copies: a tool that writes into a file there must not change a kept version.
 
     Args:
         folder: with one folder a tag.

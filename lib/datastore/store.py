@@ -160,7 +160,7 @@ class VersionedDatastore(LocalDatastore):
         return self._temporary.name
 
     def close(self) -> None:
-        """Write what is still to be written, and close the files."""
+        """Write changes that are not on disk yet, and stop watching the folder."""
         self._look_again.close()
         self._follow.close()
         self._export.close()
@@ -532,7 +532,7 @@ class VersionedDatastore(LocalDatastore):
         return [pattern.replace("*", "").lower() for pattern in self._extensions]
 
     def _to_id(self, file: str) -> tuple[str, str]:
-        """A file's id and ending: what stands before the last ending, whatever its capitals."""
+        """Split a file's name into the image's id and the ending, as in ``.nii.gz``, whose case does not matter."""
         ending = ending_of(file, self._endings())
         if not ending:
             stock: tuple[str, str] = super()._to_id(file)

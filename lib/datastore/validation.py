@@ -85,7 +85,7 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
 
 
 def as_kept(file: Path, folder: Path) -> Path:
-    """A mask of the server's own making in the form in which labels are kept; the file itself where it has that.
+    """A mask that this server computed, as labels are kept: NIfTI of the smallest integer type; often the file itself.
 
     Raises:
         LabelError: when it cannot be read, or has values that are no whole numbers.

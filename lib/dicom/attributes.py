@@ -1,4 +1,4 @@
-"""DICOM JSON (PS3.18, F): what is told of studies, series and instances."""
+"""DICOM JSON (PS3.18, F): attributes of studies, series and instances."""
 
 from __future__ import annotations
 

@@ -47,14 +47,14 @@ class Circuit:
             self._reason, self._attempting = reason, False
 
     def succeed(self) -> None:
-        """The server answered."""
+        """Record that the server has answered: the circuit is closed."""
         with self._lock:
             self._reason, self._attempting = "", False
 
     def begin_attempt(self) -> bool:
         """Whether it is this caller's turn to try an open circuit again; one caller at a time, once the time is over.
 
-        Who is told yes calls ``fail`` or ``succeed`` afterwards.
+        The caller that gets True calls ``fail`` or ``succeed`` afterwards.
         """
         with self._lock:
             due = self._clock() - self._failed_at >= self._seconds_open

@@ -386,7 +386,10 @@ class DicomIndex:
         self._entries, self._changes = None, self._changes + 1
 
     def _read_series(self) -> list[SeriesEntry]:
-        """A series is described by its first slice that has a place: a screenshot has another modality."""
+        """All series, each described by its first instance with an Image Position (Patient).
+
+        Others in the series, such as screenshots, may have another modality.
+        """
         first = self._connection.execute("SELECT study, series FROM rows GROUP BY study, series ORDER BY MIN(id)")
         order = {uids: number for number, uids in enumerate(first)}
         # SQLite takes the columns beside MIN from the row that has the minimum

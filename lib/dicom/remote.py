@@ -119,7 +119,7 @@ class RemoteSource:
         return hashlib.sha256(" ".join(uids).encode()).hexdigest()[:16]
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
-        """As :class:`SeriesSource`; downloaded instance by instance, as they are stored there.
+        """As :class:`SeriesSource`; each instance is downloaded in the transfer syntax in which it is stored.
 
         Raises:
             NotFoundError, UpstreamError: when there is no such series, or no answer.

@@ -45,7 +45,7 @@ class NotAcceptableError(UnetrError):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an answer."""
+    """One part of a ``multipart/related`` answer."""
 
     media_type: str
     content: bytes

@@ -48,14 +48,14 @@ class Frame:
     """One plane of a series.
 
     Attributes:
-        header: its instance, without pixels.
-        file: where its instance lies.
-        number: its place among the frames of the instance, from 0.
+        header: attributes of its instance, without pixels.
+        file: of its instance.
+        number: index among the frames of the instance, from 0.
         position_mm: centre of the first voxel, in LPS.
         orientation: direction of a row and of a column, in LPS; shape (2, 3).
         spacing_mm: between rows, between columns.
-        slope: of the rescale.
-        intercept: of the rescale.
+        slope: Rescale Slope.
+        intercept: Rescale Intercept.
     """
 
     header: Dataset
@@ -397,7 +397,7 @@ def _one_stack(frames: Sequence[Frame], notes: list[str], name: str) -> list[Fra
 
 
 def _in_order(frames: Sequence[Frame]) -> list[Frame]:
-    """Along the normal; at the same place, the one that was made first."""
+    """Slices sorted along the normal of their plane; those at the same position by Instance Number."""
     normal = np.cross(*frames[0].orientation)
     return sorted(frames, key=lambda f: (float(normal @ f.position_mm), int(f.header.get("InstanceNumber") or 0)))
 

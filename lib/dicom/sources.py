@@ -107,7 +107,7 @@ class FolderSource:
         self.index.stop()
 
     def series(self) -> dict[str, SeriesInfo]:
-        """As :class:`SeriesSource`; the first call of a process that does not scan in the background scans."""
+        """As :class:`SeriesSource`; scans the folder first in a process without a background scan."""
         with self._scanning:
             if not self.index.is_started and not self.index.progress.scans:
                 self.index.scan()

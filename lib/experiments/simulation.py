@@ -329,7 +329,7 @@ def _area_of(run: Sequence[Round]) -> float:
 
 
 def _deviation(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Sample deviation over the first axis; NaN of one."""
+    """Sample standard deviation over the first axis; NaN for a single value."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1], math.nan)
 
 

@@ -22,7 +22,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def open_stream(file: BinaryIO, encoding: str) -> BinaryIO:
-    """What ``file`` unpacks to from where it stands: ``raw``, ``gzip`` or ``bzip2``. Its end compares checksums."""
+    """A stream of the decompressed bytes from ``file``'s position on; checksums are verified at its end.
+
+    Args:
+        file: open for reading.
+        encoding: of the bytes: ``raw``, ``gzip`` or ``bzip2``.
+    """
     if encoding == "gzip":
         return open_gzip(file)
     return cast(BinaryIO, bz2.BZ2File(file)) if encoding == "bzip2" else file

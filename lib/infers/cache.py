@@ -70,7 +70,7 @@ class CachedMask:
 
 
 class ResultCache:
-    """Masks by key; those used longest ago leave first.
+    """Masks by key; the least recently used are dropped first.
 
     Args:
         limit_mib: memory that they may take; 0 keeps none.

@@ -142,7 +142,7 @@ class Planner:
         entropy: bool = False,
         name: str = "image",
     ) -> Plan:
-        """Choose how to segment ``volume``.
+        """Choose the windows per batch and where they are stitched together, so that ``volume`` fits into memory.
 
         Raises:
             MemoryBudgetError: when nothing fits, with what it takes and what there is.

@@ -173,7 +173,7 @@ def _place_over_body(
 
 
 def _largest_within(preset: Preset, overlaps: Sequence[float], shape_with: Callable[[float], Sequence[int]]) -> float:
-    """The first overlap with which the preset's number of windows covers the shape that belongs to it, or the last."""
+    """The first overlap with which at most the preset's ``max_windows`` windows cover the shape; else the last."""
     most, roi = preset.inference.max_windows, preset.roi_size
     fitting = (overlap for overlap in overlaps if window_count(shape_with(overlap), roi, overlap) <= most)
     return next(fitting, overlaps[-1])

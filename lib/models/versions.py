@@ -118,7 +118,7 @@ class Version:
 
     @property
     def report(self) -> Path | None:
-        """The page that tells of its training; None where no training of ours made it."""
+        """The HTML report of its training; None for weights that were not trained here."""
         file = self.folder / REPORT_FILE
         return file if self.name != SHIPPED and file.is_file() else None
 

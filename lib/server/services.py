@@ -228,7 +228,7 @@ def _presented(
 
 
 def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:
-    """The labels that a batch inference saved in its own process are there as soon as it has ended."""
+    """Read the labels folder again after a batch inference, which saved its masks in another process."""
     if job.kind != "batch_infer":
         return
     try:

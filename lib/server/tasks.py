@@ -43,7 +43,7 @@ class InferenceTask(Protocol):
 
 
 class TasksByName(Mapping[str, Task], Generic[Task]):
-    """Tasks of one kind; an unknown name is refused with the known ones.
+    """Tasks of one kind by name; the error for an unknown name lists the known ones.
 
     Args:
         tasks: the tasks by name.

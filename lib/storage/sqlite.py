@@ -75,7 +75,7 @@ def open_database(
 
 
 def add_column(connection: sqlite3.Connection, table: str, column: str, declaration: str) -> None:
-    """Give a table of an older file a column that it lacks; all rows get the default of its declaration."""
+    """Add a column to a table of an older file that lacks it; existing rows get the default of its declaration."""
     if column in [row["name"] for row in connection.execute(f"PRAGMA table_info({table})")]:
         return
     try:

@@ -97,7 +97,7 @@ def _input_error_in(error: BaseException) -> InputError | None:
 
 
 class _Run:
-    """Epochs of one run, with validations, the best weights and reports in between."""
+    """The epochs of one training run; in between it validates, keeps the best weights and reports progress."""
 
     def __init__(self, job: TrainingJob, functions: RunFunctions) -> None:
         self.job, self.preset, self.recipe, self._wait = job, job.preset, job.preset.training, functions.wait

@@ -85,7 +85,7 @@ class StepPlan:
 
     @property
     def parts(self) -> int:
-        """Parts of a step, one after the other, whose gradients add up."""
+        """How many batches a step is split into, whose gradients are accumulated."""
         return math.ceil(self.crops / self.at_once)
 
     def explain(self) -> str:

@@ -38,7 +38,7 @@ def write_state(run_dir: Path, state: Mapping[str, Any]) -> bool:
 
 
 def read_state(run_dir: Path, wanted: str) -> dict[str, Any] | None:
-    """The state of the run with that fingerprint; None where there is none that can be used, and the log says why."""
+    """The saved state of a run with this fingerprint; None where none can be used, with the reason in the log."""
     path = run_dir / STATE_FILE
     if not path.is_file():
         return None

@@ -95,7 +95,7 @@ class RandSlabd(MapTransform, Randomizable):
         self.probability, self.planes = probability, planes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Cut every key to the same slab, or none."""
+        """Set everything outside of a random slab of planes to 0, the same slab in every key, or change nothing."""
         changed = dict(data)
         if self.R.random() >= self.probability:
             return changed
@@ -155,7 +155,7 @@ class RandNoised(MapTransform, Randomizable):
 
 
 def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
-    """Build the drawing of foreground-balanced crops.
+    """Build the transform that draws random crops, balanced between foreground and background.
 
     Args:
         preset: the task.

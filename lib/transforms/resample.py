@@ -105,7 +105,7 @@ def resampled_size(size: int, have_mm: float, wanted_mm: float) -> int:
 
 
 def _along(volume: torch.Tensor, axis: int, position: torch.Tensor, mode: str) -> torch.Tensor:
-    """CaseScoreRecord along an axis; the result lies in memory as the volume does."""
+    """Resample along an axis at fractional voxel positions; the result has the volume's memory layout."""
     order = sorted(range(volume.ndim), key=lambda axis: -volume.stride()[axis])
     if order != list(range(volume.ndim)):
         turned = _along(volume.permute(order), order.index(axis), position, mode)

@@ -20,15 +20,15 @@ COLUMNS = "image_id, preset, stamp, problem, warning, elsewhere"
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What was found of an image.
+    """The result of checking whether an image can be segmented by a preset.
 
     Attributes:
-        image_id: which.
-        preset: by whose measures.
-        stamp: what changes when the image does.
+        image_id: of the image.
+        preset: whose spacing, size and intensity range the image was compared with.
+        stamp: changes when the image's file does.
         problem: why it cannot be segmented; empty where it can.
         warning: what looks odd about it; empty for nothing.
-        elsewhere: whether the problem is only that it is rather for another preset that is served.
+        elsewhere: whether the only problem is that another served preset suits the image better.
     """
 
     image_id: str

@@ -29,7 +29,7 @@ HEARD: list[type[FileSystemEvent]] = [
 
 
 class Observer(Protocol):
-    """Watchdog's, as far as it is used here."""
+    """The part of watchdog's observer interface that is used here."""
 
     def unschedule_all(self) -> None: ...
 

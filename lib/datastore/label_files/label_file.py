@@ -64,7 +64,7 @@ def read_label(file: Path, image: Grid | None = None) -> LabelFile:
 
 
 def check_shape(shape: tuple[int, ...], image: Grid) -> None:
-    """Refuse a mask that has not as many voxels as its image along the axes, in whatever order.
+    """Refuse a mask whose sizes along its axes are not those of its image, in any order of axes.
 
     Raises:
         LabelError: naming both shapes.

@@ -142,7 +142,7 @@ class LabelFolder:
             logger.warning("label store: %s/%s is the last good version again", FOLDER, name)
 
     def _take_away(self, label: FoundLabel) -> None:
-        """Remove a file whose content is a version now, published under another name."""
+        """Remove a file that was put into the folder, once its label is kept as a version under another file name."""
         version = self.history.latest(label.submission.image_id, FINAL)
         target = self.folder / f"{label.submission.image_id}{version.suffix}" if version else label.file
         if label.file.exists() and target.exists() and not label.file.samefile(target):

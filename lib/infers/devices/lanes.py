@@ -149,10 +149,10 @@ class Lanes:
         return Work(names, what, weights, seconds, ahead)
 
     def enter(self, work: Work) -> Future[Lane]:
-        """Have work wait for its lane; :meth:`leave` must follow in any case.
+        """Enter work into the queue for a device; :meth:`leave` must follow in any case.
 
         Returns:
-            Done when the lane is there.
+            A future that is done when the device is free for the work.
 
         Raises:
             DeviceError: when no lane that may do it works; also by way of the result, when that comes to be.

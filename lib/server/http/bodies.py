@@ -42,7 +42,7 @@ class BatchRequest(_Body):
     @field_validator("device", mode="before")
     @classmethod
     def _first_choice(cls, value: Any) -> Any:
-        """A client that leaves the list of choices as it is means the first."""
+        """3D Slicer sends a list of choices back unchanged: the first is meant."""
         return value[0] if isinstance(value, list) and value else value
 
 
@@ -55,7 +55,7 @@ class ScoringRequest(_Body):
 
 
 class ClientRequest(_Body):
-    """Who asks."""
+    """A request that may name its client."""
 
     client_id: Name | int = ""
 

@@ -91,7 +91,7 @@ def _gpu_name(device: torch.device) -> str:
 
 
 class DeviceFigures(Collector):
-    """The devices for Prometheus, read when they are asked for; the label is the lane's name."""
+    """Prometheus metrics of each GPU and CPU, read at each scrape, with the lane's name as the label ``device``."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes

@@ -1,4 +1,4 @@
-"""Uvicorn's connections within limits, and their TLS handshakes: counted and timed as half a header is."""
+"""TLS for uvicorn's limited connections: an unfinished handshake counts, and ends, like an unfinished header."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Changes:
 
 
 class _Listener:
-    """One who listens; everything but ``tell`` happens on the event loop."""
+    """One subscriber; all methods but ``tell`` are called on the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -47,7 +47,7 @@ class _Exchange:
         return str(getattr(self.scope.get("route"), "path", "other"))
 
     def finish(self) -> None:
-        """Count it, and write one JSON object to the log, without anything secret: no headers, no query."""
+        """Count the request and log it as one JSON object, without anything secret: no headers, no query."""
         seconds = time.perf_counter() - self.start
         services = getattr(self.scope["app"].state, "services", None)
         if services is not None:

@@ -1,9 +1,9 @@
 """Which web pages may call the server from a browser: its own, and those that the administrator names.
 
 A browser lets any page send simple requests (forms, also with files) to any server, and only keeps the answer from the
-page. So a request that changes something is refused when it comes from another page. Where no token is asked for, a
-page could also give its own name this machine's address (DNS rebinding) and pass for the server's own page: so on
-this machine the server answers only under this machine's names.
+page. So a request that changes something is refused when it comes from another page. Without tokens, a page could
+also point its own host name at 127.0.0.1 (DNS rebinding) and be taken for the server's own page: a server that listens
+on this machine only therefore answers no request whose Host header names another machine.
 """
 
 from __future__ import annotations

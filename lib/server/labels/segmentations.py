@@ -127,7 +127,7 @@ class Segmentations:
 
 
 def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
-    """The image that a SEG is of: the series, or the instances, that it refers to; without any, by where it lies.
+    """The image that a SEG segments: by the series or instances that it refers to, else by its position in space.
 
     Raises:
         LabelError: when it is none of the images.

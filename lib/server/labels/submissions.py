@@ -162,7 +162,7 @@ class Submissions:
         return self.store.predictions.voxels_changed(prediction, checked.voxels, folder)
 
     def _saved(self, version: LabelVersion) -> None:
-        """What follows from a new version: its case is free again, and whoever asked to hear of it does."""
+        """After a new version: release its case's lease, count it, and notify subscribers."""
         if version.tag == FINAL:
             self.store.leases.release(version.image_id)
         self.metrics.count_label(version.tag)

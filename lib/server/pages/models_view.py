@@ -46,7 +46,7 @@ class VersionView:
 
     @property
     def can_serve(self) -> bool:
-        """Whether it may be served in place of the live one."""
+        """Whether a version may be served in place of the one that is."""
         return self.state in ("published", "shipped", "unproven")
 
     @property

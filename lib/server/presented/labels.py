@@ -89,7 +89,7 @@ class PresentedLabels:
         return self._entry(version).summary
 
     def instance(self, version: LabelVersion, study: str = "", sop: str = "") -> FileDataset:
-        """The SEG.
+        """The label as a DICOM SEG.
 
         Raises:
             NotFoundError: when the study or the instance of the address is another one, or the mask is gone.

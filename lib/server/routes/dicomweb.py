@@ -138,11 +138,11 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
 
 
 def answer_made(request: Request, resource: Resource, made: Sequence[FileDataset]) -> Response:
-    """Answer with instances that have been made.
+    """Answer a DICOMweb request with instances that are no files of the studies: made of a NIfTI case or of a label.
 
     Raises:
         ParameterError: for a frame that there is not.
-        HTTPException: 406 when the client accepts no form that they can be sent in.
+        HTTPException: 406 when the client accepts none of the media types that they can be sent in.
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "metadata":

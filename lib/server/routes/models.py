@@ -234,7 +234,7 @@ def publish_upload(
 def cases_to_try(
     datastore: Datastore, image_file: Callable[[str], Path], preset: Preset
 ) -> Iterator[tuple[str, Volume]]:
-    """A few images of the studies that can be read, labelled ones first, since something is to be found there."""
+    """A few readable images of the studies, labelled ones first, since those certainly show a structure."""
     labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
     found = 0
     for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:

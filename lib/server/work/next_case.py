@@ -53,7 +53,7 @@ class NextCase:
     def choose(
         self, request: dict[str, Any], client: str, hidden: Set[str]
     ) -> tuple[dict[str, Any] | None, Lease | None]:
-        """Have a strategy choose among the cases that nobody works on and nobody skipped, and lease its choice.
+        """Have a strategy choose among cases that are neither leased nor skipped, and lease its choice to the client.
 
         A client that names no model is given a case of the first preset that has any left.
 

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_TOUCHES = 1.0
 
 
 class Pause:
-    """Keeps files fresh for as long as somebody needs a GPU; trainings look at one of them (``lib.trainers.pause``)."""
+    """Keeps a file's time up to date while requests need a GPU, so that trainings wait (``lib.trainers.pause``)."""
 
     def __init__(self) -> None:
         self.file = Path(tempfile.gettempdir()) / f"unetr-pause-{os.getpid()}"

@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def mean_dice(self) -> float:
-        """Mean over labels of the mean Dice."""
+        """Mean over labels of each label's mean Dice over the cases; labels without a score do not count."""
         return mean_known(self.dice.values())
 
     def calibration(self) -> Calibration | None:

@@ -125,7 +125,7 @@ def pretrain(plan: PretrainingPlan, on_step: Callable[[int, float], None] | None
 
 
 def write_encoder(path: Path, plan: PretrainingPlan, result: Pretrained) -> None:
-    """Write an encoder that trainings can start from; it is sure to fit.
+    """Write an encoder that trainings can start from, after a check that it fits the preset's UNETR.
 
     Raises:
         CheckpointError: when it does not fit the preset's UNETR.

@@ -63,7 +63,7 @@ class Clicks(BaseModel):
 
 @router.post("/{image}/clicks")
 async def click(pictures: PicturesDep, user: PageUser, image: str, asked: Clicks) -> dict[str, str]:
-    """Correct the mask, and tell the name of the layer that shows it."""
+    """Correct the mask by clicks; the answer's ``layer`` names the pictures that show the result."""
     name = f"edit:{hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:24]}"
     file, _ = await corrected(pictures, image, asked)
     mask = await anyio.to_thread.run_sync(take_turned, file)

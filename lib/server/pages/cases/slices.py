@@ -55,7 +55,7 @@ class Stack:
 
     @classmethod
     def of(cls, voxels: npt.NDArray[np.float32], affine_ras: npt.NDArray[np.float64]) -> Stack:
-        """Place a volume of shape (X, Y, Z) with its 4x4 affine."""
+        """Make one of a volume of shape (X, Y, Z) with its 4x4 affine."""
         turned = reorient(voxels, affine_ras)
         axes = nib.io_orientation(affine_ras)[:, 0].astype(int)
         sizes = np.linalg.norm(affine_ras[:3, :3], axis=0)
