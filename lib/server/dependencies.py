@@ -30,6 +30,7 @@ from lib.server.images import Images
 from lib.server.inference.answers import Answers
 from lib.server.labels.segmentations import Segmentations
 from lib.server.labels.submissions import Submissions
+from lib.server.loading import WeightsLoading
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
@@ -74,6 +75,10 @@ LeasesDep = Annotated[Leases, Depends(get_leases)]
 get_segmentation_tasks = _reading(lambda services: services.segmentation_tasks)
 """The models that segment by themselves."""
 SegmentationTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_segmentation_tasks)]
+
+get_weights_loading = _reading(lambda services: services.loading)
+"""Loads the weights of those models, and says which of them are there."""
+WeightsLoadingDep = Annotated[WeightsLoading, Depends(get_weights_loading)]
 
 get_train_tasks = _reading(lambda services: services.train_tasks)
 """The training task of each model, with its runs and versions."""

@@ -34,6 +34,7 @@ from lib.server.images import Images
 from lib.server.inference.answers import Answers
 from lib.server.labels.segmentations import Segmentations
 from lib.server.labels.submissions import Submissions
+from lib.server.loading import WeightsLoading
 from lib.server.pages.cases.models import CaseModels
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
@@ -73,6 +74,7 @@ class Services:
     settings: Settings
     infer_tasks: TasksByName[InferenceTask]
     segmentation_tasks: TasksByName[UnetrInferTask]
+    loading: WeightsLoading
     train_tasks: TasksByName[UnetrTrainTask]
     versioned_models: TasksByName[Versioned]
     inferences: InferenceQueue
@@ -125,6 +127,7 @@ class Services:
             settings=settings,
             infer_tasks=models.tasks,
             segmentation_tasks=automatic,
+            loading=WeightsLoading(automatic),
             train_tasks=trainers,
             versioned_models=versioned_models(instance.trainers, instance.models),
             inferences=inferences,

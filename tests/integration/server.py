@@ -163,6 +163,15 @@ class Server:
         files = {"params": (None, json.dumps(params)), "label": ("/home/anna/label.nii.gz", label, "application/gzip")}
         return self.put("/datastore/label", params={"image": image, "tag": tag}, files=files)
 
+    def ready(self, seconds: float = 60) -> requests.Response:
+        """The answer of ``/readyz`` once no weights are being loaded any more."""
+        deadline = time.monotonic() + seconds
+        while "loading" in (answer := self.get("/readyz")).json()["models"].values():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not loaded after {seconds} s: {answer.text}")
+            time.sleep(0.1)
+        return answer
+
     def wait_for(self, path: str, seconds: float = 120) -> dict[str, Any]:
         """Poll a status until the task has ended."""
         deadline = time.monotonic() + seconds

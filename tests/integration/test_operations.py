@@ -28,7 +28,7 @@ def figures(server: Server) -> dict[str, float]:
 
 def test_health_and_readiness(server: Server) -> None:
     assert server.get("/healthz").json() == {"status": "ok"}
-    ready = server.get("/readyz")
+    ready = server.ready()
     assert ready.status_code == 200
     assert ready.json() == {
         "status": "ready", "problems": [], "warnings": [],
@@ -41,14 +41,14 @@ def test_damaged_weights_make_the_server_not_ready(server: Server) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"half a file")
     try:
-        answer = server.get("/readyz")
+        answer = server.ready()
         assert answer.status_code == 503
         assert answer.json()["problems"][0].startswith("model 'tiny': checkpoint 'shipped.pt'")
         refused = server.infer("tiny", "case_0")
         assert (refused.status_code, refused.json()["error"]) == (409, "ModelNotReadyError")
     finally:
         file.unlink()
-    assert server.get("/readyz").status_code == 200
+    assert server.ready().status_code == 200
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_full_disk_refuses_in_words_and_loses_nothing(
             "next sample": server.post("/activelearning/random", json={"client_id": "anna"}),
         }
         served = {path: server.get(path).status_code for path in ("/", "/info/", "/case/case_2", "/datastore/")}
-        ready = server.get("/readyz")
+        ready = server.ready()
         assert {what: refused(answer) for what, answer in answers.items()} == dict.fromkeys(answers, True)
         assert served == dict.fromkeys(served, 200)
         assert ready.status_code == 503 and "the disk is full" in ready.text
@@ -81,7 +81,7 @@ def test_full_disk_refuses_in_words_and_loses_nothing(
         assert skip(server, "case_2").status_code == 200
         assert server.save_label("case_1", labels[1], NAMES).status_code == 200
         assert server.infer(MODEL, "case_2").status_code == 200
-        assert server.get("/readyz").status_code == 200
+        assert server.ready().status_code == 200
         assert len(server.get("/datastore/?output=train").json()) == 2
     finally:
         server.stop()
@@ -138,7 +138,7 @@ def test_studies_that_take_nothing_are_served_as_far_as_they_can_be(
             "removal": server.delete("/datastore/?id=case_0"),
         }
         assert {what: refused(answer) for what, answer in answers.items()} == dict.fromkeys(answers, True)
-        ready = server.get("/readyz")
+        ready = server.ready()
         assert ready.status_code == 503 and "labels and images that are sent are refused" in ready.text
         assert "labels and images that are sent are refused" in server.get("/").text
     finally:

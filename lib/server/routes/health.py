@@ -10,11 +10,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from lib.server.dependencies import (
     LanesDep,
     MetricsDep,
-    SegmentationTasksDep,
     SettingsDep,
     StoreDep,
     StudiesDep,
     TrainTasksDep,
+    WeightsLoadingDep,
 )
 from lib.server.http.auth import AsUser
 from lib.server.work.problems import (
@@ -22,7 +22,6 @@ from lib.server.work.problems import (
     device_warnings,
     disk_problems,
     left_out_warnings,
-    load_models,
     source_problems,
     store_problems,
     studies_folder,
@@ -40,7 +39,7 @@ def healthz() -> dict[str, str]:
 
 @router.get("/readyz", summary="Whether the server can work", responses={503: {"description": "it cannot"}})
 def readyz(
-    models: SegmentationTasksDep,
+    loading: WeightsLoadingDep,
     trainers: TrainTasksDep,
     store: StoreDep,
     studies: StudiesDep,
@@ -50,10 +49,12 @@ def readyz(
 ) -> dict[str, Any]:
     """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
 
-    A model that nobody has trained yet is no failure: labelling for it is how it gets trained. Nor is a damaged live
-    version, as long as the one before it is served, or a device that fell out beside others; ``warnings`` says so.
+    Weights that are not there yet are loaded in the background, by this request where by none before, and the server
+    is not ready until they are. A model that nobody has trained yet is no failure: labelling for it is how it gets
+    trained. Nor is a damaged live version, as long as the one before it is served, or a device that fell out beside
+    others; ``warnings`` says so.
     """
-    loaded, problems = load_models(models)
+    loaded, problems = loading.states()
     problems += device_problems(lanes)
     problems += disk_problems(studies_folder(studies), settings.free_disk_mib)
     problems += [*store_problems(store), *source_problems(store)]

@@ -11,27 +11,11 @@ from monailabel.interfaces.datastore import Datastore
 from lib.datastore.repair import shorten
 from lib.datastore.series import SeriesDatastore
 from lib.datastore.store import VersionedDatastore
-from lib.errors import CheckpointError, ModelNotReadyError
 from lib.infers.devices.lanes import Lanes
-from lib.infers.task import UnetrInferTask
 from lib.server.tasks import TasksByName
 from lib.storage.disk import MIB
 from lib.storage.full_disk import storage_problem
 from lib.trainers.task import UnetrTrainTask
-
-
-def load_models(models: TasksByName[UnetrInferTask]) -> tuple[dict[str, str], list[str]]:
-    """The version of each model's weights, and a sentence for those that cannot be used. They stay loaded."""
-    versions, problems = {}, []
-    for name, task in models.items():
-        try:
-            versions[name] = task.load()["version"]
-        except ModelNotReadyError:
-            versions[name] = "untrained"
-        except CheckpointError as error:
-            versions[name] = "unusable"
-            problems.append(f"model {name!r}: {error}")
-    return versions, problems
 
 
 def device_problems(lanes: Lanes) -> list[str]:

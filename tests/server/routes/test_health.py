@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from lib.infers.devices.lane import Lane
 from lib.infers.devices.lanes import Lanes
 from lib.server.dependencies import (
     get_lanes,
-    get_segmentation_tasks,
     get_settings,
     get_store,
     get_studies,
     get_train_tasks,
+    get_weights_loading,
 )
+from lib.server.loading import WeightsLoading
 from lib.server.routes.health import router
-from lib.server.tasks import segmentation_tasks, train_tasks
+from lib.server.tasks import train_tasks
 from tests.server.in_process import InProcess
 
 
@@ -39,6 +41,20 @@ class Model:
         return {"version": self._outcome}
 
 
+class Slow(Model):
+    """A model whose weights are being loaded until they are let go."""
+
+    def __init__(self, outcome: str | Exception) -> None:
+        super().__init__(outcome)
+        self.let_go, self.loads = threading.Event(), 0
+
+    def load(self) -> dict[str, Any]:
+        self.loads += 1
+        if not self.let_go.wait(30):
+            raise TimeoutError("whoever asks waits for the weights")
+        return super().load()
+
+
 class Trainer:
     """A trainer whose live version is damaged, so that the one before it is served."""
 
@@ -46,9 +62,11 @@ class Trainer:
         return "v0001", "v0002 is damaged"
 
 
-def api(studies: Path, models: dict[str, Model], lanes: Lanes | None = None, **settings: Any) -> InProcess:
+def api(
+    studies: Path, models: dict[str, Model], lanes: Lanes | None = None, patience: float = 30, **settings: Any
+) -> InProcess:
     services = {
-        get_segmentation_tasks: segmentation_tasks(models),
+        get_weights_loading: WeightsLoading(models, patience),
         get_train_tasks: train_tasks({"tiny": Trainer()}),
         get_store: VersionedDatastore(str(studies)),
         get_studies: str(studies),
@@ -65,6 +83,24 @@ def test_model_without_weights_is_ready_and_a_damaged_live_version_a_warning(tmp
     assert answer.status_code == 200
     assert answer.json()["models"] == {"a": "v0001", "b": "untrained"}
     assert answer.json()["warnings"] == ["model 'tiny': v0002 is damaged"]
+
+
+@pytest.mark.parametrize("outcome", ["v0002", CheckpointError("no network of this preset")])
+def test_weights_that_are_being_loaded_are_told_and_not_waited_for(tmp_path: Path, outcome: str | Exception) -> None:
+    slow = Slow(outcome)
+    asking = api(tmp_path, {"a": slow, "b": Model(ModelNotReadyError("no weights"))}, patience=0.05)
+    for _ in range(3):
+        answer = asking.request("GET", "/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["models"]["a"] == "loading"
+        assert "model 'a': its weights are being loaded" in answer.json()["problems"]
+    assert slow.loads == 1, "they are loaded once, however many ask"
+    slow.let_go.set()
+    later = asking.request("GET", "/readyz")
+    while "loading" in later.json()["models"].values():
+        later = asking.request("GET", "/readyz")
+    assert later.json()["models"] == {"a": outcome if isinstance(outcome, str) else "unusable", "b": "untrained"}
+    assert later.status_code == (200 if isinstance(outcome, str) else 503)
 
 
 @pytest.mark.parametrize(
