@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any, NoReturn
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from lib.configs.catalogue import load_preset
@@ -12,6 +15,7 @@ from lib.dicom.query import search
 from lib.dicom.resources import parse_path
 from lib.server.presented.cases import PresentedCases, Searched
 from lib.server.presented.labels import PresentedLabels
+from lib.storage.disk import MIB
 
 CASES = 2_000
 ROOT = "http://server/dicom-web"
@@ -106,3 +110,27 @@ def test_series_of_a_file_is_no_label_without_a_look_at_all_labels() -> None:
     store: Any = _Store()
     labels = PresentedLabels(presented, store, {})
     assert labels.find(series) is None
+
+
+class FolderOfFiles(ManyFiles):
+    """Studies whose files are all alike, and do not change."""
+
+    def stamp(self, image_id: str) -> str:
+        return "1"
+
+
+def test_headers_of_opened_cases_count_as_memory(tmp_path: Path) -> None:
+    """A header takes ten times as much as the slice of a small image."""
+    file = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.arange(8 * 8 * 60, dtype=np.int16).reshape(8, 8, 60), np.eye(4)), file)
+    many: Any = FolderOfFiles()
+    presented = PresentedCases(many, lambda image_id: file, {"hippocampus_mr": load_preset("hippocampus_mr")}, 4 * MIB)
+    uids = [presented.attributes(image_id)["SeriesInstanceUID"] for image_id in many.list_images()[:21]]
+    presented.metadata(series=uids[0])
+    tracemalloc.start()
+    try:
+        for uid in uids[1:]:
+            presented.metadata(series=uid)
+        assert tracemalloc.get_traced_memory()[0] < 8 * MIB
+    finally:
+        tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 from lib.server.app import spare_what_stays
 
@@ -12,3 +13,24 @@ def test_what_is_there_after_the_start_is_not_walked_over_again() -> None:
     spare_what_stays()
     assert gc.get_freeze_count() - before > 2 * len(cases)
     assert len(gc.get_objects()) < len(cases)
+
+
+class Kept:
+    """What garbage holds on to, such as the mask in a stack trace."""
+
+
+def test_garbage_that_has_grown_old_is_still_collected() -> None:
+    """Python looks for old garbage once a quarter as much has grown old as there was when it last did."""
+    started_with = [{"case": [number]} for number in range(100_000)]
+    spare_what_stays()
+    kept = Kept()
+    garbage: list[object] = [kept]
+    garbage.append(garbage)
+    gc.collect(1)  # what is left after that is old
+    is_there = weakref.ref(kept)
+    del kept, garbage
+    for _ in range(200_000):  # requests: of what each makes, nothing is left
+        request: list[object] = []
+        request.append(request)
+    assert is_there() is None
+    assert len(started_with) == 100_000
