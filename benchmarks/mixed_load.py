@@ -2,28 +2,32 @@
 
     python benchmarks/mixed_load.py [--clients 20] [--minutes 1] [--pause 0] [--only KIND ...] [--out FILE]
     python benchmarks/mixed_load.py --each 20     # each kind alone, 20 times, by one client: CPU time of a request
+    python benchmarks/mixed_load.py --grow 300    # each kind alone, 300 times, by four clients: what stays in memory
     python benchmarks/mixed_load.py --soak        # an hour of 6 clients that pause; exit status 1 where memory grows
 
 A server with shipped weights, files and DICOM series gets what annotators, viewers and monitors send, in random order:
 pages, pictures, listings, Next Sample, labels, sessions, uploads, DICOMweb, wrong requests, and inferences. Prints a
 table by kind of request and for everything but inferences, the CPU time of the server's process a request, the growth
 of its memory (a line through what follows the first quarter, so that caches have filled), and the files that it has
-left in its temporary folder. Writes JSON.
+left in its temporary folder. Writes JSON. What one kind leaves in memory is measured inside of the server's process
+(``benchmarks/probe``), after a warm-up of all kinds and once garbage is collected and freed memory given back.
 
 A soak sends garbage, damaged labels and downloads that are broken off besides, and gives the caches of pictures and
-masks little room, so that they are full after minutes. It fails where the memory grows by more than 30 MiB after the
+masks little room, which is filled before the time begins. It fails where the memory grows by more than 30 MiB after the
 first quarter, a temporary file stays, or a request fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +50,16 @@ SERIES = 3
 SECONDS_BETWEEN_LOOKS = 2.0
 MOST_GROWTH_MIB = 30.0
 SHARE_TO_WARM_UP = 0.25
-SOAK_CACHES = {"picture_cache_mib": "8", "result_cache_mib": "8"}
+SOAK_CACHES = {"picture_cache_mib": "8", "result_cache_mib": "2"}
+KEPT = {"infer": 100, "click": 150, "dicom": 100, "case": 50, "slice": 200, "thumbnail": 100}
+"""Kinds of which something is kept, and how many it takes until nothing more is: rare ones would fill their caches for
+an hour."""
 SECONDS_TO_CLEAN_UP = 20
+PROBE = REPOSITORY / "benchmarks" / "probe"
+CLIENTS_THAT_GROW = 4
+REQUESTS_TO_WARM_UP = 1500
+SECONDS_TO_SETTLE = 3.0
+KIB = 2**10
 COLUMNS = ("request", "count", "busy", "failed", "p50 ms", "p95 ms", "p99 ms", "max ms")
 
 
@@ -97,7 +109,16 @@ def main() -> int:
         with loaded_server(conf, left) as (server, cases):
             show(("request", "count", "CPU ms", "p50 ms"), each_alone(server, cases, mix, options.each))
         return 0
+    if options.grow:
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / "probe"
+            with loaded_server(SOAK_CACHES | conf, left, probe) as (server, cases):
+                columns = ("request", "count", "malloc KiB", "anonymous KiB", "Python objects", "objects a request")
+                show(columns, growth_of_each(server, cases, mix, options.grow, probe))
+        return 0
     with loaded_server(conf, left) as (server, cases):
+        if options.soak:
+            fill_caches(server, cases)
         kinds, watched = load(server, cases, mix, options.clients, options.minutes * 60, options.pause)
     rows = [row(name, kinds[name]) for name in mix]
     others = row("all but inference", joined(kinds[name] for name in mix if name not in INFERENCES))
@@ -122,6 +143,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--soak", action="store_true", help="an hour of few clients, to see whether memory grows")
     parser.add_argument("--each", type=int, default=0, metavar="N", help="each kind of request alone, N times")
+    parser.add_argument("--grow", type=int, default=0, metavar="N", help="what each kind alone, N times, leaves")
     parser.add_argument("--clients", type=int, help="20, or 6 in a soak")
     parser.add_argument("--minutes", type=float, help="1, or 60 in a soak")
     parser.add_argument("--pause", type=float, help="mean seconds that a client thinks between requests (0, or 0.5)")
@@ -137,11 +159,21 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def loaded_server(conf: Mapping[str, str], left: list[str]) -> Iterator[tuple[Server, list[SyntheticCase]]]:
-    """A server with files and DICOM series, which ends afterwards; what it then leaves is added to ``left``."""
+def loaded_server(
+    conf: Mapping[str, str], left: list[str], probe: Path | None = None
+) -> Iterator[tuple[Server, list[SyntheticCase]]]:
+    """A server with files and DICOM series, which ends afterwards; what it then leaves is added to ``left``.
+
+    Args:
+        conf: its settings.
+        left: names of temporary files.
+        probe: a socket on which it is to say what it holds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cases = list(draw_cases(CASES, seed=3))
-        server = prepare(Server(Path(folder), {"models": MODEL, **conf}), cases)
+        probing = {"MEMORY_PROBE": str(probe), "PYTHONPATH": f"{PROBE}:{REPOSITORY}"} if probe else {}
+        server = Server(Path(folder), {"models": MODEL, **conf}, environment=probing, forked=probe is None)
+        prepare(server, cases)
         for number, case in enumerate(cases[:SERIES]):
             identity = SeriesIdentity(f"SYNTH-{number}", "MR", "T1")
             write_series(server.studies / f"series_{number}", case.image, case.affine_ras, identity)
@@ -178,6 +210,14 @@ def load(
     return kinds, watched
 
 
+def fill_caches(server: Server, cases: list[SyntheticCase]) -> None:
+    """Ask for what is kept until there is no room for more."""
+    client = Client(server, cases, 0, defaultdict(Kind))
+    for name, times in KEPT.items():
+        for _ in range(times):
+            client.send(name)
+
+
 def each_alone(
     server: Server, cases: list[SyntheticCase], mix: Mapping[str, float], times: int
 ) -> Iterator[tuple[str, int, float, float]]:
@@ -195,6 +235,51 @@ def each_alone(
         count = len(kinds[name].milliseconds)
         spent = (cpu_seconds(process) - before) / count * 1000
         yield name, count, round(spent, 1), round(float(np.median(kinds[name].milliseconds)), 1)
+
+
+def growth_of_each(
+    server: Server, cases: list[SyntheticCase], mix: Mapping[str, float], times: int, probe: Path
+) -> Iterator[tuple[str, int, int, int, int, float]]:
+    """What the requests of each kind leave in the memory of the server's process."""
+    kinds: dict[str, Kind] = defaultdict(Kind)
+    clients = [Client(server, cases, number, kinds) for number in range(CLIENTS_THAT_GROW)]
+    everything = MIX | HOSTILE
+
+    def each(send: Callable[[Client], None], requests: int) -> None:
+        def work(client: Client) -> None:
+            for _ in range(requests // len(clients)):
+                send(client)
+
+        threads = [threading.Thread(target=work, args=(client,)) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        time.sleep(SECONDS_TO_SETTLE)
+
+    fill_caches(server, cases)
+    each(lambda client: client.send_any(everything), REQUESTS_TO_WARM_UP)
+    for name in mix:
+        # so that every thread has answered this kind
+        each(lambda client, name=name: client.send(name), times // 4)  # type: ignore[misc]
+        before = held_by(probe)
+        each(lambda client, name=name: client.send(name), times)  # type: ignore[misc]
+        after = held_by(probe)
+        grown = {what: after[what] - before[what] for what in after}
+        malloc, anonymous = (round(grown[what] / KIB) for what in ("malloc", "anonymous"))
+        yield name, times, malloc, anonymous, grown["objects"], round(grown["objects"] / times, 1)
+    for name, kind in kinds.items():
+        for failure, count in kind.failures.most_common(5):
+            print(f"{name}: {count} times {failure}")
+
+
+def held_by(probe: Path) -> dict[str, int]:
+    """What the server's process holds: bytes, and Python objects."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(probe))
+        with connection.makefile() as answer:
+            held: dict[str, int] = json.load(answer)
+    return held
 
 
 def cpu_seconds(process: psutil.Process) -> float:

@@ -54,10 +54,13 @@ class Client:
 
     def work(self, mix: Mapping[str, float], until: float, pause: float) -> None:
         """Send requests until the time is up."""
-        names, weights = list(mix), list(mix.values())
         while time.monotonic() < until:
-            self.send(self._random.choices(names, weights)[0])
+            self.send_any(mix)
             time.sleep(self._random.uniform(0, 2 * pause))
+
+    def send_any(self, mix: Mapping[str, float]) -> None:
+        """Send the requests of a kind that is drawn."""
+        self.send(self._random.choices(list(mix), list(mix.values()))[0])
 
     def send(self, name: str) -> None:
         """Send the requests of one kind once."""
