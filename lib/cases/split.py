@@ -8,6 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import TrainingError
 from lib.storage.json_files import read_json, write_json
@@ -41,6 +44,17 @@ class Split:
         for (name, one), (other_name, other) in itertools.combinations(sides.items(), 2):
             if one & other:
                 raise TrainingError(f"cases {sorted(one & other)[:5]} are in both {name} and {other_name}")
+
+
+class _SplitFile(BaseModel):
+    """A split as it is in a file; a subject is a digest, as of :func:`_digest`."""
+
+    model_config = ConfigDict(strict=True)
+
+    train: list[str]
+    validation: list[str]
+    test: list[str] = []
+    subjects: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]] = {}
 
 
 def subject_from_stem(case_id: str) -> str:
@@ -165,10 +179,13 @@ def read_split(path: Path) -> Split:
         TrainingError: when the file is not one.
     """
     try:
-        data = read_json(path)
-        test, subjects = tuple(data.get("test", ())), dict(data.get("subjects", {}))
-        return Split(tuple(data["train"]), tuple(data["validation"]), test, subjects)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        data = _SplitFile.model_validate(read_json(path))
+        return Split(tuple(data.train), tuple(data.validation), tuple(data.test), data.subjects)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "it"
+        raise TrainingError(f"split file {str(path)!r} cannot be used: {where}: {problem['msg']}") from error
+    except (OSError, ValueError) as error:
         raise TrainingError(f"split file {str(path)!r} cannot be used: {error}") from error
 
 

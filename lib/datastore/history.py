@@ -46,13 +46,13 @@ from lib.storage.admission import is_what_was_kept
 from lib.storage.files import (
     PARTIAL,
     Staged,
-    as_json,
     read_blocks,
     sha256_of,
     stage,
     sync_everything,
     sync_folder,
 )
+from lib.storage.json_files import as_json
 from lib.storage.sqlite import IN_MEMORY
 
 logger = logging.getLogger("unetr.datastore")
@@ -318,6 +318,7 @@ class LabelHistory:
             sync_folder(stem.parent)
             with self.index.transaction():
                 self.index.insert(to_record(version))
+                self.index.forget_info(version.image_id, version.tag)  # it was about the version before
                 self.published.note(version, copy)
         except BaseException:
             for path in (file, side_car, copy, came):

@@ -17,8 +17,8 @@ from lib.datastore.records import suffix_of
 from lib.errors import NotFoundError
 from lib.storage.admission import is_what_was_kept
 from lib.storage.disk import MIB, make_room
-from lib.storage.files import as_json, read_blocks, stage, sync_folder, write_durably
-from lib.storage.json_files import read_json
+from lib.storage.files import read_blocks, stage, sync_folder, write_durably
+from lib.storage.json_files import as_json, read_json
 
 logger = logging.getLogger("unetr.datastore")
 

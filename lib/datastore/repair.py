@@ -23,8 +23,8 @@ from lib.datastore.records import (
     suffix_of,
     to_record,
 )
-from lib.storage.files import as_json, remove_left_over, sha256_of, write_durably
-from lib.storage.json_files import read_json
+from lib.storage.files import remove_left_over, sha256_of, write_durably
+from lib.storage.json_files import as_json, read_json
 
 MOST_SENTENCES_OF_A_KIND = 10
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, NotFoundError, TrainingError
-from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_details, read_live
+from lib.models.weights import LIVE_FILE, SHIPPED, VERSION_FILE, VERSION_NAME, WEIGHTS_FILE, read_live
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.layouts import StateDict
 from lib.storage.files import sha256_of
@@ -64,7 +64,8 @@ class _Details(BaseModel):
     held_out: _Scores | None = None
     held_out_before: _Scores | None = None
     label_digests: dict[str, str] | None = None
-    split: dict[str, Any] | None = None
+    split: dict[str, list[str]] | None = None
+    never_learnt: list[str] | None = None
 
     @field_validator("created")
     @classmethod
@@ -72,6 +73,15 @@ class _Details(BaseModel):
         if not FIRST_YEAR <= datetime.datetime.fromisoformat(value).year <= LAST_YEAR:
             raise ValueError("a time that no server can have had")
         return value
+
+
+class _ShippedDetails(BaseModel):
+    """What others rely on in ``shipped.json``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    held_out: _Scores | None = None
+    cross_validated: _Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -287,13 +297,13 @@ class VersionStore:
     def _read(self, name: str) -> Version:
         folder = self.folder if name == SHIPPED else self.folder / name
         side_car, weights = (SHIPPED + ".json", "shipped.pt") if name == SHIPPED else (VERSION_FILE, WEIGHTS_FILE)
-        if name == SHIPPED:
-            details = read_details(folder / side_car) or {"sha256": sha256_of(folder / weights)}
-            return Version(name, folder, folder / weights, details)
+        check = check_shipped_details if name == SHIPPED else check_details
         try:
             details = read_json(folder / side_car)
-            return Version(name, folder, folder / weights, check_details(details))
+            return Version(name, folder, folder / weights, check(details))
         except (OSError, ValueError) as error:
+            if name == SHIPPED and isinstance(error, FileNotFoundError):  # weights that somebody put there
+                return Version(name, folder, folder / weights, {"sha256": sha256_of(folder / weights)})
             return Version(name, folder, folder / weights, {}, f"{side_car} cannot be read: {error}")
 
     def _add(self, write: WriteWeights, details: dict[str, Any], files: Files) -> Version:
@@ -332,8 +342,17 @@ def check_details(details: Any) -> dict[str, Any]:
     Raises:
         ValueError: naming what is not as it was written.
     """
+    return _checked(_Details, details)
+
+
+def check_shipped_details(details: Any) -> dict[str, Any]:
+    """As :func:`check_details`, of ``shipped.json``, which says less."""
+    return _checked(_ShippedDetails, details)
+
+
+def _checked(model: type[BaseModel], details: Any) -> dict[str, Any]:
     try:
-        _Details.model_validate(details)
+        model.model_validate(details)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"]) or "it"

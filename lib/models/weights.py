@@ -14,7 +14,8 @@ import torch
 
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.networks.checkpoint import Checkpoint, read_checkpoint
+from lib.networks.checkpoint import Checkpoint, fitting, read_checkpoint
+from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
 from lib.storage.json_files import read_json, read_object
 
@@ -99,12 +100,24 @@ def _damage_of(weights: Path, mtime_ns: int, size: int) -> str:
     name, kept = weights.parent.name, read_details(weights.with_name(VERSION_FILE)).get("sha256")
     try:
         if kept is None:
-            read_checkpoint(weights)
+            _check_network(read_checkpoint(weights))
         elif sha256_of(weights) != kept:
             return f"the weights of version {name!r} are damaged: their SHA-256 is another one"
     except (CheckpointError, OSError) as error:
         return f"the weights of version {name!r} cannot be used: {error}"
     return ""
+
+
+def _check_network(checkpoint: Checkpoint) -> None:
+    """Refuse weights that do not fit the network that they say they are of.
+
+    Raises:
+        CheckpointError: naming what does not fit.
+    """
+    if checkpoint.preset is not None:
+        with torch.device("meta"):  # takes no memory
+            network = build_unetr(checkpoint.preset)
+        fitting(checkpoint.model, network)
 
 
 def _number(name: object) -> int:

@@ -6,16 +6,15 @@ https://man7.org/linux/man-pages/man2/fsync.2.html: a new name is only durable o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import psutil
 
@@ -115,11 +114,6 @@ def write_durably(path: Path, content: bytes) -> None:
         staged.path.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def as_json(data: Mapping[str, Any]) -> bytes:
-    """Plain data as JSON for people to read."""
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def sync_folder(folder: Path) -> None:

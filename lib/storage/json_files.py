@@ -14,6 +14,9 @@ from typing import Any
 from lib.storage.files import replacing
 
 MOST_BYTES = 64 * 2**20
+DEEPEST = 40
+"""Levels of a file; more than clients may send, whose objects stand in files beside other things."""
+LARGEST_NUMBER = 2**63
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -22,7 +25,8 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: when there is no such file, or what lies there is none: to open a FIFO may never end.
-        ValueError: when it is no JSON in UTF-8, is larger than ``MOST_BYTES``, or is nested too deeply.
+        ValueError: when it is no JSON in UTF-8, is larger than ``MOST_BYTES``, is nested too deeply, or holds what
+            cannot be sent or computed with: see :func:`find_odd`.
     """
     with os.fdopen(os.open(path, _FLAGS), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -31,9 +35,54 @@ def read_json(path: Path) -> Any:
     if len(content) > MOST_BYTES:
         raise ValueError(f"it is larger than {MOST_BYTES // 2**20} MiB")
     try:
-        return json.loads(content.decode("utf-8"))
+        data = json.loads(content.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if (odd := find_odd(data, DEEPEST)) is not None:
+        where, value, valid = odd
+        raise ValueError(f"{where or 'it'} is {value!r:.80}; valid: {valid}")
+    return data
+
+
+def find_odd(value: object, deepest: int, name: str = "") -> tuple[str, object, str] | None:
+    """What in parsed JSON cannot be sent on, or ends in an exception wherever it is computed with.
+
+    That is NaN, infinities (``1e999``), whole numbers of more than 64 bits, and text that UTF-8 cannot hold.
+
+    Args:
+        value: plain data.
+        deepest: how many levels it may have.
+        name: of the value.
+
+    Returns:
+        The name of the first such value, the value, and what would be valid; None where there is none.
+    """
+    return _find_odd(value, name, deepest, f"at most {deepest} levels")
+
+
+def _find_odd(value: object, name: str, left: int, too_deep: str) -> tuple[str, object, str] | None:
+    if left == 0:
+        return name, "...", too_deep
+    if isinstance(value, dict | list):
+        parts = [(key, name) for key in value]
+        if isinstance(value, dict):
+            parts += [(item, f"{name}.{key:.40}".strip(".")) for key, item in value.items()]
+        return next((odd for part, at in parts if (odd := _find_odd(part, at, left - 1, too_deep)) is not None), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return name, value, "finite numbers"
+    if isinstance(value, int) and not -LARGEST_NUMBER <= value < LARGEST_NUMBER:
+        return name, str(value), "whole numbers of at most 64 bits"
+    if isinstance(value, str) and not _is_unicode(value):
+        return name, value, "Unicode text"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -49,6 +98,11 @@ def write_json(path: Path, data: object) -> None:
     """Write plain data so that no reader sees half of it; numbers that are not finite become null."""
     with replacing(path) as file:
         file.write((json.dumps(without_nan(data), indent=1) + "\n").encode())
+
+
+def as_json(data: Mapping[str, Any]) -> bytes:
+    """Plain data as JSON for people to read; numbers that are not finite become null."""
+    return (json.dumps(without_nan(data), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def without_nan(data: object) -> object:

@@ -28,11 +28,11 @@ from lib.networks.checkpoint import read_checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
-from lib.storage.json_files import read_object, write_json
+from lib.storage.json_files import write_json
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.gathering import CaseGatherer
 from lib.trainers.judging.champion import read_served
-from lib.trainers.judging.publishing import STATS_FILE, Publisher
+from lib.trainers.judging.publishing import STATS_FILE, Publisher, read_stats
 from lib.trainers.launch import launch
 from lib.trainers.material import EndedRun, FollowUp, divide
 from lib.trainers.pretraining.loop import ENCODER_FILE
@@ -117,8 +117,7 @@ class UnetrTrainTask(TrainTask):
 
     def stats(self) -> dict[str, Any]:
         """Figures of the last run that ended, in the form that MONAI Label's clients read."""
-        path = self.runs / STATS_FILE
-        stats = read_object(path)
+        stats = read_stats(self.runs)
         # 3D Slicer computes with it, and knows that it may be absent
         return {name: value for name, value in stats.items() if name != "best_metric" or value is not None}
 

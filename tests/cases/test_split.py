@@ -192,7 +192,24 @@ def test_split_file_round_trip_says_how_it_was_made(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["split.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"train": ["a"]}', '{"train": 1, "validation": []}', "{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        "null",
+        '{"train": ["a"]}',
+        '{"train": 1, "validation": []}',
+        '{"train": "abc", "validation": []}',
+        '{"train": [["a"]], "validation": []}',
+        '{"train": [1], "validation": ["a"]}',
+        '{"train": ["a"], "validation": [], "test": {"b": 1}}',
+        '{"train": ["a"], "validation": [], "subjects": {"a": "nobody"}}',
+        '{"train": ["a"], "validation": [], "subjects": {"a": 5}}',
+        '{"train": ["a"], "validation": [], "subjects": ["a"]}',
+    ],
+)
 def test_split_file_that_is_none_is_refused_in_words(tmp_path: Path, content: str) -> None:
     path = tmp_path / "split.json"
     path.write_text(content, encoding="utf-8")

@@ -21,6 +21,7 @@ from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
+from lib.trainers.judging.champion import read_served
 from tests.tiny import tiny_preset
 
 PRESET = tiny_preset()
@@ -129,6 +130,10 @@ def test_record_with_what_others_rely_on_is_taken_as_it_is() -> None:
         json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "dice": [1]}}),
         json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "dice": {"a": "x"}}}),
         json.dumps(RECORD | {"held_out": {"mean_dice": 0.9, "per_case": 7}}),
+        json.dumps(RECORD)[:-1] + ', "held_out": {"mean_dice": 1e999}}',
+        json.dumps(RECORD)[:-1] + ', "reason": "\\ud800"}',
+        json.dumps(RECORD | {"split": {"train": 5}}),
+        json.dumps(RECORD | {"never_learnt": 5}),
     ],
 )
 def test_version_whose_record_is_damaged_is_listed_as_damaged_beside_the_others(
@@ -147,6 +152,22 @@ def test_version_whose_record_is_damaged_is_listed_as_damaged_beside_the_others(
     assert store.prune(1) == ()
     assert _publish(store, 3) == "v0003"
     assert store.rollback("v0001").name == "v0001"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"held_out": 5}', '{"held_out": {"dice": []}}', '{"cross_validated": {"mean_dice": "x"}}']
+)
+def test_shipped_weights_whose_record_is_damaged_are_listed_as_damaged_and_served(
+    store: VersionStore, content: str
+) -> None:
+    (store.folder / "shipped.json").write_text(content)
+    _publish(store, parent="shipped")
+    assert [(v.name, v.status) for v in store.list()] == [("shipped", "damaged"), ("v0001", "published")]
+    assert "shipped.json cannot be read" in store.get("shipped").damage
+    assert store.withdraw() == ""
+    served = WeightsLocator(store.folder).find()
+    assert served is not None and served.version == "shipped"
+    assert read_served(WeightsLocator(store.folder), PRESET)[0] is not None
 
 
 def test_withdrawing_serves_the_parent_and_ends_at_what_the_preset_starts_with(store: VersionStore) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.server.http.parameters import parse_object
 from lib.storage.json_files import MOST_BYTES, read_json, read_object, write_json
 
 
@@ -25,14 +26,42 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": [NaN]}',
+        b'{"a": {"b": 1e999}}',
+        b'{"a": -Infinity}',
+        b'{"a": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"a": 9223372036854775808}',
+        b"[" * 41 + b"]" * 41,
     ],
-    ids=["empty", "half", "binary", "all bytes", "deep", "deep object", "long number"],
+    ids=[
+        "empty",
+        "half",
+        "binary",
+        "all bytes",
+        "deep",
+        "deep object",
+        "long number",
+        "NaN",
+        "overflow",
+        "infinity",
+        "surrogate",
+        "surrogate as key",
+        "beyond 64 bits",
+        "41 levels",
+    ],
 )
 def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError):
         read_json(tmp_path / "a.json")
     assert read_object(tmp_path / "a.json") == {}
+
+
+def test_what_others_keep_beside_their_own_is_read_however_deep_a_client_may_send_it(tmp_path: Path) -> None:
+    sent = parse_object('{"a": ' * 19 + "9223372036854775807" + "}" * 19)
+    write_json(tmp_path / "a.json", {"info": {"sent": sent}})
+    assert read_json(tmp_path / "a.json") == {"info": {"sent": sent}}
 
 
 def test_file_that_is_too_large_is_a_value_error(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -11,11 +10,12 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from lib.errors import ParameterError
+from lib.storage.json_files import find_odd
 
 _Model = TypeVar("_Model", bound=BaseModel)
 DEEPEST = 20
 LARGEST_INFO = 64 * 1024
-LARGEST_NUMBER = 2**63
+LARGEST_KNOWN = 4 * LARGEST_INFO
 KEPT_BY_SERVER = ("path", "name", "ts", "strategy")
 """What the datastore and the strategies keep beside an image; a client's own value would break them."""
 
@@ -63,12 +63,19 @@ def parse_object(text: str, name: str = "params") -> dict[str, Any]:
         raise ParameterError(name, _shorten(text), f"a JSON object ({error})") from error
     if not isinstance(data, dict):
         raise ParameterError(name, _shorten(text), "a JSON object")
-    _check_plain(data, name, DEEPEST)
+    if (odd := find_odd(data, DEEPEST, name)) is not None:
+        where, value, valid = odd
+        raise ParameterError(where, _shorten(str(value)), valid)
     return data
 
 
-def parse_info(text: str, name: str = "info") -> dict[str, Any]:
+def parse_info(text: str, name: str = "info", kept: Collection[str] = KEPT_BY_SERVER) -> dict[str, Any]:
     """Parse what a client wants kept beside an image or label.
+
+    Args:
+        text: a JSON object.
+        name: of the parameter.
+        kept: names that the server itself keeps there.
 
     Raises:
         ParameterError: as :func:`parse_object`; for more than 64 KiB, and for names that the server itself keeps.
@@ -76,10 +83,22 @@ def parse_info(text: str, name: str = "info") -> dict[str, Any]:
     if len(text) > LARGEST_INFO:
         raise ParameterError(name, _shorten(text), f"at most {LARGEST_INFO} characters")
     info = parse_object(text, name)
-    taken = sorted(set(info) & set(KEPT_BY_SERVER))
+    taken = sorted(set(info) & set(kept))
     if taken:
-        raise ParameterError(name, ", ".join(taken), f"other names than {', '.join(KEPT_BY_SERVER)}")
+        raise ParameterError(name, ", ".join(taken), f"other names than {', '.join(kept)}")
     return info
+
+
+def check_room_for(info: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse what would make the information about an image or label grow without bound, one request after the other.
+
+    Raises:
+        ParameterError: naming the limit.
+    """
+    if len(json.dumps({**known, **info}, default=str)) > LARGEST_KNOWN:
+        raise ParameterError(
+            "info", _shorten(", ".join(info)), f"at most {LARGEST_KNOWN} characters with what is known"
+        )
 
 
 async def json_body(request: Request) -> dict[str, Any]:
@@ -93,24 +112,6 @@ async def json_body(request: Request) -> dict[str, Any]:
         return parse_object(body.decode("utf-8"), "body")
     except UnicodeDecodeError as error:
         raise ParameterError("body", _shorten(repr(body)), "a JSON object in UTF-8") from error
-
-
-def _check_plain(value: Any, name: str, levels: int) -> None:
-    if levels == 0:
-        raise ParameterError(name, "...", f"at most {DEEPEST} levels")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, name, levels - 1)
-            _check_plain(item, f"{name}.{_shorten(key, 40)}", levels - 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_plain(item, name, levels - 1)
-    elif isinstance(value, float) and not math.isfinite(value):  # 1e999
-        raise ParameterError(name, value, "finite numbers")
-    elif isinstance(value, int) and not -LARGEST_NUMBER <= value < LARGEST_NUMBER:
-        raise ParameterError(name, _shorten(str(value)), "whole numbers of at most 64 bits")
-    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ParameterError(name, _shorten(value), "Unicode text")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

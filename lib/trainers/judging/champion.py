@@ -13,7 +13,7 @@ from lib.cases.labelled import Case
 from lib.cases.split import shipped_split
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError
-from lib.models.versions import check_details
+from lib.models.versions import check_details, check_shipped_details
 from lib.models.weights import WeightsFile, WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lib.networks.unetr import build_unetr
@@ -117,10 +117,8 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
 def _details_of(file: WeightsFile) -> dict[str, Any]:
     """What is known of weights; nothing where that is damaged."""
     details = read_object(file.side_car)
-    if file.origin != "published":
-        return details
     try:
-        return check_details(details)
+        return (check_details if file.origin == "published" else check_shipped_details)(details)
     except ValueError as error:
         logger.warning("nothing is known of the served version %s: %s", file.version, error)
         return {}

@@ -7,9 +7,10 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
@@ -20,7 +21,7 @@ from lib.models.provenance import code_version, trained_on
 from lib.models.versions import Files, VersionStore
 from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, check_finite
-from lib.storage.json_files import write_json
+from lib.storage.json_files import read_json, write_json
 from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
@@ -36,6 +37,32 @@ from lib.trainers.submitted import missing_labels
 logger = logging.getLogger("unetr.train")
 
 STATS_FILE = "stats.json"
+
+
+class _Stats(BaseModel):
+    """What clients compute with of the figures of the last run; more stands beside it."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: Annotated[int, Field(ge=0)] = 0
+    max_epochs: Annotated[int, Field(ge=1)] = 1
+    total_epochs: Annotated[int, Field(ge=1)] = 1
+    total_time: str = ""
+    best_metric: float | None = None
+
+
+def read_stats(runs: Path) -> dict[str, Any]:
+    """The figures of the last run that ended; empty where there is none, or they are damaged, which the log says."""
+    file = runs / STATS_FILE
+    try:
+        stats: dict[str, Any] = read_json(file)
+        _Stats.model_validate(stats)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be used: %s", file, str(error).splitlines()[0])
+        return {}
+    return stats
 
 
 class Publisher:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch.utils.tensorboard import SummaryWriter
 
 from lib.storage.json_files import read_json, write_json
@@ -102,13 +102,16 @@ class ProgressReporter:
             file.write(f"{progress.step},{progress.loss:.6g}\n")
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class _ProgressRecord(BaseModel):
     """The fields of :class:`Progress` as they are in a file; more may stand there."""
 
-    epoch: int
-    max_epochs: int
-    step: int
-    total_steps: int
+    epoch: Count
+    max_epochs: Count
+    step: Count
+    total_steps: Count
     loss: float | None = None
     learning_rate: float | None = None
     eta_seconds: float | None = None

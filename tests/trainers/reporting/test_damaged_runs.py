@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.trainers.judging.publishing import STATS_FILE, read_stats
 from lib.trainers.reporting.progress import CURVE_FILE, PROGRESS_FILE, read_curve, read_progress
 from lib.trainers.reporting.runs import JOB_FILE, is_unfinished, read_job, steps_done
 
@@ -60,6 +61,31 @@ def test_job_of_an_owner_that_none_can_be_has_ended(tmp_path: Path, owner: dict[
 def test_progress_of_wrong_types_is_none(tmp_path: Path, key: str, value: object) -> None:
     (tmp_path / PROGRESS_FILE).write_text(json.dumps(PROGRESS | {key: value}))
     assert read_progress(tmp_path) == {}
+
+
+@pytest.mark.parametrize("change", [{"epoch": -1}, {"total_steps": 10**30}, {"plan": "\ud800"}], ids=str)
+def test_progress_that_none_can_be_is_none(tmp_path: Path, change: dict[str, object]) -> None:
+    (tmp_path / PROGRESS_FILE).write_text(json.dumps(PROGRESS | change))
+    assert read_progress(tmp_path) == {}
+
+
+STATS = {"epoch": 3, "max_epochs": 3, "total_time": "3s", "best_metric": 0.5, "version": "v0001"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *DAMAGED,
+        *(json.dumps(STATS | change) for change in ({"epoch": "3"}, {"total_epochs": 0}, {"total_time": {}})),
+        json.dumps(STATS)[:-1] + ', "best_metric": NaN}',
+        json.dumps(STATS | {"reason": "\ud800"}),
+    ],
+)
+def test_damaged_figures_of_the_last_run_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATS_FILE).write_text(json.dumps(STATS))
+    assert read_stats(tmp_path) == STATS
+    (tmp_path / STATS_FILE).write_text(text, encoding="latin-1")
+    assert read_stats(tmp_path) == {}
 
 
 def test_curve_keeps_the_lines_that_are_points(tmp_path: Path) -> None:
