@@ -137,6 +137,12 @@ class VersionIndex:
         rows = self._execute("SELECT * FROM infos")
         return {(row["image_id"], row["tag"]): json.loads(row["info"]) for row in rows}
 
+    def info(self, image_id: str, tag: str) -> dict[str, Any]:
+        """That of an image or a label; empty where nothing was added."""
+        rows = self._execute("SELECT info FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
+        added: dict[str, Any] = json.loads(rows[0]["info"]) if rows else {}
+        return added
+
     def keep_info(self, image_id: str, tag: str, info: Mapping[str, Any]) -> None:
         """Keep or replace it."""
         text = json.dumps(info, default=str)

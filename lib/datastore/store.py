@@ -375,7 +375,7 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Add to what is known of a label; its version stays as it is.
+        """Add to what is known of a label's newest version, which stays as it is; the next version begins without.
 
         Raises:
             LabelNotFoundException: when there is none.
@@ -386,8 +386,8 @@ class VersionedDatastore(LocalDatastore):
             raise LabelNotFoundException(f"Label: {label_id} Tag: {tag} not found")
         with self._objects_lock:
             label.info.update(info)
-            known = copy.deepcopy(label.info)
-        self.history.keep_info(label_id, tag, known)
+            added = {**self.history.index.info(label_id, tag), **info}
+        self.history.keep_info(label_id, tag, added)
         self._export.ask()
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
@@ -657,7 +657,7 @@ class VersionedDatastore(LocalDatastore):
         shown = entry.labels.get(version.tag) if entry is not None else None
         if entry is None or (shown is not None and shown.info.get("sequence", 0) > version.sequence):
             return False
-        entry.labels[version.tag] = DataModel(ext=version.suffix, info={**info_of(version), **info})
+        entry.labels[version.tag] = DataModel(ext=version.suffix, info={**info, **info_of(version)})
         return True
 
     # ------------------------------------------------------------------------------------------------ the export

@@ -82,6 +82,20 @@ def test_what_is_known_survives_a_restart_without_the_export(reopen: Open, tmp_p
     assert store.get_image_info("new")["user"] == "anna"
 
 
+def test_what_was_added_to_a_label_is_about_that_version_alone(reopen: Open, tmp_path: Path) -> None:
+    store = reopen()
+    store.save_label("case_1", str(label(tmp_path)), "final", {})
+    store.update_label_info("case_1", "final", {"checked": True})
+    store.update_label_info("case_1", "final", {"by": "ben", "sequence": 10**6})
+    store = reopen()
+    told = store.get_label_info("case_1", "final")
+    assert (told["checked"], told["by"], told["sequence"]) == (True, "ben", 1)
+    store.save_label("case_1", str(label(tmp_path, 2)), "final", {})
+    told = [store.get_label_info("case_1", "final"), reopen().get_label_info("case_1", "final")]
+    assert [one["sequence"] for one in told] == [2, 2] and told[0]["sha256"] == told[1]["sha256"]
+    assert not {"checked", "by"} & {*told[0], *told[1]}
+
+
 def test_export_is_read_by_monai_labels_own_store(reopen: Open, tmp_path: Path) -> None:
     store = reopen()
     store.save_label("case_1", str(label(tmp_path)), "final", {"client_id": "slicer"})

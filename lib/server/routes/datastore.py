@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lib.configs.preset import Preset
 from lib.datastore.images.folder import ending_of
-from lib.datastore.records import FINAL, INFERENCE
+from lib.datastore.records import FINAL, INFERENCE, LabelVersion
 from lib.datastore.store import VersionedDatastore
 from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, ParameterError
 from lib.server.dependencies import (
@@ -39,7 +39,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.bodies import LabelParams, described_by
 from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
-from lib.server.http.parameters import parse_info, parse_object
+from lib.server.http.parameters import KEPT_BY_SERVER, check_room_for, parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.work.image_checks import inspect_for_any
@@ -69,6 +69,8 @@ TOLD_OF_LABELS = (
     "saved_at",
 )
 """What the answer to a submission tells of the version that was kept."""
+KEPT_OF_LABELS = (*KEPT_BY_SERVER, *LabelVersion.__dataclass_fields__, "changed_by")
+"""What is known of a label's version; a client's own value would pass for it, and hide the versions after it."""
 
 
 class Listing(str, Enum):
@@ -219,8 +221,9 @@ def put_image_info(
     info: Annotated[str, Form()] = "{}",
 ) -> None:
     """Add to an image's information."""
-    added = parse_info(info) | {"user": user.name}
-    datastore.update_image_info(check_image(image), added)
+    added, image = parse_info(info) | {"user": user.name}, check_image(image)
+    check_room_for(added, datastore.get_image_info(image))
+    datastore.update_image_info(image, added)
 
 
 @router.put("/label", summary="Submit a label")
@@ -427,10 +430,13 @@ def add_label_info(datastore: Datastore, user: User, label: str, tag: str, info:
     """Add to a label's information.
 
     Raises:
-        NotFoundError, ParameterError: for a label that there is not, or what is no JSON object.
+        NotFoundError, ParameterError: for a label that there is not, what is no JSON object, and names under which the
+            label's version is known.
     """
     find_label(datastore, label, check_tag(tag))
-    datastore.update_label_info(label, check_tag(tag), parse_info(info) | {"user": user.name})
+    added = parse_info(info, kept=KEPT_OF_LABELS)
+    check_room_for(added, datastore.get_label_info(label, check_tag(tag)))
+    datastore.update_label_info(label, check_tag(tag), added | {"changed_by": user.name})
 
 
 def single_file(path: Path, image: str) -> Path:

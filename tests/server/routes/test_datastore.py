@@ -85,6 +85,34 @@ def test_label_that_there_is_not_is_404(api: InProcess) -> None:
     assert api.request("GET", "/datastore/dataset").status_code == 404
 
 
+@pytest.mark.parametrize("taken", ['{"sequence": 1000000}', '{"sequence": "x"}', '{"sha256": "0"}', '{"user": "ben"}'])
+def test_nothing_that_is_added_to_a_label_passes_for_its_version(
+    api: InProcess, studies: Path, tmp_path: Path, taken: str
+) -> None:
+    """A sequence of one's own hid every later version, and one that is no number made each later save a 500."""
+    store = api.app.dependency_overrides[get_store]()
+    nibabel.save(nibabel.Nifti1Image(np.ones((18, 18, 18), np.uint8), np.eye(4)), tmp_path / "label.nii.gz")
+    store.save_label("case_0", str(tmp_path / "label.nii.gz"), "final", {"user": "anna"})
+    before = store.get_label_info("case_0", "final")
+    for path, part in (("label/info", "info"), ("updatelabelinfo", "params")):
+        refused = api.request("PUT", f"/datastore/{path}?label=case_0&tag=final", data={part: taken})
+        assert refused.status_code == 400 and "other names than" in refused.json()["detail"]
+    assert store.get_label_info("case_0", "final") == before
+    added = api.request("PUT", "/datastore/label/info?label=case_0&tag=final", data={"info": '{"checked": true}'})
+    assert added.status_code == 200
+    told = store.get_label_info("case_0", "final")
+    assert (told["checked"], told["changed_by"], told["user"]) == (True, "admin", "anna")
+
+
+def test_information_does_not_grow_without_bound(api: InProcess) -> None:
+    sent = [
+        api.request("PUT", "/datastore/image/info?image=case_0", data={"info": f'{{"key{n}": "{"x" * 60_000}"}}'})
+        for n in range(6)
+    ]
+    assert [answer.status_code for answer in sent] == [200] * 4 + [400] * 2
+    assert "at most 262144 characters with what is known" in sent[-1].json()["detail"]
+
+
 def test_image_that_no_model_can_segment_is_left_out_until_it_is_mended(api: InProcess, studies: Path) -> None:
     file = studies / "case_0.nii.gz"
     good = file.read_bytes()
