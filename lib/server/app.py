@@ -14,7 +14,11 @@ from lib.server.stock import refuse_unknown, running_stock_app  # isort: skip  (
 
 import anyio.to_thread
 from fastapi import FastAPI
+from fastapi.params import File
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from starlette.routing import Match
+from starlette.types import Scope
 
 from lib.configs.settings import Settings
 from lib.server.http.connections import Limits, serving_uvicorn
@@ -116,7 +120,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
         )
         services.submissions.hooks.append(retrainer.on_label_saved)
         # what was cut off goes on first, or the policy would see nothing run and begin another
-        services.jobs.recover(services.journal.unfinished())
+        services.jobs.recover(services.journal.take_over())
         retrainer.start()
         waiting = WaitingForRoom(services.jobs, services.journal.folder_of)
         waiting.start()
@@ -163,6 +167,23 @@ def spare_what_stays() -> None:
     gc.collect()
 
 
+FILE_ROUTES = tuple(
+    route
+    for router in ROUTERS
+    for route in router.routes
+    if isinstance(route, APIRoute)
+    and (
+        route.endpoint in dicomweb_routes.STREAMED
+        or (route.body_field and isinstance(route.body_field.field_info, File))
+    )
+)
+
+
+def takes_files(scope: Scope) -> bool:
+    """Whether a request goes to a route that takes files: into a temporary folder, not into memory."""
+    return any(route.matches(scope)[0] is Match.FULL for route in FILE_ROUTES)
+
+
 def create_app() -> FastAPI:
     """Put the server together."""
     app = FastAPI(title="UNETR for MONAI Label", version="0.1.0", docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -172,7 +193,7 @@ def create_app() -> FastAPI:
     app.mount("/docs/scripts", documentation.scripts)
     app.router.default = refuse_unknown
     app.add_middleware(Origins)
-    app.add_middleware(Surroundings)  # added later, so it is around the other
+    app.add_middleware(Surroundings, takes_files=takes_files)  # added later, so it is around the other
     app.add_middleware(Clients)
     register_error_handlers(app)
     return app

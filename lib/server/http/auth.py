@@ -190,8 +190,25 @@ async def user_of(request: Request, authenticator: Authenticator) -> User:
     return current_user(request, authenticator)
 
 
+async def is_let_in(request: Request, authenticator: Authenticator) -> bool:
+    """Whether a request is from somebody who may use the server, for what strangers may ask too."""
+    try:
+        await user_of(request, authenticator)
+    except (UnauthorizedError, ForbiddenError):
+        return False
+    return True
+
+
 AuthenticatorDep = Annotated[Authenticator, Depends(get_authenticator)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+
+
+async def known_to_us(request: Request, authenticator: AuthenticatorDep) -> bool:
+    """As :func:`is_let_in`, as a FastAPI dependency."""
+    return await is_let_in(request, authenticator)
+
+
+IsLetIn = Annotated[bool, Depends(known_to_us)]
 
 
 def at_least(role: Role) -> Callable[..., Awaitable[User]]:

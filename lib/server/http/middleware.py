@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lib.server.http.auth import is_let_in
 from lib.server.http.errors import describe, error_response, status_of
 from lib.server.http.events import topics_of
 from lib.server.http.origins import SAFE_METHODS
@@ -75,11 +77,12 @@ class Surroundings:
 
     Args:
         app: what it surrounds.
+        takes_files: whether a request goes to a route that takes files; to the others go parameters, which are small.
         default_limit_mib: largest upload until the settings are known.
     """
 
-    def __init__(self, app: ASGIApp, default_limit_mib: int = 2048) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, takes_files: Callable[[Scope], bool], default_limit_mib: int = 2048) -> None:
+        self._app, self._takes_files = app, takes_files
         self._default_limit_mib = default_limit_mib
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,8 +122,8 @@ class Surroundings:
                 message["headers"] = [*message.get("headers", []), (HEADER.encode(), request_id.encode())]
             await send(message)
 
-        limited = _LimitedBody(receive, self._limit(scope, headers), exchange)
         try:
+            limited = _LimitedBody(receive, *await self._limit(scope, headers), exchange)
             await limited.check_announced(headers.get(b"content-length"))
             await self._app(scope, limited.receive, sending)
         except HTTPException as error:
@@ -138,43 +141,59 @@ class Surroundings:
         finally:
             exchange.finish()
 
-    def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
-        """Most bytes that this request's body may have."""
-        if not headers.get(b"content-type", b"").startswith(b"multipart/"):
-            return SMALL_BODY_BYTES
+    async def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, HTTPException]:
+        """Most bytes that this request's body may have, and what is raised for more.
+
+        A body is taken in before a route can ask who sends it, so files are taken in of those alone who are let in.
+        """
         services = getattr(scope["app"].state, "services", None)
-        return (services.settings.upload_limit_mib if services else self._default_limit_mib) * MIB
+        is_multipart = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
+        if not is_multipart or not self._takes_files(scope):  # whatever a client calls it, it would come into memory
+            return SMALL_BODY_BYTES, _too_large(SMALL_BODY_BYTES)
+        if services is not None and not await is_let_in(Request(scope), services.authenticator):
+            return SMALL_BODY_BYTES, _stranger()
+        most = (services.settings.upload_limit_mib if services else self._default_limit_mib) * MIB
+        return most, _too_large(most)
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the request is larger than {most / MIB:g} MiB, which is the most that is taken here")
+
+
+def _stranger() -> HTTPException:
+    sentence = "this server takes files with a valid token alone: send the header Authorization: Bearer <token>"
+    return HTTPException(401, sentence, {"WWW-Authenticate": "Bearer"})
 
 
 class _LimitedBody:
     """Counts a request's body and stops it at a limit."""
 
-    def __init__(self, receive: Receive, most_bytes: int, exchange: _Exchange) -> None:
+    def __init__(self, receive: Receive, most_bytes: int, refusal: HTTPException, exchange: _Exchange) -> None:
         self._receive = receive
-        self._most = most_bytes
+        self._most, self._refusal = most_bytes, refusal
         self._exchange = exchange
 
     async def check_announced(self, content_length: bytes | None) -> None:
         """Refuse a body that says itself that it is too large.
 
         Raises:
-            HTTPException: 413.
+            HTTPException: 413, or 401 for a stranger's.
         """
         if content_length and content_length.isdigit() and int(content_length) > self._most:
             await self._drain()
-            raise self._too_large()
+            raise self._refusal
 
     async def receive(self) -> Message:
         """As ASGI's; stops a body that turns out to be too large.
 
         Raises:
-            HTTPException: 413.
+            HTTPException: 413, or 401 for a stranger's.
         """
         message = await self._receive()
         self._exchange.received += len(message.get("body", b""))
         if self._exchange.received > self._most:
             await self._drain()
-            raise self._too_large()
+            raise self._refusal
         return message
 
     async def _drain(self) -> None:
@@ -185,7 +204,3 @@ class _LimitedBody:
                 drained += len(message.get("body", b""))
                 if message["type"] != "http.request" or not message.get("more_body"):
                     return
-
-    def _too_large(self) -> HTTPException:
-        limit = f"{self._most / MIB:g} MiB"
-        return HTTPException(413, f"the request is larger than {limit}, which is the most that is taken here")

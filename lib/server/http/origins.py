@@ -74,7 +74,7 @@ class Origins:
         if method in SAFE_METHODS or (origins and all(origin in (self._allowed or ()) for origin in origins)):
             return
         for origin in origins:
-            at = _split(origin)
+            at = split_address(origin)
             if at is None or [at.netloc.lower()] != [host.lower() for host in hosts]:
                 raise ForbiddenError(f"pages of {origin[:200]!r} may not call this server (cors_origins)")
         # some requests of browsers carry no Origin; which page they come from stands here, and no page can change it
@@ -86,7 +86,7 @@ class Origins:
         client = (scope.get("client") or ("127.0.0.1",))[0]
         if not is_loopback(client):
             return
-        named = {at.hostname for origin in self._allowed or () if (at := _split(origin)) is not None}
+        named = {at.hostname for origin in self._allowed or () if (at := split_address(origin)) is not None}
         for host in hosts or [""]:
             name = (urlsplit(f"//{host}").hostname or "").lower()
             if name not in LOCAL_NAMES and name not in named and not is_address(name):
@@ -101,7 +101,7 @@ def _values(scope: Scope, header: bytes) -> list[str]:
     return [value.decode("latin-1") for name, value in scope["headers"] if name == header]
 
 
-def _split(address: str) -> SplitResult | None:
+def split_address(address: str) -> SplitResult | None:
     """The parts of an address; None for what is none, such as ``http://[`` and ``http://host:port``."""
     try:
         found = urlsplit(address)
@@ -118,7 +118,7 @@ def _check_addresses(hosts: Iterable[str]) -> None:
         ForbiddenError: quoting it.
     """
     for host in hosts:
-        if _split(f"//{host}") is None:
+        if split_address(f"//{host}") is None:
             raise ForbiddenError(f"the header Host is {host[:200]!r}, which is no address; valid: name or name:port")
 
 

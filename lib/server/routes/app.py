@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from typing import Annotated, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Depends, Request
 from starlette.exceptions import HTTPException
@@ -29,6 +29,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsAdmin, AsUser
 from lib.server.http.bodies import NextSampleRequest
 from lib.server.http.errors import ForbiddenError
+from lib.server.http.origins import split_address
 from lib.server.http.parameters import check_fields, json_body, json_body_of
 from lib.server.presented.cases import PresentedCases
 from lib.server.tasks import TasksByName
@@ -75,10 +76,10 @@ def not_offered_in_viewer(
     request: Request, store: SeriesDatastore, presets: Mapping[str, Preset], presented: PresentedCases
 ) -> Set[str]:
     """The models that OHIF does not offer for the study that it shows; none for other clients."""
-    page = urlsplit(request.headers.get("referer", ""))
-    studies = set(",".join(parse_qs(page.query).get("StudyInstanceUIDs", [])).split(","))
-    if not is_viewer(request):
+    page = split_address(request.headers.get("referer", ""))
+    if page is None or not is_viewer(request):
         return frozenset()
+    studies = set(",".join(parse_qs(page.query).get("StudyInstanceUIDs", [])).split(","))
     shown = [info.attributes["Modality"] for info in store.series().values() if info.study in studies]
     files = [case for uid in studies if (case := presented.case_of(uid)) is not None]
     shown += [presented.attributes(case)["Modality"] for case in files]
@@ -160,7 +161,8 @@ def not_shown_by(request: Request, store: SeriesDatastore, presented: PresentedC
 def is_viewer(request: Request) -> bool:
     """Whether OHIF asks, which names itself as the page that asks."""
     base = str(request.scope.get("root_path", "")).rstrip("/")
-    return urlsplit(request.headers.get("referer", "")).path.startswith(f"{base}/ohif/")
+    page = split_address(request.headers.get("referer", ""))
+    return page is not None and page.path.startswith(f"{base}/ohif/")
 
 
 @router.post("/reload", include_in_schema=False)

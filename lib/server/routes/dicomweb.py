@@ -96,6 +96,10 @@ async def write_by_service(
     return await store_instances(request, segmentations, user, path)
 
 
+STREAMED = (write, write_by_service)
+"""Their body is written to files as it comes; FastAPI does not see it."""
+
+
 def respond(
     request: Request, source: SeriesSource, studies: str, presented: PresentedCases, resource: Resource, path: str
 ) -> Response:

@@ -16,7 +16,7 @@ from lib.server.dependencies import (
     TrainTasksDep,
     WeightsLoadingDep,
 )
-from lib.server.http.auth import AsUser
+from lib.server.http.auth import AsUser, IsLetIn
 from lib.server.work.problems import (
     device_problems,
     device_warnings,
@@ -45,6 +45,7 @@ def readyz(
     studies: StudiesDep,
     settings: SettingsDep,
     lanes: LanesDep,
+    let_in: IsLetIn,
     response: Response,
 ) -> dict[str, Any]:
     """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
@@ -53,14 +54,17 @@ def readyz(
     is not ready until they are. A model that nobody has trained yet is no failure: labelling for it is how it gets
     trained. Nor is a damaged live version, as long as the one before it is served, or a device that fell out beside
     others; ``warnings`` says so.
+
+    Names of files, which may be patients', are told to those alone who may see the studies.
     """
     loaded, problems = loading.states()
     problems += device_problems(lanes)
     problems += disk_problems(studies_folder(studies), settings.free_disk_mib)
     problems += [*store_problems(store), *source_problems(store)]
     response.status_code = 503 if problems else 200
+    left_out = left_out_warnings(store, named=let_in)
     state = {"status": "not ready" if problems else "ready", "problems": problems, "models": loaded}
-    return state | {"warnings": [*device_warnings(lanes), *weights_warnings(trainers), *left_out_warnings(store)]}
+    return state | {"warnings": [*device_warnings(lanes), *weights_warnings(trainers), *left_out]}
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)

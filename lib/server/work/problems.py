@@ -34,9 +34,17 @@ def weights_warnings(trainers: TasksByName[UnetrTrainTask]) -> list[str]:
     return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
 
 
-def left_out_warnings(store: VersionedDatastore) -> list[str]:
-    """A sentence for each of the first files of the studies that are not taken in, and how many more there are."""
-    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(store.left_out().items())])
+def left_out_warnings(store: VersionedDatastore, named: bool = True) -> list[str]:
+    """A sentence for each of the first files of the studies that are not taken in, and how many more there are.
+
+    Args:
+        store: the studies.
+        named: whether the files' names are told.
+    """
+    left_out = store.left_out()
+    if left_out and not named:
+        return [f"{len(left_out)} files of the studies are left out; their names are for those who may see the studies"]
+    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(left_out.items())])
 
 
 def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:

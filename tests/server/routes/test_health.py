@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from lib.server.dependencies import (
     get_train_tasks,
     get_weights_loading,
 )
+from lib.server.http.auth import Authenticator
+from lib.server.http.tokens import WatchedTokens, add_token
 from lib.server.loading import WeightsLoading
 from lib.server.routes.health import router
 from lib.server.tasks import train_tasks
@@ -63,7 +66,12 @@ class Trainer:
 
 
 def api(
-    studies: Path, models: dict[str, Model], lanes: Lanes | None = None, patience: float = 30, **settings: Any
+    studies: Path,
+    models: dict[str, Model],
+    lanes: Lanes | None = None,
+    patience: float = 30,
+    tokens: WatchedTokens | None = None,
+    **settings: Any,
 ) -> InProcess:
     services = {
         get_weights_loading: WeightsLoading(models, patience),
@@ -73,7 +81,7 @@ def api(
         get_lanes: lanes or Lanes.of("cpu"),
         get_settings: Settings(**settings),
     }
-    return InProcess(router, services)
+    return InProcess(router, services, Authenticator(tokens, openid=False))
 
 
 def test_model_without_weights_is_ready_and_a_damaged_live_version_a_warning(tmp_path: Path) -> None:
@@ -101,6 +109,20 @@ def test_weights_that_are_being_loaded_are_told_and_not_waited_for(tmp_path: Pat
         later = asking.request("GET", "/readyz")
     assert later.json()["models"] == {"a": outcome if isinstance(outcome, str) else "unusable", "b": "untrained"}
     assert later.status_code == (200 if isinstance(outcome, str) else 503)
+
+
+def test_names_of_files_are_told_to_those_alone_who_may_see_the_studies(tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    os.mkfifo(studies / "Mueller.nii.gz")
+    token = add_token(tmp_path / "tokens.yaml", "anna", "annotator")
+    server = api(studies, {"a": Model("v0001")}, tokens=WatchedTokens(tmp_path / "tokens.yaml"))
+    stranger = server.request("GET", "/readyz")
+    wrong = server.request("GET", "/readyz", headers={"Authorization": "Bearer wrong"})
+    anna = server.request("GET", "/readyz", headers={"Authorization": f"Bearer {token}"})
+    assert {answer.status_code for answer in (stranger, wrong, anna)} == {200}
+    assert "Mueller.nii.gz" in anna.text and "Mueller" not in stranger.text + wrong.text
+    assert "1 files of the studies are left out" in stranger.text
 
 
 @pytest.mark.parametrize(

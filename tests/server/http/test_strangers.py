@@ -1,0 +1,111 @@
+"""Bodies that a server must not take in: of strangers, and large ones where parameters are expected."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.types import Scope
+
+from lib.server.app import takes_files
+from lib.server.http.auth import Authenticator
+from lib.server.http.middleware import SMALL_BODY_BYTES, Surroundings
+from lib.server.http.tokens import WatchedTokens, add_token
+
+MULTIPART = "multipart/form-data; boundary=b"
+PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.nii.gz"\r\n\r\n'
+SIZE = 3 * SMALL_BODY_BYTES
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> str:
+    return add_token(tmp_path / "tokens.yaml", "anna", "annotator")
+
+
+def send(tmp_path: Path, path: str, headers: list[tuple[str, str]], chunked: bool = True) -> tuple[httpx.Response, int]:
+    """The answer to 3 MiB, and how many bytes a route got to see of them."""
+    seen = 0
+
+    async def read(request: Request) -> PlainTextResponse:
+        nonlocal seen
+        async for block in request.stream():
+            seen += len(block)
+        return PlainTextResponse("taken")
+
+    async def body() -> AsyncIterator[bytes]:
+        yield PART
+        for _ in range(48):
+            yield bytes(SIZE // 48)
+        yield b"\r\n--b--\r\n"
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            content: Any = body() if chunked else PART + bytes(SIZE) + b"\r\n--b--\r\n"
+            return await client.put(path, headers=headers, content=content)
+
+    app = Starlette(routes=[Route("/{path:path}", read, methods=["PUT"])])
+    app.add_middleware(Surroundings, takes_files=lambda scope: scope["path"] == "/files")
+    app.state.services = SimpleNamespace(
+        settings=SimpleNamespace(upload_limit_mib=16),
+        authenticator=Authenticator(WatchedTokens(tmp_path / "tokens.yaml"), openid=False),
+        metrics=SimpleNamespace(count_request=lambda *_: None),
+        changes=SimpleNamespace(mark=lambda *_: None),
+    )
+    return asyncio.run(ask()), seen
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize(
+    "known",
+    [[], [("Authorization", "Bearer wrong")], [("Cookie", "unetr_token=wrong")], [("Authorization", "Basic x")]],
+)
+def test_files_of_strangers_are_not_taken_in(
+    tmp_path: Path, token: str, known: list[tuple[str, str]], chunked: bool
+) -> None:
+    """They were all written to the temporary folder before a route could ask for a token."""
+    answer, seen = send(tmp_path, "/files", [("Content-Type", MULTIPART), *known], chunked)
+    assert answer.status_code == 401 and answer.json()["error"] == "UnauthorizedError"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert seen <= SMALL_BODY_BYTES
+    answer, seen = send(
+        tmp_path, "/files", [("Content-Type", MULTIPART), ("Authorization", f"Bearer {token}")], chunked
+    )
+    assert answer.text == "taken" and seen > SIZE
+
+
+@pytest.mark.parametrize(
+    "kinds", [[MULTIPART], ["application/json", MULTIPART], [MULTIPART, "application/json"], ["Multipart/x"], []]
+)
+def test_parameters_stay_small_whatever_kind_a_client_says_they_are(
+    tmp_path: Path, token: str, kinds: list[str]
+) -> None:
+    """JSON under the name of a form came into memory as a whole, up to the limit of files."""
+    headers = [("Authorization", f"Bearer {token}"), *(("Content-Type", kind) for kind in kinds)]
+    answer, seen = send(tmp_path, "/parameters", headers)
+    assert answer.status_code == 413 and "larger than 1 MiB" in answer.json()["detail"]
+    assert seen <= SMALL_BODY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "takes"),
+    [
+        ("PUT", "/datastore/", True), ("PUT", "/datastore/image", True), ("PUT", "/datastore/label", True),
+        ("PUT", "/session/", True), ("PUT", "/model/tiny", True), ("POST", "/infer/tiny", True),
+        ("POST", "/dicom-web/studies", True), ("POST", "/proxy/dicom/stow/studies", True),
+        ("POST", "/train/tiny", False), ("POST", "/activelearning/random", False), ("POST", "/auth/token", False),
+        ("POST", "/page/login", False), ("PUT", "/leases/skipped", False), ("POST", "/case/case_0/clicks", False),
+        ("PUT", "/datastore/image/info", False), ("GET", "/dicom-web/studies", False), ("POST", "/nowhere", False),
+    ],
+)  # fmt: skip
+def test_routes_that_take_files_are_known(method: str, path: str, takes: bool) -> None:
+    scope: Scope = {"type": "http", "method": method, "path": path, "headers": [], "root_path": ""}
+    assert takes_files(scope) is takes
