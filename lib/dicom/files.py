@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import re
 import stat
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from pydicom import dcmread
 from pydicom.dataset import FileDataset
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.filereader import _read_file_meta_info, read_preamble
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from lib.errors import ImageError, UnetrError
 
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 """SOP Class UID of a DICOMDIR, which lists other files and is no instance of a series."""
+MOST_UNPACKED = 512 * 2**20
+"""Most bytes of a deflated data set once it is unpacked; a megabyte can become a gigabyte."""
 FIRST_GROUPS = (0x0002, 0x0008)
 LARGEST_FIRST_ELEMENT = 0x0100
 LONGEST_FIRST_VALUE = 1 << 16
+BLOCK_BYTES = 2**20
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text can be a UID, and the name of a file: digits and dots, no dot first, at most 64 letters.
+
+    PS3.5, 9.1 asks for more, which not every archive keeps to.
+    """
+    return re.fullmatch(r"[0-9][0-9.]{0,63}", text) is not None
 
 
 @contextmanager
@@ -90,6 +109,7 @@ def read_instance(file: Path | BinaryIO, with_pixels: bool = True) -> FileDatase
         ImageError: when it is no DICOM instance.
         Exception: of whatever type pydicom raises for a damaged file; see :func:`reading`.
     """
+    _check_unpacked_size(file)
     instance = dcmread(file, force=True, stop_before_pixels=not with_pixels)
     if "SOPInstanceUID" not in instance and "SOPClassUID" not in instance and "Rows" not in instance:
         media_class = str(instance.file_meta.get("MediaStorageSOPClassUID", ""))
@@ -99,3 +119,27 @@ def read_instance(file: Path | BinaryIO, with_pixels: bool = True) -> FileDatase
         native = ImplicitVRLittleEndian if instance.is_implicit_VR else ExplicitVRLittleEndian
         instance.file_meta.TransferSyntaxUID = native if instance.is_little_endian else ExplicitVRBigEndian
     return instance
+
+
+def _check_unpacked_size(file: Path | BinaryIO) -> None:
+    """Refuse a deflated data set that pydicom, which unpacks it as a whole, would need too much memory for.
+
+    Raises:
+        ImageError: naming the limit.
+    """
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        start = opened.tell()
+        try:
+            if not has_preamble(opened.read(132)):  # without one no data set is deflated: its file meta says so
+                return
+            opened.seek(start)
+            read_preamble(opened, force=True)
+            if str(_read_file_meta_info(opened).get("TransferSyntaxUID", "")) != DeflatedExplicitVRLittleEndian:
+                return
+            unpacking, left = zlib.decompressobj(-zlib.MAX_WBITS), MOST_UNPACKED
+            while (block := unpacking.unconsumed_tail or opened.read(BLOCK_BYTES)) and not unpacking.eof:
+                left -= len(unpacking.decompress(block, BLOCK_BYTES))
+                if left < 0:
+                    raise ImageError(f"its data set unpacks to more than {MOST_UNPACKED // 2**20} MiB, the most here")
+        finally:
+            opened.seek(start)

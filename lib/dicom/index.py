@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import sqlite3
 import stat
 import threading
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
-from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, read_instance, reading
+from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, is_uid, read_instance, reading
 from lib.dicom.presented.instances import uid_of
 from lib.dicom.presented.regular import MODALITIES, Regular, regular_for
 from lib.errors import ImageError
@@ -495,9 +494,9 @@ def _row(file: Path) -> tuple[tuple[Any, ...] | None, str | None]:
     uids = [str(header.get(keyword) or "") for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")]
     if not all(uids):
         return None, "has no Study, Series or SOP Instance UID"
-    bad = [uid for uid in uids if not re.fullmatch(r"[0-9.]{1,64}", uid)]
+    bad = [uid for uid in uids if not is_uid(uid)]
     if bad:
-        return None, f"has the UID {bad[0][:70]!r}; valid: digits and dots, at most 64"
+        return None, f"has the UID {bad[0][:70]!r}; valid: digits and dots, a digit first, at most 64"
     number = max(-LARGEST_NUMBER, min(LARGEST_NUMBER, int(header.get("InstanceNumber") or 0)))
     is_placed = int("ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header)
     syntax = str(header.file_meta.TransferSyntaxUID)

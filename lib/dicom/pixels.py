@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ Pixels = npt.NDArray[Any]
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 LARGEST_BYTES = 4 << 30
 """Most bytes that the pixels of one instance may have once they are decoded."""
+MOST_RLE_RATIO = 64
+"""Two bytes stand for a run of 128 at most (PS3.5, annex G)."""
 JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
 """Start of a JPEG 2000 code stream, whose first segment holds its size (ISO 15444-1, A.5.1)."""
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
@@ -125,11 +128,19 @@ def shape_of(instance: Dataset) -> tuple[int, ...]:
 
 
 def _check_code_stream(instance: Dataset, shape: tuple[int, ...]) -> None:
-    """Refuse JPEG 2000 of another size than the instance: a decoder would take memory for what the stream says.
+    """Refuse JPEG 2000 of another size than the instance, and run-length encoded pixels that cannot become as many.
+
+    A decoder would take memory for what the stream, or the header, says.
 
     Raises:
         ImageError: naming both sizes.
     """
+    if str(instance.file_meta.TransferSyntaxUID) == RLELossless:
+        most = MOST_RLE_RATIO * len(instance.get("PixelData", b""))
+        if math.prod(shape) * int(instance.BitsAllocated) // 8 > most:
+            raise ImageError(
+                f"instance {name_of(instance)} has pixels of {shape} and, run-length encoded, at most {most} bytes"
+            )
     data = bytes(instance.get("PixelData", b"")[:4096])
     at = data.find(JPEG_2000_SIZE)
     if str(instance.file_meta.TransferSyntaxUID) in NATIVE or at < 0:

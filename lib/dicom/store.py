@@ -14,7 +14,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser
 
 from lib.dicom.attributes import Json, element
-from lib.dicom.files import describe, is_dicom, read_instance, reading
+from lib.dicom.files import describe, is_dicom, is_uid, read_instance, reading
 from lib.errors import ImageError, ParameterError
 
 UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -151,7 +151,7 @@ def read_part(file: Path) -> FileDataset:
             uids = [str(instance.get(keyword, "")) for keyword in UIDS]
     except ImageError as error:
         raise ParameterError("part", f"{file.stat().st_size} bytes", f"a DICOM file ({describe(error)})") from error
-    bad = [uid for uid in uids if not re.fullmatch(r"[0-9.]{1,64}", uid)]
+    bad = [uid for uid in uids if not is_uid(uid)]
     if bad:
         raise ParameterError(
             "UIDs", bad[0][:70], "SOP Class, SOP Instance, Study and Series Instance UID in every instance"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,20 @@ def test_jpeg_2000_of_another_size_than_its_header_is_refused(make_series: Make)
     blow_up(files[3], with_header=False)
     with pytest.raises(ImageError, match="has 19 rows and 24 columns, and its JPEG 2000 stream 60000 and 60000"):
         read_series(files).read_voxels()
+
+
+def test_run_lengths_that_cannot_become_the_pixels_of_the_header_are_refused(make_series: Make) -> None:
+    """The decoder takes memory for what the header says before it looks at the runs."""
+    (file, *_) = make_series()
+    transcode(file, gdcm.TransferSyntax.RLELossless)
+    decode(dcmread(file))
+    instance = dcmread(file)
+    instance.Rows = instance.Columns = 20_000
+    tracemalloc.start()
+    with pytest.raises(ImageError, match=r"pixels of \(1, 20000, 20000\) and, run-length encoded, at most"):
+        decode(instance)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_pixels_that_no_memory_holds_are_refused(make_series: Make) -> None:

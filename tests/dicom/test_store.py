@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydicom import dcmread
+from pydicom.filereader import _read_file_meta_info, read_preamble
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from lib.dicom.files import MOST_UNPACKED, is_uid, read_instance
 from lib.dicom.store import MOST_PARTS, PartWriter, read_part
 from lib.errors import ParameterError
+from tests.dicom.conftest import edit
 
 TYPE = 'multipart/related; type="application/dicom"; boundary=limit'
 HEADER = b"--limit\r\nContent-Type: application/dicom\r\n\r\n"
@@ -63,3 +72,43 @@ def test_part_that_does_not_begin_as_dicom_is_refused_with_its_size(tmp_path: Pa
     file.write_bytes(b"\xff" * 5000)
     with pytest.raises(ParameterError, match=r"'5000 bytes'.*does not begin as DICOM"):
         read_part(file)
+
+
+@pytest.mark.parametrize("uid", ["..", ".", "...", ".1", "../1", "1/2", "a", "1" * 65])
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"])
+def test_uid_that_leads_elsewhere_is_refused(make_series: Callable[..., list[Path]], keyword: str, uid: str) -> None:
+    """Two dots passed for digits and dots, and what was stored lay outside of the studies."""
+    file = make_series()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        edit(file, **{keyword: uid})
+        with pytest.raises(ParameterError, match="UIDs"):
+            read_part(file)
+
+
+@pytest.mark.parametrize("uid", ["1.2.840.10008", "2.25.0", "1.2.", "1..2", "1" * 64])
+def test_uids_as_archives_write_them_are_taken(uid: str) -> None:
+    assert is_uid(uid)
+
+
+def test_deflated_data_set_that_unpacks_to_gigabytes_is_refused_before_it_is(
+    make_series: Callable[..., list[Path]],
+) -> None:
+    """pydicom unpacks it as a whole: a file of a megabyte took a gigabyte of memory."""
+    file = make_series()[0]
+    instance = dcmread(file)
+    instance.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    instance.save_as(file, write_like_original=False)
+    assert read_instance(file).PixelData == instance.PixelData
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(1 + MOST_UNPACKED // 2**20)) + packer.flush()
+    with file.open("rb") as opened:
+        read_preamble(opened, force=False)
+        _read_file_meta_info(opened)
+        header = file.read_bytes()[: opened.tell()]
+    file.write_bytes(header + packed)
+    tracemalloc.start()
+    with pytest.raises(ParameterError, match="unpacks to more than 512 MiB"):
+        read_part(file)
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    tracemalloc.stop()
