@@ -38,6 +38,7 @@ from lib.server.services import Services, get_services
 from lib.server.tasks import InferenceTask, TasksByName, Versioned
 from lib.server.work.image_checks import ImageInspector
 from lib.server.work.jobs import Jobs
+from lib.server.work.journal import Journal
 from lib.server.work.next_case import NextCase
 from lib.server.work.pause import Pause
 from lib.server.work.queue import InferenceQueue
@@ -101,8 +102,10 @@ get_datastore = _reading(lambda services: services.datastore)
 DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
 
 get_jobs = _reading(lambda services: services.jobs)
+get_journal = _reading(lambda services: services.journal)
 """Trainings, batch inferences and scorings, each in a process of its own."""
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
+JournalDep = Annotated[Journal, Depends(get_journal)]
 
 get_pause = _reading(lambda services: services.pause)
 """Whether trainings make way for inference."""

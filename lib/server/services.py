@@ -109,7 +109,7 @@ class Services:
         tokens = WatchedTokens(settings.tokens) if settings.tokens else None
         automatic, trainers = segmentation_tasks(instance.models), train_tasks(instance.trainers)
         metrics, changes, pause = Metrics(), Changes(), Pause()
-        journal = Journal({name: task.runs for name, task in trainers.items()}, studies)
+        journal = Journal({name: task.runs for name, task in trainers.items()}, place_of(studies))
         jobs = _jobs(instance, journal, metrics, changes)
         inferences = InferenceQueue(settings.queue_size, instance.lanes, pause)
         find = partial(find_image, store, studies=studies, roots=settings.image_roots)
@@ -190,6 +190,11 @@ class Services:
         """What the scoring found of the images, by preset."""
         knowledge: Mapping[str, PoolKnowledge] = self.instance.knowledge_by_preset
         return knowledge
+
+
+def place_of(studies: str) -> str:
+    """The studies as every server has them that serves them, by whatever path."""
+    return studies if studies.startswith(("http://", "https://")) else str(Path(studies).resolve())
 
 
 async def get_services(request: Request) -> Services:

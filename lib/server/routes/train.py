@@ -18,6 +18,7 @@ from lib.server.dependencies import (
     DatastoreDep,
     ImageChecksDep,
     JobsDep,
+    JournalDep,
     LanesDep,
     PauseDep,
     ScoringMethodsDep,
@@ -54,9 +55,10 @@ async def get_trainings(
     lanes: LanesDep,
     datastore: DatastoreDep,
     limiter: ImageChecksDep,
+    journal: JournalDep,
 ) -> Trainings:
     """Starts trainings, as a FastAPI dependency."""
-    return Trainings(trainers, jobs, pause, lanes, datastore, limiter)
+    return Trainings(trainers, jobs, pause, lanes, datastore, limiter, journal.check_alone)
 
 
 def add_status_and_stop(router: APIRouter, path: str, kind: Kind, noun: str, may_stop: Role) -> None:
@@ -118,7 +120,7 @@ async def train_all(trainings: TrainingsDep, user: AsReviewer, params: Body, run
         trainings.check(model, request)
     notices = {model: await trainings.notice(model, request) for model, request in requests.items()}
     trained = await trainings.labelled() or models
-    started = {model: trainings.start(model, requests[model], enqueue=True) for model in trained}
+    started = {model: await trainings.start(model, requests[model], enqueue=True) for model in trained}
     skipped = {model: {"result": None, "detail": "no label yet"} for model in models if model not in trained}
     return skipped | {
         model: {"result": _noting(await answer(job, run_sync), notices[model]), "detail": notices[model] or None}
@@ -141,7 +143,7 @@ async def train(
     """
     trainings.check(model, params)
     words = await trainings.notice(model, params)
-    return _noting(await answer(trainings.start(model, params, enqueue), run_sync), words)
+    return _noting(await answer(await trainings.start(model, params, enqueue), run_sync), words)
 
 
 @batch_router.post("/infer/{model}", summary="Segment many images and keep the labels", openapi_extra=BATCH_BODY)

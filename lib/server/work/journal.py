@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from lib.errors import TrainingError
 from lib.server.work.jobs import Job
 from lib.storage.json_files import write_json
 from lib.trainers.reporting.runs import JOB_FILE, OPEN, is_unfinished, list_runs, read_job, steps_done
@@ -19,6 +20,7 @@ from lib.trainers.reporting.runs import JOB_FILE, OPEN, is_unfinished, list_runs
 logger = logging.getLogger("unetr.server")
 
 LOCK_FILE = "deciding.lock"
+TAKING_LOCK = "taking-over.lock"
 SECONDS_OF_SILENCE = 900.0
 BATCHES = "batches"
 """Folder beside a model's runs: a file for each batch inference that has not ended."""
@@ -64,14 +66,36 @@ class Journal:
 
     def unfinished(self) -> list[Job]:
         """Trainings and batches that a server which is gone has left, the oldest first."""
-        found = [read_job(run / JOB_FILE) for runs in self._folders.values() for run in list_runs(runs)]
-        batches = [runs.parent / BATCHES for runs in self._folders.values()]
-        found += [read_job(file) for folder in batches for file in sorted(folder.glob("*.json"))]
-        known = [data for data in found if {"id", "request", "start_ts"} <= data.keys()]
-        left = [data for data in known if is_unfinished(data) and data.get("studies") == self._studies]
-        owners = [(data, data.get("owner") or {}) for data in left]
-        jobs = [_as_job(data) for data, owner in owners if not (_is_of_another_machine(owner) or _lives(owner))]
+        jobs = [_as_job(data) for runs in self._folders.values() for _, data in self._left(runs)]
         return sorted(jobs, key=lambda job: job.id)
+
+    def take_over(self) -> list[Job]:
+        """The same, which are this server's from now on: of several that start at once, one goes on with each."""
+        taken = []
+        for runs in self._folders.values():
+            if not self._left(runs):
+                continue
+            with FileLock(runs.parent / TAKING_LOCK):
+                for file, data in self._left(runs):
+                    self._claim(file, data)
+                    taken.append(_as_job(data))
+        return sorted(taken, key=lambda job: job.id)
+
+    def _left(self, runs: Path) -> list[tuple[Path, dict[str, Any]]]:
+        """The files of what a server that is gone has left, and what they say."""
+        files = [run / JOB_FILE for run in list_runs(runs)] + sorted((runs.parent / BATCHES).glob("*.json"))
+        told = [(file, data) for file in files if {"id", "request", "start_ts"} <= (data := read_job(file)).keys()]
+        return [(file, data) for file, data in told if is_unfinished(data) and self._is_orphan(data)]
+
+    def _is_orphan(self, data: dict[str, Any]) -> bool:
+        owner = data.get("owner") or {}
+        return data.get("studies") == self._studies and not (_is_of_another_machine(owner) or _lives(owner))
+
+    def _claim(self, file: Path, data: dict[str, Any]) -> None:
+        try:
+            write_json(file, data | {"owner": self._owner})
+        except OSError as error:
+            logger.error("%s goes on here, which cannot be written down: %s", data["id"], error)
 
     def others_running(self, model: str) -> bool:
         """Whether another server trains this model on the same studies.
@@ -89,6 +113,18 @@ class Journal:
             elif _lives(owner):
                 return True
         return False
+
+    def check_alone(self, model: str) -> None:
+        """Refuse a training while another server trains the model on the same studies.
+
+        Raises:
+            TrainingError: saying so.
+        """
+        if self.others_running(model):
+            raise TrainingError(
+                f"another server trains {model!r} on the same studies; wait for it, or stop it there: its labels "
+                "would be trained on twice"
+            )
 
     def lock(self, model: str) -> FileLock:
         """Held by the server that decides on a training of this model, so that two do not decide alike."""

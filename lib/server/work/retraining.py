@@ -124,8 +124,9 @@ class Retrainer:
         """Submit a run of the policy's recipe, whatever it would decide.
 
         Raises:
-            TrainingError: when a training runs already.
+            TrainingError: when a training runs already, here or in another server on the same studies.
         """
+        self._journal.check_alone(model)
         job = self._jobs.submit("train", self.request(model, f"by hand, by {user}", False))
         return job.describe()
 
@@ -216,7 +217,7 @@ class Retrainer:
     def _decide_and_submit(self, model: str) -> float:
         _, decision = self.look(model, review=True)
         self._say(model, decision.reason if decision.train else decision.reason.split("; waits until")[0])
-        if decision.train:
+        if decision.train and not self._journal.others_running(model):  # it takes a while to decide
             try:
                 self._jobs.submit("train", self.request(model, decision.reason, decision.from_nothing))
             except TrainingError as error:  # somebody pressed Train in this moment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Trainings:
         lanes: the devices.
         datastore: images and labels.
         limiter: threads that read labels, of which there are few, since each takes much memory.
+        check_alone: refuses a training while another server trains the model on the same studies.
     """
 
     trainers: TasksByName[UnetrTrainTask]
@@ -40,6 +41,7 @@ class Trainings:
     lanes: Lanes
     datastore: Datastore
     limiter: anyio.CapacityLimiter
+    check_alone: Callable[[str], None]
 
     def check(self, model: str, params: Mapping[str, Any]) -> None:
         """Refuse a training before its process starts.
@@ -60,12 +62,13 @@ class Trainings:
         """The models that there are labels to train on."""
         return [model for model, task in self.trainers.items() if await self._has_labels(task)]
 
-    def start(self, model: str, params: Mapping[str, Any], enqueue: bool) -> Job:
+    async def start(self, model: str, params: Mapping[str, Any], enqueue: bool) -> Job:
         """Start a training, or let it wait for the one that runs.
 
         Raises:
-            TrainingError: when one runs already, unless ``enqueue`` is set.
+            TrainingError: when one runs already, unless ``enqueue`` is set; when one runs in another server.
         """
+        await anyio.to_thread.run_sync(self.check_alone, model)
         asked = own(params, model)
         by_hand = {"why": "by hand", "pause_file": str(pause_file(self.pause, self.lanes, asked))}
         return self.jobs.submit("train", asked | by_hand, enqueue)

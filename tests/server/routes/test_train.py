@@ -16,6 +16,7 @@ from lib.server.dependencies import (
     get_datastore,
     get_image_checks,
     get_jobs,
+    get_journal,
     get_lanes,
     get_pause,
     get_scoring_methods,
@@ -25,6 +26,7 @@ from lib.server.dependencies import (
 from lib.server.routes.train import batch_router, scoring_router, train_router
 from lib.server.tasks import segmentation_tasks, train_tasks
 from lib.server.work.jobs import Jobs
+from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
 from tests.server.in_process import InProcess
 
@@ -47,6 +49,7 @@ def api(tmp_path: Path) -> InProcess:
     tasks = {"tiny": Refusing()}
     services = {
         get_jobs: Jobs(),
+        get_journal: Journal({"tiny": tmp_path / "runs"}, "studies"),
         get_lanes: Lanes.of("cpu"),
         get_pause: Pause(),
         get_datastore: None,
