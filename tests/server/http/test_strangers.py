@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from lib.server.app import takes_files
 from lib.server.http.auth import Authenticator
+from lib.server.http.errors import register_error_handlers
 from lib.server.http.middleware import SMALL_BODY_BYTES, Surroundings
 from lib.server.http.tokens import WatchedTokens, add_token
 
@@ -52,7 +53,8 @@ def send(tmp_path: Path, path: str, headers: list[tuple[str, str]], chunked: boo
             content: Any = body() if chunked else PART + bytes(SIZE) + b"\r\n--b--\r\n"
             return await client.put(path, headers=headers, content=content)
 
-    app = Starlette(routes=[Route("/{path:path}", read, methods=["PUT"])])
+    app = FastAPI(routes=[Route("/{path:path}", read, methods=["PUT"])])
+    register_error_handlers(app)
     app.add_middleware(Surroundings, takes_files=lambda scope: scope["path"] == "/files")
     app.state.services = SimpleNamespace(
         settings=SimpleNamespace(upload_limit_mib=16),
