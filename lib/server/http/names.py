@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
@@ -69,6 +70,17 @@ def safe_file_name(sent: str | None, otherwise: str) -> str:
     last = re.split(r"[/\\]", sent or "")[-1]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", last).lstrip(".")
     return name[-100:].lstrip(".") or otherwise
+
+
+def as_attachment(name: str) -> dict[str, str]:
+    """The header under which a client saves an answer; a file of the studies may have any name (RFC 6266, RFC 8187).
+
+    >>> as_attachment("liver.nii.gz")
+    {'Content-Disposition': 'attachment; filename="liver.nii.gz"'}
+    """
+    plain = quote(name)
+    kept = f'filename="{name}"' if plain == name else f"filename*=utf-8''{plain}"
+    return {"Content-Disposition": f"attachment; {kept}"}
 
 
 def check_image_known(datastore: Datastore, image_id: str) -> str:

@@ -38,7 +38,7 @@ from lib.server.dependencies import (
 )
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.bodies import LabelParams, described_by
-from lib.server.http.names import check_tag, find_label, safe_file_name, safe_new_id
+from lib.server.http.names import as_attachment, check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import KEPT_BY_SERVER, check_room_for, parse_info, parse_object
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import tag_for_prediction
@@ -318,8 +318,8 @@ def get_dataset(datastore: DatastoreDep, user: AsAnnotator, limit_cases: int | N
     if not datastore.datalist():
         raise HTTPException(404, "there is no labelled case yet")
     archive = Path(datastore.get_dataset_archive(limit_cases))
-    attachment = {"Content-Disposition": 'attachment; filename="dataset.zip"'}
-    return StreamingResponse(read_and_remove(archive), media_type="application/zip", headers=attachment)
+    headers = as_attachment("dataset.zip")
+    return StreamingResponse(read_and_remove(archive), media_type="application/zip", headers=headers)
 
 
 def store_image(

@@ -26,6 +26,7 @@ from lib.server.dependencies import (
 )
 from lib.server.http.auth import AsUser
 from lib.server.http.bodies import InferParams, described_by
+from lib.server.http.names import as_attachment
 from lib.server.http.parameters import check_fields, parse_object
 from lib.server.http.uploads import temporary_folder
 from lib.server.inference.answers import Answer
@@ -100,5 +101,4 @@ def respond(answer: Answer, output: Output) -> Response:
         content, media_type = encode_multipart_formdata([params, mask], secrets.token_hex(16))
         return Response(content, media_type=media_type, headers=headers)
     mime = "application/dicom" if output is Output.dicom_seg else get_mime_type(answer.name)
-    attachment = {"Content-Disposition": f'attachment; filename="{answer.name}"'}
-    return Response(answer.content, media_type=mime, headers={**attachment, **headers})
+    return Response(answer.content, media_type=mime, headers={**as_attachment(answer.name), **headers})

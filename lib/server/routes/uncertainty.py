@@ -17,6 +17,7 @@ from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import DatastoreDep, ImagesDep, InferencesDep, PoolKnowledgeDep, SegmentationTasksDep
 from lib.server.http.auth import AsUser
+from lib.server.http.names import as_attachment
 from lib.server.work.prefetch import PrefetchKey
 
 router = APIRouter(tags=["Active learning"])
@@ -44,8 +45,7 @@ async def uncertainty(
         if await request.is_disconnected():
             return Response(status_code=499)
         content = await slot.run(lambda: compute(task, asked))
-    attachment = {"Content-Disposition": f'attachment; filename="{path.name.split(".")[0]}-uncertainty.nii.gz"'}
-    return Response(content, media_type=NIFTI, headers=attachment)
+    return Response(content, media_type=NIFTI, headers=as_attachment(f"{path.name.split('.')[0]}-uncertainty.nii.gz"))
 
 
 def compute(task: UnetrInferTask, asked: InferRequest) -> bytes:

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from fastapi import Response
 from monailabel.datastore.local import LocalDatastore
 
 from lib.errors import NotFoundError, ParameterError
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.names import check_new_id, check_tag, find_image, find_label, safe_file_name, safe_new_id
+from lib.server.http.names import (
+    as_attachment,
+    check_new_id,
+    check_tag,
+    find_image,
+    find_label,
+    safe_file_name,
+    safe_new_id,
+)
 from tests.tiny import boxes, write_nifti
 
 HOSTILE = ("", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", ".hidden", "a\0b", "a b", "ä", "a" * 129, "a\n", "C:x")
@@ -65,6 +75,18 @@ def test_no_tag_means_final() -> None:
 )
 def test_file_name_is_made_harmless(sent: str | None, safe: str) -> None:
     assert safe_file_name(sent, "image.nii.gz") == safe
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.nii.gz", "\u809d.nii.gz", "\u00e4.nii.gz", 'quo"te.nii.gz', "new\r\nX-Evil: 1.nii.gz", "50%.nii.gz", "\u202e"],
+)
+def test_answer_is_saved_under_the_name_that_the_file_has_whatever_it_is(name: str) -> None:
+    """A name that Latin-1 does not have made the uncertainty of such an image a 500."""
+    said = Response(headers=as_attachment(name)).headers["content-disposition"]
+    assert said.isascii() and said.isprintable()
+    plain = said.removeprefix("attachment; ").removeprefix('filename="').removesuffix('"')
+    assert unquote(plain.removeprefix("filename*=utf-8''")) == name
 
 
 @pytest.fixture
