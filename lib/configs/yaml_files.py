@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import yaml
 from lib.errors import ConfigError
 
 MOST_BYTES = 256 * 1024
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 # Characters of all values once every alias is written out; a few nested aliases come to gigabytes.
 MOST_EXPANDED = 16 * MOST_BYTES
+LONGEST_NUMBER = 64
+"""Characters of a number; one of thousands of digits cannot even be told in a message."""
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -34,7 +38,12 @@ def read_yaml(path: Path, what: str) -> Any:
         raise ConfigError(f"{what} is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not YAML: its text is not UTF-8") from error
-    except (ValueError, LookupError, AttributeError) as error:  # what PyYAML raises for ``!!int x`` and its like
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # what PyYAML raises for ``!!int x`` and its like
         raise ConfigError(f"{what} is not YAML: a value does not fit its tag") from error
 
 
@@ -70,7 +79,10 @@ def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
         known[id(node)] = None
         if isinstance(node, yaml.ScalarNode):
             size = len(node.value)
+            if size > LONGEST_NUMBER and node.tag in NUMBERS:
+                raise yaml.YAMLError(f"a number of {size} characters; valid: at most {LONGEST_NUMBER}")
         elif isinstance(node, yaml.MappingNode):
+            _check_keys(node)
             size = sum(_expanded_size(part, known) for pair in node.value for part in pair)
         else:
             size = sum(_expanded_size(part, known) for part in node.value)
@@ -79,6 +91,14 @@ def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
     if total is None:
         raise yaml.YAMLError("an alias (*) stands inside of what it names")
     return total
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that stands twice, of which PyYAML would take the last without a word."""
+    names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+    for name, times in names.most_common(1):
+        if times > 1:
+            raise yaml.YAMLError(f"the key {name[:40]!r} stands twice")
 
 
 def _in_one_line(error: yaml.YAMLError) -> str:

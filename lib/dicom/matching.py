@@ -71,10 +71,28 @@ def has_pattern(text: str, pattern: str) -> bool:
     >>> has_pattern("A[1]B", "a[1]*")
     True
     """
-    expression = "".join(
-        {"*": ".*", "?": "."}.get(part, re.escape(part)) for part in re.split(r"([*?])", _plain(pattern))
-    )
-    return re.fullmatch(expression, _plain(text), re.DOTALL) is not None
+    plain = _plain(text)
+    first, *others = re.split(r"\*+", _plain(pattern))
+    if not others:
+        return _piece(first).fullmatch(plain) is not None
+    *between, last = others
+    end = len(plain) - len(last)
+    if len(first) > end or _piece(first).match(plain) is None or _piece(last).fullmatch(plain, end) is None:
+        return False
+    # each piece at its leftmost place, which leaves the most room for the next: nothing has to be tried twice, as it
+    # would be by one expression for the whole pattern
+    at = len(first)
+    for piece in between:
+        place = _piece(piece).search(plain, at, end)
+        if place is None:
+            return False
+        at = place.end()
+    return True
+
+
+def _piece(text: str) -> re.Pattern[str]:
+    """What stands between two ``*``; ``?`` is any letter."""
+    return re.compile("".join("." if letter == "?" else re.escape(letter) for letter in text), re.DOTALL)
 
 
 def _plain(text: str) -> str:

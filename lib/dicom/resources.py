@@ -32,6 +32,8 @@ _COMPILED = [
     (view, re.compile(p.replace("UID", _UID).replace("FRAMES", r"[0-9]{1,9}(?:,[0-9]{1,9})*"))) for view, p in _PATTERNS
 ]
 LONGEST_PATH = 600
+_ENTRY = re.compile(r"""(?:[^,"]|"[^"]*"?)+""")
+"""One of the entries between commas, some of which may stand in quotes; each letter is looked at once."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def parse_accept(header: str | None) -> list[MediaType]:
     [MediaType(name='image/jp2', multipart=True, syntax='*')]
     """
     entries = []
-    for text in re.split(r""",(?=(?:[^"]*"[^"]*")*[^"]*$)""", header or "*/*"):
+    for text in _ENTRY.findall(header or "*/*"):
         name, *rest = [part.strip() for part in text.split(";")]
         options = {
             key.strip().lower(): value.strip().strip('"') for key, _, value in (part.partition("=") for part in rest)

@@ -42,7 +42,7 @@ _FOREIGN: tuple[tuple[str, int, tuple[bytes, ...]], ...] = (
     ("ZIP", 0, (b"PK\x03\x04",)),
 )
 _META_IMAGE = re.compile(
-    rb"^\s*(ObjectType|NDims|DimSize|ElementType|ElementDataFile)\s*=", re.IGNORECASE | re.MULTILINE
+    rb"^[ \t]*(ObjectType|NDims|DimSize|ElementType|ElementDataFile)[ \t]*=", re.IGNORECASE | re.MULTILINE
 )
 
 

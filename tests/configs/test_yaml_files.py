@@ -34,7 +34,11 @@ def nested_aliases(levels: int, merge: bool = False) -> str:
         ("x: !!int ''", "does not fit its tag"),
         ("x: !!bool maybe", "does not fit its tag"),
         ("x: !!timestamp never", "does not fit its tag"),
-        ("x: " + "9" * 5000, "does not fit its tag"),
+        ("x: " + "9" * 5000, "a number of 5000 characters"),
+        ("x: 0x" + "f" * 5000, "a number of 5002 characters"),
+        ("x: 1" + ":1" * 5000, "a number of 10001 characters"),
+        ("x: 1" + ":1" * 5000 + ".5", "a number of 10003 characters"),
+        ("name: a\nlabels: []\nname: b", "the key 'name' stands twice"),
     ],
 )
 def test_hostile_preset_file_is_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:

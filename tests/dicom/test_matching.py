@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from pydicom import dcmread
 
 from lib.dicom.attributes import parse_path
 from lib.dicom.index import DicomIndex
-from lib.dicom.matching import matches
+from lib.dicom.matching import has_pattern, matches
 from lib.dicom.query import search
 from lib.dicom.resources import Resource
 
@@ -97,6 +99,22 @@ def test_attribute_in_a_sequence_is_matched_by_its_path() -> None:
     assert matches({"00400275": {"vr": "SQ", "Value": [inner]}}, path, "STEP-7")
     assert not matches({"00400275": {"vr": "SQ", "Value": [inner]}}, path, "STEP-8")
     assert parse_path("RequestAttributesSequence.Nonsense") is None
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", ["*a" * 40 + "b", "*?" * 40 + "b", "*" * 5000 + "b", "a*" * 40 + "b", "*aa?" * 30])
+def test_pattern_of_many_wildcards_ends(pattern: str) -> None:
+    """As one expression it would be tried in more ways than can be counted, while every other client waits."""
+    assert not has_pattern("a" * 64, pattern)
+
+
+def test_wildcards_are_those_of_an_expression() -> None:
+    draw = random.Random(1)
+    for _ in range(5000):
+        text = "".join(draw.choices("ab", k=draw.randrange(8)))
+        pattern = "".join(draw.choices("ab*?", k=draw.randrange(8)))
+        expression = "".join({"*": ".*", "?": "."}.get(letter, letter) for letter in pattern)
+        assert has_pattern(text, pattern) is (re.fullmatch(expression, text) is not None), (text, pattern)
 
 
 def test_query_finds_by_name_and_tells_texts_as_utf8(tmp_path: Path, make_series: Make) -> None:

@@ -55,3 +55,16 @@ def test_accept_is_sorted_by_weight_and_understands_quotes() -> None:
     assert parse_accept("multipart/related; type=application/octet-stream") == [
         MediaType("application/octet-stream", True)
     ]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("header", ["," * 60_000, '"",' * 20_000, '",' * 30_000, 'a;b="c,' * 8_000])
+def test_accept_header_of_many_entries_is_read_once(header: str) -> None:
+    """For each comma the whole rest was looked at, which took seconds of everybody's."""
+    assert len(parse_accept(header)) <= 20_000
+
+
+def test_commas_in_quotes_end_no_entry() -> None:
+    assert [entry.name for entry in parse_accept('a/b;x="1,2", c/d , ,"e,f",g/h;x="i,j')] == [
+        "a/b", "c/d", '"e,f"', "g/h",
+    ]  # fmt: skip

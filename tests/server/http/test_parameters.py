@@ -32,3 +32,11 @@ def test_anything_else_is_refused(text: str, reason: str) -> None:
     with pytest.raises(ParameterError, match=reason) as refused:
         parse_object(text)
     assert len(str(refused.value)) < 600
+
+
+@pytest.mark.timeout(60)
+def test_key_that_stands_twice_among_many_is_found() -> None:
+    """It was counted anew for each key, and a body of a megabyte held up every other client for minutes."""
+    text = "{" + ",".join(f'"{number:x}":1' for number in range(100_000)) + ',"1869f":2}'
+    with pytest.raises(ParameterError, match="the key '1869f' stands twice"):
+        parse_object(text)
