@@ -1,7 +1,7 @@
 """Draw README's pictures: a synthetic case with its reference contour and the shipped model's mask.
 
     .venv/bin/python docs/make_picture.py
-    .venv/bin/python docs/make_picture.py --what torso --out docs/images/abdomen.png
+    .venv/bin/python docs/make_picture.py --what abdomen --out docs/images/abdomen.png
 
 It needs the test tools (``run.py setup --dev``), since it draws with matplotlib.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "sample-data")]
 
+from synthetic_abdomen import draw_abdomen  # noqa: E402
 from synthetic_hippocampus import draw_case  # noqa: E402
-from torso_phantom import draw_torso, grid_affine, render, spacing_for  # noqa: E402
 
 from lib.cases.metrics import dice_per_label  # noqa: E402
 from lib.configs.catalogue import load_preset  # noqa: E402
@@ -36,10 +37,10 @@ PLANES = (("sagittal", 0, "A", "S"), ("coronal", 1, "R", "S"), ("axial", 2, "R",
 """Name, the axis looked along, and the directions in which the picture's horizontal and vertical axes grow (RAS)."""
 
 LabelArray = npt.NDArray[np.uint8]
-PRESETS = {"hippocampus": "hippocampus_mr", "torso": "abdomen_ct"}
-TORSO_SHAPE = (160, 160, 120)
+PRESETS = {"hippocampus": "hippocampus_mr", "abdomen": "abdomen_ct"}
 SOFT_TISSUE_HU = (-160.0, 240.0)
 WORST_DICE_IN_THE_TITLE = 0.7
+LETTERS_IN_A_LINE = 120
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,9 @@ class Case:
 
 def draw_synthetic(what: str, number: int, seed: int) -> Case:
     """A case of the sample data."""
-    if what == "torso":
-        torso = render(
-            draw_torso(seed + number), TORSO_SHAPE, grid_affine(TORSO_SHAPE, spacing_for(TORSO_SHAPE), "RAS")
-        )
-        return Case(torso.image_hu.astype(np.float32), torso.label, torso.affine_ras, SOFT_TISSUE_HU)
+    if what == "abdomen":
+        scan = draw_abdomen(number, seed)
+        return Case(scan.image_hu.astype(np.float32), scan.label, scan.affine_ras, SOFT_TISSUE_HU)
     crop = draw_case(number, seed)
     low, high = np.percentile(crop.image, (0.5, 99.5))
     return Case(crop.image, crop.label, crop.affine_ras, (float(low), float(high)))
@@ -136,7 +135,8 @@ def _scores(case: Case, predicted: LabelArray, segmenter: Segmenter) -> str:
     good = {name: value for name, value in dice.items() if value >= WORST_DICE_IN_THE_TITLE}
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in good.items())
     rest = f"; {len(dice) - len(good)} others below {WORST_DICE_IN_THE_TITLE}" if len(good) < len(dice) else ""
-    return f"synthetic case: prediction in colour, reference dashed\nDice {scores}{rest}"
+    lines = textwrap.wrap(f"Dice {scores}{rest}", LETTERS_IN_A_LINE)
+    return "\n".join(["synthetic case: prediction in colour, reference dashed", *lines])
 
 
 if __name__ == "__main__":

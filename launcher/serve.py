@@ -12,7 +12,7 @@ from launcher.ports import check_port_is_free
 from launcher.project import Project, server_environment
 from launcher.supervise import supervise
 
-SAMPLE_COUNTS = {"hippocampus": 8, "torso": 2}
+SAMPLE_COUNTS = {"hippocampus": 8, "abdomen": 2}
 """Synthetic studies of each kind, as NIfTI files and as DICOM series."""
 
 DEFAULT_MODELS = "hippocampus_mr,abdomen_ct"

@@ -3,7 +3,7 @@
     python sample-data/fit_hippocampus_model.py --data ../shared/data/hippocampus_mr
 
 It takes about six minutes on two cores. Every case is warped onto a common shape
-(``hippocampus_registration.py``); the warps, and the warped intensities together with the labels' warped signed
+(``registration.py``); the warps, and the warped intensities together with the labels' warped signed
 distances, are each described by a mean and principal modes. What the modes leave out is described by power spectra
 and histograms. The file holds means, modes and statistics over all cases, and no case.
 """
@@ -11,8 +11,6 @@ and histograms. The file holds means, modes and statistics over all cases, and n
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,13 +21,12 @@ from typing import Literal, TypeVar
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from hippocampus_registration import invert, register_to_common_shape
+from registration import invert, register_to_common_shape
 from scipy import ndimage
+from statistical_model import Array, Arrays, check_shares, principal_modes, quantised, write_side_car
 from synthetic_hippocampus import LABELS, MODEL_FILE, HippocampusModel, draw_anatomy, warp
 
-Array = npt.NDArray[np.float32]
 Voxel = TypeVar("Voxel", bound=np.generic)
-Arrays = dict[str, npt.NDArray[np.generic]]
 
 GRID = (40, 56, 44)
 HALF_GRID = (20, 28, 22)
@@ -40,8 +37,6 @@ APPEARANCE_MODES = 28
 DISTANCE_WEIGHT = 0.3
 """Standard deviations of intensity that a millimetre of the labels' border counts for."""
 CALIBRATION_DRAWS = 100
-LARGEST_SHARE = 0.25
-"""Of a mode's variance that may come from one case; beyond that, the mode would be that patient's image."""
 QUANTILE_STEPS = 41
 SOURCE = (
     "Medical Segmentation Decathlon, Task04 Hippocampus (Antonelli et al. 2022, doi:10.1038/s41467-022-30695-9), "
@@ -96,14 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [read_aligned(options.data / "images" / path.name, path) for path in labels]
     fields = register_to_common_shape([case.guide for case in cases], options.jobs)
     np.savez_compressed(options.out, **fit(cases, fields))
-    write_side_car(options.out, len(cases))
+    write_side_car(options.out, describe(len(cases)))
     print(f"{len(cases)} cases -> {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
     return 0
 
 
-def write_side_car(model: Path, cases: int) -> None:
-    """Write a JSON file beside the model that says what it is, from which data, and under which licence."""
-    said = {
+def describe(cases: int) -> dict[str, object]:
+    """What the model is, from which data, and under which licence."""
+    return {
         "what": "Statistical model of hippocampus T1 MR crops: means, principal modes and statistics, no case",
         "labels": LABELS,
         "cases": cases,
@@ -111,10 +106,7 @@ def write_side_car(model: Path, cases: int) -> None:
         "licence": "CC-BY-SA 4.0",
         "licence_url": "https://creativecommons.org/licenses/by-sa/4.0/",
         "changes": "fitted by fit_hippocampus_model.py; the cases' voxels are not in it",
-        "bytes": model.stat().st_size,
-        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
     }
-    model.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,7 +148,7 @@ def fit(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Arrays:
     check_shares(shapes - shapes.mean(axis=0), shape_modes)
     arrays: Arrays = {
         "shape_mean_mm": shapes.mean(axis=0).reshape(3, *HALF_GRID).astype(np.float16),
-        **_quantised("shape_modes_mm", shape_modes.reshape(-1, 3, *HALF_GRID)),
+        **quantised("shape_modes_mm", shape_modes.reshape(-1, 3, *HALF_GRID)),
         "shape_deviations": shape_deviations.astype(np.float32),
         **_fit_appearance(cases, fields),
         **_fit_scanner(cases),
@@ -184,9 +176,9 @@ def _fit_appearance(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Ar
     texture = ndimage.gaussian_filter(residual[:, : images.shape[1]].std(axis=0).reshape(GRID), 1.5)
     return {
         "image_mean": images.mean(axis=0).reshape(GRID).astype(np.float16),
-        **_quantised("image_modes", image_modes.reshape(-1, *GRID)),
+        **quantised("image_modes", image_modes.reshape(-1, *GRID)),
         "distance_mean_mm": distance_mean.astype(np.float16),
-        **_quantised("distance_modes_mm", (distance_modes / DISTANCE_WEIGHT / np.sqrt(8)).reshape(-1, 2, *HALF_GRID)),
+        **quantised("distance_modes_mm", (distance_modes / DISTANCE_WEIGHT / np.sqrt(8)).reshape(-1, 2, *HALF_GRID)),
         "appearance_deviations": deviations.astype(np.float32),
         "texture_std": _halve(texture / np.sqrt(np.square(texture).mean())).astype(np.float16),
     }
@@ -253,40 +245,6 @@ def complete_missing(values: Array, known: npt.NDArray[np.bool_], rounds: int = 
                 seen @ seen.T + np.diag(noise / np.square(deviations)), seen @ (case - mean)[inside]
             )
             case[~inside] = (mean + coefficients @ basis)[~inside]
-
-
-def principal_modes(centred: Array, count: int) -> tuple[Array, Array]:
-    """Unit modes, shape (count, features), and the standard deviations of their coefficients.
-
-    The eigenvectors of the small case-by-case matrix give those of the covariance (Turk and Pentland 1991,
-    doi:10.1162/jocn.1991.3.1.71). A mode's sign is such that its largest value is positive.
-    """
-    values, vectors = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-    order = np.argsort(values)[::-1][:count]
-    modes = vectors[:, order].T.astype(np.float32) @ centred
-    modes /= np.linalg.norm(modes, axis=1, keepdims=True)
-    largest = np.abs(modes).argmax(axis=1)
-    modes *= np.sign(modes[np.arange(len(modes)), largest])[:, None]
-    return modes, np.sqrt(values[order] / (len(centred) - 1)).astype(np.float32)
-
-
-def check_shares(centred: Array, modes: Array) -> None:
-    """See to it that every mode is made of many cases.
-
-    Args:
-        centred: shape (cases, features).
-        modes: shape (count, features).
-
-    Raises:
-        ValueError: when one case makes up more than ``LARGEST_SHARE`` of a mode's variance.
-    """
-    squares = np.square(centred @ modes.T)
-    shares = squares.max(axis=0) / squares.sum(axis=0)
-    if shares.max() > LARGEST_SHARE:
-        raise ValueError(
-            f"one case makes up {shares.max():.2f} of mode {int(shares.argmax())}; at most {LARGEST_SHARE} keeps "
-            "patients out of the model: leave the case out, or fit fewer modes"
-        )
 
 
 def power_octant(image: Array) -> Array:
@@ -368,13 +326,6 @@ def _halve(volume: Array) -> Array:
 
 def _halve_each(parts: Array) -> Array:
     return np.stack([_halve(part) for part in parts])
-
-
-def _quantised(name: str, modes: Array) -> Arrays:
-    """Modes as 8-bit numbers with a scale each."""
-    scales = np.maximum(np.abs(modes).reshape(len(modes), -1).max(axis=1), 1e-12) / 127
-    shaped = scales.reshape(-1, *[1] * (modes.ndim - 1))
-    return {name: np.rint(modes / shaped).astype(np.int8), f"{name}_scale": scales.astype(np.float32)}
 
 
 if __name__ == "__main__":

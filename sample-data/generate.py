@@ -1,7 +1,8 @@
 """Writes synthetic studies with reference labels, to try the server with: no patient is in them.
 
     python sample-data/generate.py --out studies/sample --count 8 --seed 0
-    python sample-data/generate.py --out studies/ct --what torso --shape 512 512 200 --count 1 --format both
+    python sample-data/generate.py --out studies/ct --what abdomen --count 2 --format both
+    python sample-data/generate.py --out studies/ct --what torso --shape 512 512 200 --count 1
 
 Images lie flat in the folder (``synthetic_hippocampus_0000.nii.gz``: the file's name is the image's id in MONAI Label),
 DICOM series in ``dicom/<PatientID>/``, and references in ``references/``, where MONAI Label does not take them for
@@ -25,16 +26,19 @@ import numpy as np
 import numpy.typing as npt
 from dicom_series import PLANES, Plane, SeriesIdentity, is_complete_series, write_series
 from nibabel.filebasedimages import ImageFileError
+from synthetic_abdomen import draw_abdomen
 from synthetic_hippocampus import draw_case
 from torso_phantom import draw_torso, grid_affine, render, spacing_for
 
-What = Literal["hippocampus", "torso"]
+What = Literal["abdomen", "hippocampus", "torso"]
 Shape = tuple[int, int, int]
 
 TORSO_SHAPE: Shape = (256, 256, 100)
 LEAST_TORSO_SIZE = 8
-MODALITIES: dict[str, Literal["MR", "CT"]] = {"hippocampus": "MR", "torso": "CT"}
-BODY_PARTS = {"hippocampus": "HEAD", "torso": "ABDOMEN"}
+MODALITIES: dict[str, Literal["MR", "CT"]] = {"abdomen": "CT", "hippocampus": "MR", "torso": "CT"}
+BODY_PARTS = {"abdomen": "ABDOMEN", "hippocampus": "HEAD", "torso": "ABDOMEN"}
+PATIENTS = {"abdomen": "ABDOMEN", "hippocampus": "MR", "torso": "CT"}
+"""What stands in a patient's ID, which no two studies of a folder share."""
 COMPRESSION = 4
 """Of gzip: noise hardly shrinks further with more, and takes longer."""
 
@@ -48,10 +52,10 @@ class StudyPlan:
     """Which study is to be written.
 
     Attributes:
-        what: ``hippocampus`` or ``torso``.
+        what: ``abdomen``, ``hippocampus`` or ``torso``.
         index: number of the study within its seed.
         seed: of the drawing.
-        shape: voxels, of a torso; a hippocampus crop's is drawn.
+        shape: voxels, of a torso; the others have their models'.
 
     Raises:
         ValueError: for a negative number, or a shape that does not fit.
@@ -78,14 +82,14 @@ class StudyPlan:
     @property
     def description(self) -> str:
         """What the file says of itself; a file that says something else is another study."""
-        size = "" if self.what == "hippocampus" else f" {'x'.join(map(str, self.shape))}"
+        size = f" {'x'.join(map(str, self.shape))}" if self.what == "torso" else ""
         return f"synthetic {self.what}{size} seed {self.seed} case {self.index}"
 
     @property
     def identity(self) -> SeriesIdentity:
         """Of the DICOM series."""
         modality = MODALITIES[self.what]
-        patient_id = f"SYNTH-{modality}-{self.index:04d}"
+        patient_id = f"SYNTH-{PATIENTS[self.what]}-{self.index:04d}"
         return SeriesIdentity(patient_id, modality, self.description, self.seed, BODY_PARTS[self.what])
 
 
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if options.shape and options.what != "torso":
-        return _fail(2, "--shape is for --what torso; the sizes of hippocampus crops are drawn")
+        return _fail(2, "--shape is for --what torso; the sizes of the others are those of their models")
     references = options.references or options.out / "references"
     try:
         shape = tuple(options.shape or TORSO_SHAPE)
@@ -158,6 +162,9 @@ def draw_study(plan: StudyPlan) -> Study:
     if plan.what == "hippocampus":
         case = draw_case(plan.index, plan.seed)
         return Study(case.image, case.label, case.affine_ras)
+    if plan.what == "abdomen":
+        scan = draw_abdomen(plan.index, plan.seed)
+        return Study(scan.image_hu, scan.label, scan.affine_ras)
     affine_ras = grid_affine(plan.shape, spacing_for(plan.shape), "LPS")
     # One seed stands for many people: each case is a torso of its own
     torso = draw_torso(plan.seed * 10_000 + plan.index)

@@ -46,7 +46,7 @@ def open_browser(tmp_path: Path) -> Iterator[Callable[..., WebDriver]]:
             options.add_argument("--force-dark-mode")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         browser = Chrome(options, Service(driver))
-        browser.set_page_load_timeout(60)
+        browser.set_page_load_timeout(180)
         opened.append(browser)
         return browser
 

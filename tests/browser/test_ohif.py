@@ -162,7 +162,7 @@ def check_retraining(viewer: Viewer, clinic: Clinic) -> None:
     )
     viewer.browser.execute_script("arguments[0].click()", button)
     viewer.wait_for(lambda: "Stop Training" in viewer.panel.text)
-    wait_until(lambda: clinic.server.get("/train/").json()["status"] == "RUNNING", 60)
+    wait_until(lambda: clinic.server.get("/train/").json()["status"] == "RUNNING")
     wait_until(lambda: progress(clinic.server).get("epoch", 0) >= 1, 120)
     viewer.panel.find_element("css selector", "button").click()  # asks the server anew
     viewer.wait_for(lambda: viewer.panel.find_elements("css selector", "[title*='epochs completed']"))

@@ -57,7 +57,7 @@ def text_of(browser: WebDriver, selector: str) -> str:
     return str(browser.execute_script("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
 
-def wait_until(browser: WebDriver, condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_until(browser: WebDriver, condition: Callable[[], Any], seconds: float = 180) -> Any:
     return WebDriverWait(browser, seconds).until(lambda _: condition())
 
 

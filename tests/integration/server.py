@@ -219,8 +219,8 @@ def fingerprint(*folders: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something is so."""
+def wait_until(condition: Callable[[], object], seconds: float = 180) -> None:
+    """Wait until something is so; the time is that of a machine that does much else."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -91,7 +91,7 @@ def test_first_start_makes_samples_and_starts_the_server(project: RecordedProjec
     assert project.run("serve", "--port", str(free_port())) == 5
     *samples, server = project.calls[-3:]
     folder = str(project.root / "studies" / "sample")
-    for command, what in zip(samples, ("hippocampus", "torso"), strict=True):
+    for command, what in zip(samples, ("hippocampus", "abdomen"), strict=True):
         assert command[:5] == [str(project.root / "sample-data" / "generate.py"), "--out", folder, "--what", what]
         assert command[-2:] == ["--format", "both"], "DICOM too, for OHIF"
     assert server[:3] == ["-m", "lib.server", "start_server"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from generate import is_complete_nifti, main
+from generate import StudyPlan, is_complete_nifti, main
 from pydicom import dcmread
 from synthetic_hippocampus import draw_case
 from torso_phantom import ORGANS
@@ -92,6 +92,17 @@ def test_torso_of_a_shape(tmp_path: Path) -> None:
     assert (np.asarray(images[0].dataobj) != np.asarray(images[1].dataobj)).any()
     assert dcmread(tmp_path / "dicom" / "SYNTH-CT-0000" / "0001.dcm").Modality == "CT"
     assert main([*arguments, "--shape", "32", "32", "32"]) == 2, "another shape is another study"
+
+
+def test_abdomen_is_written_and_shares_no_patient_with_a_torso(tmp_path: Path) -> None:
+    assert main(["--out", str(tmp_path), "--what", "abdomen", "--count", "1"]) == 0
+    image, label = (
+        nib.load(folder / "synthetic_abdomen_0000.nii.gz") for folder in (tmp_path, tmp_path / "references")
+    )
+    assert image.shape == label.shape == (256, 192, 104)
+    assert set(np.unique(np.asarray(label.dataobj))) == {0, *ORGANS.values()}
+    patients = {StudyPlan(what, 0, 0).identity.patient_id for what in ("abdomen", "hippocampus", "torso")}
+    assert len(patients) == 3, "each has a DICOM folder of its own"
 
 
 @pytest.mark.parametrize(

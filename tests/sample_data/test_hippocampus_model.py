@@ -12,16 +12,15 @@ import pytest
 from fit_hippocampus_model import (
     GRID,
     SPECTRUM_BOX,
-    check_shares,
     complete_missing,
+    describe,
     main,
     power_octant,
-    principal_modes,
     radial_profile,
-    write_side_car,
 )
-from hippocampus_registration import demons, invert
+from registration import demons, invert
 from scipy import ndimage
+from statistical_model import check_shares, principal_modes, write_side_car
 from synthetic_hippocampus import MODEL_FILE, load_model, warp
 
 
@@ -38,7 +37,7 @@ def test_side_car_says_what_the_file_is_and_whose_data(tmp_path: Path) -> None:
     assert side_car["cases"] == int(load_model().cases[0])
     copy = tmp_path / MODEL_FILE.name
     copy.write_bytes(MODEL_FILE.read_bytes())
-    write_side_car(copy, side_car["cases"])
+    write_side_car(copy, describe(side_car["cases"]))
     assert json.loads(copy.with_suffix(".json").read_text(encoding="utf-8")) == side_car
 
 

@@ -1,7 +1,7 @@
-"""Warps that bring hippocampus crops onto one common shape, for ``fit_hippocampus_model.py``.
+"""Warps that bring cases onto one common shape, for the fits of statistical models.
 
 Diffeomorphic demons (Vercauteren et al. 2009, doi:10.1016/j.neuroimage.2008.10.040) towards a mean that is made anew
-after each round (Joshi et al. 2004, doi:10.1016/j.neuroimage.2004.07.068). Fields are displacements in voxels of 1 mm,
+after each round (Joshi et al. 2004, doi:10.1016/j.neuroimage.2004.07.068). Fields are displacements in voxels,
 float32, shape (3, X, Y, Z): ``warp(volume, field)`` has ``volume[x + field(x)]`` at ``x``.
 """
 
@@ -23,18 +23,20 @@ ROUNDS = ((30, 2.0), (40, 1.5), (50, 1.2))
 """Iterations, and smoothing of the field in voxels: from coarse to fine."""
 
 
-def register_to_common_shape(guides: Sequence[Array], jobs: int = 1) -> list[Array]:
+def register_to_common_shape(
+    guides: Sequence[Array], jobs: int = 1, rounds: Sequence[tuple[int, float]] = ROUNDS
+) -> list[Array]:
     """Fields that warp each guide onto the mean of all warped guides; the same for any number of jobs."""
     _use_one_thread()
     template = np.mean(guides, axis=0, dtype=np.float32)
     fields: list[Array] = []
     with ProcessPoolExecutor(jobs, initializer=_use_one_thread) as pool:
-        for turn, (iterations, smoothing) in enumerate(ROUNDS, start=1):
+        for turn, (iterations, smoothing) in enumerate(rounds, start=1):
             register = partial(demons, template, iterations=iterations, smoothing=smoothing)
             fields = list(pool.map(register, guides, chunksize=4))
             warped = [warp(guide, field) for guide, field in zip(guides, fields, strict=True)]
             template = np.mean(warped, axis=0, dtype=np.float32)
-            print(f"registration: round {turn} of {len(ROUNDS)} done", file=sys.stderr, flush=True)
+            print(f"registration: round {turn} of {len(rounds)} done", file=sys.stderr, flush=True)
     return fields
 
 
