@@ -17,6 +17,7 @@ import logging
 import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,7 @@ from lib.storage.sqlite import IN_MEMORY
 logger = logging.getLogger("unetr.datastore")
 
 SENT_FOLDER = "sent"
+MOST_LATELY = 1000
 SECONDS_BETWEEN_LOOKS = 0.005
 
 
@@ -78,6 +80,8 @@ class LabelHistory:
         self.folder, self.versions_folder, self.sent_folder = folder, folder / "versions", folder / SENT_FOLDER
         self.quarantine = Quarantine(folder / "quarantine")
         self.repairs: list[str] = []
+        self._lately: deque[LabelVersion] = deque()
+        self._lately_until, self._reading_lately = 0, threading.Lock()
         self._threads = threading.RLock()
         self._processes = FileLock(folder / ".lock", thread_local=False)
         self.read_only = not self._make_folders()
@@ -107,6 +111,21 @@ class LabelHistory:
     def since(self, sequence: int) -> list[LabelVersion]:
         """All versions that were saved after that one, the oldest first."""
         return [self._version(record) for record in self.index.since(sequence) if not record.get("removal")]
+
+    def lately(self) -> list[LabelVersion]:
+        """The versions among the newest thousand of the store, the oldest first, without what clients sent along.
+
+        Each is read once, and kept: pages ask for all of them whenever something has changed.
+        """
+        with self._reading_lately:
+            last = self.index.last_sequence()
+            for version in self.since(max(self._lately_until, last - MOST_LATELY)):
+                self._lately.append(replace(version, info={}))
+                last = max(last, version.sequence)
+            while self._lately and self._lately[0].sequence <= last - MOST_LATELY:
+                self._lately.popleft()
+            self._lately_until = last
+            return list(self._lately)
 
     def get(self, version_id: str) -> LabelVersion:
         """The version with an id.

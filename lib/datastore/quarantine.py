@@ -7,9 +7,10 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,15 @@ class Quarantine:
 
     def all(self) -> list[Quarantined]:
         """Everything here, the newest first."""
-        records = [self._read(path) for path in sorted(self._side_cars(), reverse=True)]
-        return [one for one in records if one is not None]
+        return list(self._newest_first())
+
+    def newest(self, count: int) -> list[Quarantined]:
+        """The newest so many, the newest first; no other is read."""
+        return list(islice(self._newest_first(), count))
 
     def count(self) -> int:
         """How many there are."""
-        return len(self._side_cars())
+        return len(self._names())
 
     def get(self, name: str) -> Quarantined:
         """One of them.
@@ -113,8 +117,13 @@ class Quarantine:
             raise NotFoundError("file of quarantined label", name)
         return refused.file
 
-    def _side_cars(self) -> list[Path]:
-        return list(self.folder.glob("*.json"))
+    def _newest_first(self) -> Iterator[Quarantined]:
+        records = (self._read(self.folder / name) for name in sorted(self._names(), reverse=True))
+        return (one for one in records if one is not None)
+
+    def _names(self) -> list[str]:
+        """Names of the side-cars."""
+        return [name for name in os.listdir(self.folder) if name.endswith(".json")] if self.folder.is_dir() else []
 
     def _read(self, side_car: Path) -> Quarantined | None:
         try:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lib.datastore.history import LabelHistory
-from lib.datastore.records import LabelVersion, Submission
+from lib.datastore.records import LabelVersion, Submission, to_record
 from lib.errors import ConflictError, NotFoundError, StorageError
 from lib.storage.files import sha256_of
 
@@ -46,6 +48,28 @@ def save(history: LabelHistory, image: str, content: bytes, **fields: object) ->
 
 def published(history: LabelHistory, image: str, tag: str = "final") -> bytes:
     return (history.published.folder / tag / f"{image}.nii.gz").read_bytes()
+
+
+def test_newest_thousand_versions_follow_every_change_and_are_read_once(reopen: Open) -> None:
+    history = reopen()
+    assert history.lately() == []
+    first = save(history, "a", b"one", info={"sent": "along"})
+    assert history.lately() == [replace(first, info={})]
+    record = to_record(first)
+    for number in range(2, 1005):
+        name = f"{number:08d}-{first.version_id[-8:]}"
+        history.index.insert(record | {"sequence": number, "version_id": name, "image_id": f"image {number}"})
+    history.remove("image 1004", "final")
+    assert [version.sequence for version in history.lately()] == list(range(6, 1005))
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        seen = history.lately()
+        assert tracemalloc.get_traced_memory()[1] - before < 100 * 2**10
+    finally:
+        tracemalloc.stop()
+    newest = save(history, "b", b"two")
+    assert history.lately() == [*seen[1:], newest]
 
 
 def test_versions_are_kept_and_the_newest_is_published(reopen: Open) -> None:

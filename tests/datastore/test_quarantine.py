@@ -31,6 +31,17 @@ def test_bytes_and_reason_are_kept_side_by_side(tmp_path: Path) -> None:
     assert kept.describe()["size"] == 5
 
 
+def test_newest_are_told_without_reading_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine")
+    assert quarantine.newest(2) == []
+    damaged, *kept = (quarantine.keep(sent(tmp_path), f"reason {number}", {}) for number in range(3))
+    damaged.file.with_name(f"{damaged.name}.json").write_text("{")
+    assert quarantine.newest(2) == kept[::-1]
+    assert not caplog.records, "a record that is not read is not said to be damaged"
+    assert quarantine.newest(3) == quarantine.all() == kept[::-1]
+    assert "cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["nope", "../index", "20260101-000000-000000-00000000", ""])
 def test_unknown_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(NotFoundError):

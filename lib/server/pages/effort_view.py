@@ -10,9 +10,6 @@ from lib.datastore.records import FINAL, LabelVersion
 from lib.drawing.charts import Point, line_chart
 from lib.server.pages.language import Language
 
-MOST_LABELS = 1000
-"""Of the newest versions: older ones are not counted."""
-
 
 @dataclass(frozen=True)
 class EffortRow:

@@ -17,7 +17,7 @@ from lib.datastore.records import LabelVersion
 from lib.datastore.store import VersionedDatastore
 from lib.errors import UnetrError, UpstreamError
 from lib.server.http.auth import Role, User
-from lib.server.pages.effort_view import MOST_LABELS, EffortView, effort_view
+from lib.server.pages.effort_view import EffortView, effort_view
 from lib.server.pages.titles import Title, titles_of
 from lib.server.presented.cases import PresentedCases
 from lib.server.tasks import TasksByName
@@ -174,7 +174,8 @@ def activity_view(store: VersionedDatastore, user: User) -> ActivityView:
     history, leases = store.history, store.leases
     own = user.client("")
     held = sorted(leases.active().values(), key=lambda lease: -lease.since)[:MOST_SHOWN]
-    labels = tuple(reversed(history.since(max(0, history.index.last_sequence() - MOST_SHOWN))))
+    lately = history.lately()
+    labels = tuple(reversed(lately[-MOST_SHOWN:]))
     skips = tuple(sorted(leases.skipped().values(), key=lambda skip: -skip.at)[:MOST_SHOWN])
     named = [image for rows in (labels, held, skips) for image in (row.image_id for row in rows)]
     return ActivityView(
@@ -189,8 +190,8 @@ def activity_view(store: VersionedDatastore, user: User) -> ActivityView:
             for lease in held
         ),
         skips=skips,
-        quarantine=tuple(history.quarantine.all()[:MOST_SHOWN]) if user.role >= Role.REVIEWER else (),
-        effort=effort_view(history.since(max(0, history.index.last_sequence() - MOST_LABELS))),
+        quarantine=tuple(history.quarantine.newest(MOST_SHOWN)) if user.role >= Role.REVIEWER else (),
+        effort=effort_view(lately),
         titles=titles_of(store, named),
     )
 
