@@ -25,6 +25,11 @@ logger = logging.getLogger("unetr.server")
 
 MIB = 2**20
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+# Where no token is asked for, another page could show this server's in a frame and have its buttons pressed.
+FOR_BROWSERS = (
+    (b"content-security-policy", b"frame-ancestors 'self'"),
+    (b"x-content-type-options", b"nosniff"),
+)
 # Bodies that are no files: parameters in JSON.
 SMALL_BODY_BYTES = MIB
 # How much of a refused upload is read and thrown away, so that the client hears why: one that is still sending when the
@@ -119,7 +124,11 @@ class Surroundings:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", []), (HEADER.encode(), request_id.encode())]
+                given = message.get("headers", [])
+                more = [
+                    (name, value) for name, value in FOR_BROWSERS if name not in {name.lower() for name, _ in given}
+                ]
+                message["headers"] = [*given, *more, (HEADER.encode(), request_id.encode())]
             await send(message)
 
         try:

@@ -111,3 +111,21 @@ def test_parameters_stay_small_whatever_kind_a_client_says_they_are(
 def test_routes_that_take_files_are_known(method: str, path: str, takes: bool) -> None:
     scope: Scope = {"type": "http", "method": method, "path": path, "headers": [], "root_path": ""}
     assert takes_files(scope) is takes
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "frame-ancestors 'self'"), ({"Content-Security-Policy": "default-src 'self'"}, "default-src 'self'")],
+)
+def test_no_answer_is_shown_in_another_page_or_taken_for_another_kind(given: dict[str, str], policy: str) -> None:
+    """The viewer, the API's description and reports could be shown in a frame, and their buttons pressed unseen."""
+    app = FastAPI(routes=[Route("/", lambda _: PlainTextResponse("hello", headers=given))])
+    app.add_middleware(Surroundings, takes_files=lambda _: False)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get("/")
+
+    headers = asyncio.run(ask()).headers
+    assert headers.get_list("content-security-policy") == [policy]
+    assert headers["x-content-type-options"] == "nosniff"
