@@ -367,9 +367,13 @@ class UnetrInferTask(InferTask):
         key = self._key(request)
         return key is not None and key in self._cache
 
-    def _recall(self, request: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:
+    def kept(self, request: InferRequest) -> CachedMask | None:
+        """What :meth:`recall` would answer with, in memory."""
         key = self._key(request)
-        kept = self._cache.get(key) if key is not None else None
+        return None if key is None else self._cache.get(key)
+
+    def _recall(self, request: InferRequest, start: float) -> tuple[str, dict[str, Any]] | None:
+        kept = self.kept(request)
         if kept is None:
             return None
         recalled = time.perf_counter()

@@ -166,6 +166,11 @@ def test_second_answer_comes_from_the_cache_in_any_format(task: UnetrInferTask, 
     first, said = cached({"image": str(image), "result_extension": ".nii.gz"})
     assert said["cache"] == {"hit": False}
     assert cached.is_kept(cached.parse({"image": str(image), "result_extension": ".nrrd"}))
+    kept = cached.kept(cached.parse({"image": str(image), "result_extension": ".nrrd"}))
+    assert kept is not None and kept.payload["quality"] == said["quality"]
+    np.testing.assert_array_equal(kept.labels, nib.load(first).dataobj)
+    np.testing.assert_allclose(kept.affine_ras, nib.load(first).affine, atol=1e-6)
+    assert cached.kept(cached.parse({"image": str(image), "largest_component": True})) is None
     second, again = cached({"image": str(image), "result_extension": ".nii", "result_dtype": "int16"})
     assert again["cache"] == {"hit": True, "computed_in_ms": said["latencies_ms"]["total"]}
     np.testing.assert_array_equal(nib.load(first).dataobj, nib.load(second).dataobj)

@@ -119,8 +119,8 @@ class Pictures:
     def kept_prediction(self, subject: Subject) -> npt.NDArray[np.uint8] | None:
         """The served model's mask where it is ready, reoriented as the image is."""
         task = self.models.automatic.find(subject.model)
-        kept = task.recall(task.parse(fields_for(subject)))
-        return None if kept is None else take_turned(Path(kept[0]))
+        kept = task.kept(task.parse(fields_for(subject)))
+        return None if kept is None else reorient(kept.labels, kept.affine_ras)
 
     async def computed(self, subject: Subject, kind: str) -> Any:
         """A prediction or its uncertainty, computed when the device is free unless it is kept.
