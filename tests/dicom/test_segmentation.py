@@ -24,6 +24,7 @@ from lib.dicom.series import Series, read_series
 from lib.errors import ImageError, LabelError
 from tests.dicom.conftest import AFFINES, draw_mask, edit
 from tests.dicom.test_series import make_enhanced
+from tests.itk import affine_lps
 
 Make = Callable[..., list[Path]]
 
@@ -264,8 +265,7 @@ def test_dcmqi_reads_our_segmentation(make_series: Make, tmp_path: Path, hippoca
     )
     image = sitk.ReadImage(str(tmp_path / "1.nrrd"))
     found = sitk.GetArrayFromImage(image).T
-    direction = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    to_series = np.linalg.inv(series.affine_lps) @ np.r_[np.c_[direction, image.GetOrigin()], [[0, 0, 0, 1]]]
+    to_series = np.linalg.inv(series.affine_lps) @ affine_lps(image)
     places = np.rint(np.argwhere(found) @ to_series[:3, :3].T + to_series[:3, 3]).astype(int)
     assert len(places) == (mask > 0).sum()
     np.testing.assert_array_equal(mask[tuple(places.T)], found[found > 0])

@@ -16,6 +16,7 @@ from lib.datastore.label_files.label_file import read_label
 from lib.errors import FileKindError, ImageError, LabelError
 from lib.imagefiles.kinds import HEAD_BYTES, name_foreign
 from lib.transforms.volume import read_grid, read_volume
+from tests.itk import affine_ras
 
 SECRET = bytes(range(256)) * 4
 FIELDS = "type: uchar\ndimension: 3\nsizes: 8 8 8\nencoding: raw\n"
@@ -148,15 +149,7 @@ GEOMETRY = {
 def test_nrrd_lies_where_itk_puts_it(tmp_path: Path, place: str) -> None:
     path = tmp_path / "x.nrrd"
     path.write_bytes(f"NRRD0005\n{FIELDS}{GEOMETRY[place]}\n".encode() + SECRET[:512])
-    np.testing.assert_allclose(read_volume(path).affine_ras, itk_affine_ras(path), atol=1e-6)
-
-
-def itk_affine_ras(path: Path) -> np.ndarray:
-    image = sitk.ReadImage(str(path))
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    return np.diag([-1.0, -1, 1, 1]) @ affine
+    np.testing.assert_allclose(read_volume(path).affine_ras, affine_ras(sitk.ReadImage(str(path))), atol=1e-6)
 
 
 @pytest.mark.timeout(60)

@@ -16,6 +16,7 @@ from lib.errors import ImageError, LabelError
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.interaction.starting_mask import read_values
 from lib.transforms.volume import check_segmentable, read_grid, read_volume, reading_warning
+from tests.itk import affine_ras
 from tests.tiny import oblique_affine, tiny_preset, write_nifti
 
 SHAPE = (5, 6, 7)
@@ -55,11 +56,7 @@ def make(
 
 
 def itk_affine_ras(path: Path) -> np.ndarray:
-    image = sitk.ReadImage(str(path))
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    return np.diag([-1.0, -1, 1, 1]) @ affine
+    return affine_ras(sitk.ReadImage(str(path)))
 
 
 CODES = [(q, s) for q in range(5) for s in range(5)]

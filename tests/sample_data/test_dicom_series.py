@@ -13,6 +13,8 @@ from pydicom import dcmread
 from synthetic_hippocampus import draw_case
 from torso_phantom import grid_affine
 
+from tests.itk import affine_ras
+
 Array = npt.NDArray[np.generic]
 SHAPE = (9, 12, 7)
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -37,10 +39,7 @@ def read_with_itk(files: list[Path]) -> tuple[Array, npt.NDArray[np.float64]]:
     """Voxels (X, Y, Z) and their affine to RAS; ITK sorts the slices by itself."""
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(files[0].parent))
     image = sitk.ReadImage(names)
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return sitk.GetArrayFromImage(image).T, RAS_TO_LPS @ affine
+    return sitk.GetArrayFromImage(image).T, affine_ras(image)
 
 
 def read_with_pydicom(files: list[Path]) -> tuple[Array, npt.NDArray[np.float64]]:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lib.cases.labelled import Case
 from lib.cases.split import shipped_split
@@ -105,12 +105,12 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
     return ServedWeights(
         file.version,
         checkpoint,
-        _judged_on(file, details, locator),
+        _cases_of("validation", file, details, locator),
         details.get("label_digests") or {} if file.origin == "published" else {},
         math.nan if reported_dice is None else float(reported_dice),
         {name: float(dice) for name, dice in (measured.get("dice") or {}).items() if dice is not None},
         frozenset(details.get("never_learnt") or ()) if file.origin == "published" else frozenset(),
-        _trained_on(file, details, locator),
+        _cases_of("train", file, details, locator),
     ), ""
 
 
@@ -130,19 +130,16 @@ def _measured(details: Mapping[str, Any]) -> Mapping[str, Any]:
     return held_out if held_out.get("mean_dice") is not None else details.get("cross_validated") or {}
 
 
-def _trained_on(
-    file: WeightsFile, details: Mapping[str, Mapping[str, list[str]]], locator: WeightsLocator
+def _cases_of(
+    part: Literal["train", "validation"],
+    file: WeightsFile,
+    details: Mapping[str, Mapping[str, list[str]]],
+    locator: WeightsLocator,
 ) -> frozenset[str]:
+    """The cases that weights were trained or judged on, as far as that is known."""
     if file.origin == "published":
-        return frozenset((details.get("split") or {}).get("train", ()))
+        return frozenset((details.get("split") or {}).get(part, ()))
     shipped = shipped_split(locator.folder) if file.origin == "shipped" else None
-    return frozenset(shipped.train if shipped else ())
-
-
-def _judged_on(
-    file: WeightsFile, details: Mapping[str, Mapping[str, list[str]]], locator: WeightsLocator
-) -> frozenset[str]:
-    if file.origin == "published":
-        return frozenset((details.get("split") or {}).get("validation", ()))
-    shipped = shipped_split(locator.folder) if file.origin == "shipped" else None
-    return frozenset(shipped.validation if shipped else ())
+    if shipped is None:
+        return frozenset()
+    return frozenset(shipped.train if part == "train" else shipped.validation)
