@@ -111,6 +111,32 @@ def the_starter() -> Starter:
     return Starter()
 
 
+def start_module(
+    module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path
+) -> ForkedProcess | subprocess.Popen[bytes]:
+    """``python -m MODULE ARGUMENTS`` as a fork, and so what it starts itself; where there are none, a new process.
+
+    Args:
+        module: its name.
+        arguments: of its command line.
+        folder: in which it runs.
+        environment: all variables of its process.
+        log: takes its output.
+    """
+    if sys.platform == "linux":
+        return the_starter().start(module, arguments, folder, environment, log)
+    return start_python(["-m", module, *arguments], folder, environment, log)
+
+
+def start_python(
+    options: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """``python OPTIONS`` as a user starts it: a process that imports all that it uses."""
+    with log.open("wb") as file:
+        command = [sys.executable, *options]
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
 def run_code(code: str, folder: Path, seconds: float = 300) -> str:
     """What a program prints, run in a process of its own from this repository, which starts with its libraries.
 
@@ -129,9 +155,7 @@ def run_code(code: str, folder: Path, seconds: float = 300) -> str:
             "", [], REPOSITORY, environment, log, code
         )
     else:
-        with log.open("wb") as file:
-            command = [sys.executable, "-c", code]
-            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = start_python(["-c", code], REPOSITORY, environment, log)
     try:
         code_of_exit = process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Python for the processes that a forked server starts: a module becomes a fork of the starter as the server is one.
 
-    forked_python.py -m MODULE ARGUMENTS...
+    forked_python.py [-u] -m MODULE ARGUMENTS...
 
 It hands its standard streams to the fork, passes a request to end on, and ends as the fork does; when it is killed, the
 starter kills the fork. Whatever else is asked of it is left to the Python of the tests.
@@ -18,8 +18,9 @@ import sys
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the fork."""
+    plain, arguments = arguments, arguments[arguments[:1] == ["-u"] :]
     if arguments[:1] != ["-m"]:
-        os.execv(os.environ["TEST_PYTHON"], [os.environ["TEST_PYTHON"], *arguments])
+        os.execv(os.environ["TEST_PYTHON"], [os.environ["TEST_PYTHON"], *plain])
     asked = {"module": arguments[1], "argv": arguments[2:], "cwd": os.getcwd(), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.connect(os.environ["TEST_STARTER"])

@@ -8,7 +8,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.parser import BytesParser
@@ -22,7 +21,7 @@ import requests
 
 from launcher.project import Project
 from lib.infers.costs import COSTS_FILE
-from tests.forks import REPOSITORY, ForkedProcess, server_environment, the_starter
+from tests.forks import REPOSITORY, ForkedProcess, server_environment, start_module, start_python
 
 APP = Project(REPOSITORY).app
 MAIN = APP / "main.py"
@@ -56,7 +55,7 @@ class Server:
         dicomweb: str = "",
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
-        forked: bool = sys.platform == "linux",
+        forked: bool = True,
         module: str = "monailabel.main",
     ) -> None:
         self.folder = folder
@@ -84,13 +83,9 @@ class Server:
         }
         environment |= {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(self.folder / "cache")} | self._environment
         if self._forked:
-            self.process = the_starter().start(self._module, self._command, self.folder, environment, self.log)
-            return self.process
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", self._module, *self._command]
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            self.process = start_module(self._module, self._command, self.folder, environment, self.log)
+        else:
+            self.process = start_python(["-m", self._module, *self._command], self.folder, environment, self.log)
         return self.process
 
     def start(self) -> Server:

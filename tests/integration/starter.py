@@ -5,8 +5,8 @@
 Each line of standard input asks for a server, as JSON: ``module``, ``argv``, ``cwd``, ``environment``, ``log``, and
 ``python`` for what it starts; or, with ``code``, for a program of its own. Each line of the output is a process id,
 alone when it is started, with its exit code when it has ended. ``forked_python.py`` asks over the socket, with a
-``module`` and its standard streams, and is told the same there. Nothing of this project or of MONAI Label is imported
-before the fork: they read the environment when they are.
+``module`` and its standard streams, and is told the same there. MONAI Label, and what imports it, is imported after the
+fork only: it reads the environment when it is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ LIBRARIES = (
     "requests_toolbelt", "schedule", "timeloop", "torch.utils.tensorboard", "watchdog.observers",
 )  # fmt: skip
 
+# With what they import, most of this project's modules; none of them is one that a process runs.
+PROJECT = (
+    "lib.activelearning.pool_scoring", "lib.cluster.batch", "lib.datastore.images.sent_series",
+    "lib.datastore.label_files.label_folder", "lib.dicom.query", "lib.dicom.remote", "lib.interaction.background",
+    "lib.server.http.bodies", "lib.server.http.encryption", "lib.server.pages.cases.slices", "lib.server.work.places",
+    "lib.trainers.gathering", "lib.trainers.judging.publishing", "lib.trainers.launch",
+)  # fmt: skip
 
 JOBS: dict[int, socket.socket] = {}
 """Processes that were asked for over the socket, and where they are waited for."""
@@ -44,8 +51,10 @@ Request = tuple[dict[str, Any], list[int], "socket.socket | None"]
 
 def main() -> None:
     """Fork for each request until the input ends; a fork becomes the server."""
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *PROJECT):
         importlib.import_module(name)
+    if "monailabel" in sys.modules:
+        raise RuntimeError("MONAI Label is imported before the fork, and has read this process's environment")
     gc.freeze()
     signal.signal(signal.SIGCHLD, tell_ended)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

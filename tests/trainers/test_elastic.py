@@ -4,11 +4,9 @@ started again."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +19,15 @@ from lib.cases.labelled import Case
 from lib.cases.split import Split, write_split
 from lib.networks.checkpoint import read_checkpoint
 from lib.server.work.jobs import end_tree
+from tests.forks import REPOSITORY, ForkedProcess, server_environment, start_module
 from tests.tiny import QUIET_AUGMENTATION, preset_data
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+Process = ForkedProcess | subprocess.Popen[bytes]
 MakeCases = Callable[..., tuple[Case, ...]]
 SECONDS = 240
 
 
-def _start(folder: Path, epochs: int, nodes: int) -> list[subprocess.Popen[str]]:
+def _start(folder: Path, epochs: int, nodes: int) -> list[Process]:
     """Two processes that train; a launcher for each node, which writes ``node<n>.log``."""
     preset = folder / "tiny.yaml"
     recipe = {"max_epochs": epochs, "learning_rate": 2e-3, "precision": "fp32", "val_interval": 1000}
@@ -36,28 +35,24 @@ def _start(folder: Path, epochs: int, nodes: int) -> list[subprocess.Popen[str]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes)]
+    torchrun = ["--nnodes", str(nodes)]
     torchrun += ["--nproc-per-node", str(2 // nodes), "--max-restarts", "2", "--local-addr", "127.0.0.1"]
     torchrun += ["--rdzv-id", "tiny", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     data = ["--images", str(folder / "images"), "--labels", str(folder / "labels"), "--device", "cpu"]
     data += ["--split", str(folder / "split.json"), "--preset", str(preset), "--state-seconds", "0"]
     out = ["--out", str(folder / "out.pt"), "--run-dir", str(folder / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    launchers = []
-    for node in range(nodes):
-        with (folder / f"node{node}.log").open("wb") as file:
-            command = [*torchrun, "-m", "lib.trainers.cli", "train", *data, *out]
-            launchers.append(
-                subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=file, stderr=file, text=True)
-            )
-    return launchers
+    options = [*torchrun, "-m", "lib.trainers.cli", "train", *data, *out]
+    return [
+        start_module("torch.distributed.run", options, REPOSITORY, server_environment(), folder / f"node{node}.log")
+        for node in range(nodes)
+    ]
 
 
 def _said(folder: Path) -> str:
     return "".join(log.read_text(errors="replace") for log in sorted(folder.glob("node*.log")))
 
 
-def _worker_with_state(launchers: list[subprocess.Popen[str]], folder: Path) -> psutil.Process:
+def _worker_with_state(launchers: list[Process], folder: Path) -> psutil.Process:
     """The second process, once there is a state to go on from."""
     deadline = time.monotonic() + SECONDS
     while not (folder / "run" / "state.pt").is_file():
