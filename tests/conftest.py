@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.infers.memory import release_memory
 from lib.transforms.volume import Volume
-from tests.tiny import boxes, oblique_affine, tiny_preset, write_nifti
+from tests.tiny import boxes, oblique_affine, tiny_preset, write_cases
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -55,21 +56,7 @@ def volume() -> Volume:
 def make_cases(tmp_path: Path) -> Callable[..., tuple[Case, ...]]:
     """Write cases of the tiny task as NIfTI: ``make_cases(count)``."""
 
-    def make(count: int, shape: tuple[int, int, int] = (20, 18, 16), first: int = 1) -> tuple[Case, ...]:
-        cases = []
-        for number in range(first, first + count):
-            image, label = boxes(shape, seed=number)
-            name = f"case_{number:03d}"
-            cases.append(
-                Case(
-                    name,
-                    write_nifti(tmp_path / "images" / f"{name}.nii.gz", image),
-                    write_nifti(tmp_path / "labels" / f"{name}.nii.gz", label),
-                )
-            )
-        return tuple(cases)
-
-    return make
+    return partial(write_cases, tmp_path)
 
 
 @pytest.fixture

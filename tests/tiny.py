@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from lib.cases.labelled import Case
 from lib.configs.preset import Preset, parse_preset
 
 QUIET_AUGMENTATION = {
@@ -65,6 +66,19 @@ def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
     return path
+
+
+def write_cases(
+    folder: Path, count: int, shape: tuple[int, int, int] = (20, 18, 16), first: int = 1
+) -> tuple[Case, ...]:
+    """Write cases of the tiny task as NIfTI, ``case_001`` and counting; the number is the seed of :func:`boxes`."""
+    cases = []
+    for number in range(first, first + count):
+        image, label = boxes(shape, seed=number)
+        name = f"case_{number:03d}"
+        places = folder / "images" / f"{name}.nii.gz", folder / "labels" / f"{name}.nii.gz"
+        cases.append(Case(name, write_nifti(places[0], image), write_nifti(places[1], label)))
+    return tuple(cases)
 
 
 def axis_affine(axcodes: str, spacing_mm: tuple[float, float, float] = (1, 1, 1), origin=(0, 0, 0)) -> np.ndarray:

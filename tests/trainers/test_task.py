@@ -33,12 +33,13 @@ from lib.trainers.material import EndedRun
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.task import UnetrTrainTask
-from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_nifti
+from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_cases, write_nifti
 
 MakeCases = Callable[..., tuple[Case, ...]]
 CPU = torch.device("cpu")
 RECIPE = {"batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1, "augmentation": QUIET_AUGMENTATION}
 QUICK = {"max_epochs": 1, "max_steps": 2, "multi_gpu": False, "precision": "fp32", "crops_per_case": 1}
+THOROUGH = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
 
 
 class FakeDatastore:
@@ -69,6 +70,24 @@ def locator(tmp_path: Path) -> WeightsLocator:
 @pytest.fixture
 def task(locator: WeightsLocator) -> UnetrTrainTask:
     return UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The model's folder, and the figures, after the thorough training on the first eight cases."""
+    torch.set_num_threads(1)  # as every test does
+    folder = tmp_path_factory.mktemp("trained")
+    place = WeightsLocator(folder / "model" / "tiny")
+    task = UnetrTrainTask(tiny_preset(training=RECIPE), place, "cpu")
+    return place.folder, task(THOROUGH, FakeDatastore(write_cases(folder, 8)))
+
+
+@pytest.fixture
+def trained(training: tuple[Path, dict[str, Any]], task: UnetrTrainTask, locator: WeightsLocator) -> dict[str, Any]:
+    """Figures of that training, after which the task of this test goes on."""
+    folder, figures = training
+    shutil.copytree(folder, locator.folder, dirs_exist_ok=True)
+    return figures
 
 
 def _publish_random(locator: WeightsLocator, **changes: Any) -> Path:
@@ -230,8 +249,7 @@ def test_first_batch_that_is_wrong_is_never_published_whatever_its_ids_hash_to(
     task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
 ) -> None:
     """Five labels that all hash to training, beside shipped weights that were trained on 208 other cases."""
-    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
-    task(recipe, FakeDatastore(make_cases(8, first=101)))
+    task(THOROUGH, FakeDatastore(make_cases(8, first=101)))
     shutil.rmtree(locator.folder / "runs")
     shutil.copy(_served(locator), locator.shipped)
     write_json(locator.shipped.with_suffix(".json"), {"held_out": {"mean_dice": 0.85}})
@@ -240,7 +258,7 @@ def test_first_batch_that_is_wrong_is_never_published_whatever_its_ids_hash_to(
     cases = make_cases(5)
     for number, case in enumerate(cases, start=1):
         write_nifti(case.label, _shift(boxes(seed=number)[1]))
-    stats = task(recipe | {"val_split": 1e-6, "name": "shifted"}, FakeDatastore(cases))
+    stats = task(THOROUGH | {"val_split": 1e-6, "name": "shifted"}, FakeDatastore(cases))
     assert (stats["status"], stats["parent"], len(stats["split"]["validation"])) == ("rejected", "shipped", 1)
     assert len(stats["comparison"]["agreement"]["contradicted"]) == 5
     assert _served(locator) == locator.shipped
@@ -273,10 +291,9 @@ def test_weights_that_are_not_finite_are_no_version(task: UnetrTrainTask, locato
 
 
 def test_gate_keeps_weights_that_are_worse_from_being_served(
-    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+    trained: dict[str, Any], task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
 ) -> None:
-    datastore = FakeDatastore(make_cases(6))
-    task(QUICK | {"max_epochs": 15, "max_steps": None}, datastore)
+    datastore = FakeDatastore(make_cases(8))
     before = _served(locator)
     stats = task(QUICK | {"pretrained": False, "learning_rate": 1e-9, "name": "second"}, datastore)
     assert stats["decision"].startswith("rejected: ")
@@ -396,15 +413,17 @@ def _swap(label: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("poison", [_shift, _swap])
 def test_poisoned_batch_is_not_published_and_the_report_says_why(
-    task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases, poison: Callable[[np.ndarray], np.ndarray]
+    trained: dict[str, Any],
+    task: UnetrTrainTask,
+    locator: WeightsLocator,
+    make_cases: MakeCases,
+    poison: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
-    cases = make_cases(14)
-    first = task(recipe, FakeDatastore(cases[:8]))
+    cases, first = make_cases(14), trained
     assert first["held_out"]["mean_dice"] > 0.6
     for number, case in enumerate(cases[8:], start=9):
         write_nifti(case.label, poison(boxes(seed=number)[1]))
-    stats = task(recipe | {"name": "poisoned"}, FakeDatastore(cases))
+    stats = task(THOROUGH | {"name": "poisoned"}, FakeDatastore(cases))
     assert (stats["status"], stats["version"], stats["parent"]) == ("rejected", "v0002", "v0001")
     assert _served(locator).parent.name == "v0001"
     report = (task.versions.get("v0002").folder / "report.html").read_text(encoding="utf-8")
@@ -415,15 +434,13 @@ def test_poisoned_batch_is_not_published_and_the_report_says_why(
 @pytest.mark.parametrize("poison", [_shift, _swap])
 def test_poisoned_first_batch_is_not_published_over_weights_that_came_with_their_figures(
     tmp_path: Path,
-    task: UnetrTrainTask,
+    trained: dict[str, Any],
     locator: WeightsLocator,
     make_cases: MakeCases,
     poison: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     """No validation case is familiar then, and the new ones are all wrong; what was measured before tells."""
-    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
-    cases = make_cases(14)
-    first = task(recipe, FakeDatastore(cases[:8]))
+    cases, first = make_cases(14), trained
     delivered = WeightsLocator(tmp_path / "delivered" / "tiny")
     delivered.folder.mkdir(parents=True)
     shutil.copy(_served(locator), delivered.shipped)
@@ -431,7 +448,7 @@ def test_poisoned_first_batch_is_not_published_over_weights_that_came_with_their
     for number, case in enumerate(cases[8:], start=9):
         write_nifti(case.label, poison(boxes(seed=number)[1]))
     again = UnetrTrainTask(tiny_preset(training=RECIPE), delivered, "cpu")
-    stats = again(recipe, FakeDatastore(cases[8:]))
+    stats = again(THOROUGH, FakeDatastore(cases[8:]))
     assert (stats["status"], stats["parent"]) == ("rejected", "shipped")
     assert stats["comparison"]["mean_dice"]["difference"] > 0, "it has learned the wrong labels"
     assert "it gains only on labels that the served weights contradict" in stats["decision"]
@@ -447,12 +464,14 @@ def _biased(weights: StateDict, index: int, by: float) -> StateDict:
 
 
 def test_label_that_no_held_out_case_speaks_of_is_not_given_up(
-    tmp_path: Path, task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+    tmp_path: Path,
+    trained: dict[str, Any],
+    task: UnetrTrainTask,
+    locator: WeightsLocator,
+    make_cases: MakeCases,
 ) -> None:
     """New weights that draw no core any more, where the held-out cases speak of the box alone, which they do better."""
-    recipe = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
-    cases = make_cases(8)
-    first = task(recipe, FakeDatastore(cases))
+    cases, first = make_cases(8), trained
     good = read_checkpoint(_served(locator)).model
     delivered = WeightsLocator(tmp_path / "delivered" / "tiny")
     delivered.folder.mkdir(parents=True)
@@ -466,7 +485,7 @@ def test_label_that_no_held_out_case_speaks_of_is_not_given_up(
     def after(weights: StateDict) -> dict[str, Any]:
         result = TrainingResult(weights, 1, {}, (1.0,))
         again = UnetrTrainTask(task.preset, delivered, "cpu", launcher=lambda *_: result)
-        return again(recipe, FakeDatastore(cases))
+        return again(THOROUGH, FakeDatastore(cases))
 
     lost = after(_biased(good, 2, -1000.0))
     assert lost["split"]["validation"] == first["split"]["validation"]
