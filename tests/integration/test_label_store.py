@@ -8,6 +8,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import requests
 from synthetic_hippocampus import SyntheticCase
 
 from lib.datastore.label_files.segment_header import Segment
+from lib.datastore.leases import RENEWAL_SHARE
 from tests.integration.conftest import encode, prepare
 from tests.integration.server import Server, parse_multipart
 from tests.segment_files import as_slicer_submits, write_segments
 
+LEASE_SECONDS = 6
 ORDER = [{"name": "anterior", "idx": 1}, {"name": "posterior", "idx": 2}]
 SWAPPED = [{"name": "Posterior", "idx": 1}, {"name": "HEAD", "idx": 2}]  # head: an alias of anterior
 
@@ -30,7 +33,8 @@ SWAPPED = [{"name": "Posterior", "idx": 1}, {"name": "HEAD", "idx": 2}]  # head:
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory: pytest.TempPathFactory, cases: dict[str, SyntheticCase]) -> Iterator[Server]:
     """A server of its own, since the others' tests count on labels of theirs."""
-    server = prepare(Server(tmp_path_factory.mktemp("clinic"), {"lease_minutes": "0.1"}), cases).start()
+    conf = {"lease_minutes": str(LEASE_SECONDS / 60)}
+    server = prepare(Server(tmp_path_factory.mktemp("clinic"), conf), cases).start()
     yield server
     assert server.stop() in (0, -15)
 
@@ -146,20 +150,22 @@ def test_two_clients_never_get_the_same_case(clinic: Server, strategy: str) -> N
 def test_lease_is_renewed_by_requests_and_ends_with_the_submission_or_the_time(
     clinic: Server, cases: dict[str, SyntheticCase], tmp_path: Path
 ) -> None:
-    import time
-
     open_cases(clinic)
     given = clinic.post("/activelearning/first", json={"client_id": "anna"}).json()
     assert given["id"] == "case_0" and given["lease"]["client"].startswith("anna@")
-    assert given["lease"]["until"] - given["lease"]["since"] == pytest.approx(6)
-    for _ in range(3):  # longer than the lease, with a request in between
-        time.sleep(2.5)
+    assert given["lease"]["until"] - given["lease"]["since"] == pytest.approx(LEASE_SECONDS)
+    until = given["lease"]["until"]
+    for _ in range(2):
+        time.sleep(LEASE_SECONDS * RENEWAL_SHARE + 0.1)
+        asked = time.time()
         assert clinic.infer("hippocampus_mr", "case_0", client_id="anna").status_code == 200
+        before, until = until, clinic.get("/leases/").json()["leases"]["case_0"]["until"]
+        assert until > before and until >= asked + LEASE_SECONDS, "a request renews the lease from its own time on"
     assert clinic.post("/activelearning/first", json={"client_id": "bert"}).json()["id"] == "case_1"
     label = encode(cases["case_0"].label, cases["case_0"].affine_ras, tmp_path)
     assert submit(clinic, "case_0", label, ORDER).status_code == 200
     assert "case_0" not in clinic.get("/leases/").json()["leases"]
-    time.sleep(6.5)
+    time.sleep(LEASE_SECONDS + 0.5)
     assert clinic.get("/leases/").json()["leases"] == {}
     assert clinic.post("/activelearning/first", json={"client_id": "carl"}).json()["id"] == "case_1"
 
