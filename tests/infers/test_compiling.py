@@ -36,6 +36,21 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 needs_openvino = pytest.mark.skipif(not has_openvino(), reason="there is no OpenVINO for this machine")
 
 
+class Clock:
+    """Seconds that windows take, and that nobody has to wait for."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
 class Instead:
     """In OpenVINO's place: the network itself, without what makes it slow, and what is added to its logits."""
 
@@ -45,7 +60,7 @@ class Instead:
     def __call__(self, windows: torch.Tensor) -> torch.Tensor:
         if self._error is not None:
             raise self._error
-        time.sleep(self._seconds)
+        CLOCK.advance(self._seconds)
         logits: torch.Tensor = self._network.forward(windows)
         return logits + self._added * torch.arange(logits.shape[1])[:, None, None, None]
 
@@ -72,16 +87,11 @@ class CountingBook(CostBook):
         super().keep(key, batch, cost)
 
 
-def _slow_down(network: nn.Module, seconds: float) -> None:
-    """Have PyTorch take longer for a window, by much more than a tiny one takes."""
-    network.register_forward_pre_hook(lambda *_: time.sleep(seconds))
-
-
 def _segmenter(pytorch: float = 0.5) -> Segmenter:
-    """One whose windows PyTorch takes so many seconds longer for."""
+    """One whose windows PyTorch takes so many seconds for."""
     torch.manual_seed(0)
     network = InferenceNetwork(build_unetr(tiny_preset()), CPU, FP32)
-    _slow_down(network.network, pytorch)
+    network.network.register_forward_pre_hook(lambda *_: CLOCK.advance(pytorch))
     return Segmenter(network, tiny_preset(), CPU, "fp32", Planner(None, _book()))
 
 
@@ -90,7 +100,7 @@ def _instead(
 ) -> Compiler:
     """A compiler that makes :class:`Instead`; what does not use OpenVINO itself is tested without it too."""
     made = partial(Instead, added=added, seconds=seconds, error=error)
-    return Compiler(lambda: True, lambda own, shape: made(own.network), memory or MemoryProbe())
+    return Compiler(lambda: True, lambda own, shape: made(own.network), memory or MemoryProbe(), CLOCK)
 
 
 def _engine(segmenter: Segmenter) -> str:
@@ -102,7 +112,7 @@ def _engine(segmenter: Segmenter) -> str:
 def test_compiled_network_segments_the_same_and_says_who_computed() -> None:
     segmenter, volume = _segmenter(), Volume(boxes()[0], axis_affine("LPS", (1, 1, 1)))
     before = segmenter.segment(volume)
-    compile_if_faster(segmenter, threading.Lock())
+    compile_if_faster(segmenter, threading.Lock(), Compiler(clock=CLOCK))
     after = segmenter.segment(volume)
     assert before.plan.engine == "pytorch" and before.plan.seconds == pytest.approx(2.0 * before.plan.windows)
     assert after.plan.engine == "openvino" and after.plan.seconds == pytest.approx(1.0 * after.plan.windows)
@@ -185,7 +195,7 @@ def test_requests_are_answered_while_it_compiles_and_none_while_it_compares() ->
 
     segmenter = _segmenter()
     segmenter.network.register_forward_pre_hook(look)
-    compile_if_faster(segmenter, computing, Compiler(lambda: True, compile_network))
+    compile_if_faster(segmenter, computing, Compiler(lambda: True, compile_network, clock=CLOCK))
     assert seen == [*[("window", True)] * 3, ("compile", False), *[("window", True)] * 3]
     assert not computing.locked()
 
@@ -222,7 +232,8 @@ def test_task_answers_at_once_and_later_with_what_was_compiled(tmp_path: Path) -
         segmenter = task._models.get(lanes.first).segmenter
         assert isinstance(segmenter.network, InferenceNetwork)
         assert segmenter.plan(Volume(boxes()[0], np.eye(4))).engine == "pytorch"
-        _slow_down(segmenter.network.network, 0.5)
+        # by much more than a tiny window takes
+        segmenter.network.network.register_forward_pre_hook(lambda *_: time.sleep(0.5))
     task.settle()
     mask, answer = task({"image": str(image), "device": "cpu", "result_extension": ".nii.gz"})
     Path(str(mask)).unlink()
