@@ -52,7 +52,7 @@ def _encoder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bench(make_cases: MakeCases, tmp_path: Path) -> Bench:
-    cases = make_cases(5)
+    cases = make_cases(5, (16, 16, 16))
     return Bench(cases[:4], cases[4:], tmp_path / "runs", torch.device("cpu"), lambda case: case)
 
 

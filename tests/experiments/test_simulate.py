@@ -25,8 +25,8 @@ RECIPE = {"batch_size": 2, "learning_rate": 8e-3, "precision": "fp32", "augmenta
 
 @pytest.fixture
 def studies(make_cases: MakeCases, tmp_path: Path) -> list[str]:
-    """Arguments for eight cases, two of them held out."""
-    cases = make_cases(8)
+    """Arguments for eight cases of one window each, two of them held out."""
+    cases = make_cases(8, (16, 16, 16))
     ids = tuple(case.case_id for case in cases)
     write_split(tmp_path / "split.json", Split(ids[:6], ids[6:]), "by hand")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(preset_data(training=RECIPE)), encoding="utf-8")
@@ -80,7 +80,7 @@ def test_interrupted_simulation_goes_on_where_it_was(studies: list[str], tmp_pat
 
 
 def test_same_rounds_are_trained_once(make_cases: MakeCases, tmp_path: Path) -> None:
-    cases = make_cases(6)
+    cases = make_cases(6, (16, 16, 16))
     preset = tiny_preset(training=RECIPE)
     plan = Plan(preset, cases[:5], cases[5:], (2, 3), 2, 1, tmp_path / "out", torch.device("cpu"))
     trained: list[int] = []
