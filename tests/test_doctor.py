@@ -131,16 +131,23 @@ def test_whole_examination_runs_without_the_server_app(tmp_path: Path) -> None:
     assert any(line.startswith("ok    device ") for line in lines)
 
 
-def test_plan_of_an_image_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of what a window costs, which the first test of a plan measures."""
+    return tmp_path_factory.mktemp("costs") / "costs.json"
+
+
+def test_plan_of_an_image_is_told(tmp_path: Path, costs: Path, capsys: pytest.CaptureFixture) -> None:
     file = write_nifti(tmp_path / "scan.nii.gz", boxes((40, 50, 40))[0])
-    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)], tmp_path / "costs.json") == 0
+    costs.unlink(missing_ok=True)
+    assert doctor.main(["--plan", "hippocampus_mr", "--image", str(file)], costs) == 0
     assert "ok    hippocampus_mr, scan.nii.gz: " in (line := capsys.readouterr().out)
     assert re.search(r"\d+ windows on (cpu|cuda).* in \w+ by \w+, \d at a time; stitched slab by slab on the", line)
-    assert (tmp_path / "costs.json").is_file()
+    assert costs.is_file()
 
 
-def test_plan_without_an_image_is_that_of_a_usual_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert doctor.main(["--plan", "hippocampus_mr"], tmp_path / "costs.json") == 0
+def test_plan_without_an_image_is_that_of_a_usual_one(costs: Path, capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["--plan", "hippocampus_mr"], costs) == 0
     assert "ok    hippocampus_mr, a usual MR of (256, 256, 180) voxels: 324 windows on " in capsys.readouterr().out
 
 
