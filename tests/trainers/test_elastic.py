@@ -71,7 +71,7 @@ def test_worker_that_is_killed_is_restarted_and_the_run_goes_on(
 ) -> None:
     cases = [case.case_id for case in make_cases(5)]
     write_split(tmp_path / "split.json", Split(tuple(cases[:4]), tuple(cases[4:])), "by hand")
-    launchers = _start(tmp_path, epochs=20, nodes=nodes)
+    launchers = _start(tmp_path, epochs=10, nodes=nodes)
     try:
         _worker_with_state(launchers, tmp_path).send_signal(signal.SIGKILL)
         assert [launcher.wait(SECONDS) for launcher in launchers] == [0] * nodes, _said(tmp_path)[-4000:]
@@ -81,9 +81,9 @@ def test_worker_that_is_killed_is_restarted_and_the_run_goes_on(
     said = _said(tmp_path)
     assert "resumed after step" in said
     progress = json.loads((tmp_path / "run" / "progress.json").read_text(encoding="utf-8"))
-    assert (progress["step"], progress["epoch"]) == (40, 20), "20 epochs of two steps, each of two cases"
+    assert (progress["step"], progress["epoch"]) == (20, 10), "10 epochs of two steps, each of two cases"
     side_car = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert side_car["training"]["steps"] == 40
+    assert side_car["training"]["steps"] == 20
     assert side_car["held_out"]["cases"] == 1
     assert said.count('"mean_dice"') == 1, "one of the two writes and scores"
     assert read_checkpoint(tmp_path / "out.pt").preset is not None
