@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, File, Form, Response, UploadFile
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum, get_mime_type
 from starlette.datastructures import Headers
@@ -82,9 +82,11 @@ class Listing(str, Enum):
 
 
 @router.get("/", summary="Figures of the studies, or all images and labels", response_model=None)
-def list_datastore(store: DatastoreDep, user: AsUser, output: Listing = Listing.stats) -> Any:
+def list_datastore(store: DatastoreDep, user: AsUser, output: Listing = Listing.stats) -> JSONResponse:
     """Counts; with ``all`` everything that is known, with ``train`` the pairs for training."""
-    return store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
+    told = store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
+    # written here, in a thread: FastAPI would do it on the event loop, for seconds where there are ten thousand images
+    return JSONResponse(told)
 
 
 @router.put("/", summary="Add an image", include_in_schema=False)

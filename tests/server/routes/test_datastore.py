@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import ItemsView
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import anyio
 import nibabel
@@ -123,3 +127,24 @@ def test_image_that_no_model_can_segment_is_left_out_until_it_is_mended(api: InP
     file.write_bytes(good)
     assert api.request("POST", "/datastore/image/check?image=case_0").json()["checks"]["tiny"]["problem"] == ""
     assert api.request("GET", "/datastore/problems").json()["left_out"] == {"tiny": {}}
+
+
+class Listed(dict[str, Any]):
+    """What a store tells, which notes the threads that look through it."""
+
+    def __init__(self, **told: Any) -> None:
+        super().__init__(told)
+        self.threads: set[threading.Thread] = set()
+
+    def items(self) -> ItemsView[str, Any]:
+        self.threads.add(threading.current_thread())
+        return super().items()
+
+
+@pytest.mark.parametrize("output", ["all", "stats"])
+def test_listing_is_written_beside_the_event_loop(output: str) -> None:
+    told = Listed(objects={"case_0": {"image": {"ext": ".nii.gz"}}}, total=1)
+    store = SimpleNamespace(json=lambda: told, status=lambda: told)
+    answer = InProcess(router, {get_datastore: store}).request("GET", f"/datastore/?output={output}")
+    assert answer.json() == dict(told)
+    assert told.threads and threading.main_thread() not in told.threads
