@@ -18,8 +18,16 @@ from launcher.project import SERVER_ENVIRONMENT, Project
 SHARED_MEMORY = Path("/dev/shm")
 # Free there, from which on the files of the tests are put there.
 BYTES_FOR_FILES = 8 * 2**30
+MOST_TEST_PROCESSES = 4
+
+
+def count_test_processes(cores: int) -> int:
+    """How many processes run tests: three for two cores, since tests wait for servers and browsers half of the time."""
+    return max(1, min(MOST_TEST_PROCESSES, 3 * cores // 2))
+
+
 # A test computes on one thread. Files in their own order: by default those of a few long tests would come last.
-TEST_PROCESSES = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
+TEST_PROCESSES = ["-n", str(count_test_processes(os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def run_tests(project: Project, options: argparse.Namespace) -> int:

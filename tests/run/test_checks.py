@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import TEST_PROCESSES, files_in_memory
+from launcher.checks import TEST_PROCESSES, count_test_processes, files_in_memory
 from launcher.environment import set_up
 from tests.run.conftest import RecordedProject
 
@@ -22,6 +22,10 @@ def test_all_checks_run_and_the_last_line_is_pytests(
     assert [line for line in lines if line.startswith("FAIL")] == ["FAIL  ruff check (exit code 1)"]
     assert [line for line in lines if line.startswith("ok")] == ["ok    ruff format", "ok    mypy", "ok    pytest"]
     assert project.calls[-1] == ["-m", "pytest", *TEST_PROCESSES, "-k", "geometry"]
+
+
+def test_more_processes_than_cores_run_tests_but_not_many() -> None:
+    assert [count_test_processes(cores) for cores in (1, 2, 4, 64)] == [1, 3, 4, 4]
 
 
 def test_all_green_is_exit_code_0(project: RecordedProject) -> None:
