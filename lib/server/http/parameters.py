@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
+import anyio.to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
@@ -70,6 +71,17 @@ def parse_object(text: str, name: str = "params") -> dict[str, Any]:
     return data
 
 
+async def parse_aside(text: str, name: str = "params") -> dict[str, Any]:
+    """As :func:`parse_object`; a long text beside the event loop, where every other client would wait for it.
+
+    Raises:
+        ParameterError: as there.
+    """
+    if len(text) > LARGEST_INFO:
+        return await anyio.to_thread.run_sync(parse_object, text, name)
+    return parse_object(text, name)
+
+
 def parse_info(text: str, name: str = "info", kept: Collection[str] = KEPT_BY_SERVER) -> dict[str, Any]:
     """Parse what a client wants kept beside an image or label.
 
@@ -110,7 +122,7 @@ async def json_body(request: Request) -> dict[str, Any]:
     """
     body = await request.body()
     try:
-        return parse_object(body.decode("utf-8"), "body")
+        return await parse_aside(body.decode("utf-8"), "body")
     except UnicodeDecodeError as error:
         raise ParameterError("body", _shorten(repr(body)), "a JSON object in UTF-8") from error
 

@@ -39,7 +39,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.bodies import LabelParams, described_by
 from lib.server.http.names import as_attachment, check_tag, find_label, safe_file_name, safe_new_id
-from lib.server.http.parameters import KEPT_BY_SERVER, check_room_for, parse_info, parse_object
+from lib.server.http.parameters import KEPT_BY_SERVER, check_room_for, parse_aside, parse_info
 from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.work.image_checks import inspect_for_any
@@ -245,7 +245,7 @@ async def save_label(
 
     The answer says what was kept: its version, what its values mean, which labels it does not speak of.
     """
-    info, tag = parse_object(params), check_tag(tag)
+    info, tag = await parse_aside(params), check_tag(tag)
     made = info.get("source") == INFERENCE
     if made:  # by a model, elsewhere: as if the server had made it
         tag = tag_for_prediction(user, {"label_tag": tag or FINAL})

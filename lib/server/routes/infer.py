@@ -27,7 +27,7 @@ from lib.server.dependencies import (
 from lib.server.http.auth import AsUser
 from lib.server.http.bodies import InferParams, described_by
 from lib.server.http.names import as_attachment
-from lib.server.http.parameters import check_fields, parse_object
+from lib.server.http.parameters import check_fields, parse_aside
 from lib.server.http.uploads import temporary_folder
 from lib.server.inference.answers import Answer
 from lib.server.inference.requests import Output, RequestChecks
@@ -64,7 +64,7 @@ async def infer(
     output: Output = Output.all,
 ) -> Response:
     """Answer with ``multipart/form-data`` of ``params`` (JSON) and ``image`` (the mask), or only one of them."""
-    given = parse_object(params)
+    given = await parse_aside(params)
     check_fields(InferParams, given)
     # in a thread: a series may have to be fetched from a PACS, and nobody else waits for that
     asked = await anyio.to_thread.run_sync(checks.check, user, model, image, session_id, given, file, label, output)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
 from lib.errors import ParameterError
-from lib.server.http.parameters import parse_object
+from lib.server.http.parameters import parse_aside, parse_object
 
 
 def test_object_is_parsed_and_nothing_is_an_empty_one() -> None:
@@ -40,3 +43,27 @@ def test_key_that_stands_twice_among_many_is_found() -> None:
     text = "{" + ",".join(f'"{number:x}":1' for number in range(100_000)) + ',"1869f":2}'
     with pytest.raises(ParameterError, match="the key '1869f' stands twice"):
         parse_object(text)
+
+
+def test_long_text_is_parsed_beside_the_event_loop() -> None:
+    """Lists of a megabyte took most of a second, in which nobody else was answered."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def parse() -> dict[str, Any]:
+        beside = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        try:
+            return await parse_aside('{"a": [' + "[]," * 300_000 + "1]}")
+        finally:
+            beside.cancel()
+
+    assert len(asyncio.run(parse())["a"]) == 300_001
+    assert turns > 10
+    with pytest.raises(ParameterError, match="a JSON object"):
+        asyncio.run(parse_aside("[" * 100_000))
