@@ -194,12 +194,15 @@ class VersionedDatastore(LocalDatastore):
         """Add an image durably; returns its id.
 
         Raises:
+            ConflictError: when a file of that name lies in the studies, whether it is taken in or left out.
             StorageError: when it cannot be written; then nothing has changed.
         """
         own_id, ext = self._to_id(os.path.basename(image_filename))
         image_id = image_id or own_id
         name = self._filename(image_id, ext)
         folder = Path(self._datastore.image_path())
+        if os.path.lexists(folder / name):  # one that is left out, or was put there just now
+            raise ConflictError(f"there is a file {name!r} in the studies already; choose another id")
         try:
             staged = stage(read_blocks(Path(image_filename)), folder)
             os.replace(staged.path, folder / name)

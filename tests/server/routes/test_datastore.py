@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import ItemsView
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_image_that_is_added_is_listed_and_a_second_of_its_name_is_refused(api: 
     assert api.request("PUT", "/datastore/image?image=case_1", files=file).status_code == 409
     assert api.request("DELETE", "/datastore/image?id=case_1").status_code == 200
     assert api.request("GET", "/datastore/image?image=case_1").status_code == 404
+
+
+def test_no_file_is_overwritten_whether_it_is_an_image_or_left_out(
+    api: InProcess, studies: Path, tmp_path: Path
+) -> None:
+    """A link, a FIFO and a file that somebody had put there a moment before were replaced."""
+    content = nifti(tmp_path / "sent.nii.gz").read_bytes()
+    (tmp_path / "outside.nii.gz").write_bytes(b"another's")
+    (studies / "link.nii.gz").symlink_to(tmp_path / "outside.nii.gz")
+    os.link(tmp_path / "outside.nii.gz", studies / "hard.nii.gz")
+    (studies / "new.nii.gz").write_bytes(b"being copied")
+    for image in ("link", "hard", "new"):
+        file = {"file": ("sent.nii.gz", content, "application/gzip")}
+        refused = api.request("PUT", f"/datastore/image?image={image}", files=file)
+        assert refused.status_code == 409 and f"'{image}.nii.gz' in the studies already" in refused.json()["detail"]
+    assert (studies / "link.nii.gz").is_symlink()
+    assert (studies / "hard.nii.gz").read_bytes() == b"another's"
+    assert (studies / "new.nii.gz").read_bytes() == b"being copied"
 
 
 def test_label_that_there_is_not_is_404(api: InProcess) -> None:
