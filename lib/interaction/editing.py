@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,9 @@ from lib.interaction.growth import (
 )
 from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
 from lib.interaction.prompts import Prompts, Voxel
-from lib.interaction.regions import REGION_CLAIM, kept_regions, region_claim
+from lib.interaction.regions.cut import part_of
+from lib.interaction.regions.joint import Drawn, share_within, sorted_regions, structure_claim
+from lib.interaction.regions.single import kept_regions, region_claim
 from lib.storage.bounded_cache import BoundedCache
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.volume import Affine, FloatArray
@@ -34,8 +37,8 @@ MaskArray = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.int64]
 
 BESIDE_VOXELS = 2.0
-BEYOND_NEW_BORDER = 1.7
-"""Times the distance to the border of what other clicks draw anew: how far a click takes it away again."""
+LEAST_SHARED = 0.5
+"""Of the region of a click that lies in another one: how much of it does, where it is one of the same structure."""
 MOST_REGIONS = 16
 """Clicks on one structure that may draw a region; of more, as of a scribble, the others correct the border."""
 
@@ -83,7 +86,22 @@ class Scene:
 
     def region_of(self, seed: Points) -> Claim | None:
         """What a click draws where nothing is drawn; None where only a front grows."""
-        return self._regions.get((self._key, *seed.tolist()), lambda: region_claim(self.voxels, seed, self.spacing_mm))
+        key = (self._key, *seed.tolist())
+        return self._regions.get(key, lambda: region_claim(self.voxels, seed, self.spacing_mm), _size)
+
+    def structure_of(self, drawn: Sequence[Drawn], guess: MaskArray, negative: Points, walls: MaskArray) -> Claim:
+        """What all clicks on a structure together draw; ``guess`` is what the positive ones draw one by one."""
+        positive = np.array([one.seed for one in drawn])
+        part = part_of(guess, positive)
+        inside = [all(s.start <= v < s.stop for v, s in zip(place, part, strict=True)) for place in negative.tolist()]
+        others, near = negative[np.array(inside, dtype=bool)], walls[part]
+        # Clicks elsewhere change nothing here: with each click on one structure, all others are asked for again.
+        walled = np.packbits(near).tobytes() if near.any() else b""
+        return self._regions.get(
+            (self._key, positive.tobytes(), others.tobytes(), sha256(walled).digest()),
+            lambda: structure_claim(self.voxels, drawn, others, walls, self.spacing_mm),
+            _size,
+        )
 
     def on_network(self, points: Sequence[Voxel]) -> Points:
         """Voxels of the image as voxels of the network's grid, shape (n, 3), each once."""
@@ -92,6 +110,11 @@ class Scene:
         places = np.rint((homogeneous @ to_network.T)[:, :3]).astype(np.int64)
         found: Points = np.unique(places.clip(0, np.array(self.voxels.shape) - 1), axis=0)
         return found
+
+
+def _size(claim: Claim | None) -> int:
+    """Memory that a kept claim takes."""
+    return 1 if claim is None else claim.values.nbytes
 
 
 def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) -> Edited:
@@ -123,17 +146,21 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
     """What grows around each click."""
-    claims, new = [], np.zeros(scene.coarse.shape, dtype=bool)
+    claims, corrected = [], False
     for value, points in prompts.positive:
-        claims += _positive_claims(scene, value, points, new)
+        seeds, mask = scene.on_network(points), scene.coarse == value
+        near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
+        claims += [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
+        corrected |= bool(near.any())
+        if not near.all():
+            claims.append(_new_structure(scene, prompts, value, seeds[~near]))
     for point in prompts.negative:
         drawn = int(scene.labels[point])
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        if target or takes_from:
-            where = scene.coarse == target if target else None
-            claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, where, new)))
+        if target or corrected:
+            claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, target)))
     return claims
 
 
@@ -214,27 +241,32 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
     return labels
 
 
-def _positive_claims(scene: Scene, value: int, points: Sequence[Voxel], new: MaskArray) -> list[LabelClaim]:
-    """What clicks add to a structure; what is drawn where there was nothing is entered in ``new``."""
-    seeds, mask = scene.on_network(points), scene.coarse == value
-    near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
-    claims = [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
-    # The largest region comes first, and what lies in it corrects it, in whatever order the clicks were made.
-    alone, rest = seeds[~near][:MOST_REGIONS], seeds[~near][MOST_REGIONS:]
-    regions = [(seed, scene.region_of(seed)) for seed in alone]
-    regions.sort(key=lambda one: -int((one[1].values < 1).sum()) if one[1] is not None else 0)
-    own = np.zeros(mask.shape, dtype=bool)
-    for seed, region in [*regions, *((seed, None) for seed in rest)]:
-        if region is None or own[tuple(seed)]:
-            claim = _border_claim(scene, seed, own, FROM_NOTHING_VOXELS)
-            claims.append(LabelClaim(value, (), claim))
-        else:
-            # It takes nothing from labels that are drawn already, but from the one that was clicked.
-            claim = region
-            claims.append(LabelClaim(value, (0, int(scene.coarse[tuple(seed)])), claim))
-        own[claim.part] |= claim.values < 1
-    new |= own
-    return claims
+def _new_structure(scene: Scene, prompts: Prompts, value: int, seeds: Points) -> LabelClaim:
+    """What clicks draw of a structure of which nothing is drawn near to them.
+
+    Args:
+        scene: the image and the mask before.
+        prompts: all clicks.
+        value: of the structure.
+        seeds: its clicks, where nothing is drawn, on the network's grid; shape (n, 3).
+    """
+    others = [point for label, points in prompts.positive if label != value for point in points]
+    others += prompts.negative if prompts.of_label in (None, value) else ()
+    negative = scene.on_network(others)
+    found = [(seed, scene.region_of(seed)) for seed in seeds[:MOST_REGIONS]]
+    regions = sorted_regions(scene.voxels, found, seeds, negative, scene.spacing_mm)
+    # What lies in a region that comes before corrects it, in whatever order the clicks were made, or reaches further.
+    guess, drawn = np.zeros(scene.coarse.shape, dtype=bool), []
+    for seed, region in [*regions, *((seed, None) for seed in seeds[MOST_REGIONS:])]:
+        claim = region
+        if claim is None or (guess[tuple(seed)] and share_within(claim, guess) < LEAST_SHARED):
+            claim = _border_claim(scene, seed, guess, FROM_NOTHING_VOXELS)
+        guess[claim.part] |= claim.values < 1
+        drawn.append(Drawn(seed, claim, claim is region))
+    # It takes nothing from labels that are drawn already, but from those that were clicked.
+    takes_from = tuple(sorted({0, *(int(v) for v in scene.coarse[tuple(seeds.T)])}))
+    walls = ~np.isin(scene.coarse, (*takes_from, value))
+    return LabelClaim(value, takes_from, scene.structure_of(drawn, guess, negative, walls))
 
 
 def _border_claim(scene: Scene, seed: Points, mask: MaskArray, most: float) -> Claim:
@@ -243,14 +275,9 @@ def _border_claim(scene: Scene, seed: Points, mask: MaskArray, most: float) -> C
     return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)
 
 
-def _negative_claim(scene: Scene, point: Voxel, mask: MaskArray | None, new: MaskArray) -> Claim:
-    """What a click takes away from a structure, or, beside it, holds off from what other clicks add."""
-    seed = scene.on_network([point])[0]
-    if mask is not None:
-        reach = reach_of(seed.tolist(), mask, inside=True, spacing_mm=scene.spacing_mm)
-    elif new[tuple(seed)]:
-        away = reach_of(seed.tolist(), new, True, scene.spacing_mm, FROM_NOTHING_VOXELS)
-        reach = BEYOND_NEW_BORDER * away / REGION_CLAIM
-    else:
-        reach = BESIDE_VOXELS
+def _negative_claim(scene: Scene, point: Voxel, target: int) -> Claim:
+    """What a click takes away from the label ``target``, or, where that is 0, holds off from what other clicks add."""
+    seed, reach = scene.on_network([point])[0], BESIDE_VOXELS
+    if target:
+        reach = reach_of(seed.tolist(), scene.coarse == target, inside=True, spacing_mm=scene.spacing_mm)
     return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)

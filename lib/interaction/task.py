@@ -28,7 +28,7 @@ from lib.interaction.dialects import BACKGROUND, ClickRequest, ScribbleRequest, 
 from lib.interaction.editing import Edited, Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor
 from lib.interaction.prompts import Prompts, parse_box
-from lib.interaction.regions import kept_regions
+from lib.interaction.regions.single import kept_regions
 from lib.interaction.served import ServedEditor
 from lib.interaction.starting_mask import KEPT_MIB, StartingMask, StartingMasks, names_of, read_mask, read_values
 from lib.models.versions import VersionStore

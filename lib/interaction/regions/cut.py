@@ -1,0 +1,343 @@
+"""What clicks on one structure draw together, by a minimal cut.
+
+From what the positive clicks draw one by one, the guess, the intensities of the structure are learnt; then each voxel
+is the structure's or not by a minimal cut (Boykov and Jolly 2001): its intensity, its distance to the guess, and
+whether a front reaches it from a negative click before one from a positive click does are weighed against a border
+where the image changes little. A negative click in the middle of a leak takes the leak away, and one near the border
+only what lies beside it: it reaches as far as it lies deep in the guess. Last, the border moves to where voxels look
+more like those outside (Lankton and Tannenbaum 2008). The limits were chosen on abdominal CTs
+(docs/decisions/0075-all-clicks-together.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+from numpymaxflow import maxflow
+from scipy import ndimage
+
+from lib.interaction.growth import NEVER, Claim
+from lib.interaction.regions.single import REGION_CLAIM, SMOOTH_VOXELS, MaskArray, Points
+from lib.transforms.volume import FloatArray
+
+AnyArray = TypeVar("AnyArray", FloatArray, MaskArray)
+
+MARGIN_VOXELS = 10
+"""How far beyond the guess and its clicks a structure may reach."""
+MANY_VOXELS = 500_000
+"""Larger parts are solved at half the resolution; their border is still found at the full one."""
+LEAST_SPREAD, MOST_SPREAD = 0.08, 0.2
+"""Standard deviation of a structure's smoothed intensities, in those of the part around it."""
+LIKE = 2.5
+"""Standard deviations by which intensities differ where they say nothing; nearer, they speak for the structure."""
+FAR_VOXELS = 4.0
+"""At this distance from the guess, that speaks as much against a voxel as its intensity can speak for it."""
+NEGATIVE_WEIGHT, SHARPNESS = 3.0, 4.0
+"""How much a negative click counts, and how fast it does so where its front comes first."""
+NEGATIVE_REACH = 4.0
+"""Times its depth in the guess: how far a negative click reaches."""
+SMOOTHNESS, EDGE = 1.0, 0.2
+"""Of the cut: what a border costs, and by how much intensities differ where it costs little, in standard deviations."""
+NECK_SHARE, MOST_NECK_VOXELS, NECK_MARGIN = 0.25, 5.0, 1.5
+"""Half as thick as this share of the deepest place, and no thicker than these voxels, a part is a neck; how far beyond
+what is deeper a structure reaches."""
+BORDER_STEPS, BORDER_SMOOTH_VOXELS, LEAST_CONTRAST = 2, 1.5, 0.12
+"""How many voxels the border moves, in what vicinity sides are compared, and by how much they differ at least."""
+SURFACE_VOXELS, SURFACE_SHARE = 0.6, 0.15
+"""By how much the surface is smoothed, and by how much at most as a share of the deepest place: small things keep
+their corners."""
+SLOWEST, LONGEST = 0.02, 400.0
+"""Speed of a front where the image looks least like the structure; when it stops."""
+
+
+def solved_claim(
+    image: FloatArray,
+    guess: MaskArray,
+    core: MaskArray,
+    positive: Points,
+    negative: Points,
+    walls: MaskArray,
+    spacing_mm: Sequence[float],
+) -> Claim:
+    """What clicks on what looks alike draw together where nothing is drawn.
+
+    Args:
+        image: shape (X, Y, Z).
+        guess: what the positive clicks draw one by one.
+        core: of it, what is likely the structure's.
+        positive, negative: voxels of the clicks, shape (n, 3); ``positive`` has at least one.
+        walls: voxels of other structures, which it may not take.
+        spacing_mm: of the volume.
+    """
+    part = part_of(guess, positive)
+    low, size = np.array([side.start for side in part]), np.array([side.stop - side.start for side in part])
+    crop, taken = image[part], walls[part]
+    seeds, others = positive - low, negative - low
+    others = others[((others >= 0) & (others < size)).all(axis=1)]
+    inside, outside = at_points(seeds, size), at_points(others, size) | taken
+    # Two clicks of one voxel of this grid are apart on the image's own, where both are obeyed.
+    outside &= ~inside
+    sampling = [s / min(spacing_mm) for s in spacing_mm]
+    step = 2 if crop.size > MANY_VOXELS else 1
+    masks = guess[part], core[part], taken
+    if step > 1:
+        near, likely, walled = (_halved(mask) > 0.5 for mask in masks)
+        seen = _halved(crop)
+    else:
+        (near, likely, walled), seen = masks, crop
+    places, away = np.unique(seeds // step, axis=0), np.unique(others // step, axis=0)
+    kept, deepest = _solve(seen, near, likely, walled, places, away, [s * step for s in sampling])
+    if step > 1:
+        kept = _doubled(kept, crop.shape)
+    box = _grown(ndimage.find_objects((kept | inside).astype(np.uint8))[0], BORDER_STEPS + step, crop.shape)
+    smooth = min(SURFACE_VOXELS, SURFACE_SHARE * deepest)
+    fitted = _fit_border(crop[box], (kept & ~outside | inside)[box], inside[box], outside[box], smooth, step)
+    found = np.zeros_like(kept)
+    found[box] = without_holes(fitted)
+    # What is far from the structure is left out: on the image's own grid it would take most of the time.
+    start = np.array([side.start for side in box])
+    return Claim(low + start, _values((found & ~outside | inside)[box], inside[box], outside[box]))
+
+
+def _solve(
+    crop: FloatArray,
+    near: MaskArray,
+    core: MaskArray,
+    taken: MaskArray,
+    seeds: Points,
+    others: Points,
+    sampling: Sequence[float],
+) -> tuple[MaskArray, float]:
+    """The structure in a part of an image, and how deep its deepest voxel lies, in the unit of ``sampling``.
+
+    Args:
+        crop: the part, shape (X, Y, Z).
+        near: what the positive clicks draw one by one.
+        core: of it, what is likely the structure's.
+        taken: voxels of other structures.
+        seeds, others: positive and negative clicks, shape (n, 3).
+        sampling: edges of a voxel.
+    """
+    size = np.array(crop.shape)
+    inside, clicked = at_points(seeds, size), at_points(others, size)
+    outside = (clicked | taken) & ~inside
+    distances = _distances(crop, core & ~taken | inside)
+    evidence = np.clip(1 - (distances / LIKE) ** 2, -2, 1)
+    evidence += core - np.clip(_distance_to(near | inside, sampling) / FAR_VOXELS, 0, 2)
+    if len(others):
+        evidence += NEGATIVE_WEIGHT * _nearer_to_others(distances, near, seeds, others, sampling)
+    chance = 1 / (1 + np.exp(-2 * evidence))
+    sure_inside = (ndimage.binary_dilation(inside) & (distances < LIKE) & ~outside) | inside
+    chance[sure_inside] = 1
+    chance[(ndimage.binary_dilation(clicked) & ~sure_inside) | outside] = 0
+    whole = without_holes(_connected(_cut(crop, chance.astype(np.float32)), inside))
+    box = _grown(ndimage.find_objects(whole.astype(np.uint8))[0], 1, whole.shape)
+    depth = min(sampling) - _distance_to(np.pad(whole[box], 1), sampling)[1:-1, 1:-1, 1:-1]
+    kept = np.zeros_like(whole)
+    kept[box] = _without_necks(depth, seeds - [side.start for side in box], sampling)
+    return kept, float(depth.max())
+
+
+def _halved(array: FloatArray | MaskArray) -> FloatArray:
+    """Means of 2x2x2 voxels."""
+    padded = np.pad(array, [(0, n % 2) for n in array.shape], mode="edge")
+    a, b, c = (n // 2 for n in padded.shape)
+    means: FloatArray = padded.reshape(a, 2, b, 2, c, 2).mean(axis=(1, 3, 5), dtype=np.float32)
+    return means
+
+
+def _doubled(array: AnyArray, shape: Sequence[int]) -> AnyArray:
+    """Each voxel eight times, in an array of that shape."""
+    whole: AnyArray = array.repeat(2, axis=0).repeat(2, axis=1).repeat(2, axis=2)
+    return whole[tuple(slice(0, n) for n in shape)]
+
+
+def part_of(guess: MaskArray, positive: Points) -> tuple[slice, ...]:
+    """The part of the volume in which a structure may lie."""
+    low, high = positive.min(axis=0), positive.max(axis=0) + 1
+    boxes = ndimage.find_objects(guess.astype(np.uint8))
+    if boxes:
+        low = np.minimum(low, [side.start for side in boxes[0]])
+        high = np.maximum(high, [side.stop for side in boxes[0]])
+    low, high = np.maximum(low - MARGIN_VOXELS, 0), np.minimum(high + MARGIN_VOXELS, guess.shape)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def intensities(smooth: FloatArray, mask: MaskArray) -> tuple[float, float]:
+    """The level of a structure's smoothed intensities, and their spread."""
+    inner = ndimage.binary_erosion(mask)
+    known = smooth[inner] if inner.sum() > 30 else smooth[mask]
+    level, contrast = float(np.median(known)), max(float(smooth.std()), 1e-6)
+    spread = 1.48 * float(np.median(abs(known - level)))
+    return level, float(np.clip(spread, LEAST_SPREAD * contrast, MOST_SPREAD * contrast))
+
+
+def _grown(box: Sequence[slice], voxels: int, shape: Sequence[int]) -> tuple[slice, ...]:
+    """A part of an array with ``voxels`` more on each side, as far as the array goes."""
+    return tuple(slice(max(0, a.start - voxels), min(n, a.stop + voxels)) for a, n in zip(box, shape, strict=True))
+
+
+def at_points(points: Points, size: npt.NDArray[np.int64]) -> MaskArray:
+    """Which voxels are among the points."""
+    mask = np.zeros(size, dtype=bool)
+    mask[tuple(points.T)] = True
+    return mask
+
+
+def _distances(crop: FloatArray, guess: MaskArray) -> FloatArray:
+    """How far smoothed intensities are from those of the guess, in standard deviations of these."""
+    smooth = ndimage.gaussian_filter(crop, SMOOTH_VOXELS)
+    level, spread = intensities(smooth, guess)
+    distances: FloatArray = abs(smooth - level) / spread
+    return distances
+
+
+def _nearer_to_others(
+    distances: FloatArray, guess: MaskArray, seeds: Points, others: Points, sampling: Sequence[float]
+) -> FloatArray:
+    """0 where a front from a positive click comes first, down to -1 where one from a negative click does."""
+    speed = np.maximum(1 / (1 + (distances / 2) ** 2), SLOWEST)
+    depth = depth_at(seeds, guess, sampling)
+    # A click near the border corrects it there: its front starts as late as one from the deepest click comes by.
+    late = depth.max() - depth
+    own, other = _arrival(speed, seeds, late, sampling), _arrival(speed, others, np.zeros(len(others)), sampling)
+    first = np.clip(SHARPNESS * np.log((other + 1) / (own + 1)), -1, 0)
+    reach = np.zeros(guess.shape, dtype=np.float32)
+    axes = np.ogrid[tuple(slice(0, n) for n in guess.shape)]
+    for place, deep in zip(others, depth_at(others, guess, sampling), strict=True):
+        square = sum(((axis - v) * s) ** 2 for axis, v, s in zip(axes, place, sampling, strict=True))
+        np.maximum(reach, np.exp(-square / (NEGATIVE_REACH * max(deep, 1)) ** 2), out=reach)
+    nearer: FloatArray = first * reach
+    return nearer
+
+
+def depth_at(points: Points, mask: MaskArray, sampling: Sequence[float]) -> npt.NDArray[np.float64]:
+    """How far points lie from the border of the mask that they lie in; 0 outside of it."""
+    padded = np.pad(mask, 1)
+    beside = (np.argwhere(ndimage.binary_dilation(padded) & ~padded) - 1) * np.asarray(sampling)
+    found = np.zeros(len(points))
+    for number, point in enumerate(points):
+        if mask[tuple(point)] and len(beside):
+            found[number] = np.sqrt(((beside - point * np.asarray(sampling)) ** 2).sum(axis=1).min())
+    return found
+
+
+def _distance_to(mask: MaskArray, sampling: Sequence[float]) -> FloatArray:
+    """How far voxels lie from a mask (Maurer et al. 2003); 0 on its own outermost voxels, and negative further in."""
+    field = sitk.GetImageFromArray(mask.astype(np.uint8))
+    field.SetSpacing([float(s) for s in sampling][::-1])
+    found: FloatArray = sitk.GetArrayFromImage(
+        sitk.SignedMaurerDistanceMap(field, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    )
+    return found
+
+
+def _arrival(speed: FloatArray, seeds: Points, late: npt.NDArray[np.float64], sampling: Sequence[float]) -> FloatArray:
+    """When a front from the seeds arrives, in voxels of the finest axis; computed at half the resolution.
+
+    Args:
+        speed: shape (X, Y, Z).
+        seeds: shape (n, 3).
+        late: when it starts at each.
+        sampling: edges of a voxel, the finest of which is 1.
+    """
+    field = sitk.GetImageFromArray(_halved(speed))
+    field.SetSpacing([2 * s for s in sampling][::-1])
+    starts: dict[tuple[int, ...], float] = {}
+    for place, start in zip((seeds // 2).tolist(), late.tolist(), strict=True):
+        starts[tuple(place[::-1])] = min(start, starts.get(tuple(place[::-1]), LONGEST))
+    front = sitk.FastMarchingImageFilter()
+    front.SetStoppingValue(LONGEST)
+    front.SetTrialPoints(list(starts))
+    front.SetInitialTrialValues(list(starts.values()))
+    arrival = np.minimum(sitk.GetArrayFromImage(front.Execute(field)), LONGEST)
+    return _doubled(arrival, speed.shape)
+
+
+def _cut(crop: FloatArray, chance: FloatArray) -> MaskArray:
+    """The minimal cut between what is likely the structure's and what is not."""
+    sure = np.clip(chance, 1e-6, 1 - 1e-6)
+    edge = EDGE * max(float(crop.std()), 1e-6)
+    found: MaskArray = (
+        maxflow(np.ascontiguousarray(crop[None]), np.stack([1 - sure, sure]), SMOOTHNESS, edge, 6)[0] > 0.5
+    )
+    return found
+
+
+def _connected(found: MaskArray, seeds: MaskArray) -> MaskArray:
+    """What hangs together with a positive click."""
+    components, _ = ndimage.label(found)
+    numbers = np.unique(components[seeds])
+    return np.isin(components, numbers[numbers > 0])
+
+
+def without_holes(found: MaskArray) -> MaskArray:
+    """A mask with what it encloses."""
+    beside, _ = ndimage.label(~np.pad(found, 1))
+    whole: MaskArray = (beside != beside[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    return whole
+
+
+def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) -> MaskArray:
+    """What hangs together with a positive click by more than necks that are thin beside the whole.
+
+    Args:
+        depth: how far voxels lie from the border of what was found; 0 and less outside.
+        seeds: positive clicks, shape (n, 3).
+        sampling: edges of a voxel, the finest of which is 1.
+    """
+    found = depth > 0
+    thin = min(NECK_SHARE * float(depth.max()), MOST_NECK_VOXELS)
+    components, _ = ndimage.label(depth > thin)
+    places = np.argwhere(components)
+    numbers, alone = [], []
+    for seed in seeds:
+        square = (((places - seed) * np.asarray(sampling)) ** 2).sum(axis=1)
+        nearest = int(square.argmin())
+        numbers.append(components[tuple(places[nearest])])
+        if square[nearest] > (thin + NECK_MARGIN) ** 2:
+            alone.append(seed)
+    kept: MaskArray = found & (_distance_to(np.isin(components, numbers), sampling) <= thin + NECK_MARGIN)
+    for seed in alone:
+        steps = [int((thin + NECK_MARGIN) / s) for s in sampling]
+        near = tuple(slice(max(0, v - n), v + n + 1) for v, n in zip(seed.tolist(), steps, strict=True))
+        kept[near] |= found[near]
+    return kept
+
+
+def _fit_border(
+    crop: FloatArray, mask: MaskArray, inside: MaskArray, outside: MaskArray, smooth_voxels: float, step: int
+) -> MaskArray:
+    """The mask with a smooth border where intensities change from those nearby inside to those nearby outside.
+
+    Args:
+        crop: a part of an image, shape (X, Y, Z).
+        mask: of it.
+        inside, outside: voxels that stay so.
+        smooth_voxels: how smooth the border is to be.
+        step: voxels that one voxel of the grid spans that the mask was found on.
+    """
+    least = LEAST_CONTRAST * float(crop.std())
+    for _ in range(BORDER_STEPS + step - 1):
+        weight = ndimage.gaussian_filter(mask.astype(np.float32), BORDER_SMOOTH_VOXELS)
+        own = ndimage.gaussian_filter(crop * mask, BORDER_SMOOTH_VOXELS) / np.maximum(weight, 1e-3)
+        other = ndimage.gaussian_filter(crop * ~mask, BORDER_SMOOTH_VOXELS) / np.maximum(1 - weight, 1e-3)
+        # Where both sides look alike, as where two organs touch, the image says nothing about the border.
+        like_own = np.where(abs(own - other) > least, abs(crop - other) - abs(crop - own), 0)
+        added = ndimage.binary_dilation(mask) & ~mask & (like_own > 0)
+        removed = mask & ndimage.binary_dilation(~mask) & (like_own < 0)
+        mask = ndimage.gaussian_filter(((mask | added) & ~removed).astype(np.float32), smooth_voxels) > 0.5
+        mask = mask & ~outside | inside
+    return mask
+
+
+def _values(found: MaskArray, inside: MaskArray, outside: MaskArray) -> FloatArray:
+    """A mask as claims, which fall off smoothly at its border, so that it is smooth between voxels."""
+    soft = 2 * (1 - ndimage.gaussian_filter(found.astype(np.float32), SURFACE_VOXELS))
+    values = np.where(found, np.clip(soft, REGION_CLAIM, 0.95), np.clip(soft, 1.05, NEVER)).astype(np.float32)
+    values[inside], values[outside] = 0, NEVER
+    return values
