@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydicom import dcmread
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -26,6 +26,8 @@ MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 """SOP Class UID of a DICOMDIR, which lists other files and is no instance of a series."""
 MOST_UNPACKED = 512 * 2**20
 """Most bytes of a deflated data set once it is unpacked; a megabyte can become a gigabyte."""
+MOST_LEVELS = 32
+"""Of sequences in sequences. What pydicom needs to write them grows exponentially: 300 levels take all memory."""
 FIRST_GROUPS = (0x0002, 0x0008)
 LARGEST_FIRST_ELEMENT = 0x0100
 LONGEST_FIRST_VALUE = 1 << 16
@@ -119,6 +121,22 @@ def read_instance(file: Path | BinaryIO, with_pixels: bool = True) -> FileDatase
         native = ImplicitVRLittleEndian if instance.is_implicit_VR else ExplicitVRLittleEndian
         instance.file_meta.TransferSyntaxUID = native if instance.is_little_endian else ExplicitVRBigEndian
     return instance
+
+
+def check_levels(instance: Dataset) -> None:
+    """Refuse sequences that are nested too deeply; each value is decoded.
+
+    Raises:
+        ImageError: naming the limit.
+        Exception: of whatever type pydicom raises for a damaged value; see :func:`reading`.
+    """
+    level: list[Dataset] = [instance]
+    for _ in range(MOST_LEVELS + 1):
+        elements = [element for dataset in level for element in dataset]
+        level = [item for element in elements if element.VR == "SQ" for item in element.value]
+        if not level:
+            return
+    raise ImageError(f"its sequences are nested more than {MOST_LEVELS} levels deep")
 
 
 def _check_unpacked_size(file: Path | BinaryIO) -> None:

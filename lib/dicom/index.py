@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
-from lib.dicom.files import MEDIA_DIRECTORY, is_dicom, is_uid, read_instance, reading
+from lib.dicom.files import MEDIA_DIRECTORY, check_levels, is_dicom, is_uid, read_instance, reading
 from lib.dicom.presented.instances import uid_of
 from lib.dicom.presented.regular import MODALITIES, Regular, regular_for
 from lib.errors import ImageError
@@ -490,6 +490,7 @@ def _row(file: Path) -> tuple[tuple[Any, ...] | None, str | None]:
     header = read_instance(file, with_pixels=False)
     if str(header.file_meta.get("MediaStorageSOPClassUID", "")) == MEDIA_DIRECTORY:
         return None, None
+    check_levels(header)
     metadata = to_json(header)
     uids = [str(header.get(keyword) or "") for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")]
     if not all(uids):

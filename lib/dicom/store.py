@@ -14,7 +14,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser
 
 from lib.dicom.attributes import Json, element
-from lib.dicom.files import describe, is_dicom, is_uid, read_instance, reading
+from lib.dicom.files import check_levels, describe, is_dicom, is_uid, read_instance, reading
 from lib.errors import ImageError, ParameterError
 
 UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -146,8 +146,7 @@ def read_part(file: Path) -> FileDataset:
             raise ImageError("it does not begin as DICOM does")
         with reading("it cannot be read"):
             instance = read_instance(file)
-            for _ in instance.iterall():  # each value is decoded here, where its damage is told
-                pass
+            check_levels(instance)  # each value is decoded here, where its damage is told
             uids = [str(instance.get(keyword, "")) for keyword in UIDS]
     except ImageError as error:
         raise ParameterError("part", f"{file.stat().st_size} bytes", f"a DICOM file ({describe(error)})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 import warnings
 import zlib
@@ -13,7 +14,8 @@ from pydicom import dcmread
 from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from lib.dicom.files import MOST_UNPACKED, is_uid, read_instance
+from lib.dicom.files import MOST_LEVELS, MOST_UNPACKED, is_uid, read_instance
+from lib.dicom.index import DicomIndex
 from lib.dicom.store import MOST_PARTS, PartWriter, read_part
 from lib.errors import ParameterError
 from tests.dicom.conftest import edit
@@ -112,3 +114,30 @@ def test_deflated_data_set_that_unpacks_to_gigabytes_is_refused_before_it_is(
         read_part(file)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     tracemalloc.stop()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("levels", "fits"), [(MOST_LEVELS, True), (MOST_LEVELS + 1, False), (400, False), (5000, False)]
+)
+def test_sequences_that_are_nested_too_deeply_are_refused(
+    make_series: Callable[..., list[Path]], tmp_path: Path, levels: int, fits: bool
+) -> None:
+    """To write 300 levels took all memory of the server."""
+    file, nested = make_series()[0], b""
+    for _ in range(levels):
+        item = struct.pack("<HHI", 0xFFFE, 0xE000, len(nested)) + nested
+        nested = struct.pack("<HH2sHI", 0x0008, 0x1115, b"SQ", 0, len(item)) + item
+    with file.open("rb") as opened:
+        read_preamble(opened, force=False)
+        _read_file_meta_info(opened)
+        start, content = opened.tell(), file.read_bytes()
+    file.write_bytes(content[:start] + nested + content[start:])
+    index = DicomIndex(tmp_path, tmp_path / ".dicom" / "index.sqlite")
+    index.scan()
+    assert [*index.progress.problems] == ([] if fits else [str(file.relative_to(tmp_path))])
+    if fits:
+        read_part(file)
+        return
+    with pytest.raises(ParameterError, match=f"nested more than {MOST_LEVELS} levels deep|recursion"):
+        read_part(file)
