@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lib.infers.doubt import MOST_STEPS, STEP, Doubt
+
 LabelArray = npt.NDArray[np.uint8]
 HalfArray = npt.NDArray[np.float16]
 
@@ -29,6 +31,7 @@ class SlabBlender:
         classes: channels of the network's output.
         entropy: whether the entropy of the blended probabilities is wanted too.
         of_labels: whether it is wanted of voxels with a label only; it is 0 elsewhere.
+        doubt: whether it is wanted which label comes second, and by how much.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class SlabBlender:
         classes: int,
         entropy: bool = False,
         of_labels: bool = False,
+        doubt: bool = False,
     ) -> None:
         self._axis, self._depth, self._position, self._of_labels = axis, weights.shape[axis], 0, of_labels
         self._weights = weights.movedim(axis, 0)
@@ -46,8 +50,10 @@ class SlabBlender:
         self._sums = torch.zeros((self._depth, *cross_section, classes), device=weights.device)
         self._labels = np.zeros((shape[axis], *cross_section), dtype=np.uint8)
         # The sum of weights cancels in the largest class, but not in a probability.
-        self._total = torch.zeros((self._depth, *cross_section), device=weights.device) if entropy else None
+        weighed = entropy or doubt
+        self._total = torch.zeros((self._depth, *cross_section), device=weights.device) if weighed else None
         self._entropy = np.zeros(self._labels.shape, dtype=np.float16) if entropy else None
+        self._second, self._margin = (np.zeros_like(self._labels) if doubt else None for _ in range(2))
 
     def advance(self, position: int) -> None:
         """Decide the planes before ``position`` and make room for as many new ones."""
@@ -80,6 +86,13 @@ class SlabBlender:
         labels = np.moveaxis(self._labels, 0, self._axis)
         return labels, None if self._entropy is None else np.moveaxis(self._entropy, 0, self._axis)
 
+    @property
+    def doubt(self) -> Doubt | None:
+        """How nearly each voxel went to another label, where that was wanted; complete after :meth:`finish`."""
+        if self._second is None or self._margin is None:
+            return None
+        return Doubt(*(np.moveaxis(kept, 0, self._axis) for kept in (self._labels, self._second, self._margin)))
+
     def _decide(self, planes: int) -> None:
         planes = min(planes, self._depth)
         step = max(1, CHUNK_NUMBERS // self._sums[0].numel())
@@ -88,14 +101,21 @@ class SlabBlender:
             place = slice(self._position + chunk.start, self._position + chunk.stop)
             labels = self._sums[chunk].argmax(dim=-1)
             self._labels[place] = labels.to(torch.uint8).cpu().numpy()
-            if self._total is None or self._entropy is None:
-                continue
-            if self._of_labels:
-                wanted = labels > 0
-                entropy = normalized_entropy(self._sums[chunk][wanted], self._total[chunk][wanted])
-                self._entropy[place][wanted.cpu().numpy()] = entropy.cpu().numpy()
-            else:
-                self._entropy[place] = normalized_entropy(self._sums[chunk], self._total[chunk]).cpu().numpy()
+            if self._total is not None and self._entropy is not None:
+                self._measure_entropy(labels, chunk, place, self._total, self._entropy)
+            if self._total is not None and self._second is not None and self._margin is not None:
+                second, margin = second_best(self._sums[chunk], self._total[chunk], labels)
+                self._second[place], self._margin[place] = second.cpu().numpy(), margin.cpu().numpy()
+
+    def _measure_entropy(
+        self, labels: torch.Tensor, chunk: slice, place: slice, total: torch.Tensor, into: HalfArray
+    ) -> None:
+        if self._of_labels:
+            wanted = labels > 0
+            entropy = normalized_entropy(self._sums[chunk][wanted], total[chunk][wanted])
+            into[place][wanted.cpu().numpy()] = entropy.cpu().numpy()
+        else:
+            into[place] = normalized_entropy(self._sums[chunk], total[chunk]).cpu().numpy()
 
 
 def normalized_entropy(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -112,6 +132,27 @@ def normalized_entropy(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     log_probabilities = torch.log_softmax(logits, dim=-1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1) / math.log(sums.shape[-1])
     return entropy.clamp(0, 1) * (total > 0)
+
+
+def second_best(sums: torch.Tensor, total: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The label of the second largest logit, and by how much it is smaller than the largest.
+
+    Args:
+        sums: weighted sums of logits, classes last; the largest of each voxel is lost, so that no copy is needed.
+        total: sums of the weights, without the last axis; 0 where no window was: certain.
+        labels: of the largest.
+
+    Returns:
+        uint8 both, the second in the steps of :class:`~lib.infers.doubt.Doubt`.
+    """
+    first = labels[..., None]
+    largest = sums.gather(-1, first)[..., 0]
+    sums.scatter_(-1, first, -torch.inf)
+    next_largest, second = sums.max(dim=-1)
+    margin = (largest - next_largest) / total.clamp_min(torch.finfo(total.dtype).tiny)
+    seen = total > 0
+    steps = torch.where(seen, (margin / STEP).round().clamp(0, MOST_STEPS), MOST_STEPS)
+    return torch.where(seen, second, labels).to(torch.uint8), steps.to(torch.uint8)
 
 
 def _shift(planes: torch.Tensor, done: int) -> None:

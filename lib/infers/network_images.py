@@ -1,4 +1,4 @@
-"""Images as the network sees them, kept in a bounded part of memory for clicks that follow a segmentation."""
+"""Images as the network sees them, and its doubts, kept in a bounded part of memory for clicks that follow."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from cachetools import LRUCache
 from monai.data import MetaTensor
 
 from lib.configs.preset import Preset
+from lib.infers.doubt import Doubt
 
 MIB = 1 << 20
 Key = tuple[object, ...]
 
 
 class NetworkImages:
-    """Preprocessed images by checksum and preset; those used longest ago leave first.
+    """Preprocessed images and what networks doubted of them; what was used longest ago leaves first.
 
     Args:
         limit_mib: memory that they may take; 0 keeps none.
     """
 
     def __init__(self, limit_mib: int) -> None:
-        size: Callable[[MetaTensor], int] = attrgetter("nbytes")
-        self._kept: LRUCache[Key, MetaTensor] = LRUCache(limit_mib * MIB, getsizeof=size)
+        size: Callable[[MetaTensor | Doubt], int] = attrgetter("nbytes")
+        self._kept: LRUCache[Key, MetaTensor | Doubt] = LRUCache(limit_mib * MIB, getsizeof=size)
         self._lock = threading.Lock()
 
     def put(self, checksum: str, preset: Preset, image: MetaTensor) -> None:
@@ -38,11 +39,31 @@ class NetworkImages:
     def get(self, checksum: str, preset: Preset) -> MetaTensor | None:
         """The image, where it is kept."""
         with self._lock:
-            image: MetaTensor | None = self._kept.get(_key(checksum, preset))
-            return image
+            image = self._kept.get(_key(checksum, preset))
+        return image if isinstance(image, MetaTensor) else None
+
+    def has_room(self, doubt_bytes: int) -> bool:
+        """Whether a doubt of that size is kept."""
+        return doubt_bytes <= int(self._kept.maxsize)
+
+    def put_doubt(self, checksum: str, preset: Preset, model: Key, doubt: Doubt) -> None:
+        """Keep what the network of these weights doubted of an image, where it fits at all."""
+        with self._lock:
+            if self.has_room(doubt.nbytes):
+                self._kept[_doubt_key(checksum, preset, model)] = doubt
+
+    def doubt_of(self, checksum: str, preset: Preset, model: Key) -> Doubt | None:
+        """What the network of these weights doubted, where it is kept."""
+        with self._lock:
+            doubt = self._kept.get(_doubt_key(checksum, preset, model))
+        return doubt if isinstance(doubt, Doubt) else None
 
 
 def _key(checksum: str, preset: Preset) -> Key:
     """All that preprocessing depends on."""
     seen = preset.axcodes, preset.spacing_mm, preset.roi_size, preset.padding, str(preset.intensity)
     return checksum, *seen, str(preset.channels)
+
+
+def _doubt_key(checksum: str, preset: Preset, model: Key) -> Key:
+    return (*_key(checksum, preset), "doubt", model)

@@ -20,6 +20,7 @@ from torch import nn
 from lib.configs.preset import Preset
 from lib.errors import MemoryBudgetError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
+from lib.infers.doubt import BYTES_A_VOXEL
 from lib.infers.memory import GIB, MIB, MemoryProbe, is_out_of_memory
 from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
@@ -335,8 +336,8 @@ class _Need:
         return batch * self._preset.out_channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
 
     def _stitching_bytes(self) -> int:
-        """The network's image and the answer on its grid, beside slab and windows."""
-        return self._seen * (FLOAT_BYTES * self._channels + 1 + 2 * self._entropy)
+        """The network's image, the answer on its grid and how much in doubt it is, beside slab and windows."""
+        return self._seen * (FLOAT_BYTES * self._channels + BYTES_A_VOXEL + 1 + 2 * self._entropy)
 
     def _restoring_bytes(self) -> int:
         """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""
@@ -353,8 +354,8 @@ class _Need:
         rows = min(self.shape[across], math.ceil(self.shape[across] / bands) + 2 * roi[across])
         rows = self.shape[across] if bands == 1 else rows
         plane = rows * self.shape[along]
-        classes = self._preset.out_channels + self._entropy
-        return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (1 + 2 * self._entropy))
+        classes = self._preset.out_channels + 1  # and the sum of weights
+        return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (BYTES_A_VOXEL + 2 * self._entropy))
 
     def windows(self, bands: int = 1) -> int:
         """How many windows there are at most."""

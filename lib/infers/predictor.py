@@ -21,6 +21,7 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.infers.blender import HalfArray, LabelArray, SlabBlender
+from lib.infers.doubt import MOST_STEPS, Doubt
 from lib.infers.transfer import PendingTransfer, batches_ahead, send
 from lib.networks.placement import Placement
 
@@ -56,12 +57,14 @@ class Prediction:
         entropy: of the blended probabilities, 0 (certain) to 1; None where it was not asked for.
         windows: how many went through the network.
         skipped: how many did not, since they hold nothing but air.
+        doubt: how nearly each voxel went to another label; None where it was not asked for.
     """
 
     labels: LabelArray
     entropy: HalfArray | None
     windows: int
     skipped: int
+    doubt: Doubt | None = None
 
 
 def predict(
@@ -73,6 +76,7 @@ def predict(
     entropy: bool = False,
     ahead: int | None = None,
     of_labels: bool = False,
+    doubt: bool = False,
 ) -> Prediction:
     """Segment one preprocessed image.
 
@@ -89,10 +93,12 @@ def predict(
         entropy: whether to compute the entropy of each voxel too.
         ahead: batches that are computed before the first of them is fetched; as suits the device if not given.
         of_labels: whether the entropy of voxels with a label is enough, a small part of the work; it is 0 elsewhere.
+        doubt: whether to tell which label comes second at each voxel, and by how much.
     """
     plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
+    doubted = Doubt(labels.copy(), labels.copy(), np.full_like(labels, MOST_STEPS)) if doubt else None
     # The lowest value of several channels together says nothing about air in each.
     air = float(plain.min()) if preset.inference.skip_air and not preset.channels else None
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
@@ -102,11 +108,14 @@ def predict(
     walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air, ahead)
     walk.place(overlap)
     with torch.inference_mode():
-        for band, (of_band, uncertainty) in walk.bands(entropy, of_labels):
+        for band, (of_band, uncertainty), of_doubt in walk.bands(entropy, of_labels, doubt):
             labels[body][band] = of_band
             if certain is not None and uncertainty is not None:
                 certain[body][band] = uncertainty
-    return Prediction(labels, certain, walk.computed, walk.skipped)
+            if doubted is not None and of_doubt is not None:
+                doubted.labels[body][band] = of_band
+                doubted.second[body][band], doubted.margin[body][band] = of_doubt.second, of_doubt.margin
+    return Prediction(labels, certain, walk.computed, walk.skipped, doubted)
 
 
 def window_starts(size: int, edge: int, overlap: float) -> list[int]:
@@ -224,22 +233,24 @@ class _SlidingWindow:
         """Decide where the windows are."""
         self._starts = [window_starts(size, edge, overlap) for size, edge in zip(self._shape, self._roi, strict=True)]
 
-    def bands(self, entropy: bool, of_labels: bool) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None]]]:
-        """Each band's place and answer."""
+    def bands(
+        self, entropy: bool, of_labels: bool, doubt: bool
+    ) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None], Doubt | None]]:
+        """Each band's place, answer, and doubt."""
         edges = np.linspace(0, self._shape[self._across], self._stitching.bands + 1).astype(int).tolist()
         for first, last in itertools.pairwise(edges):
-            yield self._band(first, last, entropy, of_labels)
+            yield self._band(first, last, entropy, of_labels, doubt)
 
     def _band(
-        self, first: int, last: int, entropy: bool, of_labels: bool
-    ) -> tuple[Box, tuple[LabelArray, HalfArray | None]]:
+        self, first: int, last: int, entropy: bool, of_labels: bool, doubt: bool
+    ) -> tuple[Box, tuple[LabelArray, HalfArray | None], Doubt | None]:
         """Decide the planes ``first`` to ``last`` across the slabs, with all windows that reach into them."""
         edge = self._roi[self._across]
         reaching = [start for start in self._starts[self._across] if start < last and start + edge > first]
         # The windows' own extent, of which only the band is kept, so that no window has to be cut.
         low, high = reaching[0], reaching[-1] + edge
         shape = [high - low if axis == self._across else size for axis, size in enumerate(self._shape)]
-        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels)
+        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels, doubt)
         for position in self._starts[self._axis]:
             blender.advance(position)
             sides = {self._axis: [position], self._across: reaching}
@@ -251,7 +262,10 @@ class _SlidingWindow:
         inside[self._across], place[self._across] = slice(first - low, last - low), slice(first, last)
         kept = tuple(inside)
         answer = labels[kept], None if uncertainty is None else uncertainty[kept]
-        return (place[0], place[1], place[2]), answer
+        doubted = blender.doubt
+        if doubted is not None:
+            doubted = Doubt(doubted.labels[kept], doubted.second[kept], doubted.margin[kept])
+        return (place[0], place[1], place[2]), answer, doubted
 
     def _look(self, start: Start) -> bool:
         """Whether there is anything but air in a window."""

@@ -21,6 +21,7 @@ from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import ALL, Lane, lane_in_use
 from lib.infers.devices.lanes import Lanes
 from lib.infers.devices.schedule import Forecast
+from lib.infers.doubt import BYTES_A_VOXEL, Doubt
 from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
@@ -34,6 +35,7 @@ from lib.networks.precision import resolve_precision
 from lib.transforms.inputs import read_input
 from lib.transforms.intensity_range import warnings_of
 from lib.transforms.postprocess import measure_labels
+from lib.transforms.preprocess import network_shape
 from lib.transforms.volume import Affine, Volume, read_grid
 
 logger = logging.getLogger(__name__)
@@ -310,7 +312,9 @@ class UnetrInferTask(InferTask):
             model = self._models.get(lane)
             loaded = time.perf_counter()
             unsure, keep = model.calibration is not None, self._keeper(request, model, checksum)
-            computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep)
+            doubt = keep is not None
+            computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep, doubt)
+            self._keep_doubt(request, model, checksum, computed.prediction.doubt)
             return _Made(model, computed, began, loaded)
 
         return self._on_a_lane(request, compute)
@@ -340,6 +344,34 @@ class UnetrInferTask(InferTask):
                 images.put(checksum, model.preset, image)
 
         return keep
+
+    def _keep_doubt(self, request: InferRequest, model: LoadedModel, checksum: str, doubt: Doubt | None) -> None:
+        """Keep how nearly the network chose otherwise, unless the file was replaced after ``checksum`` was taken."""
+        if self._images is not None and doubt is not None and self.checksums.of(request.image) == checksum:
+            self._images.put_doubt(checksum, model.preset, model.stamp, doubt)
+
+    def doubt_of(self, request: InferRequest) -> Doubt | None:
+        """How nearly the network chose another label at each voxel of an image, on its own grid.
+
+        It is kept when the mask is made. Where it has left since, it is computed again, so that the same clicks have
+        the same answer; where it never fits into what is kept, there is none.
+
+        Raises:
+            As :meth:`segment`.
+        """
+        if self._images is None:
+            return None
+        preset, checksum = self.preset_in_use(), self.checksums.of(request.image)
+        known = self._images.doubt_of(checksum, preset, self.weights_stamp())
+        if known is not None:
+            return known
+        image = self._read(request.image)
+        shape = network_shape(image.volume.voxels.shape, image.volume.affine_ras, preset)
+        if not self._images.has_room(BYTES_A_VOXEL * math.prod(shape)):
+            return None
+        computed = self._compute(request, image.volume, image.checksum).computed
+        computed.held.close()
+        return computed.prediction.doubt
 
     def map_uncertainty(self, request: InferRequest) -> Path:
         """Write how unsure the model is at each voxel of an image, as NIfTI on the image's own grid.

@@ -17,6 +17,7 @@ from lib.configs.preset import Preset
 from lib.errors import ImageError, ModelNotReadyError, ParameterError
 from lib.infers.cache import ResultCache
 from lib.infers.devices.schedule import Forecast
+from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Plan, Planner
 from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
@@ -300,6 +301,44 @@ def test_image_that_was_read_ahead_gives_the_same_mask_and_is_kept(
     assert cached.is_kept(cached.parse({"image": str(image)}))
     assert made.payload["latencies_ms"]["total"] >= made.payload["latencies_ms"]["network"] > 0
     assert cached.read_ahead(cached.parse({"image": str(image)})) is None, "its mask is there"
+
+
+def test_doubt_is_kept_with_the_mask_and_made_again_where_it_has_left(
+    task: UnetrInferTask, image: Path, tmp_path: Path
+) -> None:
+    assert task.doubt_of(task.parse({"image": str(image)})) is None, "nothing is kept for clicks"
+    reads = list[str]()
+
+    def read(path: Path, preset: Preset) -> Volume:
+        reads.append(path.name)
+        return read_input(path, preset)
+
+    locator, images = WeightsLocator(tmp_path / "model"), NetworkImages(16)
+    kept = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=images, read=read)
+    request = kept.parse({"image": str(image)})
+    mask = kept.mask_of(request)
+    doubt = kept.doubt_of(request)
+    assert doubt is not None and reads == ["scan.nii.gz"]
+    assert doubt.nbytes == 3 * doubt.labels.size and set(np.unique(mask.labels)) <= set(np.unique(doubt.labels))
+    assert 0 < doubt.margin.mean() < 50 and (doubt.second != doubt.labels).all(), "random weights are sure of nothing"
+    other = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=NetworkImages(16), read=read)
+    again = other.doubt_of(request)
+    assert again is not None and len(reads) == 2
+    np.testing.assert_array_equal(again.margin, doubt.margin)
+    np.testing.assert_array_equal(again.second, doubt.second)
+    small = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=NetworkImages(0), read=read)
+    small.mask_of(request)
+    assert small.doubt_of(request) is None, "what never fits is not computed at each click"
+
+
+def test_doubt_of_other_weights_is_not_taken(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+    kept = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", images=NetworkImages(16))
+    first = kept.doubt_of(kept.parse({"image": str(image)}))
+    torch.manual_seed(1)
+    other = Checkpoint(dict(build_unetr(task.preset).state_dict()), task.preset, {"version": "other"})
+    write_checkpoint(tmp_path / "model" / "shipped.pt", other)
+    second = kept.doubt_of(kept.parse({"image": str(image)}))
+    assert first is not None and second is not None and (first.margin != second.margin).any()
 
 
 def test_image_that_was_replaced_after_it_was_read_is_not_kept(
