@@ -12,6 +12,8 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from lib.infers.doubt import Doubt
+from lib.interaction.doubts.correction import Evidence, doubt_claims
 from lib.interaction.editor import Editor
 from lib.interaction.growth import (
     FROM_NOTHING_VOXELS,
@@ -67,6 +69,7 @@ class Scene:
         affine_ras: of the image's own grid.
         regions: keeps what clicks draw where nothing is drawn; it depends on the image and the click alone.
         key: of the image there.
+        doubt: how nearly the network chose another label; None where no network segmented the image.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class Scene:
         affine_ras: Affine,
         regions: BoundedCache | None = None,
         key: Hashable = None,
+        doubt: Doubt | None = None,
     ) -> None:
         self._regions, self._key = regions or kept_regions(), key
+        self.doubt = doubt
         self.voxels: FloatArray = image.as_subclass(torch.Tensor)[0].numpy()
         self.affine_network: Affine = np.asarray(image.affine.numpy(), dtype=np.float64)
         self.labels, self.affine_ras = labels, affine_ras
@@ -102,6 +107,17 @@ class Scene:
             lambda: structure_claim(self.voxels, drawn, others, walls, self.spacing_mm),
             _size,
         )
+
+    def place_of(self, point: Voxel) -> Voxel:
+        """A voxel of the image as one of the network's grid."""
+        x, y, z = (int(v) for v in self.on_network([point])[0])
+        return x, y, z
+
+    def evidence_at(self, seed: Points, value: int) -> Evidence:
+        """That a label is right at a voxel of the network's grid, and what is drawn there is not."""
+        x, y, z = (int(v) for v in seed)
+        drawn = int(self.coarse[x, y, z])
+        return Evidence((x, y, z), value, drawn if drawn != value else 0)
 
     def on_network(self, points: Sequence[Voxel]) -> Points:
         """Voxels of the image as voxels of the network's grid, shape (n, 3), each once."""
@@ -145,12 +161,15 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
 
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
-    """What grows around each click."""
-    claims, corrected = [], False
+    """What each click changes around it: by the network's doubts, or else by growth."""
+    claims, corrected, evidence = list[LabelClaim](), False, list[Evidence]()
     for value, points in prompts.positive:
         seeds, mask = scene.on_network(points), scene.coarse == value
         near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
-        claims += [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
+        if scene.doubt is not None:
+            evidence += [scene.evidence_at(seed, value) for seed in seeds[near]]
+        else:
+            claims += [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
         corrected |= bool(near.any())
         if not near.all():
             claims.append(_new_structure(scene, prompts, value, seeds[~near]))
@@ -159,8 +178,12 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        if target or corrected:
+        if scene.doubt is not None:
+            evidence += [Evidence(scene.place_of(point), 0, value) for value in takes_from]
+        elif target or corrected:
             claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, target)))
+    if scene.doubt is not None:
+        claims += doubt_claims(scene.doubt, scene.coarse, scene.spacing_mm, evidence)
     return claims
 
 

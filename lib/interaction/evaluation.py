@@ -15,12 +15,14 @@ from monai.data import MetaTensor
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
 from lib.configs.preset import Preset
+from lib.infers.doubt import Doubt
 from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, next_click, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
+from lib.transforms.volume import Volume
 
 LabelArray = npt.NDArray[np.uint8]
 STOPS = (0, 1, 3, 5, 10)
@@ -50,7 +52,7 @@ def follow(
     spacing_mm: Sequence[float],
     indices: Mapping[str, int],
     edit: Edit,
-    seed: int,
+    seed: int | None,
     surface: bool = False,
 ) -> Followed:
     """Click until the last stop, each time where the mask is wrong.
@@ -60,10 +62,11 @@ def follow(
         spacing_mm: of their voxels.
         indices: labels that count, by name.
         edit: the way of editing.
-        seed: of the annotator: the same clicks for the same masks.
+        seed: of the annotator: the same clicks for the same masks; None for one who clicks the largest wrong part.
         surface: whether the surface Dice is computed at the stops, with the largest voxel edge as tolerance.
     """
-    labels, clicks, random, found = start, list[Correction](), np.random.default_rng(seed), Followed()
+    labels, clicks, found = start, list[Correction](), Followed()
+    random = None if seed is None else np.random.default_rng(seed)
     for count in range(STOPS[-1] + 1):
         click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
         if click is not None:
@@ -87,6 +90,7 @@ class JudgedCase:
         image: as the network sees it, shape (1, X, Y, Z).
         truth, automatic: the reference, and the preset's own mask; only labels that the reference speaks of.
         indices: those labels, by name.
+        doubt: of the network that made the mask; None where there was none.
     """
 
     case_id: str
@@ -94,11 +98,23 @@ class JudgedCase:
     truth: LabelArray
     automatic: LabelArray
     indices: Mapping[str, int]
+    doubt: Doubt | None = None
 
     @property
     def size_bytes(self) -> int:
         """Memory that it takes."""
-        return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes)
+        doubt = self.doubt.nbytes if self.doubt is not None else 0
+        return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes) + doubt
+
+
+def segment_doubtfully(segmenter: Segmenter, volume: Volume, name: str) -> tuple[LabelArray, Doubt | None]:
+    """The mask of an image on its own grid, and how nearly the network chose otherwise, on the network's grid.
+
+    Raises:
+        ImageError: when the image cannot be segmented.
+    """
+    computed = segmenter.compute(volume, name=name, doubt=True)
+    return segmenter.restore(computed).labels, computed.prediction.doubt
 
 
 def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> JudgedCase:
@@ -111,17 +127,21 @@ def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> Judg
     image = preprocess_volume(volume, preset)
     place = preset.display_channel
     voxels, affine = image.as_subclass(torch.Tensor)[place : place + 1], image.affine.numpy()
-    found = np.zeros_like(truth) if segmenter is None else segmenter.segment(volume, name=case.case_id).labels
+    found, doubt = (
+        (np.zeros_like(truth), None) if segmenter is None else segment_doubtfully(segmenter, volume, case.case_id)
+    )
     indices = {name: value for name, value in preset.label_indices.items() if value not in case.missing}
     on_grid = []
     for mask in (truth, found):
         known = np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8)
         on_grid.append(restore_to_grid(known, volume.affine_ras, tuple(voxels.shape[1:]), affine))
-    return JudgedCase(case.case_id, MetaTensor(voxels.clone(), affine=image.affine), on_grid[0], on_grid[1], indices)
+    return JudgedCase(
+        case.case_id, MetaTensor(voxels.clone(), affine=image.affine), on_grid[0], on_grid[1], indices, doubt
+    )
 
 
 def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str, list[float]]:
-    """Mean Dice of each case at each stop, corrected by an editor, or by growth without one.
+    """Mean Dice of each case at each stop, corrected by an editor, or as clicks are answered without one.
 
     The annotator's seed is the case's place, so that two editors are asked the same where their masks are the same.
     """
@@ -130,7 +150,8 @@ def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str
         affine = np.asarray(case.image.affine.numpy(), dtype=np.float64)
 
         def edit(_: LabelArray, clicks: Sequence[Correction], case: JudgedCase = case) -> LabelArray:
-            scene = Scene(case.image, case.automatic, np.asarray(case.image.affine.numpy(), dtype=np.float64))
+            affine = np.asarray(case.image.affine.numpy(), dtype=np.float64)
+            scene = Scene(case.image, case.automatic, affine, doubt=case.doubt)
             return edit_clicks(scene, prompts_of(clicks), editor).labels
 
         spacing_mm = [float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)]

@@ -19,6 +19,7 @@ from lib.errors import LabelError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import device_in_use
 from lib.infers.devices.schedule import Forecast
+from lib.infers.doubt import Doubt
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
@@ -45,6 +46,8 @@ LabelArray = npt.NDArray[np.uint8]
 BACKGROUND_VALUE = 255
 """Announced for ``background``, which is how negative clicks are named: OHIF takes a value of 0 for a label's."""
 MOST_GRIDS = 64
+SENT = "label"
+"""The part of a request that carries a mask, and what the answer calls a start from it."""
 GROWTH, NETWORK = "growth", "editor"
 """What the answer's ``model`` calls the ways in which clicks change a mask: one without weights, and the network."""
 
@@ -66,6 +69,9 @@ class Automatic(Protocol):
 
     def mask_of(self, request: InferRequest) -> CachedMask:
         """The automatic mask."""
+
+    def doubt_of(self, request: InferRequest) -> Doubt | None:
+        """How nearly the network chose another label at each voxel; None where that is not kept."""
 
 
 class _InteractiveTask(InferTask):
@@ -238,7 +244,8 @@ class ClickTask(_InteractiveTask):
         began = time.perf_counter()
         if not prompts.is_empty:
             image, key = self._network_image(request.image, checksum), (checksum, self._automatic.weights_stamp())
-            scene = Scene(image, before.labels, before.affine_ras, self._regions, key)
+            doubt = self._doubt(request, before)
+            scene = Scene(image, before.labels, before.affine_ras, self._regions, key, doubt)
             edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         said = {"start": before.origin, "prompts": len(prompts.points), "prompted": edited.values, "edit_ms": edit_ms}
@@ -247,6 +254,13 @@ class ClickTask(_InteractiveTask):
         if request.label_file is None:
             self._cache.put(self._key(request), CachedMask(edited.labels, before.affine_ras, said))
         return self._write(edited.labels, before.affine_ras, said, request, start)
+
+    def _doubt(self, request: ClickRequest, before: StartingMask) -> Doubt | None:
+        """How nearly the network chose otherwise; of no mask that a viewer sends, which need not be a correction."""
+        editor = self._editor.current() if self._editor is not None else None
+        if editor is not None or before.origin == SENT or not self._automatic.is_valid():
+            return None
+        return self._automatic.doubt_of(self._plain(request))
 
     def _ready_editor(self, scene: Scene, request: ClickRequest) -> Editor | None:
         """The editor, where there is one, and there is memory for it."""
@@ -281,8 +295,8 @@ class ClickTask(_InteractiveTask):
         grid, highest, saved = self._grid(request.image, checksum), len(self.preset.labels), request.saved
         if request.label_file is not None:
             names = names_of(request.label_info) if request.label_info else None
-            read = read_mask(request.label_file, grid, self.preset, names, "label")
-            return StartingMask.of(read, grid.affine_ras, "label", highest)
+            read = read_mask(request.label_file, grid, self.preset, names, SENT)
+            return StartingMask.of(read, grid.affine_ras, SENT, highest)
 
         def make() -> StartingMask:
             if saved is not None:
@@ -290,16 +304,20 @@ class ClickTask(_InteractiveTask):
                 read = read_mask(saved.file, grid, self.preset, names, saved.version_id)
                 return StartingMask.of(read, grid.affine_ras, saved.version_id, highest)
             if self._automatic.is_valid():
-                plain = InferRequest(
-                    image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
-                )
-                mask = self._automatic.mask_of(plain)
+                mask = self._automatic.mask_of(self._plain(request))
                 return StartingMask.of(mask.labels.copy(order="K"), mask.affine_ras, "automatic", highest)
             empty = np.zeros(grid.shape, dtype=np.uint8, order="F")
             return StartingMask.of(empty, grid.affine_ras, "empty", highest)
 
         stamp = (self._automatic.weights_stamp(), request.device.type) if saved is None else saved.version_id
         return self._starts.get((checksum, self.preset.name, stamp), make)
+
+    @staticmethod
+    def _plain(request: ClickRequest) -> InferRequest:
+        """The request for the automatic mask of the same image."""
+        return InferRequest(
+            image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
+        )
 
     def _key(self, request: ClickRequest) -> CacheKey:
         saved = "" if request.saved is None else request.saved.version_id

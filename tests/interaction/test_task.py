@@ -16,12 +16,16 @@ from lib.infers.cache import ResultCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.task import UnetrInferTask
+from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import EditorDesign, EditorWeights, SharedEditor, build_editor, write_editor
+from lib.interaction.prompts import make_prompts
 from lib.interaction.served import ServedEditor
 from lib.interaction.task import ClickTask, ScribbleTask, make_interactive_tasks
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
 from lib.networks.unetr import build_unetr
+from lib.transforms.inputs import read_input
+from lib.transforms.preprocess import preprocess_volume
 from tests.tiny import axis_affine, boxes, tiny_preset, write_nifti
 
 SMALL = EditorDesign((4, 8, 8), (16, 16, 16))
@@ -79,6 +83,29 @@ def test_answer_holds_only_what_was_clicked(folder: Path, image: Path) -> None:
     unprompted, answer = ask(clicks, image)
     np.testing.assert_array_equal(unprompted, before)
     assert answer["label_names"] == {"Left Box": 1, "core": 2}
+
+
+def test_click_on_an_automatic_mask_is_answered_from_the_networks_doubts(folder: Path, image: Path) -> None:
+    torch.manual_seed(0)
+    preset = tiny_preset()
+    write_checkpoint(folder / "model" / "shipped.pt", Checkpoint(dict(build_unetr(preset).state_dict()), preset))
+    automatic, clicks, _ = tasks_of(folder / "model")
+    before, _ = ask(automatic, image)
+    doubt = automatic.doubt_of(automatic.parse({"image": str(image)}))
+    assert doubt is not None
+    volume = read_input(image, preset)
+    scene = Scene(preprocess_volume(volume, preset), before.astype(np.uint8), volume.affine_ras, doubt=doubt)
+    point = next(tuple(int(v) for v in p) for p in np.argwhere(before == 2)[::7] if min(p) >= 3)
+    expected = edit_clicks(scene, make_prompts({}, [point])).labels
+    answered, _ = ask(clicks, image, background=[list(point)], all_labels=True)
+    np.testing.assert_array_equal(answered, expected)
+    file = write_nifti(folder / "sent.nii.gz", before.astype(np.uint8), AFFINE)
+    sent, _ = ask(clicks, image, label_file=file, background=[list(point)], all_labels=True)
+    scene.doubt = None
+    np.testing.assert_array_equal(sent, edit_clicks(scene, make_prompts({}, [point])).labels)
+    assert (sent != answered).any(), "a mask that a viewer sends is corrected by growth"
+    _, elsewhere, _ = tasks_of(folder / "model")
+    np.testing.assert_array_equal(ask(elsewhere, image, background=[list(point)], all_labels=True)[0], answered)
 
 
 def test_same_clicks_come_from_the_cache_and_others_do_not(folder: Path, image: Path) -> None:
