@@ -94,11 +94,11 @@ class ChannelFolder:
             if path.is_dir() and not path.name.startswith(".") and path.name.lower() not in NOT_SCANNED:
                 for holding in dicom_folders(path, frozenset(), self._broken, folder):
                     try:
-                        for uid, found in files_by_series(holding).items():
-                            files.setdefault(uid, []).extend(found)
+                        for uid, paths in files_by_series(holding).items():
+                            files.setdefault(uid, []).extend(paths)
                     except ImageError as error:
                         self._broken[holding.relative_to(folder).as_posix()] = str(error)
-        cases, broken = find_series_cases(preset, {uid: info_of(found[0]) for uid, found in files.items()})
+        cases, broken = find_series_cases(preset, {uid: info_of(paths[0]) for uid, paths in files.items()})
         self._broken |= broken
         for case_id, case in cases.items():
             self._cases[case_id] = SeriesFiles({name: files[uid] for name, uid in case.series.items()}, case.notes)
@@ -128,17 +128,17 @@ class ChannelFolder:
         return Fetched(folder, sha256=sha256, channels=sources)
 
     def _checksum(self, case: str) -> str:
-        found = self._cases[case]
+        sources = self._cases[case]
         try:
-            if isinstance(found, SeriesFiles):
+            if isinstance(sources, SeriesFiles):
                 return _united(
-                    {name: _united({f.name: sha256_of(f) for f in files}) for name, files in found.files.items()}
+                    {name: _united({f.name: sha256_of(f) for f in files}) for name, files in sources.files.items()}
                 )
-            if found.stacked:
-                return checksum_of(next(iter(found.files.values())))
+            if sources.stacked:
+                return checksum_of(next(iter(sources.files.values())))
         except OSError as error:
             raise ImageError(f"case {case!r} cannot be read: {error.strerror or error}") from error
-        return _united({name: checksum_of(file) for name, file in found.files.items()})
+        return _united({name: checksum_of(file) for name, file in sources.files.items()})
 
 
 class ChannelPacs:
@@ -188,7 +188,7 @@ class ChannelPacs:
             place.mkdir()
             self._series.fetch(uid, place)
             files[channel] = sorted(place.iterdir())
-        sha256 = _united({name: _united({f.name: sha256_of(f) for f in found}) for name, found in files.items()})
+        sha256 = _united({name: _united({f.name: sha256_of(f) for f in paths}) for name, paths in files.items()})
         sources = convert_series(case, SeriesFiles(files, self._cases[case].notes), folder)
         return Fetched(folder, stamp, sha256, sources)
 
@@ -198,9 +198,9 @@ class ChannelPacs:
 
 def find_series_cases(preset: Preset, series: Mapping[str, SeriesInfo]) -> tuple[dict[str, SeriesCase], dict[str, str]]:
     """The cases among series, by the UID of the series that is shown; and why others cannot be used."""
-    found, cases, broken = SeriesCases([preset], series), {}, {}
+    by_series, cases, broken = SeriesCases([preset], series), {}, {}
     for uid in series:
-        case = found.of(uid).get(preset.name)
+        case = by_series.of(uid).get(preset.name)
         if case is None:
             continue
         if problem := _lack_of(ChannelSources(uid, {}, case.missing, case.problem)):

@@ -106,7 +106,7 @@ def _connect(ray: Any, address: str) -> None:
     }
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot be reached is said in the error
+            warnings.simplefilter("ignore")  # what cannot be reached is named in the error
             ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(_refusal(address, error)) from error
@@ -147,17 +147,19 @@ def _endpoint(address: str) -> tuple[str, int]:
 
 def _refusal(address: str, error: BaseException) -> str:
     """Why a cluster cannot be used, in a sentence."""
-    told = Authentication.find()
+    authentication = Authentication.find()
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     if any(type(one).__name__ == "AuthenticationError" or "InvalidAuthToken" in str(one) for one in chain):
-        return f"the Ray cluster at {address!r} asks for a token, and {told.describe()}: {HOW_TO_GIVE_A_TOKEN}"
+        return (
+            f"the Ray cluster at {address!r} asks for a token, and {authentication.describe()}: {HOW_TO_GIVE_A_TOKEN}"
+        )
     reason = " ".join(str(error).split())[:300]
     if address.startswith(OUTSIDE) and "timeout" in reason:
         # Ray's client tries a token that is refused again and again, and does not say so
-        given = f"; if it asks for a token, {told.describe()}: {HOW_TO_GIVE_A_TOKEN}"
+        given = f"; if it asks for a token, {authentication.describe()}: {HOW_TO_GIVE_A_TOKEN}"
         return f"what listens at {address!r} does not let this program in, or is no Ray cluster ({reason}){given}"
     return f"there is no Ray cluster to be reached at {address!r}: {reason}"

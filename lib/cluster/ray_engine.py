@@ -5,7 +5,7 @@ first case to its last, and reads a case while it computes another. An actor tha
 What ended its process is looked for among those that it had: each of them runs alone from then on, and one that ends
 three workers is given up. A node that is lost is nobody's fault, unless that happens again and again.
 
-Code, weights and what is found travel by Ray. Whoever reaches Ray's ports can run code on its machines: they belong
+Code, weights and results travel by Ray. Whoever reaches Ray's ports can run code on its machines: they belong
 into a closed network. Ray's own authentication by token is used where it is set up.
 """
 

@@ -171,7 +171,7 @@ class PacsSource:
         return sorted(self.infos())
 
     def infos(self) -> dict[str, SeriesInfo]:
-        """What is told of each series, by UID.
+        """The attributes of each series, by UID.
 
         Raises:
             UpstreamError: when the server does not answer as one.
@@ -230,8 +230,8 @@ class ServerChannels:
         answer = self._rest.ask("GET", "/datastore/image/channels", TRANSFER_SECONDS, params=wanted)
         if answer.status_code != 200:
             raise ImageError(f"{case!r} is no case of several sequences: {_reason(answer)}")
-        said: dict[str, Any] = answer.json()
-        return said
+        payload: dict[str, Any] = answer.json()
+        return payload
 
     def fetch(self, case: str, folder: Path) -> Fetched:
         """Download the files of a case.
@@ -240,20 +240,20 @@ class ServerChannels:
             ImageError: when it lacks a channel.
             NotFoundError, UpstreamError: when it cannot be had.
         """
-        said = self.of(case)
+        payload = self.of(case)
         files: dict[str, Path] = {}
-        ChannelSources(case, {}, tuple(said["missing"]), said["problem"]).check()
-        for channel, ending in said["files"].items():
+        ChannelSources(case, {}, tuple(payload["missing"]), payload["problem"]).check()
+        for channel, ending in payload["files"].items():
             wanted = {"image": case, "model": self._preset.name, "channel": channel}
-            known = next(iter(files.values())) if said["stacked"] and files else None
+            known = next(iter(files.values())) if payload["stacked"] and files else None
             files[channel] = known or self._rest.download(folder / f"{canonical_name(channel)}{ending}", **wanted)
-        shown = files.get(said["shown"])
-        if shown is None and not said["stacked"]:
-            shown = self._rest.download(folder / f"shown{said['ending']}", image=case)
+        shown = files.get(payload["shown"])
+        if shown is None and not payload["stacked"]:
+            shown = self._rest.download(folder / f"shown{payload['ending']}", image=case)
         checksums = "".join(f"{name} {sha256_of(file)}\n" for name, file in sorted(files.items()))
         sha256 = hashlib.sha256(checksums.encode("utf-8")).hexdigest()
-        sources = ChannelSources(case, files, notes=tuple(said["notes"]), shown=shown)
-        return Fetched(folder, said["stamp"], sha256, sources)
+        sources = ChannelSources(case, files, notes=tuple(payload["notes"]), shown=shown)
+        return Fetched(folder, payload["stamp"], sha256, sources)
 
 
 class ServerSource:
@@ -336,11 +336,11 @@ class ServerLabels:
         """
         if not re.fullmatch(TAG, self.tag):
             raise ConfigError(f"--save-labels {self.tag!r}; valid: a tag of lower-case letters, digits, '_' or '-'")
-        told = self.rest.ask("GET", "/auth/token/valid").json()
+        user = self.rest.ask("GET", "/auth/token/valid").json()
         needed = FINAL_ROLES if self.tag == FINAL else ROLES
-        if not set(told["roles"]) & set(needed):
+        if not set(user["roles"]) & set(needed):
             raise ConfigError(
-                f"--save-labels {self.tag}: {told['username']!r} is {', '.join(told['roles'])} on {self.rest.url}; "
+                f"--save-labels {self.tag}: {user['username']!r} is {', '.join(user['roles'])} on {self.rest.url}; "
                 f"needed: {' or '.join(needed)}"
             )
 

@@ -1,4 +1,4 @@
-"""What is told of a run at its end: a table for people, and the same for programs."""
+"""The summary of a run: a table for people, and the same for programs."""
 
 from __future__ import annotations
 

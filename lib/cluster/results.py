@@ -98,11 +98,11 @@ class ResultFolder:
     def find(self, case: str, model: str, weights_sha256: str) -> CaseResult | None:
         """The result of a case, where it is of these weights and its mask is there; of which image, it says itself."""
         try:
-            found = CaseResult(**read_json(self._record(case)))
+            kept = CaseResult(**read_json(self._record(case)))
         except (OSError, ValueError, TypeError):
             return None  # none, or a damaged one: the case is computed again
-        same = (found.model, found.weights_sha256) == (model, weights_sha256)
-        return found if same and (self.folder / found.mask).is_file() else None
+        same = (kept.model, kept.weights_sha256) == (model, weights_sha256)
+        return kept if same and (self.folder / kept.mask).is_file() else None
 
     def keep(self, masked: Masked) -> CaseResult:
         """Write mask and record, each as a whole or not at all.

@@ -133,40 +133,40 @@ def find_images(folder: Path) -> FoundImages:
     """
     if not folder.is_dir():
         raise ConfigError(f"--studies {str(folder)!r} is no folder")
-    found = FoundImages()
+    listing = FoundImages()
     by_id: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() == LABELS_FOLDER:
             continue
         if path.is_dir():
-            broken_before = len(found.broken)
-            images = list(dicom_folders(path, frozenset(), found.broken, folder))
-            if not images and len(found.broken) == broken_before:
-                found.left_out.append(path.name)
+            broken_before = len(listing.broken)
+            images = list(dicom_folders(path, frozenset(), listing.broken, folder))
+            if not images and len(listing.broken) == broken_before:
+                listing.left_out.append(path.name)
             for image in images:
                 name = "_".join(image.relative_to(folder).parts)
                 if problem := name_problem(name):
-                    found.broken[shown(_below(image, folder))] = problem
+                    listing.broken[shown(_below(image, folder))] = problem
                 else:
                     by_id.setdefault(name, []).append(image)
         elif not is_image_file(path):
             continue
         elif problem := name_problem(path.name) or ("" if path.is_file() else NO_FILE):
-            found.broken[shown(path.name)] = problem
+            listing.broken[shown(path.name)] = problem
         else:
             by_id.setdefault(case_id(path), []).append(path)
     for name, paths in sorted(by_id.items()):
         if len(paths) == 1:
-            found.images[name] = paths[0]
+            listing.images[name] = paths[0]
             continue
         for path in paths:
             others = ", ".join(repr(_below(other, folder)) for other in paths if other != path)
-            found.broken[_below(path, folder)] = f"{others} would have the same id {name!r}; rename one of them"
-    if found.left_out:
-        logger.warning("left out, without a DICOM image: %s", ", ".join(f"{name}/" for name in found.left_out))
-    if not found.images and not found.broken:
+            listing.broken[_below(path, folder)] = f"{others} would have the same id {name!r}; rename one of them"
+    if listing.left_out:
+        logger.warning("left out, without a DICOM image: %s", ", ".join(f"{name}/" for name in listing.left_out))
+    if not listing.images and not listing.broken:
         raise ConfigError(f"--studies {str(folder)!r} holds no NIfTI or NRRD file, and no folder of DICOM files")
-    return found
+    return listing
 
 
 def dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], top: Path) -> Iterator[Path]:
@@ -268,8 +268,8 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        found = find_images(folder.absolute())
-        self._images, self._broken = found.images, found.broken
+        listing = find_images(folder.absolute())
+        self._images, self._broken = listing.images, listing.broken
 
     @property
     def broken(self) -> dict[str, str]:

@@ -130,16 +130,16 @@ def segment_cases(
 
 def _send(case: str, outcome: Outcome, results: ResultFolder, send: Send) -> None:
     """Send a result; where that fails its mask stays, and the next run sends it."""
-    found = outcome.done if case in outcome.done else outcome.skipped
+    records = outcome.done if case in outcome.done else outcome.skipped
     try:
-        sent_to = send(found[case], results.folder / found[case].mask)
+        sent_to = send(records[case], results.folder / records[case].mask)
     except UnetrError as error:
-        del found[case]
+        del records[case]
         outcome.failed[case] = f"it is segmented, but its mask was not taken: {error}"
         return
-    if sent_to != found[case].sent_to:
-        found[case] = replace(found[case], sent_to=sent_to)
-        results.record(found[case])
+    if sent_to != records[case].sent_to:
+        records[case] = replace(records[case], sent_to=sent_to)
+        results.record(records[case])
 
 
 def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
@@ -156,11 +156,11 @@ def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
 
     def finish() -> Masked:  # holds on to nothing of the image but its affine
         start = time.perf_counter()
-        found, preset = segmenter.restore(computed), segmenter.preset
+        segmented, preset = segmenter.restore(computed), segmenter.preset
         took = round(seconds + time.perf_counter() - start, 3)
         quality = None
-        if model.calibration is not None and found.entropy is not None:
-            quality = model.calibration.estimate(foreground_uncertainty(found.entropy, found.labels))
+        if model.calibration is not None and segmented.entropy is not None:
+            quality = model.calibration.estimate(foreground_uncertainty(segmented.entropy, segmented.labels))
         result = CaseResult(
             case=case,
             image_sha256=sha256,
@@ -169,13 +169,13 @@ def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
             weights_sha256=model.weights_sha256,
             mask=f"{case}.nii.gz",
             seconds=took,
-            volumes_ml=measure_ml(found.labels, affine, preset),
+            volumes_ml=measure_ml(segmented.labels, affine, preset),
             estimated_dice=quality["estimated_dice"] if quality else None,
-            engine=found.plan.engine,
+            engine=segmented.plan.engine,
             image_stamp=stamp,
             label_names=preset.label_indices,
             warnings=warnings,
         )
-        return Masked(result, packed_mask(found.labels, affine, preset))
+        return Masked(result, packed_mask(segmented.labels, affine, preset))
 
     return Rest(finish)

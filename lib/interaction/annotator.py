@@ -109,14 +109,14 @@ def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[_Part]:
     if not around:
         return []
     x, y, z = (part.start for part in around[0])
-    found = list[_Part]()
+    wrong_parts = list[_Part]()
     wrong, right = wrong[around[0]], truth[around[0]]
     for value in np.unique(right[wrong]):
         components, _ = ndimage.label((right == value) & wrong)
         sizes = np.bincount(components.ravel())
         for number, box in enumerate(ndimage.find_objects(components), 1):
-            found.append(_Part(int(value), box, (x, y, z), int(sizes[number]), components, number))
-    return found
+            wrong_parts.append(_Part(int(value), box, (x, y, z), int(sizes[number]), components, number))
+    return wrong_parts
 
 
 def spoil(truth: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""What clicks and scribbles answer: a mask of the labels that were prompted, and what is said about it."""
+"""What clicks and scribbles answer: a mask of the labels that were prompted, and its description."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe_answer(
     preset: Preset,
     shown: LabelArray,
     affine_ras: Affine,
-    said: Mapping[str, Any],
+    details: Mapping[str, Any],
     named: Mapping[str, int],
     boxes: Sequence[Part | None] | None = None,
     measured: Preset | None = None,
@@ -51,7 +51,7 @@ def describe_answer(
         preset: gives colours.
         shown: the mask of the answer.
         affine_ras: of its grid.
-        said: ``start``, ``prompts``, ``warnings`` and ``edit_ms``.
+        details: ``start``, ``prompts``, ``warnings`` and ``edit_ms``.
         named: names and values in the mask.
         boxes: as of :func:`~lib.transforms.postprocess.measure_labels`, for the named labels.
         measured: names the mask's values, where that is not ``preset``.
@@ -61,12 +61,12 @@ def describe_answer(
         boxes = [boxes[label.index - 1] if label.name in named else None for label in among]
     measures = measure_labels(shown, affine_ras, measured or preset, boxes)
     return {
-        "warnings": list(said["warnings"]),
+        "warnings": list(details["warnings"]),
         "label_names": dict(named),
         "label_colors": {label.name: list(label.color) for label in preset.labels if label.name in named},
         "label_statistics": measures,
         "centroids": {n: [str(round(c)) for c in m["centroid_voxels"]] for n, m in measures.items()},  # type: ignore[attr-defined]
-        "interaction": {"start": said["start"], "prompts": said["prompts"]},
+        "interaction": {"start": details["start"], "prompts": details["prompts"]},
         "quality": None,
     }
 

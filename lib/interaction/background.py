@@ -84,7 +84,7 @@ class EditorTrainer:
             MemoryBudgetError: when not even the smallest step fits into the memory that there is.
         """
         if made := self._version_of(run.run):
-            return _told(made)
+            return _summary(made)
         preset, segmenter = self._segmenter()
         folder = run.run_dir / "editor"
         train = list({case.case_id: case for case in run.material.train}.values())
@@ -105,7 +105,7 @@ class EditorTrainer:
         version = self._served.versions.add_file(verdict.status, write, details)
         self._served.versions.prune(self._settings.keep_versions)
         shutil.rmtree(folder, ignore_errors=True)
-        return _told(version)
+        return _summary(version)
 
     def _version_of(self, run: str) -> Version | None:
         return next((v for v in self._served.versions.list() if v.details.get("run") == run), None)
@@ -142,7 +142,7 @@ class EditorTrainer:
 
     def _read_material(self, cases: Sequence[Case], preset: Preset, segmenter: Segmenter | None) -> list[Material]:
         """As many cases as fit into a share of the memory and of the time; which ones is drawn by their ids."""
-        most, taken, found = MATERIAL_SHARE * host_bytes_left(self._budget), 0, list[Material]()
+        most, taken, materials = MATERIAL_SHARE * host_bytes_left(self._budget), 0, list[Material]()
         ends = time.monotonic() + READING_SHARE * 60 * self._settings.editor_training_minutes
         for number, case in enumerate(_shuffled(cases)):
             try:
@@ -152,12 +152,12 @@ class EditorTrainer:
             except InputError as error:
                 logger.warning("the editor is not trained on %s: %s", case.case_id, error)
                 continue
-            taken += one.image.nbytes + one.truth.nbytes + sum(mask.nbytes for mask in one.found)
-            if found and (taken > most or time.monotonic() > ends):
-                logger.info("the editor is trained on %d of %d cases, for memory and time", len(found), len(cases))
+            taken += one.image.nbytes + one.truth.nbytes + sum(mask.nbytes for mask in one.network_masks)
+            if materials and (taken > most or time.monotonic() > ends):
+                logger.info("the editor is trained on %d of %d cases, for memory and time", len(materials), len(cases))
                 break
-            found.append(one)
-        return found
+            materials.append(one)
+        return materials
 
     def _judge(self, new: Editor, cases: Sequence[Case], preset: Preset, segmenter: Segmenter | None) -> Verdict:
         """Compare with the editor that is served now; somebody may have served another one while it trained."""
@@ -201,7 +201,7 @@ class EditorTrainer:
         } | {side: {"mean_dice": sum(comparison[name]) / len(comparison[name])} for side, name in scored.items()}
 
 
-def _told(version: Version) -> dict[str, Any]:
+def _summary(version: Version) -> dict[str, Any]:
     return {"version": version.name, "status": version.status, "reason": version.details.get("reason", "")}
 
 

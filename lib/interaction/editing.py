@@ -124,8 +124,8 @@ class Scene:
         to_network = np.linalg.inv(self.affine_network) @ self.affine_ras
         homogeneous = np.c_[np.array(points, dtype=float).reshape(-1, 3), np.ones(len(points))]
         places = np.rint((homogeneous @ to_network.T)[:, :3]).astype(np.int64)
-        found: Points = np.unique(places.clip(0, np.array(self.voxels.shape) - 1), axis=0)
-        return found
+        voxels: Points = np.unique(places.clip(0, np.array(self.voxels.shape) - 1), axis=0)
+        return voxels
 
 
 def _size(claim: Claim | None) -> int:
@@ -194,32 +194,32 @@ def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) 
     not_own += prompts.negative if prompts.of_label in (None, value) else ()
     positive, negative = scene.on_network(own), scene.on_network(not_own)
     mask = scene.coarse == value
-    found = editor.probability(scene.voxels, mask, positive, negative)
-    changed = connected_changes(found > 0.5, mask, positive, negative)
+    probability = editor.probability(scene.voxels, mask, positive, negative)
+    changed = connected_changes(probability > 0.5, mask, positive, negative)
     if not changed.any():
         return []
-    found = np.where(changed, found, mask).astype(np.float32)
+    probability = np.where(changed, probability, mask).astype(np.float32)
     # The voxels around a change tell where it ends between voxels; further off, the mask's own border stays as drawn.
     near = ndimage.binary_dilation(changed)
     box = ndimage.find_objects(near.astype(np.uint8))[0]
     start = np.array([part.start for part in box])
-    added = np.where(near[box], 2 * (1 - found[box]), NEVER).astype(np.float32)
-    taken = np.where(near[box], 2 * found[box], NEVER).astype(np.float32)
+    added = np.where(near[box], 2 * (1 - probability[box]), NEVER).astype(np.float32)
+    taken = np.where(near[box], 2 * probability[box], NEVER).astype(np.float32)
     return [LabelClaim(value, (), Claim(start, added)), LabelClaim(0, (value,), Claim(start, taken))]
 
 
-def connected_changes(found: MaskArray, mask: MaskArray, positive: Points, negative: Points) -> MaskArray:
+def connected_changes(predicted: MaskArray, mask: MaskArray, positive: Points, negative: Points) -> MaskArray:
     """Of what a network would change, what is connected with a prompt of that kind.
 
     A click that adds a part cannot take another one away, nor change what is elsewhere in the window.
 
     Args:
-        found: what the network says, shape (X, Y, Z).
+        predicted: the network's prediction, shape (X, Y, Z).
         mask: the structure as it is drawn.
         positive, negative: voxels of prompts, shape (n, 3).
     """
     kept = np.zeros(mask.shape, dtype=bool)
-    for wanted, points in ((found & ~mask, positive), (mask & ~found, negative)):
+    for wanted, points in ((predicted & ~mask, positive), (mask & ~predicted, negative)):
         components, _ = ndimage.label(wanted)
         numbers = np.unique(components[tuple(points.T)])
         kept |= np.isin(components, numbers[numbers > 0])
@@ -276,8 +276,8 @@ def _new_structure(scene: Scene, prompts: Prompts, value: int, seeds: Points) ->
     others = [point for label, points in prompts.positive if label != value for point in points]
     others += prompts.negative if prompts.of_label in (None, value) else ()
     negative = scene.on_network(others)
-    found = [(seed, scene.region_of(seed)) for seed in seeds[:MOST_REGIONS]]
-    regions = sorted_regions(scene.voxels, found, seeds, negative, scene.spacing_mm)
+    own_regions = [(seed, scene.region_of(seed)) for seed in seeds[:MOST_REGIONS]]
+    regions = sorted_regions(scene.voxels, own_regions, seeds, negative, scene.spacing_mm)
     # What lies in a region that comes before corrects it, in whatever order the clicks were made, or reaches further.
     guess, drawn = np.zeros(scene.coarse.shape, dtype=bool), []
     for seed, region in [*regions, *((seed, None) for seed in seeds[MOST_REGIONS:])]:

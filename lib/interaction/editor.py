@@ -77,7 +77,7 @@ class EditorWeights:
     Attributes:
         model: state dict.
         design: of the network.
-        presets: those whose clicks they were found better for than growth; empty for all.
+        presets: those for which clicks scored better with them than by region growing; empty for all.
         info: plain data about the training.
     """
 
@@ -213,8 +213,8 @@ class Editor:
         # A negative prompt where nothing is drawn changes nothing by itself: it has no window of its own.
         waiting = np.concatenate([positive, negative[mask[tuple(negative.T)]]])
         while len(waiting):
-            box, found, sure = self._look(image, mask, positive, negative, waiting[0])
-            total[box] += found * sure
+            box, predicted, sure = self._look(image, mask, positive, negative, waiting[0])
+            total[box] += predicted * sure
             weight[box] += sure
             waiting = waiting[~_well_inside(waiting, box, mask.shape)]
         return np.where(weight > 0, total / np.maximum(weight, 1e-6), mask).astype(np.float32)
@@ -226,15 +226,15 @@ class Editor:
         kept: tuple[tuple[slice, ...], FloatArray, FloatArray] | None = None
         for zoom in ZOOMS:
             box = _window(centre, [size * zoom for size in self.design.window], mask.shape)
-            found = self._infer(
+            probability = self._infer(
                 image[box], mask[box], *(p - [part.start for part in box] for p in (positive, negative))
             )
-            sure = np.full(found.shape, zoom**-3.0, np.float32)
+            sure = np.full(probability.shape, zoom**-3.0, np.float32)
             if kept is not None:  # the window at full resolution is right inside; the wider one adds what lies around
                 inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(kept[0], box, strict=True))
-                found[inner], sure[inner] = kept[1], kept[2]
-            kept = box, found, sure
-            if not _touches_border((found > 0.5) != mask[box], box, mask.shape):
+                probability[inner], sure[inner] = kept[1], kept[2]
+            kept = box, probability, sure
+            if not _touches_border((probability > 0.5) != mask[box], box, mask.shape):
                 break
         assert kept is not None
         return kept
@@ -254,8 +254,8 @@ class Editor:
             logit = structure_logit(self.network, torch.from_numpy(given)[None].to(self.device))[None]
         if factor > 1:
             logit = nn.functional.interpolate(logit, size=padded.shape, mode="trilinear")
-        found: FloatArray = torch.sigmoid(logit[0, 0].float()).cpu().numpy()
-        return found[tuple(slice(0, n) for n in image.shape)].copy()
+        probability: FloatArray = torch.sigmoid(logit[0, 0].float()).cpu().numpy()
+        return probability[tuple(slice(0, n) for n in image.shape)].copy()
 
 
 class SharedEditor:

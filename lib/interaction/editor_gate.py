@@ -43,9 +43,11 @@ def judge_clicks(
         f"{after:.4f} instead of {before:.4f} after {stop}"
         for stop, before, after in zip(STOPS, means["served"], means["new"], strict=True)
     )
-    told = f"mean Dice {words} clicks on {len(cases)} cases, compared with {against}"
+    comparison = f"mean Dice {words} clicks on {len(cases)} cases, compared with {against}"
     if gains[worst] < 0:
-        return Verdict("rejected", f"rejected: it is worse after {STOPS[worst]} clicks: {told}", record)
+        return Verdict("rejected", f"rejected: it is worse after {STOPS[worst]} clicks: {comparison}", record)
     if not gains[best] > margin:
-        return Verdict("rejected", f"rejected: nowhere better by more than the margin of {margin:g}: {told}", record)
-    return Verdict("published", f"published: {told}", record)
+        return Verdict(
+            "rejected", f"rejected: nowhere better by more than the margin of {margin:g}: {comparison}", record
+        )
+    return Verdict("published", f"published: {comparison}", record)

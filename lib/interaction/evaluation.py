@@ -65,7 +65,7 @@ def follow(
         seed: of the annotator: the same clicks for the same masks; None for one who clicks the largest wrong part.
         surface: whether the surface Dice is computed at the stops, with the largest voxel edge as tolerance.
     """
-    labels, clicks, found = start, list[Correction](), Followed()
+    labels, clicks, followed = start, list[Correction](), Followed()
     random = None if seed is None else np.random.default_rng(seed)
     for count in range(STOPS[-1] + 1):
         click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
@@ -73,12 +73,12 @@ def follow(
             clicks.append(click)
             began = time.perf_counter()
             labels = edit(labels, clicks)
-            found.seconds.append(time.perf_counter() - began)
-        found.dice.append(mean_known(dice_per_label(labels, truth, indices).values()))
+            followed.seconds.append(time.perf_counter() - began)
+        followed.dice.append(mean_known(dice_per_label(labels, truth, indices).values()))
         if surface and count in STOPS:
             _, near = surface_per_label(labels, truth, indices, spacing_mm, max(spacing_mm))
-            found.surface.append(mean_known(near.values()))
-    return found
+            followed.surface.append(mean_known(near.values()))
+    return followed
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> Judg
     image = preprocess_volume(volume, preset)
     place = preset.display_channel
     voxels, affine = image.as_subclass(torch.Tensor)[place : place + 1], image.affine.numpy()
-    found, doubt = (
+    automatic, doubt = (
         (np.zeros_like(truth), None) if segmenter is None else segment_doubtfully(segmenter, volume, case.case_id)
     )
     indices = {name: value for name, value in preset.label_indices.items() if value not in case.missing}
     on_grid = []
-    for mask in (truth, found):
+    for mask in (truth, automatic):
         known = np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8)
         on_grid.append(restore_to_grid(known, volume.affine_ras, tuple(voxels.shape[1:]), affine))
     return JudgedCase(
@@ -155,7 +155,7 @@ def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str
             return edit_clicks(scene, prompts_of(clicks), editor).labels
 
         spacing_mm = [float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)]
-        found = follow(case.automatic, case.truth, spacing_mm, case.indices, edit, seed)
-        if not math.isnan(found.dice[0]):
-            scores[case.case_id] = [found.dice[stop] for stop in STOPS]
+        followed = follow(case.automatic, case.truth, spacing_mm, case.indices, edit, seed)
+        if not math.isnan(followed.dice[0]):
+            scores[case.case_id] = [followed.dice[stop] for stop in STOPS]
     return scores

@@ -38,12 +38,12 @@ class Material:
 
     Attributes:
         image, truth: shape (X, Y, Z).
-        found: masks that the preset's network gives, of the image as it is and of changed ones.
+        network_masks: masks that the preset's network gives, of the image as it is and of changed ones.
     """
 
     image: FloatArray
     truth: LabelArray
-    found: tuple[LabelArray, ...] = ()
+    network_masks: tuple[LabelArray, ...] = ()
 
 
 @dataclass
@@ -141,9 +141,9 @@ def _starting_mask(material: Material, truth: MaskArray, value: int, random: np.
     kind = str(random.choice(list(STARTS), p=list(STARTS.values())))
     if kind == EMPTY:
         return np.zeros_like(truth)
-    if kind == NETWORK_MASK and material.found:
-        found: MaskArray = material.found[int(random.integers(len(material.found)))] == value
-        return found
+    if kind == NETWORK_MASK and material.network_masks:
+        mask: MaskArray = material.network_masks[int(random.integers(len(material.network_masks)))] == value
+        return mask
     return spoil(truth, random)
 
 

@@ -162,8 +162,8 @@ def read_mask(file: Path, grid: Grid, preset: Preset, names: Mapping[int, str] |
 
 def _renumbered(values: npt.NDArray[np.uint16], table: LabelArray) -> LabelArray:
     """``table[values]`` for a mask, most of which is background: to look up every voxel takes ten times as long."""
-    found = np.zeros(values.shape, dtype=np.uint8, order="F")
+    looked_up = np.zeros(values.shape, dtype=np.uint8, order="F")
     for z in range(values.shape[2]):
         drawn = values[..., z] > 0
-        found[..., z][drawn] = table[values[..., z][drawn]]
-    return found
+        looked_up[..., z][drawn] = table[values[..., z][drawn]]
+    return looked_up

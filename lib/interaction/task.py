@@ -180,8 +180,8 @@ class ClickTask(_InteractiveTask):
         if self._editor is None or self._editor.current() is None:
             return super().load()
         own = self._editor.version()
-        said = {"version": f"{NETWORK} {own}", "origin": "published"} if own else {"version": NETWORK}
-        return super().load() | said
+        editor = {"version": f"{NETWORK} {own}", "origin": "published"} if own else {"version": NETWORK}
+        return super().load() | editor
 
     @property
     def versions(self) -> VersionStore | None:
@@ -248,12 +248,17 @@ class ClickTask(_InteractiveTask):
             scene = Scene(image, before.labels, before.affine_ras, self._regions, key, doubt)
             edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
-        said = {"start": before.origin, "prompts": len(prompts.points), "prompted": edited.values, "edit_ms": edit_ms}
-        said["warnings"] = warnings_of(self._grid(request.image, checksum))
-        said["boxes"] = before.boxes_with(edited.part, edited.values)
+        details = {
+            "start": before.origin,
+            "prompts": len(prompts.points),
+            "prompted": edited.values,
+            "edit_ms": edit_ms,
+        }
+        details["warnings"] = warnings_of(self._grid(request.image, checksum))
+        details["boxes"] = before.boxes_with(edited.part, edited.values)
         if request.label_file is None:
-            self._cache.put(self._key(request), CachedMask(edited.labels, before.affine_ras, said))
-        return self._write(edited.labels, before.affine_ras, said, request, start)
+            self._cache.put(self._key(request), CachedMask(edited.labels, before.affine_ras, details))
+        return self._write(edited.labels, before.affine_ras, details, request, start)
 
     def _doubt(self, request: ClickRequest, before: StartingMask) -> Doubt | None:
         """How nearly the network chose otherwise; of no mask that a viewer sends, which need not be a correction."""
@@ -275,20 +280,20 @@ class ClickTask(_InteractiveTask):
         self,
         labels: LabelArray,
         affine_ras: Affine,
-        said: Mapping[str, Any],
+        details: Mapping[str, Any],
         request: ClickRequest,
         start: float,
         hit: bool = False,
     ) -> tuple[str, dict[str, Any]]:
         """The answer's file, and its JSON."""
-        values, boxes = said["prompted"], said["boxes"]
+        values, boxes = details["prompted"], details["boxes"]
         whole = request.all_labels or not values
         named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
         shown = labels if whole else only_labels(labels, values, boxes)
         path = write_mask(shown, affine_ras, self.preset, request.extension, request.dtype, request.compress)
-        answer = describe_answer(self.preset, shown, affine_ras, said, named, boxes) | {"model": self.load()}
+        answer = describe_answer(self.preset, shown, affine_ras, details, named, boxes) | {"model": self.load()}
         total_ms = round((time.perf_counter() - start) * 1000, 1)
-        return str(path), answer | describe_time(said["edit_ms"], total_ms, hit)
+        return str(path), answer | describe_time(details["edit_ms"], total_ms, hit)
 
     def _start(self, request: ClickRequest, checksum: str) -> StartingMask:
         """The mask that the answer starts from."""
@@ -384,8 +389,8 @@ class ScribbleTask(_InteractiveTask):
         known = self.preset.find_label(name)
         single = self.preset.with_labels([known.name if known is not None else name])
         path = write_mask(structure, grid.affine_ras, single, request.extension, request.dtype, request.compress)
-        said = {"start": "label", "prompts": len(drawn) + len(erased), "warnings": warnings_of(grid)}
-        answer = describe_answer(self.preset, structure, grid.affine_ras, said, {name: 1}, measured=single)
+        details = {"start": "label", "prompts": len(drawn) + len(erased), "warnings": warnings_of(grid)}
+        answer = describe_answer(self.preset, structure, grid.affine_ras, details, {name: 1}, measured=single)
         total_ms = round((time.perf_counter() - start) * 1000, 1)
         return str(path), answer | {"model": self.load()} | describe_time(edit_ms, total_ms, hit=False)
 

@@ -74,14 +74,14 @@ def read_material(case: Case, preset: Preset, segmenter: Segmenter | None, masks
     image = preprocess_volume(volume, preset)
     voxels = image.as_subclass(torch.Tensor)[preset.display_channel].numpy()
     affine = np.asarray(image.affine.numpy(), dtype=np.float64)
-    random, found = np.random.default_rng(seed), []
+    random, masks_of_network = np.random.default_rng(seed), []
     for number in range(masks if segmenter is not None else 0):
         assert segmenter is not None
         changed = change_image(volume, random) if number else volume
         labels = segmenter.segment(changed).labels
-        found.append(restore_to_grid(labels, volume.affine_ras, voxels.shape, affine))
+        masks_of_network.append(restore_to_grid(labels, volume.affine_ras, voxels.shape, affine))
     on_network = restore_to_grid(truth, volume.affine_ras, voxels.shape, affine)
-    return Material(voxels, on_network, tuple(found))
+    return Material(voxels, on_network, tuple(masks_of_network))
 
 
 def change_image(volume: Volume, random: np.random.Generator) -> Volume:
@@ -195,8 +195,8 @@ class EditorTraining:
             loss = edit_loss(logit, given, truth)
             (loss / len(self._windows)).backward()
             losses.append(float(loss.detach()))
-            for one, found in zip(sessions, (logit.detach() > 0).numpy(), strict=True):
-                one.current = found
+            for one, predicted in zip(sessions, (logit.detach() > 0).numpy(), strict=True):
+                one.current = predicted
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
         if torch.isfinite(norm):
             self._optimizer.step()
@@ -289,7 +289,7 @@ def write_side_car(weights: Path, cases: Mapping[str, int]) -> None:
     """
     read = read_editor(weights)
     network = build_editor(read.design)
-    said = {
+    side_car = {
         "design": asdict(read.design),
         "parameters": sum(p.numel() for p in network.parameters()),
         "sha256": sha256_of(weights),
@@ -297,7 +297,7 @@ def write_side_car(weights: Path, cases: Mapping[str, int]) -> None:
         "cases": dict(cases),
         "training": dict(read.info),
     }
-    write_json(weights.with_suffix(".json"), said)
+    write_json(weights.with_suffix(".json"), side_car)
 
 
 def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most: int, kept: Path) -> list[Material]:
@@ -322,9 +322,9 @@ def _read_kept(case: Case, preset: Preset, segmenter: Segmenter | None, folder: 
             return Material(kept["image"].astype(np.float32), kept["truth"], tuple(kept["found"]))
     made = read_material(case, preset, segmenter, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
-    found = np.stack(made.found) if made.found else np.zeros((0, *made.truth.shape), np.uint8)
+    network_masks = np.stack(made.network_masks) if made.network_masks else np.zeros((0, *made.truth.shape), np.uint8)
     with replacing(file) as stream:
-        np.savez_compressed(stream, image=made.image.astype(np.float16), truth=made.truth, found=found)
+        np.savez_compressed(stream, image=made.image.astype(np.float16), truth=made.truth, found=network_masks)
     return made
 
 

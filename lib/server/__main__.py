@@ -13,7 +13,7 @@ def main() -> int:
     """Run MONAI Label's command line; returns the exit code."""
     try:
         Main().run()
-    except Exception as error:  # noqa: BLE001 - it is told, and its stack trace kept
+    except Exception as error:  # noqa: BLE001 - reported in a sentence, its stack trace in the log
         tell_failure(error)
         return 1
     return 0

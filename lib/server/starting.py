@@ -1,4 +1,4 @@
-"""How a start that fails is told: one sentence for whoever started the server, the stack trace in the log's file."""
+"""How a failed start is reported: one sentence for whoever started the server, the stack trace in the log's file."""
 
 from __future__ import annotations
 

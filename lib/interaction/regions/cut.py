@@ -96,11 +96,11 @@ def solved_claim(
     box = _grown(ndimage.find_objects((kept | inside).astype(np.uint8))[0], BORDER_STEPS + step, crop.shape)
     smooth = min(SURFACE_VOXELS, SURFACE_SHARE * deepest)
     fitted = _fit_border(crop[box], (kept & ~outside | inside)[box], inside[box], outside[box], smooth, step)
-    found = np.zeros_like(kept)
-    found[box] = without_holes(fitted)
+    structure = np.zeros_like(kept)
+    structure[box] = without_holes(fitted)
     # What is far from the structure is left out: on the image's own grid it would take most of the time.
     start = np.array([side.start for side in box])
-    return Claim(low + start, _values((found & ~outside | inside)[box], inside[box], outside[box]))
+    return Claim(low + start, _values((structure & ~outside | inside)[box], inside[box], outside[box]))
 
 
 def _solve(
@@ -219,21 +219,21 @@ def depth_at(points: Points, mask: MaskArray, sampling: Sequence[float]) -> npt.
     """How far points lie from the border of the mask that they lie in; 0 outside of it."""
     padded = np.pad(mask, 1)
     beside = (np.argwhere(ndimage.binary_dilation(padded) & ~padded) - 1) * np.asarray(sampling)
-    found = np.zeros(len(points))
+    depths = np.zeros(len(points))
     for number, point in enumerate(points):
         if mask[tuple(point)] and len(beside):
-            found[number] = np.sqrt(((beside - point * np.asarray(sampling)) ** 2).sum(axis=1).min())
-    return found
+            depths[number] = np.sqrt(((beside - point * np.asarray(sampling)) ** 2).sum(axis=1).min())
+    return depths
 
 
 def _distance_to(mask: MaskArray, sampling: Sequence[float]) -> FloatArray:
     """How far voxels lie from a mask (Maurer et al. 2003); 0 on its own outermost voxels, and negative further in."""
     field = sitk.GetImageFromArray(mask.astype(np.uint8))
     field.SetSpacing([float(s) for s in sampling][::-1])
-    found: FloatArray = sitk.GetArrayFromImage(
+    distance: FloatArray = sitk.GetArrayFromImage(
         sitk.SignedMaurerDistanceMap(field, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
     )
-    return found
+    return distance
 
 
 def _arrival(speed: FloatArray, seeds: Points, late: npt.NDArray[np.float64], sampling: Sequence[float]) -> FloatArray:
@@ -262,22 +262,22 @@ def _cut(crop: FloatArray, chance: FloatArray) -> MaskArray:
     """The minimal cut between what is likely the structure's and what is not."""
     sure = np.clip(chance, 1e-6, 1 - 1e-6)
     edge = EDGE * max(float(crop.std()), 1e-6)
-    found: MaskArray = (
+    structure: MaskArray = (
         maxflow(np.ascontiguousarray(crop[None]), np.stack([1 - sure, sure]), SMOOTHNESS, edge, 6)[0] > 0.5
     )
-    return found
+    return structure
 
 
-def _connected(found: MaskArray, seeds: MaskArray) -> MaskArray:
+def _connected(mask: MaskArray, seeds: MaskArray) -> MaskArray:
     """What hangs together with a positive click."""
-    components, _ = ndimage.label(found)
+    components, _ = ndimage.label(mask)
     numbers = np.unique(components[seeds])
     return np.isin(components, numbers[numbers > 0])
 
 
-def without_holes(found: MaskArray) -> MaskArray:
+def without_holes(mask: MaskArray) -> MaskArray:
     """A mask with what it encloses."""
-    beside, _ = ndimage.label(~np.pad(found, 1))
+    beside, _ = ndimage.label(~np.pad(mask, 1))
     whole: MaskArray = (beside != beside[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return whole
 
@@ -290,7 +290,7 @@ def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) 
         seeds: positive clicks, shape (n, 3).
         sampling: edges of a voxel, the finest of which is 1.
     """
-    found = depth > 0
+    structure = depth > 0
     thin = min(NECK_SHARE * float(depth.max()), MOST_NECK_VOXELS)
     components, _ = ndimage.label(depth > thin)
     places = np.argwhere(components)
@@ -301,11 +301,11 @@ def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) 
         numbers.append(components[tuple(places[nearest])])
         if square[nearest] > (thin + NECK_MARGIN) ** 2:
             alone.append(seed)
-    kept: MaskArray = found & (_distance_to(np.isin(components, numbers), sampling) <= thin + NECK_MARGIN)
+    kept: MaskArray = structure & (_distance_to(np.isin(components, numbers), sampling) <= thin + NECK_MARGIN)
     for seed in alone:
         steps = [int((thin + NECK_MARGIN) / s) for s in sampling]
         near = tuple(slice(max(0, v - n), v + n + 1) for v, n in zip(seed.tolist(), steps, strict=True))
-        kept[near] |= found[near]
+        kept[near] |= structure[near]
     return kept
 
 
@@ -335,9 +335,9 @@ def _fit_border(
     return mask
 
 
-def _values(found: MaskArray, inside: MaskArray, outside: MaskArray) -> FloatArray:
+def _values(mask: MaskArray, inside: MaskArray, outside: MaskArray) -> FloatArray:
     """A mask as claims, which fall off smoothly at its border, so that it is smooth between voxels."""
-    soft = 2 * (1 - ndimage.gaussian_filter(found.astype(np.float32), SURFACE_VOXELS))
-    values = np.where(found, np.clip(soft, REGION_CLAIM, 0.95), np.clip(soft, 1.05, NEVER)).astype(np.float32)
+    soft = 2 * (1 - ndimage.gaussian_filter(mask.astype(np.float32), SURFACE_VOXELS))
+    values = np.where(mask, np.clip(soft, REGION_CLAIM, 0.95), np.clip(soft, 1.05, NEVER)).astype(np.float32)
     values[inside], values[outside] = 0, NEVER
     return values

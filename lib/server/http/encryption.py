@@ -89,7 +89,7 @@ class Handshake(asyncio.Protocol):
         return self._client[0] if self._client else "unknown"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection in, or end it: where there are too many, nothing can be said without encryption."""
+        """Take the connection in, or end it: where there are too many, no answer can be sent before TLS."""
         self.transport = cast(asyncio.Transport, transport)
         self._client = get_remote_addr(self.transport)
         if not self._crowd.admit(self):

@@ -10,7 +10,7 @@ from lib.server.http.proxies import is_loopback
 
 logger = logging.getLogger("unetr.server")
 
-# What `monailabel start_server` listens on when it is not told.
+# What `monailabel start_server` listens on without ``--host``.
 STOCK_HOST = "0.0.0.0"
 
 
@@ -18,7 +18,7 @@ def warn_if_exposed(arguments: Sequence[str], authenticated: bool) -> bool:
     """Print the warning if the server listens beyond this machine and asks nobody for a token.
 
     Args:
-        arguments: the process's command line; an ASGI app is told its address by nothing else when it starts.
+        arguments: the process's command line; an ASGI app can learn its address from nothing else when it starts.
         authenticated: whether clients need a token.
 
     Returns:

@@ -24,7 +24,7 @@ def escape_controls(text: str, kept: str = "") -> str:
     >>> escape_controls("a\\nb")
     'a\\\\nb'
     """
-    return _CONTROLS.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda match: match[0] if match[0] in kept else repr(match[0])[1:-1], text)
 
 
 class TextFormatter(logging.Formatter):

@@ -100,8 +100,11 @@ def check_image_known(datastore: Datastore, image_id: str) -> str:
         return image_id
     if isinstance(datastore, SeriesDatastore) and (why := datastore.why_left_out(image_id)) is not None:
         raise ForbiddenError(f"image {image_id!r} {why}")
-    if isinstance(datastore, SeriesDatastore) and (found := datastore.series_cases().channel_of(image_id)) is not None:
-        case, channel = found
+    if (
+        isinstance(datastore, SeriesDatastore)
+        and (channel_of_case := datastore.series_cases().channel_of(image_id)) is not None
+    ):
+        case, channel = channel_of_case
         raise ParameterError("image", image_id, f"{case}, the case of which this series is the channel {channel!r}")
     try:
         safe = safe_new_id(image_id)

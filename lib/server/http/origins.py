@@ -104,11 +104,11 @@ def _values(scope: Scope, header: bytes) -> list[str]:
 def split_address(address: str) -> SplitResult | None:
     """The parts of an address; None for what is none, such as ``http://[`` and ``http://host:port``."""
     try:
-        found = urlsplit(address)
-        found.port  # noqa: B018 (raises for what is no port)
+        parts = urlsplit(address)
+        parts.port  # noqa: B018 (raises for what is no port)
     except ValueError:
         return None
-    return found
+    return parts
 
 
 def _check_addresses(hosts: Iterable[str]) -> None:

@@ -129,11 +129,11 @@ async def json_body(request: Request) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of which no key stands twice: readers differ in which of the two values counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {_shorten(twice, 40)!r} stands twice")
-    return found
+    return unique
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -66,9 +66,9 @@ def is_loopback(address: str) -> bool:
         return True
     if not is_address(address):
         return False
-    found = ipaddress.ip_address(address)
-    inside = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None  # ::ffff:127.0.0.1
-    return (inside or found).is_loopback
+    parsed = ipaddress.ip_address(address)
+    inside = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None  # ::ffff:127.0.0.1
+    return (inside or parsed).is_loopback
 
 
 def is_among(address: str, networks: Sequence[str]) -> bool:

@@ -74,8 +74,8 @@ class TokenFile(BaseModel):
     def find(self, token: str) -> TokenEntry | None:
         """The entry of a token; every entry is compared, so that the time taken says nothing."""
         digest = hash_token(token)
-        found = [entry for entry in self.tokens if hmac.compare_digest(entry.sha256, digest)]
-        return found[0] if found else None
+        entries = [entry for entry in self.tokens if hmac.compare_digest(entry.sha256, digest)]
+        return entries[0] if entries else None
 
 
 class WatchedTokens:
@@ -114,10 +114,10 @@ class WatchedTokens:
 
     def _state(self) -> tuple[int, ...]:
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return ()
-        return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
     def _read(self) -> TokenFile:
         try:

@@ -181,7 +181,7 @@ class Inference:
     folder: Path
 
     def read_ahead(self) -> ReadImage | None:
-        """The image, where it is one that can be read before its turn; what is wrong with it is said then."""
+        """The image, where it is one that can be read before its turn; an error in it is reported then."""
         asked, task = self.asked, self.asked.task
         if asked.upload is not None or asked.label is not None or not isinstance(task, UnetrInferTask):
             return None

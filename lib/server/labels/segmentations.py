@@ -137,8 +137,8 @@ def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
         index = store.source.index
         uid = index.name_in(study, uid)  # of two studies with a series of that UID, it is of its own study's
         if uid not in store.series():
-            found = (index.instance(sop, study) or index.instance(sop) for sop in sorted(referenced_instances(seg)))
-            uid = next((instance.series for instance in found if instance), uid)
+            instances = (index.instance(sop, study) or index.instance(sop) for sop in sorted(referenced_instances(seg)))
+            uid = next((instance.series for instance in instances if instance), uid)
     if not uid and not referenced_instances(seg):
         return series_in_its_place(store, seg)
     if (of_case := store.series_cases().channel_of(uid)) is not None:
@@ -156,13 +156,13 @@ def series_in_its_place(store: SeriesDatastore, seg: Dataset) -> str:
     """
     frame = str(seg.get("FrameOfReferenceUID") or "")
     near = store.source.in_frame_of_reference(frame, str(seg.get("StudyInstanceUID", ""))) if frame else []
-    found = near if len(near) == 1 else [uid for uid in near if lies_on(store, uid, seg)]
-    if len(found) == 1:
+    fitting = near if len(near) == 1 else [uid for uid in near if lies_on(store, uid, seg)]
+    if len(fitting) == 1:
         logger.info(
-            "DICOM SEG %s refers to no series; by its place it is of %s", seg.get("SOPInstanceUID", ""), found[0]
+            "DICOM SEG %s refers to no series; by its place it is of %s", seg.get("SOPInstanceUID", ""), fitting[0]
         )
-        return found[0]
-    several = ", ".join(found) or "none"
+        return fitting[0]
+    several = ", ".join(fitting) or "none"
     raise LabelError(
         f"DICOM SEG refers to no series, and in its frame of reference {frame or '(none)'} it lies on the voxels of: "
         f"{several}; valid: a reference to its series, or the place of exactly one image"
@@ -202,7 +202,7 @@ def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> t
 def label_info(volume: SegmentedVolume) -> list[dict[str, Any]]:
     """Names and values as 3D Slicer sends them. An unnamed segment is named by its number, which nothing maps.
 
-    Segments without voxels are told too: the user left that structure empty, which is something else than missing. The
+    Empty segments are listed too: the user left that structure empty, which is something else than missing. The
     background is named, since that tells segment numbers from positions in 3D Slicer's list.
     """
     background = [{"name": "background", "idx": 0}]

@@ -1,4 +1,4 @@
-"""The one way by which a label enters, from whatever route: checked, mapped by name, kept as a version, told to all.
+"""The one way by which a label enters, from whatever route: checked, mapped by name, kept as a version, announced.
 
 What is wrong is refused with a sentence and kept in quarantine; the last good label stays as it is.
 """
@@ -31,7 +31,7 @@ from lib.transforms.volume import read_grid
 
 logger = logging.getLogger("unetr.server")
 
-LONGEST_TOLD = 500
+LONGEST_VALUE = 500
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,17 @@ class Submissions:
             made = source == INFERENCE
             corrected = prediction is not None and not made and prediction.preset == preset.name
             started_from = prediction if corrected else None
-            told: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
-            model_version, engine = (str(told.get(key) or "")[:LONGEST_TOLD] for key in ("model_version", "engine"))
+            predicted_by: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
+            model_version, engine = (
+                str(predicted_by.get(key) or "")[:LONGEST_VALUE] for key in ("model_version", "engine")
+            )
             changed = self._voxels_changed(started_from, checked, folder)
             effort = self.store.effort.find(image_id, client)
             submission = Submission(
                 image_id=image_id,
                 tag=tag,
                 user=user.name,
-                client_id=str(info.get("client_id") or "")[:LONGEST_TOLD],
+                client_id=str(info.get("client_id") or "")[:LONGEST_VALUE],
                 preset=preset.name,
                 model_version=model_version,
                 engine=engine,
@@ -171,10 +173,10 @@ class Submissions:
     def _quarantine(
         self, file: Path, reason: str, image_id: str, tag: str, info: Mapping[str, Any], user: User, source: str
     ) -> None:
-        told = {"image_id": image_id, "tag": tag, "user": user.name, "source": source}
-        told |= {key: str(info[key])[:LONGEST_TOLD] for key in ("client_id", "model", "label_info") if key in info}
+        record = {"image_id": image_id, "tag": tag, "user": user.name, "source": source}
+        record |= {key: str(info[key])[:LONGEST_VALUE] for key in ("client_id", "model", "label_info") if key in info}
         try:
-            kept = self.store.history.quarantine.keep(file, reason, told)
+            kept = self.store.history.quarantine.keep(file, reason, record)
             logger.warning("label of %s from %s is in quarantine as %s: %s", image_id, user.name, kept.name, reason)
         except OSError as error:
             logger.error("label of %s from %s was refused and could not be kept: %s", image_id, user.name, error)
@@ -257,5 +259,5 @@ def choose_preset(
 
 def _prompts_used(info: Mapping[str, Any], effort: Effort) -> int:
     """As the client counts them itself, or else the server."""
-    told = info.get("prompts_used")
-    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else effort.prompts
+    counted = info.get("prompts_used")
+    return counted if isinstance(counted, int) and not isinstance(counted, bool) and counted >= 0 else effort.prompts

@@ -30,8 +30,8 @@ def title_of(image: str, info: SeriesInfo | None) -> Title:
     shown, known = info.shown, info.attributes
     patient = " ".join(filter(None, (person(shown.get("PatientName", "")), known["PatientID"])))
     parts = (patient, shown.get("StudyDescription", ""), day(known["StudyDate"]), shown.get("SeriesDescription", ""))
-    told = ", ".join(part for part in parts if part)
-    return Title(told, image) if told else Title(image)
+    title = ", ".join(part for part in parts if part)
+    return Title(title, image) if title else Title(image)
 
 
 def titles_of(datastore: Datastore, images: Iterable[str]) -> Mapping[str, Title]:

@@ -67,7 +67,7 @@ class OpenedCase:
     stored: npt.NDArray[np.uint16]
 
     @cached_property
-    def told(self) -> dict[str, Json]:
+    def dicom_json(self) -> dict[str, Json]:
         """The headers as DICOM JSON, by SOP Instance UID."""
         return {str(header.SOPInstanceUID): to_json(header) for header in self.headers}
 
@@ -88,7 +88,7 @@ class PresentedCases:
         most_bytes: of opened cases that are kept; the one in use is kept whatever its size.
         enabled: whether there are any.
         index: of the DICOM files of the folder.
-        memory: file for the modalities that were found out, for the next start; None for none.
+        memory: file that keeps the modalities once determined, for the next start; None for none.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class PresentedCases:
         return case if case is not None and self._store.has_image(case) else None
 
     def attributes(self, image_id: str) -> dict[str, str]:
-        """What a client is told of a case beside its id; nothing for one that is a DICOM series itself."""
+        """DICOM attributes of a case that clients get beside its id; nothing for one that is a DICOM series itself."""
         if not self._enabled or not self._store.has_image(image_id) or self._store.is_series(image_id):
             return {}
         uids = {"StudyInstanceUID": uid_of(image_id, "study"), "SeriesInstanceUID": uid_of(image_id, "series")}
@@ -170,12 +170,12 @@ class PresentedCases:
 
     def _entry(self, case: str) -> SeriesEntry:
         study, series, frame = (uid_of(case, what) for what in ("study", "series", "frame"))
-        told: Json = dict(self._templates[self._modality(case)])
+        summary: Json = dict(self._templates[self._modality(case)])
         for keyword, value in zip(BY_CASE, (study, series, frame, case[:64], case[:64]), strict=True):
-            told |= element(keyword, value)
-        told |= element("SOPInstanceUID", uid_of(case, "instance 1"))
-        told |= element("PatientName", {"Alphabetic": name_of(case)})
-        return SeriesEntry(study, series, told, 1, 1)
+            summary |= element(keyword, value)
+        summary |= element("SOPInstanceUID", uid_of(case, "instance 1"))
+        summary |= element("PatientName", {"Alphabetic": name_of(case)})
+        return SeriesEntry(study, series, summary, 1, 1)
 
     # ----------------------------------------------------------------------------------------------- what is in them
 
@@ -187,11 +187,11 @@ class PresentedCases:
             ImageError: when the file cannot be read.
         """
         headers = self.headers(study, series, sop)
-        told = self.open(str(self.case_of(series or study))).told
-        return [told[str(header.SOPInstanceUID)] for header in headers]
+        dicom_json = self.open(str(self.case_of(series or study))).dicom_json
+        return [dicom_json[str(header.SOPInstanceUID)] for header in headers]
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
-        """What a query is told of a study or a series, of which all is known without opening its file.
+        """DICOM JSON of a study or a series for a query, made without opening its file.
 
         Raises:
             NotFoundError, ImageError: as :meth:`metadata`, for one instance.
@@ -206,14 +206,14 @@ class PresentedCases:
 
         One that cannot be made (its source is damaged) is left out: what is asked for is the study, which has the rest.
         """
-        found: list[FileDataset] = []
+        instances: list[FileDataset] = []
         for case in self.regular.sources(study):
             try:
                 label = self.labels.of_case(case)
-                found += [*self.open(case).headers, *([self.labels.instance(label)] if label is not None else [])]
+                instances += [*self.open(case).headers, *([self.labels.instance(label)] if label is not None else [])]
             except (InputError, NotFoundError) as error:
                 logger.warning("study %s is answered without the regular series of %s: %s", study, case, error)
-        return found
+        return instances
 
     def headers(self, study: str, series: str = "", sop: str = "") -> list[FileDataset]:
         """The instances that an address names, without pixels.
@@ -224,10 +224,10 @@ class PresentedCases:
         case = self.case_of(series or study)
         if case is None or study not in ("", str(self.describe(case).StudyInstanceUID)):
             raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
-        found = [header for header in self.open(case).headers if sop in ("", header.SOPInstanceUID)]
-        if not found:
+        named = [header for header in self.open(case).headers if sop in ("", header.SOPInstanceUID)]
+        if not named:
             raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
-        return found
+        return named
 
     def open(self, case: str) -> OpenedCase:
         """Read a case, unless it was read lately.
@@ -406,7 +406,7 @@ def _remembered(memory: Path | None) -> dict[str, tuple[str, str]]:
 
 
 def _remember(memory: Path, modalities: Mapping[str, tuple[str, str]]) -> None:
-    """Keep them for the next start; it can be found out again where the disk does not take it."""
+    """Keep them for the next start; they are determined again where the disk does not take it."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, dict(modalities))
@@ -493,13 +493,13 @@ class Searched:
             return [to_json(self._presented.labels.instance(label, study, sop))]
         case = self._presented.case_of(series or study)
         if case is not None:
-            found_of_case = self._presented.metadata(study, series, sop, summary)
+            of_case = self._presented.metadata(study, series, sop, summary)
             beside = None if series else self._presented.labels.of_case(case)
-            return found_of_case + ([] if beside is None else [to_json(self._presented.labels.instance(beside))])
-        found: list[Json] = self._index.metadata(study, series, sop, summary)
+            return of_case + ([] if beside is None else [to_json(self._presented.labels.instance(beside))])
+        instances: list[Json] = self._index.metadata(study, series, sop, summary)
         if study and not series and not sop:
-            found = found + [to_json(instance) for instance in self._presented.beside(study)]
-        return found
+            instances = instances + [to_json(instance) for instance in self._presented.beside(study)]
+        return instances
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
         """DICOM JSON of the first instance of a study, a series, or of one instance; no presented file is opened."""
@@ -510,5 +510,5 @@ class Searched:
             return to_json(self._presented.labels.instance(label, study, sop))
         if self._presented.case_of(series or study) is not None:
             return self._presented.first(study, series, sop)
-        found: Json = self._index.first(study, series, sop)
-        return found
+        instance: Json = self._index.first(study, series, sop)
+        return instance

@@ -85,7 +85,7 @@ class PresentedLabels:
         )
 
     def first(self, version: LabelVersion) -> Json:
-        """What a query is told of it, without making it."""
+        """DICOM JSON of it for a query, without making it."""
         return self._entry(version).summary
 
     def instance(self, version: LabelVersion, study: str = "", sop: str = "") -> FileDataset:
@@ -121,12 +121,12 @@ class PresentedLabels:
             known = self._entries.get(version.image_id)
             if known is not None and known[0].version_id == version.version_id:
                 return known[1]
-            told = self._presented.describe(version.image_id)
-            told.Modality = "SEG"
-            told.SeriesInstanceUID, told.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
-            told.SOPClassUID, told.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
-            told.SeriesDescription = origin_of(version).description[:64]
-            entry = SeriesEntry(told.StudyInstanceUID, told.SeriesInstanceUID, to_json(told), 1, 1)
+            header = self._presented.describe(version.image_id)
+            header.Modality = "SEG"
+            header.SeriesInstanceUID, header.SOPInstanceUID = _uid(version, "series"), _uid(version, "instance")
+            header.SOPClassUID, header.SeriesNumber = SegmentationStorage, SERIES_NUMBER + 1
+            header.SeriesDescription = origin_of(version).description[:64]
+            entry = SeriesEntry(header.StudyInstanceUID, header.SeriesInstanceUID, to_json(header), 1, 1)
             self._forget(version.image_id)
             self._entries[version.image_id], self._versions[entry.series] = (version, entry), version
             return entry

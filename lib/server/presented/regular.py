@@ -1,4 +1,4 @@
-"""Regular series beside those that viewers cannot show: which there are, and what is told of them."""
+"""Regular series beside those that viewers cannot show: which there are, and their attributes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RegularSeries:
         return describe_regular(entry.summary, image_id, regular.why)
 
     def _entry(self, image_id: str) -> SeriesEntry:
-        told = self.describe(image_id)
-        told.SOPInstanceUID, told.InstanceNumber = uid_of(image_id, "regular instance 1"), 1
+        header = self.describe(image_id)
+        header.SOPInstanceUID, header.InstanceNumber = uid_of(image_id, "regular instance 1"), 1
         slices = self._index.regular()[image_id].slices if self._index is not None else 0
-        return SeriesEntry(str(told.StudyInstanceUID), str(told.SeriesInstanceUID), to_json(told), slices, slices)
+        return SeriesEntry(str(header.StudyInstanceUID), str(header.SeriesInstanceUID), to_json(header), slices, slices)

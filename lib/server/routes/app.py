@@ -59,17 +59,17 @@ def info(
     user: AsUser,
 ) -> dict[str, Any]:
     """The app's description, which clients request first: models, trainers, strategies, labels, statistics."""
-    said = description()
+    payload = description()
     running = running_training(jobs, trainers)  # first: clients show the first one
-    ended = {model: stats or NOT_TRAINED for model, stats in said["train_stats"].items() if model not in running}
-    said["train_stats"] = {**running, **ended}
+    ended = {model: stats or NOT_TRAINED for model, stats in payload["train_stats"].items() if model not in running}
+    payload["train_stats"] = {**running, **ended}
     hidden = not_offered_in_viewer(request, store, presets, presented)
-    said["models"] = {
-        name: model for name, model in said["models"].items() if tasks.find(name).preset.name not in hidden
+    payload["models"] = {
+        name: model for name, model in payload["models"].items() if tasks.find(name).preset.name not in hidden
     }
     # Both viewers number labels by this list: the one that only clicks have must not stand between two presets'.
-    said["labels"] = sorted(said["labels"], key=lambda name: name == BACKGROUND)
-    return said
+    payload["labels"] = sorted(payload["labels"], key=lambda name: name == BACKGROUND)
+    return payload
 
 
 def not_offered_in_viewer(
@@ -89,7 +89,7 @@ def not_offered_in_viewer(
 def running_training(jobs: Jobs, trainers: TasksByName[UnetrTrainTask]) -> dict[str, dict[str, float]]:
     """Epochs of the training that runs or waits, by its model, as OHIF's panel and 3D Slicer show them.
 
-    Slicer divides by ``total_epochs``, also before the training has said anything: then the request tells.
+    3D Slicer divides by ``total_epochs``, also before any progress is reported: then the request's number is sent.
     """
     job = jobs.current("train")
     if job is None:
@@ -99,8 +99,8 @@ def running_training(jobs: Jobs, trainers: TasksByName[UnetrTrainTask]) -> dict[
     progress = read_progress(task.runs / job.id)
     total = int(progress.get("max_epochs") or task.validate_request(job.request).max_epochs)
     best = progress.get("best_mean_dice")
-    said: dict[str, float] = {"epoch": int(progress.get("epoch", 0)), "total_epochs": total}
-    return {model: said | ({} if best is None else {"best_metric": float(best)})}
+    stats: dict[str, float] = {"epoch": int(progress.get("epoch", 0)), "total_epochs": total}
+    return {model: stats | ({} if best is None else {"best_metric": float(best)})}
 
 
 @router.post("/activelearning/", summary="The next case to label, by the default strategy", openapi_extra=NEXT_BODY)

@@ -56,7 +56,7 @@ STORED_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 # Two uploads of one id at the same time: the second must see the first.
 ADDING = threading.Lock()
 CHECKSUMS = ("SHA256", "SHA512", "MD5")
-TOLD_OF_LABELS = (
+ANSWERED_OF_LABELS = (
     "tag",
     "label_map",
     "missing_labels",
@@ -84,9 +84,9 @@ class Listing(str, Enum):
 @router.get("/", summary="Figures of the studies, or all images and labels", response_model=None)
 def list_datastore(store: DatastoreDep, user: AsUser, output: Listing = Listing.stats) -> JSONResponse:
     """Counts; with ``all`` everything that is known, with ``train`` the pairs for training."""
-    told = store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
+    listing = store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
     # written here, in a thread: FastAPI would do it on the event loop, for seconds where there are ten thousand images
-    return JSONResponse(told)
+    return JSONResponse(listing)
 
 
 @router.put("/", summary="Add an image", include_in_schema=False)
@@ -260,8 +260,8 @@ async def save_label(
                 file = presented.submitted_on_file(case, file, folder)
             version = submissions.submit(image_id, file, tag, info, user, INFERENCE if made else "rest")
         described = version.describe()
-        told = {name: described[name] for name in TOLD_OF_LABELS}
-        return {"image": image_id, "label": image_id, "version": version.version_id} | told
+        answered = {name: described[name] for name in ANSWERED_OF_LABELS}
+        return {"image": image_id, "label": image_id, "version": version.version_id} | answered
 
     return await anyio.to_thread.run_sync(keep, limiter=limiter)
 

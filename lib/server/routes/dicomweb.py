@@ -131,8 +131,8 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
     label = None if case is None else presented.labels.of_case(case)
     beside = [] if label is None else [presented.labels.instance(label)]
     if resource.view == "metadata":
-        told = presented.metadata(resource.study, resource.series, resource.sop)
-        return Response(dump([*told, *map(to_json, beside)]), media_type=DICOM_JSON)
+        instances = presented.metadata(resource.study, resource.series, resource.sop)
+        return Response(dump([*instances, *map(to_json, beside)]), media_type=DICOM_JSON)
     if resource.view == "instances":
         files = itertools.chain((presented.file(header) for header in headers), map(whole_file, beside))
         return send_parts(files, accepted, "application/dicom")
@@ -172,15 +172,15 @@ def answer_from(index: DicomIndex, request: Request, resource: Resource, present
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "query":
         searched = Searched(index, presented)
-        found = search(searched, resource, request.query_params.multi_items(), root_of(request))
-        return Response(dump(found), media_type=DICOM_JSON)
+        matches = search(searched, resource, request.query_params.multi_items(), root_of(request))
+        return Response(dump(matches), media_type=DICOM_JSON)
     instances = named_instances(index, resource)
     try:
         if resource.view == "metadata":
-            told = index.metadata_texts(resource.study, resource.series, resource.sop)
+            texts = index.metadata_texts(resource.study, resource.series, resource.sop)
             beside = [] if resource.series else presented.beside(resource.study)
-            told += [dump(to_json(instance)).decode() for instance in beside]
-            return Response(f"[{', '.join(told)}]", media_type=DICOM_JSON)  # not read, to be written again as it is
+            texts += [dump(to_json(instance)).decode() for instance in beside]
+            return Response(f"[{', '.join(texts)}]", media_type=DICOM_JSON)  # not read, to be written again as it is
         if resource.view == "instances":
             beside = [] if resource.series else presented.beside(resource.study)
             files = itertools.chain(instance_parts(instances, accepted), map(presented.file, beside))
@@ -201,13 +201,13 @@ def named_instances(index: DicomIndex, resource: Resource) -> list[Instance]:
     """
     if resource.sop:
         instance = index.instance(resource.sop, resource.study, resource.series)
-        found = [instance] if instance else []
+        instances = [instance] if instance else []
     else:
-        found = index.instances(resource.study, resource.series)
-    if not found:
+        instances = index.instances(resource.study, resource.series)
+    if not instances:
         uids = (resource.study, resource.series, resource.sop)
         raise NotFoundError("instance below", "/".join(filter(None, uids)))
-    return found
+    return instances
 
 
 def send_parts(parts: Iterator[Part], accepted: Sequence[MediaType], related: str) -> Response:
@@ -253,7 +253,7 @@ def forward(request: Request, source: RemoteSource, address: str, resource: Reso
     qido, wado = stock_settings.MONAI_LABEL_QIDO_PREFIX, stock_settings.MONAI_LABEL_WADO_PREFIX
     prefix = qido if resource.view == "query" else wado
     user, password = stock_settings.MONAI_LABEL_DICOMWEB_USERNAME, stock_settings.MONAI_LABEL_DICOMWEB_PASSWORD
-    said = source.ask(
+    response = source.ask(
         lambda: requests.get(
             "/".join(filter(None, [address.rstrip("/"), prefix, path.removesuffix("/")])),
             params=request.url.query,
@@ -264,8 +264,8 @@ def forward(request: Request, source: RemoteSource, address: str, resource: Reso
             stream=True,
         )
     )
-    kept = {name: said.headers[name] for name in RETURNED_HEADERS if name in said.headers}
-    return StreamingResponse(_blocks(said), said.status_code, kept)
+    kept = {name: response.headers[name] for name in RETURNED_HEADERS if name in response.headers}
+    return StreamingResponse(_blocks(response), response.status_code, kept)
 
 
 def seconds_for(resource: Resource) -> float:
@@ -274,9 +274,9 @@ def seconds_for(resource: Resource) -> float:
     return min(seconds, float(stock_settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT))
 
 
-def _blocks(said: requests.Response) -> Iterator[bytes]:
-    with said:
-        yield from said.iter_content(BLOCK_BYTES)
+def _blocks(response: requests.Response) -> Iterator[bytes]:
+    with response:
+        yield from response.iter_content(BLOCK_BYTES)
 
 
 async def store_instances(request: Request, segmentations: Segmentations, user: User, path: str) -> Response:
@@ -337,12 +337,12 @@ def store_files(
         ParameterError: when one of them is no DICOM.
     """
     outcomes = [store_one(segmentations, user, read_part(file), study, root_of(request)) for file in files]
-    status, told = answer(outcomes)
-    return Response(dump(told), status, media_type=DICOM_JSON)
+    status, payload = answer(outcomes)
+    return Response(dump(payload), status, media_type=DICOM_JSON)
 
 
 def store_one(segmentations: Segmentations, user: User, instance: FileDataset, study: str, root: str) -> Outcome:
-    """Store an instance; what is wrong with it is told in its outcome, and the others go on."""
+    """Store an instance; an error is reported in its outcome, and the others go on."""
     names = str(instance.SOPClassUID), str(instance.SOPInstanceUID)
     if study and str(instance.StudyInstanceUID) != study:
         return Outcome(*names, failure=OTHER_STUDY, sentence=f"instance is of study {instance.StudyInstanceUID}")

@@ -55,7 +55,7 @@ def readyz(
     trained. Nor is a damaged live version, as long as the one before it is served, or a device that fell out beside
     others; ``warnings`` says so.
 
-    Names of files, which may be patients', are told to those alone who may see the studies.
+    Names of files, which may be patients', are shown only to users who may see the studies.
     """
     loaded, problems = loading.states()
     problems += device_problems(lanes)

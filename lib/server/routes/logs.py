@@ -37,5 +37,5 @@ def gpus(user: AsAdmin) -> str:
     program = shutil.which("nvidia-smi")
     if program is None:
         raise HTTPException(404, "there is no nvidia-smi on this server, so there is no NVIDIA GPU to tell of")
-    said = subprocess.run([program], capture_output=True, text=True, timeout=SECONDS_FOR_NVIDIA_SMI, check=False)
-    return said.stdout or said.stderr
+    ended = subprocess.run([program], capture_output=True, text=True, timeout=SECONDS_FOR_NVIDIA_SMI, check=False)
+    return ended.stdout or ended.stderr

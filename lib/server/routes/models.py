@@ -77,9 +77,9 @@ def versions(trained: VersionedModelsDep, user: AsUser, model: str) -> dict[str,
 @router.get("/versions/{model}/{version}", summary="All that is known of a version")
 def version_details(trained: VersionedModelsDep, user: AsUser, model: str, version: str) -> dict[str, Any]:
     """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
-    found = trained.find(model).versions.get(version)
-    damaged = {"reason": found.damage} if found.damage else {}
-    return {"version": found.name} | dict(found.details) | {"status": found.status} | damaged
+    stored = trained.find(model).versions.get(version)
+    damaged = {"reason": stored.damage} if stored.damage else {}
+    return {"version": stored.name} | dict(stored.details) | {"status": stored.status} | damaged
 
 
 @router.get("/versions/{model}/{version}/report", summary="A version's report", response_class=FileResponse)
@@ -173,11 +173,11 @@ def live_name(store: VersionStore) -> str | None:
 def summarize(version: Version) -> dict[str, Any]:
     """A line of the list of versions."""
     kept = ("created", "reason", "uploaded_by", "sha256")
-    said = {name: version.details[name] for name in kept if name in version.details}
+    details = {name: version.details[name] for name in kept if name in version.details}
     dice = (version.details.get("held_out") or {}).get("mean_dice")
-    told = {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice}
+    summary = {"version": version.name, "status": version.status, "parent": version.parent, "mean_dice": dice}
     damaged = {"reason": version.damage} if version.damage else {}
-    return told | {"never_compared": not version.compared} | said | damaged
+    return summary | {"never_compared": not version.compared} | details | damaged
 
 
 def current_weights(models: TasksByName[UnetrInferTask], model: str) -> Path:
@@ -236,7 +236,7 @@ def cases_to_try(
 ) -> Iterator[tuple[str, Volume]]:
     """A few readable images of the studies, labelled ones first, since those certainly show a structure."""
     labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
-    found = 0
+    tried = 0
     for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:
         try:
             volume = read_input(image_file(image), preset)
@@ -244,8 +244,8 @@ def cases_to_try(
             logger.info("uploaded weights are not tried on %s: %s", image, error)
             continue
         yield image, volume
-        found += 1
-        if found == CASES_TRIED:
+        tried += 1
+        if tried == CASES_TRIED:
             return
 
 
@@ -262,15 +262,15 @@ def try_on_a_case(segmenter: Segmenter, cases: Iterable[tuple[str, Volume]]) -> 
     without = dict[str, str]()
     for image, volume in cases:
         try:
-            found = segmenter.segment(volume, name=image, entropy=True)
+            segmented = segmenter.segment(volume, name=image, entropy=True)
         except InputError as error:
             logger.info("uploaded weights cannot segment %s: %s", image, error)
             without[image] = f"it cannot be segmented with them ({error})"
             continue
-        if found.entropy is not None and not np.isfinite(found.entropy).all():
+        if segmented.entropy is not None and not np.isfinite(segmented.entropy).all():
             raise CheckpointError(f"the weights were tried on {image!r}, and their probabilities are not finite")
-        first = found.labels.flat[0]
-        if (found.labels != first).any():
+        first = segmented.labels.flat[0]
+        if (segmented.labels != first).any():
             return image
         without[image] = f"each of its voxels is {first}" if first else "they segment nothing there"
     if without:

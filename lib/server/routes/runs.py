@@ -27,7 +27,7 @@ runs_router = APIRouter(prefix="/runs", tags=["Train"])
 retrain_router = APIRouter(prefix="/retrain", tags=["Train"])
 
 SECONDS_BETWEEN_LOOKS = 0.5
-# A stream ends after a while and its client comes again, as the standard has it: a server that is told to stop waits
+# A stream ends after a while and its client comes again, as the standard has it: a server that is asked to stop waits
 # for its open answers.
 LONGEST_STREAM_SECONDS = 10.0
 MILLISECONDS_TO_COME_AGAIN = 500

@@ -139,8 +139,8 @@ def store(
         image, notes = unite_series(received, folder / "case", presets)
         inspect_for_any(image, list(presets))
         session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
-    told = {"session_id": session_id, "session_info": describe(session)}
-    return told | ({"warnings": list(notes)} if notes else {})
+    payload = {"session_id": session_id, "session_info": describe(session)}
+    return payload | ({"warnings": list(notes)} if notes else {})
 
 
 def describe(session: SessionInfo) -> dict[str, Any]:

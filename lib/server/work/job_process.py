@@ -92,10 +92,10 @@ def _read_line() -> bytes:
 
 
 def _end_with_server() -> None:
-    while told := os.read(STANDARD_INPUT, 4096):
-        if told.rstrip().endswith(b"+"):
+    while words := os.read(STANDARD_INPUT, 4096):
+        if words.rstrip().endswith(b"+"):
             MAY_COMPUTE.set()
-        elif told.rstrip().endswith(b"-"):
+        elif words.rstrip().endswith(b"-"):
             MAY_COMPUTE.clear()
     for child in psutil.Process().children(recursive=True):
         try:

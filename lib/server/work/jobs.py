@@ -82,16 +82,16 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The JSON that MONAI Label's clients read."""
-        said: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "id": self.id,
             "status": self.status,
             "request": self.request,
             "start_ts": self.start_ts,
         }
-        said |= {"details": list(self.details)} if self.status != "SUBMITTED" else {}
-        said |= {"reason": self.reason} if self.reason else {}
-        said |= {"waits_for_room": True} if self.waits_for_room else {}
-        return said | ({"end_ts": self.end_ts} if self.end_ts else {})
+        payload |= {"details": list(self.details)} if self.status != "SUBMITTED" else {}
+        payload |= {"reason": self.reason} if self.reason else {}
+        payload |= {"waits_for_room": True} if self.waits_for_room else {}
+        return payload | ({"end_ts": self.end_ts} if self.end_ts else {})
 
 
 class Jobs:
@@ -100,7 +100,7 @@ class Jobs:
     Args:
         on_end: called with each job that ended, in the thread that ran it.
         on_output: called with each job that printed a line.
-        before_end: the same, before anybody is told that it has ended.
+        before_end: the same, before anybody learns that it has ended.
         on_change: called with each job whose status has changed.
         steps_of: how far a training has come.
         start: starts a job's process, which writes its result to a file.
@@ -308,14 +308,14 @@ class Jobs:
 
 
 def sentence_of(kind: Kind, problem: str) -> str:
-    """What is told of a job whose files a disk did not take.
+    """The message for a job whose files could not be written to a disk.
 
     Args:
         kind: the job's.
         problem: why, as :func:`lib.storage.full_disk.storage_problem` says it.
     """
-    told = f"{problem}, and the {_words(kind)} ended"
-    return f"{told}; it goes on from its state when there is room" if kind == "train" else f"{told}; make room for it"
+    cause = f"{problem}, and the {_words(kind)} ended"
+    return f"{cause}; it goes on from its state when there is room" if kind == "train" else f"{cause}; make room for it"
 
 
 def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
@@ -348,7 +348,7 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
         process.stdin.write(word)
         process.stdin.flush()
     except (OSError, ValueError):
-        logger.debug("process %d was told %r after its end", process.pid, word)
+        logger.debug("process %d was sent %r after its end", process.pid, word)
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:

@@ -40,16 +40,16 @@ class Journal:
         self._owner = {"pid": own.pid, "started": own.create_time(), "host": socket.gethostname()}
 
     def write(self, job: Job) -> None:
-        """Keep a training's state, or an open batch; a full disk is told in the log, and the job goes on."""
+        """Keep a training's state, or an open batch; a full disk is logged, and the job goes on."""
         if job.kind == "batch_infer":
             self._write_batch(job)
         if job.kind != "train":
             return
         folder = self.folder_of(job)
-        said = job.describe() | {"model": job.request["model"], "studies": self._studies, "owner": self._owner}
+        payload = job.describe() | {"model": job.request["model"], "studies": self._studies, "owner": self._owner}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / JOB_FILE, said | {"deaths": job.deaths, "step": job.step, "reason": job.reason})
+            write_json(folder / JOB_FILE, payload | {"deaths": job.deaths, "step": job.step, "reason": job.reason})
         except OSError as error:
             logger.error("the state of training %s cannot be kept: %s", job.id, error)
 
@@ -84,8 +84,8 @@ class Journal:
     def _left(self, runs: Path) -> list[tuple[Path, dict[str, Any]]]:
         """The files of what a server that is gone has left, and what they say."""
         files = [run / JOB_FILE for run in list_runs(runs)] + sorted((runs.parent / BATCHES).glob("*.json"))
-        told = [(file, data) for file in files if {"id", "request", "start_ts"} <= (data := read_job(file)).keys()]
-        return [(file, data) for file, data in told if is_unfinished(data) and self._is_orphan(data)]
+        records = [(file, data) for file in files if {"id", "request", "start_ts"} <= (data := read_job(file)).keys()]
+        return [(file, data) for file, data in records if is_unfinished(data) and self._is_orphan(data)]
 
     def _is_orphan(self, data: dict[str, Any]) -> bool:
         owner = data.get("owner") or {}
@@ -134,8 +134,10 @@ class Journal:
     def failures(self, model: str, since: float) -> list[float]:
         """When trainings of a model have failed since a time."""
         runs = [run / JOB_FILE for run in list_runs(self._folders[model])]
-        told = [(path, read_job(path)) for path in runs]
-        ended = [p.stat().st_mtime for p, said in told if said.get("status") == "ERROR" and not is_unfinished(said)]
+        records = [(path, read_job(path)) for path in runs]
+        ended = [
+            p.stat().st_mtime for p, record in records if record.get("status") == "ERROR" and not is_unfinished(record)
+        ]
         return sorted(when for when in ended if when > since)
 
     def folder_of(self, job: Job) -> Path:

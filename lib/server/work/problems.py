@@ -39,7 +39,7 @@ def left_out_warnings(store: VersionedDatastore, named: bool = True) -> list[str
 
     Args:
         store: the studies.
-        named: whether the files' names are told.
+        named: whether the files are named.
     """
     left_out = store.left_out()
     if left_out and not named:

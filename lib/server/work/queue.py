@@ -1,4 +1,4 @@
-"""Requests wait for a device without holding a thread; a bounded number wait, the rest are told when to come back.
+"""Requests wait for a device without holding a thread; a bounded number wait, the rest get 503 and Retry-After.
 
 Who gets which device is decided in ``lib.infers.devices.schedule``. What is computed ahead takes the devices that
 nobody wants, and gives them back as soon as somebody does.

@@ -59,7 +59,7 @@ class Retrainer:
         inferences: where the trials of served weights wait for an idle device.
         pause: makes trainings way for inference.
         models: those that segment by themselves.
-        changes: where it is told that a decision is another one.
+        changes: notified when a decision changes.
 
     Raises:
         ConfigError: when the recipe of these runs is not one.
@@ -81,7 +81,7 @@ class Retrainer:
         self._jobs, self._journal, self._inferences, self._pause = jobs, journal, inferences, pause
         self._models, self._changes = models, changes
         self._times = PastTimes()
-        self._said: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self._notices: dict[str, str] = {}
         self._trials = Trials(self._try_on)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,7 +114,7 @@ class Retrainer:
 
     def words(self) -> dict[str, str]:
         """Each model's last decision in words, without deciding anew."""
-        return dict(self._said)
+        return dict(self._reasons)
 
     def notices(self) -> dict[str, str]:
         """For each model with so few labels that nothing judges a training, that sentence."""
@@ -196,7 +196,7 @@ class Retrainer:
             for model in self._trainers:
                 try:
                     wait = min(wait, self._act(model))
-                except (UnetrError, OSError) as error:  # a damaged version, a full disk: said, and looked at again
+                except (UnetrError, OSError) as error:  # a damaged version, a full disk: reported, and tried again
                     self._say(model, f"cannot decide: {error}")
                 except Exception:
                     logger.exception("%s: the retrain policy failed", model)
@@ -226,9 +226,9 @@ class Retrainer:
 
     def _say(self, model: str, reason: str) -> None:
         """Log a decision when it is another one."""
-        if self._said.get(model) != reason:
+        if self._reasons.get(model) != reason:
             logger.info("%s: %s", model, reason)
-            self._said[model] = reason
+            self._reasons[model] = reason
             self._changes.mark("job")
 
     def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:

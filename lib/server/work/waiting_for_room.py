@@ -54,7 +54,7 @@ class WaitingForRoom:
             try:
                 self.look()
             except OSError:
-                logger.exception("whether trainings have room cannot be told")
+                logger.exception("the room on disk for trainings cannot be determined")
 
 
 def room_for(folder: Path) -> int:

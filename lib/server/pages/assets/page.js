@@ -47,8 +47,8 @@ async function act(button) {
   button.disabled = true;
   try {
     const answer = await fetch(base + button.dataset.path, options);
-    const told = await answer.json().catch(() => null);
-    say(answer.ok ? document.documentElement.dataset.done : (told && told.detail) || answer.statusText);
+    const payload = await answer.json().catch(() => null);
+    say(answer.ok ? document.documentElement.dataset.done : (payload && payload.detail) || answer.statusText);
   } catch (error) {
     say(document.documentElement.dataset.unreachable);
   } finally {
@@ -83,7 +83,7 @@ function startClicks(panel) {
   const button = (name) => document.getElementById(`clicks-${name}`);
   const body = () => JSON.stringify({ clicks: clicked.made, start: panel.dataset.start });
   const post = (path) => fetch(base + path, { method: "POST", body: body(), headers: { "Content-Type": "application/json" } });
-  const told = async (answer) => { const said = await answer.json().catch(() => null); say((said && said.detail) || answer.statusText); };
+  const sayProblem = async (answer) => { const payload = await answer.json().catch(() => null); say((payload && payload.detail) || answer.statusText); };
   const show = () => {
     button("undo").disabled = button("clear").disabled = !clicked.made.length;
     button("redo").disabled = !clicked.undone.length;
@@ -100,7 +100,7 @@ function startClicks(panel) {
         if (!clicked.made.length) { clicked.layer = ""; continue; }
         const answer = await post(panel.dataset.path);
         if (answer.ok) clicked.layer = (await answer.json()).layer;
-        else { clicked.made.pop(); await told(answer); clicked.again = clicked.made.length > 0; }
+        else { clicked.made.pop(); await sayProblem(answer); clicked.again = clicked.made.length > 0; }
       } while (clicked.again);
     } catch (error) {
       say(document.documentElement.dataset.unreachable);
@@ -127,7 +127,7 @@ function startClicks(panel) {
     button("save").disabled = true;
     try {
       const answer = await post(`${panel.dataset.path}/save`);
-      if (answer.ok) { say(panel.dataset.saved); location.reload(); } else { await told(answer); show(); }
+      if (answer.ok) { say(panel.dataset.saved); location.reload(); } else { await sayProblem(answer); show(); }
     } catch (error) { say(document.documentElement.dataset.unreachable); show(); }
   });
   for (const figure of document.querySelectorAll("figure[data-plane]")) {

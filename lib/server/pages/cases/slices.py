@@ -1,6 +1,6 @@
 """Slices of volumes as PNG pictures, drawn on the server: the image, masks as contours, uncertainty as an overlay.
 
-A mask's contour is solid, dashed or dotted, so that whose it is can be told without its colour.
+A mask's contour is solid, dashed or dotted, so that it can be recognized without its colour.
 """
 
 from __future__ import annotations

@@ -203,8 +203,8 @@ class CaseViews:
 
 def estimate_of(task: UnetrInferTask, path: Path) -> Mapping[str, float] | None:
     """The prediction's probable Dice and its error, where the prediction is ready and its weights are calibrated."""
-    found = task.kept(task.parse({"image": str(path)}))
-    return None if found is None else found.payload.get("quality")
+    answer = task.kept(task.parse({"image": str(path)}))
+    return None if answer is None else answer.payload.get("quality")
 
 
 def _plane(stack: Stack, plane: Plane, mask: npt.NDArray[np.uint8] | None) -> PlaneView:
