@@ -58,7 +58,7 @@ SECONDS_TO_CLEAN_UP = 20
 PROBE = REPOSITORY / "benchmarks" / "probe"
 CLIENTS_THAT_GROW = 4
 REQUESTS_TO_WARM_UP = 1500
-SECONDS_TO_SETTLE = 3.0
+SECONDS_TO_SETTLE = 6.0
 KIB = 2**10
 COLUMNS = ("request", "count", "busy", "failed", "p50 ms", "p95 ms", "p99 ms", "max ms")
 
@@ -101,8 +101,9 @@ class Watched:
 def main() -> int:
     """Load a server, and say how it did."""
     options = parse()
-    drawn = MIX | HOSTILE if options.soak else MIX
-    mix = {name: drawn[name] for name in options.only or drawn if name not in options.without}
+    every = MIX | HOSTILE
+    drawn = options.only or (every if options.soak or options.grow else MIX)
+    mix = {name: every[name] for name in drawn if name not in options.without}
     conf = (SOAK_CACHES if options.soak else {}) | dict(pair.split("=", 1) for pair in options.conf)
     left: list[str] = []
     if options.each:
