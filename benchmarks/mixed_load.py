@@ -68,7 +68,7 @@ class Watched:
     """The server's process while it was loaded.
 
     Attributes:
-        memory: seconds since the start, and MiB in use.
+        memory: seconds since the start, and MiB in use without pages of files.
         cpu_seconds: CPU time that it took.
         open_files: at the start and at the end.
         threads: at the start and at the end.
@@ -202,8 +202,7 @@ def load(
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        seen = round(time.monotonic() - start, 1), round(process.memory_info().rss / 2**20, 1)
-        watched.memory.append(seen)
+        watched.memory.append((round(time.monotonic() - start, 1), memory_mib(process)))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     watched.cpu_seconds = cpu_seconds(process) - before
     watched.open_files, watched.threads = (opened, process.num_fds()), (running, process.num_threads())
@@ -281,6 +280,12 @@ def held_by(probe: Path) -> dict[str, int]:
         with connection.makefile() as answer:
             held: dict[str, int] = json.load(answer)
     return held
+
+
+def memory_mib(process: psutil.Process) -> float:
+    """What a process holds, without pages of files (on Linux): the system takes those back as it likes."""
+    held = process.memory_info()
+    return round((held.rss - getattr(held, "shared", 0)) / 2**20, 1)
 
 
 def cpu_seconds(process: psutil.Process) -> float:
