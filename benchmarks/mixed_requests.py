@@ -21,8 +21,11 @@ from synthetic_hippocampus import SyntheticCase  # noqa: E402
 
 MODEL = "hippocampus_mr"
 INFERENCES = ("infer", "click")
-REFUSALS = {"wrong": (400, 404), "status": (404,), "archive": (404,), "garbage": (400,), "damaged": (422,)}
-"""What a kind of request may be answered beside 200. A full queue (503) is counted apart."""
+REFUSALS = {
+    "wrong": (400, 404), "status": (404,), "archive": (404,), "skip": (404,), "garbage": (400,), "damaged": (422,),
+}  # fmt: skip
+"""What a kind of request may be answered beside 200: another client may have taken a skipped case up again. A full
+queue and weights that are being loaded (503) are counted apart."""
 MUST_BE_REFUSED = ("garbage", "damaged")
 BOUNDARY = "mixed-load"
 GARBAGE_BYTES = 4 * 2**20
