@@ -82,3 +82,19 @@ def test_labels_sent_to_both_are_all_kept_and_each_is_trained_on_once(
     assert set(trained[-1]) == set(bodies)
     runs = pair[0].get(f"/runs/{MODEL}").json()
     assert [run["status"] for run in runs] == ["DONE"] * BATCHES
+
+
+def test_button_of_one_is_refused_while_the_other_trains(pair: tuple[Server, Server], tmp_path: Path) -> None:
+    case = next(iter(draw_cases(1, seed=4)))
+    nib.save(nib.Nifti1Image(case.image, case.affine_ras), tmp_path / "one" / "studies" / "s00-a.nii.gz")
+    for server in pair:
+        server.start()
+    submit(pair[0], "s00-a", case.label, case.affine_ras, tmp_path)
+    pair[0].post(f"/train/{MODEL}", json={"max_epochs": 10_000}).raise_for_status()
+    for path in (f"/train/{MODEL}", f"/train/{MODEL}?enqueue=true", "/train/", f"/retrain/{MODEL}"):
+        refused = pair[1].post(path, json={"max_epochs": 1})
+        assert refused.status_code == 409 and "another server trains 'small'" in refused.json()["detail"], path
+    pair[0].delete("/train/").raise_for_status()
+    wait_until(lambda: not pair[0].children())
+    pair[1].post(f"/train/{MODEL}", json={"max_epochs": 1}).raise_for_status()
+    assert pair[1].wait_for("/train/")["status"] == "DONE"
