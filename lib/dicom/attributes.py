@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Level = Literal["studies", "series", "instances"]
@@ -81,13 +84,24 @@ OF_LEVEL: dict[Level, tuple[str, ...]] = {
 }
 
 
+UNFIT = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What pydicom was seen to raise for a value that DICOM JSON cannot hold."""
+
+
 def to_json(instance: Dataset) -> Json:
-    """All attributes of an instance but pixels and long binary values."""
-    kept = Dataset()
+    """All attributes of an instance but pixels, long binary values and those that JSON cannot hold.
+
+    ``Dataset.to_json_dict(suppress_invalid_tags=True)`` would change for a moment how strictly all threads read, and
+    for good where two of them do so at once: pydicom keeps that setting for the process.
+    """
+    data: Json = {}
     for element in instance:
-        if not _is_long_binary(element):
-            kept.add(element)
-    data: Json = kept.to_json_dict(suppress_invalid_tags=True)
+        if _is_long_binary(element):
+            continue
+        try:
+            data[f"{element.tag:08X}"] = element.to_json_dict(None, LARGEST_BINARY_BYTES)
+        except UNFIT as error:
+            logger.info("attribute %s is left out of the JSON: %s", element.tag, type(error).__name__)
     return _as_unicode(data)
 
 
