@@ -9,8 +9,6 @@ of the organs, mean shares of tissue, and the mean and principal modes of the wa
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +21,18 @@ import numpy as np
 import numpy.typing as npt
 from registration import invert, register_to_common_shape
 from scipy import ndimage
-from statistical_model import Array, Arrays, check_shares, principal_modes, quantised, write_side_car
+from statistical_model import (
+    Array,
+    Arrays,
+    block_means,
+    check_shares,
+    fit_parser,
+    principal_modes,
+    quantised,
+    save_model,
+)
 from synthetic_abdomen import BONE_FROM, GRID, MODEL_FILE, SHAPE_STEP, SPACING_MM
-from synthetic_hippocampus import warp
+from synthetic_hippocampus import double, warp
 from torso_phantom import ORGANS
 
 Mask = npt.NDArray[np.bool_]
@@ -87,16 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 with a sentence when there are too few cases.
     """
-    options = _parser().parse_args(arguments)
+    options = fit_parser(__doc__, "btcv_ct", MODEL_FILE).parse_args(arguments)
     labels = sorted((options.data / "labels").glob("*.nii.gz"))
     if len(labels) < 4 * SHAPE_MODES:
         print(f"error: --data {options.data} has {len(labels)} cases; needed: {4 * SHAPE_MODES}", file=sys.stderr)
         return 2
     cases = align([read_case(options.data / "images" / path.name, path) for path in labels])
     fields = register_to_common_shape(draw_guides(cases), options.jobs, ROUNDS)
-    np.savez_compressed(options.out, **fit(cases, fields))
-    write_side_car(options.out, describe(len(cases)))
-    print(f"{len(cases)} cases -> {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+    save_model(options.out, fit(cases, fields), describe(len(cases)))
     return 0
 
 
@@ -226,7 +231,7 @@ def fit(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Arrays:
     """
     full = [finer_field(field) for field in fields]
     coarse = SHAPE_STEP // 2
-    shapes = np.stack([_shrink(invert(field), coarse).ravel() * 2 for field in fields])  # in voxels of 3 mm
+    shapes = np.stack([block_means(invert(field), coarse).ravel() * 2 for field in fields])  # in voxels of 3 mm
     modes, deviations = principal_modes(shapes - shapes.mean(axis=0), SHAPE_MODES)
     check_shares(shapes - shapes.mean(axis=0), modes)
     shape = tuple(size // SHAPE_STEP for size in GRID)
@@ -244,7 +249,7 @@ def fit(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Arrays:
 
 def finer_field(field: Array) -> Array:
     """A field in voxels of 6 mm, on the grid of 3 mm."""
-    return np.stack([2 * ndimage.zoom(part, 2, order=1, mode="nearest", grid_mode=True) for part in field])
+    return 2 * double(field)
 
 
 def _fit_organs(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> tuple[Array, npt.NDArray[np.float64]]:
@@ -313,26 +318,6 @@ def _signed_distance_mm(organ: Mask) -> Array:
     distances: Array = np.full(organ.shape, farthest, dtype=np.float32)
     distances[box] = (np.where(organ[box], 0.5 - inside, outside - 0.5) * SPACING_MM).clip(-farthest, farthest)
     return distances
-
-
-def _shrink(field: Array, step: int) -> Array:
-    """Mean over blocks of ``step`` voxels along each axis."""
-    x, y, z = (size // step for size in field.shape[1:])
-    means: Array = field.reshape(3, x, step, y, step, z, step).mean(axis=(2, 4, 6))
-    return means
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("UNETR_DATA", "../shared/data")) / "btcv_ct",
-        help="folder with images/ and labels/ (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=MODEL_FILE, help="file to write (default: beside this script)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ and histograms. The file holds means, modes and statistics over all cases, and n
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +21,16 @@ import numpy as np
 import numpy.typing as npt
 from registration import invert, register_to_common_shape
 from scipy import ndimage
-from statistical_model import Array, Arrays, check_shares, principal_modes, quantised, write_side_car
+from statistical_model import (
+    Array,
+    Arrays,
+    block_means,
+    check_shares,
+    fit_parser,
+    principal_modes,
+    quantised,
+    save_model,
+)
 from synthetic_hippocampus import LABELS, MODEL_FILE, HippocampusModel, draw_anatomy, warp
 
 Voxel = TypeVar("Voxel", bound=np.generic)
@@ -82,7 +89,7 @@ class AlignedCase:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit and write the model; 0 on success, 2 when there is too little data."""
-    options = _parser().parse_args(arguments)
+    options = fit_parser(__doc__, "hippocampus_mr", MODEL_FILE).parse_args(arguments)
     labels = sorted((options.data / "labels").glob("*.nii.gz"))
     needed = max(SHAPE_MODES, APPEARANCE_MODES) + 1
     if len(labels) < needed:
@@ -90,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     cases = [read_aligned(options.data / "images" / path.name, path) for path in labels]
     fields = register_to_common_shape([case.guide for case in cases], options.jobs)
-    np.savez_compressed(options.out, **fit(cases, fields))
-    write_side_car(options.out, describe(len(cases)))
-    print(f"{len(cases)} cases -> {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
+    save_model(options.out, fit(cases, fields), describe(len(cases)))
     return 0
 
 
@@ -107,19 +112,6 @@ def describe(cases: int) -> dict[str, object]:
         "licence_url": "https://creativecommons.org/licenses/by-sa/4.0/",
         "changes": "fitted by fit_hippocampus_model.py; the cases' voxels are not in it",
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("UNETR_DATA", "../shared/data")) / "hippocampus_mr",
-        help="folder with images/ and labels/ (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, default=MODEL_FILE, help="file to write (default: beside this script)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    return parser
 
 
 def read_aligned(image_path: Path, label_path: Path) -> AlignedCase:
@@ -143,7 +135,7 @@ def read_aligned(image_path: Path, label_path: Path) -> AlignedCase:
 
 def fit(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Arrays:
     """The model's arrays, as ``HippocampusModel`` describes them; ``fields`` warp each case onto the common shape."""
-    shapes = np.stack([_halve_each(invert(field)).ravel() for field in fields])
+    shapes = np.stack([block_means(invert(field), 2).ravel() for field in fields])
     shape_modes, shape_deviations = principal_modes(shapes - shapes.mean(axis=0), SHAPE_MODES)
     check_shares(shapes - shapes.mean(axis=0), shape_modes)
     arrays: Arrays = {
@@ -165,9 +157,9 @@ def _fit_appearance(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Ar
         [[warp(part, f, order=1) for part in c.distances_mm] for c, f in zip(cases, fields, strict=True)]
     )
     distance_mean = _with_true_volumes(distances)
-    halves = np.stack([_halve_each(part).ravel() for part in distances])
+    halves = np.stack([block_means(part, 2).ravel() for part in distances])
     # Only near a border does a distance matter; a voxel of the half grid stands for eight of the full one.
-    weights = DISTANCE_WEIGHT * np.sqrt(8) * np.exp(-np.square(_halve_each(distance_mean).ravel() / 4))
+    weights = DISTANCE_WEIGHT * np.sqrt(8) * np.exp(-np.square(block_means(distance_mean, 2).ravel() / 4))
     joint = np.hstack([images - images.mean(axis=0), (halves - halves.mean(axis=0)) * weights])
     modes, deviations = principal_modes(joint, APPEARANCE_MODES)
     check_shares(joint, modes)
@@ -180,7 +172,7 @@ def _fit_appearance(cases: Sequence[AlignedCase], fields: Sequence[Array]) -> Ar
         "distance_mean_mm": distance_mean.astype(np.float16),
         **quantised("distance_modes_mm", (distance_modes / DISTANCE_WEIGHT / np.sqrt(8)).reshape(-1, 2, *HALF_GRID)),
         "appearance_deviations": deviations.astype(np.float32),
-        "texture_std": _halve(texture / np.sqrt(np.square(texture).mean())).astype(np.float16),
+        "texture_std": block_means(texture / np.sqrt(np.square(texture).mean()), 2).astype(np.float16),
     }
 
 
@@ -315,17 +307,6 @@ def _signed_distance(mask: npt.NDArray[np.generic]) -> Array:
     # Half a voxel each way: the border runs between voxel centres.
     signed: Array = np.where(mask, 0.5 - inside, outside - 0.5).astype(np.float32)
     return signed
-
-
-def _halve(volume: Array) -> Array:
-    """Mean over blocks of 2x2x2 voxels."""
-    x, y, z = (size // 2 for size in volume.shape)
-    halved: Array = volume.reshape(x, 2, y, 2, z, 2).mean(axis=(1, 3, 5))
-    return halved
-
-
-def _halve_each(parts: Array) -> Array:
-    return np.stack([_halve(part) for part in parts])
 
 
 if __name__ == "__main__":

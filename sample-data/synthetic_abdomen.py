@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage, special
+from statistical_model import dequantised, draw_modes
 from synthetic_hippocampus import warp
 from torso_phantom import AIR_HU, TorsoCase
 
@@ -86,9 +87,7 @@ class AbdomenModel:
     @classmethod
     def from_arrays(cls, stored: Mapping[str, npt.NDArray[np.generic]]) -> AbdomenModel:
         """From the file's arrays: what is 8-bit there has a scale each under ``<name>_scale``."""
-        arrays = {name: values.astype(np.float32) for name, values in stored.items()}
-        for name in [name for name in arrays if f"{name}_scale" in arrays]:
-            arrays[name] *= arrays[f"{name}_scale"].reshape(-1, *[1] * (arrays[name].ndim - 1))
+        arrays = dequantised(stored)
         return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
@@ -129,8 +128,7 @@ def draw_abdomen(index: int, seed: int = 0) -> TorsoCase:
 
 def _draw_shape(model: AbdomenModel, random: np.random.Generator) -> Array:
     """A field on the model's grid: the mean shape, and a random sum of modes, each within the limit."""
-    drawn = random.standard_normal(len(model.shape_deviations)).clip(-COEFFICIENT_LIMIT, COEFFICIENT_LIMIT)
-    coarse = model.shape_mean + np.tensordot((drawn * model.shape_deviations).astype(np.float32), model.shape_modes, 1)
+    coarse = model.shape_mean + draw_modes(model.shape_modes, model.shape_deviations, random, COEFFICIENT_LIMIT)
     return np.stack([ndimage.zoom(part, SHAPE_STEP, order=1, mode="nearest", grid_mode=True) for part in coarse])
 
 

@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from statistical_model import dequantised, draw_modes
 
 Array = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint8]
 
 MODEL_FILE = Path(__file__).with_name("hippocampus_model.npz")
 LABELS = {"anterior": 1, "posterior": 2}
-COEFFICIENT_LIMIT = 2.0
-"""Standard deviations: what lies beyond is as likely a broken shape as a rare one."""
 MARGIN_VOXELS = 3
 """Least distance between the labels and the crop's faces, as in the real cases."""
 ATTEMPTS = 50
@@ -132,10 +131,7 @@ class HippocampusModel:
     @classmethod
     def from_arrays(cls, stored: Mapping[str, npt.NDArray[np.generic]]) -> HippocampusModel:
         """From the file's arrays: modes are 8-bit numbers there, with a scale each under ``<name>_scale``."""
-        arrays = {name: values.astype(np.float32) for name, values in stored.items()}
-        for name in [name for name in arrays if f"{name}_scale" in arrays]:
-            scale = arrays[f"{name}_scale"]
-            arrays[name] *= scale.reshape(-1, *[1] * (arrays[name].ndim - 1))
+        arrays = dequantised(stored)
         return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
@@ -189,10 +185,10 @@ def load_model() -> HippocampusModel:
 
 def draw_anatomy(model: HippocampusModel, random: np.random.Generator) -> tuple[Array, LabelArray]:
     """Smooth intensities and their labels, on the model's grid."""
-    field = double(model.shape_mean_mm + _draw_modes(model.shape_modes_mm, model.shape_deviations, random))
+    field = double(model.shape_mean_mm + draw_modes(model.shape_modes_mm, model.shape_deviations, random))
     image_modes = model.image_modes.reshape(len(model.image_modes), -1)
     distance_modes = model.distance_modes_mm.reshape(len(model.distance_modes_mm), -1)
-    joint = _draw_modes(np.hstack([image_modes, distance_modes]), model.appearance_deviations, random)
+    joint = draw_modes(np.hstack([image_modes, distance_modes]), model.appearance_deviations, random)
     image_part, distance_part = np.split(joint, [model.image_mean.size])
     image = model.image_mean + image_part.reshape(model.image_mean.shape)
     distances = model.distance_mean_mm + double(distance_part.reshape(model.distance_modes_mm.shape[1:]))
@@ -256,13 +252,6 @@ def radial_frequency(shape: Sequence[int]) -> Array:
     return radius
 
 
-def _draw_modes(modes: Array, deviations: Array, random: np.random.Generator) -> Array:
-    """A random sum of modes, each within the limit."""
-    drawn = np.clip(random.standard_normal(len(deviations)), -COEFFICIENT_LIMIT, COEFFICIENT_LIMIT) * deviations
-    total: Array = np.tensordot(drawn.astype(np.float32), modes, axes=1)
-    return total
-
-
 def _octant_on_grid(octant: Array, shape: Sequence[int]) -> Array:
     """Values over non-negative frequencies, 0 to 0.5 on each axis, at the frequencies of an FFT of ``shape``."""
     steps = [np.abs(np.fft.fftfreq(size)) * 2 * (part - 1) for size, part in zip(shape, octant.shape, strict=True)]
@@ -306,7 +295,7 @@ def _from_quantiles(quantiles: Array, random: np.random.Generator) -> float:
 
 def _match_histogram(image: Array, model: HippocampusModel, random: np.random.Generator) -> Array:
     """Give the image a drawn histogram; a monotone change of intensities, so that edges stay where they are."""
-    wanted = model.histogram_mean + _draw_modes(model.histogram_modes, model.histogram_deviations, random)
+    wanted = model.histogram_mean + draw_modes(model.histogram_modes, model.histogram_deviations, random)
     steps = np.linspace(0, 1, len(wanted))
     present = np.quantile(image, steps)
     matched: Array = np.interp(image, present, np.maximum.accumulate(wanted)).astype(np.float32)
