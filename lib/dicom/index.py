@@ -29,6 +29,7 @@ from lib.dicom.presented.instances import uid_of
 from lib.dicom.presented.regular import MODALITIES, Regular, regular_for
 from lib.errors import ImageError
 from lib.storage.admission import Admission
+from lib.storage.json_files import is_unicode
 from lib.storage.sqlite import connect, remove_side_files
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class DicomIndex:
         """Take in what is new or changed below the folder, and forget what is gone."""
         known = dict(self._connection.execute("SELECT path, stamp FROM files"))
         stamps = dict(self._walk())
-        unnamed = [path for path in stamps if not _is_text(path)]
+        unnamed = [path for path in stamps if not is_unicode(path)]
         if unnamed != self._unnamed:
             self._unnamed, self._judged = unnamed, -1
         for path in unnamed:
@@ -448,15 +449,6 @@ INSTANCE = "sop, study, series, path, syntax, series != in_file"
 def _instance(row: tuple[str, str, str, str, str, int]) -> Instance:
     sop, study, series, path, syntax, is_renamed = row
     return Instance(sop, study, series, Path(path), syntax, bool(is_renamed))
-
-
-def _is_text(path: str) -> bool:
-    """Whether a path can be kept in SQLite and told in JSON: its bytes are UTF-8."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _stamp(status: os.stat_result) -> str:

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from lib.errors import ImageError
 from lib.imagefiles.compression import pack_quickly, unpack
 from lib.imagefiles.opening import open_regular
+from lib.storage.bounded_cache import ByStamp
 from lib.storage.files import sha256_of_blocks
 from lib.transforms.channels import files_of
 from lib.transforms.volume import Affine
@@ -122,8 +123,7 @@ class Checksums:
     """SHA-256 of images, remembered for as long as size and time of the files do not change."""
 
     def __init__(self) -> None:
-        self._known: LRUCache[Path, tuple[Stamp, str]] = LRUCache(MOST_CHECKSUMS)
-        self._lock = threading.Lock()
+        self._known = ByStamp(MOST_CHECKSUMS)
 
     def of(self, image: Path) -> str:
         """Checksum of a file, or of all files of a DICOM folder or of a case of several sequences.
@@ -136,16 +136,10 @@ class Checksums:
             stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
         except OSError as error:
             raise ImageError(f"image {image.name!r} cannot be read: {error.strerror or error}") from error
-        with self._lock:
-            known = self._known.get(image)
-        if known is not None and known[0] == stamp:
-            return known[1]
         # an empty file adds nothing, and by itself it is no image
         filled = [path for path, entry in zip(files, stamp, strict=True) if entry[1]]
-        digest = sha256_of_blocks(_contents(files if files == [image] else filled))
-        with self._lock:
-            self._known[image] = (stamp, digest)
-        return digest
+        read = files if files == [image] else filled
+        return self._known.get(image, stamp, lambda: sha256_of_blocks(_contents(read)))
 
 
 def _contents(files: Iterable[Path]) -> Iterator[bytes]:

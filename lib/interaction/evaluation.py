@@ -22,7 +22,7 @@ from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Volume
+from lib.transforms.volume import Affine, Volume
 
 LabelArray = npt.NDArray[np.uint8]
 STOPS = (0, 1, 3, 5, 10)
@@ -149,8 +149,9 @@ def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str
     for seed, case in enumerate(cases):
         affine = np.asarray(case.image.affine.numpy(), dtype=np.float64)
 
-        def edit(_: LabelArray, clicks: Sequence[Correction], case: JudgedCase = case) -> LabelArray:
-            affine = np.asarray(case.image.affine.numpy(), dtype=np.float64)
+        def edit(
+            _: LabelArray, clicks: Sequence[Correction], case: JudgedCase = case, affine: Affine = affine
+        ) -> LabelArray:
             scene = Scene(case.image, case.automatic, affine, doubt=case.doubt)
             return edit_clicks(scene, prompts_of(clicks), editor).labels
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import monai
 import torch
-from cachetools import LRUCache
 
 from lib.cases.labelled import Case
+from lib.storage.bounded_cache import ByStamp
 from lib.storage.files import sha256_of
 
 LIBRARY = Path(__file__).resolve().parents[1]
-_KNOWN: LRUCache[Path, tuple[tuple[int, int], str]] = LRUCache(100_000)
-"""Time, size and SHA-256 of label files."""
-_LOCK = threading.Lock()
+_DIGESTS = ByStamp(100_000)
+"""SHA-256 of label files."""
 
 
 def trained_on(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -39,22 +37,11 @@ def label_digests(cases: Iterable[Case]) -> dict[str, str]:
     for case in cases:
         try:
             status = case.label.stat()
-            digests[case.case_id] = _digest(case.label, (status.st_mtime_ns, status.st_size))
+            stamp = status.st_mtime_ns, status.st_size
+            digests[case.case_id] = _DIGESTS.get(case.label, stamp, functools.partial(sha256_of, case.label))
         except OSError:
             digests[case.case_id] = ""
     return digests
-
-
-def _digest(path: Path, stamp: tuple[int, int]) -> str:
-    """SHA-256 of a file as it is now; that of what it was before is forgotten."""
-    with _LOCK:
-        known = _KNOWN.get(path)
-    if known is not None and known[0] == stamp:
-        return known[1]
-    digest = sha256_of(path)
-    with _LOCK:
-        _KNOWN[path] = (stamp, digest)
-    return digest
 
 
 @functools.cache

@@ -102,9 +102,11 @@ get_datastore = _reading(lambda services: services.datastore)
 DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
 
 get_jobs = _reading(lambda services: services.jobs)
-get_journal = _reading(lambda services: services.journal)
 """Trainings, batch inferences and scorings, each in a process of its own."""
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
+
+get_journal = _reading(lambda services: services.journal)
+"""What is kept on disk of trainings and open batches, also those of other servers on the same studies."""
 JournalDep = Annotated[Journal, Depends(get_journal)]
 
 get_pause = _reading(lambda services: services.pause)

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cachetools import Cache, LRUCache
@@ -43,4 +44,28 @@ class BoundedCache:
             self._kept[key] = entry
             while len(self._kept) > self._least and self._kept.currsize > self._most:
                 self._kept.popitem()
+        return made
+
+
+class ByStamp:
+    """A value for each of many files, remembered for as long as the file's stamp (its size and time, say) is the same.
+
+    Args:
+        most: how many files are remembered; those used longest ago are forgotten first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._known: LRUCache[Path, tuple[Hashable, Any]] = LRUCache(most)
+        self._lock = threading.Lock()
+
+    def get(self, file: Path, stamp: Hashable, make: Callable[[], Value]) -> Value:
+        """What is remembered of a file with this stamp; made where that is another one, which is forgotten then."""
+        with self._lock:
+            known = self._known.get(file)
+        if known is not None and known[0] == stamp:
+            remembered: Value = known[1]
+            return remembered
+        made = make()
+        with self._lock:
+            self._known[file] = (stamp, made)
         return made

@@ -72,12 +72,13 @@ def _find_odd(value: object, name: str, left: int, too_deep: str) -> tuple[str, 
         return name, value, "finite numbers"
     if isinstance(value, int) and not -LARGEST_NUMBER <= value < LARGEST_NUMBER:
         return name, str(value), "whole numbers of at most 64 bits"
-    if isinstance(value, str) and not _is_unicode(value):
+    if isinstance(value, str) and not is_unicode(value):
         return name, value, "Unicode text"
     return None
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: names of files in other encodings have surrogates in them."""
     try:
         text.encode()
     except UnicodeEncodeError:

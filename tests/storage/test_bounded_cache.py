@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lib.storage.bounded_cache import BoundedCache
+from pathlib import Path
+
+from lib.storage.bounded_cache import BoundedCache, ByStamp
 
 
 def keep(cache: BoundedCache, *keys: str, size: int = 10) -> None:
@@ -32,3 +34,17 @@ def test_the_least_number_is_kept_whatever_it_takes() -> None:
     assert kept(cache, "abc") == "bc"
     keep(cache, "d", size=1)
     assert kept(cache, "abcd") == "cd"
+
+
+def test_value_of_a_file_is_made_again_for_another_stamp_and_once_it_was_forgotten() -> None:
+    made: list[str] = []
+    known = ByStamp(2)
+
+    def look(name: str, stamp: int) -> str:
+        value = f"{name}{stamp}"
+        return known.get(Path(name), stamp, lambda: made.append(value) or value)  # type: ignore[func-returns-value]
+
+    assert [look("a", 1), look("a", 1), look("a", 2), look("a", 1)] == ["a1", "a1", "a2", "a1"]
+    assert made == ["a1", "a2", "a1"], "of a file the newest is remembered alone"
+    assert [look("b", 1), look("c", 1), look("b", 1), look("a", 1)] == ["b1", "c1", "b1", "a1"]
+    assert made[3:] == ["b1", "c1", "a1"], "two files are remembered"

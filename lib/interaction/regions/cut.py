@@ -21,7 +21,7 @@ from numpymaxflow import maxflow
 from scipy import ndimage
 
 from lib.interaction.growth import NEVER, Claim
-from lib.interaction.regions.single import REGION_CLAIM, SMOOTH_VOXELS, MaskArray, Points
+from lib.interaction.regions.single import REGION_CLAIM, SMOOTH_VOXELS, MaskArray, Points, without_holes
 from lib.transforms.volume import FloatArray
 
 AnyArray = TypeVar("AnyArray", FloatArray, MaskArray)
@@ -273,13 +273,6 @@ def _connected(mask: MaskArray, seeds: MaskArray) -> MaskArray:
     components, _ = ndimage.label(mask)
     numbers = np.unique(components[seeds])
     return np.isin(components, numbers[numbers > 0])
-
-
-def without_holes(mask: MaskArray) -> MaskArray:
-    """A mask with what it encloses."""
-    beside, _ = ndimage.label(~np.pad(mask, 1))
-    whole: MaskArray = (beside != beside[0, 0, 0])[1:-1, 1:-1, 1:-1]
-    return whole
 
 
 def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) -> MaskArray:

@@ -12,8 +12,8 @@ import numpy as np
 from scipy import ndimage
 
 from lib.interaction.growth import NEVER, Claim, claim_around
-from lib.interaction.regions.cut import LIKE, at_points, depth_at, intensities, part_of, solved_claim, without_holes
-from lib.interaction.regions.single import SMOOTH_VOXELS, MaskArray, Points
+from lib.interaction.regions.cut import LIKE, at_points, depth_at, intensities, part_of, solved_claim
+from lib.interaction.regions.single import SMOOTH_VOXELS, MaskArray, Points, without_holes
 from lib.transforms.volume import FloatArray
 
 FEW_VOXELS = 1000

@@ -116,11 +116,17 @@ def _connected(alike: MaskArray, seed: tuple[int, ...]) -> MaskArray | None:
     if middle == 0:
         return None
     grown = ndimage.binary_dilation(opened == middle, NEIGHBOURS) & own
-    holes, _ = ndimage.label(~grown)
-    filled = holes != holes[0, 0, 0]
+    filled = without_holes(grown)
     region = np.zeros(alike.shape, dtype=bool)
     region[box] = filled[2:-2, 2:-2, 2:-2]
     return region
+
+
+def without_holes(mask: MaskArray) -> MaskArray:
+    """A mask with what it encloses."""
+    beside, _ = ndimage.label(~np.pad(mask, 1))
+    whole: MaskArray = (beside != beside[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    return whole
 
 
 def _number_near(components: npt.NDArray[np.int32], seed: tuple[int, ...], voxels: int) -> int:
