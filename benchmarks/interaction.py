@@ -5,12 +5,13 @@
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways deepedit,editor --train-deepedit 30
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways growth --server http://127.0.0.1:8000
 
-Compared are what the network of the automatic mask doubted, growth without weights, the editor network, a ball painted
-at the click (of several radii, of which the best after ten clicks is named), the random walker of scikit-image in a
-crop around the click, and a DeepEdit-style UNETR that is trained for the minutes of ``--train-deepedit`` on the cases
-that are not held out. With ``--server`` the clicks are sent to a server whose studies hold the cases under the names
-that they have here, as 3D Slicer sends them; what it makes of them is called ``served``. Without ``--ids`` the held-out
-cases of ``model/<preset>/split.json`` are used, or all cases of the folder where there are none, and the table says so.
+Compared are clicks that follow the logit margins of the automatic mask (``margins``), growth without weights, the
+editor network, a ball painted at the click (of several radii, of which the best after ten clicks is named), the random
+walker of scikit-image in a crop around the click, and a DeepEdit-style UNETR that is trained for the minutes of
+``--train-deepedit`` on the cases that are not held out. With ``--server`` the clicks are sent to a server whose studies
+hold the cases under the names that they have here, as 3D Slicer sends them; what it makes of them is called ``served``.
+Without ``--ids`` the held-out cases of ``model/<preset>/split.json`` are used, or all cases of the folder where there
+are none, and the table says so.
 The annotator clicks into a wrong part that chance draws, the larger the likelier; with ``--largest`` into the largest.
 """
 
@@ -37,12 +38,12 @@ from lib.cases.split import shipped_split
 from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
 from lib.imagefiles.geometry import set_affine
-from lib.infers.doubt import Doubt
+from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
-from lib.interaction.evaluation import STOPS, Edit, Followed, follow, segment_doubtfully
+from lib.interaction.evaluation import STOPS, Edit, Followed, follow, segment_with_margins
 from lib.interaction.training import change_image, read_material
 from lib.networks.checkpoint import read_checkpoint
 from lib.transforms.postprocess import restore_to_grid
@@ -67,7 +68,7 @@ class Start:
         begin: the mask, on the image's own grid.
         indices: the labels that count, by name.
         empty: whether ``begin`` is no automatic mask.
-        doubt: how nearly the network of the automatic mask chose otherwise; None for an empty start.
+        margins: how nearly the network of the automatic mask chose otherwise; None for an empty start.
     """
 
     case: Case
@@ -76,7 +77,7 @@ class Start:
     begin: np.ndarray
     indices: Mapping[str, int]
     empty: bool
-    doubt: Doubt | None = None
+    margins: LogitMargins | None = None
 
 
 def paint(labels: np.ndarray, click: Correction, radius_mm: float, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -151,10 +152,10 @@ def ways_of(
     """The ways of editing that are compared."""
     volume, names = start.volume, asked.ways.split(",")
 
-    def by(network: Editor | None, doubt: Doubt | None = None) -> Edit:
+    def by(network: Editor | None, margins: LogitMargins | None = None) -> Edit:
         return lambda _, clicks: (
             edit_clicks(
-                Scene(start.image, start.begin, volume.affine_ras, doubt=doubt), prompts_of(clicks), network
+                Scene(start.image, start.begin, volume.affine_ras, margins=margins), prompts_of(clicks), network
             ).labels
         )
 
@@ -163,8 +164,8 @@ def ways_of(
         ways["served"] = lambda _, clicks: served.edit(start, clicks)
     if editor is not None:
         ways["editor"] = by(editor)
-    if "doubt" in names and start.doubt is not None:
-        ways["doubt"] = by(None, start.doubt)
+    if "margins" in names and start.margins is not None:
+        ways["margins"] = by(None, start.margins)
     if "growth" in names:
         ways["growth"] = by(None)
     if deepedit is not None:
@@ -234,7 +235,7 @@ def parse() -> argparse.Namespace:
         help="start from the mask of the blurred image with noise, for cases that the preset's weights have seen",
     )
     parser.add_argument("--largest", action="store_true", help="click into the largest wrong part each time")
-    parser.add_argument("--ways", default="doubt,growth,walker,ball", help="what is compared; also: editor, deepedit")
+    parser.add_argument("--ways", default="margins,growth,walker,ball", help="what is compared; also: editor, deepedit")
     parser.add_argument("--balls", type=float, nargs="+", default=BALLS_MM, metavar="MM", help="radii that are tried")
     parser.add_argument("--editor", type=Path, default=MODEL / "editor" / "shipped.pt")
     parser.add_argument("--train-deepedit", type=float, default=30.0, metavar="MINUTES")
@@ -263,7 +264,9 @@ def starts_of(
     """A case as often as labels are clicked by themselves, each with its reference."""
     volume, truth = read_case(case, preset)
     seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
-    found, doubt = (np.zeros_like(truth), None) if asked.empty else segment_doubtfully(segmenter, seen, case.case_id)
+    found, margins = (
+        (np.zeros_like(truth), None) if asked.empty else segment_with_margins(segmenter, seen, case.case_id)
+    )
     image = preprocess_volume(volume, preset)
     names = asked.labels.split(",") if asked.labels else list(preset.label_indices)
     made = []
@@ -274,7 +277,7 @@ def starts_of(
         )
         if right.any():
             sent = asked.empty or asked.each_label
-            made.append((Start(case, volume, image, begin, indices, sent, doubt), right))
+            made.append((Start(case, volume, image, begin, indices, sent, margins), right))
     return made
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.infers.doubt import MOST_STEPS, STEP, Doubt
+from lib.infers.logit_margins import MOST_STEPS, STEP, LogitMargins
 
 LabelArray = npt.NDArray[np.uint8]
 HalfArray = npt.NDArray[np.float16]
@@ -31,7 +31,7 @@ class SlabBlender:
         classes: channels of the network's output.
         entropy: whether the entropy of the blended probabilities is wanted too.
         of_labels: whether it is wanted of voxels with a label only; it is 0 elsewhere.
-        doubt: whether it is wanted which label comes second, and by how much.
+        margins: whether it is wanted which label comes second, and by how much.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SlabBlender:
         classes: int,
         entropy: bool = False,
         of_labels: bool = False,
-        doubt: bool = False,
+        margins: bool = False,
     ) -> None:
         self._axis, self._depth, self._position, self._of_labels = axis, weights.shape[axis], 0, of_labels
         self._weights = weights.movedim(axis, 0)
@@ -50,10 +50,10 @@ class SlabBlender:
         self._sums = torch.zeros((self._depth, *cross_section, classes), device=weights.device)
         self._labels = np.zeros((shape[axis], *cross_section), dtype=np.uint8)
         # The sum of weights cancels in the largest class, but not in a probability.
-        weighed = entropy or doubt
+        weighed = entropy or margins
         self._total = torch.zeros((self._depth, *cross_section), device=weights.device) if weighed else None
         self._entropy = np.zeros(self._labels.shape, dtype=np.float16) if entropy else None
-        self._second, self._margin = (np.zeros_like(self._labels) if doubt else None for _ in range(2))
+        self._second, self._margin = (np.zeros_like(self._labels) if margins else None for _ in range(2))
 
     def advance(self, position: int) -> None:
         """Decide the planes before ``position`` and make room for as many new ones."""
@@ -87,11 +87,11 @@ class SlabBlender:
         return labels, None if self._entropy is None else np.moveaxis(self._entropy, 0, self._axis)
 
     @property
-    def doubt(self) -> Doubt | None:
+    def margins(self) -> LogitMargins | None:
         """How nearly each voxel went to another label, where that was wanted; complete after :meth:`finish`."""
         if self._second is None or self._margin is None:
             return None
-        return Doubt(*(np.moveaxis(kept, 0, self._axis) for kept in (self._labels, self._second, self._margin)))
+        return LogitMargins(*(np.moveaxis(kept, 0, self._axis) for kept in (self._labels, self._second, self._margin)))
 
     def _decide(self, planes: int) -> None:
         planes = min(planes, self._depth)
@@ -143,7 +143,7 @@ def second_best(sums: torch.Tensor, total: torch.Tensor, labels: torch.Tensor) -
         labels: of the largest.
 
     Returns:
-        uint8 both, the second in the steps of :class:`~lib.infers.doubt.Doubt`.
+        uint8 both, the second in the steps of :class:`~lib.infers.logit_margins.LogitMargins`.
     """
     first = labels[..., None]
     largest = sums.gather(-1, first)[..., 0]

@@ -1,4 +1,4 @@
-"""Images as the network sees them, and its doubts, kept in a bounded part of memory for clicks that follow."""
+"""Images as the network sees them, and its logit margins, in a bounded part of memory for clicks that follow."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cachetools import LRUCache
 from monai.data import MetaTensor
 
 from lib.configs.preset import Preset
-from lib.infers.doubt import Doubt
+from lib.infers.logit_margins import LogitMargins
 
 MIB = 1 << 20
 Key = tuple[object, ...]
 
 
 class NetworkImages:
-    """Preprocessed images and what networks doubted of them; what was used longest ago leaves first.
+    """Preprocessed images and the networks' logit margins; what was used longest ago leaves first.
 
     Args:
         limit_mib: memory that they may take; 0 keeps none.
     """
 
     def __init__(self, limit_mib: int) -> None:
-        size: Callable[[MetaTensor | Doubt], int] = attrgetter("nbytes")
-        self._kept: LRUCache[Key, MetaTensor | Doubt] = LRUCache(limit_mib * MIB, getsizeof=size)
+        size: Callable[[MetaTensor | LogitMargins], int] = attrgetter("nbytes")
+        self._kept: LRUCache[Key, MetaTensor | LogitMargins] = LRUCache(limit_mib * MIB, getsizeof=size)
         self._lock = threading.Lock()
 
     def put(self, checksum: str, preset: Preset, image: MetaTensor) -> None:
@@ -42,21 +42,21 @@ class NetworkImages:
             image = self._kept.get(_key(checksum, preset))
         return image if isinstance(image, MetaTensor) else None
 
-    def has_room(self, doubt_bytes: int) -> bool:
-        """Whether a doubt of that size is kept."""
-        return doubt_bytes <= int(self._kept.maxsize)
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether margins of that size are kept."""
+        return size_bytes <= int(self._kept.maxsize)
 
-    def put_doubt(self, checksum: str, preset: Preset, model: Key, doubt: Doubt) -> None:
-        """Keep what the network of these weights doubted of an image, where it fits at all."""
+    def put_margins(self, checksum: str, preset: Preset, model: Key, margins: LogitMargins) -> None:
+        """Keep the margins of an image by the network of these weights, where they fit at all."""
         with self._lock:
-            if self.has_room(doubt.nbytes):
-                self._kept[_doubt_key(checksum, preset, model)] = doubt
+            if self.has_room(margins.nbytes):
+                self._kept[_margins_key(checksum, preset, model)] = margins
 
-    def doubt_of(self, checksum: str, preset: Preset, model: Key) -> Doubt | None:
-        """What the network of these weights doubted, where it is kept."""
+    def margins_of(self, checksum: str, preset: Preset, model: Key) -> LogitMargins | None:
+        """The margins of an image by the network of these weights, where they are kept."""
         with self._lock:
-            doubt = self._kept.get(_doubt_key(checksum, preset, model))
-        return doubt if isinstance(doubt, Doubt) else None
+            margins = self._kept.get(_margins_key(checksum, preset, model))
+        return margins if isinstance(margins, LogitMargins) else None
 
 
 def _key(checksum: str, preset: Preset) -> Key:
@@ -65,5 +65,5 @@ def _key(checksum: str, preset: Preset) -> Key:
     return checksum, *seen, str(preset.channels)
 
 
-def _doubt_key(checksum: str, preset: Preset, model: Key) -> Key:
-    return (*_key(checksum, preset), "doubt", model)
+def _margins_key(checksum: str, preset: Preset, model: Key) -> Key:
+    return (*_key(checksum, preset), "margins", model)

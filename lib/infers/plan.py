@@ -20,7 +20,7 @@ from torch import nn
 from lib.configs.preset import Preset
 from lib.errors import MemoryBudgetError
 from lib.infers.costs import CostBook, Limits, WindowCost, cost_key, measure_windows
-from lib.infers.doubt import BYTES_A_VOXEL
+from lib.infers.logit_margins import BYTES_A_VOXEL
 from lib.infers.memory import GIB, MIB, MemoryProbe, is_out_of_memory
 from lib.infers.predictor import Stitching, choose_overlap, window_starts
 from lib.networks.inference import InferenceNetwork
@@ -336,7 +336,7 @@ class _Need:
         return batch * self._preset.out_channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
 
     def _stitching_bytes(self) -> int:
-        """The network's image, the answer on its grid and how much in doubt it is, beside slab and windows."""
+        """The network's image, the answer on its grid and its logit margins, beside slab and windows."""
         return self._seen * (FLOAT_BYTES * self._channels + BYTES_A_VOXEL + 1 + 2 * self._entropy)
 
     def _restoring_bytes(self) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 
 from lib.configs.preset import Preset
 from lib.infers.blender import HalfArray, LabelArray, SlabBlender
-from lib.infers.doubt import MOST_STEPS, Doubt
+from lib.infers.logit_margins import MOST_STEPS, LogitMargins
 from lib.infers.transfer import PendingTransfer, batches_ahead, send
 from lib.networks.placement import Placement
 
@@ -57,14 +57,14 @@ class Prediction:
         entropy: of the blended probabilities, 0 (certain) to 1; None where it was not asked for.
         windows: how many went through the network.
         skipped: how many did not, since they hold nothing but air.
-        doubt: how nearly each voxel went to another label; None where it was not asked for.
+        margins: how nearly each voxel went to another label; None where it was not asked for.
     """
 
     labels: LabelArray
     entropy: HalfArray | None
     windows: int
     skipped: int
-    doubt: Doubt | None = None
+    margins: LogitMargins | None = None
 
 
 def predict(
@@ -76,7 +76,7 @@ def predict(
     entropy: bool = False,
     ahead: int | None = None,
     of_labels: bool = False,
-    doubt: bool = False,
+    margins: bool = False,
 ) -> Prediction:
     """Segment one preprocessed image.
 
@@ -93,12 +93,12 @@ def predict(
         entropy: whether to compute the entropy of each voxel too.
         ahead: batches that are computed before the first of them is fetched; as suits the device if not given.
         of_labels: whether the entropy of voxels with a label is enough, a small part of the work; it is 0 elsewhere.
-        doubt: whether to tell which label comes second at each voxel, and by how much.
+        margins: whether to tell which label comes second at each voxel, and by how much.
     """
     plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
-    doubted = Doubt(labels.copy(), labels.copy(), np.full_like(labels, MOST_STEPS)) if doubt else None
+    kept_margins = LogitMargins(labels.copy(), labels.copy(), np.full_like(labels, MOST_STEPS)) if margins else None
     # The lowest value of several channels together says nothing about air in each.
     air = float(plain.min()) if preset.inference.skip_air and not preset.channels else None
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
@@ -108,14 +108,14 @@ def predict(
     walk = _SlidingWindow(network, plain[inside], where, stitching or Stitching(), air, ahead)
     walk.place(overlap)
     with torch.inference_mode():
-        for band, (of_band, uncertainty), of_doubt in walk.bands(entropy, of_labels, doubt):
+        for band, (of_band, uncertainty), of_margins in walk.bands(entropy, of_labels, margins):
             labels[body][band] = of_band
             if certain is not None and uncertainty is not None:
                 certain[body][band] = uncertainty
-            if doubted is not None and of_doubt is not None:
-                doubted.labels[body][band] = of_band
-                doubted.second[body][band], doubted.margin[body][band] = of_doubt.second, of_doubt.margin
-    return Prediction(labels, certain, walk.computed, walk.skipped, doubted)
+            if kept_margins is not None and of_margins is not None:
+                kept_margins.labels[body][band] = of_band
+                kept_margins.second[body][band], kept_margins.margin[body][band] = of_margins.second, of_margins.margin
+    return Prediction(labels, certain, walk.computed, walk.skipped, kept_margins)
 
 
 def window_starts(size: int, edge: int, overlap: float) -> list[int]:
@@ -234,23 +234,23 @@ class _SlidingWindow:
         self._starts = [window_starts(size, edge, overlap) for size, edge in zip(self._shape, self._roi, strict=True)]
 
     def bands(
-        self, entropy: bool, of_labels: bool, doubt: bool
-    ) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None], Doubt | None]]:
-        """Each band's place, answer, and doubt."""
+        self, entropy: bool, of_labels: bool, margins: bool
+    ) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None], LogitMargins | None]]:
+        """Each band's place, answer, and logit margins."""
         edges = np.linspace(0, self._shape[self._across], self._stitching.bands + 1).astype(int).tolist()
         for first, last in itertools.pairwise(edges):
-            yield self._band(first, last, entropy, of_labels, doubt)
+            yield self._band(first, last, entropy, of_labels, margins)
 
     def _band(
-        self, first: int, last: int, entropy: bool, of_labels: bool, doubt: bool
-    ) -> tuple[Box, tuple[LabelArray, HalfArray | None], Doubt | None]:
+        self, first: int, last: int, entropy: bool, of_labels: bool, margins: bool
+    ) -> tuple[Box, tuple[LabelArray, HalfArray | None], LogitMargins | None]:
         """Decide the planes ``first`` to ``last`` across the slabs, with all windows that reach into them."""
         edge = self._roi[self._across]
         reaching = [start for start in self._starts[self._across] if start < last and start + edge > first]
         # The windows' own extent, of which only the band is kept, so that no window has to be cut.
         low, high = reaching[0], reaching[-1] + edge
         shape = [high - low if axis == self._across else size for axis, size in enumerate(self._shape)]
-        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels, doubt)
+        blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels, margins)
         for position in self._starts[self._axis]:
             blender.advance(position)
             sides = {self._axis: [position], self._across: reaching}
@@ -262,10 +262,10 @@ class _SlidingWindow:
         inside[self._across], place[self._across] = slice(first - low, last - low), slice(first, last)
         kept = tuple(inside)
         answer = labels[kept], None if uncertainty is None else uncertainty[kept]
-        doubted = blender.doubt
-        if doubted is not None:
-            doubted = Doubt(doubted.labels[kept], doubted.second[kept], doubted.margin[kept])
-        return (place[0], place[1], place[2]), answer, doubted
+        kept_margins = blender.margins
+        if kept_margins is not None:
+            kept_margins = LogitMargins(kept_margins.labels[kept], kept_margins.second[kept], kept_margins.margin[kept])
+        return (place[0], place[1], place[2]), answer, kept_margins
 
     def _look(self, start: Start) -> bool:
         """Whether there is anything but air in a window."""

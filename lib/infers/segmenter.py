@@ -178,13 +178,13 @@ class Segmenter:
         name: str = "image",
         entropy: bool = False,
         on_image: Callable[[MetaTensor], None] | None = None,
-        doubt: bool = False,
+        margins: bool = False,
     ) -> Computed:
         """The part of :meth:`segment` that needs the device; :meth:`restore` is the rest, in whatever thread.
 
         Args:
             volume, largest_component, name, entropy, on_image: as of :meth:`segment`.
-            doubt: whether the prediction tells how nearly each voxel went to another label.
+            margins: whether the prediction tells how nearly each voxel went to another label.
 
         Raises:
             ImageError, MemoryBudgetError: as :meth:`segment`.
@@ -202,7 +202,7 @@ class Segmenter:
                         on_image(image)
                 with clock.stage("network"):
                     judged = bool(self.preset.inference.component_entropy)
-                    prediction, plan = self._predict(image, plan, name, entropy, judged, doubt)
+                    prediction, plan = self._predict(image, plan, name, entropy, judged, margins)
                     plan = plan.after(prediction.windows)
                     del image  # its memory is needed for what follows
                     self._release_network()
@@ -254,13 +254,13 @@ class Segmenter:
         return self._preprocess_volume(volume, self.preset), plan
 
     def _predict(
-        self, image: torch.Tensor, plan: Plan, name: str, entropy: bool, judged: bool, doubt: bool
+        self, image: torch.Tensor, plan: Plan, name: str, entropy: bool, judged: bool, margins: bool
     ) -> tuple[Prediction, Plan]:
         """Predict as planned; where memory runs out, by smaller and smaller plans, and in the end on the CPU."""
         while True:
             try:
                 stitching = plan.stitching
-                wanted = {"entropy": entropy or judged, "of_labels": not entropy, "doubt": doubt}
+                wanted = {"entropy": entropy or judged, "of_labels": not entropy, "margins": margins}
                 return predict(self.network, image, self.placement, stitching, **wanted), plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -21,7 +21,7 @@ from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import ALL, Lane, lane_in_use
 from lib.infers.devices.lanes import Lanes
 from lib.infers.devices.schedule import Forecast
-from lib.infers.doubt import BYTES_A_VOXEL, Doubt
+from lib.infers.logit_margins import BYTES_A_VOXEL, LogitMargins
 from lib.infers.model_cache import LoadedModel, ModelCache
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
@@ -312,9 +312,9 @@ class UnetrInferTask(InferTask):
             model = self._models.get(lane)
             loaded = time.perf_counter()
             unsure, keep = model.calibration is not None, self._keeper(request, model, checksum)
-            doubt = keep is not None
-            computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep, doubt)
-            self._keep_doubt(request, model, checksum, computed.prediction.doubt)
+            margins = keep is not None
+            computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep, margins)
+            self._keep_margins(request, model, checksum, computed.prediction.margins)
             return _Made(model, computed, began, loaded)
 
         return self._on_a_lane(request, compute)
@@ -345,12 +345,14 @@ class UnetrInferTask(InferTask):
 
         return keep
 
-    def _keep_doubt(self, request: InferRequest, model: LoadedModel, checksum: str, doubt: Doubt | None) -> None:
+    def _keep_margins(
+        self, request: InferRequest, model: LoadedModel, checksum: str, margins: LogitMargins | None
+    ) -> None:
         """Keep how nearly the network chose otherwise, unless the file was replaced after ``checksum`` was taken."""
-        if self._images is not None and doubt is not None and self.checksums.of(request.image) == checksum:
-            self._images.put_doubt(checksum, model.preset, model.stamp, doubt)
+        if self._images is not None and margins is not None and self.checksums.of(request.image) == checksum:
+            self._images.put_margins(checksum, model.preset, model.stamp, margins)
 
-    def doubt_of(self, request: InferRequest) -> Doubt | None:
+    def margins_of(self, request: InferRequest) -> LogitMargins | None:
         """How nearly the network chose another label at each voxel of an image, on its own grid.
 
         It is kept when the mask is made. Where it has left since, it is computed again, so that the same clicks have
@@ -362,7 +364,7 @@ class UnetrInferTask(InferTask):
         if self._images is None:
             return None
         preset, checksum = self.preset_in_use(), self.checksums.of(request.image)
-        known = self._images.doubt_of(checksum, preset, self.weights_stamp())
+        known = self._images.margins_of(checksum, preset, self.weights_stamp())
         if known is not None:
             return known
         image = self._read(request.image)
@@ -371,7 +373,7 @@ class UnetrInferTask(InferTask):
             return None
         computed = self._compute(request, image.volume, image.checksum).computed
         computed.held.close()
-        return computed.prediction.doubt
+        return computed.prediction.margins
 
     def map_uncertainty(self, request: InferRequest) -> Path:
         """Write how unsure the model is at each voxel of an image, as NIfTI on the image's own grid.

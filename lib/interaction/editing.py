@@ -12,8 +12,7 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from lib.infers.doubt import Doubt
-from lib.interaction.doubts.correction import Evidence, doubt_claims
+from lib.infers.logit_margins import LogitMargins
 from lib.interaction.editor import Editor
 from lib.interaction.growth import (
     FROM_NOTHING_VOXELS,
@@ -25,6 +24,7 @@ from lib.interaction.growth import (
     is_drawn_nearby,
     reach_of,
 )
+from lib.interaction.margins.correction import Evidence, margin_claims
 from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
 from lib.interaction.prompts import Prompts, Voxel
 from lib.interaction.regions.cut import part_of
@@ -69,7 +69,7 @@ class Scene:
         affine_ras: of the image's own grid.
         regions: keeps what clicks draw where nothing is drawn; it depends on the image and the click alone.
         key: of the image there.
-        doubt: how nearly the network chose another label; None where no network segmented the image.
+        margins: how nearly the network chose another label; None where no network segmented the image.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Scene:
         affine_ras: Affine,
         regions: BoundedCache | None = None,
         key: Hashable = None,
-        doubt: Doubt | None = None,
+        margins: LogitMargins | None = None,
     ) -> None:
         self._regions, self._key = regions or kept_regions(), key
-        self.doubt = doubt
+        self.margins = margins
         self.voxels: FloatArray = image.as_subclass(torch.Tensor)[0].numpy()
         self.affine_network: Affine = np.asarray(image.affine.numpy(), dtype=np.float64)
         self.labels, self.affine_ras = labels, affine_ras
@@ -161,12 +161,12 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
 
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
-    """What each click changes around it: by the network's doubts, or else by growth."""
+    """What each click changes around it: by the network's logit margins, or else by growth."""
     claims, corrected, evidence = list[LabelClaim](), False, list[Evidence]()
     for value, points in prompts.positive:
         seeds, mask = scene.on_network(points), scene.coarse == value
         near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
-        if scene.doubt is not None:
+        if scene.margins is not None:
             evidence += [scene.evidence_at(seed, value) for seed in seeds[near]]
         else:
             claims += [LabelClaim(value, (), _border_claim(scene, seed, mask, MOST_VOXELS)) for seed in seeds[near]]
@@ -178,12 +178,12 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
         # A click beside what is drawn still holds off the labels that were clicked.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
-        if scene.doubt is not None:
+        if scene.margins is not None:
             evidence += [Evidence(scene.place_of(point), 0, value) for value in takes_from]
         elif target or corrected:
             claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, target)))
-    if scene.doubt is not None:
-        claims += doubt_claims(scene.doubt, scene.coarse, scene.spacing_mm, evidence)
+    if scene.margins is not None:
+        claims += margin_claims(scene.margins, scene.coarse, scene.spacing_mm, evidence)
     return claims
 
 

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
 from lib.configs.preset import Preset
-from lib.infers.doubt import Doubt
+from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, next_click, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
@@ -90,7 +90,7 @@ class JudgedCase:
         image: as the network sees it, shape (1, X, Y, Z).
         truth, automatic: the reference, and the preset's own mask; only labels that the reference speaks of.
         indices: those labels, by name.
-        doubt: of the network that made the mask; None where there was none.
+        margins: of the network that made the mask; None where there was none.
     """
 
     case_id: str
@@ -98,23 +98,23 @@ class JudgedCase:
     truth: LabelArray
     automatic: LabelArray
     indices: Mapping[str, int]
-    doubt: Doubt | None = None
+    margins: LogitMargins | None = None
 
     @property
     def size_bytes(self) -> int:
         """Memory that it takes."""
-        doubt = self.doubt.nbytes if self.doubt is not None else 0
-        return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes) + doubt
+        margins = self.margins.nbytes if self.margins is not None else 0
+        return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes) + margins
 
 
-def segment_doubtfully(segmenter: Segmenter, volume: Volume, name: str) -> tuple[LabelArray, Doubt | None]:
+def segment_with_margins(segmenter: Segmenter, volume: Volume, name: str) -> tuple[LabelArray, LogitMargins | None]:
     """The mask of an image on its own grid, and how nearly the network chose otherwise, on the network's grid.
 
     Raises:
         ImageError: when the image cannot be segmented.
     """
-    computed = segmenter.compute(volume, name=name, doubt=True)
-    return segmenter.restore(computed).labels, computed.prediction.doubt
+    computed = segmenter.compute(volume, name=name, margins=True)
+    return segmenter.restore(computed).labels, computed.prediction.margins
 
 
 def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> JudgedCase:
@@ -127,8 +127,8 @@ def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> Judg
     image = preprocess_volume(volume, preset)
     place = preset.display_channel
     voxels, affine = image.as_subclass(torch.Tensor)[place : place + 1], image.affine.numpy()
-    automatic, doubt = (
-        (np.zeros_like(truth), None) if segmenter is None else segment_doubtfully(segmenter, volume, case.case_id)
+    automatic, margins = (
+        (np.zeros_like(truth), None) if segmenter is None else segment_with_margins(segmenter, volume, case.case_id)
     )
     indices = {name: value for name, value in preset.label_indices.items() if value not in case.missing}
     on_grid = []
@@ -136,7 +136,7 @@ def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> Judg
         known = np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8)
         on_grid.append(restore_to_grid(known, volume.affine_ras, tuple(voxels.shape[1:]), affine))
     return JudgedCase(
-        case.case_id, MetaTensor(voxels.clone(), affine=image.affine), on_grid[0], on_grid[1], indices, doubt
+        case.case_id, MetaTensor(voxels.clone(), affine=image.affine), on_grid[0], on_grid[1], indices, margins
     )
 
 
@@ -152,7 +152,7 @@ def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str
         def edit(
             _: LabelArray, clicks: Sequence[Correction], case: JudgedCase = case, affine: Affine = affine
         ) -> LabelArray:
-            scene = Scene(case.image, case.automatic, affine, doubt=case.doubt)
+            scene = Scene(case.image, case.automatic, affine, margins=case.margins)
             return edit_clicks(scene, prompts_of(clicks), editor).labels
 
         spacing_mm = [float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)]

@@ -19,7 +19,7 @@ from lib.errors import LabelError
 from lib.infers.cache import CachedMask, CacheKey, Checksums, ResultCache
 from lib.infers.devices.lane import device_in_use
 from lib.infers.devices.schedule import Forecast
-from lib.infers.doubt import Doubt
+from lib.infers.logit_margins import LogitMargins
 from lib.infers.network_images import NetworkImages
 from lib.infers.plan import Planner
 from lib.infers.request import InferRequest, parse_boolean
@@ -70,7 +70,7 @@ class Automatic(Protocol):
     def mask_of(self, request: InferRequest) -> CachedMask:
         """The automatic mask."""
 
-    def doubt_of(self, request: InferRequest) -> Doubt | None:
+    def margins_of(self, request: InferRequest) -> LogitMargins | None:
         """How nearly the network chose another label at each voxel; None where that is not kept."""
 
 
@@ -244,8 +244,8 @@ class ClickTask(_InteractiveTask):
         began = time.perf_counter()
         if not prompts.is_empty:
             image, key = self._network_image(request.image, checksum), (checksum, self._automatic.weights_stamp())
-            doubt = self._doubt(request, before)
-            scene = Scene(image, before.labels, before.affine_ras, self._regions, key, doubt)
+            margins = self._margins(request, before)
+            scene = Scene(image, before.labels, before.affine_ras, self._regions, key, margins)
             edited = edit_clicks(scene, prompts, self._ready_editor(scene, request))
         edit_ms = round((time.perf_counter() - began) * 1000, 1)
         details = {
@@ -260,12 +260,12 @@ class ClickTask(_InteractiveTask):
             self._cache.put(self._key(request), CachedMask(edited.labels, before.affine_ras, details))
         return self._write(edited.labels, before.affine_ras, details, request, start)
 
-    def _doubt(self, request: ClickRequest, before: StartingMask) -> Doubt | None:
+    def _margins(self, request: ClickRequest, before: StartingMask) -> LogitMargins | None:
         """How nearly the network chose otherwise; of no mask that a viewer sends, which need not be a correction."""
         editor = self._editor.current() if self._editor is not None else None
         if editor is not None or before.origin == SENT or not self._automatic.is_valid():
             return None
-        return self._automatic.doubt_of(self._plain(request))
+        return self._automatic.margins_of(self._plain(request))
 
     def _ready_editor(self, scene: Scene, request: ClickRequest) -> Editor | None:
         """The editor, where there is one, and there is memory for it."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.infers.blender import SlabBlender, normalized_entropy
-from lib.infers.doubt import MOST_STEPS
+from lib.infers.logit_margins import MOST_STEPS
 
 
 @pytest.mark.parametrize(
@@ -71,26 +71,26 @@ def test_labels_up_to_255_are_kept() -> None:
 
 
 def test_second_label_and_its_margin_are_those_of_the_averaged_windows() -> None:
-    blender = SlabBlender((6, 4, 4), 0, torch.ones(4, 4, 4), classes=3, doubt=True)
+    blender = SlabBlender((6, 4, 4), 0, torch.ones(4, 4, 4), classes=3, margins=True)
     first, second = torch.zeros(3, 4, 4, 4), torch.zeros(3, 4, 4, 4)
     first[1], first[2], second[0], second[2] = 1.0, 0.4, 3.0, 2.6
     blender.add([0, 0, 0], first)
     blender.advance(2)
     blender.add([2, 0, 0], second)
     labels, entropy = blender.finish()
-    doubt = blender.doubt
-    assert entropy is None and doubt is not None
+    margins = blender.margins
+    assert entropy is None and margins is not None
     # logits (0, 1, 0.4); (1.5, 0.5, 1.5), which are equal in the sums; (3, 0, 2.6)
-    np.testing.assert_array_equal(doubt.labels, labels)
-    assert doubt.second[[0, 5], 0, 0].tolist() == [2, 2] and doubt.margin[[0, 5], 0, 0].tolist() == [6, 4]
-    assert doubt.margin[3, 0, 0] == 0 and {int(labels[3, 0, 0]), int(doubt.second[3, 0, 0])} == {0, 2}
+    np.testing.assert_array_equal(margins.labels, labels)
+    assert margins.second[[0, 5], 0, 0].tolist() == [2, 2] and margins.margin[[0, 5], 0, 0].tolist() == [6, 4]
+    assert margins.margin[3, 0, 0] == 0 and {int(labels[3, 0, 0]), int(margins.second[3, 0, 0])} == {0, 2}
 
 
-def test_nothing_is_doubted_where_no_window_was() -> None:
-    blender = SlabBlender((4, 8, 4), 0, torch.ones(4, 4, 4), classes=2, doubt=True)
+def test_margin_is_largest_where_no_window_was() -> None:
+    blender = SlabBlender((4, 8, 4), 0, torch.ones(4, 4, 4), classes=2, margins=True)
     blender.add([0, 0, 0], torch.stack([torch.zeros(4, 4, 4), torch.ones(4, 4, 4)]))
     labels, _ = blender.finish()
-    assert blender.doubt is not None
-    assert (blender.doubt.margin[:, :4] == 10).all() and (blender.doubt.margin[:, 4:] == MOST_STEPS).all()
-    np.testing.assert_array_equal(blender.doubt.second, 0)
+    assert blender.margins is not None
+    assert (blender.margins.margin[:, :4] == 10).all() and (blender.margins.margin[:, 4:] == MOST_STEPS).all()
+    np.testing.assert_array_equal(blender.margins.second, 0)
     assert (labels[:, :4] == 1).all()

@@ -11,7 +11,7 @@ from monai.data.utils import compute_importance_map
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from lib.infers.doubt import MOST_STEPS, STEP
+from lib.infers.logit_margins import MOST_STEPS, STEP
 from lib.infers.predictor import Stitching, body_box, choose_overlap, occupied_sides, predict, window_starts
 from lib.networks.placement import Placement
 from lib.networks.unetr import build_unetr
@@ -192,18 +192,18 @@ def test_entropy_is_that_of_the_whole_volumes_blended_logits() -> None:
 
 
 @pytest.mark.parametrize("bands", [1, 3])
-def test_doubt_is_that_of_the_whole_volumes_blended_logits(bands: int) -> None:
+def test_margins_are_those_of_the_whole_volumes_blended_logits(bands: int) -> None:
     network, image = _random_unetr([16, 16, 16]), torch.randn(1, 40, 17, 24)
     with torch.inference_mode():
         logits = sliding_window_inference(image[None], (16, 16, 16), 1, network, overlap=0.25, mode="gaussian")[0]
     (first, then), order = (found.numpy() for found in logits.topk(2, dim=0)[0]), logits.topk(2, dim=0)[1].numpy()
     where = Placement(tiny_preset(), CPU, FP32)
-    found = predict(network, image, where, Stitching(bands=bands), doubt=True)
-    assert found.doubt is not None and found.entropy is None
+    found = predict(network, image, where, Stitching(bands=bands), margins=True)
+    assert found.margins is not None and found.entropy is None
     np.testing.assert_array_equal(found.labels, predict(network, image, where).labels)
-    np.testing.assert_array_equal(found.doubt.labels, found.labels)
-    assert (found.doubt.second == order[1]).mean() > 0.999
-    assert abs(found.doubt.margin * STEP - (first - then)).max() <= STEP
+    np.testing.assert_array_equal(found.margins.labels, found.labels)
+    assert (found.margins.second == order[1]).mean() > 0.999
+    assert abs(found.margins.margin * STEP - (first - then)).max() <= STEP
 
 
 def _phantom() -> torch.Tensor:
@@ -215,7 +215,7 @@ def _phantom() -> torch.Tensor:
 
 def test_air_is_background_and_no_window_looks_at_it() -> None:
     image = _phantom()
-    found = predict(Constant(), image, Placement(tiny_preset(), CPU, FP32), entropy=True, doubt=True)
+    found = predict(Constant(), image, Placement(tiny_preset(), CPU, FP32), entropy=True, margins=True)
     everything = tiny_preset(inference={"skip_air": False})
     looked = predict(Constant(), image, Placement(everything, CPU, FP32))
     assert np.unique(looked.labels).tolist() == [2]
@@ -223,8 +223,8 @@ def test_air_is_background_and_no_window_looks_at_it() -> None:
     assert found.windows < looked.windows / 5
     assert (found.labels[30:50, 22:40, 40:60] == 2).all()
     assert found.labels[:20].max() == found.labels[60:].max() == 0
-    assert found.doubt is not None and (found.doubt.margin[60:] == MOST_STEPS).all()
-    assert (found.doubt.margin[30:50, 22:40, 40:60] == 7).all() and found.doubt.second[40, 30, 50] == 1
+    assert found.margins is not None and (found.margins.margin[60:] == MOST_STEPS).all()
+    assert (found.margins.margin[30:50, 22:40, 40:60] == 7).all() and found.margins.second[40, 30, 50] == 1
     assert found.entropy is not None
     assert found.entropy[:20].max() == 0
 

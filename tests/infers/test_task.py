@@ -303,10 +303,10 @@ def test_image_that_was_read_ahead_gives_the_same_mask_and_is_kept(
     assert cached.read_ahead(cached.parse({"image": str(image)})) is None, "its mask is there"
 
 
-def test_doubt_is_kept_with_the_mask_and_made_again_where_it_has_left(
+def test_margins_are_kept_with_the_mask_and_made_again_where_they_have_left(
     task: UnetrInferTask, image: Path, tmp_path: Path
 ) -> None:
-    assert task.doubt_of(task.parse({"image": str(image)})) is None, "nothing is kept for clicks"
+    assert task.margins_of(task.parse({"image": str(image)})) is None, "nothing is kept for clicks"
     reads = list[str]()
 
     def read(path: Path, preset: Preset) -> Volume:
@@ -317,27 +317,29 @@ def test_doubt_is_kept_with_the_mask_and_made_again_where_it_has_left(
     kept = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=images, read=read)
     request = kept.parse({"image": str(image)})
     mask = kept.mask_of(request)
-    doubt = kept.doubt_of(request)
-    assert doubt is not None and reads == ["scan.nii.gz"]
-    assert doubt.nbytes == 3 * doubt.labels.size and set(np.unique(mask.labels)) <= set(np.unique(doubt.labels))
-    assert 0 < doubt.margin.mean() < 50 and (doubt.second != doubt.labels).all(), "random weights are sure of nothing"
+    margins = kept.margins_of(request)
+    assert margins is not None and reads == ["scan.nii.gz"]
+    assert margins.nbytes == 3 * margins.labels.size and set(np.unique(mask.labels)) <= set(np.unique(margins.labels))
+    assert 0 < margins.margin.mean() < 50 and (margins.second != margins.labels).all(), (
+        "random weights are sure of nothing"
+    )
     other = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=NetworkImages(16), read=read)
-    again = other.doubt_of(request)
+    again = other.margins_of(request)
     assert again is not None and len(reads) == 2
-    np.testing.assert_array_equal(again.margin, doubt.margin)
-    np.testing.assert_array_equal(again.second, doubt.second)
+    np.testing.assert_array_equal(again.margin, margins.margin)
+    np.testing.assert_array_equal(again.second, margins.second)
     small = UnetrInferTask(task.preset, locator, "cpu", "fp32", images=NetworkImages(0), read=read)
     small.mask_of(request)
-    assert small.doubt_of(request) is None, "what never fits is not computed at each click"
+    assert small.margins_of(request) is None, "what never fits is not computed at each click"
 
 
-def test_doubt_of_other_weights_is_not_taken(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
+def test_margins_of_other_weights_are_not_taken(task: UnetrInferTask, image: Path, tmp_path: Path) -> None:
     kept = UnetrInferTask(task.preset, WeightsLocator(tmp_path / "model"), "cpu", "fp32", images=NetworkImages(16))
-    first = kept.doubt_of(kept.parse({"image": str(image)}))
+    first = kept.margins_of(kept.parse({"image": str(image)}))
     torch.manual_seed(1)
     other = Checkpoint(dict(build_unetr(task.preset).state_dict()), task.preset, {"version": "other"})
     write_checkpoint(tmp_path / "model" / "shipped.pt", other)
-    second = kept.doubt_of(kept.parse({"image": str(image)}))
+    second = kept.margins_of(kept.parse({"image": str(image)}))
     assert first is not None and second is not None and (first.margin != second.margin).any()
 
 

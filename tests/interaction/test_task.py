@@ -85,23 +85,23 @@ def test_answer_holds_only_what_was_clicked(folder: Path, image: Path) -> None:
     assert answer["label_names"] == {"Left Box": 1, "core": 2}
 
 
-def test_click_on_an_automatic_mask_is_answered_from_the_networks_doubts(folder: Path, image: Path) -> None:
+def test_click_on_an_automatic_mask_is_answered_from_the_networks_logit_margins(folder: Path, image: Path) -> None:
     torch.manual_seed(0)
     preset = tiny_preset()
     write_checkpoint(folder / "model" / "shipped.pt", Checkpoint(dict(build_unetr(preset).state_dict()), preset))
     automatic, clicks, _ = tasks_of(folder / "model")
     before, _ = ask(automatic, image)
-    doubt = automatic.doubt_of(automatic.parse({"image": str(image)}))
-    assert doubt is not None
+    margins = automatic.margins_of(automatic.parse({"image": str(image)}))
+    assert margins is not None
     volume = read_input(image, preset)
-    scene = Scene(preprocess_volume(volume, preset), before.astype(np.uint8), volume.affine_ras, doubt=doubt)
+    scene = Scene(preprocess_volume(volume, preset), before.astype(np.uint8), volume.affine_ras, margins=margins)
     point = next(tuple(int(v) for v in p) for p in np.argwhere(before == 2)[::7] if min(p) >= 3)
     expected = edit_clicks(scene, make_prompts({}, [point])).labels
     answered, _ = ask(clicks, image, background=[list(point)], all_labels=True)
     np.testing.assert_array_equal(answered, expected)
     file = write_nifti(folder / "sent.nii.gz", before.astype(np.uint8), AFFINE)
     sent, _ = ask(clicks, image, label_file=file, background=[list(point)], all_labels=True)
-    scene.doubt = None
+    scene.margins = None
     np.testing.assert_array_equal(sent, edit_clicks(scene, make_prompts({}, [point])).labels)
     assert (sent != answered).any(), "a mask that a viewer sends is corrected by growth"
     _, elsewhere, _ = tasks_of(folder / "model")

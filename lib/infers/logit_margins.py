@@ -21,7 +21,7 @@ BYTES_A_VOXEL = 3
 
 
 @dataclass(frozen=True)
-class Doubt:
+class LogitMargins:
     """What a network chose, what it would have chosen next, and by how much; on its own grid.
 
     Attributes:
@@ -42,8 +42,8 @@ class Doubt:
     def lead(self, value: int, part: tuple[slice | int, ...]) -> FloatArray:
         """By how much the logit of one label exceeds the largest of the others in a part of the grid.
 
-        >>> doubt = Doubt(*(np.array([[[v]]], np.uint8) for v in (1, 0, 20)))
-        >>> [round(float(doubt.lead(value, (0, 0, 0))), 1) for value in (1, 0, 2)]
+        >>> margins = LogitMargins(*(np.array([[[v]]], np.uint8) for v in (1, 0, 20)))
+        >>> [round(float(margins.lead(value, (0, 0, 0))), 1) for value in (1, 0, 2)]
         [2.0, -2.0, -5.0]
         """
         behind = self.margin[part] * np.float32(STEP)

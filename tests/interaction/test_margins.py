@@ -1,4 +1,4 @@
-"""Clicks on an automatic mask: they follow where the network was in doubt, and keep what holds of every click."""
+"""Clicks on an automatic mask: they follow the network's logit margins, and keep what holds of every click."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from lib.infers.doubt import MOST_STEPS, Doubt
-from lib.interaction.doubts.correction import MARGIN, NUGGET, REACH_VOXELS, Evidence, solve
+from lib.infers.logit_margins import MOST_STEPS, LogitMargins
 from lib.interaction.editing import Scene, edit_clicks
+from lib.interaction.margins.correction import MARGIN, NUGGET, REACH_VOXELS, Evidence, solve
 from lib.interaction.prompts import Voxel, make_prompts
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
@@ -30,8 +30,8 @@ def noise_image(shape: tuple[int, ...], affine: np.ndarray) -> MetaTensor:
     return preprocess_volume(Volume(voxels, affine), tiny_preset())
 
 
-def doubt_of(labels: np.ndarray, second: np.ndarray, margin: np.ndarray) -> Doubt:
-    return Doubt(labels, second, (margin * 10).round().clip(0, MOST_STEPS).astype(np.uint8))
+def margins_of(labels: np.ndarray, second: np.ndarray, margin: np.ndarray) -> LogitMargins:
+    return LogitMargins(labels, second, (margin * 10).round().clip(0, MOST_STEPS).astype(np.uint8))
 
 
 def block_scene(margin: np.ndarray, second: np.ndarray | None = None) -> Scene:
@@ -41,7 +41,7 @@ def block_scene(margin: np.ndarray, second: np.ndarray | None = None) -> Scene:
     image = noise_image(SHAPE, np.eye(4))
     assert image.shape[1:] == SHAPE
     other = np.where(labels == 1, 0, 1).astype(np.uint8) if second is None else second
-    return Scene(image, labels, np.eye(4), doubt=doubt_of(labels.copy(), other, margin))
+    return Scene(image, labels, np.eye(4), margins=margins_of(labels.copy(), other, margin))
 
 
 def changed(scene: Scene, positive: list[Voxel], negative: list[Voxel] | None = None) -> np.ndarray:
@@ -49,7 +49,7 @@ def changed(scene: Scene, positive: list[Voxel], negative: list[Voxel] | None = 
     return labels != scene.labels
 
 
-def test_click_takes_the_doubtful_strip_it_lies_in_and_nothing_certain() -> None:
+def test_click_takes_the_uncertain_strip_it_lies_in_and_nothing_certain() -> None:
     margin = flat(12)
     strip = (slice(24, 27), slice(8, 20), slice(8, 18))
     margin[strip] = 0.5
@@ -61,7 +61,7 @@ def test_click_takes_the_doubtful_strip_it_lies_in_and_nothing_certain() -> None
     assert 1 <= unsure.sum() < 30, "where the network was certain, a click corrects the voxels beside it alone"
 
 
-def test_click_that_takes_away_follows_doubt_too() -> None:
+def test_click_that_takes_away_follows_margins_too() -> None:
     margin = flat(12)
     strip = (slice(21, 24), slice(8, 20), slice(8, 18))
     margin[strip] = 0.5
@@ -107,13 +107,13 @@ def test_clicks_that_contradict_each_other_on_neighbouring_voxels_are_both_obeye
     assert all(labels[p] == 1 for p in positive) and all(labels[p] == 0 for p in negative)
 
 
-def test_doubt_between_two_labels_moves_the_border_between_them() -> None:
+def test_small_margin_between_two_labels_moves_the_border_between_them() -> None:
     labels = np.zeros(SHAPE, np.uint8)
     labels[10:20, 8:20, 8:18], labels[20:30, 8:20, 8:18] = 1, 2
     second = np.select([labels == 1, labels == 2], [2, 1], 1).astype(np.uint8)
     margin = flat(12)
     margin[20:23, 8:20, 8:18] = 0.5
-    scene = Scene(noise_image(SHAPE, np.eye(4)), labels, np.eye(4), doubt=doubt_of(labels, second, margin))
+    scene = Scene(noise_image(SHAPE, np.eye(4)), labels, np.eye(4), margins=margins_of(labels, second, margin))
     edited = edit_clicks(scene, make_prompts({1: [(21, 14, 13)]}))
     now = edited.labels
     assert (now[20:23, 8:20, 8:18] == 1).mean() > 0.9
@@ -122,7 +122,7 @@ def test_doubt_between_two_labels_moves_the_border_between_them() -> None:
 
 
 @pytest.mark.parametrize("affine", [np.eye(4), axis_affine("LPS", (0.6, 0.6, 1.7)), oblique_affine("LPS")], ids=str)
-def test_every_click_is_obeyed_in_any_doubt_and_nothing_else_is_touched(affine: np.ndarray) -> None:
+def test_every_click_is_obeyed_whatever_the_margins_and_nothing_else_is_touched(affine: np.ndarray) -> None:
     random = np.random.default_rng(3)
     for seed in range(6):
         image, truth = boxes((30, 28, 26), seed)
@@ -130,9 +130,9 @@ def test_every_click_is_obeyed_in_any_doubt_and_nothing_else_is_touched(affine: 
         shape = tuple(seen.shape[1:])
         coarse = restore_to_grid(truth, affine, shape, np.asarray(seen.affine.numpy()))
         noise = ndimage.gaussian_filter(random.normal(size=shape), 2) * 60
-        doubt = doubt_of(coarse, random.integers(0, 3, shape).astype(np.uint8), abs(noise))
+        margins = margins_of(coarse, random.integers(0, 3, shape).astype(np.uint8), abs(noise))
         points = [tuple(int(random.integers(0, s)) for s in truth.shape) for _ in range(8)]
-        scene = Scene(seen, truth.copy(), affine, doubt=doubt)
+        scene = Scene(seen, truth.copy(), affine, margins=margins)
         edited = edit_clicks(scene, make_prompts({2: points[:4]}, points[4:]))
         other = edit_clicks(scene, make_prompts({2: points[3::-1]}, points[:3:-1]))
         np.testing.assert_array_equal(edited.labels, other.labels)
@@ -155,31 +155,31 @@ def test_what_is_added_on_a_finer_grid_leaves_no_gap_to_the_mask() -> None:
     coarse = restore_to_grid(labels, affine, tuple(image.shape[1:]), np.asarray(image.affine.numpy()))
     margin = np.full(coarse.shape, 12.0)
     margin[24:28, 9:19, 9:17] = 0.5
-    doubt = doubt_of(coarse, np.where(coarse == 1, 0, 1).astype(np.uint8), margin)
-    now = edit_clicks(Scene(image, labels, affine, doubt=doubt), make_prompts({1: [(51, 28, 26)]})).labels
+    margins = margins_of(coarse, np.where(coarse == 1, 0, 1).astype(np.uint8), margin)
+    now = edit_clicks(Scene(image, labels, affine, margins=margins), make_prompts({1: [(51, 28, 26)]})).labels
     assert (now[48:54, 20:36, 20:32] == 1).all()
     assert ndimage.label(now == 1)[1] == 1
 
 
 def test_clicks_share_what_they_say_as_a_gaussian_process_does() -> None:
     """One click moves the field by what is missing; two of the same kind need less of each."""
-    doubt = block_scene(flat(2.0)).doubt
-    assert doubt is not None
+    margins = block_scene(flat(2.0)).margins
+    assert margins is not None
     one = Evidence((25, 14, 13), 1, 0)
-    (alone,) = solve(doubt, (1, 1, 1), [one])
+    (alone,) = solve(margins, (1, 1, 1), [one])
     assert alone == pytest.approx((MARGIN + 2) / (1 + NUGGET))
-    both = solve(doubt, (1, 1, 1), [one, Evidence((26, 14, 13), 1, 0)])
+    both = solve(margins, (1, 1, 1), [one, Evidence((26, 14, 13), 1, 0)])
     assert (both < alone).all() and both.sum() > alone
-    (kept,) = solve(doubt, (1, 1, 1), [Evidence((25, 14, 13), 0, 1)])
+    (kept,) = solve(margins, (1, 1, 1), [Evidence((25, 14, 13), 0, 1)])
     assert kept == pytest.approx((MARGIN - 2) / (1 + NUGGET))
-    strengths = solve(doubt, (1, 1, 1), [one, Evidence((25, 14, 13), 2, 0)])
+    strengths = solve(margins, (1, 1, 1), [one, Evidence((25, 14, 13), 2, 0)])
     np.testing.assert_allclose(strengths[0] * (1 + NUGGET) + strengths[1] / 2, MARGIN + 2, atol=0.01)
 
 
 def test_click_restores_a_part_that_the_network_found_and_cleaning_dropped() -> None:
     scene = block_scene(flat(12))
-    assert scene.doubt is not None
+    assert scene.margins is not None
     dropped = (slice(30, 34), slice(10, 15), slice(10, 15))
-    scene.doubt.labels[dropped], scene.doubt.second[dropped] = 1, 0
+    scene.margins.labels[dropped], scene.margins.second[dropped] = 1, 0
     found = changed(scene, [(31, 12, 12)])
     assert found[dropped].all() and found.sum() == found[dropped].sum()

@@ -3,8 +3,8 @@
 The lead of a label over the others, a difference of logits, is taken as a guess with an error that is alike at voxels
 near each other: a Gaussian process whose covariance falls off exponentially with the distance. A click says that its
 label leads there by a margin at least. The smallest change of the field that all clicks allow (kriging with
-inequalities; Dubrule and Kostov 1986) says where else a label leads now: a wrong voxel is one where the network was in
-doubt more often than not, so that a click reaches far along a doubtful border, and hardly into what was certain.
+inequalities; Dubrule and Kostov 1986) says where else a label leads now: a wrong voxel is one where the network was
+uncertain more often than not, so that a click reaches far along such a border, and hardly into what was certain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from lib.infers.doubt import Doubt
+from lib.infers.logit_margins import LogitMargins
 from lib.interaction.growth import NEVER, Claim
 from lib.interaction.merge import LabelClaim
 from lib.transforms.volume import FloatArray
@@ -47,20 +47,20 @@ class Evidence:
     over: int
 
 
-def doubt_claims(
-    doubt: Doubt, coarse: LabelArray, spacing_mm: Sequence[float], clicks: Sequence[Evidence]
+def margin_claims(
+    margins: LogitMargins, coarse: LabelArray, spacing_mm: Sequence[float], clicks: Sequence[Evidence]
 ) -> list[LabelClaim]:
     """What clicks claim together of a mask, each connected part by itself.
 
     Args:
-        doubt: of the network.
+        margins: of the network.
         coarse: the mask before, on the network's grid, shape (X, Y, Z).
         spacing_mm: of that grid.
         clicks: all of them, in one order.
     """
     if not clicks:
         return []
-    strengths, claims = solve(doubt, spacing_mm, clicks), list[LabelClaim]()
+    strengths, claims = solve(margins, spacing_mm, clicks), list[LabelClaim]()
     away = _distances(clicks, spacing_mm)
     for pair in sorted({(click.value, click.over) for click in clicks}):
         sides = _likeness(np.array([pair]), _pairs(clicks))[0]
@@ -76,19 +76,19 @@ def doubt_claims(
             (click.place, float(moves)) for click, moves in zip(clicks, sides * strengths, strict=True) if moves
         ]
         alone = [
-            (clicks[number].place, float(solve(doubt, spacing_mm, [clicks[number]])[0]))
+            (clicks[number].place, float(solve(margins, spacing_mm, [clicks[number]])[0]))
             for number in own
             if not (against & (away[number] <= 2 * REACH_VOXELS)).any()
         ]
         places = np.array([clicks[number].place for number in own])
-        claims += _claims_of(pair, places, doubt, coarse, spacing_mm, together, alone)
+        claims += _claims_of(pair, places, margins, coarse, spacing_mm, together, alone)
     return claims
 
 
-def solve(doubt: Doubt, spacing_mm: Sequence[float], clicks: Sequence[Evidence]) -> npt.NDArray[np.float64]:
+def solve(margins: LogitMargins, spacing_mm: Sequence[float], clicks: Sequence[Evidence]) -> npt.NDArray[np.float64]:
     """How strongly each click moves the field, 0 where the network and the other clicks say the same anyway."""
     covariance = _likeness(_pairs(clicks), _pairs(clicks)) * np.exp(-_distances(clicks, spacing_mm) / LENGTH_VOXELS)
-    missing = MARGIN - np.array([float(doubt.lead(c.value, c.place)) for c in clicks])
+    missing = MARGIN - np.array([float(margins.lead(c.value, c.place)) for c in clicks])
     strengths = np.zeros(len(clicks))
     for _ in range(MOST_SWEEPS):
         largest = 0.0
@@ -124,7 +124,7 @@ def _likeness(some: Pairs, others: Pairs) -> npt.NDArray[np.float64]:
 def _claims_of(
     pair: tuple[int, int],
     places: npt.NDArray[np.int64],
-    doubt: Doubt,
+    margins: LogitMargins,
     coarse: LabelArray,
     spacing_mm: Sequence[float],
     together: Sequence[Moved],
@@ -141,7 +141,7 @@ def _claims_of(
     low = np.maximum(places.min(axis=0) - reach, 0)
     high = np.minimum(places.max(axis=0) + reach + 1, coarse.shape)
     part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    field, before = doubt.lead(pair[0], part), coarse[part]
+    field, before = margins.lead(pair[0], part), coarse[part]
     guess = field.copy()
     for place, strength in together:
         box, similar = _covariance_in(field.shape, np.array(place) - low, reach, spacing_mm)

@@ -1,1 +1,0 @@
-"""What clicks change where an automatic mask is in doubt."""

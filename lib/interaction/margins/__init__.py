@@ -1,0 +1,1 @@
+"""What clicks change where an automatic mask is in margins."""
