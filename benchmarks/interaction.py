@@ -43,7 +43,7 @@ from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
-from lib.interaction.evaluation import STOPS, Edit, Followed, follow, segment_with_margins
+from lib.interaction.evaluation import STOPS, Edit, EditingScores, segment_with_margins, simulate_editing
 from lib.interaction.training import change_image, read_material
 from lib.networks.checkpoint import read_checkpoint
 from lib.transforms.postprocess import restore_to_grid
@@ -190,13 +190,13 @@ def by_deepedit(network: DeepEdit, start: Start, clicks: Sequence[Correction]) -
     return np.where(np.isin(labels, list(start.indices.values())), labels, 0).astype(np.uint8)
 
 
-def best_ball(rows: Mapping[str, list[Followed]]) -> str:
+def best_ball(rows: Mapping[str, list[EditingScores]]) -> str:
     """The radius that is best after ten clicks, in the mean; empty where no ball was painted."""
     balls = [name for name in rows if name.startswith(BALL)]
     return max(balls, key=lambda name: float(np.mean([f.dice[-1] for f in rows[name]])), default="")
 
 
-def show(rows: Mapping[str, list[Followed]]) -> None:
+def show(rows: Mapping[str, list[EditingScores]]) -> None:
     """Print the table of one start."""
     print(f"{'':18}" + "".join(f"{stop:>17}" for stop in STOPS) + "   to 0.90  to 0.95   ms a click")
     for name, all_found in rows.items():
@@ -296,13 +296,15 @@ def main() -> None:
         steps = deepedit.train([read_material(case, preset, None) for case in trainable], asked.train_deepedit)
         print(f"DeepEdit style: {steps} steps in {asked.train_deepedit:g} minutes on {len(trainable)} cases")
     served = Served(asked.server, preset) if asked.server else None
-    rows: dict[str, list[Followed]] = {}
+    rows: dict[str, list[EditingScores]] = {}
     for seed, case in enumerate(cases):
         for start, right in starts_of(case, preset, segmenter, asked, seed):
             clicking = None if asked.largest else seed
             for name, edit in ways_of(start, editor, deepedit, served, asked).items():
                 begin = edit(start.begin, []) if name == "DeepEdit style" else start.begin
-                made = follow(begin, right, start.volume.spacing_mm, start.indices, edit, clicking, surface=True)
+                made = simulate_editing(
+                    begin, right, start.volume.spacing_mm, start.indices, edit, clicking, surface=True
+                )
                 rows.setdefault(name, []).append(made)
     kind, unit = "held-out" if held_out else "not held-out", "label" if asked.each_label else "case"
     begun = "an empty mask" if asked.empty else "the automatic mask" + " of a changed image" * asked.changed_image

@@ -1,1 +1,3 @@
-"""Corrections by clicks and scribbles: prompts, what they change, and how the changes enter a mask."""
+"""Interactive correction by clicks and scribbles: prompts, the changes that they ask for, and how changes are merged
+into a mask.
+"""

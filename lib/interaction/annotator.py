@@ -1,7 +1,8 @@
-"""A simulated annotator: where somebody who knows the right mask would click next.
+"""A simulated annotator, who knows the reference mask and clicks where the current mask differs from it.
 
-Pure and seeded, so that training, evaluation and tests see the same clicks. Of what is wrong it chooses a connected
-part, the larger the likelier, and clicks near its deepest place, since nobody hits that exactly.
+The functions are pure and seeded, so that training, evaluation and tests use the same clicks. The annotator chooses a
+connected wrong component with a probability that grows with its size, and clicks near the voxel that lies deepest in
+it, because no human hits that voxel exactly.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from lib.interaction.prompts import Prompts, Voxel, make_prompts
 
 LabelArray = npt.NDArray[np.uint8]
 SHALLOWEST = 0.7
-"""Of the greatest depth: how deep a jittered click lies at least."""
+"""Smallest depth of a jittered click, as a share of the greatest depth in the component."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """One click.
+    """One corrective click.
 
     Attributes:
-        value: of the label that the voxel belongs to; 0: to none.
-        point: the voxel.
+        value: value of the label that the voxel belongs to; 0 where it belongs to none.
+        point: index of the clicked voxel.
     """
 
     value: int
@@ -40,13 +41,14 @@ def next_click(
     random: np.random.Generator | None = None,
     taken: Sequence[Voxel] = (),
 ) -> Correction | None:
-    """The next click; None where nothing is wrong any more.
+    """Choose the next corrective click; None when the mask equals the reference.
 
     Args:
-        labels: the mask as it is, shape (X, Y, Z).
-        truth: the right one.
-        spacing_mm: of their voxels.
-        random: draws the part and the place in it; without it, the largest part and its deepest place.
+        labels: the current mask, shape (X, Y, Z).
+        truth: the reference mask, shape (X, Y, Z).
+        spacing_mm: voxel size of both masks.
+        random: generator that draws the component and the voxel in it; without one, the deepest voxel of the largest
+            component is clicked.
         taken: voxels that have been clicked already.
     """
     parts = _wrong_parts(labels, truth)
@@ -70,7 +72,7 @@ def next_click(
 
 
 def prompts_of(clicks: Sequence[Correction]) -> Prompts:
-    """The clicks as a viewer would send them."""
+    """The clicks as prompts, in the form in which a viewer sends them."""
     positive: dict[int, list[Voxel]] = {}
     for click in clicks:
         if click.value:
@@ -80,13 +82,13 @@ def prompts_of(clicks: Sequence[Correction]) -> Prompts:
 
 @dataclass(frozen=True)
 class _Part:
-    """A connected part that is wrong in one way.
+    """A connected component in which the mask is wrong in one way.
 
     Attributes:
-        value: the right one.
-        box: where it is in ``components``, whose first voxel is ``start``.
-        size: in voxels.
-        components: numbered from 1; ``number`` is this one's.
+        value: the label that the reference has there.
+        box: bounding box within ``components``, whose first voxel is ``start`` in the volume.
+        size: number of voxels.
+        components: array of component numbers, counted from 1; ``number`` is the number of this component.
     """
 
     value: int
@@ -97,13 +99,13 @@ class _Part:
     number: int
 
     def mask(self) -> npt.NDArray[np.bool_]:
-        """Which voxels of the box belong to it."""
+        """The voxels of the box that belong to this component."""
         inside: npt.NDArray[np.bool_] = self.components[self.box] == self.number
         return inside
 
 
 def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[_Part]:
-    """Connected parts that are wrong in the same way."""
+    """Connected components of voxels that are wrong in the same way."""
     wrong = labels != truth
     around = ndimage.find_objects(wrong.astype(np.uint8))
     if not around:
@@ -119,12 +121,12 @@ def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[_Part]:
     return wrong_parts
 
 
-def spoil(truth: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """A reference mask of one structure with errors as networks make them: a rough border, parts missing, parts added.
+def perturb_mask(truth: npt.NDArray[np.bool_], random: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """A reference mask of one structure with errors typical of networks: rough borders, missing and added parts.
 
     Args:
         truth: shape (X, Y, Z).
-        random: draws the errors.
+        random: generator that draws the errors.
     """
     if not truth.any():
         return truth.copy()

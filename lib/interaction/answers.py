@@ -1,4 +1,4 @@
-"""What clicks and scribbles answer: a mask of the labels that were prompted, and its description."""
+"""Responses to clicks and scribbles: a mask of the labels that were prompted, and its description."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LabelArray = npt.NDArray[np.uint8]
 
 
 def only_labels(labels: LabelArray, values: Collection[int], boxes: Sequence[Part | None]) -> LabelArray:
-    """The mask with some labels alone; the rest of a large volume is not looked at.
+    """The mask reduced to some of its labels; only the boxes of these labels are read.
 
     Args:
         labels: shape (X, Y, Z).
-        values: that stay.
-        boxes: of each value from 1 on, a part that holds all its voxels; None for none.
+        values: label values to keep.
+        boxes: for each value from 1 on, a box that holds all of its voxels; None where the label has none.
     """
     shown = np.zeros(labels.shape, dtype=np.uint8, order="F" if labels.flags.fnc else "C")
     for value in values:
@@ -32,7 +32,7 @@ def only_labels(labels: LabelArray, values: Collection[int], boxes: Sequence[Par
 
 
 def warnings_of(grid: Grid) -> list[str]:
-    """A sentence where ITK and nibabel place the image differently."""
+    """A warning if ITK and nibabel place the image differently in space."""
     return [warning] if (warning := reading_warning(grid)) else []
 
 
@@ -45,16 +45,16 @@ def describe_answer(
     boxes: Sequence[Part | None] | None = None,
     measured: Preset | None = None,
 ) -> dict[str, Any]:
-    """The answer's JSON, of the form of an automatic mask's, but for what it was made with and how long that took.
+    """The JSON of a response, of the same form as that of an automatic mask except for start, prompts and times.
 
     Args:
-        preset: gives colours.
-        shown: the mask of the answer.
-        affine_ras: of its grid.
-        details: ``start``, ``prompts``, ``warnings`` and ``edit_ms``.
-        named: names and values in the mask.
-        boxes: as of :func:`~lib.transforms.postprocess.measure_labels`, for the named labels.
-        measured: names the mask's values, where that is not ``preset``.
+        preset: the task, which gives the colours.
+        shown: the mask that is returned.
+        affine_ras: of the mask's grid, 4x4, voxel indices to millimetres in RAS.
+        details: the entries ``start``, ``prompts``, ``warnings`` and ``edit_ms``.
+        named: names and values of the labels in the mask.
+        boxes: bounding boxes of the named labels, as for :func:`~lib.transforms.postprocess.measure_labels`.
+        measured: preset that names the mask's values, where it is not ``preset``.
     """
     among = (measured or preset).labels
     if boxes is not None:
@@ -72,7 +72,7 @@ def describe_answer(
 
 
 def describe_time(edit_ms: float, total_ms: float, hit: bool) -> dict[str, Any]:
-    """How long an answer took, under this server's names and under those that MONAI Label's clients read."""
+    """The times that a response took, under this server's keys and under those that MONAI Label's clients read."""
     return {
         "latencies_ms": {"edit": edit_ms, "total": total_ms},
         "latencies": {"infer": round(edit_ms / 1000, 3), "total": round(total_ms / 1000, 3)},

@@ -1,7 +1,7 @@
-"""Trains an editor in the background, on the labels and the split of a preset's own training, after that training.
+"""Trains the editor network in the background, after a training of the preset, on the same labels and the same split.
 
-It is judged by simulated clicks on the held-out cases (:mod:`lib.interaction.editor_gate`), kept as a version, and
-served if it is better than what is served now.
+The new editor is judged by simulated clicks on the held-out cases (:mod:`lib.interaction.editor_gate`), kept as a
+version, and served if it is better than the editor that is served now.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ MOST_JUDGED = 12
 
 
 class EditorTrainer:
-    """Trains, judges and keeps editors of one preset.
+    """Trains, judges and keeps the editors of one preset.
 
     Args:
-        preset: the task.
-        locator: where the preset's own weights are, whose masks are corrected.
-        served: the editor that is served, and where versions are kept.
-        settings: minutes of training, the gate's margin, and how many versions are kept.
-        budget: bytes of the host's memory that may be used; what is free if not given.
-        design: of a network that begins anew.
-        most_steps: of a training, whatever its minutes.
+        preset: the preset whose masks the editor corrects.
+        locator: finds the weights of the preset, whose masks are corrected.
+        served: finds the editor that is served and the folder of the versions.
+        settings: minutes of training, the margin of the gate, and the number of versions that are kept.
+        budget: bytes of host memory that may be used; by default the memory that is free.
+        design: design of a network that is trained from the beginning.
+        most_steps: upper limit of training steps, whatever the minutes.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class EditorTrainer:
         self._budget, self._design, self._most_steps = budget, design or EditorDesign(), most_steps
 
     def __call__(self, run: EndedRun) -> dict[str, Any]:
-        """Train an editor after a run, and publish it if it is better; a run that was interrupted goes on.
+        """Train an editor after a training run, and publish it if it is better; an interrupted training is resumed.
 
         Returns:
-            What became of it: ``status``, ``reason``, and the ``version`` where one was made.
+            The outcome: ``status``, ``reason``, and the ``version`` if one was written.
 
         Raises:
-            MemoryBudgetError: when not even the smallest step fits into the memory that there is.
+            MemoryBudgetError: if even the smallest training step does not fit into the memory.
         """
         if made := self._version_of(run.run):
             return _summary(made)
@@ -111,7 +111,7 @@ class EditorTrainer:
         return next((v for v in self._served.versions.list() if v.details.get("run") == run), None)
 
     def _segmenter(self) -> tuple[Preset, Segmenter | None]:
-        """The preset as its weights want it, and what makes its masks; no network where there are no weights."""
+        """The preset in the form that its weights require, and its segmenter; None where there are no weights."""
         file = self._locator.find()
         if file is None:
             return self._preset, None
@@ -132,7 +132,7 @@ class EditorTrainer:
         return training
 
     def _start(self) -> EditorWeights | None:
-        """The weights to go on from: those of the editor that is served."""
+        """The weights to continue from, which are those of the editor that is served."""
         try:
             shared = self._served.current()
             return None if shared is None else read_editor(shared.path)
@@ -141,7 +141,7 @@ class EditorTrainer:
             return None
 
     def _read_material(self, cases: Sequence[Case], preset: Preset, segmenter: Segmenter | None) -> list[Material]:
-        """As many cases as fit into a share of the memory and of the time; which ones is drawn by their ids."""
+        """Read as many cases as fit into a share of the memory and of the time, in an order drawn from their ids."""
         most, taken, materials = MATERIAL_SHARE * host_bytes_left(self._budget), 0, list[Material]()
         ends = time.monotonic() + READING_SHARE * 60 * self._settings.editor_training_minutes
         for number, case in enumerate(_shuffled(cases)):
@@ -160,7 +160,7 @@ class EditorTrainer:
         return materials
 
     def _judge(self, new: Editor, cases: Sequence[Case], preset: Preset, segmenter: Segmenter | None) -> Verdict:
-        """Compare with the editor that is served now; somebody may have served another one while it trained."""
+        """Compare with the editor that is served now, which may have changed since the training began."""
         most, taken, judged = MATERIAL_SHARE * host_bytes_left(self._budget), 0, list[JudgedCase]()
         for case in _shuffled(cases)[:MOST_JUDGED]:
             one = read_judged(case, preset, segmenter)
@@ -206,5 +206,5 @@ def _summary(version: Version) -> dict[str, Any]:
 
 
 def _shuffled(cases: Sequence[Case]) -> list[Case]:
-    """In an order that depends on the ids alone."""
+    """The cases in an order that depends on their ids alone."""
     return sorted(cases, key=lambda case: hashlib.sha256(case.case_id.encode()).hexdigest())

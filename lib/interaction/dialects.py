@@ -1,4 +1,4 @@
-"""What viewers send, read as prompts: deepedit and deepgrow of 3D Slicer and OHIF, and 3D Slicer's scribbles."""
+"""Parses what viewers send into prompts: deepedit and deepgrow of 3D Slicer and OHIF, and 3D Slicer's scribbles."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOT_LABELS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class ClickRequest(InferRequest):
-    """A correction by clicks.
+    """A request for a correction by clicks.
 
     Attributes:
         prompts: the clicks.
-        all_labels: whether the answer holds all labels, and not only those that were prompted.
-        label_info: as viewers send it: the names of ``label_file``'s values; None: they are the preset's.
+        all_labels: whether the response holds all labels, or only those that were prompted.
+        label_info: names of the values in ``label_file``, as viewers send them; None where they are the preset's.
     """
 
     prompts: Prompts
@@ -39,12 +39,13 @@ class ClickRequest(InferRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ScribbleRequest(InferRequest):
-    """A correction by scribbles.
+    """A request for a correction by scribbles.
 
     Attributes:
-        name: of the structure.
-        values: in ``label_file``: of the structure, of what is scribbled as it and as not it; 0 for what is not there.
-        box: outside of it nothing changes; it may reach beyond the image. None for no box.
+        name: name of the structure.
+        values: values in ``label_file`` of the structure, of the foreground scribbles and of the background scribbles;
+            0 for one that is absent.
+        box: region of interest, outside of which nothing changes; it may extend beyond the image. None for no box.
     """
 
     name: str
@@ -53,10 +54,10 @@ class ScribbleRequest(InferRequest):
 
 
 def parse_structure(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
-    """The structure's name, and the values of it, of what is scribbled as it and as not it; 0 for what is not there.
+    """The structure's name, and the values of structure, foreground and background scribbles; 0 for absent ones.
 
     Raises:
-        ParameterError: when ``label_info`` does not name it, or gives it the background's value.
+        ParameterError: if ``label_info`` does not name the structure, or gives it the value of the background.
     """
     by_name = {name: value for value, name in names_of(request.get("label_info")).items()}
     name = request.get("selected_label_name")
@@ -66,19 +67,20 @@ def parse_structure(request: Mapping[str, Any]) -> tuple[str, tuple[int, int, in
     return name, (by_name[name], by_name.get(FOREGROUND_SCRIBBLES, 0), by_name.get(BACKGROUND_SCRIBBLES, 0))
 
 
-def parse_clicks(params: Mapping[str, Any], preset: Preset, elsewhere: Collection[str] = ()) -> Prompts:
-    """Read the clicks of a request.
+def parse_clicks(params: Mapping[str, Any], preset: Preset, other_labels: Collection[str] = ()) -> Prompts:
+    """Parse the clicks of a request.
 
-    With ``foreground`` it is of the kind ``deepgrow``: points of the one label that ``label`` names. Otherwise it is of
-    the kind ``deepedit``: a list of points for each label, under its name, and for ``background``.
+    A request with ``foreground`` is of the kind ``deepgrow``: its points belong to the one label that ``label`` names.
+    Any other request is of the kind ``deepedit``: it has a list of points under the name of each label, and one under
+    ``background``.
 
     Args:
-        params: of the request.
+        params: parameters of the request.
         preset: the task.
-        elsewhere: names of other tasks' labels, which viewers send along, and which say nothing here.
+        other_labels: label names of other presets, which viewers send too and which are ignored.
 
     Raises:
-        ParameterError: naming what is wrong: a label that there is not, or a point that is none.
+        ParameterError: naming the unknown label or the malformed point.
     """
     box = parse_box(params.get("roi"))
     negative = parse_points(params.get(BACKGROUND), BACKGROUND)
@@ -87,7 +89,7 @@ def parse_clicks(params: Mapping[str, Any], preset: Preset, elsewhere: Collectio
         foreground = parse_points(params[FOREGROUND], FOREGROUND)
         return make_prompts({label: foreground}, negative, label, box)
     positive: dict[int, list[Voxel]] = {}
-    ignored = NOT_LABELS | {canonical_name(name) for name in elsewhere}
+    ignored = NOT_LABELS | {canonical_name(name) for name in other_labels}
     for key, value in params.items():
         label_ = preset.find_label(key)
         if label_ is not None and (isinstance(value, list) or value is None):

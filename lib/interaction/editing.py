@@ -1,4 +1,6 @@
-"""From prompts to a new mask: what each click claims on the network's grid, merged into the mask on the image's own."""
+"""Turns prompts into a corrected mask: computes the claims of each click on the network's grid and merges them into the
+mask.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from lib.interaction.growth import (
     reach_of,
 )
 from lib.interaction.margins.correction import Evidence, margin_claims
-from lib.interaction.merge import LabelClaim, Part, apply_claims, around, obey
+from lib.interaction.merge import LabelClaim, Part, apply_claims, enclosing_part, enforce_prompts
 from lib.interaction.prompts import Prompts, Voxel
 from lib.interaction.regions.cut import part_of
 from lib.interaction.regions.joint import Drawn, share_within, sorted_regions, structure_claim
@@ -50,9 +52,9 @@ class Edited:
     """A corrected mask.
 
     Attributes:
-        labels: on the image's own grid, shape (X, Y, Z), with the labels that nobody clicked as they were.
-        values: of the labels that were prompted.
-        part: outside of it no voxel has changed; None where nothing has.
+        labels: on the image's own grid, shape (X, Y, Z); labels that were not prompted are unchanged.
+        values: values of the labels that were prompted.
+        part: box outside of which no voxel has changed; None where none has changed at all.
     """
 
     labels: LabelArray
@@ -61,15 +63,17 @@ class Edited:
 
 
 class Scene:
-    """An image as the network sees it, with a mask of it.
+    """A preprocessed image together with a mask of it.
 
     Args:
-        image: shape (1, X, Y, Z), with the network grid's affine.
-        labels: the mask that is corrected, on the image's own grid.
-        affine_ras: of the image's own grid.
-        regions: keeps what clicks draw where nothing is drawn; it depends on the image and the click alone.
-        key: of the image there.
-        margins: how nearly the network chose another label; None where no network segmented the image.
+        image: shape (1, X, Y, Z), with the affine of the network's grid.
+        labels: the mask to correct, on the image's own grid.
+        affine_ras: affine of the image's own grid.
+        regions: cache of the regions around clicks where nothing is drawn; a region depends on the image and its click
+            alone.
+        key: key of the image in that cache.
+        margins: by how much the network preferred the chosen label at each voxel; None where no network segmented the
+            image.
     """
 
     def __init__(
@@ -90,17 +94,18 @@ class Scene:
         self.spacing_mm = tuple(float(s) for s in np.linalg.norm(self.affine_network[:3, :3], axis=0))
 
     def region_of(self, seed: Points) -> Claim | None:
-        """What a click draws where nothing is drawn; None where only a front grows."""
+        """The region around a click where nothing is drawn; None where only front propagation applies."""
         key = (self._key, *seed.tolist())
         return self._regions.get(key, lambda: region_claim(self.voxels, seed, self.spacing_mm), _size)
 
     def structure_of(self, drawn: Sequence[Drawn], guess: MaskArray, negative: Points, walls: MaskArray) -> Claim:
-        """What all clicks on a structure together draw; ``guess`` is what the positive ones draw one by one."""
+        """The structure that all clicks on it segment together; ``guess`` is what each positive click does alone."""
         positive = np.array([one.seed for one in drawn])
         part = part_of(guess, positive)
         inside = [all(s.start <= v < s.stop for v, s in zip(place, part, strict=True)) for place in negative.tolist()]
         others, near = negative[np.array(inside, dtype=bool)], walls[part]
-        # Clicks elsewhere change nothing here: with each click on one structure, all others are asked for again.
+        # Clicks outside of this part have no effect and are left out of the key, since each new click repeats all the
+        # others.
         walled = np.packbits(near).tobytes() if near.any() else b""
         return self._regions.get(
             (self._key, positive.tobytes(), others.tobytes(), sha256(walled).digest()),
@@ -109,18 +114,18 @@ class Scene:
         )
 
     def place_of(self, point: Voxel) -> Voxel:
-        """A voxel of the image as one of the network's grid."""
+        """The voxel of the network's grid that corresponds to a voxel of the image."""
         x, y, z = (int(v) for v in self.on_network([point])[0])
         return x, y, z
 
     def evidence_at(self, seed: Points, value: int) -> Evidence:
-        """That a label is right at a voxel of the network's grid, and what is drawn there is not."""
+        """The statement that one label is right at a voxel of the network's grid and the label drawn there is wrong."""
         x, y, z = (int(v) for v in seed)
         drawn = int(self.coarse[x, y, z])
         return Evidence((x, y, z), value, drawn if drawn != value else 0)
 
     def on_network(self, points: Sequence[Voxel]) -> Points:
-        """Voxels of the image as voxels of the network's grid, shape (n, 3), each once."""
+        """Voxels of the image as distinct voxels of the network's grid, shape (n, 3)."""
         to_network = np.linalg.inv(self.affine_network) @ self.affine_ras
         homogeneous = np.c_[np.array(points, dtype=float).reshape(-1, 3), np.ones(len(points))]
         places = np.rint((homogeneous @ to_network.T)[:, :3]).astype(np.int64)
@@ -129,18 +134,17 @@ class Scene:
 
 
 def _size(claim: Claim | None) -> int:
-    """Memory that a kept claim takes."""
+    """Bytes of memory that a cached claim takes."""
     return 1 if claim is None else claim.values.nbytes
 
 
 def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) -> Edited:
-    """The mask after clicks; the same for the same prompts, in whatever order they were made.
+    """The mask after clicks, which does not depend on the order of the clicks.
 
     Args:
-        scene: the image and the mask before.
+        scene: the image and the mask to correct.
         prompts: the clicks.
-        editor: the network that says what they change; without it, and where it does not follow a click, a region
-            grows around the click.
+        editor: the editor network. Without one, and where it does not follow a click, a region grows around the click.
     """
     values = {value for value, _ in prompts.positive}
     if prompts.of_label is not None:
@@ -155,13 +159,13 @@ def edit_clicks(scene: Scene, prompts: Prompts, editor: Editor | None = None) ->
     if editor is not None and (ignored := _ignored(labels, scene.labels, prompts)) is not None:
         claims += _grown_claims(scene, ignored)
         labels, parts = apply_claims(scene.labels, scene.affine_ras, claims, scene.affine_network, prompts.box)
-    obey(labels, scene.labels, prompts)
+    enforce_prompts(labels, scene.labels, prompts)
     parts += [tuple(slice(v, v + 1) for v in point) for point in prompts.points]
-    return Edited(labels, tuple(sorted(values)), around(parts))
+    return Edited(labels, tuple(sorted(values)), enclosing_part(parts))
 
 
 def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
-    """What each click changes around it: by the network's logit margins, or else by growth."""
+    """The change around each click, computed from the network's logit margins, or else by region growing."""
     claims, corrected, evidence = list[LabelClaim](), False, list[Evidence]()
     for value, points in prompts.positive:
         seeds, mask = scene.on_network(points), scene.coarse == value
@@ -176,7 +180,7 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
     for point in prompts.negative:
         drawn = int(scene.labels[point])
         target = drawn if prompts.of_label is None or drawn == prompts.of_label else 0
-        # A click beside what is drawn still holds off the labels that were clicked.
+        # A negative click next to a structure still keeps the clicked labels away from its voxel.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
         if scene.margins is not None:
             evidence += [Evidence(scene.place_of(point), 0, value) for value in takes_from]
@@ -188,7 +192,7 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
 
 
 def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) -> list[LabelClaim]:
-    """What the editor adds to a label and takes away from it."""
+    """The voxels that the editor network adds to a label and removes from it."""
     own = [point for label, points in prompts.positive if label == value for point in points]
     not_own = [point for label, points in prompts.positive if label != value for point in points]
     not_own += prompts.negative if prompts.of_label in (None, value) else ()
@@ -199,7 +203,7 @@ def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) 
     if not changed.any():
         return []
     probability = np.where(changed, probability, mask).astype(np.float32)
-    # The voxels around a change tell where it ends between voxels; further off, the mask's own border stays as drawn.
+    # Voxels next to a change place its border between voxels; further away the mask keeps its border.
     near = ndimage.binary_dilation(changed)
     box = ndimage.find_objects(near.astype(np.uint8))[0]
     start = np.array([part.start for part in box])
@@ -209,14 +213,14 @@ def _network_claims(scene: Scene, prompts: Prompts, value: int, editor: Editor) 
 
 
 def connected_changes(predicted: MaskArray, mask: MaskArray, positive: Points, negative: Points) -> MaskArray:
-    """Of what a network would change, what is connected with a prompt of that kind.
+    """The changed voxels of a prediction that are connected with a prompt of the right kind.
 
-    A click that adds a part cannot take another one away, nor change what is elsewhere in the window.
+    A click that adds a part can then neither remove another part nor change anything elsewhere in the window.
 
     Args:
-        predicted: the network's prediction, shape (X, Y, Z).
-        mask: the structure as it is drawn.
-        positive, negative: voxels of prompts, shape (n, 3).
+        predicted: the mask that the network predicts, shape (X, Y, Z).
+        mask: the structure before the prediction.
+        positive, negative: voxels of the prompts, shape (n, 3).
     """
     kept = np.zeros(mask.shape, dtype=bool)
     for wanted, points in ((predicted & ~mask, positive), (mask & ~predicted, negative)):
@@ -227,7 +231,7 @@ def connected_changes(predicted: MaskArray, mask: MaskArray, positive: Points, n
 
 
 def _ignored(labels: LabelArray, before: LabelArray, prompts: Prompts) -> Prompts | None:
-    """The clicks that a mask does not follow; None where there are none."""
+    """The clicks that the mask does not satisfy; None if it satisfies all of them."""
     positive = {value: [p for p in points if labels[p] != value] for value, points in prompts.positive}
     wrong = [p for p in prompts.negative if before[p] and labels[p] == before[p]]
     wrong = [p for p in wrong if prompts.of_label in (None, int(before[p]))]
@@ -241,9 +245,9 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
     """The mask, 0 and 1, of one structure after scribbles.
 
     Args:
-        scene: its mask is 1 where the structure is drawn.
-        drawn, erased: voxels of the image that are scribbled as the structure's and as not the structure's; (n, 3).
-        inside_box: carries the box.
+        scene: the image and its mask, which is 1 in the structure.
+        drawn, erased: voxels of the image under foreground and background scribbles, shape (n, 3).
+        inside_box: prompts that carry the box.
     """
     mask, claims = scene.coarse == 1, []
     sides = [(1, scene.on_network([tuple(p) for p in drawn.tolist()]), False)]
@@ -265,20 +269,20 @@ def edit_scribbles(scene: Scene, drawn: Points, erased: Points, inside_box: Prom
 
 
 def _new_structure(scene: Scene, prompts: Prompts, value: int, seeds: Points) -> LabelClaim:
-    """What clicks draw of a structure of which nothing is drawn near to them.
+    """The claim of clicks on a structure of which nothing is drawn near them.
 
     Args:
-        scene: the image and the mask before.
+        scene: the image and the mask to correct.
         prompts: all clicks.
-        value: of the structure.
-        seeds: its clicks, where nothing is drawn, on the network's grid; shape (n, 3).
+        value: value of the structure.
+        seeds: its clicks where nothing is drawn, on the network's grid; shape (n, 3).
     """
     others = [point for label, points in prompts.positive if label != value for point in points]
     others += prompts.negative if prompts.of_label in (None, value) else ()
     negative = scene.on_network(others)
     own_regions = [(seed, scene.region_of(seed)) for seed in seeds[:MOST_REGIONS]]
     regions = sorted_regions(scene.voxels, own_regions, seeds, negative, scene.spacing_mm)
-    # What lies in a region that comes before corrects it, in whatever order the clicks were made, or reaches further.
+    # A click inside an earlier region of this list corrects or extends that region, whatever the order of the clicks.
     guess, drawn = np.zeros(scene.coarse.shape, dtype=bool), []
     for seed, region in [*regions, *((seed, None) for seed in seeds[MOST_REGIONS:])]:
         claim = region
@@ -286,20 +290,20 @@ def _new_structure(scene: Scene, prompts: Prompts, value: int, seeds: Points) ->
             claim = _border_claim(scene, seed, guess, FROM_NOTHING_VOXELS)
         guess[claim.part] |= claim.values < 1
         drawn.append(Drawn(seed, claim, claim is region))
-    # It takes nothing from labels that are drawn already, but from those that were clicked.
+    # The claim takes no voxels of labels that are drawn already, except of those that were clicked.
     takes_from = tuple(sorted({0, *(int(v) for v in scene.coarse[tuple(seeds.T)])}))
     walls = ~np.isin(scene.coarse, (*takes_from, value))
     return LabelClaim(value, takes_from, scene.structure_of(drawn, guess, negative, walls))
 
 
 def _border_claim(scene: Scene, seed: Points, mask: MaskArray, most: float) -> Claim:
-    """What a click beside a structure adds to it: as far as its border is away."""
+    """The voxels that a click next to a structure adds to it; the claim reaches as far as the border is away."""
     reach = reach_of(seed.tolist(), mask, False, scene.spacing_mm, most)
     return claim_around(scene.voxels, seed[None], reach, scene.spacing_mm)
 
 
 def _negative_claim(scene: Scene, point: Voxel, target: int) -> Claim:
-    """What a click takes away from the label ``target``, or, where that is 0, holds off from what other clicks add."""
+    """The voxels that a click removes from the label ``target``, or, for 0, protects from the other clicks."""
     seed, reach = scene.on_network([point])[0], BESIDE_VOXELS
     if target:
         reach = reach_of(seed.tolist(), scene.coarse == target, inside=True, spacing_mm=scene.spacing_mm)

@@ -1,9 +1,9 @@
-"""The editor network: it is shown an image, one structure's mask and the prompts, and corrects that mask.
+"""The editor network, which corrects the mask of one structure from the image, the mask and the prompts.
 
-It sees one structure at a time, so that its cost does not grow with the labels of a preset, and so that a structure
-that nobody has trained can be drawn. It predicts what is to be added to the mask's own logit. Prompts are maps that
-fall off with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018, arXiv 1707.00652). It is a U-Net of
-convolutions (nnU-Net's, Isensee et al. 2021), in which a click reaches every scale.
+It processes one structure at a time, so that its cost does not grow with the number of labels, and so that it can
+segment structures that it was not trained on. Its output is added to the logit of the mask. Prompts are encoded as maps
+that decay with the distance to the nearest prompt, as in DeepIGeoS (Wang et al. 2018, arXiv 1707.00652). The network is
+a convolutional U-Net (as in nnU-Net, Isensee et al. 2021), so that a click has an effect at every scale.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ Window = tuple[int, int, int]
 CHANNELS = 4
 """Image, mask, positive prompts, negative prompts."""
 FALL_OFF_VOXELS = 3.0
-"""At this distance from a prompt its map has fallen to 1/e."""
+"""Distance from a prompt at which its map has fallen to 1/e."""
 MASK_LOGIT = 2.0
-"""How sure the mask counts before anything is added."""
+"""Absolute logit of the mask before the network's output is added."""
 MARGIN_VOXELS = 8
-"""A prompt nearer to a side of a window than this gets a window of its own."""
+"""A prompt that is nearer than this to a side of a window gets a window of its own."""
 BYTES_A_WINDOW_VOXEL, BYTES_A_PADDED_VOXEL, BYTES_A_VOXEL = 420, 24, 13
 """Measured for the shipped design in bf16, for the network, and counted, for the arrays around it."""
 FORMAT = "unetr_radiology_editor/1"
 ZOOMS = (1, 2)
-"""Voxels of the volume that one voxel of the window spans on each axis, in the order in which they are tried."""
+"""Voxels of the volume for each voxel of the window along each axis, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
 class EditorDesign:
-    """What an editor looks like.
+    """The architecture of an editor network.
 
     Attributes:
-        filters: feature maps at each scale, of which each has half the resolution of the one before.
-        window: the most voxels that it is shown at once.
+        filters: number of feature maps at each scale; each scale has half the resolution of the one before.
+        window: largest input of the network, in voxels.
     """
 
     filters: tuple[int, ...] = (16, 32, 64, 128)
@@ -66,18 +66,18 @@ class EditorDesign:
 
     @property
     def step(self) -> int:
-        """Windows are multiples of this many voxels."""
+        """The number of voxels of which each side of a window must be a multiple."""
         return int(2 ** (len(self.filters) - 1))
 
 
 @dataclass(frozen=True)
 class EditorWeights:
-    """An editor's weights, and what they are.
+    """The weights of an editor network and their description.
 
     Attributes:
         model: state dict.
-        design: of the network.
-        presets: those for which clicks scored better with them than by region growing; empty for all.
+        design: architecture of the network.
+        presets: presets for which clicks scored better with these weights than by region growing; empty for all.
         info: plain data about the training.
     """
 
@@ -88,9 +88,9 @@ class EditorWeights:
 
 
 def build_editor(design: EditorDesign) -> nn.Module:
-    """An editor with random weights.
+    """An editor network with random weights.
 
-    Its input is (batch, 4, X, Y, Z), its output (batch, 1, X, Y, Z), which is added to the mask's logit.
+    Its input has shape (batch, 4, X, Y, Z); its output has shape (batch, 1, X, Y, Z) and is added to the mask's logit.
     """
     scales = len(design.filters)
     strides = [1] + [2] * (scales - 1)
@@ -101,10 +101,10 @@ def build_editor(design: EditorDesign) -> nn.Module:
 
 
 def write_editor(path: Path, weights: EditorWeights) -> None:
-    """Write an editor's weights in half precision, so that no reader ever sees half of the file.
+    """Write the weights of an editor in half precision; the file is replaced atomically.
 
     Raises:
-        StorageError: when the disk does not take it.
+        StorageError: if the file cannot be written.
     """
     state = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in weights.model.items()}
     data = {"format": FORMAT, "design": asdict(weights.design), "model": state, "info": dict(weights.info)}
@@ -133,11 +133,11 @@ def read_editor(path: Path) -> EditorWeights:
 
 
 def prompt_map(points: Points, shape: Sequence[int]) -> FloatArray:
-    """1 at the points, falling off with the distance in voxels; 0 everywhere without points.
+    """An encoding of points: 1 at each point, decaying with the distance in voxels; all 0 without points.
 
     Args:
-        points: voxels, shape (n, 3); those outside of the map are left out.
-        shape: of the map.
+        points: voxels, shape (n, 3); points outside of the map are ignored.
+        shape: shape of the map.
     """
     inside = points[np.all((points >= 0) & (points < np.array(shape)), axis=1)]
     if not len(inside):
@@ -150,24 +150,24 @@ def prompt_map(points: Points, shape: Sequence[int]) -> FloatArray:
 
 
 def stack_input(image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
-    """The network's input, (4, X, Y, Z), of an image and a mask of shape (X, Y, Z)."""
+    """The network's input, shape (4, X, Y, Z), for an image and a mask of shape (X, Y, Z)."""
     maps = [prompt_map(points, image.shape) for points in (positive, negative)]
     return np.stack([image.astype(np.float32), mask.astype(np.float32) * 2 - 1, *maps])
 
 
 def structure_logit(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """The logit of the structure, (batch, X, Y, Z), for inputs of (batch, 4, X, Y, Z)."""
+    """The logit of the structure, shape (batch, X, Y, Z), for inputs of shape (batch, 4, X, Y, Z)."""
     added: torch.Tensor = network(given)[:, 0].float()
     return added + MASK_LOGIT * given[:, 1]
 
 
 class Editor:
-    """Corrects masks with one network.
+    """Corrects masks with one editor network.
 
     Args:
-        network: of :func:`build_editor`.
-        design: its own.
-        device: where it computes.
+        network: a network from :func:`build_editor`.
+        design: its architecture.
+        device: the device on which it computes.
     """
 
     def __init__(self, network: nn.Module, design: EditorDesign, device: torch.device) -> None:
@@ -186,43 +186,43 @@ class Editor:
 
     @classmethod
     def from_weights(cls, weights: EditorWeights, device: torch.device) -> Editor:
-        """An editor with weights.
+        """Build an editor from weights.
 
         Raises:
-            CheckpointError: when they do not fit their design.
+            CheckpointError: if the weights do not match their design.
         """
         network = build_editor(weights.design)
         load_weights(network, weights.model)
         return cls(network, weights.design, device)
 
     def bytes_for(self, shape: Sequence[int]) -> int:
-        """Peak memory of :meth:`probability` for a volume: a window in the network, a wide one before it, the sums."""
+        """Peak memory of :meth:`probability` for a volume: a window in the network, a zoomed one, and the sums."""
         window = math.prod(self.design.window)
         widest = min(max(ZOOMS) ** 3 * window, math.prod(shape))
         return BYTES_A_WINDOW_VOXEL * window + BYTES_A_PADDED_VOXEL * widest + BYTES_A_VOXEL * math.prod(shape)
 
     def probability(self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
-        """How likely each voxel belongs to the structure; 1 and 0, as in the mask, where no window lies.
+        """The probability of each voxel to belong to the structure; outside of all windows, 1 and 0 as in the mask.
 
         Args:
             image: shape (X, Y, Z), with the preset's intensities.
-            mask: of the structure, as it is.
-            positive, negative: prompts, voxels of shape (n, 3).
+            mask: the structure before the correction.
+            positive, negative: voxels of the prompts, shape (n, 3).
         """
         total, weight = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
-        # A negative prompt where nothing is drawn changes nothing by itself: it has no window of its own.
+        # A negative prompt outside of the structure has no effect by itself, so it needs no window of its own.
         waiting = np.concatenate([positive, negative[mask[tuple(negative.T)]]])
         while len(waiting):
-            box, predicted, sure = self._look(image, mask, positive, negative, waiting[0])
+            box, predicted, sure = self._predict_window(image, mask, positive, negative, waiting[0])
             total[box] += predicted * sure
             weight[box] += sure
             waiting = waiting[~_well_inside(waiting, box, mask.shape)]
         return np.where(weight > 0, total / np.maximum(weight, 1e-6), mask).astype(np.float32)
 
-    def _look(
+    def _predict_window(
         self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points, centre: Points
     ) -> tuple[tuple[slice, ...], FloatArray, FloatArray]:
-        """One window around ``centre``, wider while the change touches its border: where, what it gives, its weight."""
+        """One window around ``centre``, enlarged while the change touches its border: its box, output and weight."""
         kept: tuple[tuple[slice, ...], FloatArray, FloatArray] | None = None
         for zoom in ZOOMS:
             box = _window(centre, [size * zoom for size in self.design.window], mask.shape)
@@ -230,7 +230,7 @@ class Editor:
                 image[box], mask[box], *(p - [part.start for part in box] for p in (positive, negative))
             )
             sure = np.full(probability.shape, zoom**-3.0, np.float32)
-            if kept is not None:  # the window at full resolution is right inside; the wider one adds what lies around
+            if kept is not None:  # the wider window only adds the surroundings
                 inner = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(kept[0], box, strict=True))
                 probability[inner], sure[inner] = kept[1], kept[2]
             kept = box, probability, sure
@@ -240,7 +240,7 @@ class Editor:
         return kept
 
     def _infer(self, image: FloatArray, mask: MaskArray, positive: Points, negative: Points) -> FloatArray:
-        """The network on a part of a volume that is at most as large as the window, or is made as small."""
+        """Apply the network to a part of a volume, which is resampled if it is larger than the window."""
         factor = int(max(1, np.ceil(np.max(np.array(image.shape) / self.design.window))))
         step = factor * self.design.step
         spare = [(0, -n % step) for n in image.shape]
@@ -259,10 +259,10 @@ class Editor:
 
 
 class SharedEditor:
-    """An editor that is read from its file when it is first needed.
+    """An editor that is read from its file on first use.
 
     Args:
-        path: its weights.
+        path: file of its weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -273,12 +273,12 @@ class SharedEditor:
 
     @classmethod
     def if_there(cls, path: Path) -> SharedEditor | None:
-        """The editor of that file; None where there is none."""
+        """The editor of a file; None if the file does not exist."""
         return cls(path) if path.is_file() else None
 
     @property
     def sha256(self) -> str:
-        """Of the weights' file, when it was read.
+        """SHA-256 of the weights' file, as of when it was read.
 
         Raises:
             CheckpointError: when the file is damaged, or holds no editor.
@@ -287,7 +287,7 @@ class SharedEditor:
             return self._weights()[0]
 
     def serves(self, preset: str) -> bool:
-        """Whether clicks on a preset's masks are shown to it.
+        """Whether this editor is used for clicks on masks of a preset.
 
         Raises:
             CheckpointError: when the file is damaged, or holds no editor.
@@ -315,13 +315,13 @@ class SharedEditor:
 
 
 def _window(centre: Points, size: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    """A part of at most ``size`` around ``centre`` that lies in the volume."""
+    """A box of at most ``size`` around ``centre`` that lies inside the volume."""
     starts = [int(np.clip(c - s // 2, 0, max(0, n - s))) for c, s, n in zip(centre, size, shape, strict=True)]
     return tuple(slice(a, min(a + s, n)) for a, s, n in zip(starts, size, shape, strict=True))
 
 
 def _well_inside(points: Points, box: Sequence[slice], shape: Sequence[int]) -> MaskArray:
-    """Which points lie in a window, and not so near to a side of it that the network sees little around them."""
+    """Which points lie in a window and at least the margin away from its sides."""
     inside = np.ones(len(points), dtype=bool)
     for axis, (part, size) in enumerate(zip(box, shape, strict=True)):
         margin = min(MARGIN_VOXELS, (part.stop - part.start) // 4)
@@ -332,7 +332,7 @@ def _well_inside(points: Points, box: Sequence[slice], shape: Sequence[int]) -> 
 
 
 def _touches_border(changed: MaskArray, box: Sequence[slice], shape: Sequence[int]) -> bool:
-    """Whether a change reaches a side of the window that is not the volume's own."""
+    """Whether a change reaches a side of the window that is not a side of the volume."""
     for axis, (part, size) in enumerate(zip(box, shape, strict=True)):
         side = np.moveaxis(changed, axis, 0)
         if (part.start > 0 and side[0].any()) or (part.stop < size and side[-1].any()):

@@ -1,6 +1,8 @@
-"""The gate of editors: a new one is published only if its clicks are better, and after no number of clicks worse.
+"""The acceptance test of a new editor: it is published if its clicks are better at one number of clicks and worse at
+none.
 
-New and served editor (or growth, where no editor is served) correct the same masks of the same held-out cases.
+The new and the served editor (or region growing, where no editor is served) correct the same masks of the same held-out
+cases.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from lib.trainers.judging.gate import Verdict
 def judge_clicks(
     new: Mapping[str, Sequence[float]], served: Mapping[str, Sequence[float]], margin: float, against: str
 ) -> Verdict:
-    """Compare a new editor with what is served.
+    """Compare a new editor with the one that is served.
 
     Args:
         new, served: mean Dice of each held-out case at each of :data:`~lib.interaction.evaluation.STOPS`.
-        margin: by how much the mean over the cases must be better after at least one number of clicks.
-        against: what is served, in words.
+        margin: by how much the mean Dice over the cases must be better for at least one number of clicks.
+        against: description of what is served.
     """
     cases = sorted(new.keys() & served.keys())
     if not cases:

@@ -1,4 +1,4 @@
-"""What a training step of the editor keeps in memory, counted from shapes, and how much a step may do at once."""
+"""Memory of a training step of the editor, counted from shapes, and the number of voxels that fit into one step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MATERIAL_SHARE = 0.25
 
 
 def step_bytes(design: EditorDesign, voxels: int) -> int:
-    """Peak bytes of a step on ``voxels`` voxels; it holds one window at least.
+    """Peak bytes of a step on ``voxels`` voxels, which are rounded up to at least one window.
 
     The network runs on PyTorch's ``meta`` device, so that nothing is computed.
     """
@@ -36,7 +36,7 @@ def step_bytes(design: EditorDesign, voxels: int) -> int:
                 alive.append(held)
             return tensor
 
-        alive: list[torch.Tensor] = []  # an id is used again once its tensor is gone
+        alive: list[torch.Tensor] = []  # Python reuses the id of a tensor that is freed
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             network(torch.zeros(1, CHANNELS, x, y, z))
     weights = sum(parameter.numel() * FLOAT_BYTES for parameter in network.parameters())
@@ -45,15 +45,15 @@ def step_bytes(design: EditorDesign, voxels: int) -> int:
 
 
 def fitting_voxels(design: EditorDesign, most: int, bytes_left: int) -> int:
-    """As many voxels a step as fit into half of the memory that is left, halved until they do.
+    """The number of voxels in a training step that fits into half of the remaining memory, found by halving.
 
     Args:
-        design: of the network.
-        most: voxels.
-        bytes_left: of the host's memory.
+        design: architecture of the network.
+        most: largest number of voxels.
+        bytes_left: remaining bytes of host memory.
 
     Raises:
-        MemoryBudgetError: when not even one window fits.
+        MemoryBudgetError: if not even one window fits.
     """
     x, y, z = design.window
     voxels, left = most, bytes_left // 2

@@ -1,4 +1,4 @@
-"""How good masks become by clicks: a simulated annotator on cases whose right masks are known."""
+"""Measures how masks improve with clicks: a simulated annotator corrects cases whose reference masks are known."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Edit = Callable[[LabelArray, Sequence[Correction]], LabelArray]
 
 
 @dataclass
-class Followed:
-    """What one way of editing made of one mask.
+class EditingScores:
+    """Scores of one editing method on one mask.
 
     Attributes:
         dice: mean over the labels after 0, 1, 2 ... clicks.
-        surface: mean surface Dice at the stops; empty where nobody asked for it.
-        seconds: of each click.
+        surface: mean surface Dice at each of the stops; empty if it was not asked for.
+        seconds: duration of each click.
     """
 
     dice: list[float] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Followed:
     seconds: list[float] = field(default_factory=list)
 
 
-def follow(
+def simulate_editing(
     start: LabelArray,
     truth: LabelArray,
     spacing_mm: Sequence[float],
@@ -54,18 +54,19 @@ def follow(
     edit: Edit,
     seed: int | None,
     surface: bool = False,
-) -> Followed:
-    """Click until the last stop, each time where the mask is wrong.
+) -> EditingScores:
+    """Correct a mask by simulated clicks up to the last stop, and score it.
 
     Args:
-        start, truth: masks before and of the reference, shape (X, Y, Z).
-        spacing_mm: of their voxels.
-        indices: labels that count, by name.
-        edit: the way of editing.
-        seed: of the annotator: the same clicks for the same masks; None for one who clicks the largest wrong part.
+        start, truth: the mask to correct and the reference mask, shape (X, Y, Z).
+        spacing_mm: voxel size of both masks.
+        indices: labels to score, by name.
+        edit: the editing method.
+        seed: seed of the simulated annotator, who makes the same clicks for the same masks; None for one who always
+            clicks the largest wrong component.
         surface: whether the surface Dice is computed at the stops, with the largest voxel edge as tolerance.
     """
-    labels, clicks, followed = start, list[Correction](), Followed()
+    labels, clicks, followed = start, list[Correction](), EditingScores()
     random = None if seed is None else np.random.default_rng(seed)
     for count in range(STOPS[-1] + 1):
         click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
@@ -87,10 +88,10 @@ class JudgedCase:
 
     Attributes:
         case_id: its id.
-        image: as the network sees it, shape (1, X, Y, Z).
-        truth, automatic: the reference, and the preset's own mask; only labels that the reference speaks of.
+        image: preprocessed image, shape (1, X, Y, Z).
+        truth, automatic: the reference mask and the preset's own mask, reduced to the labels that the reference covers.
         indices: those labels, by name.
-        margins: of the network that made the mask; None where there was none.
+        margins: of the network that made the mask; None where there was no network.
     """
 
     case_id: str
@@ -102,23 +103,23 @@ class JudgedCase:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that the case takes."""
         margins = self.margins.nbytes if self.margins is not None else 0
         return int(self.image.nbytes + self.truth.nbytes + self.automatic.nbytes) + margins
 
 
 def segment_with_margins(segmenter: Segmenter, volume: Volume, name: str) -> tuple[LabelArray, LogitMargins | None]:
-    """The mask of an image on its own grid, and how nearly the network chose otherwise, on the network's grid.
+    """The mask of an image on its own grid, and the network's logit margins on the network's grid.
 
     Raises:
-        ImageError: when the image cannot be segmented.
+        ImageError: if the image cannot be segmented.
     """
     computed = segmenter.compute(volume, name=name, margins=True)
     return segmenter.restore(computed).labels, computed.prediction.margins
 
 
 def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> JudgedCase:
-    """Read a held-out case, and segment it; without a network, clicks begin with nothing.
+    """Read and segment a held-out case; without a network, the clicks start from an empty mask.
 
     Raises:
         ImageError, LabelError: when image or label cannot be used.
@@ -141,9 +142,10 @@ def read_judged(case: Case, preset: Preset, segmenter: Segmenter | None) -> Judg
 
 
 def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str, list[float]]:
-    """Mean Dice of each case at each stop, corrected by an editor, or as clicks are answered without one.
+    """Mean Dice of each case at each stop, with an editor, or with region growing where there is none.
 
-    The annotator's seed is the case's place, so that two editors are asked the same where their masks are the same.
+    The annotator's seed is the index of the case, so that two editors get the same clicks where their masks are the
+    same.
     """
     scores = {}
     for seed, case in enumerate(cases):
@@ -156,7 +158,7 @@ def score_clicks(cases: Sequence[JudgedCase], editor: Editor | None) -> dict[str
             return edit_clicks(scene, prompts_of(clicks), editor).labels
 
         spacing_mm = [float(s) for s in np.linalg.norm(affine[:3, :3], axis=0)]
-        followed = follow(case.automatic, case.truth, spacing_mm, case.indices, edit, seed)
+        followed = simulate_editing(case.automatic, case.truth, spacing_mm, case.indices, edit, seed)
         if not math.isnan(followed.dice[0]):
             scores[case.case_id] = [followed.dice[stop] for stop in STOPS]
     return scores

@@ -1,8 +1,8 @@
-"""What a click changes, from the image alone: the region around it that looks alike, as far as the border nearby.
+"""The change around a click, computed from the image alone: similar voxels up to the nearest border.
 
-A click lies in the middle of what is wrong, so that the distance from it to the border of the mask is about how far the
-error reaches. From the click, a front runs through the image (fast marching, Sethian 1996), slowly where intensities
-differ from those at the click; what it reaches within that distance is changed.
+A click lies in the middle of an error, so its distance to the border of the mask is about the extent of the error. A
+front propagates from the click through the image (fast marching, Sethian 1996), slowly where intensities differ from
+those at the click; the voxels that it reaches within that distance are changed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ NEVER = 2.0
 
 @dataclass(frozen=True)
 class Claim:
-    """How much a prompt wants the voxels around it.
+    """How strongly a prompt claims the voxels around it.
 
     Attributes:
         start: the first voxel of ``values`` in the volume.
-        values: from 0 at the prompt to 1 where it ends, and beyond; shape (X, Y, Z).
+        values: 0 at the prompt, 1 at the border of the claim, more outside; shape (X, Y, Z).
     """
 
     start: Place
@@ -46,26 +46,26 @@ class Claim:
 
     @property
     def part(self) -> tuple[slice, ...]:
-        """Where it lies in the volume."""
+        """The box of the claim in the volume."""
         return tuple(slice(int(a), int(a) + n) for a, n in zip(self.start, self.values.shape, strict=True))
 
 
 def is_drawn_nearby(seed: Sequence[int], mask: MaskArray, spacing_mm: Sequence[float]) -> bool:
-    """Whether any of the structure lies so near to a click that the click corrects its border."""
+    """Whether the structure is drawn so near to a click that the click corrects its border."""
     return bool(mask[_nearby(seed, mask.shape, spacing_mm)].any())
 
 
 def reach_of(
     seed: Sequence[int], mask: MaskArray, inside: bool, spacing_mm: Sequence[float], most: float = MOST_VOXELS
 ) -> float:
-    """How far a click is to reach, in voxels of the finest axis.
+    """The distance that a click reaches, in voxels of the finest axis.
 
     Args:
         seed: the click.
         mask: the structure as it is drawn, shape (X, Y, Z).
-        inside: whether the click takes voxels away from the structure, and adds them otherwise.
-        spacing_mm: of the volume.
-        most: the farthest that it may reach.
+        inside: whether the click lies in the structure and removes voxels; otherwise it adds voxels.
+        spacing_mm: voxel size.
+        most: largest distance.
     """
     part = _nearby(seed, mask.shape, spacing_mm)
     other = ~mask[part] if inside else mask[part]
@@ -77,7 +77,7 @@ def reach_of(
 
 
 def _nearby(seed: Sequence[int], shape: Sequence[int], spacing_mm: Sequence[float]) -> tuple[slice, ...]:
-    """The part of a volume in which a border near a click is looked for."""
+    """The part of a volume in which a border near a click is searched."""
     margin = np.ceil(NEARBY_VOXELS * min(spacing_mm) / np.asarray(spacing_mm)).astype(int) + 1
     low = np.maximum(np.asarray(seed) - margin, 0)
     high = np.minimum(np.asarray(seed) + margin + 1, shape)
@@ -85,13 +85,13 @@ def _nearby(seed: Sequence[int], shape: Sequence[int], spacing_mm: Sequence[floa
 
 
 def claim_around(image: FloatArray, seeds: Place, reach: float, spacing_mm: Sequence[float]) -> Claim:
-    """What the front from ``seeds`` reaches.
+    """The voxels that the front from ``seeds`` reaches.
 
     Args:
         image: shape (X, Y, Z).
         seeds: voxel indices, shape (n, 3).
         reach: in voxels of the finest axis.
-        spacing_mm: of the volume.
+        spacing_mm: voxel size.
     """
     finest = min(spacing_mm)
     margin = np.ceil(reach * finest / np.asarray(spacing_mm)).astype(int) + 2
@@ -111,7 +111,7 @@ def claim_around(image: FloatArray, seeds: Place, reach: float, spacing_mm: Sequ
 
 
 def _speed(crop: FloatArray, places: Place) -> FloatArray:
-    """1 where the image is as at the seeds, towards 0 the more it differs."""
+    """Speed of the front: 1 where intensities equal those at the seeds, and towards 0 the more they differ."""
     smooth = ndimage.gaussian_filter(crop, 0.7)
     at_seeds = smooth[tuple(places.T)]
     low, high = (float(end) for end in np.percentile(at_seeds, (10, 90)))

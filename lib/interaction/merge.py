@@ -1,7 +1,8 @@
-"""How claims on voxels become a mask, and what holds whatever they say.
+"""Merges claims on voxels into a mask, and enforces the prompts themselves.
 
-A voxel goes to the prompt that claims it most. Every positive click carries its label, every negative one carries none
-of the labels that were clicked; what nobody claims, and what lies outside of the box, stays as it was.
+A voxel goes to the prompt with the strongest claim on it. A positive click claims voxels for its label; a negative
+click claims them for none of the clicked labels. Voxels that no prompt claims, and voxels outside of the box, do not
+change.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ Part = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class LabelClaim:
-    """A claim for a label.
+    """A claim of voxels for a label.
 
     Attributes:
-        value: of the label that the voxels are to have; 0 to take them away.
-        takes_from: values that may be taken away; empty: any.
-        claim: on the network's grid.
+        value: label that the voxels receive; 0 to remove them.
+        takes_from: labels that may lose voxels; empty: any.
+        claim: the strength of the claim, on the network's grid.
     """
 
     value: int
@@ -40,13 +41,13 @@ class LabelClaim:
 def apply_claims(
     labels: LabelArray, affine_ras: Affine, claims: Sequence[LabelClaim], affine_network: Affine, box: Box | None
 ) -> tuple[LabelArray, list[Part]]:
-    """The mask after all claims, and the parts of the image outside of which it is as before.
+    """The mask after all claims, and the parts of the image outside of which it is unchanged.
 
     Args:
-        labels: the mask before, on the image's grid; it stays as it is.
-        affine_ras: of the image.
-        claims: what is wanted, in any order: of two, the smaller value wins, and of two alike the lower label.
-        affine_network: of the grid that claims are on.
+        labels: the mask before, on the image's grid; it is not modified.
+        affine_ras: affine of the image's grid.
+        claims: in any order; at each voxel the smallest value wins, and among equal values the lower label.
+        affine_network: affine of the grid of the claims.
         box: nothing changes outside of it.
     """
     result = labels.copy(order="K")
@@ -66,8 +67,8 @@ def apply_claims(
     return result, [where for where, _ in won]
 
 
-def obey(labels: LabelArray, before: LabelArray, prompts: Prompts) -> None:
-    """Give every positive click its label, and take the clicked labels from every negative one, in place."""
+def enforce_prompts(labels: LabelArray, before: LabelArray, prompts: Prompts) -> None:
+    """Give each positive click's voxel its label, and take clicked labels from negative clicks' voxels, in place."""
     for point in prompts.negative:
         if prompts.of_label is None:
             labels[point] = 0
@@ -77,8 +78,8 @@ def obey(labels: LabelArray, before: LabelArray, prompts: Prompts) -> None:
         labels[tuple(np.array(points).T)] = value
 
 
-def around(parts: Sequence[Part]) -> Part | None:
-    """The least part that holds all of them; None for none."""
+def enclosing_part(parts: Sequence[Part]) -> Part | None:
+    """The smallest part that contains all the parts; None if there are none."""
     if not parts:
         return None
     return tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*parts, strict=True))
@@ -91,7 +92,7 @@ def _within(part: Sequence[slice], whole: Sequence[slice]) -> tuple[slice, ...]:
 def _on_image(
     claim: Claim, affine_network: Affine, shape: tuple[int, ...], affine_ras: Affine
 ) -> tuple[tuple[slice, ...], npt.NDArray[np.float32]]:
-    """A claim on the image's grid: where, and its values there, as the part of the image that it covers."""
+    """A claim resampled to the image's grid: the part of the image that it covers, and its values there."""
     start = np.eye(4)
     start[:3, 3] = claim.start
     affine_claim = affine_network @ start
@@ -102,14 +103,15 @@ def _on_image(
     high = np.clip(np.ceil(on_image.max(axis=0)).astype(int) + 1, low + 1, shape)
     part = np.eye(4)
     part[:3, 3] = low
-    # What lies outside of the claim comes back as 0, which means "mine": so the distance to "nobody's" is moved.
+    # Resampling returns 0 outside of the claim, where 0 would mean the strongest claim: so the difference from NEVER is
+    # resampled.
     shifted = (NEVER - claim.values).astype(np.float16)
     moved = interpolate_to_grid(shifted, affine_claim, tuple(high - low), affine_ras @ part)
     return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)), NEVER - moved
 
 
 def _inside(where: tuple[slice, ...], box: Box | None) -> npt.NDArray[np.bool_]:
-    """Which voxels of a part of the image lie in the box."""
+    """The voxels of a part of the image that lie in the box."""
     inside = np.ones(tuple(part.stop - part.start for part in where), dtype=bool)
     if box is None:
         return inside

@@ -1,4 +1,4 @@
-"""What a user has clicked and drawn, as one immutable type, whatever viewer it comes from."""
+"""Clicks, scribbles and boxes of a user as immutable records, independent of the viewer that sent them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Voxel = tuple[int, int, int]
 Shape = tuple[int, int, int]
 
 MOST_POINTS = 500
-"""Of one request: more than anybody clicks."""
+"""Largest number of points in one request, which is more than any user clicks."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box of voxels: nothing outside of it changes.
+    """A box of voxels, outside of which nothing changes.
 
     Attributes:
-        start: its first voxel.
-        stop: one beyond its last voxel on each axis.
+        start: index of its first voxel.
+        stop: index one beyond its last voxel, along each axis.
     """
 
     start: Voxel
@@ -31,10 +31,10 @@ class Box:
         return all(low <= v < high for low, v, high in zip(self.start, voxel, self.stop, strict=True))
 
     def clipped(self, shape: Shape) -> Box:
-        """The part of it that lies inside of an image.
+        """The part of the box that lies inside an image.
 
         Raises:
-            ParameterError: when there is none.
+            ParameterError: if no part of the box lies inside.
         """
         stop = tuple(min(high, size) for high, size in zip(self.stop, shape, strict=True))
         if any(low >= high for low, high in zip(self.start, stop, strict=True)):
@@ -50,10 +50,10 @@ class Prompts:
     """Clicks on one image, in voxels of its own grid.
 
     Attributes:
-        positive: points of each label, by the label's value: they belong to it.
-        negative: points that do not belong to any label that has been clicked.
-        of_label: the label that negative points are about; None where they are about whatever is drawn there.
-        box: outside of it nothing changes; None for no box.
+        positive: for each label value, the points that belong to this label.
+        negative: points that belong to none of the labels that were clicked.
+        of_label: the label that negative points remove; None to remove whichever label is drawn there.
+        box: region outside of which nothing changes; None for no box.
     """
 
     positive: tuple[tuple[int, tuple[Voxel, ...]], ...] = ()
@@ -71,23 +71,23 @@ class Prompts:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has been clicked."""
+        """Whether there are no points."""
         return not self.positive and not self.negative
 
     @property
     def points(self) -> tuple[Voxel, ...]:
-        """All points."""
+        """All points, positive and negative."""
         return tuple(p for _, points in self.positive for p in points) + self.negative
 
     def key(self) -> Hashable:
-        """The same for the same prompts, in whatever order they were clicked."""
+        """A key that is equal for the same prompts, in whatever order they were clicked."""
         return tuple((value, tuple(sorted(p))) for value, p in self.positive), self.negative, self.of_label, self.box
 
     def check_inside(self, shape: Shape) -> None:
         """Refuse points outside of the image or of the box.
 
         Raises:
-            ParameterError: naming the point and what would be valid.
+            ParameterError: naming the point and the valid range.
         """
         for point in self.points:
             if not all(0 <= v < size for v, size in zip(point, shape, strict=True)):
@@ -104,10 +104,10 @@ def make_prompts(
     of_label: int | None = None,
     box: Box | None = None,
 ) -> Prompts:
-    """Prompts in one order, each point once.
+    """Prompts with sorted, distinct points.
 
     Raises:
-        ParameterError: when a voxel is clicked for two labels, or there are too many points.
+        ParameterError: if a voxel is clicked for two labels, or if there are too many points.
     """
     sides = tuple((value, tuple(sorted(set(points)))) for value, points in sorted(positive.items()))
     made = Prompts(tuple(side for side in sides if side[1]), tuple(sorted(set(negative))), of_label, box)
@@ -117,10 +117,10 @@ def make_prompts(
 
 
 def parse_points(value: Any, name: str) -> list[Voxel]:
-    """Points as viewers send them: a list of ``[i, j, k]``.
+    """Parse points as viewers send them: a list of ``[i, j, k]``.
 
     Raises:
-        ParameterError: naming the point that is none.
+        ParameterError: naming the malformed point.
     """
     if value is None:
         return []
@@ -132,12 +132,12 @@ def parse_points(value: Any, name: str) -> list[Voxel]:
 
 
 def parse_box(value: Any) -> Box | None:
-    """A box as 3D Slicer sends it: ``[i0, i1, j0, j1, k0, k1]``, of which a pair may descend; empty for none.
+    """Parse a box as 3D Slicer sends it: ``[i0, i1, j0, j1, k0, k1]``, where a pair may descend; empty for no box.
 
-    It may reach beyond the image, which is not known here: see :meth:`Box.clipped`.
+    The box may extend beyond the image, whose size is unknown here: see :meth:`Box.clipped`.
 
     Raises:
-        ParameterError: when it is no box, or ends before the image begins.
+        ParameterError: if the value is not a box, or if the box lies before the first voxel of the image.
     """
     valid = "[i0, i1, j0, j1, k0, k1] in voxels"
     if value is None or value == []:

@@ -1,8 +1,8 @@
-"""The editor that clicks of a preset are shown to: one that was trained here, else the one for all presets, or none.
+"""Finds the editor network for the clicks of a preset: one trained on this server, else the shipped one, or none.
 
 model/<preset>/editor/v0001/weights.pt, version.json    a version that was trained on this server's labels
-model/<preset>/editor/live.json                         names the version that is served
-model/editor/shipped.pt                                 the editor of all presets, where there is none of its own
+model/<preset>/editor/live.json                         names the version in use model/editor/shipped.pt
+the editor of all presets, where there is none of its own
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FOLDER = "editor"
 
 
 class ServedEditor:
-    """Finds the editor of one preset anew at each request, so that a new version is taken at once.
+    """Finds the editor of one preset at each request, so that a new version is used without a restart.
 
     Args:
-        preset: its name.
+        preset: name of the preset.
         folder: ``model/<preset>/editor``.
-        shared: the editor of all presets, where there is one.
+        shared: the editor for all presets; None if there is none.
     """
 
     def __init__(self, preset: str, folder: Path, shared: SharedEditor | None = None) -> None:
@@ -33,10 +33,10 @@ class ServedEditor:
         self._own: tuple[tuple[object, ...], SharedEditor] | None = None
 
     def current(self) -> SharedEditor | None:
-        """The editor; None where clicks grow without weights.
+        """The editor; None where clicks use region growing.
 
         Raises:
-            CheckpointError: when the file of the shared editor is damaged.
+            CheckpointError: if the file of the shared editor is damaged.
         """
         with self._lock:
             file = self._locator.find() if self._locator.is_known() else None
@@ -47,17 +47,17 @@ class ServedEditor:
             return self._own[1]
 
     def version(self) -> str:
-        """The name of the version that was trained here and is served; empty for none.
+        """The name of the version that was trained on this server and is in use; empty for none.
 
         Raises:
-            CheckpointError: when the weights that should be served cannot be.
+            CheckpointError: if the configured weights cannot be read.
         """
         with self._lock:
             file = self._locator.find() if self._locator.is_known() else None
         return "" if file is None else file.version
 
     def serving(self) -> tuple[str, str]:
-        """As :meth:`version`, and why it is not the one that should be served, in words."""
+        """The result of :meth:`version`, and the reason if it is not the configured version."""
         try:
             return self.version(), self._locator.problem
         except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""What the editor is trained on: structures in windows, corrected click by click by a simulated annotator."""
+"""Training examples of the editor: structures in windows, corrected click by click by a simulated annotator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from lib.interaction.annotator import Correction, next_click, spoil
+from lib.interaction.annotator import Correction, next_click, perturb_mask
 from lib.interaction.editor import Points, Window, stack_input
 from lib.transforms.volume import FloatArray
 
@@ -20,16 +20,16 @@ MaskArray = npt.NDArray[np.bool_]
 MOST_CLICKS = 10
 NETWORK_MASK, SPOILED, EMPTY = "network", "spoiled", "empty"
 STARTS = {NETWORK_MASK: 0.5, SPOILED: 0.2, EMPTY: 0.3}
-"""How often a session starts from which mask: a network's, a spoiled reference, none."""
+"""Probabilities of the initial mask of a session: a network's mask, a perturbed reference, an empty mask."""
 ROTATION_DEGREES, LARGEST_ZOOM = 15.0, 0.2
 COARSE_SHARE = 0.3
-"""Of the sessions whose structure is wider than the window, how many see it at half the resolution."""
+"""Share of the sessions with a structure wider than the window that use half the resolution."""
 REGION_SHARE = 0.2
-"""Of the sessions, how many are about a region of like intensities, which is no labelled structure."""
+"""Share of the sessions that use a region of similar intensities instead of a labelled structure."""
 REGION_REACH, LEAST_REGION, MOST_REGION = 36, 200, 0.3
-"""How far such a region reaches from its seed, how many voxels it has at least, and at most as a share of that part."""
+"""Largest extent of such a region from its seed, smallest number of voxels, and largest share of the part around it."""
 IDLE_SHARE = 0.3
-"""Of the sessions, how many also have clicks that say nothing new, as those on other labels do."""
+"""Share of the sessions that also have redundant clicks, as clicks on other labels are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Material:
 
     Attributes:
         image, truth: shape (X, Y, Z).
-        network_masks: masks that the preset's network gives, of the image as it is and of changed ones.
+        network_masks: masks of the preset's network for the image and for perturbed versions of it.
     """
 
     image: FloatArray
@@ -48,14 +48,14 @@ class Material:
 
 @dataclass
 class Session:
-    """One structure in a window, and what the annotator has clicked so far.
+    """One structure in a window, and the clicks of the annotator so far.
 
     Attributes:
-        image, truth, mask: shape of the window; ``mask`` is what all clicks correct.
-        current: the mask that the annotator looks at.
-        planned: how many clicks are made in all.
-        clicks: those that were made.
-        idle: clicks that say what was right anyway.
+        image, truth, mask: shape of the window; ``mask`` is the initial mask, which all clicks correct.
+        current: the corrected mask that the annotator sees.
+        planned: total number of clicks.
+        clicks: clicks made so far.
+        redundant: redundant clicks, on voxels that were right before.
     """
 
     image: FloatArray
@@ -64,10 +64,10 @@ class Session:
     current: MaskArray
     planned: int
     clicks: list[Correction] = field(default_factory=list)
-    idle: list[Correction] = field(default_factory=list)
+    redundant: list[Correction] = field(default_factory=list)
 
     def click(self, random: np.random.Generator) -> bool:
-        """Click once more; False where the session is over."""
+        """Add one click; False if the session is over."""
         if len(self.clicks) >= self.planned:
             return False
         taken = [click.point for click in self.clicks]
@@ -78,20 +78,20 @@ class Session:
         return True
 
     def input(self) -> FloatArray:
-        """What the network is shown."""
+        """The input of the network."""
         return stack_input(self.image, self.mask, self._points(1), self._points(0))
 
     def _points(self, value: int) -> Points:
-        points = [c.point for c in (*self.clicks, *self.idle) if c.value == value]
+        points = [c.point for c in (*self.clicks, *self.redundant) if c.value == value]
         return np.array(points, dtype=np.int64).reshape(-1, 3)
 
 
 def begin_session(material: Material, window: Window, random: np.random.Generator) -> Session:
-    """A structure of a case, a mask to begin with, and a window around the first click."""
+    """Start a session: a structure of a case, its initial mask, and a window around the first click."""
     region = region_alike(material.image, random) if random.random() < REGION_SHARE else None
     if region is not None:
         truth = region
-        mask = np.zeros_like(truth) if random.random() < 0.7 else spoil(truth, random)
+        mask = np.zeros_like(truth) if random.random() < 0.7 else perturb_mask(truth, random)
     else:
         values = np.unique(material.truth)
         value = int(random.choice(values[values > 0])) if values.any() else 1
@@ -104,14 +104,14 @@ def begin_session(material: Material, window: Window, random: np.random.Generato
     image, right, drawn = _cut(material.image, truth, mask, centre, window, 2 if coarse else 1, random)
     session = Session(_change(image, random), right, drawn, drawn, int(random.integers(1, MOST_CLICKS + 1)))
     if random.random() < IDLE_SHARE:
-        session.idle = _idle_clicks(right, drawn, random)
+        session.redundant = _redundant_clicks(right, drawn, random)
     return session
 
 
 def region_alike(image: FloatArray, random: np.random.Generator) -> MaskArray | None:
-    """A connected region of like intensities around a random voxel; None where chance finds none of a fitting size.
+    """A connected region of similar intensities around a random voxel; None if no region of suitable size is found.
 
-    Such regions teach the network to follow the clicks into structures that are not among the labels.
+    Such regions teach the network to segment structures that are not among the labels.
     """
     for _ in range(4):
         seed = np.array([int(random.integers(0, n)) for n in image.shape])
@@ -120,7 +120,7 @@ def region_alike(image: FloatArray, random: np.random.Generator) -> MaskArray | 
         smooth = ndimage.gaussian_filter(image[part], random.uniform(0.5, 1.5))
         at = tuple(seed - low)
         alike = abs(smooth - smooth[at]) < random.uniform(0.1, 0.5) * float(smooth.std())
-        # Opened, so that a region does not run through a narrow bridge into its neighbour.
+        # Morphological opening keeps a region from leaking through a narrow bridge into its neighbour.
         depth = int(random.integers(1, 4))
         opened = ndimage.binary_erosion(alike, iterations=depth)
         components, _ = ndimage.label(opened)
@@ -144,30 +144,30 @@ def _starting_mask(material: Material, truth: MaskArray, value: int, random: np.
     if kind == NETWORK_MASK and material.network_masks:
         mask: MaskArray = material.network_masks[int(random.integers(len(material.network_masks)))] == value
         return mask
-    return spoil(truth, random)
+    return perturb_mask(truth, random)
 
 
 def _cut(
     image: FloatArray, truth: MaskArray, mask: MaskArray, centre: npt.NDArray[np.int64], window: Window, factor: int,
     random: np.random.Generator,
 ) -> tuple[FloatArray, MaskArray, MaskArray]:  # fmt: skip
-    """Image and masks in a window around ``centre``, turned, zoomed and mirrored a little."""
+    """Image and masks in a window around ``centre``, with a random rotation, zoom and flip."""
     size = np.array(window) * factor
     shape = np.array(image.shape)
     middle = centre + random.integers(-4, 5, 3) * factor
-    # Where the volume is as large as the window, the window stays in it, as the editor's does.
+    # Where the volume is at least as large as the window, the window lies inside of it, as in the editor.
     middle = np.where(shape > size, np.clip(middle, size // 2, shape - size + size // 2), shape // 2)
     turn = _rotation(np.deg2rad(random.uniform(-ROTATION_DEGREES, ROTATION_DEGREES, 3)))
     turn = turn * random.uniform(1 - LARGEST_ZOOM, 1 + LARGEST_ZOOM)
     if random.random() < 0.5:
         turn[0] *= -1
-    # The part of the volume that the turned window can reach: sampling a whole CT for each window would take long.
+    # Only the part of the volume that the rotated window can cover is sampled, since a whole CT would take long.
     reach = int(np.ceil(np.linalg.norm(size) / 2 * (1 + LARGEST_ZOOM))) + 2
     low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach, shape)
     part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
     stacked = np.stack([image[part], truth[part], mask[part]]).astype(np.float32)
     extent = (high - low).astype(float)
-    # grid_sample counts from -1 to 1 over each axis, the last axis first.
+    # grid_sample expects coordinates from -1 to 1 along each axis, in reverse order of the axes.
     half = size / 2
     matrix = np.zeros((3, 4))
     matrix[:, :3] = turn * half[None, :] / (extent[:, None] / 2)
@@ -194,15 +194,15 @@ def _rotation(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _change(image: FloatArray, random: np.random.Generator) -> FloatArray:
-    """Other contrast, brightness and noise."""
+    """Random contrast, brightness and noise."""
     changed = image * random.uniform(0.85, 1.15) + random.uniform(-0.15, 0.15)
     if random.random() < 0.3:
         changed = changed + random.normal(0, random.uniform(0, 0.1), image.shape)
     return changed.astype(np.float32)
 
 
-def _idle_clicks(truth: MaskArray, mask: MaskArray, random: np.random.Generator) -> list[Correction]:
-    """Clicks on what was right anyway."""
+def _redundant_clicks(truth: MaskArray, mask: MaskArray, random: np.random.Generator) -> list[Correction]:
+    """Redundant clicks, on voxels that are right already."""
     made = []
     for value, right in ((1, truth & mask), (0, ~truth & ~mask)):
         places = np.argwhere(right)
@@ -213,7 +213,7 @@ def _idle_clicks(truth: MaskArray, mask: MaskArray, random: np.random.Generator)
 
 
 def _box(mask: MaskArray) -> tuple[slice, ...]:
-    """The least box around a mask; () for an empty one."""
+    """The bounding box of a mask; () for an empty one."""
     sides = []
     for axis in range(mask.ndim):
         places = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))

@@ -1,7 +1,8 @@
-"""The mask that a correction starts from: the automatic one, or one from a file (what a viewer sent, a saved version).
+"""The mask that a correction starts from: the automatic mask, or one from a file (sent by a viewer, or a saved
+version).
 
-Clicks on one image come one after the other, all on the same starting mask: it is kept as it is needed, unpacked and
-with the box of each label.
+Successive clicks on one image usually start from the same mask: it is cached uncompressed, with the bounding box of
+each label.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cachetools import LRUCache
 
 from lib.configs.preset import Preset
 from lib.errors import ImageError, LabelError, ParameterError
-from lib.interaction.merge import Part, around
+from lib.interaction.merge import Part, enclosing_part
 from lib.transforms.postprocess import find_boxes
 from lib.transforms.volume import Affine, Grid, least_apart_mm, read_volume
 
@@ -27,18 +28,18 @@ LabelArray = npt.NDArray[np.uint8]
 MIB = 1 << 20
 HIGHEST_VALUE = 65535
 KEPT_MIB = 192
-"""For starting masks in memory: three of a CT of 512x512x200 voxels."""
+"""Memory for starting masks, which suffices for three masks of a CT of 512x512x200 voxels."""
 
 
 @dataclass(frozen=True)
 class StartingMask:
-    """A mask that clicks correct, and that nobody writes into.
+    """An immutable mask that clicks correct.
 
     Attributes:
         labels: shape (X, Y, Z).
         affine_ras: 4x4, voxel indices to millimetres in RAS.
-        origin: where it is from, in the answer's words.
-        boxes: of each value from 1 on; None for one that has no voxel.
+        origin: where the mask comes from, as the response names it.
+        boxes: bounding box of each value from 1 on; None for a value without voxels.
     """
 
     labels: LabelArray
@@ -48,28 +49,28 @@ class StartingMask:
 
     @classmethod
     def of(cls, labels: LabelArray, affine_ras: Affine, origin: str, highest: int) -> StartingMask:
-        """A mask of values up to ``highest``."""
+        """A starting mask from an array with values up to ``highest``."""
         return cls(labels, affine_ras, origin, tuple(find_boxes(labels, highest)))
 
     def boxes_with(self, part: Part | None, values: tuple[int, ...]) -> list[Part | None]:
-        """The boxes after a change of ``values`` inside of a part of the image."""
+        """The bounding boxes after the labels ``values`` have changed inside a part of the image."""
         boxes = list(self.boxes)
         for value in values if part is not None else ():
             known = boxes[value - 1]
-            boxes[value - 1] = around([box for box in (known, part) if box is not None])
+            boxes[value - 1] = enclosing_part([box for box in (known, part) if box is not None])
         return boxes
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that the mask takes."""
         return int(self.labels.nbytes)
 
 
 class StartingMasks:
-    """Starting masks by what they are made of; those used longest ago leave first.
+    """A cache of starting masks that evicts the least recently used ones.
 
     Args:
-        limit_mib: memory that they may take; 0 keeps none.
+        limit_mib: largest memory of the cache; 0 caches nothing.
     """
 
     def __init__(self, limit_mib: int = KEPT_MIB) -> None:
@@ -78,7 +79,7 @@ class StartingMasks:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], StartingMask]) -> StartingMask:
-        """The mask of that key; made where it is not kept, and kept where it fits."""
+        """The cached mask of a key; otherwise it is made, and cached if it fits."""
         with self._lock:
             known = self._kept.get(key)
         if known is not None:
@@ -91,15 +92,15 @@ class StartingMasks:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that all of them take."""
+        """Bytes of memory that all masks take."""
         return int(self._kept.currsize)
 
 
 def names_of(label_info: Any) -> dict[int, str]:
-    """Value to name, of ``label_info`` as viewers send it: a list of a name and its ``id`` or ``idx``.
+    """Value to name, from ``label_info`` as viewers send it: a list of records with a name and an ``id`` or ``idx``.
 
     Raises:
-        ParameterError: when it is not such a list, or two names have one value.
+        ParameterError: if the list is malformed, or if two names have one value.
     """
     valid = f"a list of {{name, id}}, each with an id of its own from 0 to {HIGHEST_VALUE}"
     if not isinstance(label_info, list):
@@ -116,10 +117,10 @@ def names_of(label_info: Any) -> dict[int, str]:
 
 
 def read_values(file: Path, grid: Grid, name: str) -> npt.NDArray[np.uint16]:
-    """The whole numbers of a mask file, shape (X, Y, Z), in Fortran's order.
+    """The integer values of a mask file, shape (X, Y, Z), in Fortran order.
 
     Raises:
-        LabelError: when it cannot be read, is not on the image's grid, or holds other numbers.
+        LabelError: if the file cannot be read, has another grid than the image, or holds other values.
     """
     try:
         volume = read_volume(file)
@@ -141,13 +142,13 @@ def read_values(file: Path, grid: Grid, name: str) -> npt.NDArray[np.uint16]:
 
 
 def read_mask(file: Path, grid: Grid, preset: Preset, names: Mapping[int, str] | None, name: str) -> LabelArray:
-    """A mask file in the preset's values; names that the preset does not have are left out.
+    """Read a mask file with the preset's label values; labels that the preset does not have are left out.
 
     Args:
-        names: value to name; None: the file has the preset's own values.
+        names: value to name; None if the file uses the preset's own values.
 
     Raises:
-        LabelError: as :func:`read_values`, and for values above the preset's where nothing names them.
+        LabelError: as :func:`read_values`, and for a value above those of the preset that has no name.
     """
     values = read_values(file, grid, name)
     highest = int(values.max())
@@ -161,7 +162,7 @@ def read_mask(file: Path, grid: Grid, preset: Preset, names: Mapping[int, str] |
 
 
 def _renumbered(values: npt.NDArray[np.uint16], table: LabelArray) -> LabelArray:
-    """``table[values]`` for a mask, most of which is background: to look up every voxel takes ten times as long."""
+    """``table[values]`` for a mask that is mostly background, ten times faster than to look up every voxel."""
     looked_up = np.zeros(values.shape, dtype=np.uint8, order="F")
     for z in range(values.shape[2]):
         drawn = values[..., z] > 0

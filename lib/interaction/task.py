@@ -44,16 +44,16 @@ logger = logging.getLogger(__name__)
 LabelArray = npt.NDArray[np.uint8]
 
 BACKGROUND_VALUE = 255
-"""Announced for ``background``, which is how negative clicks are named: OHIF takes a value of 0 for a label's."""
+"""Value announced for ``background``, the name of negative clicks; OHIF would take 0 for the value of a label."""
 MOST_GRIDS = 64
 SENT = "label"
-"""The part of a request that carries a mask, and what the answer calls a start from it."""
+"""Name of the request part that carries a mask, and the name of this origin in the response."""
 GROWTH, NETWORK = "growth", "editor"
-"""What the answer's ``model`` calls the ways in which clicks change a mask: one without weights, and the network."""
+"""Names of the methods in the response's ``model``: region growing without weights, and the editor network."""
 
 
-class Automatic(Protocol):
-    """The task that segments an image without any prompt."""
+class AutomaticSegmentation(Protocol):
+    """The automatic segmentation task, as corrections use it."""
 
     preset: Preset
     checksums: Checksums
@@ -62,20 +62,20 @@ class Automatic(Protocol):
         """Whether there are weights."""
 
     def preset_in_use(self) -> Preset:
-        """The preset of the newest weights."""
+        """The preset in the form that the current weights require."""
 
     def weights_stamp(self) -> tuple[object, ...]:
-        """Changes with the weights."""
+        """A value that changes whenever the weights change."""
 
     def mask_of(self, request: InferRequest) -> CachedMask:
         """The automatic mask."""
 
     def margins_of(self, request: InferRequest) -> LogitMargins | None:
-        """How nearly the network chose another label at each voxel; None where that is not kept."""
+        """The network's logit margin at each voxel; None where it is not cached."""
 
 
 class _InteractiveTask(InferTask):
-    """What clicks and scribbles share: the image as the network sees it, and the mask that they start from."""
+    """The common part of both tasks: the preprocessed image and the starting mask."""
 
     takes_prompts = True
 
@@ -84,7 +84,7 @@ class _InteractiveTask(InferTask):
         kind: InferType,
         labels: dict[str, int],
         description: str,
-        automatic: Automatic,
+        automatic: AutomaticSegmentation,
         images: NetworkImages,
         cache: ResultCache,
         device: str,
@@ -96,30 +96,30 @@ class _InteractiveTask(InferTask):
         self._grids = BoundedCache(MOST_GRIDS)
 
     def is_valid(self) -> bool:
-        """Always: without weights, drawing starts from nothing."""
+        """True: without weights, drawing starts from an empty mask."""
         return True
 
     def get_path(self, validate: bool = True) -> str | None:
-        """None: there are no weights of its own."""
+        """None, because the task has no weights of its own."""
         return None
 
     def load(self) -> dict[str, str]:
-        """What answers are made with."""
+        """The names of the weights in use, for the response."""
         return {"preset": self.preset.name, "version": GROWTH, "origin": "shipped"}
 
     def settle(self) -> None:
-        """Nothing is prepared in the background."""
+        """Do nothing: no work is prepared in the background."""
 
     def recall(self, request: Any) -> tuple[str, dict[str, Any]] | None:
-        """The answer, where it is kept."""
+        """The cached response, if there is one."""
         return None
 
     def is_kept(self, request: Any) -> bool:
-        """Whether :meth:`recall` would answer."""
+        """Whether :meth:`recall` would return a response."""
         return False
 
     def forecast(self, request: InferRequest) -> Forecast:
-        """What computing needs: the weights of the automatic mask."""
+        """The resources of a computation: the weights of the automatic mask."""
         return Forecast((self.preset.name, self._automatic.weights_stamp()))
 
     def _grid(self, image: Path, checksum: str) -> Grid:
@@ -127,9 +127,10 @@ class _InteractiveTask(InferTask):
         return self._grids.get(checksum, lambda: read_grid(image))
 
     def _network_image(self, image: Path, checksum: str) -> MetaTensor:
-        """The image as the network sees it; the one that the automatic mask was made from, where it is kept.
+        """The preprocessed image of the request, shared with automatic segmentation where it is cached.
 
-        Of a case of several sequences the one that is shown, where the clicks were made; shape (1, X, Y, Z).
+        Its shape is (1, X, Y, Z). Of a case with several sequences it is the displayed one, on which the clicks were
+        made.
         """
         preset = self._automatic.preset_in_use()
         kept = self._images.get(checksum, preset)
@@ -147,21 +148,21 @@ class ClickTask(_InteractiveTask):
     """Corrects a mask by clicks.
 
     Args:
-        automatic: segments without prompts.
-        images, cache: where preprocessed images and answers are kept.
-        elsewhere: names of other tasks' labels, whose clicks say nothing here.
+        automatic: the automatic segmentation.
+        images, cache: caches of preprocessed images and of responses.
+        other_labels: label names of other presets, whose clicks are ignored.
         device: default device.
-        editor: finds the network that clicks are shown to; None lets them grow without weights.
-        planner: knows how much memory there is.
-        starts: keeps the masks that clicks start from; one of its own if not given.
+        editor: finds the editor network; None for region growing without weights.
+        planner: knows the available memory.
+        starts: cache of starting masks; by default one of its own.
     """
 
     def __init__(
         self,
-        automatic: Automatic,
+        automatic: AutomaticSegmentation,
         images: NetworkImages,
         cache: ResultCache,
-        elsewhere: Collection[str] = (),
+        other_labels: Collection[str] = (),
         device: str = "",
         editor: ServedEditor | None = None,
         planner: Planner | None = None,
@@ -172,11 +173,11 @@ class ClickTask(_InteractiveTask):
             labels[BACKGROUND] = BACKGROUND_VALUE
         description = f"Corrects {automatic.preset.name} by clicks"
         super().__init__(InferType.DEEPEDIT, labels, description, automatic, images, cache, device)
-        self._elsewhere, self._editor, self._planner = frozenset(elsewhere), editor, planner or Planner()
+        self._other_labels, self._editor, self._planner = frozenset(other_labels), editor, planner or Planner()
         self._starts, self._regions = starts or StartingMasks(), kept_regions()
 
     def load(self) -> dict[str, str]:
-        """What answers are made with."""
+        """The names of the weights in use, for the response."""
         if self._editor is None or self._editor.current() is None:
             return super().load()
         own = self._editor.version()
@@ -185,18 +186,18 @@ class ClickTask(_InteractiveTask):
 
     @property
     def versions(self) -> VersionStore | None:
-        """The editors that were trained here; None where none can be."""
+        """The editors trained on this server; None where the server trains none."""
         return None if self._editor is None else self._editor.versions
 
     def serving(self) -> tuple[str, str]:
-        """The version of the editor that is served, empty for none of these; and why it is not the right one."""
+        """The served version of the editor, empty for none, and the reason if it is not the configured one."""
         return ("", "") if self._editor is None else self._editor.serving()
 
     def parse(self, request: Mapping[str, Any]) -> ClickRequest:
-        """Cast and check a request's parameters; the other methods take the result.
+        """Parse and validate a request's parameters; the other methods take the result.
 
         Raises:
-            ParameterError: naming the parameter or the point, and what would be valid.
+            ParameterError: naming the parameter or the point, and the valid values.
         """
         params = {key: value for key, value in request.items() if key not in ("image", "label")}
         clicks = params | {"label": request.get("label_name")}
@@ -204,12 +205,12 @@ class ClickTask(_InteractiveTask):
             request,
             self._device,
             all_labels=bool(parse_boolean("all_labels", request, False)),
-            prompts=parse_clicks(clicks, self.preset, self._elsewhere),
+            prompts=parse_clicks(clicks, self.preset, self._other_labels),
             label_info=request.get("label_info"),
         )
 
     def recall(self, request: ClickRequest) -> tuple[str, dict[str, Any]] | None:
-        """The answer to the same prompts on the same image and mask, where it is kept."""
+        """The cached response to the same prompts on the same image and mask, if there is one."""
         start = time.perf_counter()
         kept = self._cache.get(self._key(request)) if request.label_file is None else None
         if kept is None:
@@ -217,24 +218,24 @@ class ClickTask(_InteractiveTask):
         return self._write(kept.labels, kept.affine_ras, kept.payload, request, start, hit=True)
 
     def is_kept(self, request: ClickRequest) -> bool:
-        """Whether :meth:`recall` would answer."""
+        """Whether :meth:`recall` would return a response."""
         return self._key(request) in self._cache
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Correct a mask, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        """Correct a mask through MONAI Label's task interface: :meth:`parse` followed by :meth:`segment`."""
         return self.segment(self.parse(request))
 
     def segment(self, request: ClickRequest) -> tuple[str, dict[str, Any]]:
         """Correct an image's mask.
 
         Returns:
-            The mask's file, to be removed by the caller, and the answer's JSON. Both hold the labels that were
-            prompted; all of them with ``all_labels``, and where nothing was prompted.
+            The mask's file, which the caller removes, and the JSON of the response. Both hold the labels that were
+            prompted; with ``all_labels``, or without any prompt, they hold all labels.
 
         Raises:
             ImageError, LabelError: when image or mask cannot be used.
-            ParameterError: when a point lies outside of the image.
-            MemoryBudgetError: when the editor needs more memory than there is.
+            ParameterError: if a point lies outside of the image.
+            MemoryBudgetError: if the editor needs more memory than is available.
         """
         start, prompts = time.perf_counter(), request.prompts
         checksum = self._automatic.checksums.of(request.image)
@@ -261,14 +262,14 @@ class ClickTask(_InteractiveTask):
         return self._write(edited.labels, before.affine_ras, details, request, start)
 
     def _margins(self, request: ClickRequest, before: StartingMask) -> LogitMargins | None:
-        """How nearly the network chose otherwise; of no mask that a viewer sends, which need not be a correction."""
+        """The logit margins of the automatic mask; None for a mask that a viewer sends, whatever its origin."""
         editor = self._editor.current() if self._editor is not None else None
         if editor is not None or before.origin == SENT or not self._automatic.is_valid():
             return None
         return self._automatic.margins_of(self._plain(request))
 
     def _ready_editor(self, scene: Scene, request: ClickRequest) -> Editor | None:
-        """The editor, where there is one, and there is memory for it."""
+        """The editor network, if there is one and enough memory for it."""
         shared = self._editor.current() if self._editor is not None else None
         if shared is None:
             return None
@@ -285,7 +286,7 @@ class ClickTask(_InteractiveTask):
         start: float,
         hit: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """The answer's file, and its JSON."""
+        """Write the response's file, and compose its JSON."""
         values, boxes = details["prompted"], details["boxes"]
         whole = request.all_labels or not values
         named = {n: v for n, v in self.preset.label_indices.items() if whole or v in values}
@@ -296,7 +297,7 @@ class ClickTask(_InteractiveTask):
         return str(path), answer | describe_time(details["edit_ms"], total_ms, hit)
 
     def _start(self, request: ClickRequest, checksum: str) -> StartingMask:
-        """The mask that the answer starts from."""
+        """The mask that the correction starts from."""
         grid, highest, saved = self._grid(request.image, checksum), len(self.preset.labels), request.saved
         if request.label_file is not None:
             names = names_of(request.label_info) if request.label_info else None
@@ -333,38 +334,40 @@ class ClickTask(_InteractiveTask):
 
 
 class ScribbleTask(_InteractiveTask):
-    """Corrects one structure by scribbles, which come with everything else that is drawn in the part ``label``.
+    """Corrects one structure by scribbles, which arrive together with the current segmentation in the part ``label``.
 
     Args: as of :class:`ClickTask`.
     """
 
-    def __init__(self, automatic: Automatic, images: NetworkImages, cache: ResultCache, device: str = "") -> None:
+    def __init__(
+        self, automatic: AutomaticSegmentation, images: NetworkImages, cache: ResultCache, device: str = ""
+    ) -> None:
         labels, description = dict(automatic.preset.label_indices), f"Corrects {automatic.preset.name} by scribbles"
         super().__init__(InferType.SCRIBBLES, labels, description, automatic, images, cache, device)
 
     def parse(self, request: Mapping[str, Any]) -> ScribbleRequest:
-        """Cast and check a request's parameters.
+        """Parse and validate a request's parameters.
 
         Raises:
-            ParameterError: naming the parameter and what would be valid.
+            ParameterError: naming the parameter and the valid values.
         """
         box = parse_box(request.get("roi"))
         name, values = parse_structure(request)
         return ScribbleRequest.parse(request, self._device, name=name, values=values, box=box)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Correct a structure, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        """Correct a structure through MONAI Label's task interface: :meth:`parse` followed by :meth:`segment`."""
         return self.segment(self.parse(request))
 
     def segment(self, request: ScribbleRequest) -> tuple[str, dict[str, Any]]:
         """Correct the structure that the request names.
 
         Returns:
-            The mask's file, 0 and 1, to be removed by the caller, and the answer's JSON.
+            The mask's file with values 0 and 1, which the caller removes, and the JSON of the response.
 
         Raises:
             ImageError, LabelError: when image or mask cannot be used.
-            ParameterError: when the box lies outside of the image.
+            ParameterError: if the box lies outside of the image.
         """
         start = time.perf_counter()
         selected, drawn_value, erased_value = request.values
@@ -396,18 +399,18 @@ class ScribbleTask(_InteractiveTask):
 
 
 def make_interactive_tasks(
-    automatic: Mapping[str, Automatic],
+    automatic: Mapping[str, AutomaticSegmentation],
     images: NetworkImages,
     cache: ResultCache,
     device: str,
     editors: Mapping[str, ServedEditor] | None = None,
     planner: Planner | None = None,
 ) -> dict[str, InferTask]:
-    """The tasks for clicks and scribbles of each preset, all clicks first.
+    """The click and scribble tasks of each preset, all click tasks first.
 
     Args:
-        editors: for each preset what finds the network that clicks are shown to; without, they grow without weights.
-        planner: knows how much memory there is.
+        editors: for each preset, what finds its editor network; a preset without one uses region growing.
+        planner: knows the available memory.
     """
     names = {name: set(task.preset.label_indices) for name, task in automatic.items()}
     starts = StartingMasks(min(KEPT_MIB, cache.limit_mib))

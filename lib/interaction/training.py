@@ -1,10 +1,10 @@
-"""Trains the editor network by a simulated annotator, on the labelled cases of one or several presets.
+"""Trains the editor network with a simulated annotator, on the labelled cases of one or several presets.
 
     python -m lib.interaction.training --data hippocampus_mr=<folder> --data abdomen_ct=<folder> --out <folder>
 
-Each folder of data holds ``images`` and ``labels``. Cases that ``model/<preset>/split.json`` holds out are left out,
-and those that ``--without`` names. The run can be ended and taken up again: its state is in ``<out>/state.pt``, and the
-cases on their presets' grids are in ``<out>/cases``.
+Each data folder holds the folders ``images`` and ``labels``. Cases that ``model/<preset>/split.json`` holds out and
+those that ``--without`` names are excluded. An interrupted run can be resumed: its state is in ``<out>/state.pt``, and
+the preprocessed cases are in ``<out>/cases``.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ MODEL = Path(__file__).resolve().parents[2] / "model"
 LabelArray = npt.NDArray[np.uint8]
 VOXELS = 2**17
 LEARNING_RATE = 8e-3
-"""With a tenth of it, and with zeros in the last layer, a thousand steps taught next to nothing."""
+"""Learning rate; with a tenth of it, and with zeros in the last layer, a thousand steps had almost no effect."""
 WARM_UP, LOWEST_RATE = 0.02, 0.02
-"""Shares: of the training, until the highest rate is reached; of that rate, at the end."""
+"""Share of the training until the highest learning rate is reached, and share of that rate at the end."""
 EMA_DECAY = 0.99
 NEAR_WEIGHT = 10.0
-"""How much more a voxel beside a click counts in the loss."""
+"""Weight in the loss of voxels next to a click, relative to other voxels."""
 MOST_BLUR_VOXELS, MOST_NOISE = 1.2, 0.35
-"""By how much an image is changed before a network's mask of it is spoiled by that; noise in standard deviations."""
+"""Perturbation of an image that makes its network mask worse: blur, and noise in standard deviations."""
 
 
 def read_material(case: Case, preset: Preset, segmenter: Segmenter | None, masks: int = 2, seed: int = 0) -> Material:
-    """Read a case, and segment it where there is a network to do so: as it is, and changed.
+    """Read a case, and segment the image and perturbed versions of it if there is a network.
 
-    A network that has seen a case in its own training is more often right on it than on a new one, so that its masks of
-    changed images are more like those that will be corrected.
+    A network is more accurate on the cases of its own training than on new ones, so its masks of perturbed images are
+    more like the masks that will be corrected.
     """
     volume, truth = read_case(case, preset)
     image = preprocess_volume(volume, preset)
@@ -85,7 +85,7 @@ def read_material(case: Case, preset: Preset, segmenter: Segmenter | None, masks
 
 
 def change_image(volume: Volume, random: np.random.Generator) -> Volume:
-    """The image blurred and with noise, of which a network gives a worse mask."""
+    """The image with blur and noise, for which a network gives a worse mask."""
     voxels = ndimage.gaussian_filter(volume.voxels, random.uniform(0, MOST_BLUR_VOXELS))
     noise = ndimage.gaussian_filter(random.normal(size=voxels.shape), 0.7)
     noise *= random.uniform(0, MOST_NOISE) * float(volume.voxels.std()) / max(float(noise.std()), 1e-6)
@@ -93,11 +93,11 @@ def change_image(volume: Volume, random: np.random.Generator) -> Volume:
 
 
 def edit_loss(logit: torch.Tensor, given: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Dice and binary cross-entropy of a structure's logit; voxels beside clicks count more in the second.
+    """Dice and binary cross-entropy of a structure's logit; in the latter, voxels next to clicks have more weight.
 
     Args:
         logit, truth: shape (batch, X, Y, Z).
-        given: the network's input, of which the prompts say where clicks are; (batch, 4, X, Y, Z).
+        given: input of the network, which contains the prompt maps; shape (batch, 4, X, Y, Z).
     """
     probability, axes = torch.sigmoid(logit), (1, 2, 3)
     overlap = 2 * (probability * truth).sum(axes) + 1
@@ -108,20 +108,20 @@ def edit_loss(logit: torch.Tensor, given: torch.Tensor, truth: torch.Tensor) -> 
 
 
 class EditorTraining:
-    """A training of the editor that can be taken up again.
+    """A resumable training of the editor network.
 
-    A step shows the network several sessions of each preset. Each has been clicked once more than at the step before,
-    where the network's answer of that step was wrong, and gives way to a new one when its clicks have been made: so
-    that every pass through the network is trained on, however many clicks led to it.
+    Each step trains on several sessions of each preset. A session has one more click than at the step before, placed
+    where the network's prediction of that step was wrong, and is replaced by a new one when all its clicks have been
+    made. Every forward pass thus contributes to training, whatever its number of clicks.
 
     Args:
-        design: of the network.
-        material: cases of each preset.
-        folder: of its state.
-        voxels: of a preset in a step: as many sessions as they hold windows, and at least one.
-        learning_rate: the highest one.
-        seed: of everything that is drawn.
-        start: weights of the same design to begin with; random ones without.
+        design: architecture of the network.
+        material: the cases of each preset.
+        folder: folder of the training state.
+        voxels: voxels of each preset in a step, which determine the number of its windows; at least one window is used.
+        learning_rate: highest learning rate.
+        seed: seed of all random numbers.
+        start: initial weights of the same architecture; random if not given.
     """
 
     def __init__(
@@ -160,12 +160,12 @@ class EditorTraining:
     def run(
         self, minutes: float, most_steps: int | None = None, before_step: Callable[[], object] = lambda: None
     ) -> None:
-        """Train until so many minutes or steps have been spent in all.
+        """Train until a total number of minutes or steps is reached.
 
         Args:
-            minutes: of training, over all starts; what ``before_step`` takes does not count.
-            most_steps: over all starts.
-            before_step: called before each step; may wait.
+            minutes: total training time over all starts, excluding the time of ``before_step``.
+            most_steps: total number of steps over all starts.
+            before_step: called before each step, and may block.
         """
         while self.seconds < 60 * minutes and (most_steps is None or self.steps < most_steps):
             before_step()
@@ -182,7 +182,7 @@ class EditorTraining:
         self.save()
 
     def step(self) -> float:
-        """One step; its mean loss."""
+        """Run one training step, and return its mean loss."""
         self.network.train()
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -205,18 +205,18 @@ class EditorTraining:
         return float(np.mean(losses))
 
     def _next(self, number: int, place: int, window: Window) -> Session:
-        """The session at a place, clicked once more; a new one where it is over."""
+        """The session at an index with one more click, or a new session if it is over."""
         session, tries = self._sessions[number][place], 0
         while session is None or not session.click(self._random):
             cases = self._material[number]
             session = begin_session(cases[int(self._random.integers(len(cases)))], window, self._random)
             if (tries := tries + 1) > 20 and not session.click(self._random):
-                break  # nothing is wrong in any case: then there is nothing to click
+                break  # no case has an error that could be clicked
         self._sessions[number][place] = session
         return session
 
     def weights(self) -> EditorWeights:
-        """The averaged weights, and how they came about."""
+        """The averaged weights and their provenance."""
         info = {"steps": self.steps, "seconds": round(self.seconds), "torch": str(torch.__version__)}
         return EditorWeights(self._average.module.state_dict(), self.design, info=info)
 
@@ -225,7 +225,7 @@ class EditorTraining:
         return Editor.from_weights(self.weights(), self._device)
 
     def save(self) -> None:
-        """Write the state, and the weights in fp16."""
+        """Write the training state, and the weights in half precision."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "network": self.network.state_dict(), "average": self._average.state_dict(),
@@ -245,7 +245,7 @@ class EditorTraining:
 
 
 def window_for(cases: Sequence[Material], design: EditorDesign) -> Window:
-    """The window that cases are trained in: no larger than most of them need."""
+    """The training window, which is no larger than most of the cases need."""
     sizes = np.percentile([case.image.shape for case in cases], 80, axis=0)
     step = design.step
     x, y, z = (min(most, step * max(1, round(size / step))) for most, size in zip(design.window, sizes, strict=True))
@@ -253,7 +253,7 @@ def window_for(cases: Sequence[Material], design: EditorDesign) -> Window:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train on the presets' data that the command line names."""
+    """Train on the data that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", action="append", required=True, help="<preset>=<folder>; may be given several times")
     parser.add_argument("--without", default="", help="ids of cases to leave out, with commas between them")
@@ -281,11 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_side_car(weights: Path, cases: Mapping[str, int]) -> None:
-    """Write what an editor's weights are beside them, as JSON.
+    """Write the JSON side-car that describes an editor's weights.
 
     Args:
-        weights: their file.
-        cases: how many of each preset they were trained on.
+        weights: file of the weights.
+        cases: number of training cases of each preset.
     """
     read = read_editor(weights)
     network = build_editor(read.design)
@@ -315,7 +315,7 @@ def _read_all(name: str, folder: Path, without: set[str], automatic: bool, most:
 
 
 def _read_kept(case: Case, preset: Preset, segmenter: Segmenter | None, folder: Path, seed: int) -> Material:
-    """A case on its preset's grid, from where it was kept before."""
+    """A preprocessed case, from the cache folder if it is there."""
     file = folder / f"{case.case_id}.{'found' if segmenter is not None else 'plain'}.npz"
     if file.exists():
         with np.load(file) as kept:
@@ -329,7 +329,7 @@ def _read_kept(case: Case, preset: Preset, segmenter: Segmenter | None, folder: 
 
 
 def _without_labels(material: Material, values: set[int]) -> Material:
-    """A case in which some labels are not known."""
+    """The case with some labels treated as unlabelled."""
     known = np.where(np.isin(material.truth, list(values)), 0, material.truth).astype(np.uint8)
     return replace(material, truth=known)
 

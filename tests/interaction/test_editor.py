@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib.errors import CheckpointError
-from lib.interaction.annotator import spoil
+from lib.interaction.annotator import perturb_mask
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import (
     Editor,
@@ -159,7 +159,7 @@ def test_sessions_click_on_what_is_wrong_until_they_are_over() -> None:
             assert session.truth[session.clicks[-1].point] == session.clicks[-1].value
             session.current = session.mask | session.truth if len(session.clicks) == 3 else session.current
         assert 0 < len(session.clicks) <= session.planned
-        assert all(session.truth[c.point] == session.mask[c.point] == c.value for c in session.idle)
+        assert all(session.truth[c.point] == session.mask[c.point] == c.value for c in session.redundant)
         assert session.input().shape == (4, 24, 32, 24)
 
 
@@ -176,7 +176,7 @@ def test_regions_of_like_intensities_stay_in_one_part_of_the_image() -> None:
 
 def test_spoiled_masks_are_wrong_in_part_and_repeat_for_a_seed() -> None:
     truth = boxes((30, 28, 26))[1] > 0
-    spoiled = [spoil(truth, np.random.default_rng(seed)) for seed in range(6)]
-    np.testing.assert_array_equal(spoiled[2], spoil(truth, np.random.default_rng(2)))
+    spoiled = [perturb_mask(truth, np.random.default_rng(seed)) for seed in range(6)]
+    np.testing.assert_array_equal(spoiled[2], perturb_mask(truth, np.random.default_rng(2)))
     overlaps = [2 * (s & truth).sum() / (s.sum() + truth.sum()) for s in spoiled]
     assert all(0.2 < overlap <= 1 for overlap in overlaps) and min(overlaps) < 0.95

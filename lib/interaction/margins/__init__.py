@@ -1,1 +1,1 @@
-"""What clicks change where an automatic mask is in margins."""
+"""Clicks on an automatic mask of which the network's logit margins are known."""

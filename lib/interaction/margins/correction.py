@@ -1,10 +1,10 @@
-"""What clicks change in an automatic mask, from how nearly the network chose another label.
+"""The changes that clicks make to an automatic mask, computed from the network's logit margins.
 
-The lead of a label over the others, a difference of logits, is taken as a guess with an error that is alike at voxels
-near each other: a Gaussian process whose covariance falls off exponentially with the distance. A click says that its
-label leads there by a margin at least. The smallest change of the field that all clicks allow (kriging with
-inequalities; Dubrule and Kostov 1986) says where else a label leads now: a wrong voxel is one where the network was
-uncertain more often than not, so that a click reaches far along such a border, and hardly into what was certain.
+The lead of one label over the others, a difference of logits, is treated as an estimate whose error is a Gaussian
+process with a covariance that decays exponentially with distance. A click states that its label leads at its voxel by
+at least a margin. The smallest change of the field that satisfies all clicks (kriging with inequality constraints;
+Dubrule and Kostov 1986) gives the voxels at which another label leads now. Wrong voxels are usually voxels at which the
+network was uncertain, so a click reaches far along an uncertain border and hardly into voxels that were certain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST_SWEEPS, PRECISE = 200, 1e-3
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a click says: at this voxel of the network's grid, one label is right and another is not."""
+    """The statement of a click: at this voxel of the network's grid, one label is right and another one is not."""
 
     place: tuple[int, int, int]
     value: int
@@ -50,13 +50,13 @@ class Evidence:
 def margin_claims(
     margins: LogitMargins, coarse: LabelArray, spacing_mm: Sequence[float], clicks: Sequence[Evidence]
 ) -> list[LabelClaim]:
-    """What clicks claim together of a mask, each connected part by itself.
+    """The claims of all clicks on a mask, solved for each connected group of clicks by itself.
 
     Args:
-        margins: of the network.
-        coarse: the mask before, on the network's grid, shape (X, Y, Z).
-        spacing_mm: of that grid.
-        clicks: all of them, in one order.
+        margins: logit margins of the network.
+        coarse: the mask to correct, on the network's grid, shape (X, Y, Z).
+        spacing_mm: voxel size of that grid.
+        clicks: all clicks, in a defined order.
     """
     if not clicks:
         return []
@@ -86,7 +86,7 @@ def margin_claims(
 
 
 def solve(margins: LogitMargins, spacing_mm: Sequence[float], clicks: Sequence[Evidence]) -> npt.NDArray[np.float64]:
-    """How strongly each click moves the field, 0 where the network and the other clicks say the same anyway."""
+    """The weight of each click in the field; 0 where the network and the other clicks imply the click already."""
     covariance = _likeness(_pairs(clicks), _pairs(clicks)) * np.exp(-_distances(clicks, spacing_mm) / LENGTH_VOXELS)
     missing = MARGIN - np.array([float(margins.lead(c.value, c.place)) for c in clicks])
     strengths = np.zeros(len(clicks))
@@ -102,7 +102,7 @@ def solve(margins: LogitMargins, spacing_mm: Sequence[float], clicks: Sequence[E
 
 
 def _distances(clicks: Sequence[Evidence], spacing_mm: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Between clicks, in voxels of the finest axis, shape (n, n)."""
+    """Distances between the clicks, in voxels of the finest axis, shape (n, n)."""
     places = np.array([click.place for click in clicks]) * (np.asarray(spacing_mm) / min(spacing_mm))
     distances: npt.NDArray[np.float64] = np.sqrt(((places[:, None] - places[None]) ** 2).sum(axis=-1))
     return distances
@@ -113,7 +113,7 @@ def _pairs(clicks: Sequence[Evidence]) -> Pairs:
 
 
 def _likeness(some: Pairs, others: Pairs) -> npt.NDArray[np.float64]:
-    """How much a lead of one label over another says of the lead within a second pair: from -1 to 1."""
+    """Correlation between the lead within one pair of labels and the lead within another pair, from -1 to 1."""
     value, over = some[:, None, 0], some[:, None, 1]
     same = (value == others[None, :, 0]).astype(float) + (over == others[None, :, 1])
     crossed = (value == others[None, :, 1]).astype(float) + (over == others[None, :, 0])
@@ -130,10 +130,10 @@ def _claims_of(
     together: Sequence[Moved],
     alone: Sequence[Moved],
 ) -> list[LabelClaim]:
-    """What the first label of a pair takes from the second, around the clicks at ``places``.
+    """The voxels around the clicks at ``places`` that the first label of a pair takes from the second.
 
     Args:
-        together: all clicks, and how strongly each moves this pair's field beside the others.
+        together: all clicks, and their weights in the field of this pair when they are solved together.
         alone: those that no click contradicts, and how strongly each would move it by itself: what it changes then
             stays, however many clicks of its kind come.
     """
@@ -161,7 +161,7 @@ def _claims_of(
         box = tuple(
             slice(max(0, s.start - 2), min(n, s.stop + 2)) for s, n in zip(boxes[number - 1], field.shape, strict=True)
         )
-        # What is the label's already stays in the claim, so that nothing is missing between the two on a finer grid.
+        # Voxels that have the label already stay in the claim, so that no gap appears between the two on a finer grid.
         counts = (components[box] == number) | (before[box] == pair[0]) | ((field[box] <= 0) & (before[box] == pair[1]))
         values = np.where(counts, np.clip(1 - field[box] / MARGIN, 0, NEVER), NEVER).astype(np.float32)
         claims.append(LabelClaim(pair[0], (pair[1],), Claim(low + [s.start for s in box], values)))
@@ -171,7 +171,7 @@ def _claims_of(
 def _covariance_in(
     shape: Sequence[int], place: npt.NDArray[np.int64], reach: npt.NDArray[np.int64], spacing_mm: Sequence[float]
 ) -> tuple[tuple[slice, ...], FloatArray]:
-    """The covariance with a click, and where in a part of the grid; 0 beyond the reach."""
+    """The covariance with a click in a part of the grid, and that part; the covariance is 0 beyond the reach."""
     low = np.clip(place - reach, 0, shape)
     high = np.clip(place + reach + 1, low, shape)
     steps = [

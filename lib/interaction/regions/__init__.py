@@ -1,1 +1,3 @@
-"""What clicks draw where nothing is drawn: a region for each, and one structure for all of them together."""
+"""Segmentation of structures that are not drawn yet: a region for each click, and one structure from all clicks
+together.
+"""

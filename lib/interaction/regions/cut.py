@@ -1,12 +1,12 @@
-"""What clicks on one structure draw together, by a minimal cut.
+"""Segments one structure from all clicks on it together, by a minimal cut.
 
-From what the positive clicks draw one by one, the guess, the intensities of the structure are learnt; then each voxel
-is the structure's or not by a minimal cut (Boykov and Jolly 2001): its intensity, its distance to the guess, and
-whether a front reaches it from a negative click before one from a positive click does are weighed against a border
-where the image changes little. A negative click in the middle of a leak takes the leak away, and one near the border
-only what lies beside it: it reaches as far as it lies deep in the guess. Last, the border moves to where voxels look
-more like those outside (Lankton and Tannenbaum 2008). The limits were chosen on abdominal CTs
-(docs/decisions/0075-all-clicks-together.md).
+The intensities of the structure are learnt from the guess, which is the union of what each positive click segments
+alone. A minimal cut (Boykov and Jolly 2001) then assigns each voxel to the structure or to the background. It weighs
+three terms against a border that is cheap along edges of the image: the intensity of the voxel, its distance to the
+guess, and whether a front from a negative click reaches it before a front from a positive click. A negative click deep
+in a leak removes the leak, and one near the border only what lies next to it, because it reaches as far as it lies deep
+in the guess. Finally the border moves to where voxels resemble those outside more than those inside (Lankton and
+Tannenbaum 2008). The limits were chosen on abdominal CTs (docs/decisions/0075-all-clicks-together.md).
 """
 
 from __future__ import annotations
@@ -27,31 +27,34 @@ from lib.transforms.volume import FloatArray
 AnyArray = TypeVar("AnyArray", FloatArray, MaskArray)
 
 MARGIN_VOXELS = 10
-"""How far beyond the guess and its clicks a structure may reach."""
+"""Largest distance of the structure's voxels from the guess and its clicks."""
 MANY_VOXELS = 500_000
-"""Larger parts are solved at half the resolution; their border is still found at the full one."""
+"""Larger parts are cut at half the resolution, and their border is fitted at full resolution."""
 LEAST_SPREAD, MOST_SPREAD = 0.08, 0.2
-"""Standard deviation of a structure's smoothed intensities, in those of the part around it."""
+"""Standard deviation of a structure's smoothed intensities, relative to that of the part around it."""
 LIKE = 2.5
-"""Standard deviations by which intensities differ where they say nothing; nearer, they speak for the structure."""
+"""Intensity difference, in standard deviations, that counts neither for nor against a voxel; smaller ones count for it.
+"""
 FAR_VOXELS = 4.0
-"""At this distance from the guess, that speaks as much against a voxel as its intensity can speak for it."""
+"""Distance from the guess at which the distance term outweighs the best intensity term."""
 NEGATIVE_WEIGHT, SHARPNESS = 3.0, 4.0
-"""How much a negative click counts, and how fast it does so where its front comes first."""
+"""Weight of a negative click, and the lead of its front at which this weight is reached."""
 NEGATIVE_REACH = 4.0
-"""Times its depth in the guess: how far a negative click reaches."""
+"""Reach of a negative click, as a multiple of its depth in the guess."""
 SMOOTHNESS, EDGE = 1.0, 0.2
-"""Of the cut: what a border costs, and by how much intensities differ where it costs little, in standard deviations."""
+"""Cost of a border in the cut, and the intensity step, in standard deviations, across which it becomes cheap."""
 NECK_SHARE, MOST_NECK_VOXELS, NECK_MARGIN = 0.25, 5.0, 1.5
-"""Half as thick as this share of the deepest place, and no thicker than these voxels, a part is a neck; how far beyond
-what is deeper a structure reaches."""
+"""A part is a neck if half of its thickness is below this share of the greatest depth and below this number of voxels;
+the last value is how far a structure extends beyond its deeper voxels.
+"""
 BORDER_STEPS, BORDER_SMOOTH_VOXELS, LEAST_CONTRAST = 2, 1.5, 0.12
-"""How many voxels the border moves, in what vicinity sides are compared, and by how much they differ at least."""
+"""Voxels that the border moves, radius in which both sides are compared, and smallest difference between them."""
 SURFACE_VOXELS, SURFACE_SHARE = 0.6, 0.15
-"""By how much the surface is smoothed, and by how much at most as a share of the deepest place: small things keep
-their corners."""
+"""Smoothing of the surface, and its upper limit as a share of the greatest depth, so that small structures keep their
+corners.
+"""
 SLOWEST, LONGEST = 0.02, 400.0
-"""Speed of a front where the image looks least like the structure; when it stops."""
+"""Smallest speed of a front, and the arrival time at which it stops."""
 
 
 def solved_claim(
@@ -63,15 +66,15 @@ def solved_claim(
     walls: MaskArray,
     spacing_mm: Sequence[float],
 ) -> Claim:
-    """What clicks on what looks alike draw together where nothing is drawn.
+    """The claim of a structure that is segmented from clicks alone and has uniform intensities.
 
     Args:
         image: shape (X, Y, Z).
-        guess: what the positive clicks draw one by one.
-        core: of it, what is likely the structure's.
+        guess: union of what each positive click segments alone.
+        core: part of the guess that most likely belongs to the structure.
         positive, negative: voxels of the clicks, shape (n, 3); ``positive`` has at least one.
-        walls: voxels of other structures, which it may not take.
-        spacing_mm: of the volume.
+        walls: voxels of other structures, which the structure may not take.
+        spacing_mm: voxel size.
     """
     part = part_of(guess, positive)
     low, size = np.array([side.start for side in part]), np.array([side.stop - side.start for side in part])
@@ -79,7 +82,7 @@ def solved_claim(
     seeds, others = positive - low, negative - low
     others = others[((others >= 0) & (others < size)).all(axis=1)]
     inside, outside = at_points(seeds, size), at_points(others, size) | taken
-    # Two clicks of one voxel of this grid are apart on the image's own, where both are obeyed.
+    # Two clicks in one voxel of this grid lie in different voxels of the image's own grid, where both are enforced.
     outside &= ~inside
     sampling = [s / min(spacing_mm) for s in spacing_mm]
     step = 2 if crop.size > MANY_VOXELS else 1
@@ -98,7 +101,7 @@ def solved_claim(
     fitted = _fit_border(crop[box], (kept & ~outside | inside)[box], inside[box], outside[box], smooth, step)
     structure = np.zeros_like(kept)
     structure[box] = without_holes(fitted)
-    # What is far from the structure is left out: on the image's own grid it would take most of the time.
+    # Voxels far from the structure are cropped: to resample them to the image's grid would take most of the time.
     start = np.array([side.start for side in box])
     return Claim(low + start, _values((structure & ~outside | inside)[box], inside[box], outside[box]))
 
@@ -112,15 +115,15 @@ def _solve(
     others: Points,
     sampling: Sequence[float],
 ) -> tuple[MaskArray, float]:
-    """The structure in a part of an image, and how deep its deepest voxel lies, in the unit of ``sampling``.
+    """The structure in a part of an image, and the depth of its deepest voxel in the unit of ``sampling``.
 
     Args:
         crop: the part, shape (X, Y, Z).
-        near: what the positive clicks draw one by one.
-        core: of it, what is likely the structure's.
+        near: union of what each positive click segments alone.
+        core: part of it that most likely belongs to the structure.
         taken: voxels of other structures.
         seeds, others: positive and negative clicks, shape (n, 3).
-        sampling: edges of a voxel.
+        sampling: edge lengths of a voxel.
     """
     size = np.array(crop.shape)
     inside, clicked = at_points(seeds, size), at_points(others, size)
@@ -151,13 +154,13 @@ def _halved(array: FloatArray | MaskArray) -> FloatArray:
 
 
 def _doubled(array: AnyArray, shape: Sequence[int]) -> AnyArray:
-    """Each voxel eight times, in an array of that shape."""
+    """An array of the given shape in which each voxel is repeated eight times."""
     whole: AnyArray = array.repeat(2, axis=0).repeat(2, axis=1).repeat(2, axis=2)
     return whole[tuple(slice(0, n) for n in shape)]
 
 
 def part_of(guess: MaskArray, positive: Points) -> tuple[slice, ...]:
-    """The part of the volume in which a structure may lie."""
+    """The part of the volume to which a structure is limited."""
     low, high = positive.min(axis=0), positive.max(axis=0) + 1
     boxes = ndimage.find_objects(guess.astype(np.uint8))
     if boxes:
@@ -168,7 +171,7 @@ def part_of(guess: MaskArray, positive: Points) -> tuple[slice, ...]:
 
 
 def intensities(smooth: FloatArray, mask: MaskArray) -> tuple[float, float]:
-    """The level of a structure's smoothed intensities, and their spread."""
+    """Mean and standard deviation of a structure's smoothed intensities."""
     inner = ndimage.binary_erosion(mask)
     known = smooth[inner] if inner.sum() > 30 else smooth[mask]
     level, contrast = float(np.median(known)), max(float(smooth.std()), 1e-6)
@@ -177,19 +180,19 @@ def intensities(smooth: FloatArray, mask: MaskArray) -> tuple[float, float]:
 
 
 def _grown(box: Sequence[slice], voxels: int, shape: Sequence[int]) -> tuple[slice, ...]:
-    """A part of an array with ``voxels`` more on each side, as far as the array goes."""
+    """A box enlarged by ``voxels`` on each side, limited to the array."""
     return tuple(slice(max(0, a.start - voxels), min(n, a.stop + voxels)) for a, n in zip(box, shape, strict=True))
 
 
 def at_points(points: Points, size: npt.NDArray[np.int64]) -> MaskArray:
-    """Which voxels are among the points."""
+    """A mask that is true at the points."""
     mask = np.zeros(size, dtype=bool)
     mask[tuple(points.T)] = True
     return mask
 
 
 def _distances(crop: FloatArray, guess: MaskArray) -> FloatArray:
-    """How far smoothed intensities are from those of the guess, in standard deviations of these."""
+    """Distance of smoothed intensities from those of the guess, in standard deviations of the guess."""
     smooth = ndimage.gaussian_filter(crop, SMOOTH_VOXELS)
     level, spread = intensities(smooth, guess)
     distances: FloatArray = abs(smooth - level) / spread
@@ -199,10 +202,10 @@ def _distances(crop: FloatArray, guess: MaskArray) -> FloatArray:
 def _nearer_to_others(
     distances: FloatArray, guess: MaskArray, seeds: Points, others: Points, sampling: Sequence[float]
 ) -> FloatArray:
-    """0 where a front from a positive click comes first, down to -1 where one from a negative click does."""
+    """0 where a front from a positive click arrives first, down to -1 where one from a negative click does."""
     speed = np.maximum(1 / (1 + (distances / 2) ** 2), SLOWEST)
     depth = depth_at(seeds, guess, sampling)
-    # A click near the border corrects it there: its front starts as late as one from the deepest click comes by.
+    # A click near the border corrects the border there: its front starts when that of the deepest click passes it.
     late = depth.max() - depth
     own, other = _arrival(speed, seeds, late, sampling), _arrival(speed, others, np.zeros(len(others)), sampling)
     first = np.clip(SHARPNESS * np.log((other + 1) / (own + 1)), -1, 0)
@@ -216,7 +219,7 @@ def _nearer_to_others(
 
 
 def depth_at(points: Points, mask: MaskArray, sampling: Sequence[float]) -> npt.NDArray[np.float64]:
-    """How far points lie from the border of the mask that they lie in; 0 outside of it."""
+    """Distance of points to the border of the mask that they lie in; 0 for points outside."""
     padded = np.pad(mask, 1)
     beside = (np.argwhere(ndimage.binary_dilation(padded) & ~padded) - 1) * np.asarray(sampling)
     depths = np.zeros(len(points))
@@ -227,7 +230,7 @@ def depth_at(points: Points, mask: MaskArray, sampling: Sequence[float]) -> npt.
 
 
 def _distance_to(mask: MaskArray, sampling: Sequence[float]) -> FloatArray:
-    """How far voxels lie from a mask (Maurer et al. 2003); 0 on its own outermost voxels, and negative further in."""
+    """Distance of voxels to a mask (Maurer et al. 2003); 0 on its outermost voxels, negative inside."""
     field = sitk.GetImageFromArray(mask.astype(np.uint8))
     field.SetSpacing([float(s) for s in sampling][::-1])
     distance: FloatArray = sitk.GetArrayFromImage(
@@ -237,13 +240,13 @@ def _distance_to(mask: MaskArray, sampling: Sequence[float]) -> FloatArray:
 
 
 def _arrival(speed: FloatArray, seeds: Points, late: npt.NDArray[np.float64], sampling: Sequence[float]) -> FloatArray:
-    """When a front from the seeds arrives, in voxels of the finest axis; computed at half the resolution.
+    """Arrival time of a front from the seeds, in voxels of the finest axis; computed at half the resolution.
 
     Args:
         speed: shape (X, Y, Z).
         seeds: shape (n, 3).
-        late: when it starts at each.
-        sampling: edges of a voxel, the finest of which is 1.
+        late: start time at each seed.
+        sampling: edge lengths of a voxel, the shortest of which is 1.
     """
     field = sitk.GetImageFromArray(_halved(speed))
     field.SetSpacing([2 * s for s in sampling][::-1])
@@ -259,7 +262,7 @@ def _arrival(speed: FloatArray, seeds: Points, late: npt.NDArray[np.float64], sa
 
 
 def _cut(crop: FloatArray, chance: FloatArray) -> MaskArray:
-    """The minimal cut between what is likely the structure's and what is not."""
+    """The minimal cut between likely voxels of the structure and the others."""
     sure = np.clip(chance, 1e-6, 1 - 1e-6)
     edge = EDGE * max(float(crop.std()), 1e-6)
     structure: MaskArray = (
@@ -269,19 +272,19 @@ def _cut(crop: FloatArray, chance: FloatArray) -> MaskArray:
 
 
 def _connected(mask: MaskArray, seeds: MaskArray) -> MaskArray:
-    """What hangs together with a positive click."""
+    """The components that contain a positive click."""
     components, _ = ndimage.label(mask)
     numbers = np.unique(components[seeds])
     return np.isin(components, numbers[numbers > 0])
 
 
 def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) -> MaskArray:
-    """What hangs together with a positive click by more than necks that are thin beside the whole.
+    """The parts that are connected with a positive click by more than necks that are thin relative to the whole.
 
     Args:
-        depth: how far voxels lie from the border of what was found; 0 and less outside.
+        depth: distance of voxels to the border of the structure; 0 and less outside.
         seeds: positive clicks, shape (n, 3).
-        sampling: edges of a voxel, the finest of which is 1.
+        sampling: edge lengths of a voxel, the shortest of which is 1.
     """
     structure = depth > 0
     thin = min(NECK_SHARE * float(depth.max()), MOST_NECK_VOXELS)
@@ -305,21 +308,21 @@ def _without_necks(depth: FloatArray, seeds: Points, sampling: Sequence[float]) 
 def _fit_border(
     crop: FloatArray, mask: MaskArray, inside: MaskArray, outside: MaskArray, smooth_voxels: float, step: int
 ) -> MaskArray:
-    """The mask with a smooth border where intensities change from those nearby inside to those nearby outside.
+    """The mask with a smooth border, placed where intensities change between nearby voxels inside and outside.
 
     Args:
         crop: a part of an image, shape (X, Y, Z).
-        mask: of it.
-        inside, outside: voxels that stay so.
-        smooth_voxels: how smooth the border is to be.
-        step: voxels that one voxel of the grid spans that the mask was found on.
+        mask: the structure in this part.
+        inside, outside: voxels that must stay inside or outside.
+        smooth_voxels: width of the smoothing, in voxels.
+        step: edge length, in voxels of this grid, of the voxels of the grid on which the mask was computed.
     """
     least = LEAST_CONTRAST * float(crop.std())
     for _ in range(BORDER_STEPS + step - 1):
         weight = ndimage.gaussian_filter(mask.astype(np.float32), BORDER_SMOOTH_VOXELS)
         own = ndimage.gaussian_filter(crop * mask, BORDER_SMOOTH_VOXELS) / np.maximum(weight, 1e-3)
         other = ndimage.gaussian_filter(crop * ~mask, BORDER_SMOOTH_VOXELS) / np.maximum(1 - weight, 1e-3)
-        # Where both sides look alike, as where two organs touch, the image says nothing about the border.
+        # Where both sides have similar intensities, as where two organs touch, the image has no evidence of the border.
         like_own = np.where(abs(own - other) > least, abs(crop - other) - abs(crop - own), 0)
         added = ndimage.binary_dilation(mask) & ~mask & (like_own > 0)
         removed = mask & ndimage.binary_dilation(~mask) & (like_own < 0)
@@ -329,7 +332,7 @@ def _fit_border(
 
 
 def _values(mask: MaskArray, inside: MaskArray, outside: MaskArray) -> FloatArray:
-    """A mask as claims, which fall off smoothly at its border, so that it is smooth between voxels."""
+    """A mask as claim values that change smoothly across its border, so that the border can lie between voxels."""
     soft = 2 * (1 - ndimage.gaussian_filter(mask.astype(np.float32), SURFACE_VOXELS))
     values = np.where(mask, np.clip(soft, REGION_CLAIM, 0.95), np.clip(soft, 1.05, NEVER)).astype(np.float32)
     values[inside], values[outside] = 0, NEVER

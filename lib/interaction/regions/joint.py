@@ -1,6 +1,7 @@
-"""A structure that clicks alone have drawn, solved again with all of its clicks whenever one is added.
+"""Solves a structure that was segmented from clicks alone again, with all of its clicks, whenever a click is added.
 
-Parts that look different are cut out of the image by themselves (`cut.py`), each with its own clicks.
+Parts of the structure with different intensities are cut out of the image separately (`cut.py`), each with its own
+clicks.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from lib.interaction.regions.single import SMOOTH_VOXELS, MaskArray, Points, wit
 from lib.transforms.volume import FloatArray
 
 FEW_VOXELS = 1000
-"""What fronts draw of fewer voxels, and without a region, is a small thing."""
+"""A structure that fronts reach without a region, and of fewer voxels than this, counts as small."""
 BEYOND_BORDER = 2.3
-"""Times the distance to the border: how far a negative click goes in a small thing."""
+"""Reach of a negative click in a small structure, as a multiple of its distance to the border."""
 HALFWAY = 0.5
-"""Of what a front reaches: how much is trusted."""
+"""Share of a front's reach that counts as core."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one positive click draws by itself.
+    """The segmentation that one positive click yields by itself.
 
     Attributes:
-        seed: its voxel, shape (3,).
-        claim: a region, or what a front from it reaches.
-        is_region: which of the two.
+        seed: the clicked voxel, shape (3,).
+        claim: a region of similar intensities, or the voxels that a front from the click reaches.
+        is_region: whether the claim is a region.
     """
 
     seed: Points
@@ -40,20 +41,20 @@ class Drawn:
 
     @property
     def core(self) -> MaskArray:
-        """What is likely the structure's: a region; of what a front reaches, the nearer half."""
+        """The voxels that most likely belong to the structure: the whole region, or half of a front's reach."""
         likely: MaskArray = self.claim.values < (1 if self.is_region else HALFWAY)
         return likely
 
 
 @dataclass
 class _Group:
-    """Clicks on what looks alike.
+    """Clicks on voxels of similar intensity.
 
     Attributes:
-        level, spread: of the smoothed intensities.
-        guess: what its clicks draw one by one, shape (X, Y, Z).
-        core: the regions among it, and what fronts reach halfway.
-        seeds: they themselves.
+        level, spread: mean and standard deviation of the smoothed intensities.
+        guess: union of what each of the clicks segments alone, shape (X, Y, Z).
+        core: union of the cores of these segmentations.
+        seeds: the clicked voxels, shape (n, 3).
     """
 
     level: float
@@ -70,18 +71,17 @@ def sorted_regions(
     negative: Points,
     spacing_mm: Sequence[float],
 ) -> list[tuple[Points, Claim | None]]:
-    """Regions of clicks on one structure, those first that the other clicks speak for, and of these the larger ones.
+    """Regions of clicks on one structure, sorted by the support of the other clicks and then by size.
 
-    Clicks without a region follow, those first around which the image changes little, as it does not on a border.
-
-    The first one is kept whatever the clicks say, since one click may be near its border; of the others, those with as
-    many negative clicks deep in them as positive ones have leaked, and are None.
+    Clicks without a region follow, sorted by how little the image changes around them, since it changes much at a
+    border. The first region is always kept, since one negative click may lie near its border. Any other region that
+    contains as many negative as positive clicks deep inside has leaked, and becomes None.
 
     Args:
         image: shape (X, Y, Z).
-        regions: each with the voxel of its click; None where a click has none.
+        regions: each region with the voxel of its click; None where a click has no region.
         positive, negative: voxels of all clicks, shape (n, 3).
-        spacing_mm: of the volume.
+        spacing_mm: voxel size.
     """
     sampling = [s / min(spacing_mm) for s in spacing_mm]
 
@@ -98,7 +98,7 @@ def sorted_regions(
 
 
 def _number_deep_in(claim: Claim, seed: Points, points: Points, sampling: Sequence[float]) -> int:
-    """How many points lie at least half as deep in a claim as its click; those on its border correct it."""
+    """Number of points at least half as deep in a claim as its own click; points near the border only correct it."""
     places = points - claim.start
     places = places[((places >= 0) & (places < claim.values.shape)).all(axis=1)]
     if not len(places):
@@ -108,13 +108,13 @@ def _number_deep_in(claim: Claim, seed: Points, points: Points, sampling: Sequen
 
 
 def share_within(claim: Claim, mask: MaskArray) -> float:
-    """How much of a claim lies in a mask, as a share of it."""
+    """The share of a claim's voxels that lie in a mask."""
     own = claim.values < 1
     return float((own & mask[claim.part]).sum() / max(own.sum(), 1))
 
 
 def _number_in(claim: Claim, points: Points) -> int:
-    """How many of the points a claim holds."""
+    """Number of points that lie in a claim."""
     places = points - claim.start
     places = places[((places >= 0) & (places < claim.values.shape)).all(axis=1)]
     return int((claim.values[tuple(places.T)] < 1).sum())
@@ -123,16 +123,16 @@ def _number_in(claim: Claim, points: Points) -> int:
 def structure_claim(
     image: FloatArray, drawn: Sequence[Drawn], negative: Points, walls: MaskArray, spacing_mm: Sequence[float]
 ) -> Claim:
-    """What all clicks on a structure draw, where nothing is drawn.
+    """The claim of all clicks on a structure of which nothing was drawn before.
 
-    Parts that look different, as a kidney and its cyst do, are solved by themselves, each with its own clicks.
+    Parts with different intensities, as a kidney and its cyst, are solved separately, each with its own clicks.
 
     Args:
         image: shape (X, Y, Z).
-        drawn: positive clicks, the largest region first; at least one.
+        drawn: the segmentation of each positive click, the largest region first; at least one.
         negative: voxels of negative clicks, shape (n, 3).
-        walls: voxels of other structures, which it may not take.
-        spacing_mm: of the volume.
+        walls: voxels of other structures, which the structure may not take.
+        spacing_mm: voxel size.
     """
     groups, single = _groups(image, drawn)
     claims = [
@@ -142,7 +142,7 @@ def structure_claim(
     if len(claims) == 1 and not single:
         return claims[0]
     if single:
-        claims.append(_held_off(image, _union([one.claim for one in single]), negative, spacing_mm))
+        claims.append(_limit_by_negative_clicks(image, _union([one.claim for one in single]), negative, spacing_mm))
     union = _union(claims)
     low, values = union.start, union.values
     part, size = union.part, np.array(values.shape)
@@ -152,14 +152,14 @@ def structure_claim(
     for one in drawn:
         outside[tuple(one.seed - low)] = False
     values[outside] = NEVER
-    if groups:  # Between parts that were solved by themselves lie voxels that look like neither.
+    if groups:  # voxels between two parts that were solved separately may resemble neither part
         closed = without_holes(ndimage.binary_closing(np.pad(values < 1, 2), iterations=2)[2:-2, 2:-2, 2:-2])
         values[closed & ~outside & (values >= 1)] = 0.95
     return Claim(low, values)
 
 
 def _union(claims: Sequence[Claim]) -> Claim:
-    """What any of the claims wants."""
+    """The union of the claims."""
     low = np.min([claim.start for claim in claims], axis=0)
     high = np.max([claim.start + claim.values.shape for claim in claims], axis=0)
     values = np.full(high - low, NEVER, dtype=np.float32)
@@ -169,8 +169,8 @@ def _union(claims: Sequence[Claim]) -> Claim:
     return Claim(low, values)
 
 
-def _held_off(image: FloatArray, claim: Claim, negative: Points, spacing_mm: Sequence[float]) -> Claim:
-    """What fronts reach before those from negative clicks do, which go a little beyond the border nearby."""
+def _limit_by_negative_clicks(image: FloatArray, claim: Claim, negative: Points, spacing_mm: Sequence[float]) -> Claim:
+    """The voxels that fronts reach before those from negative clicks, which extend slightly beyond the border."""
     low, values = claim.start, claim.values.copy()
     places = negative[((negative >= low) & (negative < low + values.shape)).all(axis=1)]
     sampling = [s / min(spacing_mm) for s in spacing_mm]
@@ -182,7 +182,7 @@ def _held_off(image: FloatArray, claim: Claim, negative: Points, spacing_mm: Seq
 
 
 def _within(claim: Claim, whole: Claim) -> FloatArray:
-    """A claim's values where another one lies."""
+    """The values of a claim in the box of another claim."""
     values = np.full(whole.values.shape, NEVER, dtype=np.float32)
     both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(claim.part, whole.part, strict=True)]
     inner = tuple(slice(p.start - int(a), p.stop - int(a)) for p, a in zip(both, whole.start, strict=True))
@@ -193,9 +193,9 @@ def _within(claim: Claim, whole: Claim) -> FloatArray:
 
 
 def _groups(image: FloatArray, drawn: Sequence[Drawn]) -> tuple[list[_Group], list[Drawn]]:
-    """Clicks by what they look like, and those that look like no region, which change what is around them."""
+    """Clicks grouped by intensity, and the clicks in no uniform region, which only change their surroundings."""
     groups, single = list[_Group](), list[Drawn]()
-    # Small things end where a front ends; too few of their voxels lie in the middle to learn intensities from.
+    # Small structures end where the front ends: they have too few inner voxels to estimate intensities from.
     if not any(one.is_region for one in drawn) and (_union([one.claim for one in drawn]).values < 1).sum() < FEW_VOXELS:
         return groups, list(drawn)
     for one in drawn:

@@ -1,10 +1,11 @@
-"""What a click on a structure that is not drawn yet draws: the region of like intensities in whose middle it lies.
+"""Segments a structure that is not drawn yet from one click: the region of similar intensities in whose middle the
+click lies.
 
-An annotator clicks into the middle of what is to be drawn. Regions around the click are tried with a growing
-tolerance; one counts where the click lies deep in it, as it does not where the region has leaked into a larger
-neighbour, and where it holds most of what a front from the click reaches first; after a leap in size none is tried.
-Without such a region, that front is all there is (`growth.py`). The limits were chosen with one click on each of ten
-organs of 8 abdominal CTs.
+An annotator clicks into the middle of a structure. Regions around the click are tried with a growing intensity
+tolerance. A region is accepted if the click lies deep in it, which is not so if it has leaked into a larger neighbour,
+and if it contains most of the voxels that a front from the click reaches first. No larger tolerance is tried after a
+jump in size. If no region is accepted, the front alone is used (`growth.py`). The limits were chosen with one click on
+each of ten organs of 8 abdominal CTs.
 """
 
 from __future__ import annotations
@@ -23,39 +24,40 @@ MaskArray = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.int64]
 
 REACH_VOXELS = 60
-"""How far a region reaches from its click."""
+"""Largest distance of a region's voxels from its click."""
 TOLERANCES = (0.15, 0.2, 0.25, 0.3, 0.4)
-"""By how much intensities of a region differ from those at the click, in standard deviations of the part around it."""
+"""Tolerances tried: the largest intensity difference to the click, in standard deviations of the part around it."""
 SMOOTH_VOXELS = 0.7
 LEAST_OVERLAP, FULL_OVERLAP = 0.5, 0.8
-"""Of what the front reaches: how much of it a region holds at least; with this much, the region alone is drawn."""
+"""Smallest share of the front's voxels that an accepted region contains, and the share above which it alone is used."""
 LEAST_DEPTH = 0.6
-"""How deep in its region a click lies at least, as a share of the deepest place."""
+"""Smallest depth of a click in its region, as a share of the greatest depth."""
 LEAP, LESS_DEEP = 2.5, 0.15
-"""A region that is larger by this factor than with the tolerance before, and in which the click lies less deep by this
-share, has run into a neighbour: larger tolerances are not tried."""
+"""A region that is larger by this factor than with the previous tolerance, and in which the click's relative depth is
+smaller by this share, has leaked into a neighbour: no larger tolerance is tried.
+"""
 REGION_CLAIM = 0.75
-"""What a click claims of its region; what lies near another prompt goes to that one."""
+"""Claim value inside of a region; voxels near another prompt have a stronger claim from that prompt."""
 MOST_KEPT_MIB = 64
-"""A region has up to 121x121x121 numbers, 7 MiB."""
+"""Memory for regions; one region has up to 121x121x121 values, 7 MiB."""
 MANY_VOXELS = 20_000
 NEAR_VOXELS = 2
-"""So near to a click its region has its middle voxels: the one that was clicked may be noise."""
+"""Radius around a click in which its region is searched, since the clicked voxel itself may be noise."""
 NEIGHBOURS = ndimage.generate_binary_structure(3, 2)
 
 
 def kept_regions() -> BoundedCache:
-    """Where regions are kept: with each further click, all those before it are sent again."""
+    """A cache of regions, which is needed because each new click repeats all earlier ones."""
     return BoundedCache(MOST_KEPT_MIB * 2**20)
 
 
 def region_claim(image: FloatArray, seed: Points, spacing_mm: Sequence[float]) -> Claim | None:
-    """What a click draws where nothing is drawn; None where there is no region in whose middle it lies.
+    """The claim of one click on a structure of which nothing is drawn; None if no region is accepted.
 
     Args:
         image: shape (X, Y, Z).
         seed: the click's voxel, shape (3,).
-        spacing_mm: of the volume.
+        spacing_mm: voxel size.
     """
     near = claim_around(image, seed[None], FROM_NOTHING_VOXELS, spacing_mm)
     low = np.maximum(seed - REACH_VOXELS, 0)
@@ -78,7 +80,7 @@ def region_claim(image: FloatArray, seed: Points, spacing_mm: Sequence[float]) -
 def _choose(
     crop: FloatArray, seed: tuple[int, ...], front: MaskArray, spacing_mm: Sequence[float]
 ) -> tuple[MaskArray | None, float]:
-    """The region of the largest tolerance that counts, and how much of the front it holds; None without any."""
+    """The accepted region of the largest tolerance, and its share of the front's voxels; None if none is accepted."""
     smooth = ndimage.gaussian_filter(crop, SMOOTH_VOXELS)
     around = tuple(slice(max(0, v - 1), v + 2) for v in seed)
     level = float(smooth[around].mean())
@@ -96,14 +98,14 @@ def _choose(
             break
         if held >= LEAST_OVERLAP and depth >= LEAST_DEPTH:
             size, deep = voxels, depth
-            # Smoothing takes the outermost voxels away where the border is sharp.
+            # Smoothing of the image removes the outermost voxels at a sharp border.
             rim = ndimage.binary_dilation(region) & (abs(crop - level) < tolerance * spread)
             chosen, overlap = region | rim, held
     return chosen, overlap
 
 
 def _connected(alike: MaskArray, seed: tuple[int, ...]) -> MaskArray | None:
-    """The part of like voxels that hangs together with the seed by more than thin bridges, without holes."""
+    """The part of similar voxels, without holes, that is connected with the seed by more than thin bridges."""
     components, _ = ndimage.label(alike)
     number = _number_near(components, seed, 1)
     if number == 0:
@@ -123,14 +125,14 @@ def _connected(alike: MaskArray, seed: tuple[int, ...]) -> MaskArray | None:
 
 
 def without_holes(mask: MaskArray) -> MaskArray:
-    """A mask with what it encloses."""
+    """A mask with its holes filled."""
     beside, _ = ndimage.label(~np.pad(mask, 1))
     whole: MaskArray = (beside != beside[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return whole
 
 
 def _number_near(components: npt.NDArray[np.int32], seed: tuple[int, ...], voxels: int) -> int:
-    """The component that a voxel belongs to, or of which there is most beside it; 0 for none."""
+    """The component of a voxel, or the most frequent component next to it; 0 for none."""
     if all(0 <= v < n for v, n in zip(seed, components.shape, strict=True)) and components[seed]:
         return int(components[seed])
     beside = components[tuple(slice(max(0, v - voxels), max(0, v + voxels + 1)) for v in seed)]
@@ -138,12 +140,12 @@ def _number_near(components: npt.NDArray[np.int32], seed: tuple[int, ...], voxel
 
 
 def _relative_depth(region: MaskArray, seed: tuple[int, ...], spacing_mm: Sequence[float]) -> float:
-    """How deep a voxel lies in a region, as a share of the deepest place; a large region is seen at half its size."""
+    """Depth of a voxel in a region, as a share of the greatest depth; large regions are subsampled by two."""
     box = ndimage.find_objects(region.astype(np.uint8))[0]
     step = 2 if region.sum() > MANY_VOXELS else 1
     place = [v - side.start for v, side in zip(seed, box, strict=True)]
     seen = region[box][tuple(slice(v % step, None, step) for v in place)]
     depth = ndimage.distance_transform_edt(np.pad(seen, 1), sampling=spacing_mm)
-    # A voxel of noise may be none of a region that lies around it.
+    # A noisy voxel may be excluded from the region around it.
     around = depth[tuple(slice(max(0, v // step), max(0, v // step + 3)) for v in place)]
     return float(around.max(initial=0) / depth.max())
