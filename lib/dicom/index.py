@@ -1,7 +1,9 @@
 """An index of the DICOM files in a folder: kept in SQLite, filled in the background, read by many threads.
 
 Each thread has a connection of its own, and readers do not wait for the writer (SQLite's write-ahead log). A file is
-read again when its size or its time of change differs, so that the next start is quick.
+read again when its size or its time of change differs, so that the next start is quick. Several processes may keep one
+index: a server, its trainings, and other servers on the same folder. The database counts its changes, and each process
+reads the list of series again when the count differs.
 
 Each file has a row. Of several files with the same Study, Series and SOP Instance UID the one that was indexed first is
 the instance; the others are copies, or problems where their attributes differ. Of several studies with a series of the
@@ -18,16 +20,18 @@ import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lib.dicom.attributes import Json, dump, element, first_value, summarize, tag_of, to_json
 from lib.dicom.files import MEDIA_DIRECTORY, check_levels, is_dicom, is_uid, read_instance, reading
 from lib.dicom.presented.instances import uid_of
 from lib.dicom.presented.regular import MODALITIES, Regular, regular_for
-from lib.errors import ImageError
+from lib.errors import ImageError, NotFoundError
 from lib.storage.admission import Admission
 from lib.storage.json_files import is_unicode
 from lib.storage.sqlite import connect, remove_side_files
@@ -35,8 +39,10 @@ from lib.storage.sqlite import connect, remove_side_files
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SCANS = 2.0
+SECONDS_BETWEEN_COUNTS = 0.25
+"""How often the database is asked whether another process has changed it; own changes are seen at once."""
 FILES_A_TRANSACTION = 50
-VERSION = 4
+VERSION = 5
 """Of the tables and of what is in them; an index of another version is made anew."""
 TABLES = """
 DROP VIEW IF EXISTS shown;
@@ -88,6 +94,13 @@ ON CONFLICT (path) DO UPDATE SET sop = excluded.sop, study = excluded.study, ser
     in_file = excluded.in_file, syntax = excluded.syntax, number = excluded.number, is_placed = excluded.is_placed,
     summary = excluded.summary, metadata = excluded.metadata
 """
+CHANGES_TABLE = """
+CREATE TABLE IF NOT EXISTS changes (files INTEGER NOT NULL, regular INTEGER NOT NULL);
+INSERT INTO changes SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM changes);
+"""
+"""How often the rows of files and of regular series were changed, by whichever process."""
+WITHOUT_CHANGES = 4
+"""The version that did not count them yet."""
 LARGEST_NUMBER = 1_000_000_000
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 """Names of files that say to be DICOM: one that is not is a problem."""
@@ -125,6 +138,24 @@ class SeriesEntry:
         return first_value(self.summary, "Modality")
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """The series at one state of the database.
+
+    Attributes:
+        counts: how often files and regular series had been changed.
+        own_changes: how many changes this process had made.
+        counted_at: seconds of the clock at which ``counts`` was last compared with the database's.
+    """
+
+    counts: tuple[int, int]
+    own_changes: int
+    counted_at: float
+    entries: list[SeriesEntry]
+    by_uid: dict[str, SeriesEntry]
+    regular: dict[str, Regular]
+
+
 @dataclass
 class Progress:
     """How far the index is."""
@@ -146,10 +177,16 @@ class DicomIndex:
         database: file of the index, made when it is missing and made anew when it is damaged.
         skipped: names of folders, anywhere below, that are not looked into.
         admission: judges which files are the folder's own.
+        clock: seconds, monotonic.
     """
 
     def __init__(
-        self, folder: Path, database: Path, skipped: Iterable[str] = (), admission: Admission | None = None
+        self,
+        folder: Path,
+        database: Path,
+        skipped: Iterable[str] = (),
+        admission: Admission | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self.progress = Progress()
@@ -157,15 +194,14 @@ class DicomIndex:
         self._skipped = frozenset(skipped)
         self._admission = admission or Admission(folder)
         self._local = threading.local()
-        self._writing = threading.Lock()
+        self._clock = clock
+        self._writing, self._listing_lock = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._changes = 0
+        self._own_changes = 0
         self._judged = -1
         self._unnamed: list[str] = []
-        self._entries: list[SeriesEntry] | None = None
-        self._by_uid: dict[str, SeriesEntry] = {}
-        self._regular: dict[str, Regular] | None = None
+        self._listing: _Listing | None = None
         database.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._make_tables()
@@ -216,10 +252,11 @@ class DicomIndex:
             part = changed[start : start + FILES_A_TRANSACTION]
             self._take_in([(path, stamps[path]) for path in part])
             self.progress.indexed += len(part)
-        if self._judged != (judged := self._changes):
+        files, _ = self._counts()
+        if self._judged != files:
             self.progress.problems = {self._below(path): problem for path, problem in self._problems()}
             self._judge_regular()
-            self._judged = judged
+            self._judged = files
         self.progress.scans += 1
 
     def add(self, file: Path) -> None:
@@ -232,19 +269,11 @@ class DicomIndex:
 
     def entries(self) -> list[SeriesEntry]:
         """The series of all studies, in the order in which they were indexed."""
-        entries = self._entries
-        if entries is None:
-            changes = self._changes
-            entries = self._read_series()
-            self._by_uid = {entry.series: entry for entry in reversed(entries)}
-            if changes == self._changes:  # else it is of before the change already
-                self._entries = entries
-        return entries
+        return self._listed().entries
 
     def series(self) -> dict[str, SeriesEntry]:
         """The series by their UID."""
-        self.entries()
-        return self._by_uid
+        return self._listed().by_uid
 
     def name_in(self, study: str, series_in_file: str) -> str:
         """The UID under which a study's series is told, by the one in its files; that one where there is none."""
@@ -255,11 +284,7 @@ class DicomIndex:
 
     def regular(self) -> dict[str, Regular]:
         """What is to be shown beside the series that viewers cannot show, by their UID."""
-        regular = self._regular
-        if regular is None:
-            rows = self._connection.execute("SELECT series, slices, why FROM regular WHERE slices > 0")
-            self._regular = regular = {series: Regular(slices, why) for series, slices, why in rows}
-        return regular
+        return self._listed().regular
 
     def instances(self, study: str = "", series: str = "", sop: str = "") -> list[Instance]:
         """Instances of a study or a series, or with a UID, in the order of their numbers."""
@@ -284,8 +309,15 @@ class DicomIndex:
         return _instance(row) if row else None
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
-        """DICOM JSON of the first instance of a study, a series, or of one instance."""
-        return self.metadata(study, series, sop)[0]
+        """DICOM JSON of the first instance of a study, a series, or of one instance.
+
+        Raises:
+            NotFoundError: when there is none.
+        """
+        instances = self.metadata(study, series, sop)
+        if not instances:
+            raise NotFoundError("instance below", "/".join(filter(None, (study, series, sop))))
+        return instances[0]
 
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
         """DICOM JSON of the instances of a study, a series, or one instance."""
@@ -329,14 +361,13 @@ class DicomIndex:
 
     def _take_in(self, files: list[tuple[str, str]]) -> None:
         read = [(path, stamp, *_read(Path(path))) for path, stamp in files]
-        with self._writing, self._connection as connection:
+        with self._writing, self._changing("files") as connection:
             for path, stamp, row, problem in read:
                 connection.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (path, stamp, problem))
                 if row:
                     connection.execute(UPSERT, (path, *self._named(connection, row)))
                 else:
                     connection.execute("DELETE FROM rows WHERE path = ?", (path,))
-        self._entries, self._changes = None, self._changes + 1
 
     @staticmethod
     def _named(connection: sqlite3.Connection, row: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -370,20 +401,64 @@ class DicomIndex:
             if known.get((study, series)) != stamp and not self._stopped.is_set():
                 regular = regular_for(self.metadata(study, series), images[study, series].summary)
                 judged.append((study, series, stamp, *((regular.slices, regular.why) if regular else (0, ""))))
-        with self._writing, self._connection as connection:
-            connection.executemany(
-                "DELETE FROM regular WHERE study = ? AND series = ?", [uids for uids in known if uids not in wanted]
-            )
+        gone = [uids for uids in known if uids not in wanted]
+        if not gone and not judged:
+            return
+        with self._writing, self._changing("regular") as connection:
+            connection.executemany("DELETE FROM regular WHERE study = ? AND series = ?", gone)
             connection.executemany("INSERT OR REPLACE INTO regular VALUES (?, ?, ?, ?, ?)", judged)
-        self._regular = None
 
     def _remove(self, paths: list[str]) -> None:
         if not paths:
             return
-        with self._writing, self._connection as connection:
+        with self._writing, self._changing("files") as connection:
             connection.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in paths])
             connection.executemany("DELETE FROM rows WHERE path = ?", [(path,) for path in paths])
-        self._entries, self._changes = None, self._changes + 1
+
+    def _listed(self) -> _Listing:
+        """The series as the database has them, read again only after a change."""
+        listing = self._listing
+        if listing is not None and self._is_current(listing):
+            return listing
+        with self._listing_lock:
+            listing = self._listing
+            if listing is not None and self._is_current(listing):  # another thread was faster
+                return listing
+            # the number of own changes is read first: a change in between is then seen by the next call
+            own_changes, now = self._own_changes, self._clock()
+            connection = self._connection
+            connection.execute("BEGIN")  # one state of the database for all that is read
+            try:
+                counts = self._counts()
+                if listing is not None and listing.counts == counts:
+                    listing = replace(listing, own_changes=own_changes, counted_at=now)
+                else:
+                    entries = self._read_series()
+                    by_uid = {entry.series: entry for entry in reversed(entries)}
+                    rows = connection.execute("SELECT series, slices, why FROM regular WHERE slices > 0")
+                    regular = {series: Regular(slices, why) for series, slices, why in rows}
+                    listing = _Listing(counts, own_changes, now, entries, by_uid, regular)
+            finally:
+                connection.rollback()
+            self._listing = listing
+            return listing
+
+    def _is_current(self, listing: _Listing) -> bool:
+        age = self._clock() - listing.counted_at
+        return listing.own_changes == self._own_changes and age < SECONDS_BETWEEN_COUNTS
+
+    def _counts(self) -> tuple[int, int]:
+        """How often files and regular series were changed, by whichever process."""
+        files, regular = self._connection.execute("SELECT files, regular FROM changes").fetchone()
+        return files, regular
+
+    @contextmanager
+    def _changing(self, what: Literal["files", "regular"]) -> Iterator[sqlite3.Connection]:
+        """A transaction that counts as a change; the caller holds the lock of writers."""
+        with self._connection as connection:
+            yield connection
+            connection.execute(f"UPDATE changes SET {what} = {what} + 1")
+        self._own_changes += 1
 
     def _read_series(self) -> list[SeriesEntry]:
         """All series, each described by its first instance with an Image Position (Patient).
@@ -427,7 +502,8 @@ class DicomIndex:
         if version == FIRST_WITH_TWO_STUDIES:
             self._connection.executescript(CLAIMS_OF_ROWS)
         if version != VERSION:
-            self._connection.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+            tables = CHANGES_TABLE if version == WITHOUT_CHANGES else TABLES + CHANGES_TABLE
+            self._connection.executescript(f"BEGIN IMMEDIATE; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
 
     @property
     def _connection(self) -> sqlite3.Connection:

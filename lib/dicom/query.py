@@ -9,7 +9,7 @@ from lib.dicom.attributes import OF_LEVEL, STUDY_ATTRIBUTES, SUMMARY, Json, Leve
 from lib.dicom.index import SeriesEntry, by_study, counts
 from lib.dicom.matching import matches
 from lib.dicom.resources import Resource, parse_number
-from lib.errors import ParameterError
+from lib.errors import NotFoundError, ParameterError
 
 NOT_ATTRIBUTES = frozenset({"limit", "offset", "fuzzymatching", "includefield", "accept"})
 DEPTH = {"studies": 1, "series": 2, "instances": 3}
@@ -35,7 +35,11 @@ class Searchable(Protocol):
         """DICOM JSON of the instances of a study, a series, or one instance."""
 
     def first(self, study: str, series: str = "", sop: str = "") -> Json:
-        """DICOM JSON of the first instance of a study, a series, or of one instance."""
+        """DICOM JSON of the first instance of a study, a series, or of one instance.
+
+        Raises:
+            NotFoundError: when there is none, which can be while a study is removed.
+        """
 
 
 def search(index: Searchable, resource: Resource, pairs: Sequence[tuple[str, str]], root: str) -> list[Json]:
@@ -71,10 +75,16 @@ def _matches_all(entry: Json, wanted: Sequence[tuple[Sequence[str], str]], fuzzy
 
 
 def _in_full(index: Searchable, entry: Json, resource: Resource) -> Json:
-    """All attributes of an entity's first instance, and what is counted of the entity."""
+    """All attributes of an entity's first instance, and what is counted of the entity.
+
+    An entity whose files have gone since it was listed is described by what the list says of it.
+    """
     keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
     uids = [_value(entry, keyword) if at < DEPTH[resource.level] else "" for at, keyword in enumerate(keywords)]
-    return index.first(uids[0], uids[1], uids[2]) | entry
+    try:
+        return index.first(uids[0], uids[1], uids[2]) | entry
+    except NotFoundError:
+        return entry
 
 
 def _known_path(name: str) -> tuple[str, ...]:

@@ -141,7 +141,8 @@ class FolderSource:
     def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
         """As :class:`SeriesSource`; of any study, by the index."""
         entries = self.index.series()
-        uids = [uid for uid in self.series() if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
+        listed = [uid for uid in self.series() if uid in entries]  # the index may have changed in between
+        uids = [uid for uid in listed if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
         return sorted(uids, key=lambda uid: entries[uid].study != study)
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:

@@ -18,9 +18,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from lib.dicom.index import DicomIndex
 from lib.dicom.presented.regular import Regular
-from lib.dicom.resources import parse_accept
+from lib.dicom.query import search
+from lib.dicom.resources import parse_accept, parse_path
 from lib.dicom.retrieve import instance_parts
 from lib.dicom.series import read_series
+from lib.errors import NotFoundError
 from tests.dicom.conftest import edit, strip_preamble
 
 Make = Callable[..., list[Path]]
@@ -48,6 +50,59 @@ def test_new_changed_and_removed_files_are_seen(index: DicomIndex, tmp_path: Pat
     shutil.rmtree(files[0].parent)
     index.scan()
     assert list(index.series()) == [str(dcmread(tmp_path / "one" / "0001.dcm").SeriesInstanceUID)]
+
+
+def test_change_by_another_process_is_seen(index: DicomIndex, tmp_path: Path, make_series: Make) -> None:
+    """A training reads the same index: what it has removed from it, the server's own scan does not find changed."""
+    seconds = 0.0
+    database = tmp_path / ".dicom" / "index.sqlite"
+    server = DicomIndex(tmp_path, database, ("labels",), clock=lambda: seconds)
+    (uid,) = server.series()
+    regular = tmp_path / "two" / "scout.dcm"
+    files = make_series("coronal", "MR", "two")
+    shutil.copy(files[0], regular)
+    edit(regular, SOPInstanceUID="1.2.3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    index.scan()
+    seconds = 1.0
+    added = (set(server.series()) - {uid}).pop()
+    assert server.regular() == {added: Regular(len(files), "1 left out")}
+    shutil.rmtree(tmp_path / "one")
+    regular.unlink()
+    index.scan()
+    seconds = 2.0
+    server.scan()
+    assert [entry.series for entry in server.entries()] == [added] == list(server.series())
+    assert server.regular() == {}
+
+
+def test_own_change_is_seen_at_once(index: DicomIndex, make_series: Make) -> None:
+    frozen = DicomIndex(index.folder, index.folder / ".dicom" / "index.sqlite", clock=lambda: 0.0)
+    assert len(frozen.entries()) == 1
+    for file in make_series("coronal", "MR", "two"):
+        frozen.add(file)
+    assert [entry.modality for entry in frozen.entries()] == ["CT", "MR"]
+
+
+def test_query_while_a_series_is_removed_is_answered_from_the_list(index: DicomIndex, tmp_path: Path) -> None:
+    server = DicomIndex(tmp_path, tmp_path / ".dicom" / "index.sqlite", clock=lambda: 0.0)
+    (entry,) = server.entries()
+    shutil.rmtree(tmp_path / "one")
+    index.scan()
+    with pytest.raises(NotFoundError, match=entry.series):
+        server.first(entry.study, entry.series)
+    (shown,) = search(server, parse_path("series"), [("includefield", "EchoTime")], "http://here")
+    assert shown["0020000E"]["Value"] == [entry.series]
+
+
+def test_index_that_did_not_count_its_changes_is_kept(index: DicomIndex, tmp_path: Path) -> None:
+    database = tmp_path / ".dicom" / "index.sqlite"
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.executescript("DROP TABLE changes; PRAGMA user_version = 4")
+    again = DicomIndex(tmp_path, database)
+    assert [entry.series for entry in again.entries()] == [entry.series for entry in index.entries()]
+    shutil.rmtree(tmp_path / "one")
+    again.scan()
+    assert again.entries() == []
 
 
 def test_second_file_of_an_instance_takes_over_when_the_first_goes(index: DicomIndex, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from pydicom.dataset import Dataset
 
@@ -52,11 +53,28 @@ class RegularSeries:
         return source if source is not None and self.has(source) else None
 
     def entries(self) -> list[SeriesEntry]:
-        """The series for a query; nothing is opened."""
-        return [self._entry(image) for image in self.sources()]
+        """The series for a query; no file is opened. A source that is removed meanwhile is left out."""
+        entries = []
+        for image in self.sources():
+            with suppress(NotFoundError):
+                entries.append(self._entry(image))
+        return entries
 
     def describe(self, image_id: str) -> Dataset:
         """What is the same in all instances of an image's regular series.
+
+        Raises:
+            NotFoundError: when it has none any more.
+        """
+        return self._describe(image_id)[0]
+
+    def _entry(self, image_id: str) -> SeriesEntry:
+        header, slices = self._describe(image_id)
+        header.SOPInstanceUID, header.InstanceNumber = uid_of(image_id, "regular instance 1"), 1
+        return SeriesEntry(str(header.StudyInstanceUID), str(header.SeriesInstanceUID), to_json(header), slices, slices)
+
+    def _describe(self, image_id: str) -> tuple[Dataset, int]:
+        """What is the same in all instances of an image's regular series, and the number of its slices.
 
         Raises:
             NotFoundError: when it has none any more.
@@ -65,10 +83,4 @@ class RegularSeries:
         regular = self._index.regular().get(image_id) if self._index is not None else None
         if entry is None or regular is None:
             raise NotFoundError("regular series of image", image_id)
-        return describe_regular(entry.summary, image_id, regular.why)
-
-    def _entry(self, image_id: str) -> SeriesEntry:
-        header = self.describe(image_id)
-        header.SOPInstanceUID, header.InstanceNumber = uid_of(image_id, "regular instance 1"), 1
-        slices = self._index.regular()[image_id].slices if self._index is not None else 0
-        return SeriesEntry(str(header.StudyInstanceUID), str(header.SeriesInstanceUID), to_json(header), slices, slices)
+        return describe_regular(entry.summary, image_id, regular.why), regular.slices
