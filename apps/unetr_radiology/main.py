@@ -29,7 +29,7 @@ from lib.datastore.series import open_datastore  # noqa: E402
 from lib.infers.cache import ResultCache  # noqa: E402
 from lib.infers.costs import COSTS_FILE, CostBook  # noqa: E402
 from lib.infers.devices.lanes import Lanes  # noqa: E402
-from lib.infers.interruption import giving_way  # noqa: E402
+from lib.infers.interruption import interruptible_by  # noqa: E402
 from lib.infers.network_images import NetworkImages  # noqa: E402
 from lib.infers.plan import Planner  # noqa: E402
 from lib.infers.task import UnetrInferTask  # noqa: E402
@@ -124,7 +124,7 @@ class UnetrRadiologyApp(MONAILabelApp):
         """Segments many images, and never replaces what a person drew."""
         settings = self.settings
         if not settings.cluster:
-            return DrawnLabelsStay(interruptible=giving_way)
+            return DrawnLabelsStay(interruptible=interruptible_by)
         compiles = settings.engine == "auto"
         models = {n: ServedModel(p, self.locators[n], settings.precision, compiles) for n, p in self.presets.items()}
         return DrawnLabelsStay(elsewhere=ClusterBatch(RayEngine(settings.cluster), models))

@@ -24,7 +24,7 @@ from lib.cluster.engine import Engine, Finished, Recipe
 from lib.cluster.model import ModelFile
 from lib.configs.preset import Preset
 from lib.errors import CheckpointError, InputError, UnetrError
-from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.interruption import InterruptedWork, interruptible_by
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsFile, preset_for
 from lib.networks.checkpoint import read_checkpoint
@@ -243,7 +243,7 @@ def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], Non
 
     for number, one in enumerate(ids):
         try:
-            with giving_way(check):
+            with interruptible_by(check):
                 check()
                 work(one)
         except InterruptedWork:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from lib.errors import InputError, UnetrError
-from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.interruption import InterruptedWork, interruptible_by
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -140,7 +140,7 @@ class _Run(Generic[Item, Answer]):
         """One device's work, from its first item to the last."""
         try:
             with (
-                giving_way(self._check),
+                interruptible_by(self._check),
                 ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader,
                 ThreadPoolExecutor(1, thread_name_prefix="finish") as finisher,
             ):

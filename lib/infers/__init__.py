@@ -1,1 +1,1 @@
-"""Segmenting a volume on request."""
+"""Inference: segmentation of a volume by a network."""

@@ -1,4 +1,6 @@
-"""Blending of overlapping windows, slab by slab: all classes exist only for the planes that windows still touch."""
+"""Blends overlapping windows slab by slab, so that only the planes of the current slab are in memory for all
+classes.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +16,24 @@ from lib.infers.logit_margins import MOST_STEPS, STEP, LogitMargins
 LabelArray = npt.NDArray[np.uint8]
 HalfArray = npt.NDArray[np.float16]
 
-# Planes are decided a few at a time, so that probabilities need little memory beside the sums.
+# Planes are finished a few at a time, so that probabilities need little memory in addition to the sums.
 CHUNK_NUMBERS = 4_000_000
 
 
 class SlabBlender:
-    """Sums of weighted logits for the planes that windows still touch, and the answer for those that none does.
+    """Accumulates weighted logits for the planes of the current windows, and computes the labels of finished planes.
 
-    Voxels lie with their classes side by side, as a network in the layout ``channels_last_3d`` writes them: adding a
-    window and finding the largest class take a third of the time that they take with the classes outside.
+    The class axis is the innermost one, as networks in the memory format ``channels_last_3d`` write it: adding a window
+    and the argmax take a third of the time that they take with the class axis outermost.
 
     Args:
         shape: (X, Y, Z) of the volume.
-        axis: along which windows come in order.
-        weights: of a window's voxels, shape of the window, on the device where sums are kept.
-        classes: channels of the network's output.
-        entropy: whether the entropy of the blended probabilities is wanted too.
-        of_labels: whether it is wanted of voxels with a label only; it is 0 elsewhere.
-        margins: whether it is wanted which label comes second, and by how much.
+        axis: axis along which the windows are sorted.
+        weights: weights of a window's voxels, shape of the window, on the device of the sums.
+        classes: number of output channels of the network.
+        entropy: whether to compute the entropy of the blended probabilities too.
+        of_labels: whether to compute it for labelled voxels only; it is 0 in the background.
+        margins: whether to compute the second most likely label and its logit difference too.
     """
 
     def __init__(
@@ -49,14 +51,14 @@ class SlabBlender:
         cross_section = [size for i, size in enumerate(shape) if i != axis]
         self._sums = torch.zeros((self._depth, *cross_section, classes), device=weights.device)
         self._labels = np.zeros((shape[axis], *cross_section), dtype=np.uint8)
-        # The sum of weights cancels in the largest class, but not in a probability.
+        # The sum of weights has no effect on the argmax, but it has on probabilities.
         weighed = entropy or margins
         self._total = torch.zeros((self._depth, *cross_section), device=weights.device) if weighed else None
         self._entropy = np.zeros(self._labels.shape, dtype=np.float16) if entropy else None
         self._second, self._margin = (np.zeros_like(self._labels) if margins else None for _ in range(2))
 
     def advance(self, position: int) -> None:
-        """Decide the planes before ``position`` and make room for as many new ones."""
+        """Finish the planes before ``position``, and make room for the same number of new ones."""
         done = position - self._position
         if done == 0:
             return
@@ -67,10 +69,10 @@ class SlabBlender:
         self._position = position
 
     def add(self, start: Sequence[int], logits: torch.Tensor) -> None:
-        """Add a window.
+        """Add the logits of a window.
 
         Args:
-            start: its first voxel; along the slabs' axis that is the position of the last :meth:`advance`.
+            start: its first voxel; along the slab axis it equals the position of the last :meth:`advance`.
             logits: shape (classes, X, Y, Z) of the window, of any floating-point type.
         """
         window = logits.movedim(0, -1).movedim(self._axis, 0)
@@ -81,14 +83,14 @@ class SlabBlender:
             self._total[:, rows, columns] += self._weights
 
     def finish(self) -> tuple[LabelArray, HalfArray | None]:
-        """Decide the last planes; labels, and the entropy from 0 to 1 where it was wanted, of shape (X, Y, Z)."""
+        """Finish the last planes; labels, and the entropy from 0 to 1 if requested, both of shape (X, Y, Z)."""
         self._decide(len(self._labels) - self._position)
         labels = np.moveaxis(self._labels, 0, self._axis)
         return labels, None if self._entropy is None else np.moveaxis(self._entropy, 0, self._axis)
 
     @property
     def margins(self) -> LogitMargins | None:
-        """How nearly each voxel went to another label, where that was wanted; complete after :meth:`finish`."""
+        """The logit margins if requested; complete after :meth:`finish`."""
         if self._second is None or self._margin is None:
             return None
         return LogitMargins(*(np.moveaxis(kept, 0, self._axis) for kept in (self._labels, self._second, self._margin)))
@@ -119,14 +121,14 @@ class SlabBlender:
 
 
 def normalized_entropy(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Entropy of the softmax of blended logits, as a share of the largest that there is (Shannon 1948).
+    """Entropy of the softmax of blended logits, divided by its largest possible value (Shannon 1948).
 
     Args:
         sums: weighted sums of logits, classes last.
-        total: sums of the weights, without the last axis; 0 where no window was: certain.
+        total: sums of the weights, without the class axis; 0 where no window was computed, which counts as certain.
 
     Returns:
-        From 0 (certain) to 1 (all classes alike), shape of ``total``.
+        From 0 (certain) to 1 (all classes equally likely), shape of ``total``.
     """
     logits = sums / total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
     log_probabilities = torch.log_softmax(logits, dim=-1)
@@ -135,15 +137,16 @@ def normalized_entropy(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 
 def second_best(sums: torch.Tensor, total: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The label of the second largest logit, and by how much it is smaller than the largest.
+    """The label of the second largest logit, and its difference from the largest.
 
     Args:
-        sums: weighted sums of logits, classes last; the largest of each voxel is lost, so that no copy is needed.
-        total: sums of the weights, without the last axis; 0 where no window was: certain.
-        labels: of the largest.
+        sums: weighted sums of logits, class axis last; the largest value of each voxel is overwritten, which avoids a
+            copy.
+        total: sums of the weights, without the class axis; 0 where no window was computed, which counts as certain.
+        labels: labels of the largest logits.
 
     Returns:
-        uint8 both, the second in the steps of :class:`~lib.infers.logit_margins.LogitMargins`.
+        Two uint8 arrays; the difference is in the steps of :class:`~lib.infers.logit_margins.LogitMargins`.
     """
     first = labels[..., None]
     largest = sums.gather(-1, first)[..., 0]
@@ -156,7 +159,7 @@ def second_best(sums: torch.Tensor, total: torch.Tensor, labels: torch.Tensor) -
 
 
 def _shift(planes: torch.Tensor, done: int) -> None:
-    """Move the planes that stay to the front, one by one (no second slab is needed for it), and empty the rest."""
+    """Move the remaining planes to the front, one by one so that no second slab is needed, and clear the others."""
     kept = max(0, len(planes) - done)
     for plane in range(kept):
         planes[plane] = planes[plane + done]

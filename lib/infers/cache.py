@@ -1,4 +1,4 @@
-"""Answers that are ready: masks that were computed already, or ahead, in a bounded part of memory."""
+"""A bounded in-memory cache of masks that were computed on request or by prefetching."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MOST_CHECKSUMS = 10_000
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What an answer depends on.
+    """Everything that a response depends on.
 
     Attributes:
         image: SHA-256 of the image's content.
-        preset: the task.
-        model: changes with the weights.
-        options: those of the request that change the mask.
+        preset: name of the preset.
+        model: value that changes with the weights.
+        options: the options of the request that change the mask.
     """
 
     image: str
@@ -44,16 +44,16 @@ class CacheKey:
 
 
 class CachedMask:
-    """A mask with what is said about it, packed: masks are mostly background.
+    """A mask and its description, compressed, since masks consist mostly of background.
 
     Args:
         labels: shape (X, Y, Z).
         affine_ras: 4x4, voxel indices to millimetres in RAS.
-        payload: plain data of the answer, without its timings.
+        payload: JSON data of the response, without its latencies.
     """
 
     def __init__(self, labels: npt.NDArray[np.uint8], affine_ras: Affine, payload: Mapping[str, Any]) -> None:
-        # As they lie in memory: turning a large mask takes longer than packing it.
+        # In their order in memory: transposing a large mask takes longer than compressing it.
         self._order: Literal["C", "F"] = "F" if labels.flags.fnc else "C"
         as_it_lies = labels.T if self._order == "F" else labels
         self._packed, self._shape = pack_quickly(np.ascontiguousarray(as_it_lies)), labels.shape
@@ -61,20 +61,20 @@ class CachedMask:
 
     @property
     def labels(self) -> npt.NDArray[np.uint8]:
-        """Shape (X, Y, Z)."""
+        """The mask, shape (X, Y, Z)."""
         return np.frombuffer(unpack(self._packed), dtype=np.uint8).reshape(self._shape, order=self._order)
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes, about."""
+        """Approximate number of bytes in memory."""
         return len(self._packed) + 4096
 
 
 class ResultCache:
-    """Masks by key; the least recently used are dropped first.
+    """A cache of masks that evicts the least recently used ones first.
 
     Args:
-        limit_mib: memory that they may take; 0 keeps none.
+        limit_mib: largest memory of the cache; 0 caches nothing.
     """
 
     def __init__(self, limit_mib: int) -> None:
@@ -83,13 +83,13 @@ class ResultCache:
         self._lock = threading.Lock()
 
     def get(self, key: CacheKey) -> CachedMask | None:
-        """The mask of that key, where it is kept. What other weights of the preset said leaves at the same time."""
+        """The cached mask of a key, if there is one. Entries of other weights of the preset are evicted."""
         with self._lock:
             self._forget_other_models(key)
             return self._kept.get(key)
 
     def put(self, key: CacheKey, mask: CachedMask) -> None:
-        """Keep a mask, where it fits at all."""
+        """Cache a mask, if it fits."""
         with self._lock:
             self._forget_other_models(key)
             self._kept.pop(key, None)
@@ -105,12 +105,12 @@ class ResultCache:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that all of them take, about."""
+        """Approximate number of bytes in memory of all masks."""
         return int(self._kept.currsize)
 
     @property
     def limit_mib(self) -> int:
-        """Memory that they may take."""
+        """Largest memory of the cache."""
         return int(self._kept.maxsize) // MIB
 
     def _forget_other_models(self, key: CacheKey) -> None:
@@ -120,7 +120,7 @@ class ResultCache:
 
 
 class Checksums:
-    """SHA-256 of images, remembered for as long as size and time of the files do not change."""
+    """SHA-256 of images, cached until the size or the modification time of a file changes."""
 
     def __init__(self) -> None:
         self._known = ByStamp(MOST_CHECKSUMS)
@@ -129,21 +129,22 @@ class Checksums:
         """Checksum of a file, or of all files of a DICOM folder or of a case of several sequences.
 
         Raises:
-            ImageError: when it cannot be read, is no regular file (nothing is opened then), or changes meanwhile.
+            ImageError: if the image cannot be read, is not a regular file (which is then not opened), or changes while
+                it is read.
         """
         try:
             files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else files_of(image)
             stamp = tuple((path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()])
         except OSError as error:
             raise ImageError(f"image {image.name!r} cannot be read: {error.strerror or error}") from error
-        # an empty file adds nothing, and by itself it is no image
+        # an empty file changes no checksum, and is not an image by itself
         filled = [path for path, entry in zip(files, stamp, strict=True) if entry[1]]
         read = files if files == [image] else filled
         return self._known.get(image, stamp, lambda: sha256_of_blocks(_contents(read)))
 
 
 def _contents(files: Iterable[Path]) -> Iterator[bytes]:
-    """The content of regular files, one after the other, a mebibyte at a time."""
+    """The content of regular files, one after the other, in chunks of a mebibyte."""
     for path in files:
         with open_regular(path) as file:
             while block := file.read(MIB):

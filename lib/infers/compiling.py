@@ -1,4 +1,4 @@
-"""OpenVINO in the place of PyTorch: prepared beside a network that is already answering, and used if it is better."""
+"""OpenVINO as a replacement for PyTorch on the CPU: compiled in the background, and used if it is faster and agrees."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ logger = logging.getLogger("unetr.plan")
 # PyTorch itself is about 0.01 away from fp32.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 TRIES = 3
-# A tenth of a window's time, at least, for the memory that it takes.
+# OpenVINO must save at least a tenth of a window's time, since it takes memory.
 WORTH = 0.9
-# The weights once more, and what is in between; of what is left, requests keep at least three quarters.
+# Compilation needs another copy of the weights and intermediate data; requests keep at least three quarters of the free
+# memory.
 COPIES_OF_WEIGHTS = 3
 LARGEST_SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """What compiles a network, and the memory that there is for it; a test hands in another.
+    """The compiler of a network, the available memory and the clock; tests pass others.
 
     Attributes:
-        is_installed: whether there is OpenVINO.
-        compile_windows: makes a network's forward pass for windows of (channels, X, Y, Z); it raises whatever OpenVINO
-            raises.
-        memory: says how much is free.
-        clock: seconds, by which windows are timed.
+        is_installed: whether OpenVINO is installed.
+        compile_windows: compiles the forward pass for windows of (channels, X, Y, Z); it may raise any exception of
+            OpenVINO.
+        memory: probe of the free memory.
+        clock: clock in seconds that times the windows.
     """
 
     is_installed: Callable[[], bool] = has_openvino
@@ -49,14 +50,14 @@ class Compiler:
 
 
 def compile_if_faster(segmenter: Segmenter, computing: threading.Lock, compiler: Compiler | None = None) -> None:
-    """Have OpenVINO compute a segmenter's windows on the CPU, where it says the same in less time.
+    """Let OpenVINO compute a segmenter's windows on the CPU, if its logits agree and it is faster.
 
-    Whatever OpenVINO cannot do stays with PyTorch, and the log says why.
+    If OpenVINO cannot compile the network, PyTorch remains in use and the log states the reason.
 
     Args:
-        segmenter: it may be in use, and stays in use.
-        computing: held by whoever computes; taken for a few windows before, and again after it is compiled.
-        compiler: OpenVINO, unless given.
+        segmenter: the segmenter, which stays usable all the time.
+        computing: lock of the device; it is held for a few windows before and after the compilation.
+        compiler: the compiler; by default OpenVINO.
     """
     network, compiler = segmenter.network, compiler or Compiler()
     if not isinstance(network, InferenceNetwork) or segmenter.device.type != "cpu" or not compiler.is_installed():
@@ -76,7 +77,7 @@ def compile_if_faster(segmenter: Segmenter, computing: threading.Lock, compiler:
 def _compile_and_choose(
     segmenter: Segmenter, network: InferenceNetwork, computing: threading.Lock, compiler: Compiler
 ) -> str:
-    """Say what was chosen, and why."""
+    """Compile, choose the faster engine, and return a sentence that explains the choice."""
     with computing:
         pytorch = _try_out(segmenter, network, None, compiler.clock)
     shape = (segmenter.preset.in_channels, *segmenter.preset.roi_size)
@@ -90,7 +91,7 @@ def _compile_and_choose(
         apart = openvino.distance(pytorch)
         if apart <= TOLERANCES[segmenter.dtype] and openvino.seconds < WORTH * pytorch.seconds:
             network.use(compiled)
-            # measured once for a machine: here rather than in the next request
+            # measured once on each machine, here instead of in the next request
             segmenter.planner.cost(network, segmenter.placement)
             network.release_memory()
     return (
@@ -101,20 +102,20 @@ def _compile_and_choose(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a window of noise takes, and what the network says to it."""
+    """The time of a window of noise, and the logits that the network computes for it."""
 
     seconds: float
     logits: torch.Tensor
 
     def distance(self, other: _Trial) -> float:
-        """Root mean square of the difference, in standard deviations."""
+        """Root mean square of the difference between the logits, in standard deviations of the logits."""
         return float((self.logits - other.logits).square().mean().sqrt() / other.logits.std())
 
 
 def _try_out(
     segmenter: Segmenter, network: InferenceNetwork, compiled: CompiledForward | None, clock: Callable[[], float]
 ) -> _Trial:
-    """Compute a window in this way, and go on so. The fastest of several counts: a disturbance only slows down."""
+    """Time a window with this engine and leave it active. The fastest of several runs counts."""
     network.use(compiled)
     noise = torch.randn(
         1, segmenter.preset.in_channels, *segmenter.preset.roi_size, generator=torch.Generator().manual_seed(0)

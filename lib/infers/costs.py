@@ -1,4 +1,4 @@
-"""What a window costs on this machine: measured at first use, and kept in a file for the next start."""
+"""Cost of a window on this machine, measured on first use and stored in a file for later starts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lib.storage.json_files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 COSTS_FILE = "costs.json"
-"""Name of the book in the folder of models."""
+"""Name of the cost file in the folder of models."""
 
 SECONDS_TO_REMEMBER = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class WindowCost:
-    """One batch of windows, or of a training's crops: bytes on the device beside weights and input, and seconds."""
+    """Cost of one batch of windows or training crops: bytes on the device besides weights and input, and seconds."""
 
     bytes: int
     seconds: float
@@ -38,13 +38,13 @@ class WindowCost:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan may not ask for again for a while, since memory ran out on it.
+    """Restrictions on memory plans for a while after memory ran out.
 
     Attributes:
-        window_batch: the largest batch, of windows or of a training's crops; 0: no limit.
-        on_host: stitch on the host.
-        bands: at least so many.
-        recompute: a training recomputes the transformer's activations.
+        window_batch: largest batch of windows or training crops; 0 for no limit.
+        on_host: whether the host must stitch the windows.
+        bands: smallest number of bands.
+        recompute: whether a training must recompute the transformer's activations.
         until: seconds since 1970 at which the limits end.
     """
 
@@ -59,10 +59,10 @@ _COST, _LIMITS = TypeAdapter(WindowCost), TypeAdapter(Limits)
 
 
 class CostBook:
-    """Costs and limits by device, network and number format.
+    """Measured costs and limits for each device, network and number format.
 
     Args:
-        file: JSON file to keep them in; they are kept in memory only without one, or where it cannot be written.
+        file: JSON file of the costs. Without one, and if it cannot be written, costs are kept in memory only.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -71,23 +71,23 @@ class CostBook:
         self._lock = threading.Lock()
 
     def cost(self, key: str, batch: int) -> WindowCost | None:
-        """What was measured for a batch."""
+        """The measured cost of a batch; None if it has not been measured."""
         entry = self._read().get(key, {}).get(str(batch))
         return WindowCost(int(entry["bytes"]), float(entry["seconds"])) if entry else None
 
     def keep(self, key: str, batch: int, cost: WindowCost) -> None:
-        """Keep what was measured."""
+        """Store the measured cost of a batch."""
         self._change(key, {str(batch): asdict(cost)})
 
     def limits(self, key: str) -> Limits:
-        """What memory ran out on within the last day; no limits otherwise."""
+        """The limits set within the last day; otherwise no limits."""
         entry = self._read().get(key, {}).get("limits")
         limits = Limits(**entry) if entry else Limits()
-        left = limits.until - time.time()  # more than a day where the clock was turned back
+        left = limits.until - time.time()  # more than a day if the clock was set back
         return limits if 0 < left <= SECONDS_TO_REMEMBER else Limits()
 
     def limit(self, key: str, limits: Limits) -> None:
-        """Remember for a day."""
+        """Store limits, which hold for a day."""
         self._change(key, {"limits": asdict(replace(limits, until=time.time() + SECONDS_TO_REMEMBER))})
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -102,7 +102,7 @@ class CostBook:
     def _write(self, key: str, values: Mapping[str, Any]) -> None:
         entries = self._read()
         if self._file is not None and self._file.is_file():
-            # a training measures in a process of its own, into the same file
+            # trainings run in their own processes and write the same file
             entries |= {name: {**kept, **entries.get(name, {})} for name, kept in _parse(self._file).items()}
         entries[key] = {**entries.get(key, {}), **values}
         if self._file is None:
@@ -115,7 +115,7 @@ class CostBook:
 
 
 def cost_key(where: Placement, engine: str = "pytorch") -> str:
-    """What a cost depends on: the device, the number format, what computes, PyTorch, and the network's shape."""
+    """The key of a cost: device, number format, engine, version of PyTorch, and shape of the network."""
     preset, device = where.preset, where.device
     shape = preset.model_dump_json(include={"roi_size", "network"}) + str(preset.out_channels)
     shape += f" {preset.in_channels} channels" if preset.channels else ""
@@ -126,14 +126,14 @@ def cost_key(where: Placement, engine: str = "pytorch") -> str:
 
 
 def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowCost:
-    """Run one batch of noise twice: the first run pays for what is made only once, the second is timed.
+    """Run one batch of noise twice: the first run includes one-time initialisation, the second is timed.
 
     Raises:
-        RuntimeError, MemoryError: when the batch does not fit.
+        RuntimeError, MemoryError: if the batch does not fit.
     """
     if isinstance(network, InferenceNetwork):
         network.release_memory()
-    release_memory(where.device)  # what is kept in hand would be taken again unseen
+    release_memory(where.device)  # reuse of memory that the allocator holds would not be measured
     windows = torch.randn((batch, where.preset.in_channels, *where.preset.roi_size), device=where.device)
     with torch.inference_mode(), where.autocast():
         with PeakMemory(where.device) as peak:
@@ -145,7 +145,7 @@ def measure_windows(network: nn.Module, where: Placement, batch: int) -> WindowC
 
 
 def _parse(file: Path) -> dict[str, dict[str, Any]]:
-    """The book's entries; a damaged file only means that everything is measured again."""
+    """The entries of the file; a damaged file only means that all costs are measured again."""
     try:
         content = read_json(file)
     except (OSError, ValueError) as error:
@@ -156,7 +156,7 @@ def _parse(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _usable(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What stands in an entry as it was written there."""
+    """The valid values of an entry."""
     for name, one in entry.items():
         try:
             known: WindowCost | Limits = (_LIMITS if name == "limits" else _COST).validate_python(one)

@@ -1,4 +1,4 @@
-"""Work that gives way: a check that runs before each window of the network, and may wait or end the work."""
+"""Interruptible work: a check that runs before each window of the network, and may block or abort the work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _check: ContextVar[Check | None] = ContextVar("check", default=None)
 
 
 class InterruptedWork(Exception):  # noqa: N818 - a decision, not an error
-    """Somebody else needs the device; whoever started the work may start it again."""
+    """Other work needs the device; the caller may start the interrupted work again."""
 
 
 @contextmanager
-def giving_way(check: Check) -> Iterator[None]:
-    """Run ``check`` before each window that is computed inside, in this thread or with a copy of its context.
+def interruptible_by(check: Check) -> Iterator[None]:
+    """Run ``check`` before each window that is computed inside the block, in this thread or a copy of its context.
 
     Args:
-        check: returns to go on, waits, or raises (:class:`InterruptedWork`, say) to end the work.
+        check: returns to continue, blocks, or raises (for example :class:`InterruptedWork`) to abort the work.
     """
     token = _check.set(check)
     try:
@@ -33,11 +33,11 @@ def giving_way(check: Check) -> Iterator[None]:
 
 
 def check_before_each_window(network: nn.Module) -> None:
-    """Have a network ask the check of :func:`giving_way`, where there is one."""
-    network.register_forward_pre_hook(_ask)
+    """Make a network call the check of :func:`interruptible_by`, if one is set."""
+    network.register_forward_pre_hook(_run_check)
 
 
-def _ask(module: nn.Module, inputs: Any) -> None:
+def _run_check(module: nn.Module, inputs: Any) -> None:
     check = _check.get()
     if check is not None:
         check()

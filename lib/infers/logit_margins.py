@@ -1,4 +1,4 @@
-"""How nearly a network chose another label, voxel by voxel: what clicks that correct its mask begin with."""
+"""The logit margin of each voxel: the difference between the two largest logits, from which clicks correct a mask."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lib.transforms.volume import FloatArray
 LabelArray = npt.NDArray[np.uint8]
 
 STEP = 0.1
-"""Of a kept margin, as a difference of logits."""
+"""Resolution of a stored margin, as a difference of logits."""
 MOST_STEPS = 255
-"""A margin of 25.5 or more: a probability of one in 10^11."""
+"""Largest stored margin, 25.5, which corresponds to a probability of one in 10^11."""
 BEHIND = 3.0
-"""How much further than the second a label lies behind the first, where it is neither; only the second is kept."""
+"""Assumed logit difference between the second label and any further label, since only the second one is stored."""
 BYTES_A_VOXEL = 3
 
 
 @dataclass(frozen=True)
 class LogitMargins:
-    """What a network chose, what it would have chosen next, and by how much; on its own grid.
+    """The label, the second most likely label and the logit margin of each voxel, on the network's grid.
 
     Attributes:
-        labels: the first, before any component is dropped; shape (X, Y, Z).
-        second: the label of the second largest logit, shape (X, Y, Z); as ``labels`` where no window was.
+        labels: the most likely labels, before any component is removed; shape (X, Y, Z).
+        second: label of the second largest logit, shape (X, Y, Z); equal to ``labels`` where no window was computed.
         margin: the difference of both logits in steps of :data:`STEP`, shape (X, Y, Z).
     """
 
@@ -36,11 +36,11 @@ class LogitMargins:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory."""
         return int(self.labels.nbytes + self.second.nbytes + self.margin.nbytes)
 
     def lead(self, value: int, part: tuple[slice | int, ...]) -> FloatArray:
-        """By how much the logit of one label exceeds the largest of the others in a part of the grid.
+        """The logit of one label minus the largest logit of the others, in a part of the grid.
 
         >>> margins = LogitMargins(*(np.array([[[v]]], np.uint8) for v in (1, 0, 20)))
         >>> [round(float(margins.lead(value, (0, 0, 0))), 1) for value in (1, 0, 2)]

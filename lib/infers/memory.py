@@ -1,4 +1,4 @@
-"""How much memory there is, how much something took, and whether an error says that there was not enough."""
+"""Measures free memory and the peak memory of a computation, and recognises out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ MIB = 2**20
 GIB = 2**30
 RESERVE_SHARE = 0.05
 SECONDS_BETWEEN_LOOKS = 0.002
-# Parameters of glibc's mallopt, and the most that they take.
+# Parameters of glibc's mallopt, and their largest value.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MOST_BYTES = 2**31 - 1
 CGROUP = Path("/sys/fs/cgroup")
 
-# What PyTorch, oneDNN and the C++ library say; only CUDA has an exception of its own.
+# Messages of PyTorch, oneDNN and the C++ library; only CUDA has an exception type.
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc|could not allocate", re.I)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the host or on a GPU."""
+    """Whether an error means that memory ran out, on the host or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
-    """Memory that may still be taken on a device, less a reserve of a twentieth of it for other programs.
+    """Free memory of a device, minus a reserve of a twentieth of it for other programs.
 
     Args:
         device: the CPU or a GPU.
-        cgroup: where Linux states a container's limit (cgroup 2).
+        cgroup: folder in which Linux reports a container's limit (cgroup 2).
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -51,18 +51,18 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
 
 
 def host_bytes_left(budget: int | None) -> int:
-    """What this process may still take of the host's memory, of ``budget`` where there is one."""
+    """Host memory that this process may still allocate, within ``budget`` if there is one."""
     free = free_bytes(torch.device("cpu"))
     return free if budget is None else max(0, min(free, budget - psutil.Process().memory_info().rss))
 
 
 @dataclass(frozen=True)
 class MemoryProbe:
-    """How much memory is free; plans are made from it, and a test hands in figures of its own.
+    """Reports the free memory from which plans are made; tests pass fixed figures.
 
     Attributes:
         of_device: free bytes of a device.
-        of_host: bytes of the host's memory that this process may still take, of a budget where there is one.
+        of_host: bytes of host memory that this process may still allocate, within a budget if there is one.
     """
 
     of_device: Callable[[torch.device], int] = free_bytes
@@ -70,7 +70,7 @@ class MemoryProbe:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more, also what the allocators of a GPU and of glibc keep for later."""
+    """Release unused memory, including what the allocators of a GPU and of glibc keep for reuse."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -79,16 +79,16 @@ def release_memory(device: torch.device) -> None:
 
 
 def give_back_freed() -> None:
-    """Give back to the system what glibc keeps of freed memory for later; elsewhere than on glibc nothing changes."""
+    """Return the memory that glibc keeps for reuse to the system; without glibc this does nothing."""
     if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """From now on glibc keeps what this process frees for what it asks for next, until :func:`release_memory`.
+    """Make glibc keep freed memory of this process for reuse until :func:`release_memory`.
 
-    Each step of a training frees and takes gigabytes of activations again. By default large ones go back to the system
-    at once, which hands them out again page by page, each filled with zeros. Elsewhere than on glibc nothing changes.
+    Each training step frees and allocates gigabytes of activations. By default large blocks return to the system at
+    once, which hands them out again page by page and clears each page. Without glibc this function does nothing.
     """
     if mallopt := _of_glibc("mallopt"):
         mallopt(M_MMAP_THRESHOLD, MOST_BYTES)
@@ -96,15 +96,15 @@ def keep_freed_memory() -> None:
 
 
 class PeakMemory:
-    """Bytes that a block of code took at most, beyond what was taken before it.
+    """Peak memory of a block of code, in bytes above the memory in use before it.
 
-    On a GPU it is the allocator's own count; on the host the resident memory, looked at every two milliseconds.
+    On a GPU it is the allocator's own figure; on the host it is the resident memory, sampled every two milliseconds.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stop = device, threading.Event()
         self._process = psutil.Process()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._before, self._highest = 0, 0
 
     @property
@@ -133,18 +133,18 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
             self._highest = max(self._highest, self._process.memory_info().rss)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    """One of its own functions; None where the C library is another."""
+    """A function of glibc; None if another C library is in use."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _container_bytes(cgroup: Path) -> int:
-    """What a container's limit (cgroup 2) leaves; a very large number without one."""
+    """Bytes that remain within a container's limit (cgroup 2); a very large number if there is no limit."""
     try:
         limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
         used = int((cgroup / "memory.current").read_text(encoding="ascii"))

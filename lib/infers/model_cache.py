@@ -1,4 +1,4 @@
-"""The newest weights of a preset, loaded on each lane."""
+"""Keeps the current weights of a preset loaded on each lane."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lib.networks.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network that is ready, and what is said about it in answers."""
+    """A network that is ready for use, and its description for responses."""
 
     segmenter: Segmenter
     preset: Preset
@@ -31,13 +31,13 @@ class LoadedModel:
     calibration: Calibration | None = None
 
     def describe(self) -> dict[str, str]:
-        """Preset, version and origin, for an answer's JSON."""
+        """Preset, version and origin, for the JSON of a response."""
         return {"preset": self.preset.name, "version": self.version, "origin": self.origin}
 
 
 @dataclass
 class _Kept:
-    """What a lane has loaded; the lock is held while that changes."""
+    """The model that a lane has loaded; the lock is held while it changes."""
 
     lane: Lane
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,15 +47,15 @@ class _Kept:
 
 
 class ModelCache:
-    """Keeps the newest weights of a preset loaded, per lane.
+    """Loads and keeps the current weights of a preset, for each lane.
 
     Args:
-        preset: the task as configured.
-        locator: where its weights are.
+        preset: the preset as configured.
+        locator: finds the weights.
         precision, planner: see :class:`Segmenter`.
-        compiles: whether models that are loaded are compiled in the background while they answer; whoever computes
-            with one holds its lane's lock.
-        compile_model: compiles a model, given the lane's lock.
+        compiles: whether loaded models are compiled in the background while they serve requests; computing threads hold
+            the lock of their lane.
+        compile_model: compiles a model, given the lock of the lane.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class ModelCache:
         self._background: threading.Thread | None = None
 
     def get(self, where: Lane | torch.device) -> LoadedModel:
-        """Return the newest model on a lane, or on a device; a file that changed is loaded again.
+        """Return the current model on a lane or device; a changed file is loaded again.
 
         Raises:
-            ModelNotReadyError: when the preset has no weights.
-            CheckpointError: when they cannot be read or do not fit.
+            ModelNotReadyError: if the preset has no weights.
+            CheckpointError: if they cannot be read or do not match the network.
         """
         kept = self._place(where)
-        with kept.lock:  # the lane's alone: others go on while it loads
+        with kept.lock:  # only this lane is locked: others continue while it loads
             file = self._locator.find()
             if file is None:
                 raise ModelNotReadyError(
@@ -89,7 +89,7 @@ class ModelCache:
                 )
             stamp, generation = file.stamp, kept.lane.generation
             if kept.model is None or kept.stamp != stamp or kept.generation != generation:
-                kept.model = None  # what is to be replaced makes room first
+                kept.model = None  # the replaced model is freed first to make room
                 kept.model, kept.stamp = self._load(file, stamp, kept.lane.device), stamp
                 kept.generation = generation
                 self._compile(kept)
@@ -103,14 +103,14 @@ class ModelCache:
             return self._kept[name]
 
     def settle(self) -> None:
-        """Wait for what is compiled in the background."""
+        """Wait for compilations in the background."""
         with self._lock:
             background = self._background
         if background is not None:
             background.join()
 
     def _compile(self, kept: _Kept) -> None:
-        """Begin, one model after the other. No daemon: it would be torn off inside of C++ when the server ends."""
+        """Start a compilation, one at a time. The thread is no daemon, since exit would stop it inside of C++ code."""
         model = kept.model
         if not self._compiles or model is None:
             return

@@ -1,4 +1,4 @@
-"""Images as the network sees them, and its logit margins, in a bounded part of memory for clicks that follow."""
+"""A bounded in-memory cache of preprocessed images and logit margins, for the clicks that follow a segmentation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Key = tuple[object, ...]
 
 
 class NetworkImages:
-    """Preprocessed images and the networks' logit margins; what was used longest ago leaves first.
+    """Preprocessed images and logit margins; the least recently used ones are evicted first.
 
     Args:
-        limit_mib: memory that they may take; 0 keeps none.
+        limit_mib: largest memory of the cache; 0 caches nothing.
     """
 
     def __init__(self, limit_mib: int) -> None:
@@ -30,37 +30,37 @@ class NetworkImages:
         self._lock = threading.Lock()
 
     def put(self, checksum: str, preset: Preset, image: MetaTensor) -> None:
-        """Keep an image of shape (channels, X, Y, Z), where it fits at all."""
+        """Cache an image of shape (channels, X, Y, Z), if it fits."""
         on_host = MetaTensor(image.as_subclass(torch.Tensor).cpu(), affine=image.affine.cpu())
         with self._lock:
             if on_host.nbytes <= self._kept.maxsize:
                 self._kept[_key(checksum, preset)] = on_host
 
     def get(self, checksum: str, preset: Preset) -> MetaTensor | None:
-        """The image, where it is kept."""
+        """The cached image; None if there is none."""
         with self._lock:
             image = self._kept.get(_key(checksum, preset))
         return image if isinstance(image, MetaTensor) else None
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether margins of that size are kept."""
+        """Whether margins of this size can be cached."""
         return size_bytes <= int(self._kept.maxsize)
 
     def put_margins(self, checksum: str, preset: Preset, model: Key, margins: LogitMargins) -> None:
-        """Keep the margins of an image by the network of these weights, where they fit at all."""
+        """Cache the margins that a network of these weights has for an image, if they fit."""
         with self._lock:
             if self.has_room(margins.nbytes):
                 self._kept[_margins_key(checksum, preset, model)] = margins
 
     def margins_of(self, checksum: str, preset: Preset, model: Key) -> LogitMargins | None:
-        """The margins of an image by the network of these weights, where they are kept."""
+        """The cached margins that a network of these weights has for an image; None if there are none."""
         with self._lock:
             margins = self._kept.get(_margins_key(checksum, preset, model))
         return margins if isinstance(margins, LogitMargins) else None
 
 
 def _key(checksum: str, preset: Preset) -> Key:
-    """All that preprocessing depends on."""
+    """Everything that preprocessing depends on."""
     seen = preset.axcodes, preset.spacing_mm, preset.roi_size, preset.padding, str(preset.intensity)
     return checksum, *seen, str(preset.channels)
 

@@ -1,7 +1,7 @@
 """Memory planning for inference: batch of windows, place of stitching, number of bands.
 
-The bytes of tensors are counted from their shapes; the bytes and seconds of a window in the network are measured. A
-request that cannot fit in any way is refused before it starts.
+The bytes of tensors are computed from their shapes; the bytes and seconds of a window in the network are measured. A
+request that does not fit in any way is refused before it starts.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from lib.transforms.volume import Affine, Grid, Volume
 logger = logging.getLogger("unetr.plan")
 
 MOST_BANDS = 16
-# A GPU is idle between small batches; a CPU is not.
+# Small batches leave a GPU partly idle; a CPU is fully used.
 GPU_BATCH_FACTOR = 8
 FLOAT_BYTES = 4
-# Resident memory is looked at from outside: between two looks there may have been more.
+# Resident memory is sampled: the true peak may lie between two samples.
 MEASUREMENT_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a request is computed, and what it should take.
+    """How a request is computed, and its expected needs.
 
     Attributes:
-        device: where windows are computed.
+        device: device that computes the windows.
         precision: number format of the network.
-        stitching: batch, place and bands.
-        windows: how many there are at most, since air is skipped; in an answer, how many there were.
-        host_bytes: peak beyond the loaded image and weights.
-        device_bytes: the same on a GPU; 0 on the CPU.
-        host_left: bytes that the host may give.
-        device_left: bytes that the GPU may give.
-        seconds: of the network, for so many windows, as measured.
+        stitching: batch size, place of the sums and number of bands.
+        windows: upper limit of windows, since windows of air are skipped; in a response, the actual number.
+        host_bytes: peak host memory besides the loaded image and weights.
+        device_bytes: peak GPU memory; 0 on the CPU.
+        host_left: available bytes on the host.
+        device_left: available bytes on the GPU.
+        seconds: expected time of the network for these windows, from measurements.
         image_on_device: whether the image is preprocessed on the GPU and stays there.
-        fallbacks: what did not fit when it was tried, in words.
-        engine: what computes the windows, ``pytorch`` or ``openvino``.
+        fallbacks: descriptions of the plans that were tried and did not fit.
+        engine: engine that computes the windows, ``pytorch`` or ``openvino``.
     """
 
     device: str
@@ -73,15 +73,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether what it needs is there."""
+        """Whether the needs do not exceed the available memory."""
         return self.host_bytes <= self.host_left and self.device_bytes <= self.device_left
 
     def after(self, windows: int) -> Plan:
-        """The plan with the windows that there turned out to be."""
+        """The plan with the actual number of windows."""
         return replace(self, windows=windows, seconds=self.seconds * windows / max(1, self.windows))
 
     def explain(self) -> str:
-        """One line for the log and for people."""
+        """A one-line description for the log and for users."""
         where = "the device" if self.stitching.on_device else "the host"
         bands = f" in {self.stitching.bands} bands" if self.stitching.bands > 1 else ""
         gpu = f", {_gib(self.device_bytes)} of {_gib(self.device_left)} GiB on it" if self.device_left else ""
@@ -94,7 +94,7 @@ class Plan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for an answer."""
+        """The plan as JSON data for a response."""
         stitching = asdict(self.stitching)
         own = {
             key: value for key, value in asdict(self).items() if key not in ("stitching", "seconds", "restoring_bytes")
@@ -104,7 +104,7 @@ class Plan:
 
 @dataclass(eq=False)
 class Reservation:
-    """What a plan keeps of the host's memory from other plans."""
+    """Host memory that a plan reserves from other plans."""
 
     plan: Plan
     bytes: int
@@ -114,10 +114,10 @@ class Planner:
     """Plans requests within a budget.
 
     Args:
-        budget: bytes that this process may use on the host; all that is free, less a reserve, if not given.
-        book: where measured costs are kept.
+        budget: bytes that this process may use on the host; by default all free memory minus a reserve.
+        book: store of measured costs.
         cuda_graphs: whether GPUs replay recorded kernels.
-        memory: says how much is free.
+        memory: probe of the free memory.
         measure: measures a batch of windows.
     """
 
@@ -143,15 +143,15 @@ class Planner:
         entropy: bool = False,
         name: str = "image",
     ) -> Plan:
-        """Choose the windows per batch and where they are stitched together, so that ``volume`` fits into memory.
+        """Choose the batch size and the place of stitching so that ``volume`` fits into memory.
 
         Raises:
-            MemoryBudgetError: when nothing fits, with what it takes and what there is.
+            MemoryBudgetError: if no choice fits, with the required and the available memory.
         """
         preset, device = where.preset, where.device
         engine, host_left = engine_of(network), max(0, self.host_bytes_left() - self.reserved_bytes)
         limits = self.book.limits(cost_key(where, engine))
-        # OpenVINO takes a batch's windows one by one
+        # OpenVINO computes the windows of a batch one by one
         most = 1 if engine == "openvino" else preset.inference.window_batch_size
         sizes = _halvings(most * GPU_BATCH_FACTOR if device.type == "cuda" else most)
         if limits.window_batch:
@@ -179,20 +179,20 @@ class Planner:
 
     @property
     def reserved_bytes(self) -> int:
-        """What running plans keep of the host's memory from others."""
+        """Host memory that running plans reserve."""
         return sum(one.bytes for one in self._reserved)
 
     @contextmanager
     def reserving(self, make: Callable[[], Plan]) -> Iterator[Reservation]:
-        """Make a plan, and keep what it takes of the host's memory from other plans until the block ends.
+        """Make a plan, and reserve its host memory until the block ends.
 
-        A plan that does not fit beside them waits for their end.
+        A plan that does not fit next to the running ones waits until they end.
 
         Args:
-            make: makes it by :meth:`plan`.
+            make: makes the plan by :meth:`plan`.
 
         Raises:
-            MemoryBudgetError: when it does not fit by itself.
+            MemoryBudgetError: if it does not fit even alone.
         """
         with self._changed:
             while True:
@@ -212,14 +212,14 @@ class Planner:
                 self._reserved.remove(reservation)
                 self._changed.notify_all()
 
-    def keep_restoring(self, reservation: Reservation) -> None:
-        """Give up what was reserved for the network, once it has computed."""
+    def release_network_share(self, reservation: Reservation) -> None:
+        """Release the part of a reservation that the network needed, once it has computed."""
         with self._changed:
             reservation.bytes = min(reservation.bytes, reservation.plan.restoring_bytes)
             self._changed.notify_all()
 
     def expected_seconds(self, where: Placement, grid: Grid) -> float | None:
-        """What the windows of an image of that grid take on a device; None where nothing was measured yet."""
+        """Expected seconds of the windows of an image with that grid on a device; None if not measured yet."""
         for engine in ("openvino", "pytorch"):
             cost = self.book.cost(cost_key(where, engine), 1)
             if cost is not None:
@@ -227,14 +227,14 @@ class Planner:
         return None
 
     def host_bytes_left(self) -> int:
-        """Bytes of the host's memory that this process may still take, of the budget where there is one."""
+        """Host memory that this process may still allocate, within the budget if there is one."""
         return self._memory.of_host(self.budget)
 
     def check_room(self, needed: int, name: str) -> None:
-        """Refuse what needs more of the host's memory than may be taken, before it starts.
+        """Refuse work that needs more host memory than is available, before it starts.
 
         Raises:
-            MemoryBudgetError: with what it takes and what there is.
+            MemoryBudgetError: with the required and the available memory.
         """
         left = self.host_bytes_left()
         if needed > left:
@@ -244,12 +244,12 @@ class Planner:
             )
 
     def cost(self, network: nn.Module, where: Placement, batch: int = 1) -> WindowCost | None:
-        """The kept or measured cost of a batch of windows; None for one that does not fit."""
+        """The stored or measured cost of a batch of windows; None if the batch does not fit."""
         key = cost_key(where, engine_of(network))
-        known = self.book.cost(key, batch)
-        if known is not None:
-            return known
-        with self._changed:  # what others take meanwhile would be taken for the window's
+        stored = self.book.cost(key, batch)
+        if stored is not None:
+            return stored
+        with self._changed:  # memory that others allocate meanwhile would be attributed to the window
             self._changed.wait_for(lambda: not self._reserved)
             try:
                 cost = self._measure(network, where, batch)
@@ -262,9 +262,9 @@ class Planner:
         return cost
 
     def next_fallback(self, plan: Plan, where: Placement) -> Plan | None:
-        """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left.
+        """The next plan after memory ran out on ``plan``, kept for a day; None if there is no smaller one.
 
-        Less at once comes first, since it costs next to nothing; bands compute some windows twice.
+        Smaller batches come first, since they cost almost nothing; bands compute some windows twice.
         """
         old = plan.stitching
         if old.window_batch > 1:
@@ -283,12 +283,12 @@ class Planner:
 
 
 def engine_of(network: nn.Module) -> str:
-    """What computes a network's windows."""
+    """The engine that computes a network's windows."""
     return network.engine if isinstance(network, InferenceNetwork) else "pytorch"
 
 
 class _Need:
-    """Bytes and windows that segmenting one volume takes."""
+    """Bytes and windows that the segmentation of one volume needs."""
 
     def __init__(self, preset: Preset, shape: Sequence[int], affine_ras: Affine, entropy: bool) -> None:
         self._preset, self._entropy = preset, entropy or bool(preset.inference.component_entropy)
@@ -298,7 +298,7 @@ class _Need:
         self._channels = preset.in_channels
 
     def plan(self, stitching: Stitching, cost: WindowCost, where: Placement, host_left: int, device_left: int) -> Plan:
-        """What these choices come to."""
+        """The plan for these choices."""
         windows, slab = self.windows(stitching.bands), self._slab_bytes(stitching.bands)
         batch = stitching.window_batch
         window = self._channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
@@ -327,20 +327,20 @@ class _Need:
         )
 
     def _preprocessing_bytes(self) -> int:
-        """The image turned, and copied where its voxels lie in no order; interpolated axis by axis; then scaled."""
+        """Bytes of the reoriented image, its contiguous copy if needed, interpolation by axis, and scaling."""
         between = max(self._image, self._seen)
         return FLOAT_BYTES * self._channels * (2 * self._image + between + self._seen)
 
     def _logits_bytes(self, batch: int) -> int:
-        """The logits of a batch that is fetched while the next is computed."""
+        """Bytes of the logits of a batch that is fetched while the next batch is computed."""
         return batch * self._preset.out_channels * math.prod(self._preset.roi_size) * FLOAT_BYTES
 
     def _stitching_bytes(self) -> int:
-        """The network's image, the answer on its grid and its logit margins, beside slab and windows."""
+        """Bytes of the preprocessed image, of the mask on its grid and of its margins, besides slab and windows."""
         return self._seen * (FLOAT_BYTES * self._channels + BYTES_A_VOXEL + 1 + 2 * self._entropy)
 
     def _restoring_bytes(self) -> int:
-        """The answer on both grids, and each once more: turned, or as a file's bytes; components count in 32 bits."""
+        """Bytes of the mask on both grids, of a reoriented or encoded copy of each, and of 32-bit component numbers."""
         labels = 2 * (self._seen + self._image)
         inference = self._preset.inference
         components = 7 * self._seen if inference.largest_component or inference.component_entropy else 0
@@ -348,17 +348,17 @@ class _Need:
         return labels + components + entropy
 
     def _slab_bytes(self, bands: int) -> int:
-        """Sums of all classes for the planes of a window, over the rows that a band's windows cover."""
+        """Bytes of the sums of all classes for the planes of a window, over the rows that a band's windows cover."""
         axis, across, along = self._axes()
         roi = self._preset.roi_size
         rows = min(self.shape[across], math.ceil(self.shape[across] / bands) + 2 * roi[across])
         rows = self.shape[across] if bands == 1 else rows
         plane = rows * self.shape[along]
-        classes = self._preset.out_channels + 1  # and the sum of weights
+        classes = self._preset.out_channels + 1  # one more for the sum of weights
         return plane * (roi[axis] * classes * FLOAT_BYTES + self.shape[axis] * (BYTES_A_VOXEL + 2 * self._entropy))
 
     def windows(self, bands: int = 1) -> int:
-        """How many windows there are at most."""
+        """Upper limit of the number of windows."""
         overlap = choose_overlap(self.shape, self._preset)
         starts = [
             window_starts(size, edge, overlap) for size, edge in zip(self.shape, self._preset.roi_size, strict=True)
@@ -371,15 +371,15 @@ class _Need:
         return (counts[across] + twice) * math.prod(counts) // counts[across]
 
     def _axes(self) -> tuple[int, int, int]:
-        """The axes from the longest to the shortest: slabs lie along the first, bands divide the second."""
+        """The axes sorted by length: slabs follow the longest axis, and bands divide the second longest."""
         long, middle, short = sorted(range(3), key=lambda axis: -self.shape[axis])
         return long, middle, short
 
 
 def _choices(costs: dict[int, WindowCost], device: torch.device, limits: Limits) -> list[Stitching]:
-    """Ways to stitch, fastest first: on the device before the host, one band before many, cheapest windows first."""
+    """Stitching choices, fastest first: device before host, one band before many, cheapest batches first."""
     batches = sorted(costs, key=lambda size: costs[size].seconds / size)
-    # The smallest batch is the last resort, whatever its speed.
+    # The smallest batch is the last choice, whatever its speed.
     batches = batches[: batches.index(1) + 1] if 1 in batches else batches
     places = [True, False] if device.type == "cuda" and not limits.on_host else [False]
     bands = [count for count in _doublings(MOST_BANDS) if count >= limits.bands]

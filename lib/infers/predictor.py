@@ -1,9 +1,9 @@
-"""From what the network sees to labels: sliding windows over the body, blended slab by slab.
+"""Predicts labels of a preprocessed image by sliding windows over the body, which are blended slab by slab.
 
-The usual way blends all windows into one tensor of (classes, X, Y, Z): 14 classes of a 512x512x600 CT are 8.8 GB.
-Here the windows are visited in order along one axis. A plane that no later window touches is decided at once, so that
-only as many planes as a window is thick exist for all classes. The labels are those of the whole-volume way. Where
-even a slab is too large, the volume is cut across it into bands, each decided by all windows that reach into it.
+The usual method blends all windows in one tensor of (classes, X, Y, Z): 14 classes of a 512x512x600 CT take 8.8 GB.
+Here the windows are visited in order along one axis. A plane that no later window covers is finished at once, so that
+all classes exist only for as many planes as a window is thick. The labels equal those of the usual method. Where even a
+slab is too large, the volume is divided across it into bands, each of which is computed from all windows that cover it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lib.networks.placement import Placement
 Start = tuple[int, ...]
 Box = tuple[slice, slice, slice]
 
-# Air around the body that its outermost windows still see, in voxels: less where that saves a row of windows.
+# Margin of air around the body, in voxels; the smaller margin is used if it saves a row of windows.
 BODY_MARGIN_VOXELS = 8
 LEAST_MARGIN_VOXELS = 2
 
 
 @dataclass(frozen=True)
 class Stitching:
-    """How windows are computed and put together; what it costs differs, the answer does not.
+    """How windows are computed and blended; it affects the cost, but not the result.
 
     Attributes:
-        window_batch: windows that go through the network at once.
-        on_device: whether sums are kept where the network computes; on the host otherwise.
-        bands: parts that each slab is cut into, one after the other.
+        window_batch: number of windows in one forward pass.
+        on_device: whether the sums are on the network's device; otherwise they are on the host.
+        bands: number of parts of each slab, which are computed one after the other.
     """
 
     window_batch: int = 1
@@ -50,14 +50,14 @@ class Stitching:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the windows say.
+    """The result of the windows.
 
     Attributes:
         labels: shape (X, Y, Z).
-        entropy: of the blended probabilities, 0 (certain) to 1; None where it was not asked for.
-        windows: how many went through the network.
-        skipped: how many did not, since they hold nothing but air.
-        margins: how nearly each voxel went to another label; None where it was not asked for.
+        entropy: of the blended probabilities, from 0 (certain) to 1; None if it was not requested.
+        windows: number of windows computed.
+        skipped: number of windows skipped because they contain only air.
+        margins: logit margins; None if they were not requested.
     """
 
     labels: LabelArray
@@ -81,25 +81,26 @@ def predict(
     """Segment one preprocessed image.
 
     Windows are blended with Gaussian weights, so that a voxel is decided by the windows in which it lies centrally.
-    They are placed over the body; what lies around it, and windows without any of it, are background, unless the
-    preset says that air matters.
+    They are placed over the body. The surroundings of the body, and windows that contain only air, become background,
+    unless the preset requires air to be segmented.
 
     Args:
         network: a UNETR of the preset, in evaluation mode on ``device``.
-        image: shape (1, X, Y, Z), at least as large as the preset's window on every axis; on any device.
-        where: the task, and where and how windows are computed.
-        stitching: how windows are put together; one by one on the host if not given.
-        overlap: least share of a window that its neighbour sees again; one of the preset's overlaps if not given.
+        image: shape (1, X, Y, Z), at least as large as the preset's window along every axis; on any device.
+        where: the preset, the device and the number format.
+        stitching: how windows are blended; by default one by one on the host.
+        overlap: smallest share of a window that the next one covers too; by default chosen from the preset's overlaps.
         entropy: whether to compute the entropy of each voxel too.
-        ahead: batches that are computed before the first of them is fetched; as suits the device if not given.
-        of_labels: whether the entropy of voxels with a label is enough, a small part of the work; it is 0 elsewhere.
-        margins: whether to tell which label comes second at each voxel, and by how much.
+        ahead: batches that are computed before the first of them is fetched; by default chosen for the device.
+        of_labels: whether to compute the entropy of labelled voxels only, which takes a small part of the time; it is 0
+            in the background.
+        margins: whether to compute the second most likely label of each voxel and its logit difference.
     """
     plain, preset = image.as_subclass(torch.Tensor), where.preset
     labels = np.zeros(plain.shape[1:], dtype=np.uint8)
     certain = np.zeros(labels.shape, dtype=np.float16) if entropy else None
     kept_margins = LogitMargins(labels.copy(), labels.copy(), np.full_like(labels, MOST_STEPS)) if margins else None
-    # The lowest value of several channels together says nothing about air in each.
+    # The lowest value over several channels does not identify air in each of them.
     air = float(plain.min()) if preset.inference.skip_air and not preset.channels else None
     overlaps = preset.inference.overlaps if overlap is None else (overlap,)
     body, overlap = _place_over_body(plain[0], air, preset, overlaps)
@@ -119,10 +120,10 @@ def predict(
 
 
 def window_starts(size: int, edge: int, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis: as few as overlap by this share at least, at even distances.
+    """First voxels of the windows along one axis: the fewest windows with at least this overlap, evenly spaced.
 
-    MONAI's sliding window places as many, but moves the last one back to the image's end, so that it repeats most of
-    the one before it, and the others overlap no more than they must.
+    MONAI's sliding window places the same number, but shifts the last one back to the end of the image, so that it
+    mostly repeats the window before it while the others have only the smallest overlap.
 
     >>> window_starts(size=100, edge=48, overlap=0.25)
     [0, 26, 52]
@@ -133,21 +134,21 @@ def window_starts(size: int, edge: int, overlap: float) -> list[int]:
 
 
 def window_count(shape: Sequence[int], roi: Sequence[int], overlap: float) -> int:
-    """How many windows cover a volume."""
+    """Number of windows that cover a volume."""
     return math.prod(len(window_starts(size, edge, overlap)) for size, edge in zip(shape, roi, strict=True))
 
 
 def choose_overlap(shape: Sequence[int], preset: Preset) -> float:
-    """The largest of the preset's overlaps that keeps to its number of windows; the smallest if none does."""
+    """The largest of the preset's overlaps that respects its limit of windows; the smallest if none does."""
     return _largest_within(preset, preset.inference.overlaps, lambda _: shape)
 
 
 def occupied_sides(image: torch.Tensor, air: float) -> tuple[torch.Tensor, ...]:
-    """For each axis, at which places there is anything but air.
+    """For each axis, the positions at which there is anything but air.
 
     Args:
         image: shape (X, Y, Z).
-        air: the value of air; the lowest that there is after clipping to the preset's window.
+        air: the value of air, which is the lowest value after clipping to the preset's intensity window.
     """
     along_x = torch.tensor([bool((plane > air).any()) for plane in image])
     seen_yz = torch.zeros(image.shape[1:], dtype=torch.bool, device=image.device)
@@ -157,12 +158,12 @@ def occupied_sides(image: torch.Tensor, air: float) -> tuple[torch.Tensor, ...]:
 
 
 def body_box(sides: Sequence[torch.Tensor], roi: Sequence[int], overlap: float) -> Box:
-    """The box around all that is not air, with a margin, and at least as large as a window.
+    """The bounding box of all voxels other than air, with a margin, and at least as large as a window.
 
     Args:
-        sides: as :func:`occupied_sides` gives them, of an image that is at least as large as ``roi``.
+        sides: result of :func:`occupied_sides` for an image that is at least as large as ``roi``.
         roi: shape of a window.
-        overlap: share of a window that its neighbour sees again.
+        overlap: share of a window that the next one covers too.
     """
     x, y, z = (_reach(side, edge, overlap) for side, edge in zip(sides, roi, strict=True))
     return x, y, z
@@ -171,7 +172,7 @@ def body_box(sides: Sequence[torch.Tensor], roi: Sequence[int], overlap: float) 
 def _place_over_body(
     image: torch.Tensor, air: float | None, preset: Preset, overlaps: Sequence[float]
 ) -> tuple[Box, float]:
-    """The box that the windows cover, and the largest overlap with which they are no more than the preset allows."""
+    """The box that the windows cover, and the largest overlap that respects the preset's limit of windows."""
     sides = None if air is None else occupied_sides(image, air)
 
     def box_with(overlap: float) -> Box:
@@ -182,21 +183,21 @@ def _place_over_body(
 
 
 def _largest_within(preset: Preset, overlaps: Sequence[float], shape_with: Callable[[float], Sequence[int]]) -> float:
-    """The first overlap with which at most the preset's ``max_windows`` windows cover the shape; else the last."""
+    """The first overlap with which at most the preset's ``max_windows`` windows cover the shape; otherwise the last."""
     most, roi = preset.inference.max_windows, preset.roi_size
     fitting = (overlap for overlap in overlaps if window_count(shape_with(overlap), roi, overlap) <= most)
     return next(fitting, overlaps[-1])
 
 
 def _reach(occupied: torch.Tensor, edge: int, overlap: float) -> slice:
-    """From the first to the last occupied place with the margin that takes the fewest windows."""
+    """The range of occupied positions, with the margin that needs the fewest windows."""
     margins = range(BODY_MARGIN_VOXELS, LEAST_MARGIN_VOXELS - 1, -1)
     reaches = [_reach_with(occupied, edge, margin) for margin in margins]
     return min(reaches, key=lambda reach: len(window_starts(reach.stop - reach.start, edge, overlap)))
 
 
 def _reach_with(occupied: torch.Tensor, edge: int, margin: int) -> slice:
-    """From the first to the last occupied place with a margin; moved and widened to ``edge`` places."""
+    """The range of occupied positions with a margin, shifted and widened to at least ``edge`` positions."""
     places = occupied.nonzero().flatten()
     if len(places) == 0:
         return slice(0, edge)
@@ -208,7 +209,7 @@ def _reach_with(occupied: torch.Tensor, edge: int, margin: int) -> slice:
 
 
 class _SlidingWindow:
-    """The way of the windows over one image, band by band and slab by slab."""
+    """The sequence of windows over one image, band by band and slab by slab."""
 
     def __init__(
         self,
@@ -222,7 +223,7 @@ class _SlidingWindow:
         self._network, self._image, self._where, self._preset = network, image, where, where.preset
         self._device, self._stitching, self._air, self._ahead = where.device, stitching, air, ahead
         self._shape, self._roi = tuple(image.shape[1:]), where.preset.roi_size
-        # Along the longest axis the slab's cross-section is smallest; bands divide the longer of its sides.
+        # A slab across the longest axis has the smallest cross-section; bands divide its longer side.
         self._axis, self._across = (int(axis) for axis in np.argsort(self._shape, kind="stable")[::-1][:2])
         kept_on = where.device if stitching.on_device else torch.device("cpu")
         self._weights = compute_importance_map(self._roi, mode="gaussian", device=kept_on)
@@ -230,13 +231,13 @@ class _SlidingWindow:
         self.computed, self.skipped = 0, 0
 
     def place(self, overlap: float) -> None:
-        """Decide where the windows are."""
+        """Choose the positions of the windows."""
         self._starts = [window_starts(size, edge, overlap) for size, edge in zip(self._shape, self._roi, strict=True)]
 
     def bands(
         self, entropy: bool, of_labels: bool, margins: bool
     ) -> Iterator[tuple[Box, tuple[LabelArray, HalfArray | None], LogitMargins | None]]:
-        """Each band's place, answer, and logit margins."""
+        """The box, the result and the logit margins of each band."""
         edges = np.linspace(0, self._shape[self._across], self._stitching.bands + 1).astype(int).tolist()
         for first, last in itertools.pairwise(edges):
             yield self._band(first, last, entropy, of_labels, margins)
@@ -244,17 +245,19 @@ class _SlidingWindow:
     def _band(
         self, first: int, last: int, entropy: bool, of_labels: bool, margins: bool
     ) -> tuple[Box, tuple[LabelArray, HalfArray | None], LogitMargins | None]:
-        """Decide the planes ``first`` to ``last`` across the slabs, with all windows that reach into them."""
+        """Compute the planes ``first`` to ``last`` across the slabs, from all windows that cover them."""
         edge = self._roi[self._across]
         reaching = [start for start in self._starts[self._across] if start < last and start + edge > first]
-        # The windows' own extent, of which only the band is kept, so that no window has to be cut.
+        # The extent of the whole windows, of which only the band is kept, so that no window is cropped.
         low, high = reaching[0], reaching[-1] + edge
         shape = [high - low if axis == self._across else size for axis, size in enumerate(self._shape)]
         blender = SlabBlender(shape, self._axis, self._weights, self._preset.out_channels, entropy, of_labels, margins)
         for position in self._starts[self._axis]:
             blender.advance(position)
             sides = {self._axis: [position], self._across: reaching}
-            todo = [s for s in itertools.product(*(sides.get(i, self._starts[i]) for i in range(3))) if self._look(s)]
+            todo = [
+                s for s in itertools.product(*(sides.get(i, self._starts[i]) for i in range(3))) if self._has_tissue(s)
+            ]
             for start, logits in self._compute(todo):
                 blender.add([s - low if axis == self._across else s for axis, s in enumerate(start)], logits)
         labels, uncertainty = blender.finish()
@@ -267,15 +270,15 @@ class _SlidingWindow:
             kept_margins = LogitMargins(kept_margins.labels[kept], kept_margins.second[kept], kept_margins.margin[kept])
         return (place[0], place[1], place[2]), answer, kept_margins
 
-    def _look(self, start: Start) -> bool:
-        """Whether there is anything but air in a window."""
+    def _has_tissue(self, start: Start) -> bool:
+        """Whether a window contains anything but air."""
         if self._air is None or bool((self._image[self._box(start)] > self._air).any()):
             return True
         self.skipped += 1
         return False
 
     def _compute(self, starts: Sequence[Start]) -> Iterator[tuple[Start, torch.Tensor]]:
-        """The logits of each window, where its sums are kept."""
+        """The logits of each window, on the device of the sums."""
         size = self._stitching.window_batch
         coming: deque[tuple[Sequence[Start], PendingTransfer]] = deque()
         for batch in (starts[first : first + size] for first in range(0, len(starts), size)):

@@ -1,4 +1,4 @@
-"""The parameters of an inference request, cast and checked."""
+"""Parsed and validated parameters of an inference request."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Parsed = TypeVar("Parsed", bound="InferRequest")
 
 @dataclass(frozen=True, kw_only=True)
 class InferRequest:
-    """A request's parameters, cast and checked.
+    """The parsed and validated parameters of a request.
 
     Attributes:
-        device: that the request names; the default one where it names none.
-        wanted: that it names; None: any of the server's.
-        label_file: a mask that a correction starts from.
-        saved: a saved version of the label that one starts from, where there is no ``label_file``.
+        device: the device that the request names, or the default one.
+        requested_device: the device that the request names; None for any device of the server.
+        label_file: the mask that a correction starts from.
+        saved: the saved label version that a correction starts from, if there is no ``label_file``.
     """
 
     image: Path
     device: torch.device
-    wanted: torch.device | None
+    requested_device: torch.device | None
     extension: str
     dtype: str = "uint8"
     compress: bool = False
@@ -41,31 +41,31 @@ class InferRequest:
 
     @property
     def options(self) -> tuple[object, ...]:
-        """What changes the mask itself, and not only how it is written."""
-        return self.device.type, self.largest_component  # devices of a kind say the same
+        """The options that change the mask itself, and not only how it is written."""
+        return self.device.type, self.largest_component  # devices of one kind give equal results
 
     @classmethod
     def parse(cls: type[Parsed], request: Mapping[str, Any], default: torch.device, **more: Any) -> Parsed:
-        """Cast the fields that are ours; clients send others too, which are none of our business.
+        """Parse the fields that this server knows; other fields, which clients may send, are ignored.
 
         Args:
-            request: as it came.
-            default: the device of a request that names none.
-            more: fields that a request of another kind has beside these.
+            request: the raw fields.
+            default: device of a request that names none.
+            more: additional fields of a special kind of request.
 
         Raises:
-            ParameterError: naming the parameter, its value and what would be valid.
+            ParameterError: naming the parameter, its value and the valid values.
         """
         image = request.get("image")
         if not isinstance(image, str | Path) or not str(image):
             raise ParameterError("image", image, "an image id or a file")
         device = request.get("device")
         device = device[0] if isinstance(device, list) and device else device
-        wanted = resolve_device(str(device)) if device and device != ALL else None
+        requested_device = resolve_device(str(device)) if device and device != ALL else None
         return cls(
             image=Path(image),
-            device=wanted if wanted is not None else default,
-            wanted=wanted,
+            device=requested_device if requested_device is not None else default,
+            requested_device=requested_device,
             extension=_choice("result_extension", request, EXTENSIONS, _extension_of(Path(image))),
             dtype=_choice("result_dtype", request, DTYPES, "uint8"),
             compress=bool(parse_boolean("result_compress", request, False)),
@@ -75,7 +75,7 @@ class InferRequest:
 
 
 def _extension_of(image: Path) -> str:
-    """The image's own kind, where masks can be of it; NIfTI for DICOM."""
+    """The image's own extension if masks can have it; NIfTI for DICOM."""
     name = image.name.lower()
     return next((e for e in (".nii.gz", ".nii", ".nrrd") if name.endswith(e)), ".nii.gz")
 
@@ -88,10 +88,10 @@ def _choice(name: str, request: Mapping[str, Any], valid: tuple[str, ...], defau
 
 
 def parse_boolean(name: str, request: Mapping[str, Any], default: bool | None) -> bool | None:
-    """A flag of a request.
+    """Parse a boolean option of a request.
 
     Raises:
-        ParameterError: for anything else than true and false.
+        ParameterError: for values other than true and false.
     """
     value = request.get(name, default)
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""A network with its preset, as one thing that segments volumes."""
+"""Segments volumes with one network and its preset."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ logger = logging.getLogger("unetr.plan")
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found, on the image's own grid.
+    """The result, on the image's own grid.
 
     Attributes:
         labels: shape (X, Y, Z).
-        entropy: of the blended probabilities, from 0 (certain) to 1 (all classes alike), shape (X, Y, Z); None where
-            it was not asked for.
+        entropy: of the blended probabilities, from 0 (certain) to 1 (all classes equally likely), shape (X, Y, Z); None
+            if it was not requested.
         latencies_ms: milliseconds of each stage.
-        plan: how it was computed, and what was given up on the way.
+        plan: how it was computed, and the plans that did not fit.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -59,16 +59,16 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a network found of an image, on its own grid: the device is done with it.
+    """The prediction on the network's grid; the device is not needed any more.
 
     Attributes:
-        prediction: labels, and their entropy where it is needed.
+        prediction: labels, and their entropy if it is needed.
         plan: how it was computed.
-        name: of the image, for errors.
-        grid: affine of the network's grid; shape and affine of the image's.
-        entropy, largest_component: as asked for.
-        held: what is kept of the memory for the rest of the work; given back by :meth:`Segmenter.restore`, or when
-            this is dropped.
+        name: name of the image, for errors.
+        grid: affine of the network's grid, shape of the image and affine of the image.
+        entropy, largest_component: as requested.
+        reservation: memory reserved for the rest of the work; released by :meth:`Segmenter.restore`, or when this
+            object is deleted.
     """
 
     prediction: Prediction
@@ -78,19 +78,19 @@ class Computed:
     entropy: bool
     largest_component: bool | None
     clock: _Clock
-    held: ExitStack
+    reservation: ExitStack
 
 
 class Segmenter:
     """Segments volumes with one network.
 
     Args:
-        network: a UNETR of ``preset``.
-        preset: the task.
-        device: where it computes.
+        network: a UNETR of the preset.
+        preset: the preset.
+        device: the device on which it computes.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        planner: chooses what fits into memory; by what is free if not given.
-        preprocess: makes what the network sees, on the host or on a given device.
+        planner: chooses a plan that fits into memory; by default within the free memory.
+        preprocess: preprocesses an image, on the host or on a given device.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class Segmenter:
         precision: str = "auto",
         planner: Planner | None = None,
     ) -> Segmenter:
-        """Build the preset's network and load ``checkpoint`` into it, strictly.
+        """Build the preset's network, and load ``checkpoint`` into it strictly.
 
         Raises:
-            CheckpointError: when the weights do not fit.
+            CheckpointError: if the weights do not match the network.
         """
         network = build_unetr(preset)
         load_weights(network, checkpoint.model)
@@ -133,15 +133,15 @@ class Segmenter:
 
     @property
     def placement(self) -> Placement:
-        """The network's task, where it computes now, and how."""
+        """The preset, the current device and the number format of the network."""
         return Placement(self.preset, self.device, self.dtype)
 
     def plan(self, volume: Volume, name: str = "image", entropy: bool = False) -> Plan:
-        """How :meth:`segment` would go about a volume; the first plan on a device measures it.
+        """The plan by which :meth:`segment` would compute a volume; the first plan on a device measures its costs.
 
         Raises:
-            ImageError: when the volume cannot be segmented.
-            MemoryBudgetError: when it does not fit into memory.
+            ImageError: if the volume cannot be segmented.
+            MemoryBudgetError: if it does not fit into memory.
         """
         check_segmentable(volume, self.preset, name)
         self._return_home()
@@ -159,15 +159,15 @@ class Segmenter:
 
         Args:
             volume: the image, on any grid.
-            largest_component: keep only the largest component of each label, or every component, uncertain ones too;
-                the preset's choice if not given.
-            name: what to call the image in an error.
-            entropy: tell each voxel's entropy too.
-            on_image: called with the preprocessed image, as the network sees it.
+            largest_component: whether to keep only the largest component of each label, or every component including
+                uncertain ones; by default as the preset states.
+            name: name of the image in errors.
+            entropy: whether to return the entropy of each voxel.
+            on_image: called with the preprocessed image.
 
         Raises:
-            ImageError: when the volume cannot be segmented.
-            MemoryBudgetError: when it does not fit into memory.
+            ImageError: if the volume cannot be segmented.
+            MemoryBudgetError: if it does not fit into memory.
         """
         return self.restore(self.compute(volume, largest_component, name, entropy, on_image))
 
@@ -180,11 +180,11 @@ class Segmenter:
         on_image: Callable[[MetaTensor], None] | None = None,
         margins: bool = False,
     ) -> Computed:
-        """The part of :meth:`segment` that needs the device; :meth:`restore` is the rest, in whatever thread.
+        """The part of :meth:`segment` that needs the device; :meth:`restore` does the rest, in any thread.
 
         Args:
-            volume, largest_component, name, entropy, on_image: as of :meth:`segment`.
-            margins: whether the prediction tells how nearly each voxel went to another label.
+            volume, largest_component, name, entropy, on_image: see :meth:`segment`.
+            margins: whether the prediction includes logit margins.
 
         Raises:
             ImageError, MemoryBudgetError: as :meth:`segment`.
@@ -204,20 +204,20 @@ class Segmenter:
                     judged = bool(self.preset.inference.component_entropy)
                     prediction, plan = self._predict(image, plan, name, entropy, judged, margins)
                     plan = plan.after(prediction.windows)
-                    del image  # its memory is needed for what follows
+                    del image  # frees its memory for the next steps
                     self._release_network()
-            self.planner.keep_restoring(reservation)
+            self.planner.release_network_share(reservation)
             grid = (affine, volume.voxels.shape, volume.affine_ras)
             return Computed(prediction, plan, name, grid, entropy, largest_component, clock, stack.pop_all())
 
     def restore(self, computed: Computed) -> Segmentation:
-        """What the network found, cleaned and on the image's own grid; nothing of it needs the device.
+        """The prediction without rejected components, on the image's own grid; it needs no device.
 
         Raises:
-            MemoryBudgetError: when memory runs out.
+            MemoryBudgetError: if memory runs out.
         """
         prediction, clock = computed.prediction, computed.clock
-        with computed.held, _refusing(computed.name, computed.plan):
+        with computed.reservation, _refusing(computed.name, computed.plan):
             with clock.stage("postprocess"):
                 seen = self._clean(prediction, computed.largest_component)
             with clock.stage("restore"):
@@ -229,7 +229,7 @@ class Segmenter:
         return Segmentation(labels, computed.plan, uncertainty, clock.milliseconds)
 
     def _clean(self, prediction: Prediction, largest_component: bool | None) -> LabelArray:
-        """Drop uncertain components, and keep the largest one of each label that this is asked for."""
+        """Remove uncertain components, and for the requested labels all but the largest component."""
         labels, limits = prediction.labels, self.preset.component_entropies
         if limits and prediction.entropy is not None and largest_component is not False:
             labels = drop_uncertain_components(labels, prediction.entropy, limits)
@@ -241,7 +241,7 @@ class Segmenter:
         return keep_largest_components(labels, indices, share) if indices else labels
 
     def _preprocess(self, volume: Volume, plan: Plan) -> tuple[MetaTensor, Plan]:
-        """What the network sees, on the GPU where the plan has room for it there, or else on the host."""
+        """The preprocessed image, on the GPU if the plan has room for it there, otherwise on the host."""
         if plan.image_on_device:
             try:
                 return self._preprocess_volume(volume, self.preset, self.device), plan
@@ -256,7 +256,7 @@ class Segmenter:
     def _predict(
         self, image: torch.Tensor, plan: Plan, name: str, entropy: bool, judged: bool, margins: bool
     ) -> tuple[Prediction, Plan]:
-        """Predict as planned; where memory runs out, by smaller and smaller plans, and in the end on the CPU."""
+        """Predict as planned; where memory runs out, use smaller and smaller plans, and finally the CPU."""
         while True:
             try:
                 stitching = plan.stitching
@@ -265,12 +265,13 @@ class Segmenter:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Outside of the clause: the error's traceback holds on to what is to be let go.
+            # Outside of the except clause, since the traceback of the error keeps references to memory that must be
+            # freed.
             plan = self._smaller(plan, name)
             image = image if plan.image_on_device else image.cpu()
 
     def _smaller(self, plan: Plan, name: str) -> Plan:
-        """Release the device's memory and take the next fallback of the plan."""
+        """Release the device's memory, and return the next fallback of the plan."""
         self._release_network()
         release_memory(self.device)
         smaller = self.planner.next_fallback(plan, self.placement)
@@ -292,7 +293,7 @@ class Segmenter:
         return smaller
 
     def _release_network(self) -> None:
-        """What the network keeps between windows is not kept between requests, nor between fallbacks."""
+        """Free buffers that the network keeps between windows, after a request and before a fallback."""
         if isinstance(self.network, InferenceNetwork):
             self.network.release_memory()
 
@@ -304,7 +305,7 @@ class Segmenter:
         self.device, self.dtype = device, dtype
 
     def _return_home(self) -> None:
-        """Back to the GPU after a request that it had no memory for, if it has some now."""
+        """Move back to the GPU after a request that did not fit there, if there is memory now."""
         if (self.device, self.dtype) == self._home:
             return
         away = (self.device, self.dtype)
@@ -318,7 +319,7 @@ class Segmenter:
 
 @contextmanager
 def _refusing(name: str, plan: Plan) -> Iterator[None]:
-    """Say with numbers what did not fit, where memory runs out outside of the network."""
+    """Raise an error with the memory figures if memory runs out outside of the network."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -328,7 +329,7 @@ def _refusing(name: str, plan: Plan) -> Iterator[None]:
 
 
 class _Clock:
-    """Milliseconds by stage."""
+    """Duration of each stage in milliseconds."""
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = {}

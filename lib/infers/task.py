@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 SHARE_AHEAD = 1 / 16
-"""Of the memory that is free, for an image that is read before its turn."""
+"""Largest share of the free memory for an image that is read in advance."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class ReadImage:
     """An image in memory.
 
     Attributes:
-        checksum: that its file had before it was read.
-        warnings: what a user should know of it.
-        seconds: that reading took.
+        checksum: checksum of its file before it was read.
+        warnings: warnings for the user.
+        seconds: duration of reading.
     """
 
     checksum: str
@@ -63,8 +63,8 @@ class ReadImage:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a network found, its model, and when the lane was there and the weights were."""
+class _ModelResult:
+    """A prediction, its model, and the times at which the lane and the weights were ready."""
 
     model: LoadedModel
     computed: Computed
@@ -73,41 +73,41 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A request of which the device has done its part.
+class StartedRequest:
+    """A request whose part on a device is done.
 
     Attributes:
-        request: what was asked for.
-        made: by which model.
+        request: the request.
+        made: the prediction and its model.
         checksum, warnings: of the image.
-        affine_ras: of the image's grid.
-        seconds: of each stage so far.
-        known: the answer, where it was kept; nothing else is there then.
+        affine_ras: affine of the image's grid.
+        seconds: duration of each stage so far.
+        cached: the cached response; all other fields are empty then.
     """
 
     request: InferRequest
-    made: _Made | None = None
+    made: _ModelResult | None = None
     checksum: str = ""
     warnings: list[str] = field(default_factory=list)
     affine_ras: Affine | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    known: tuple[str, dict[str, Any]] | None = None
+    cached: tuple[str, dict[str, Any]] | None = None
 
 
 class UnetrInferTask(InferTask):
-    """Segments an image with a preset's newest weights.
+    """Segments an image with the current weights of a preset.
 
     Args:
-        preset: the task.
-        locator: where its weights are.
-        device: default device, where no ``lanes`` are given; the best there is if empty.
+        preset: the preset.
+        locator: finds its weights.
+        device: default device if no ``lanes`` are given; the best available one if empty.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        cache: where masks are kept for those who ask again, or were not the first to ask.
-        planner: chooses what fits into memory; by what is free if not given.
-        compiles: whether models on the CPU are compiled in the background, and used so where that is faster.
-        images: where preprocessed images are kept for clicks that correct the mask; none are kept if not given.
-        lanes: the devices, each with weights of its own.
-        read: reads an image.
+        cache: cache of masks for repeated or concurrent requests.
+        planner: chooses a plan that fits into memory; by default within the free memory.
+        compiles: whether models on the CPU are compiled in the background, and used if that is faster.
+        images: cache of preprocessed images for clicks that correct the mask; by default none are kept.
+        lanes: the devices, each with its own weights.
+        read: function that reads an image.
     """
 
     takes_prompts = False
@@ -126,10 +126,10 @@ class UnetrInferTask(InferTask):
         read: Callable[[Path, Preset], Volume] = read_input,
     ) -> None:
         self._lanes = lanes if lanes is not None else Lanes.of(device)
-        # clients send the first back, which would take all of them to one device
+        # clients send the first value back, which would direct all requests to one device
         several = [ALL] if self._lanes.several else []
         options: dict[str, Any] = {"device": several + device_list()}
-        # Clients send these options back: one for all labels would override a choice label by label.
+        # Clients send these options back: one value for all labels would override a choice for each label.
         if isinstance(preset.inference.largest_component, bool):
             options["largest_component"] = preset.inference.largest_component
         super().__init__(InferType.SEGMENTATION, preset.label_indices, 3, preset.description, options)
@@ -142,7 +142,7 @@ class UnetrInferTask(InferTask):
         self.checksums = Checksums()
 
     def is_valid(self) -> bool:
-        """Whether there are weights to answer with; a model without any is not offered."""
+        """Whether there are weights; a model without weights is not offered."""
         return self._locator.is_known()
 
     def get_path(self, validate: bool = True) -> str | None:
@@ -151,68 +151,68 @@ class UnetrInferTask(InferTask):
         return str(file.path) if file else None if validate else str(self._locator.folder)
 
     def load(self) -> dict[str, str]:
-        """Load the newest weights on the default device, and say what they are; they stay loaded.
+        """Load the current weights on the default device and describe them; they stay loaded.
 
         Raises:
-            ModelNotReadyError, CheckpointError: when there are no usable weights.
+            ModelNotReadyError, CheckpointError: if there are no usable weights.
         """
         return self._models.get(self._lanes.first).describe()
 
     def settle(self) -> None:
-        """Wait for what is prepared in the background."""
+        """Wait for work in the background."""
         self._models.settle()
 
     def parse(self, request: Mapping[str, Any]) -> InferRequest:
-        """Cast and check a request's parameters; the other methods take the result.
+        """Parse and validate a request's parameters; the other methods take the result.
 
         Raises:
-            ParameterError: naming the parameter, its value and what would be valid.
+            ParameterError: naming the parameter, its value and the valid values.
         """
         return InferRequest.parse(request, self._lanes.first.device)
 
     def __call__(self, request: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-        """Segment an image, for callers that know MONAI Label's tasks: :meth:`parse` and :meth:`segment` in one."""
+        """Segment an image through MONAI Label's task interface: :meth:`parse` followed by :meth:`segment`."""
         return self.segment(self.parse(request))
 
     def segment(self, request: InferRequest) -> tuple[str, dict[str, Any]]:
         """Segment an image.
 
         Returns:
-            The mask's file, to be removed by the caller, and the answer's JSON.
+            The mask's file, which the caller removes, and the JSON of the response.
 
         Raises:
-            ImageError: when the image cannot be segmented.
-            MemoryBudgetError: when it does not fit into memory.
-            ModelNotReadyError, CheckpointError: when there are no usable weights.
+            ImageError: if the image cannot be segmented.
+            MemoryBudgetError: if it does not fit into memory.
+            ModelNotReadyError, CheckpointError: if there are no usable weights.
         """
         return self.complete(self.begin(request))
 
-    def begin(self, request: InferRequest, ahead: ReadImage | None = None) -> Begun:
-        """The part of an answer that needs a device.
+    def begin(self, request: InferRequest, ahead: ReadImage | None = None) -> StartedRequest:
+        """Do the part of a request that needs a device.
 
         Args:
-            request: as of :meth:`segment`.
-            ahead: the image, where it was read before (:meth:`read_ahead`).
+            request: see :meth:`segment`.
+            ahead: the image, if it was read in advance (:meth:`read_ahead`).
 
         Raises:
             As :meth:`segment`.
         """
-        if (known := self._recall(request, time.perf_counter())) is not None:
-            return Begun(request, known=known)
+        if (cached := self._recall(request, time.perf_counter())) is not None:
+            return StartedRequest(request, cached=cached)
         image = self._read(request.image) if ahead is None or self._is_other(request.image, ahead) else ahead
         there = time.perf_counter()
         made = self._compute(request, image.volume, image.checksum, request.largest_component)
         seconds = {"read": image.seconds, "wait": made.began - there, "load": made.loaded - made.began}
-        return Begun(request, made, image.checksum, image.warnings, image.volume.affine_ras, seconds)
+        return StartedRequest(request, made, image.checksum, image.warnings, image.volume.affine_ras, seconds)
 
-    def complete(self, begun: Begun) -> tuple[str, dict[str, Any]]:
-        """The rest of an answer, for which no device is needed; as :meth:`segment` returns it.
+    def complete(self, begun: StartedRequest) -> tuple[str, dict[str, Any]]:
+        """Do the rest of a request, which needs no device; returns what :meth:`segment` returns.
 
         Raises:
-            MemoryBudgetError: when memory runs out.
+            MemoryBudgetError: if memory runs out.
         """
-        if begun.known is not None:
-            return begun.known
+        if begun.cached is not None:
+            return begun.cached
         assert begun.made is not None and begun.affine_ras is not None
         request, model, affine = begun.request, begun.made.model, begun.affine_ras
         result = model.segmenter.restore(begun.made.computed)
@@ -229,28 +229,28 @@ class UnetrInferTask(InferTask):
         return str(path), payload | {"cache": {"hit": False}}
 
     def _is_other(self, image: Path, read: ReadImage) -> bool:
-        """Whether a file was replaced since it was read."""
+        """Whether the file was replaced after it was read."""
         return not image.exists() or self.checksums.of(image) != read.checksum
 
     def preset_in_use(self) -> Preset:
-        """The preset with the spacing and intensities that the newest weights want; as configured without weights.
+        """The preset with the spacing and intensities that the current weights require; without weights, as configured.
 
         Raises:
-            CheckpointError: when the weights cannot be used.
+            CheckpointError: if the weights cannot be used.
         """
         return self._models.get(lane_in_use() or self._lanes.first).preset if self.is_valid() else self.preset
 
     def weights_stamp(self) -> tuple[object, ...]:
-        """Changes with the weights; empty for none."""
+        """A value that changes with the weights; empty if there are none."""
         file = self._locator.find()
         return () if file is None else file.stamp
 
     def mask_of(self, request: InferRequest, read: ReadImage | None = None) -> CachedMask:
-        """The mask of an image in memory: the one that is kept, or else a new one, which is kept then.
+        """The mask of an image in memory: the cached one, or a new one, which is then cached.
 
         Args:
-            request: which image.
-            read: the image, where it was read before (:meth:`read_ahead`).
+            request: the request, which names the image.
+            read: the image, if it was read in advance (:meth:`read_ahead`).
 
         Raises:
             As :meth:`segment`.
@@ -271,13 +271,13 @@ class UnetrInferTask(InferTask):
         return mask
 
     def read_ahead(self, request: InferRequest) -> ReadImage | None:
-        """Read an image before its turn, so that no device waits for that.
+        """Read an image in advance, so that no device waits for it.
 
         Returns:
-            None where its mask is kept already, or the image would take a large part of the memory that is free.
+            None if its mask is cached already, or if the image would take a large part of the free memory.
 
         Raises:
-            ImageError: when it cannot be read.
+            ImageError: if it cannot be read.
         """
         if self.is_kept(request) or self.preset.channels or request.image.is_dir():
             return None
@@ -291,23 +291,23 @@ class UnetrInferTask(InferTask):
         return ReadImage(checksum, volume, warnings_of(volume, self.preset), time.perf_counter() - start)
 
     def forecast(self, request: InferRequest) -> Forecast:
-        """What computing a mask needs, for whoever chooses a device; only the image's header is read."""
+        """The needs of a request, by which a device is chosen; only the image's header is read."""
         weights = (self.preset.name, self.weights_stamp())
         if self.preset.channels or request.image.is_dir():
-            return Forecast(weights)  # several files take long to look through
+            return Forecast(weights)  # reading the headers of several files takes long
         try:
             grid = read_grid(request.image)
         except (ImageError, OSError):
-            return Forecast(weights)  # what is wrong with it is said where it is read
+            return Forecast(weights)  # the error is reported when the image is read
         where = Placement(self.preset, request.device, resolve_precision(self._precision, request.device))
         return Forecast(weights, self._planner.expected_seconds(where, grid))
 
     def _compute(
         self, request: InferRequest, volume: Volume, checksum: str, largest_component: bool | None = None
-    ) -> _Made:
-        """Segment with the weights of the lane that this thread has, or gets."""
+    ) -> _ModelResult:
+        """Segment with the weights of this thread's lane, or of a lane that is assigned to it."""
 
-        def compute(lane: Lane) -> _Made:
+        def compute(lane: Lane) -> _ModelResult:
             began = time.perf_counter()
             model = self._models.get(lane)
             loaded = time.perf_counter()
@@ -315,26 +315,27 @@ class UnetrInferTask(InferTask):
             margins = keep is not None
             computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep, margins)
             self._keep_margins(request, model, checksum, computed.prediction.margins)
-            return _Made(model, computed, began, loaded)
+            return _ModelResult(model, computed, began, loaded)
 
         return self._on_a_lane(request, compute)
 
     def _on_a_lane(self, request: InferRequest, compute: Callable[[Lane], Result]) -> Result:
         weights = (self.preset.name, self.weights_stamp())
-        return self._lanes.run(self._lanes.work(request.wanted, weights=weights), compute)
+        return self._lanes.run(self._lanes.work(request.requested_device, weights=weights), compute)
 
     def _keep(self, request: InferRequest, model: LoadedModel, checksum: str, mask: CachedMask) -> None:
-        """Keep an answer, unless the image was replaced while it was read or segmented.
+        """Cache a response, unless the image was replaced while it was read or segmented.
 
         Args:
-            checksum: of the image before it was read: under the new content's, the old one's mask would be kept.
+            checksum: checksum of the image before it was read; with a later one, the mask of replaced content could be
+                cached under the checksum of the new content.
         """
         key = self._key(request, model.stamp)
         if key is not None and key.image == checksum:
             self._cache.put(key, mask)
 
     def _keeper(self, request: InferRequest, model: LoadedModel, checksum: str) -> Callable[[MetaTensor], None] | None:
-        """Keeps the preprocessed image, unless the file was replaced after ``checksum`` was taken."""
+        """A function that caches the preprocessed image, unless the file was replaced after ``checksum`` was taken."""
         images = self._images
         if images is None:
             return None
@@ -348,15 +349,15 @@ class UnetrInferTask(InferTask):
     def _keep_margins(
         self, request: InferRequest, model: LoadedModel, checksum: str, margins: LogitMargins | None
     ) -> None:
-        """Keep how nearly the network chose otherwise, unless the file was replaced after ``checksum`` was taken."""
+        """Cache the logit margins, unless the file was replaced after ``checksum`` was computed."""
         if self._images is not None and margins is not None and self.checksums.of(request.image) == checksum:
             self._images.put_margins(checksum, model.preset, model.stamp, margins)
 
     def margins_of(self, request: InferRequest) -> LogitMargins | None:
-        """How nearly the network chose another label at each voxel of an image, on its own grid.
+        """The network's logit margin at each voxel of an image, on the network's grid.
 
-        It is kept when the mask is made. Where it has left since, it is computed again, so that the same clicks have
-        the same answer; where it never fits into what is kept, there is none.
+        The margins are cached when the mask is computed. If they have been evicted since, they are computed again, so
+        that the same clicks yield the same mask. If they are too large for the cache, the result is None.
 
         Raises:
             As :meth:`segment`.
@@ -364,22 +365,22 @@ class UnetrInferTask(InferTask):
         if self._images is None:
             return None
         preset, checksum = self.preset_in_use(), self.checksums.of(request.image)
-        known = self._images.margins_of(checksum, preset, self.weights_stamp())
-        if known is not None:
-            return known
+        cached = self._images.margins_of(checksum, preset, self.weights_stamp())
+        if cached is not None:
+            return cached
         image = self._read(request.image)
         shape = network_shape(image.volume.voxels.shape, image.volume.affine_ras, preset)
         if not self._images.has_room(BYTES_A_VOXEL * math.prod(shape)):
             return None
         computed = self._compute(request, image.volume, image.checksum).computed
-        computed.held.close()
+        computed.reservation.close()
         return computed.prediction.margins
 
     def map_uncertainty(self, request: InferRequest) -> Path:
-        """Write how unsure the model is at each voxel of an image, as NIfTI on the image's own grid.
+        """Write the model's uncertainty at each voxel of an image, as NIfTI on the image's own grid.
 
         Returns:
-            A file of the entropies, 0 (certain) to 1 (all classes alike), to be removed by the caller.
+            A file of the entropies, from 0 (certain) to 1 (all classes equally likely), which the caller removes.
 
         Raises:
             As :meth:`segment`.
@@ -393,16 +394,16 @@ class UnetrInferTask(InferTask):
         return write_map(result.entropy, volume.affine_ras)
 
     def recall(self, request: InferRequest) -> tuple[str, dict[str, Any]] | None:
-        """The answer, where it is kept: nothing is computed, and nobody waits for a device."""
+        """The cached response, if there is one; nothing is computed and no device is needed."""
         return self._recall(request, time.perf_counter())
 
     def is_kept(self, request: InferRequest) -> bool:
-        """Whether :meth:`recall` would answer."""
+        """Whether :meth:`recall` would return a response."""
         key = self._key(request)
         return key is not None and key in self._cache
 
     def kept(self, request: InferRequest) -> CachedMask | None:
-        """What :meth:`recall` would answer with, in memory."""
+        """The cached mask that :meth:`recall` would return, in memory."""
         key = self._key(request)
         return None if key is None else self._cache.get(key)
 
@@ -421,7 +422,7 @@ class UnetrInferTask(InferTask):
         return str(path), kept.payload | describe_latencies(stages) | {"cache": hit}
 
     def _key(self, request: InferRequest, stamp: tuple[object, ...] | None = None) -> CacheKey | None:
-        """Under what the answer is kept; None where it cannot be: no weights yet, or no image."""
+        """The cache key of a response; None if there are no weights or no image."""
         file = self._locator.find() if stamp is None else None
         stamp = file.stamp if file is not None else stamp
         if stamp is None or not request.image.exists():
@@ -432,7 +433,7 @@ class UnetrInferTask(InferTask):
 def describe_result(
     result: Segmentation, affine_ras: Affine, warnings: Sequence[str], model: LoadedModel
 ) -> dict[str, Any]:
-    """The JSON of an answer without its latencies: names, colours, centroids, volumes, the model, its plan.
+    """The JSON of a response without its latencies: names, colours, centroids, volumes, model and plan.
 
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
@@ -454,14 +455,14 @@ def describe_result(
 
 
 def estimate_quality(result: Segmentation, model: LoadedModel) -> dict[str, Any] | None:
-    """The mask's probable Dice, with its error; None for weights that were never calibrated, and empty masks."""
+    """The mask's expected Dice with its error; None for uncalibrated weights and for empty masks."""
     if model.calibration is None or result.entropy is None:
         return None
     return model.calibration.estimate(foreground_uncertainty(result.entropy, result.labels))
 
 
 def describe_latencies(stages: Mapping[str, float]) -> dict[str, Any]:
-    """The milliseconds of each stage, and the same in seconds under the names that MONAI Label's clients read."""
+    """The milliseconds of each stage, and the same in seconds under the keys that MONAI Label's clients read."""
     seconds = {name: round(stages[ours] / 1000, 3) for name, ours in STOCK_LATENCIES.items()}
     return {"latencies": seconds, "latencies_ms": dict(stages)}
 

@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU that neither waits for; where windows are computed on a CPU, nothing is copied."""
+"""Asynchronous copies between the host and a GPU; where windows are computed on a CPU, nothing is copied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def send(windows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Windows where they are computed; the copy to a GPU goes on while it computes what came before."""
+    """Windows on the computing device; the copy to a GPU overlaps with the computation of the previous batch."""
     if device.type == "cuda" and windows.device.type == "cpu":
         return windows.pin_memory().to(device, non_blocking=True)
     return windows.to(device)
@@ -18,11 +18,11 @@ def batches_ahead(device: torch.device) -> int:
 
 
 class PendingTransfer:
-    """Logits on their way to where they are added up.
+    """Logits that are being copied to the device of the sums.
 
     Args:
-        logits: on the device that computes them.
-        target: where they are wanted.
+        logits: on the device that computed them.
+        target: the device of the sums.
     """
 
     def __init__(self, logits: torch.Tensor, target: torch.device) -> None:
@@ -36,7 +36,7 @@ class PendingTransfer:
             self._logits = logits.to(target)
 
     def wait(self) -> torch.Tensor:
-        """The logits, once they are there."""
+        """The logits, after the copy has finished."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._logits

@@ -1,4 +1,4 @@
-"""Writing a mask as NIfTI or NRRD, on exactly the grid that it is on."""
+"""Writes a mask as NIfTI or NRRD, with exactly the grid of the mask."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def write_mask(
     Args:
         labels: shape (X, Y, Z).
         affine_ras: 4x4, voxel indices to millimetres in RAS.
-        preset: gives names and colours to ``.seg.nrrd``.
+        preset: provides names and colours for ``.seg.nrrd``.
         extension: one of ``EXTENSIONS``.
         dtype: one of ``DTYPES``.
-        compress: gzip inside NRRD; ``.nii.gz`` always is.
+        compress: whether to gzip the data of NRRD; ``.nii.gz`` is always compressed.
 
     Raises:
-        ParameterError: for an extension or type that there is not.
+        ParameterError: for an unknown extension or type.
     """
     if extension not in EXTENSIONS:
         raise ParameterError("result_extension", extension, ", ".join(EXTENSIONS))
@@ -62,7 +62,7 @@ def write_mask(
 
 
 def write_map(values: FloatArray, affine_ras: Affine) -> Path:
-    """Write a map of numbers, shape (X, Y, Z), as a new temporary ``.nii.gz``, which the caller removes."""
+    """Write a scalar map of shape (X, Y, Z) to a new temporary ``.nii.gz``, which the caller removes."""
     handle, name = tempfile.mkstemp(prefix="mask-", suffix=".nii.gz")
     os.close(handle)
     path = Path(name)

@@ -322,7 +322,10 @@ class ClickTask(_InteractiveTask):
     def _plain(request: ClickRequest) -> InferRequest:
         """The request for the automatic mask of the same image."""
         return InferRequest(
-            image=request.image, device=request.device, wanted=request.wanted, extension=request.extension
+            image=request.image,
+            device=request.device,
+            requested_device=request.requested_device,
+            extension=request.extension,
         )
 
     def _key(self, request: ClickRequest) -> CacheKey:

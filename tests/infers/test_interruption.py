@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.configs.preset import Preset
-from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.interruption import InterruptedWork, interruptible_by
 from lib.infers.segmenter import Segmenter
 from lib.networks.unetr import build_unetr
 from lib.transforms.volume import Volume
@@ -29,7 +29,7 @@ def test_check_runs_before_each_window_and_can_end_the_work(segmenter: Segmenter
         if len(asked) == 3:
             raise InterruptedWork
 
-    with giving_way(check), pytest.raises(InterruptedWork):
+    with interruptible_by(check), pytest.raises(InterruptedWork):
         segmenter.segment(volume)
     assert len(asked) == 3
     segmenter.segment(volume)
@@ -38,7 +38,7 @@ def test_check_runs_before_each_window_and_can_end_the_work(segmenter: Segmenter
 
 def test_check_follows_a_copied_context_into_a_thread_and_no_further(segmenter: Segmenter, volume: Volume) -> None:
     asked: list[str] = []
-    with giving_way(lambda: asked.append(threading.current_thread().name)):
+    with interruptible_by(lambda: asked.append(threading.current_thread().name)):
         context = contextvars.copy_context()
     ahead = threading.Thread(target=context.run, args=(segmenter.segment, volume), name="ahead")
     other = threading.Thread(target=segmenter.segment, args=(volume,), name="other")

@@ -1,1 +1,1 @@
-"""The devices of this process: who computes where, and what becomes of a device that fails."""
+"""The devices of this process: scheduling of work on them, and handling of devices that fail."""

@@ -1,4 +1,4 @@
-"""What says that a device does not work, rather than what it was to compute."""
+"""Distinguishes errors of a device from errors of the work that it computed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from lib.errors import MemoryBudgetError
 from lib.infers.memory import is_out_of_memory
 
-# What CUDA and its libraries say; only some of it has an exception of its own.
+# Error messages of CUDA and its libraries, of which only some have an exception type.
 DEVICE_ERROR = re.compile(
     r"CUDA error|CUDA driver|device-side assert|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUFFT|NVML|no CUDA GPUs", re.I
 )
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an error says that the device does not work, rather than what it was to compute."""
+    """Whether an error means that the device does not work, and not that the work was faulty."""
     if is_out_of_memory(error):
         return False
     if isinstance(error, torch.AcceleratorError):
@@ -25,15 +25,15 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, whatever was tried to do with less."""
+    """Whether an error means that memory ran out after every fallback had been tried."""
     return isinstance(error, MemoryBudgetError) or is_out_of_memory(error)
 
 
 def try_device(device: torch.device) -> None:
-    """Compute something small.
+    """Test a device by a small computation.
 
     Raises:
-        RuntimeError: when the device does not work.
+        RuntimeError: if the device does not work.
     """
     product = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
     if product != 64**3:
@@ -41,6 +41,6 @@ def try_device(device: torch.device) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """The first line of an error message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

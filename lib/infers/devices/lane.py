@@ -1,4 +1,4 @@
-"""A lane: a device of this process, or a share of one; and which lane a thread computes on."""
+"""A lane, which is a device of this process or a share of one, and the lane that a thread computes on."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Lane:
     """A device, or a share of one.
 
     Attributes:
-        name: the device's, with ``#2`` and so on for further lanes of one device.
-        device: where it computes.
-        threads: of the CPU for it; 0: as many as there are.
-        pooled: whether work that names no device may come here.
-        lock: held by whoever computes.
-        generation: changes when the device has failed: what was loaded before is not to be used any more.
+        name: name of the device, with ``#2`` and so on for further lanes of one device.
+        device: the device on which it computes.
+        threads: CPU threads for it; 0 for as many as there are.
+        pooled: whether work that names no device may run here.
+        lock: held by the thread that computes.
+        generation: changes when the device fails: models that were loaded before must not be used any more.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Lane:
     generation: int = 0
 
     def serves(self, device: torch.device | None) -> bool:
-        """Whether work for this device may come here.
+        """Whether work for this device may run here.
 
         Args:
-            device: None: any; without an index: any of this kind.
+            device: None for any device; without an index, any device of this kind.
         """
         if device is None:
             return self.pooled
@@ -51,10 +51,10 @@ class Lane:
 
 
 def parse_devices(text: str) -> list[Lane]:
-    """The lanes of ``--conf devices``: ``all``, or names of devices with commas between; the best one for no text.
+    """Parse the lanes of ``--conf devices``: ``all``, or device names separated by commas; by default the best device.
 
     Raises:
-        ConfigError: for a name that is no device of this machine, or a GPU that is named twice.
+        ConfigError: for an unknown device, or a GPU that is named twice.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == [ALL]:
@@ -78,24 +78,24 @@ def parse_devices(text: str) -> list[Lane]:
 
 
 def lane_in_use() -> Lane | None:
-    """The lane that this thread computes on."""
+    """The lane that this thread computes on; None outside of a lane."""
     return _current.get()
 
 
 def device_in_use(default: torch.device) -> torch.device:
-    """The device of the lane that this thread computes on; ``default`` outside of one."""
+    """The device of the lane that this thread computes on; outside of a lane, ``default``."""
     lane = _current.get()
     return default if lane is None else lane.device
 
 
 @contextmanager
 def computing_on(lane: Lane) -> Iterator[None]:
-    """What is computed inside, in this thread or with a copy of its context, uses the lane."""
+    """Make computations inside the block use the lane, in this thread and in copies of its context."""
     token = _current.set(lane)
     if lane.threads and torch.get_num_threads() != lane.threads:
         torch.set_num_threads(lane.threads)
     try:
-        # kernels are recorded, and memory is given back, on the current device
+        # CUDA records graphs and releases memory on the current device
         with torch.cuda.device(lane.device) if lane.device.type == "cuda" else nullcontext():
             yield
     finally:

@@ -1,8 +1,8 @@
-"""The devices of this process as lanes: each with its own weights and its own lock, one computation at a time on each.
+"""The lanes of this process: each device has its own weights and lock, and runs one computation at a time.
 
-Two computations on one device are slower than one after the other and need twice the memory, so a lane is a device;
-``cpu,cpu`` are two lanes that share the cores. ``lib.infers.devices.schedule`` says who computes where; here are the
-locks, the threads that wait, and what becomes of a device that fails.
+Two concurrent computations on one device are slower than sequential ones and need twice the memory, so a lane is
+usually a whole device; ``cpu,cpu`` makes two lanes that share the cores. ``lib.infers.devices.schedule`` decides which
+lane computes what. This module has the locks, the waiting threads and the handling of failed devices.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger("unetr.devices")
 Result = TypeVar("Result")
 
 MOST_BROKEN = 2
-"""Devices that may fail on one piece of work: if it is the image that breaks them, it must not take all of them."""
+"""Number of devices that one piece of work may break; an image that breaks devices must not disable all of them."""
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Lanes:
-    """Gives lanes to whoever computes.
+    """Assigns lanes to work.
 
     Args:
-        lanes: the devices that work without a wish goes to.
-        try_again: computes something on a device that had failed; raises while it does not work.
-        retry_seconds: after how long a device that failed is tried again, doubled each time in a row.
-        clock: seconds that only go forward.
+        lanes: the pool of lanes for work that names no device.
+        try_again: tests a failed device; raises while it does not work.
+        retry_seconds: delay before the first test of a failed device, doubled after each further failure.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Lanes:
 
     @classmethod
     def of(cls, devices: str) -> Lanes:
-        """As :func:`parse_devices` reads them."""
+        """The lanes for a setting that :func:`parse_devices` accepts."""
         return cls(parse_devices(devices))
 
     def __iter__(self) -> Iterator[Lane]:
@@ -67,22 +67,22 @@ class Lanes:
 
     @property
     def first(self) -> Lane:
-        """The first lane of the pool that works; the very first where none does."""
+        """The first working lane of the pool; the first lane if none works."""
         with self._lock:
             pooled = [lane for lane in self._lanes.values() if lane.pooled]
             return next((lane for lane in pooled if self._schedule.lanes[lane.name].failure is None), pooled[0])
 
     def state(self, lane: Lane) -> LaneState:
-        """What is known of a lane."""
+        """The state of a lane."""
         return self._schedule.lanes[lane.name]
 
     def seconds_until_retry(self, lane: Lane) -> float:
-        """After how long a lane that is out is tried again; 0 for one that works."""
+        """Seconds until a failed lane is tested again; 0 for a working one."""
         failure = self.state(lane).failure
         return 0.0 if failure is None else max(0.0, failure.until - self._clock())
 
     def problems(self) -> list[str]:
-        """A sentence for each lane that is out."""
+        """A sentence for each failed lane."""
         return [
             f"device {lane.name} failed ({state.failure.reason}); it is tried again in "
             f"{self.seconds_until_retry(lane):.0f} s"
@@ -92,30 +92,30 @@ class Lanes:
 
     @property
     def several(self) -> bool:
-        """Whether there is a choice for work without a wish."""
+        """Whether work that names no device can run on more than one lane."""
         with self._lock:
             return sum(lane.pooled for lane in self._lanes.values()) > 1
 
     @property
     def any_works(self) -> bool:
-        """Whether there is a lane for work without a wish."""
+        """Whether a lane of the pool works."""
         return self.state(self.first).failure is None
 
     def watch(self, watcher: Callable[[frozenset[str]], None]) -> None:
-        """Have a function called with the devices that somebody computes on or waits for, whenever they change."""
+        """Register a callback for changes of the set of devices that foreground work uses or waits for."""
         self._watchers.append(watcher)
 
     def occupy(self, devices: frozenset[str]) -> None:
-        """Say on which devices trainings and scorings compute: others are taken first."""
+        """Set the devices that training and scoring processes use; other devices are preferred."""
         with self._lock:
             for lane in self._lanes.values():
                 self.state(lane).occupied = str(lane.device) in devices
 
     def quietest(self, kind: str) -> torch.device:
-        """The device of the pool with the least to do, for work in a process of its own: the last of several.
+        """The least busy device of the pool, for work in a separate process; the last one of several equals.
 
         Args:
-            kind: ``cuda`` or ``cpu``; the first lane's device where there is none of it.
+            kind: ``cuda`` or ``cpu``; without such a device, the device of the first lane is returned.
         """
         with self._lock:
             lanes = [lane for lane in self._lanes.values() if lane.pooled and lane.device.type == kind]
@@ -133,11 +133,11 @@ class Lanes:
         seconds: float | None = None,
         ahead: bool = False,
     ) -> Work:
-        """A piece of work for :meth:`enter`; a device that is named and not in the pool gets a lane of its own.
+        """A work item for :meth:`enter`; a named device that is not in the pool gets a lane of its own.
 
         Args:
-            device: None: any of the pool.
-            what, weights, seconds, ahead: as of :class:`Work`.
+            device: None for any device of the pool.
+            what, weights, seconds, ahead: see :class:`Work`.
         """
         with self._lock:
             names = tuple(lane.name for lane in self._lanes.values() if lane.serves(device))
@@ -149,13 +149,13 @@ class Lanes:
         return Work(names, what, weights, seconds, ahead)
 
     def enter(self, work: Work) -> Future[Lane]:
-        """Enter work into the queue for a device; :meth:`leave` must follow in any case.
+        """Put work into the queue for a device; it must be followed by :meth:`leave` in any case.
 
         Returns:
-            A future that is done when the device is free for the work.
+            A future of the lane, which is done when the lane is free for this work.
 
         Raises:
-            DeviceError: when no lane that may do it works; also by way of the result, when that comes to be.
+            DeviceError: if no suitable lane works; the future may raise it too.
         """
         with self._lock:
             if not self._schedule.working(work):
@@ -167,29 +167,29 @@ class Lanes:
             return granted
 
     def leave(self, work: Work, finished: bool = True) -> None:
-        """Work is over, or does not wait any longer.
+        """Report that work has ended or no longer waits.
 
         Args:
-            work: which.
-            finished: whether it was done to its end.
+            work: the work item.
+            finished: whether it was completed.
         """
         with self._lock:
             self._granted.pop(work, None)
             self._schedule.end(work, self._clock(), finished)
             for name in work.lacked_memory if finished else ():
-                # it could be done elsewhere, so it was not its fault
+                # another lane could do it, so the work was not the cause
                 if self._schedule.lanes[name].failure is None:
                     self._fall_out(name, "memory ran out, however little was done at once")
             self._step()
 
-    def moves_on(self, work: Work, error: Exception) -> Future[Lane] | None:
-        """What becomes of work that ended with an error.
+    def retry_elsewhere(self, work: Work, error: Exception) -> Future[Lane] | None:
+        """Decide whether work that ended with an error is repeated on another lane.
 
         Returns:
-            Done when there is another lane for it; None where the error is its own, and stays.
+            A future of another lane; None if the error belongs to the work itself and has to be reported.
 
         Raises:
-            DeviceError: when the device failed, and no other may do it.
+            DeviceError: if the device failed and no other device may do the work.
         """
         with self._lock:
             name = work.lane
@@ -206,7 +206,7 @@ class Lanes:
                 work.lacked_memory.add(name)
             elsewhere = bool(self._schedule.working(work)) and not (broken and len(work.tried) >= MOST_BROKEN)
             if not broken and not elsewhere:
-                work.tried.clear()  # it fits nowhere
+                work.tried.clear()  # it fits on no lane
                 self._step()
                 return None
             if not elsewhere:
@@ -218,13 +218,13 @@ class Lanes:
             return self.enter(work)
 
     def run(self, work: Work, compute: Callable[[Lane], Result]) -> Result:
-        """Compute on the lane that this thread has, or else on the one that will have finished first.
+        """Compute on the lane of this thread, or otherwise on the lane that is expected to finish first.
 
         Raises:
-            DeviceError: when no device works.
+            DeviceError: if no device works.
         """
         lane = lane_in_use()
-        if lane is not None:  # whoever gave it looks after what fails
+        if lane is not None:  # the caller that assigned the lane handles its failures
             with lane.lock:
                 return compute(lane)
         finished = False
@@ -238,31 +238,31 @@ class Lanes:
                     finished = True
                     return result
                 except Exception as error:
-                    elsewhere = self.moves_on(work, error)
+                    elsewhere = self.retry_elsewhere(work, error)
                     if elsewhere is None:
                         raise
-                granted = elsewhere  # after the clause, since the error holds on to what failed
+                granted = elsewhere  # outside of the except clause, since the error keeps references to the failed work
         finally:
             self.leave(work, finished)
 
-    def wanted(self, device: torch.device | None) -> int:
-        """How many pieces of work that somebody waits for run or wait on the lanes of a device."""
+    def foreground_count(self, device: torch.device | None) -> int:
+        """Number of foreground work items that run or wait on the lanes of a device."""
         names = {lane.name for lane in self if lane.serves(device)}
         with self._lock:
-            return sum(bool(names & set(work.lanes)) for work in self._schedule.wanted())
+            return sum(bool(names & set(work.lanes)) for work in self._schedule.foreground())
 
     def waiting(self) -> int:
-        """How many that somebody waits for have no lane yet."""
+        """Number of foreground work items that have no lane yet."""
         with self._lock:
-            return sum(not work.lane for work in self._schedule.wanted())
+            return sum(not work.lane for work in self._schedule.foreground())
 
     def is_idle(self, device: str) -> bool:
-        """Whether nobody computes or waits on a device; what is done ahead does not count."""
+        """Whether no foreground work runs or waits on a device."""
         with self._lock:
             return device not in self._in_use
 
     def seconds_until_free(self, device: torch.device | None) -> float:
-        """After how long what runs and waits on the lanes of a device will be done."""
+        """Expected seconds until the work that runs and waits on the lanes of a device is done."""
         with self._lock:
             names = [lane.name for lane in self._lanes.values() if lane.serves(device)]
             return self._schedule.seconds_until_free(names, self._clock())
@@ -278,10 +278,10 @@ class Lanes:
             granted = self._granted.pop(work, None)
             if granted is not None and granted.set_running_or_notify_cancel():
                 granted.set_exception(self._no_device(work))
-        self._tell()
-        self._look_again()
+        self._notify_watchers()
+        self._schedule_check()
 
-    def _tell(self) -> None:
+    def _notify_watchers(self) -> None:
         states = [(lane, self.state(lane)) for lane in self._lanes.values()]
         in_use = frozenset(
             str(lane.device)
@@ -299,7 +299,7 @@ class Lanes:
         self._lanes[name].generation += 1
 
     def _no_device(self, work: Work) -> DeviceError:
-        """What is said where no lane works."""
+        """The error for work if no lane works."""
         failures = {name: self._schedule.lanes[name].failure for name in work.lanes}
         reasons = ", ".join(f"{name} ({failure.reason})" for name, failure in failures.items() if failure is not None)
         waits = [self.seconds_until_retry(self._lanes[name]) for name in work.lanes]
@@ -310,22 +310,22 @@ class Lanes:
         )
         return DeviceError(text, max(1, round(min(waits))))
 
-    def _look_again(self) -> None:
-        """Look again later, while something waits beside an idle lane, or a lane is out."""
+    def _schedule_check(self) -> None:
+        """Schedule another check, while work waits next to an idle lane or a lane has failed."""
         lanes = self._schedule.lanes.values()
         out = any(lane.failure is not None for lane in lanes)
         idle = any(lane.work is None for lane in lanes)
         if self._looking or not (out or (idle and any(not work.ahead for work in self._schedule.waiting()))):
             return
         self._looking = True
-        timer = threading.Timer(min(SECONDS_BETWEEN_LOOKS, self._retry_seconds), self._look)
+        timer = threading.Timer(min(SECONDS_BETWEEN_LOOKS, self._retry_seconds), self._check_failed)
         timer.daemon = True
         timer.start()
 
-    def _look(self) -> None:
+    def _check_failed(self) -> None:
         with self._lock:
             due = [self._lanes[name] for name in self._schedule.due(self._clock())]
-        # outside of the lock: a device that hangs holds nobody else up
+        # outside of the lock, so that a hanging device does not block other threads
         tried = {lane.name: self._problem_of(lane) for lane in due}
         with self._lock:
             self._looking = False

@@ -1,4 +1,4 @@
-"""Reading the next image while a device has another: a bounded number at a time."""
+"""Reads the next images while a device is busy, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ logger = logging.getLogger("unetr.devices")
 
 
 class ReadingAhead:
-    """Something that is read while its turn has not come, in one of a number of places.
+    """Reads the input of a request while the request waits for a device, if a place is free.
 
     Args:
-        places: how many may read, or have read and wait.
-        read: runs in a thread.
+        places: semaphore that bounds how many inputs may be in memory.
+        read: function that reads the input, in a thread.
     """
 
     def __init__(self, places: asyncio.Semaphore, read: Callable[[], Any]) -> None:
@@ -36,7 +36,7 @@ class ReadingAhead:
             self._places.release()
 
     async def result(self) -> Any:
-        """What was read; None where there was no place to, or it failed. What is being read is waited for."""
+        """The input; None if no place was free or reading failed. It waits for a read that is in progress."""
         if not self._begun:
             return None
         try:

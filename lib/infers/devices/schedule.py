@@ -1,8 +1,8 @@
-"""Which device computes what: the one that will have finished first. Plain state and arithmetic, without a clock.
+"""Chooses for each piece of work the lane that is expected to finish it first. The module is pure state and arithmetic.
 
-A lane is a device with its own weights, or a share of one. Work that somebody waits for is looked at in the order of
-its coming, and each piece reserves its lane before the next is looked at, so that nobody is overtaken on a lane. Work
-that is done ahead takes lanes that nobody wants, and ends when somebody does.
+A lane is a device with its own weights, or a share of one. Foreground work, for which a client waits, is considered in
+order of arrival, and each item reserves its lane before the next one is considered, so that no item is overtaken on its
+lane. Background work takes lanes without foreground work, and yields when foreground work arrives.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from statistics import median
 
 FIRST_SECONDS = 1.0
-"""Taken for work of which nothing is known."""
+"""Assumed duration of work that was never measured."""
 LOADING_SECONDS = 3.0
-"""Taken for weights that were never loaded."""
+"""Assumed duration of loading weights that were never loaded."""
 YIELDING_SECONDS = 0.5
-"""Until what is done ahead, or a training beside, has let go."""
+"""Assumed time until background work or a training on the same device has yielded."""
 REMEMBERED = 9
 RETRY_SECONDS = 30.0
 LONGEST_RETRY_SECONDS = 600.0
 
 Weights = tuple[str, Hashable]
-"""Name of a model, and what changes with its weights."""
+"""Name of a model, and a value that changes with its weights."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a request needs: which weights, and seconds by measured costs (None where nothing was measured)."""
+    """The needs of a request: its weights, and its expected seconds by measured costs; None if nothing was measured."""
 
     weights: Weights | None = None
     seconds: float | None = None
@@ -37,20 +37,21 @@ class Forecast:
 
 @dataclass(eq=False)
 class Work:
-    """A piece of work that one lane does alone.
+    """A work item that one lane computes alone.
 
     Attributes:
-        lanes: those that may do it.
-        what: two pieces with the same are not done at the same time: the second will find the result of the first.
-        weights: what must be loaded for it.
-        seconds: what it takes by measured costs; None where nothing is known.
-        ahead: nobody waits for it.
+        lanes: names of the lanes that may do it.
+        what: identity of the result; two items with the same identity never run at the same time, since the second one
+            will find the result of the first in the cache.
+        weights: weights that have to be loaded.
+        seconds: expected duration by measured costs; None if unknown.
+        ahead: whether it is background work, for which no client waits.
         tried: lanes that failed on it.
-        lacked_memory: those of them whose memory did not suffice.
-        lane: which does it; empty while it waits.
-        since: when that began.
+        lacked_memory: the lanes among them that had too little memory.
+        lane: the lane that does it; empty while it waits.
+        since: when the lane began.
         loads: whether the weights are loaded first.
-        ends: whether it shall give way now.
+        ends: whether it has to yield now.
     """
 
     lanes: tuple[str, ...]
@@ -69,7 +70,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a lane is out, when it is tried again, and how often it has failed in a row."""
+    """Why a lane failed, when it is tested again, and the number of failures in a row."""
 
     reason: str
     until: float
@@ -78,7 +79,7 @@ class Failure:
 
 @dataclass
 class _Experience:
-    """The latest times that work took: against what was counted, in seconds, and of loading weights."""
+    """Recent durations of work relative to the expectation, in seconds, and of loading weights."""
 
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -87,16 +88,16 @@ class _Experience:
 
 @dataclass
 class LaneState:
-    """What is known of a lane.
+    """The state of a lane.
 
     Attributes:
-        work: what it does now.
-        weights: what is loaded, by name of the model.
-        failure: set while it is out.
-        failures: how often it fell out.
-        done: pieces of work that it has finished.
-        waiting: how many pieces are meant for it.
-        occupied: whether a training or a scoring computes on the same device.
+        work: the item that it computes.
+        weights: loaded weights, by name of the model.
+        failure: set while the lane is out of use.
+        failures: number of failures.
+        done: number of finished items.
+        waiting: number of items reserved for it.
+        occupied: whether a training or scoring process uses the same device.
     """
 
     name: str
@@ -112,20 +113,20 @@ class LaneState:
     of_all: _Experience = field(default_factory=_Experience)
 
     def has_loaded(self, weights: Weights | None) -> bool:
-        """Whether the work can begin at once."""
+        """Whether the weights of the work are loaded."""
         return weights is None or (weights[0] in self.weights and self.weights[weights[0]] == weights[1])
 
     def computing_seconds(self, work: Work) -> float:
-        """What the work takes here, with its weights loaded: as counted, times how counting has erred here so far.
+        """Expected duration of the work with loaded weights, corrected by the past error of expectations on this lane.
 
-        A lane that has done nothing yet is taken to be like the others.
+        A lane without finished work is assumed to be like the others.
         """
         if work.seconds is not None:
             return work.seconds * median(self.own.paces or self.of_all.paces or [1.0])
         return median(self.own.durations or self.of_all.durations or [FIRST_SECONDS])
 
     def loading_seconds(self) -> float:
-        """What loading weights takes here."""
+        """Expected duration of loading weights on this lane."""
         return median(self.own.loading or self.of_all.loading or [LOADING_SECONDS])
 
     def free_at(self, now: float) -> float:
@@ -140,10 +141,10 @@ class LaneState:
 
 
 class Schedule:
-    """The lanes, what they do, and what waits. Every method is called by one thread at a time.
+    """The lanes, their current work, and the waiting work. Callers must serialise the calls.
 
     Args:
-        lanes: their names; where several would finish at the same time, the first of them is taken.
+        lanes: names of the lanes; among lanes that would finish at the same time, the first one is chosen.
     """
 
     def __init__(self, lanes: Collection[str]) -> None:
@@ -154,29 +155,29 @@ class Schedule:
 
     @property
     def lanes(self) -> Mapping[str, LaneState]:
-        """What is known of each lane."""
+        """The state of each lane."""
         return self._lanes
 
     def add_lane(self, name: str) -> None:
-        """Have one more lane, unless it is there."""
+        """Add a lane, unless it exists."""
         self._lanes.setdefault(name, LaneState(name, of_all=self._of_all))
 
-    def wanted(self) -> list[Work]:
-        """Work that somebody waits for: what is being done, and then what waits."""
+    def foreground(self) -> list[Work]:
+        """Foreground work: running items first, then waiting ones."""
         doing = [lane.work for lane in self._lanes.values() if lane.work is not None]
         return [work for work in (*doing, *self._waiting) if not work.ahead]
 
     def waiting(self) -> list[Work]:
-        """Work that has no lane yet, also what is done ahead, in the order of its coming."""
+        """Work without a lane, including background work, in order of arrival."""
         return list(self._waiting)
 
     def working(self, work: Work) -> list[LaneState]:
-        """Lanes that may do the work: those that are not out, and did not fail on it."""
+        """Lanes that may do the work, without those that are out of use or failed on it."""
         lanes = [self._lanes[name] for name in work.lanes]
         return [lane for lane in lanes if lane.failure is None and lane.name not in work.tried]
 
     def add(self, work: Work) -> None:
-        """Have work wait; work that comes back from a lane takes the place that it had."""
+        """Add waiting work; work that returns from a lane takes its former place in the order."""
         if work.place < 0:
             work.place, self._count = self._count, self._count + 1
         work.lane, work.ends = "", False
@@ -184,12 +185,12 @@ class Schedule:
         self._waiting.sort(key=lambda one: one.place)
 
     def end(self, work: Work, now: float, finished: bool = True) -> None:
-        """Work is over, or is not wanted any more.
+        """Remove work that has ended or is cancelled.
 
         Args:
-            work: which; it may still wait.
-            now: the time.
-            finished: whether it was done to its end, so that its time says something.
+            work: the item, which may still be waiting.
+            now: the current time.
+            finished: whether it was completed, so that its duration is informative.
         """
         if not work.lane:
             if work in self._waiting:
@@ -199,15 +200,15 @@ class Schedule:
         work.lane, lane.work = "", None
         if not finished:
             if work.loads and work.weights is not None:
-                lane.weights.pop(work.weights[0], None)  # it may not have come so far
+                lane.weights.pop(work.weights[0], None)  # the weights may not have been loaded
             return
         lane.done, lane.in_a_row = lane.done + 1, 0
         self._learn(lane, work, now - work.since)
 
     def step(self, now: float) -> list[Work]:
-        """Give lanes to whom they are free for; returns what begins now, with ``lane`` set.
+        """Assign free lanes; returns the work that starts now, with ``lane`` set.
 
-        Work that is done ahead on a lane that somebody wants has ``ends`` set afterwards.
+        Background work on a lane that foreground work needs has ``ends`` set afterwards.
         """
         begun: list[Work] = []
         free = {name: lane.free_at(now) for name, lane in self._lanes.items()}
@@ -233,7 +234,7 @@ class Schedule:
         return begun
 
     def seconds_until_free(self, lanes: Collection[str], now: float) -> float:
-        """After how long all that runs and waits on these lanes will be done, shared out evenly."""
+        """Expected seconds until all running and waiting work of these lanes is done, if shared evenly."""
         chosen = [self._lanes[name] for name in lanes if self._lanes[name].failure is None]
         if not chosen:
             return math.inf
@@ -245,25 +246,25 @@ class Schedule:
         return left / len(chosen)
 
     def fail(self, name: str, reason: str, now: float, retry_seconds: float = RETRY_SECONDS) -> None:
-        """A lane falls out for a while, twice as long each time in a row; what it had loaded is gone."""
+        """Take a lane out of use, twice as long after each failure in a row; its loaded weights are discarded."""
         lane = self._lanes[name]
         lane.failures += 1
         self.postpone(name, reason, now, retry_seconds)
         lane.weights.clear()
 
     def postpone(self, name: str, reason: str, now: float, retry_seconds: float = RETRY_SECONDS) -> None:
-        """A lane that was tried again does not work yet."""
+        """Keep a lane that failed its test out of use."""
         lane = self._lanes[name]
         lane.in_a_row += 1
         delay = min(retry_seconds * 2 ** (lane.in_a_row - 1), max(retry_seconds, LONGEST_RETRY_SECONDS))
         lane.failure = Failure(reason, now + delay, lane.in_a_row)
 
     def due(self, now: float) -> list[str]:
-        """Lanes that are out and are to be tried again."""
+        """Lanes that are out of use and have to be tested now."""
         return [lane.name for lane in self._lanes.values() if lane.failure is not None and lane.failure.until <= now]
 
     def restore(self, name: str) -> None:
-        """A lane works again."""
+        """Put a lane back into use."""
         self._lanes[name].failure = None
 
     def _first_to_finish(
@@ -293,7 +294,7 @@ class Schedule:
         work.lane, work.since, work.ends, work.loads = lane.name, now, False, not lane.has_loaded(work.weights)
         lane.work = work
         if work.weights is not None:
-            lane.weights[work.weights[0]] = work.weights[1]  # whoever comes next finds them loaded
+            lane.weights[work.weights[0]] = work.weights[1]  # the next item finds them loaded
         return work
 
     @staticmethod

@@ -17,7 +17,7 @@ from lib.datastore.series import SeriesDatastore
 from lib.dicom.segmentation_writer import Origin
 from lib.errors import CheckpointError, ModelNotReadyError, UnetrError
 from lib.infers.request import InferRequest
-from lib.infers.task import Begun, ReadImage, UnetrInferTask
+from lib.infers.task import ReadImage, StartedRequest, UnetrInferTask
 from lib.infers.writer import EXTENSIONS, write_mask
 from lib.server.http.auth import User
 from lib.server.http.metrics import Metrics
@@ -190,7 +190,7 @@ class Inference:
         except UnetrError:
             return None
 
-    def begin(self, ahead: ReadImage | None) -> Begun | Answer:
+    def begin(self, ahead: ReadImage | None) -> StartedRequest | Answer:
         """Compute, in the thread of the device.
 
         Raises:
@@ -205,7 +205,7 @@ class Inference:
             mask, params = task.segment(request)
         return answers.finish(asked, self.user, Path(mask), params)
 
-    def complete(self, begun: Begun | Answer) -> Answer:
+    def complete(self, begun: StartedRequest | Answer) -> Answer:
         """What is left to do for the answer, for which no device is needed.
 
         Raises:

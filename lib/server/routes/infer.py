@@ -77,7 +77,7 @@ async def infer(
         forecast = await anyio.to_thread.run_sync(inferences.forecast, asked.task, asked.request)
     async with AsyncExitStack() as stack:
         one = answers.start(asked, user, stack.enter_context(temporary_folder()))
-        async with inferences.slot(asked.request.wanted, what, forecast, one.read_ahead) as slot:
+        async with inferences.slot(asked.request.requested_device, what, forecast, one.read_ahead) as slot:
             if await request.is_disconnected():
                 logger.info("the client left while it waited for %s", model)
                 return Response(status_code=499)

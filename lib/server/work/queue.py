@@ -21,7 +21,7 @@ from lib.infers.devices.lane import Lane, computing_on
 from lib.infers.devices.lanes import Lanes
 from lib.infers.devices.read_ahead import ReadingAhead
 from lib.infers.devices.schedule import Forecast, Work
-from lib.infers.interruption import InterruptedWork, giving_way
+from lib.infers.interruption import InterruptedWork, interruptible_by
 from lib.infers.request import InferRequest
 from lib.server.http.errors import BusyError
 from lib.server.priority import give_requests_priority
@@ -88,7 +88,7 @@ class InferenceQueue:
         """
         known = forecast or Forecast()
         work = self.lanes.work(device, what, known.weights, known.seconds)
-        inside = self.lanes.wanted(device)
+        inside = self.lanes.foreground_count(device)
         if inside >= self._size + len(work.lanes):
             seconds = self.lanes.seconds_until_free(device)
             seconds = max(1, math.ceil(seconds)) if math.isfinite(seconds) else 1
@@ -119,7 +119,7 @@ class InferenceQueue:
                 raise InterruptedWork
 
         async with self._granted(work) as slot:
-            with giving_way(give_way):
+            with interruptible_by(give_way):
                 yield slot
 
     def run_when_idle(
@@ -255,7 +255,7 @@ class DeviceSlot:
                 self.finished, self.ahead = True, None  # an image that nobody needs any more
                 return result
             except Exception as error:
-                elsewhere = self._queue.lanes.moves_on(self._work, error)
+                elsewhere = self._queue.lanes.retry_elsewhere(self._work, error)
                 if elsewhere is None:
                     raise
             await self.wait(elsewhere)

@@ -91,7 +91,7 @@ def test_request_is_parsed_once_and_its_upload_is_gone_afterwards(api: InProcess
     assert answer.status_code == 200, answer.text
     (asked,) = task.segmented
     assert len(task.parsed) == 1
-    assert (asked.wanted, asked.extension, asked.image.name) == (torch.device("cpu"), ".nrrd", "scan.nii.gz")
+    assert (asked.requested_device, asked.extension, asked.image.name) == (torch.device("cpu"), ".nrrd", "scan.nii.gz")
     assert not asked.image.exists()
 
 
