@@ -1,1 +1,1 @@
-"""Choosing the next case to label."""
+"""Active learning: which case to label next."""

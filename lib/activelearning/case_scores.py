@@ -1,4 +1,4 @@
-"""All scores of one case, from one pass over it: what the background scoring keeps, and the simulation uses."""
+"""All scores of one case, which the background scoring stores and the simulation uses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lib.networks.placement import Placement
 
 REGIONS = ("foreground", "volume", "patches")
 MAP_MEASURES = ("entropy", "margin", "bald")
-"""Measures that are a map, averaged over each region."""
+"""Measures that are voxel maps, averaged over each region."""
 CASE_MEASURES = ("class_balanced_entropy", "dice_disagreement")
-"""Measures that are one number of the case as a whole."""
+"""Measures that are one number for the whole case."""
 MEASURES = (*MAP_MEASURES, *CASE_MEASURES)
 NEED_PASSES = ("bald", "dice_disagreement")
 MOST_WINDOWS_FOR_PASSES = 8
-"""Windows that are looked at more than once: those with the most uncertainty about a label."""
+"""Number of windows with several passes: those with the highest uncertainty in the foreground."""
 
 
 @dataclass(frozen=True)
 class CaseScores:
-    """What a model makes of an unlabelled case.
+    """A model's scores of an unlabelled case.
 
     Attributes:
-        values: ``measure/region`` for the measures that are maps, ``measure`` for the others.
+        values: ``measure/region`` for map measures, ``measure`` for the others.
         foreground_voxels: voxels predicted to be any label, at the preset's spacing.
         embedding: shape (hidden_size,).
     """
@@ -40,7 +40,7 @@ class CaseScores:
 
 
 def score_name(measure: str, region: str) -> str:
-    """The name under which a measure is kept.
+    """The key under which a measure is stored.
 
     >>> score_name("entropy", "foreground"), score_name("dice_disagreement", "foreground")
     ('entropy/foreground', 'dice_disagreement')
@@ -56,14 +56,14 @@ def score_case(
 ) -> CaseScores:
     """Score a preprocessed image.
 
-    Windows lie side by side instead of overlapping as in a segmentation, and only a few are looked at more than once:
-    a pool of thousands is to be ranked, which needs no perfect mask.
+    Windows do not overlap, and only a few of them are computed in several passes, because the scores rank a pool of
+    thousands of cases, for which an approximate mask is sufficient.
 
     Args:
         network: in evaluation mode on ``device``.
         image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
-        where: the task, and where and how it is computed.
-        passes: for the measures that compare several predictions; without them, these are left out.
+        where: the preset, the device and the number format.
+        passes: for the measures that compare several predictions; without passes, these measures are omitted.
     """
     windows = _WindowScores(network, image, where)
     windows.once()
@@ -103,7 +103,7 @@ class _WindowScores:
             self._interest.append(float((entropy * (1 - probs[0])).sum()))
 
     def again(self, passes: Passes) -> None:
-        """Compute the maps that need several forward passes (BALD), in the windows with most uncertain foreground."""
+        """Compute the maps that need several passes (BALD), in the windows with the most uncertain foreground."""
         order = np.argsort(self._interest)[::-1][:MOST_WINDOWS_FOR_PASSES]
         self._maps["bald"] = torch.zeros(self.labels.shape)
         self._seen_again = torch.zeros(self.labels.shape, dtype=torch.bool)
@@ -135,7 +135,7 @@ class _WindowScores:
         return window.contiguous(memory_format=torch.channels_last_3d)
 
     def _settle_overlaps(self) -> None:
-        """The last window of an axis lies partly on the one before it: each voxel is counted in one of them only."""
+        """Count each voxel in only one window, since the last window of an axis overlaps the one before it."""
         edges = [sorted({tile.start[axis] for tile in self._tiles}) for axis in range(3)]
         for tile in self._tiles:
             for axis, roi in enumerate(self._where.preset.roi_size):
@@ -145,17 +145,17 @@ class _WindowScores:
 
 
 class _Tile:
-    """A window, and the part of it that is its own."""
+    """A window, and the part of it that no other window counts."""
 
     def __init__(self, start: tuple[int, ...], roi: tuple[int, ...]) -> None:
         self.start, self._roi, self.skip = start, roi, [0, 0, 0]
 
     def own(self, leading: int) -> tuple[slice, ...]:
-        """Within the window, after so many other axes."""
+        """The counted part within the window, after this number of leading axes."""
         return (slice(None),) * leading + tuple(slice(skipped, None) for skipped in self.skip)
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """Within the volume."""
+        """The counted part within the volume."""
         axes = zip(self.start, self.skip, self._roi, strict=True)
         return tuple(slice(first + skipped, first + edge) for first, skipped, edge in axes)

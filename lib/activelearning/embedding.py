@@ -1,4 +1,4 @@
-"""A case as one vector: the tokens of the UNETR's encoder, pooled. A transformer gives it for nothing."""
+"""Embedding of a case as one vector: the pooled tokens of the UNETR's encoder, a by-product of the forward pass."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lib.networks.unetr import Unetr
 
 FloatArray = npt.NDArray[np.float32]
 AnyUnetr = Unetr | InferenceNetwork
-"""As it is trained, or made ready for inference."""
+"""A UNETR for training, or one prepared for inference."""
 MOST_WINDOWS = 8
-"""Windows that an embedding looks at; evenly spread over larger volumes."""
+"""Number of windows of an embedding, evenly spaced in larger volumes."""
 
 
 def embed(network: AnyUnetr, image: torch.Tensor, where: Placement) -> FloatArray:
@@ -26,9 +26,9 @@ def embed(network: AnyUnetr, image: torch.Tensor, where: Placement) -> FloatArra
 
     Args:
         network: in evaluation mode on ``device``. Random weights give an embedding too: a random projection of the
-            image's patches, enough to tell cases apart before there is anything trained.
+            image's patches, which distinguishes cases before anything is trained.
         image: shape (1, X, Y, Z), at least as large as the preset's window on every axis.
-        where: the task, and where and how it is computed.
+        where: the preset, the device and the number format.
 
     Returns:
         Shape (hidden_size,), of length 1, so that distances compare directions.
@@ -50,12 +50,12 @@ def embed(network: AnyUnetr, image: torch.Tensor, where: Placement) -> FloatArra
 
 
 def tile_starts(shape: Sequence[int], roi: Sequence[int]) -> list[tuple[int, ...]]:
-    """First voxels of windows that cover a volume with as little overlap as there can be."""
+    """First voxels of windows that cover a volume with the smallest overlap."""
     return list(itertools.product(*(window_starts(size, edge, 0.0) for size, edge in zip(shape, roi, strict=True))))
 
 
 def window_at(image: torch.Tensor, start: Sequence[int], roi: Sequence[int]) -> torch.Tensor:
-    """The window of (channels, X, Y, Z) that begins at ``start``."""
+    """The window of shape (channels, X, Y, Z) that begins at ``start``."""
     box = [slice(None), *(slice(first, first + edge) for first, edge in zip(start, roi, strict=True))]
     window: torch.Tensor = image[tuple(box)]
     return window

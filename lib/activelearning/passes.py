@@ -1,4 +1,4 @@
-"""Several opinions on one image: test-time augmentation, an ensemble, or dropout left on."""
+"""Several predictions for one image: test-time augmentation, an ensemble, or Monte Carlo dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib.errors import ParameterError
 PASSES = 4
 LARGEST_SHIFT_VOXELS = 4
 NOISE_STD = 0.1
-"""Of the noise that is added, as a share of the window's own deviation."""
+"""Standard deviation of the added noise, as a share of the window's own standard deviation."""
 INTENSITY_SCALE = 0.15
 
 
@@ -30,18 +30,18 @@ class Passes(Protocol):
 
 
 class TestTimeAugmentation:
-    """Test-time augmentation (Wang 2019, arXiv 1807.07356): shifts, intensity scaling, noise, mirroring where allowed.
+    """Test-time augmentation (Wang 2019, arXiv 1807.07356): shifts, intensity scaling, noise, flips where allowed.
 
-    A shift alone changes what a vision transformer sees, since the image is cut into patches at other places.
+    A shift alone changes the input of a vision transformer, since the image is divided into other patches.
 
     Args:
         network: in evaluation mode.
-        preset: says along which axes a case may be mirrored.
+        preset: states along which axes a case may be flipped.
         count: number of passes.
-        seed: of the changes; the same for every case, so that cases compare.
+        seed: seed of the changes; the same for every case, so that scores are comparable.
     """
 
-    __test__ = False  # not a test, whatever pytest thinks of the name
+    __test__ = False  # keeps pytest from collecting this class as a test
     name = "tta"
 
     def __init__(self, network: nn.Module, preset: Preset, count: int = PASSES, seed: int = 0) -> None:
@@ -62,13 +62,13 @@ class TestTimeAugmentation:
 
 
 class Ensemble:
-    """Networks that were trained apart (Lakshminarayanan 2017, arXiv 1612.01474), such as the last published versions.
+    """Separately trained networks (Lakshminarayanan 2017, arXiv 1612.01474), such as the latest published versions.
 
     Args:
         networks: at least two, in evaluation mode.
 
     Raises:
-        ParameterError: for fewer.
+        ParameterError: for fewer than two.
     """
 
     name = "ensemble"
@@ -85,16 +85,16 @@ class Ensemble:
 
 
 class MonteCarloDropout:
-    """The same network with its dropout left on (Gal and Ghahramani 2016, arXiv 1506.02142).
+    """Monte Carlo dropout: the same network with active dropout layers (Gal and Ghahramani 2016, arXiv 1506.02142).
 
     Args:
-        network: in evaluation mode; it is left so.
-        preset: the task.
+        network: in evaluation mode, which is restored afterwards.
+        preset: the preset.
         count: number of passes.
-        seed: of the units that are dropped.
+        seed: seed of the dropped units.
 
     Raises:
-        ParameterError: when the network has no dropout: its passes would all be the same.
+        ParameterError: if the network has no dropout, so that all passes would be equal.
     """
 
     name = "dropout"
@@ -119,20 +119,20 @@ def has_dropout(preset: Preset) -> bool:
 
 
 def no_dropout(preset: Preset) -> str:
-    """The sentence with which MC dropout is refused for a network that has no dropout."""
+    """The error sentence for Monte Carlo dropout with a network that has no dropout."""
     return f"the network of {preset.name!r} has no dropout (dropout_rate 0), so that all its passes would be the same"
 
 
 def choose_passes(name: str, preset: Preset, networks: Sequence[nn.Module]) -> Passes:
-    """The passes of that name; ``auto``: dropout where there is any, else an ensemble of two or more, else tta.
+    """The passes of this name; ``auto``: dropout if the network has it, else an ensemble of two or more, else tta.
 
     Args:
         name: ``auto``, ``tta``, ``ensemble`` or ``dropout``.
-        preset: the task.
-        networks: the one in use first, then those before it.
+        preset: the preset.
+        networks: the live network first, then its predecessors.
 
     Raises:
-        ParameterError: for another name, and for passes that this preset cannot make.
+        ParameterError: for an unknown name, and for passes that are impossible with this preset.
     """
     if name == "auto":
         name = "dropout" if has_dropout(preset) else "ensemble" if len(networks) > 1 else "tta"
@@ -146,7 +146,7 @@ def choose_passes(name: str, preset: Preset, networks: Sequence[nn.Module]) -> P
 
 
 def shifted(volume: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
-    """Move the content of (batch, channels, X, Y, Z) by whole voxels; what comes in repeats the edge."""
+    """Shift the content of (batch, channels, X, Y, Z) by whole voxels; edge voxels are repeated."""
     result = volume
     for axis, step in enumerate(steps, start=2):
         size = result.shape[axis]
@@ -157,7 +157,7 @@ def shifted(volume: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
 
 @contextmanager
 def _dropping(network: nn.Module) -> Iterator[None]:
-    """Dropout layers as in training; everything else as it is."""
+    """Set dropout layers to training mode, and leave all other layers unchanged."""
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Dropout) and not layer.training]
     try:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""What is known of a preset's cases, and by which version: the bridge between kept scores and selections."""
+"""The stored scores of a preset's cases, and the version that computed them, for selections."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger("unetr.scoring")
 
 @dataclass(frozen=True)
 class PoolKnowledge:
-    """A preset's scores.
+    """The scores of a preset's cases.
 
     Attributes:
         preset: the task.
-        locator: where its weights are.
-        store: where scores are kept.
+        locator: finds its weights.
+        store: the store of the scores.
     """
 
     preset: Preset
@@ -33,7 +33,7 @@ class PoolKnowledge:
     store: ScoreStore
 
     def version(self) -> str:
-        """The version that is served now, as scores are kept under it."""
+        """The key of the live version, under which its scores are stored."""
         try:
             return version_key(self.locator.find())
         except CheckpointError as error:
@@ -41,10 +41,10 @@ class PoolKnowledge:
             return UNTRAINED
 
     def score_records(self) -> tuple[str, Mapping[str, CaseScoreRecord]]:
-        """What the served version made of the cases; until it has looked at any, what the one before it made of them.
+        """Scores of the live version, or of its predecessor as long as the live version has scored no case.
 
         Returns:
-            The version that it comes from, and what it made of each image.
+            The version that computed the scores, and the record of each image.
         """
         current = self.version()
         records = self.store.score_records(current)
@@ -54,7 +54,7 @@ class PoolKnowledge:
         return (before, self.store.score_records(before)) if before is not None else (current, records)
 
     def pool(self, unlabelled: Iterable[str], labelled: Iterable[str]) -> tuple[Pool, str]:
-        """The pool of these cases, and the version that the scores in it come from."""
+        """The pool of these cases, and the version that computed its scores."""
         version, records = self.score_records()
         candidates = [_candidate(image, records.get(image)) for image in unlabelled]
         vectors = [
@@ -64,9 +64,9 @@ class PoolKnowledge:
 
 
 def version_key(file: WeightsFile | None) -> str:
-    """The key under which a version's scores are kept; it changes with the weights.
+    """The key under which a version's scores are stored; it changes with the weights.
 
-    A published version's is its own. Files from elsewhere can be replaced, so that theirs holds a stamp.
+    The key of a published version is its name. Other weights files can be replaced, so their key contains a stamp.
     """
     if file is None:
         return UNTRAINED
@@ -76,7 +76,7 @@ def version_key(file: WeightsFile | None) -> str:
 
 
 def version_name(key: str) -> str:
-    """What people call a version.
+    """The name of a version for users.
 
     >>> version_name("shipped-1a2b3c4d"), version_name("v0007")
     ('shipped', 'v0007')

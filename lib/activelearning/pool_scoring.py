@@ -1,6 +1,6 @@
-"""Looking at a whole pool in the background: embeddings first, then scores; the newest case first, for a limited time.
+"""Scores a whole pool in the background: embeddings first, then scores; newest cases first, within a time limit.
 
-Every case is kept as soon as it is done, so that whoever is interrupted goes on there.
+Each case is stored as soon as it is done, so that an interrupted scoring continues where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import torch
 from lib.activelearning.case_scores import CaseScores
 from lib.activelearning.pool_knowledge import PoolKnowledge, version_key
 from lib.activelearning.score_store import CaseScoreRecord, LabelDisagreement
-from lib.activelearning.scoring_worker import Depth, LabelledCase, Look, MakeScoringWorker, ScoringWorker, Seen
+from lib.activelearning.scoring_worker import (
+    Depth,
+    LabelledCase,
+    MakeScoringWorker,
+    ScoringResult,
+    ScoringTask,
+    ScoringWorker,
+)
 from lib.cases.metrics import mean_known
 from lib.cluster.engine import Engine, Finished, Recipe
 from lib.cluster.model import ModelFile
@@ -34,25 +41,25 @@ logger = logging.getLogger("unetr.scoring")
 MOST_IN_ENSEMBLE = 3
 SECONDS_BETWEEN_LINES = 5.0
 MAY_COMPUTE = threading.Event()
-"""Clear while somebody waits for an inference; the work waits with it."""
+"""Cleared while an inference request waits; scoring pauses meanwhile."""
 MAY_COMPUTE.set()
 
 
 class PoolScorer:
-    """Looks at cases with a preset's newest weights; with random ones where there are none yet.
+    """Scores cases with a preset's live weights, or with random ones if there are none.
 
     Args:
-        knowledge: the preset and where its scores are kept.
-        device: where to compute.
+        knowledge: the preset and the store of its scores.
+        device: the device on which it computes.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         passes: see :func:`lib.activelearning.passes.choose_passes`.
-        minutes: longest time for all that is asked of it.
-        served_modalities: of all presets that are served; an image that fits another one better is not scored.
-        cluster: what looks at the cases instead of this process, from files that its machines see under the same path.
+        minutes: time limit of all scoring together.
+        served_modalities: modalities of all served presets; an image that fits another one better is not scored.
+        cluster: scores the cases instead of this process; its machines need the files under the same paths.
 
     Raises:
-        CheckpointError: when the weights cannot be used.
-        ParameterError: for passes that the preset cannot make.
+        CheckpointError: if the weights cannot be used.
+        ParameterError: for passes that are impossible with the preset.
     """
 
     def __init__(
@@ -83,12 +90,13 @@ class PoolScorer:
         """Score the images that this version has not scored yet.
 
         Args:
-            images: ids, the most important first.
-            file_of: gives an image's file, which may have to be fetched first.
-            depth: only to embed them, or to score them too.
+            images: image ids, the most important first.
+            file_of: returns an image's file, which may have to be downloaded first.
+            depth: whether to compute embeddings only, or all scores.
 
         Returns:
-            How many were ``done``, ``known`` before, ``failed``, and are ``left`` since the time was up.
+            Numbers of images: ``done``, ``known`` from before, ``failed``, and ``left`` when the time limit was
+            reached.
         """
         stages: tuple[Depth, ...] = ("embedding", "scores") if depth == "scores" and self._trained else ("embedding",)
         counts = {"done": 0, "known": 0, "failed": 0, "left": 0}
@@ -97,24 +105,24 @@ class PoolScorer:
             done = {image for image, record in known.items() if record.scored or stage == "embedding"}
             todo = [image for image in images if image not in done]
             counts["known"] = len(images) - len(todo)
-            reached = self._look_at(
+            reached = self._score_images(
                 todo,
                 f"{stage} of {self._knowledge.preset.name}, {self.version}",
-                partial(_look, file_of=file_of, stage=stage),
+                partial(_task_for, file_of=file_of, stage=stage),
                 partial(self._keep_scores, stage=stage, counts=counts),
             )
             counts["left"] = len(todo) - reached
         return counts
 
     def compare_labels(self, labels: Mapping[str, str], case_of: Callable[[str], LabelledCase]) -> dict[str, int]:
-        """Compare labels with what this version makes of their images.
+        """Compare labels with this version's predictions of their images.
 
         Args:
-            labels: what changes with an image's label, by image.
-            case_of: gives an image's files.
+            labels: for each image, a value that changes with its label.
+            case_of: returns an image's files.
 
         Returns:
-            As :meth:`score`.
+            See :meth:`score`.
         """
         counts = {"done": 0, "known": 0, "failed": 0, "left": 0}
         if not self._trained:
@@ -122,26 +130,26 @@ class PoolScorer:
         known = self._knowledge.store.disagreements(self.version)
         todo = [image for image, label in labels.items() if image not in known or known[image].label != label]
         counts["known"] = len(labels) - len(todo)
-        reached = self._look_at(
+        reached = self._score_images(
             todo,
             f"labels of {self._knowledge.preset.name}, {self.version}",
-            lambda image: Look(image, case_of(image)),
+            lambda image: ScoringTask(image, case_of(image)),
             partial(self._keep_comparison, labels=labels, counts=counts),
         )
         counts["left"] = len(todo) - reached
         return counts
 
-    def _look_at(
+    def _score_images(
         self,
         images: Sequence[str],
         what: str,
-        look_of: Callable[[str], Look],
-        keep: Callable[[str, Finished[Look, Seen]], None],
+        look_of: Callable[[str], ScoringTask],
+        keep: Callable[[str, Finished[ScoringTask, ScoringResult]], None],
     ) -> int:
-        """Look at images here or on the cluster, until the time is up; returns how many were looked at."""
+        """Score images here or on the cluster within the time limit; returns the number of scored images."""
         if self._cluster is None:
-            return _each(images, self._until, what, lambda image: keep(image, self._look_here(look_of, image)))
-        looks, reported_at, reached = _Looks(images, self._until, look_of, keep), time.monotonic(), 0
+            return _each(images, self._until, what, lambda image: keep(image, self._score_here(look_of, image)))
+        looks, reported_at, reached = _ClusterTasks(images, self._until, look_of, keep), time.monotonic(), 0
         for finished in self._cluster.run(looks, lambda: self._recipe):
             keep(finished.item.image, finished)
             reached += 1
@@ -150,7 +158,7 @@ class PoolScorer:
                 logger.info("%s, on the cluster: %d of %d", what, reached + looks.failed, len(images))
         return reached + looks.failed
 
-    def _look_here(self, look_of: Callable[[str], Look], image: str) -> Finished[Look, Seen]:
+    def _score_here(self, look_of: Callable[[str], ScoringTask], image: str) -> Finished[ScoringTask, ScoringResult]:
         assert self._worker is not None
         try:
             look = look_of(image)
@@ -158,11 +166,13 @@ class PoolScorer:
         except UnetrError as error:
             return _failed(image, error)
 
-    def _keep_scores(self, image: str, finished: Finished[Look, Seen], stage: Depth, counts: dict[str, int]) -> None:
+    def _keep_scores(
+        self, image: str, finished: Finished[ScoringTask, ScoringResult], stage: Depth, counts: dict[str, int]
+    ) -> None:
         if finished.answer is None:
             counts["failed"] += 1
             logger.warning("%s is not scored: %s", image, finished.problem)
-            if not finished.refused:  # it cannot be had now, and may be later
+            if not finished.refused:  # the image is unavailable now, but may be available later
                 return
             record = CaseScoreRecord(CaseScores(), scored=True, problem=finished.problem)
         elif finished.answer.elsewhere:
@@ -175,7 +185,11 @@ class PoolScorer:
         self._knowledge.store.keep(self.version, image, record)
 
     def _keep_comparison(
-        self, image: str, finished: Finished[Look, Seen], labels: Mapping[str, str], counts: dict[str, int]
+        self,
+        image: str,
+        finished: Finished[ScoringTask, ScoringResult],
+        labels: Mapping[str, str],
+        counts: dict[str, int],
     ) -> None:
         if finished.answer is None:
             counts["failed"] += 1
@@ -190,25 +204,25 @@ class PoolScorer:
         self._knowledge.store.keep_disagreement(self.version, disagreement)
 
 
-def _look(image: str, file_of: Callable[[str], Path], stage: Depth) -> Look:
-    return Look(image, file_of(image).absolute(), stage)
+def _task_for(image: str, file_of: Callable[[str], Path], stage: Depth) -> ScoringTask:
+    return ScoringTask(image, file_of(image).absolute(), stage)
 
 
-def _failed(image: str, error: UnetrError) -> Finished[Look, Seen]:
-    return Finished(Look(image, Path()), problem=str(error), refused=isinstance(error, InputError))
+def _failed(image: str, error: UnetrError) -> Finished[ScoringTask, ScoringResult]:
+    return Finished(ScoringTask(image, Path()), problem=str(error), refused=isinstance(error, InputError))
 
 
 @dataclass
-class _Looks:
-    """What the cluster is to look at, until the time is up; what cannot be had is kept at once."""
+class _ClusterTasks:
+    """The tasks of the cluster within the time limit; failures to read an image are stored at once."""
 
     images: Sequence[str]
     until: float
-    look_of: Callable[[str], Look]
-    keep: Callable[[str, Finished[Look, Seen]], None]
+    look_of: Callable[[str], ScoringTask]
+    keep: Callable[[str, Finished[ScoringTask, ScoringResult]], None]
     failed: int = 0
 
-    def __iter__(self) -> Iterator[Look]:
+    def __iter__(self) -> Iterator[ScoringTask]:
         for image in self.images:
             if time.monotonic() > self.until:
                 return
@@ -220,20 +234,20 @@ class _Looks:
 
 
 def suspicion_of(dice: Mapping[str, float]) -> float:
-    """0 where model and label agree, to 1; a label without anything to compare is not suspicious."""
+    """From 0 where model and label agree to 1; 0 for a label without anything to compare."""
     return 1 - mean_known(dice.values()) if dice else 0.0
 
 
 def newest_first(images: Iterable[str], added_at: Callable[[str], float]) -> list[str]:
-    """Images by the time at which they came, the newest first."""
+    """Images sorted by the time at which they were added, newest first."""
     return sorted(images, key=lambda image: (-added_at(image), image))
 
 
 def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], None]) -> int:
-    """Do the work of each until the time is up, and wait before each window while somebody else computes.
+    """Process the ids until the time limit, and pause before each window while inference requests compute.
 
     Returns:
-        How many were done.
+        The number of processed ids.
     """
     reported_at = time.monotonic()
 
@@ -256,10 +270,10 @@ def _each(ids: Sequence[str], until: float, what: str, work: Callable[[str], Non
 
 
 def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: str) -> list[ModelFile]:
-    """The served weights, and for an ensemble the published ones before them that see images alike, the newest first.
+    """The live weights, and for an ensemble earlier published ones with the same preprocessing, newest first.
 
     Raises:
-        CheckpointError: when the served ones cannot be used.
+        CheckpointError: if the live weights cannot be used.
     """
     served = ModelFile.of(knowledge.preset, file, compiles=False, precision=precision)
     files = [served]
@@ -270,7 +284,7 @@ def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: 
         if version.status != "published" or version.name == version_key(file):
             continue
         try:
-            if _sees(version.weights, knowledge.preset) == _sees(file.path, knowledge.preset):
+            if _preprocessing_of(version.weights, knowledge.preset) == _preprocessing_of(file.path, knowledge.preset):
                 weights = WeightsFile(version.weights, "published")
                 files.append(ModelFile.of(knowledge.preset, weights, compiles=False, precision=precision))
         except CheckpointError as error:
@@ -278,11 +292,11 @@ def _files(knowledge: PoolKnowledge, file: WeightsFile, passes: str, precision: 
     return files
 
 
-def _sees(weights: Path, configured: Preset) -> tuple[object, ...]:
-    """Those parts of a checkpoint's preset that decide how an image is preprocessed.
+def _preprocessing_of(weights: Path, configured: Preset) -> tuple[object, ...]:
+    """The parts of a checkpoint's preset that determine the preprocessing.
 
     Raises:
-        CheckpointError: when the weights cannot be used.
+        CheckpointError: if the weights cannot be used.
     """
     preset = preset_for(read_checkpoint(weights), configured)
     return preset.axcodes, preset.spacing_mm, preset.roi_size, preset.intensity, preset.padding

@@ -1,7 +1,7 @@
-"""What models made of the cases, kept by the version that said it: scores, embeddings, and doubts about labels.
+"""Stores for each version its scores and embeddings of the cases, and its disagreement with labels.
 
-One SQLite file a preset. The scoring process writes, one case at a time, so that it can be ended at any moment and goes
-on where it was; the server reads what is new at each question.
+There is one SQLite file for each preset. The scoring process writes one case at a time, so that it can be stopped at
+any moment and later continue; the server reads new rows with each query.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ CREATE TABLE IF NOT EXISTS doubts(
 
 @dataclass(frozen=True)
 class CaseScoreRecord:
-    """What a version made of a case.
+    """The scores of a case by one version.
 
     Attributes:
-        scores: embedding, and scores where it has come to them.
-        scored: whether it has; an image that cannot be read counts, or it would be tried for ever.
-        problem: why there are none.
-        elsewhere: whether the problem is only that the image is rather for another preset that is served.
+        scores: embedding, and the scores if they have been computed.
+        scored: whether scoring is finished; true also for unreadable images, which would otherwise be retried for ever.
+        problem: why there are no scores.
+        elsewhere: whether the only problem is that the image fits another served preset better.
     """
 
     scores: CaseScores
@@ -56,13 +56,13 @@ class CaseScoreRecord:
 
 @dataclass(frozen=True)
 class LabelDisagreement:
-    """How far a version is from a case's label.
+    """The disagreement between a version's prediction and a case's label.
 
     Attributes:
-        image_id: the case.
-        label: the label's SHA-256 or stamp; another one is another label.
-        dice: of each label that either of both has; empty for one that cannot be compared.
-        suspicion: 0 (they agree) to 1.
+        image_id: id of the case.
+        label: the label's SHA-256 or stamp, which identifies the version of the label.
+        dice: Dice of each label that either mask has; empty for a label that cannot be compared.
+        suspicion: from 0 (agreement) to 1.
     """
 
     image_id: str
@@ -73,16 +73,16 @@ class LabelDisagreement:
 
 @dataclass
 class _Version:
-    """What has been read of a version."""
+    """The rows of a version that have been read."""
 
     last: int = 0
     records: dict[str, CaseScoreRecord] = field(default_factory=dict)
 
 
 class ScoreStore:
-    """Scores of one preset's cases.
+    """The scores of one preset's cases.
 
-    A file that is damaged is put aside: what is in it can be computed again.
+    A damaged file is renamed and replaced, since its content can be computed again.
 
     Args:
         folder: ``model/<preset>``.
@@ -95,7 +95,7 @@ class ScoreStore:
         self._known: dict[str, _Version] = {}
 
     def score_records(self, version: str) -> Mapping[str, CaseScoreRecord]:
-        """What a version made of each case so far, by image."""
+        """A version's scores so far, by image."""
         with self._lock:
             known = self._known.setdefault(version, _Version())
             query = "SELECT * FROM looks WHERE version = ? AND sequence > ? ORDER BY sequence"
@@ -105,13 +105,13 @@ class ScoreStore:
             return dict(known.records)
 
     def latest(self) -> str | None:
-        """The version whose scores are the newest."""
+        """The version with the most recent scores."""
         with self._lock:
             row = self._open().execute("SELECT version FROM looks ORDER BY sequence DESC LIMIT 1").fetchone()
             return row["version"] if row else None
 
     def keep(self, version: str, image_id: str, record: CaseScoreRecord) -> None:
-        """Keep what a version made of a case; it replaces what it made before."""
+        """Store a version's scores of a case, replacing earlier ones."""
         case_scores = record.scores
         embedding = None if case_scores.embedding is None else case_scores.embedding.astype(np.float32).tobytes()
         scores = json.dumps(dict(case_scores.values)) if record.scored else None
@@ -123,7 +123,7 @@ class ScoreStore:
             db.execute(f"INSERT OR REPLACE INTO looks({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def disagreements(self, version: str) -> dict[str, LabelDisagreement]:
-        """A version's doubts about labels, by image."""
+        """A version's disagreements with labels, by image."""
         with self._lock:
             rows = self._open().execute("SELECT * FROM doubts WHERE version = ?", (version,)).fetchall()
         return {
@@ -132,7 +132,7 @@ class ScoreStore:
         }
 
     def keep_disagreement(self, version: str, disagreement: LabelDisagreement) -> None:
-        """Keep how far a version is from a label; it replaces what it said of the case before."""
+        """Store a version's disagreement with a label, replacing an earlier one."""
         row = (
             version,
             disagreement.image_id,
@@ -145,17 +145,17 @@ class ScoreStore:
             db.execute("INSERT OR REPLACE INTO doubts VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def forget(self, image_id: str) -> None:
-        """Have a case looked at anew, by every version."""
+        """Delete the scores of a case by all versions, so that it is scored again."""
         with self._lock, self._open() as db:
             db.execute("DELETE FROM looks WHERE image_id = ?", (image_id,))
             for known in self._known.values():
                 known.records.pop(image_id, None)
 
     def prune(self, keep: int) -> None:
-        """Forget all versions but those that looked at cases last.
+        """Delete the scores of all versions except the most recent ones.
 
         Args:
-            keep: how many versions stay.
+            keep: number of versions to keep.
         """
         query = "SELECT version FROM looks GROUP BY version ORDER BY MAX(sequence) DESC LIMIT ?"
         with self._lock, self._open() as db:

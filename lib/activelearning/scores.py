@@ -1,7 +1,7 @@
-"""How much a case would teach: pure functions over class probabilities, passes and maps of them.
+"""Informativeness scores of a case: pure functions of class probabilities, of several passes, and of maps of them.
 
-A *map* says how uncertain the model is at each voxel; a *region* says where that is averaged. All maps are 0 (certain)
-to 1, so that presets with few and with many labels compare.
+A *map* holds the model's uncertainty at each voxel; a *region* is the set of voxels over which a map is averaged. All
+maps range from 0 (certain) to 1, so that presets with few and with many labels are comparable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOREGROUND_MARGIN_VOXELS = 2
 
 
 def predictive_entropy(probs_cdhw: torch.Tensor) -> torch.Tensor:
-    """Entropy of each voxel's class probabilities (Shannon 1948), as a share of the largest possible.
+    """Entropy of each voxel's class probabilities (Shannon 1948), divided by its largest possible value.
 
     Args:
         probs_cdhw: probabilities, shape (classes, ...), at least two classes.
@@ -31,10 +31,10 @@ def predictive_entropy(probs_cdhw: torch.Tensor) -> torch.Tensor:
 
 
 def mutual_information(passes: torch.Tensor) -> torch.Tensor:
-    """What the passes disagree about (BALD, Houlsby 2011, arXiv 1112.5745).
+    """Mutual information between prediction and model (BALD, Houlsby 2011, arXiv 1112.5745).
 
-    It is the entropy of their mean less the mean of their entropies: high where each pass is sure of something else,
-    near 0 where all are unsure alike, as along a blurred edge.
+    It is the entropy of the mean prediction minus the mean entropy of the passes: high where the passes are confident
+        of different classes, near 0 where all passes are equally uncertain, as along a blurred edge.
 
     Args:
         passes: probabilities, shape (passes, classes, ...).
@@ -47,7 +47,7 @@ def mutual_information(passes: torch.Tensor) -> torch.Tensor:
 
 
 def margin(probs_cdhw: torch.Tensor) -> torch.Tensor:
-    """How close the two likeliest classes are (Scheffer 2001): 1 less the difference of their probabilities.
+    """Margin uncertainty (Scheffer 2001): 1 minus the difference between the two largest class probabilities.
 
     Args:
         probs_cdhw: probabilities, shape (classes, ...), at least two classes.
@@ -61,13 +61,13 @@ def margin(probs_cdhw: torch.Tensor) -> torch.Tensor:
 
 
 def pairwise_dice_disagreement(labels: torch.Tensor, classes: int) -> float:
-    """How little the passes' masks overlap (Nath 2020, arXiv 2101.02323).
+    """Disagreement between the masks of several passes (Nath 2020, arXiv 2101.02323).
 
-    It is 1 less the mean Dice over all pairs of passes and all labels that either of a pair has.
+    It is 1 minus the mean Dice over all pairs of passes and all labels that are present in either mask of a pair.
 
     Args:
         labels: label values, shape (passes, ...), at least two passes.
-        classes: number of classes with background, which does not count.
+        classes: number of classes including the background, which is not counted.
 
     Returns:
         0 to 1; 0 where no pass has any label.
@@ -84,7 +84,7 @@ def pairwise_dice_disagreement(labels: torch.Tensor, classes: int) -> float:
 
 
 def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:
-    """The sums from which :func:`class_balanced_entropy` is computed; those of several windows can be added.
+    """The sums from which :func:`class_balanced_entropy` is computed; sums of several windows can be added.
 
     Args:
         probs_cdhw: probabilities, shape (classes, ...).
@@ -97,13 +97,13 @@ def class_entropy_sums(probs_cdhw: torch.Tensor) -> torch.Tensor:
 
 
 def class_balanced_entropy(sums: torch.Tensor) -> float:
-    """Mean over the labels of the entropy within each label, so that a small organ counts as much as a large one.
+    """Mean over the labels of the entropy within each label, so that small organs count as much as large ones.
 
-    A label's score weighs each voxel's entropy with that label's probability, after the class-stratified queries of
-    ClaSP PE (Lüth 2026, arXiv 2601.13677).
+    A label's score is the mean entropy of the voxels, weighted with that label's probability, after the
+    class-stratified queries of ClaSP PE (Lüth 2026, arXiv 2601.13677).
 
     Args:
-        sums: of :func:`class_entropy_sums`; background does not count.
+        sums: result of :func:`class_entropy_sums`; background is not counted.
 
     Returns:
         0 to 1; 0 where no label has any probability.
@@ -121,18 +121,19 @@ def mean_over_volume(uncertainty: torch.Tensor) -> float:
 def mean_over_foreground(uncertainty: torch.Tensor, region: torch.Tensor) -> float:
     """Mean of a map over a region; over the whole volume where the region is empty.
 
-    Background is most of a volume and nearly certain: its mean says how large the image is, not how hard the case is.
+    Most of a volume is background with almost no uncertainty, so that the mean over the volume depends on the size of
+    the image more than on the difficulty of the case.
 
     Args:
         uncertainty: shape (X, Y, Z).
-        region: of :func:`foreground_region`.
+        region: result of :func:`foreground_region`.
     """
     inside = uncertainty[region]
     return float(inside.mean()) if inside.numel() else mean_over_volume(uncertainty)
 
 
 def foreground_region(labels: torch.Tensor, margin_voxels: int = FOREGROUND_MARGIN_VOXELS) -> torch.Tensor:
-    """What is predicted to be a label, with a margin: what the model missed lies just outside of what it found.
+    """The predicted foreground with a margin, because missed parts usually lie just outside of the predicted mask.
 
     Args:
         labels: label values, shape (X, Y, Z).
@@ -147,12 +148,12 @@ def foreground_region(labels: torch.Tensor, margin_voxels: int = FOREGROUND_MARG
 
 
 def top_k_patches(uncertainty: torch.Tensor, k: int = TOP_PATCHES, patch_voxels: int = PATCH_VOXELS) -> float:
-    """Mean of the ``k`` most uncertain cubes: one hard place counts, however large the rest is.
+    """Mean of the ``k`` most uncertain cubes, so that one difficult place counts, however large the volume is.
 
     Args:
         uncertainty: map of shape (X, Y, Z).
-        k: how many cubes; all where there are fewer.
-        patch_voxels: edge of a cube. Cubes at the far edges may be smaller.
+        k: number of cubes; all cubes if there are fewer.
+        patch_voxels: edge length of a cube in voxels. Cubes at the far edges may be smaller.
     """
     means = F.avg_pool3d(uncertainty[None, None], patch_voxels, ceil_mode=True, count_include_pad=False).flatten()
     return float(means.topk(min(k, means.numel())).values.mean())

@@ -1,4 +1,4 @@
-"""What looks at one case: in this process, or on the machines of a cluster."""
+"""Scores one case, in this process or on the machines of a cluster."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LabelledCase:
     """A case with its label.
 
     Attributes:
-        case: image and label files.
-        ignored: names of labels that the mask does not speak of.
+        case: the image and label files.
+        ignored: names of labels that the mask does not annotate.
     """
 
     case: Case
@@ -44,13 +44,13 @@ class LabelledCase:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is to be looked at.
+class ScoringTask:
+    """A scoring task.
 
     Attributes:
-        image: the id.
-        at: the image's file, or a case whose label is to be compared.
-        depth: how far it goes with an image.
+        image: id of the image.
+        at: the image's file, or a case whose label is compared with the prediction.
+        depth: how much is computed for an image.
     """
 
     image: str
@@ -59,13 +59,13 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found.
+class ScoringResult:
+    """The result of a scoring task.
 
     Attributes:
-        scores: of an image.
+        scores: scores of an image.
         dice: of each label of a labelled case.
-        elsewhere: why an image is rather for another preset that is served; empty where it is not.
+        elsewhere: why the image fits another served preset better; empty if it does not.
     """
 
     scores: CaseScores = field(default_factory=CaseScores)
@@ -74,27 +74,27 @@ class Seen:
 
 
 class ScoringWorker:
-    """A network on a device, and what it says of cases.
+    """Scores cases with a network on a device.
 
     Args:
-        segmenter: the newest weights, or random ones.
-        passes: several opinions; None where there are only random weights.
-        served_modalities: of all presets that are served; an image that fits another one better is not scored.
+        segmenter: with the live weights, or random ones.
+        passes: several predictions; None if there are only random weights.
+        served_modalities: modalities of all served presets; an image that fits another one better is not scored.
     """
 
     def __init__(self, segmenter: Segmenter, passes: Passes | None, served_modalities: Collection[str]) -> None:
         self._segmenter, self.passes, self._served_modalities = segmenter, passes, served_modalities
 
-    def read(self, look: Look) -> tuple[Look, MetaTensor | str | None]:
-        """The image as the network sees it, or why it is rather for another preset.
+    def read(self, look: ScoringTask) -> tuple[ScoringTask, MetaTensor | str | None]:
+        """The preprocessed image, or the reason why it fits another preset better.
 
         Raises:
-            ImageError: when it cannot be read.
-            NotFoundError: when this machine does not see it.
+            ImageError: if it cannot be read.
+            NotFoundError: if the file does not exist on this machine.
         """
         if isinstance(look.at, LabelledCase):
             return look, None
-        if not look.at.exists():  # as on a cluster whose machines do not share the studies: nothing is wrong with it
+        if not look.at.exists():  # a cluster's machine may lack the studies, which is no fault of the image
             raise NotFoundError("file", str(look.at))
         preset = self._segmenter.preset
         volume = read_input(look.at, preset)
@@ -105,32 +105,32 @@ class ScoringWorker:
             return look, str(error)
         return look, preprocess_volume(volume, preset)
 
-    def compute(self, ready: tuple[Look, MetaTensor | str | None]) -> Seen:
-        """What the network makes of it.
+    def compute(self, ready: tuple[ScoringTask, MetaTensor | str | None]) -> ScoringResult:
+        """Score the case that was read.
 
         Raises:
-            InputError: when the case cannot be read.
+            InputError: if the case cannot be read.
         """
         look, picture = ready
         if isinstance(look.at, LabelledCase):
-            return Seen(dice=compare(self._segmenter, look.at))
+            return ScoringResult(dice=compare(self._segmenter, look.at))
         if isinstance(picture, str):
-            return Seen(elsewhere=picture)
+            return ScoringResult(elsewhere=picture)
         assert picture is not None
         segmenter = self._segmenter
         network, where = cast(AnyUnetr, segmenter.network), segmenter.placement
         if look.depth == "embedding":
-            return Seen(CaseScores(embedding=embed(network, picture, where)))
-        return Seen(score_case(network, picture, where, self.passes))
+            return ScoringResult(CaseScores(embedding=embed(network, picture, where)))
+        return ScoringResult(score_case(network, picture, where, self.passes))
 
 
 @dataclass(frozen=True)
 class MakeScoringWorker:
-    """Makes workers, here or in other processes.
+    """A factory of workers, in this or in other processes.
 
     Attributes:
-        preset: the task.
-        files: the served weights and those of an ensemble beside them; none for random weights.
+        preset: the preset.
+        files: the live weights, and for an ensemble the other ones; empty for random weights.
         passes: see :func:`lib.activelearning.passes.choose_passes`.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         served_modalities: see :class:`ScoringWorker`.
@@ -151,17 +151,17 @@ class MakeScoringWorker:
 
 
 def untrained(preset: Preset, device: torch.device, precision: str) -> Segmenter:
-    """Random weights, the same at every start, so that embeddings stay comparable."""
+    """A segmenter with random weights, the same at every start, so that embeddings stay comparable."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Segmenter(build_unetr(preset), preset, device, precision)
 
 
 def compare(segmenter: Segmenter, one: LabelledCase) -> dict[str, float]:
-    """Dice of each label that the mask speaks of and that either the mask or the model sees.
+    """Dice of each label that the mask annotates and that is present in the mask or in the prediction.
 
     Raises:
-        InputError: when the case cannot be read.
+        InputError: if the case cannot be read.
     """
     volume, label = read_case(one.case, segmenter.preset)
     predicted = segmenter.segment(volume, name=one.case.case_id).labels

@@ -1,6 +1,6 @@
-"""Which cases to label next: pure functions over what is known of the pool. Scores are made elsewhere.
+"""Selects the cases to label next: pure functions of the stored scores of a pool.
 
-Every strategy is deterministic by its seed, whatever the order in which the cases come, and leaves out what is leased.
+Every strategy is deterministic for a seed, whatever the order of the cases, and excludes leased cases.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Candidate:
     """An unlabelled case.
 
     Attributes:
-        case_id: the image's id.
-        scores: as ``case_scores.CaseScores.values``; empty where it has not been scored.
-        embedding: shape (d,); None where there is none yet.
-        foreground_voxels: NaN where unknown.
+        case_id: id of the image.
+        scores: see ``case_scores.CaseScores.values``; empty if the case has not been scored.
+        embedding: shape (d,); None if there is none yet.
+        foreground_voxels: NaN if unknown.
     """
 
     case_id: str
@@ -49,12 +49,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pool:
-    """What a selection chooses from.
+    """The cases from which a selection chooses.
 
     Attributes:
         candidates: unlabelled cases.
-        labelled: embeddings of what is labelled already, shape (m, d); None where there are none.
-        leased: ids that somebody works on.
+        labelled: embeddings of the labelled cases, shape (m, d); None if there are none.
+        leased: ids of cases that an annotator is working on.
     """
 
     candidates: Sequence[Candidate]
@@ -68,7 +68,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Pick:
-    """A chosen case, and why."""
+    """A selected case, and the reason."""
 
     case_id: str
     reason: str
@@ -78,20 +78,20 @@ Selection = Callable[[list[Candidate], Pool, int, str, np.random.Generator], lis
 
 
 def select(name: str, pool: Pool, count: int = 1, seed: int = 0, region: str = "foreground") -> list[Pick]:
-    """Choose the cases of a pool to label next, by a strategy.
+    """Select cases of a pool to label next, by a strategy.
 
     Args:
         name: one of ``STRATEGIES``.
-        pool: what there is.
-        count: how many; fewer come back where there are fewer.
-        seed: of ties and of whatever is random.
-        region: where maps are averaged: ``foreground``, ``volume`` or ``patches``.
+        pool: the cases and their scores.
+        count: number of cases; fewer are returned if the pool has fewer.
+        seed: seed of ties and random choices.
+        region: region over which maps are averaged: ``foreground``, ``volume`` or ``patches``.
 
     Returns:
-        The best first.
+        The selected cases, best first.
 
     Raises:
-        NotFoundError: for a strategy that there is not.
+        NotFoundError: for an unknown strategy.
     """
     if name not in STRATEGIES:
         raise NotFoundError("strategy", name, list(STRATEGIES))
@@ -102,12 +102,12 @@ def select(name: str, pool: Pool, count: int = 1, seed: int = 0, region: str = "
 
 
 def first(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
-    """In the order of their names."""
+    """The first cases in the order of their names."""
     return [Pick(c.case_id, f"first of {len(free)} unlabelled cases") for c in free[:count]]
 
 
 def at_random(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
-    """Any."""
+    """Random cases."""
     chosen = random.permutation(len(free))[:count]
     return [Pick(free[i].case_id, f"random, one of {len(free)} unlabelled cases") for i in chosen]
 
@@ -115,10 +115,10 @@ def at_random(free: list[Candidate], pool: Pool, count: int, region: str, random
 def random_foreground(
     free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator
 ) -> list[Pick]:
-    """Any, the likelier the more of the labels the model sees in it.
+    """Random cases, with a probability that grows with the predicted foreground volume.
 
-    The stronger of the random baselines for 3D segmentation (nnActive, Lüth 2025): images that show none of the labels
-    are drawn last. Cases of unknown content count as average ones.
+    This is the stronger of the random baselines for 3D segmentation (nnActive, Lüth 2025): images without any of the
+    labels are drawn last. A case with an unknown foreground volume is treated as average.
     """
     voxels = np.array([c.foreground_voxels for c in free])
     known = voxels[np.isfinite(voxels)]
@@ -130,12 +130,12 @@ def random_foreground(
 
 
 def by_score(measure: str, noisy: bool = False) -> Selection:
-    """The highest scores first; ties in random order.
+    """Cases with the highest scores; ties are in random order.
 
     Args:
         measure: one of ``case_scores.MEASURES``.
-        noisy: Gumbel noise on the logarithm of the scores, so that the cases of a batch are not all alike (power
-            acquisition of Kirsch 2023, "Stochastic Batch Acquisition", arXiv 2106.12059, with beta 1).
+        noisy: whether to add Gumbel noise to the logarithm of the scores, so that the cases of a batch are not all
+            alike (power acquisition of Kirsch 2023, "Stochastic Batch Acquisition", arXiv 2106.12059, with beta 1).
     """
 
     def choose(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
@@ -151,7 +151,7 @@ def by_score(measure: str, noisy: bool = False) -> Selection:
 
 
 def core_set(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
-    """Farthest from everything labelled, again and again (core-set, Sener and Savarese 2018, arXiv 1708.00489)."""
+    """Greedy core-set: the case farthest from all labelled ones (Sener and Savarese 2018, arXiv 1708.00489)."""
     seen, unseen = _with_embedding(free)
     chosen = k_centre(_matrix(seen), pool.labelled, count, random) if seen else []
     picks = [
@@ -162,7 +162,7 @@ def core_set(free: list[Candidate], pool: Pool, count: int, region: str, random:
 
 
 def typical(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
-    """The most typical case of each cluster that nothing labelled is in (TypiClust, Hacohen 2022, arXiv 2202.02794)."""
+    """The most typical case of each cluster without labelled cases (TypiClust, Hacohen 2022, arXiv 2202.02794)."""
     seen, unseen = _with_embedding(free)
     picks = []
     for i, size in typical_of_clusters(_matrix(seen), pool.labelled, count, random) if seen else []:
@@ -171,9 +171,9 @@ def typical(free: list[Candidate], pool: Pool, count: int, region: str, random: 
 
 
 def hybrid(free: list[Candidate], pool: Pool, count: int, region: str, random: np.random.Generator) -> list[Pick]:
-    """Uncertain and different: the core-set of the most uncertain four times ``count``, and at least a quarter of all.
+    """Uncertain and diverse cases: the core-set of the ``4 * count`` most uncertain ones, at least of a quarter of all.
 
-    After suggestive annotation (Yang 2017, arXiv 1706.04737). Without scores it is the typical ones.
+    After suggestive annotation (Yang 2017, arXiv 1706.04737). Without scores, typical cases are chosen.
     """
     name = score_name("entropy", region)
     if not any(math.isfinite(c.scores.get(name, math.nan)) for c in free):
@@ -187,13 +187,13 @@ def hybrid(free: list[Candidate], pool: Pool, count: int, region: str, random: n
 
 
 def known_or_estimated(free: Sequence[Candidate], pool: Pool, name: str) -> tuple[Array, list[str]]:
-    """A value for every case, also for those without a score yet.
+    """A value for every case, including cases that have no score yet.
 
-    A case that has an embedding gets the mean score of its nearest scored neighbours. Where nothing has a score, its
-    distance from what is labelled stands in. A case of which nothing is known comes last (minus infinity).
+    An unscored case with an embedding gets the mean score of its nearest scored neighbours. If no case has a score, its
+    distance to the labelled cases is used instead. A case without an embedding comes last (minus infinity).
 
     Returns:
-        Values of shape (n,), and for each how it was found: ``scored``, ``estimated``, ``distance`` or ``unknown``.
+        Values of shape (n,), and the origin of each value: ``scored``, ``estimated``, ``distance`` or ``unknown``.
     """
     values = np.array([c.scores.get(name, math.nan) for c in free], dtype=np.float64)
     values[~np.isfinite(values)] = math.nan
@@ -217,10 +217,10 @@ def known_or_estimated(free: Sequence[Candidate], pool: Pool, name: str) -> tupl
 def k_centre(
     vectors: Array, labelled: Vectors | None, count: int, random: np.random.Generator
 ) -> list[tuple[int, float]]:
-    """Greedy k-centre: each pick is the one farthest from all picks before and from what is labelled.
+    """Greedy k-centre: each pick is the one farthest from all earlier picks and from the labelled cases.
 
     Returns:
-        Index and distance of each pick. Where nothing is labelled, the first is the one nearest to the mean.
+        Index and distance of each pick. Without labelled cases, the first pick is the one nearest to the mean.
     """
     picks: list[tuple[int, float]] = []
     nearest = np.full(len(vectors), math.inf)
@@ -243,10 +243,10 @@ def k_centre(
 def typical_of_clusters(
     vectors: Array, labelled: Vectors | None, count: int, random: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """One pick from each of the largest clusters that hold nothing labelled, then from those that hold least of it.
+    """One pick from each of the largest clusters without labelled cases, then from those with the fewest.
 
-    There are as many clusters as there will be labels, at most fifty. The most typical of a cluster has the smallest
-    mean distance to its twenty nearest neighbours in it.
+    The number of clusters equals the number of labels after this selection, at most fifty. The most typical case of a
+    cluster has the smallest mean distance to its twenty nearest neighbours in the cluster.
 
     Returns:
         Index of each pick, and the size of its cluster.
@@ -269,7 +269,7 @@ def typical_of_clusters(
 
 
 def _cluster(vectors: Array, clusters: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """k-means, of a sample where there are very many; as many clusters as there are different points, at most."""
+    """k-means, on a sample of very large pools; there are at most as many clusters as distinct points."""
     sample = vectors[_spread(np.arange(len(vectors)), MOST_CLUSTERED)]
     first, *others = k_centre(sample, None, clusters, random)
     starts = [first[0], *(i for i, distance in others if distance > SMALLEST_DISTANCE)]
@@ -281,7 +281,7 @@ def _cluster(vectors: Array, clusters: int, random: np.random.Generator) -> npt.
 
 
 def _most_typical(members: Array, random: np.random.Generator) -> int:
-    if len(members) > MOST_PER_CLUSTER:  # its core is as typical in a sample of it
+    if len(members) > MOST_PER_CLUSTER:  # a sample finds the dense core of a large cluster as well
         return int(_most_typical(members[:MOST_PER_CLUSTER], random))
     distances = np.sort(_distances(members, members), axis=1)[:, 1 : NEIGHBOURS_FOR_TYPICALITY + 1]
     spread = distances.mean(axis=1) if distances.shape[1] else np.zeros(len(members))
@@ -289,28 +289,28 @@ def _most_typical(members: Array, random: np.random.Generator) -> int:
 
 
 def _highest(values: Array, count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Indices of the highest values, the highest first, ties in random order."""
-    # what differs only by rounding is the same
+    """Indices of the highest values, highest first, with ties in random order."""
+    # values that differ only by rounding are treated as equal
     order: npt.NDArray[np.int64] = np.lexsort((random.permutation(len(values)), -np.round(values, 9)))
     return order[:count]
 
 
 def _distance_to(vectors: Array, labelled: Vectors | None) -> Array:
-    """Each case's distance to the nearest labelled one; to the mean of all cases where none is labelled."""
+    """Distance of each case to the nearest labelled one; to the mean of all cases if none is labelled."""
     known = vectors.mean(axis=0, keepdims=True) if labelled is None or not len(labelled) else labelled
     nearest: Array = _distances(vectors, np.asarray(known, dtype=np.float64)).min(axis=1)
     return nearest
 
 
 def _distances(a: Array, b: Array) -> Array:
-    """Euclidean distances, shape (len(a), len(b)); by one matrix product, since thousands are compared at once."""
+    """Euclidean distances, shape (len(a), len(b)), by one matrix product, since thousands of cases are compared."""
     squares: Array = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * (a @ b.T)
     distances: Array = np.sqrt(np.maximum(squares, 0))
     return distances
 
 
 def _spread(indices: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """At most so many of the indices, evenly spread."""
+    """At most ``most`` of the indices, evenly spaced."""
     if len(indices) <= most:
         return indices
     return indices[np.linspace(0, len(indices) - 1, most).round().astype(np.int64)]
@@ -325,7 +325,7 @@ def _matrix(candidates: Sequence[Candidate]) -> Array:
 
 
 def _unseen(unseen: list[Candidate], count: int, total: int, random: np.random.Generator) -> list[Pick]:
-    """Cases of which nothing is known yet, in random order."""
+    """Cases without any scores or embedding, in random order."""
     chosen = random.permutation(len(unseen))[: max(0, count)]
     return [
         Pick(unseen[i].case_id, f"not scored yet; chosen at random, one of {total} unlabelled cases") for i in chosen
@@ -373,4 +373,4 @@ MEASURE_OF: Mapping[str, str] = {
     "power_bald": "bald",
     "hybrid": "entropy",
 }
-"""The measure that a strategy ranks by, for those that need a model."""
+"""The measure by which each strategy that needs a model ranks the cases."""

@@ -1,4 +1,4 @@
-"""MONAI Label's strategies (which case to label next) and scoring methods (what they choose by)."""
+"""MONAI Label's strategies (which case to label next) and scoring methods (which compute the scores for them)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WITHOUT_MODEL = ("random", "first")
 DEFAULT_MINUTES = 30.0
 KEPT_VERSIONS = 3
 NEXT_LIKELY = 2
-"""Cases besides the chosen one whose predictions are worth having."""
+"""Number of further cases, besides the chosen one, whose predictions should be prefetched."""
 
 DESCRIPTIONS = {
     "random": "A random unlabelled case",
@@ -57,12 +57,11 @@ ALL_SCORES, EMBEDDING, LABELS = "all", "embedding", "labels"
 
 
 class PoolStrategy(Strategy):
-    """One of ``selection.STRATEGIES`` over the studies.
+    """One of ``selection.STRATEGIES``, applied to the studies.
 
     Args:
-        name: which.
-        knowledge_by_preset: what is known of each preset's cases; the first preset is meant where a client names
-            none.
+        name: name of the strategy.
+        knowledge_by_preset: the stored scores of each preset; the first preset is used if a client names none.
         cold_start_labels: with fewer labels than this, or without weights, a strategy that needs a model chooses
             typical cases instead.
     """
@@ -72,20 +71,20 @@ class PoolStrategy(Strategy):
         self._name, self._insights, self._cold_start_labels = name, knowledge_by_preset, cold_start_labels
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        """Choose among the datastore's unlabelled images.
+        """Choose among the unlabelled images of the datastore.
 
         Args:
-            request: ``seed`` makes the choice repeatable; ``model`` says for which preset; ``region`` where
-                uncertainty is averaged (``foreground``, ``volume`` or ``patches``).
-            datastore: the studies; without the cases that somebody else works on.
+            request: ``seed`` makes the choice repeatable; ``model`` names the preset; ``region`` is the region over
+                which uncertainty is averaged (``foreground``, ``volume`` or ``patches``).
+            datastore: the studies, without the cases that other annotators are working on.
 
         Returns:
-            The chosen image's ``id``, the ``reason``, the ``model`` that it was chosen for, and ``next``, the ids
-            that are likely to come after it; None when everything is labelled.
+            The chosen image's ``id``, the ``reason``, the ``model`` for which it was chosen, and ``next``, the ids that
+            are likely to follow; None if everything is labelled.
 
         Raises:
-            ParameterError: for a seed that is no whole number, or an unknown region.
-            NotFoundError: for a model that there is not.
+            ParameterError: for a seed that is not a whole number, or an unknown region.
+            NotFoundError: for an unknown model.
         """
         knowledge, seed, region = self._parse(request)
         unlabelled = datastore.get_unlabeled_images()
@@ -123,15 +122,15 @@ class PoolStrategy(Strategy):
 
 
 class PoolScoring(ScoringMethod):
-    """Looks at the studies' images with the newest weights, in the background, and keeps what it finds.
+    """Scores the images of the studies with the live weights in the background, and stores the results.
 
     Args:
-        name: a measure, ``embedding``, ``labels`` (doubts about labels), or ``all``.
-        knowledge_by_preset: as :class:`PoolStrategy`.
-        device: where to compute; the best there is if empty.
+        name: a measure, ``embedding``, ``labels`` (disagreement with labels), or ``all``.
+        knowledge_by_preset: see :class:`PoolStrategy`.
+        device: the device on which it computes; by default the best one.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        passes: how several opinions are made.
-        minutes: longest time; half an hour where it is 0, which only means that none starts by itself.
+        passes: how several predictions are made.
+        minutes: time limit; 0, which only disables automatic starts, means half an hour.
         cluster: see :class:`PoolScorer`.
     """
 
@@ -151,20 +150,20 @@ class PoolScoring(ScoringMethod):
         self._cluster = cluster
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Score what has not been scored.
+        """Score the images that have not been scored.
 
         Args:
-            request: ``model`` for one preset (all otherwise), ``minutes`` for another longest time, ``device`` for
+            request: ``model`` for one preset (by default all), ``minutes`` for another time limit, ``device`` for
                 another device.
             datastore: the studies.
 
         Returns:
-            By preset: the version, and how many images (and labels) were done, known, failed and left.
+            For each preset: the version, and the numbers of images (and labels) that were done, known, failed and left.
 
         Raises:
-            NotFoundError: for a model that there is not.
-            ParameterError: for a time that is none, or passes that a preset cannot make.
-            CheckpointError: when weights cannot be used.
+            NotFoundError: for an unknown model.
+            ParameterError: for an invalid time limit, or passes that are impossible with a preset.
+            CheckpointError: if weights cannot be used.
         """
         minutes = request.get("minutes") or self._minutes
         if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes < 0:
@@ -188,7 +187,7 @@ class PoolScoring(ScoringMethod):
             def file_of(image: str) -> Path:
                 return Path(datastore.get_image_uri(image))
 
-            # the labelled ones only need a place among the others
+            # labelled images only need an embedding
             everything = [*unlabelled, *datastore.get_labeled_images()]
             report["embedded"] = scorer.score(everything, file_of, "embedding")
             if self._name != EMBEDDING:
@@ -206,10 +205,10 @@ class PoolScoring(ScoringMethod):
 def make_strategies(
     knowledge_by_preset: Mapping[str, PoolKnowledge], cold_start_labels: int, default: str
 ) -> dict[str, Strategy]:
-    """All strategies, by the names that clients list; ``default`` is the first of them.
+    """All strategies, by their names for clients; ``default`` is the first of them.
 
     Raises:
-        ConfigError: when there is no strategy of that name.
+        ConfigError: for an unknown ``default``.
     """
     if default not in STRATEGIES:
         raise ConfigError(f"--conf strategy is {default!r}; valid: {', '.join(STRATEGIES)}")
@@ -218,10 +217,10 @@ def make_strategies(
 
 
 def check_passes(passes: str, presets: Mapping[str, Preset]) -> None:
-    """Refuse dropout for presets without any, when the server starts and not when it scores.
+    """Refuse dropout for presets without dropout when the server starts, and not only when it scores.
 
     Raises:
-        ConfigError: naming the first of them.
+        ConfigError: naming the first of these presets.
     """
     without = [name for name, preset in presets.items() if not has_dropout(preset)]
     if passes == MonteCarloDropout.name and without:
@@ -229,19 +228,19 @@ def check_passes(passes: str, presets: Mapping[str, Preset]) -> None:
 
 
 def make_scoring_methods(knowledge_by_preset: Mapping[str, PoolKnowledge], **options: Any) -> dict[str, ScoringMethod]:
-    """All scoring methods, by name; options as those of :class:`PoolScoring`."""
+    """All scoring methods, by name; for the options see :class:`PoolScoring`."""
     return {
         name: PoolScoring(name, knowledge_by_preset, **options) for name in (ALL_SCORES, EMBEDDING, LABELS, *MEASURES)
     }
 
 
 def label_stamps(datastore: Datastore, preset: Preset, served: Collection[str]) -> dict[str, str]:
-    """The images with a final label of a preset, and what changes with the label; no image is touched.
+    """For each image with a final label of a preset, a value that changes with the label; no image is read.
 
     Args:
         datastore: the studies.
-        preset: the task.
-        served: names of all tasks of this server, whose labels are not this one's.
+        preset: the preset.
+        served: names of all presets of this server, whose labels are excluded.
     """
     stamps = {}
     for image in datastore.get_labeled_images():
@@ -253,7 +252,7 @@ def label_stamps(datastore: Datastore, preset: Preset, served: Collection[str]) 
 
 
 def labelled_case(datastore: Datastore, image: str, preset: Preset) -> LabelledCase:
-    """An image with its final label, its values by name, and the names of which it does not speak."""
+    """An image with its final label, its values by name, and the names of labels that it does not annotate."""
     info = datastore.get_label_info(image, FINAL) or {}
     label = Path(datastore.get_label_uri(image, FINAL))
     indices = {name: known.index for name in info.get("label_map") or {} if (known := preset.find_label(name))}
@@ -263,7 +262,7 @@ def labelled_case(datastore: Datastore, image: str, preset: Preset) -> LabelledC
 
 
 def _added_at(datastore: Datastore, image: str) -> float:
-    """Seconds since 1970; 0 where that is not known."""
+    """Time at which an image was added, in seconds since 1970; 0 if unknown."""
     return float(datastore.get_image_info(image).get("ts", 0))
 
 

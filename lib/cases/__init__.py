@@ -1,1 +1,1 @@
-"""Labelled cases: reading, subjects and splits, metrics, published data sets."""
+"""Labelled cases: reading, subjects and splits, metrics, and public data sets."""

@@ -1,10 +1,12 @@
-"""Data sets as they are published: a task of the Medical Segmentation Decathlon, or BTCV.
+"""Reads public data sets in their original layout: a task of the Medical Segmentation Decathlon, nnU-Net's folders, or
+BTCV.
 
-The Decathlon's folders (Antonelli et al. 2022, doi:10.1038/s41467-022-30695-9) say in ``dataset.json`` which image has
-which label, and what the values are called; MONAI's data sets follow them. nnU-Net's folders (Isensee et al. 2021,
-doi:10.1038/s41592-020-01008-z) name the channel in the image's file, ``case_0000.nii.gz``, but not in the label's: its
-first version lists ``imagesTr/case.nii.gz`` all the same, its second lists no files. BTCV comes as the folders
-``img`` and ``label``, numbered alike, with the 13 values of ``abdomen_ct``.
+The Decathlon's folders (Antonelli et al. 2022, doi:10.1038/s41467-022-30695-9) list in ``dataset.json`` the label of
+each image and the names of the label values; MONAI's data sets use the same layout. nnU-Net's folders (Isensee et al.
+2021, doi:10.1038/s41592-020-01008-z) append the channel number to the image's file name, ``case_0000.nii.gz``, but not
+to the label's. nnU-Net's first version still lists ``imagesTr/case.nii.gz`` in ``dataset.json``, its second version
+lists no files. BTCV has the folders ``img`` and ``label`` with equal numbers, and the 13 label values of
+``abdomen_ct``.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ FIRST_CHANNEL = "_0000"
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """A published data set.
+    """A public data set.
 
     Attributes:
-        name: as it calls itself, or its folder's.
-        licence: as it says; may be empty.
-        modality: as it says; may be empty.
-        labels: name to value in its masks, without background; empty where it does not say, and the preset's are meant.
+        name: name in its description, or the name of its folder.
+        licence: licence in its description; may be empty.
+        modality: modality in its description; may be empty.
+        labels: name to value in its masks, without background; empty if it does not describe them, in which case the
+            preset's values apply.
         pairs: image and label of each training case.
     """
 
@@ -43,10 +46,10 @@ class TaskFolder:
     pairs: tuple[tuple[Path, Path], ...]
 
     def preset(self, base: Preset) -> Preset:
-        """``base`` for the labels of this data set; known names keep their colours, codes and aliases.
+        """``base`` with the labels of this data set; labels that both have keep their colours, codes and aliases.
 
         Raises:
-            ConfigError: when the images are of another modality than the preset is for.
+            ConfigError: if the images have another modality than the preset.
         """
         if self.modality and ("CT" in self.modality.upper()) != (base.modality == "CT"):
             raise ConfigError(f"{self.name!r} is {self.modality}, but preset {base.name!r} is for {base.modality}")
@@ -60,16 +63,16 @@ class TaskFolder:
         return parse_preset(adapted, source=f"data set {self.name!r}")
 
     def cases(self, preset: Preset) -> list[Case]:
-        """Its training cases, with values mapped to those of ``preset``, which :meth:`preset` has made."""
+        """The training cases, with values mapped to those of ``preset``, which :meth:`preset` made."""
         values = {value: label.index for name, value in self.labels.items() if (label := preset.find_label(name))}
         return [Case(_name_of(image, label), image, label, values or None) for image, label in self.pairs]
 
 
 def read_task(folder: Path) -> TaskFolder:
-    """Read what is in a data set's folder.
+    """Read the description of a data set's folder.
 
     Raises:
-        TrainingError: when it is none, naming what is missing.
+        TrainingError: if the folder is not a data set, naming what is missing.
     """
     described = sorted(folder.glob("dataset*.json"))
     data_set = _read_described(folder, described[0]) if described else _read_btcv(folder)
@@ -96,7 +99,7 @@ def _read_described(folder: Path, file: Path) -> TaskFolder:
 
 
 def _listed(folder: Path, training: Sequence[Mapping[str, Any]]) -> tuple[tuple[Path, Path], ...]:
-    """The pairs that ``dataset.json`` lists; an image that is not there may have nnU-Net's channel in its name."""
+    """The pairs that ``dataset.json`` lists; for a missing image, its name with nnU-Net's channel number is tried."""
     pairs = []
     for item in training:
         image, label = folder / item["image"], folder / item["label"]
@@ -107,9 +110,9 @@ def _listed(folder: Path, training: Sequence[Mapping[str, Any]]) -> tuple[tuple[
 
 
 def _of_nnunet(folder: Path, data: Mapping[str, Any]) -> tuple[tuple[Path, Path], ...]:
-    """The pairs of nnU-Net's second version: each label, and the image of its name and the first channel's number.
+    """The pairs of nnU-Net's second version: each label, and the image of the same name with the number of channel 0.
 
-    ``dataset`` in its ``dataset.json``, where there is one, says where files lie that are elsewhere.
+    An optional entry ``dataset`` in ``dataset.json`` gives the paths of files that lie in other folders.
     """
     if "dataset" in data:
         return tuple((folder / item["images"][0], folder / item["label"]) for item in data["dataset"].values())
@@ -122,20 +125,20 @@ def _of_nnunet(folder: Path, data: Mapping[str, Any]) -> tuple[tuple[Path, Path]
 
 
 def _name_of(image: Path, label: Path) -> str:
-    """A case's name: its image's, without the channel's number where the label's name has none."""
+    """The name of a case: that of its image, without the channel number if the label's name has none."""
     without = case_id(image).removesuffix(FIRST_CHANNEL)
     return without if without == case_id(label) else case_id(image)
 
 
 def _labels_of(described: Mapping[str, Any]) -> dict[str, int]:
-    """Name to value, by value: the Decathlon writes ``{"1": "liver"}``, nnU-Net ``{"liver": 1}``."""
+    """Name to value, sorted by value: the Decathlon writes ``{"1": "liver"}``, nnU-Net ``{"liver": 1}``."""
     by_value = all(str(key).isdigit() for key in described)
     named = {str(v): int(k) for k, v in described.items()} if by_value else {k: int(v) for k, v in described.items()}
     return {name: value for name, value in sorted(named.items(), key=lambda item: item[1]) if value > 0}
 
 
 def _read_btcv(folder: Path) -> TaskFolder:
-    """``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, in the folder or in its ``Training``."""
+    """Read ``img/img0001.nii.gz`` and ``label/label0001.nii.gz``, in the folder or in its subfolder ``Training``."""
     root = folder / "Training" if (folder / "Training").is_dir() else folder
     if not (root / "img").is_dir() or not (root / "label").is_dir():
         raise TrainingError(

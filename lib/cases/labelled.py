@@ -1,4 +1,4 @@
-"""Labelled cases: finding them, and reading one as what the training chain takes."""
+"""Finds labelled cases, and reads a case in the form that the training transforms expect."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Case:
 
     Attributes:
         case_id: the image's id.
-        image: its file.
-        label: its label's file.
-        values: label value in the file to label value of the preset, for files that number them otherwise; values
-            that are not named become background. None: the file uses the preset's own numbers.
-        channels: channel name to file, of a case of several sequences whose files are not written down beside
-            ``image``, which is the display channel's.
-        missing: values of the preset's labels that the mask does not speak of: what is background in it may be theirs.
+        image: file of the image.
+        label: file of the label.
+        values: maps label values of the file to those of the preset, for files with other numbers; values that are not
+            listed become background. None: the file uses the preset's own numbers.
+        channels: channel name to file, for a case of several sequences without a source record next to ``image``;
+            ``image`` is the file of the display channel.
+        missing: values of preset labels that the mask does not annotate: their voxels may be background in the mask.
     """
 
     case_id: str
@@ -49,7 +49,7 @@ class Case:
     channels: Mapping[str, Path] = field(default_factory=dict, hash=False)
 
     def as_item(self) -> dict[str, Any]:
-        """Plain data for a MONAI dataset. The files' sizes and times are in it, so that caches notice a new label."""
+        """Plain data for a MONAI dataset. It includes the files' sizes and times, so that caches notice a new label."""
         channels = {name: str(path) for name, path in self.channels.items()}
         read = [*files_of(self.image), self.label, *self.channels.values()]
         stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in read]
@@ -61,14 +61,14 @@ class Case:
 
 
 CaseReader = Callable[[Case, Preset], tuple[Volume, npt.NDArray[np.uint8]]]
-"""Reads a case as :func:`read_case` does."""
+"""Reads a case like :func:`read_case`."""
 
 
 def find_cases(images: Path, labels: Path, values: Mapping[int, int] | None = None) -> list[Case]:
     """Pair the NIfTI files of two folders by name; images without a label are left out.
 
     Raises:
-        TrainingError: when there is no such folder, or no pair.
+        TrainingError: if a folder is missing, or if there is no pair.
     """
     for folder in (images, labels):
         if not folder.is_dir():
@@ -92,7 +92,7 @@ def find_channel_cases(
     Cases without a label are left out, and so are those that lack a required channel.
 
     Raises:
-        TrainingError: when there is no such folder, or no pair; then it names what cases lack.
+        TrainingError: if a folder is missing, or if there is no pair; the error then names what the cases lack.
     """
     for folder in (images, labels):
         if not folder.is_dir():
@@ -116,20 +116,20 @@ def find_channel_cases(
 
 
 def case_id(path: Path) -> str:
-    """File name without the suffix of an image; a DICOM folder's name as it is."""
+    """File name without the suffix of an image file; the name of a DICOM folder is unchanged."""
     suffix = next((s for s in (*NIFTI_SUFFIXES, *NRRD_SUFFIXES) if path.name.endswith(s)), "")
     return path.name.removesuffix(suffix)
 
 
 def read_case(case: Case, preset: Preset) -> tuple[Volume, npt.NDArray[np.uint8]]:
-    """Read a case and check that the label belongs to the image and to the preset.
+    """Read a case, and check that its label matches the image and the preset.
 
     Returns:
         The image, and its label in the preset's values, shape (X, Y, Z).
 
     Raises:
-        ImageError: when the image cannot be used.
-        LabelError: when the label is on another grid, not integer-valued, or has values that the preset lacks.
+        ImageError: if the image cannot be used.
+        LabelError: if the label has another grid, is not integer-valued, or has values that the preset lacks.
     """
     volume = read_image(case, preset)
     check_segmentable(volume, preset, case.case_id)
@@ -142,10 +142,10 @@ def read_case(case: Case, preset: Preset) -> tuple[Volume, npt.NDArray[np.uint8]
 
 
 def read_image(case: Case, preset: Preset) -> Volume:
-    """Read the image of a case, with all its channels where the preset has some.
+    """Read the image of a case, with all channels if the preset has several.
 
     Raises:
-        ImageError: when it cannot be used, or lacks a required channel.
+        ImageError: if it cannot be used, or lacks a required channel.
     """
     if not preset.channels or not case.channels:
         return read_input(case.image, preset)
@@ -154,10 +154,10 @@ def read_image(case: Case, preset: Preset) -> Volume:
 
 
 def check_same_grid(label: Volume, image: Volume, name: str) -> None:
-    """Refuse a label that is not on its image's voxel grid.
+    """Refuse a label that does not have its image's voxel grid.
 
     Raises:
-        LabelError: naming what differs.
+        LabelError: naming the difference.
     """
     if label.voxels.shape != image.voxels.shape:
         raise LabelError(f"label of {name!r} has shape {label.voxels.shape}; valid: its image's {image.voxels.shape}")
@@ -169,7 +169,7 @@ def check_same_grid(label: Volume, image: Volume, name: str) -> None:
 def to_preset_values(
     voxels: npt.NDArray[np.float32], preset: Preset, values: Mapping[int, int] | None, name: str
 ) -> npt.NDArray[np.uint8]:
-    """Turn a label file's voxels into the preset's values.
+    """Map a label file's voxels to the preset's values.
 
     Raises:
         LabelError: for values that are not integers, or that the preset does not have.
@@ -182,7 +182,7 @@ def to_preset_values(
     unknown = [int(value) for value in present if value and int(value) not in allowed]
     if unknown and values is None:
         raise LabelError(f"label of {name!r} has the values {unknown[:8]}; valid: {preset.label_indices} and 0")
-    table = np.zeros(max((0, *allowed)) + 2, dtype=np.uint8)  # its last entry is for all values that nobody named
+    table = np.zeros(max((0, *allowed)) + 2, dtype=np.uint8)  # the last entry is for all values that are not listed
     for value, index in allowed.items():
         if value > 0:
             table[value] = index
@@ -190,12 +190,12 @@ def to_preset_values(
 
 
 class ReadCased(Transform):
-    """Turns the plain data of :meth:`Case.as_item` into ``image`` and ``label`` MetaTensors of shape (1, X, Y, Z).
+    """Reads the plain data of :meth:`Case.as_item` into MetaTensors ``image`` and ``label`` of shape (1, X, Y, Z).
 
-    ``missing`` is true for the classes that the label does not speak of; shape (classes,).
+    The entry ``missing``, of shape (classes,), is true for classes that the label does not annotate.
 
     Args:
-        preset: the task.
+        preset: the preset.
         read: reads a case.
     """
 

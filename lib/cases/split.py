@@ -1,4 +1,4 @@
-"""Which cases are trained on and which are held out, by subject, so that a subject is never on both sides."""
+"""The split of cases into training, validation and test sets, by subject, so that no subject is in two sets."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ RUNS_FOLDER = "runs"
 MIN_CASES_FOR_VALIDATION = 5
 MIN_CASES_FOR_TEST = 50
 MOST_HELD_OUT = 0.5
-"""Share of the labelled subjects beyond which no more are held out, unless the expected share is larger."""
+"""Largest share of the labelled subjects that is held out, unless the expected share is larger."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Case ids by part, sorted.
+    """The sorted case ids of each set.
 
     Attributes:
-        train: cases that are trained on.
+        train: cases used for training.
         validation: cases by which weights are chosen and judged.
-        test: cases that no decision depends on.
-        subjects: a digest of each case's subject, so that a subject is known again when its first case is gone.
+        test: cases on which no decision depends.
+        subjects: a digest of each case's subject, so that a subject is recognised after its first case has been
+            deleted.
     """
 
     train: tuple[str, ...]
@@ -47,7 +48,7 @@ class Split:
 
 
 class _SplitFile(BaseModel):
-    """A split as it is in a file; a subject is a digest, as of :func:`_digest`."""
+    """A split as stored in a file; subjects are digests from :func:`_digest`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,20 +59,20 @@ class _SplitFile(BaseModel):
 
 
 def subject_from_stem(case_id: str) -> str:
-    """The rule that each case is a subject of its own, named by its id."""
+    """Rule by which each case is its own subject, named by its id."""
     return case_id
 
 
 def subject_until(separator: str) -> Callable[[str], str]:
-    """The rule that a case id's part before the first ``separator`` is its subject: p017 of p017_t1 and p017_t2."""
+    """Rule by which the subject is the part of a case id before ``separator``: p017 of p017_t1 and p017_t2."""
     return lambda case_id: case_id.split(separator)[0] if separator else case_id
 
 
 def subject_from_consecutive_pair(case_id: str) -> str:
-    """Ids 2k-1 and 2k are one subject, as in the Decathlon's hippocampus data (two hippocampi of one head).
+    """Rule by which ids 2k-1 and 2k are one subject, as in the Decathlon's hippocampus data (two sides of one head).
 
     Raises:
-        TrainingError: when the id does not end in a number.
+        TrainingError: if the id does not end in a number.
     """
     match = re.search(r"(\d+)$", case_id)
     if not match:
@@ -93,26 +94,27 @@ def extend_split(
     test_share: float = 0.0,
     shipped: Split | None = None,
 ) -> Split:
-    """Assign cases that are not assigned yet; what is assigned stays where it is.
+    """Assign new cases to the sets; cases that are assigned already keep their sets.
 
-    Only the labelled cases of the studies are counted. Fewer than five are all trained on: a validation of one or two
-    cases would only look like one. From five on at least one subject is held out, and at most half of them (or the
-    share, if that is more). Which ones follows from a hash of the subject, so that it hardly depends on who else
-    arrives. Subjects go to the test side from fifty cases on.
+    Only labelled cases of the studies are counted. With fewer than five cases, all are used for training, because a
+    validation on one or two cases has no significance. From five cases on, at least one subject is held out, and at
+    most half of the subjects (or the share, if it is larger). They are chosen by a hash of the subject, so that the
+    choice hardly depends on the other subjects. From fifty cases on, subjects are also assigned to the test set.
 
-    A case is moved in one situation: when all labelled cases are held out, some are trained on from then on.
+    A case changes its set in one situation only: if all labelled cases are held out, some are moved to the training
+        set.
 
     Args:
-        known: this server's split so far.
-        case_ids: ids of the studies' labelled cases.
-        validation_share: expected share of new subjects held out, 0 to 1; 0 holds out none.
-        subject_of: subject of a case id.
-        test_share: expected share of new subjects on the test side.
-        shipped: the split of the weights that come with the project. What they were trained on is never judged on;
-            what they were judged on is held out before others.
+        known: the current split of this server.
+        case_ids: ids of the labelled cases of the studies.
+        validation_share: expected share of new subjects in the validation set, from 0 to 1; 0 for none.
+        subject_of: maps a case id to its subject.
+        test_share: expected share of new subjects in the test set.
+        shipped: the split of the weights that come with the project. Their training cases are never used to judge
+            weights; their validation cases are held out before others.
 
     Returns:
-        A split of the known and the given cases. New cases of a subject that is on a side already go there.
+        A split of the current and the new cases. New cases of an assigned subject join its set.
     """
     ids = set(case_ids)
     elsewhere = shipped or Split((), ())
@@ -142,13 +144,13 @@ def _split_of(everybody: set[str], validation: set[str], test: set[str], subject
 
 
 def _choose_validation(new: set[str], first: set[str], here: set[str], held_out: set[str], share: float) -> set[str]:
-    """The new subjects to hold out.
+    """Choose the new subjects of the validation set.
 
     Args:
-        new: subjects without a side.
+        new: subjects that are not assigned yet.
         first: subjects that are held out before others.
         here: subjects of the labelled cases.
-        held_out: subjects on the validation side.
+        held_out: subjects in the validation set.
         share: expected share.
     """
     most = min(len(here) - 1, max(1, int(len(here) * max(share, MOST_HELD_OUT))))
@@ -160,7 +162,7 @@ def _choose_validation(new: set[str], first: set[str], here: set[str], held_out:
 
 
 def _with_training(split: Split, ids: set[str], share: float) -> Split:
-    """The split, with some subjects moved to training where all labelled cases would be held out."""
+    """The split, with some subjects moved to the training set if otherwise all labelled cases would be held out."""
     if not ids or ids & set(split.train):
         return split
     subjects = sorted({split.subjects[case] for case in ids}, key=_position)
@@ -173,10 +175,10 @@ def _with_training(split: Split, ids: set[str], share: float) -> Split:
 
 
 def read_split(path: Path) -> Split:
-    """Read a persisted split.
+    """Read a stored split.
 
     Raises:
-        TrainingError: when the file is not one.
+        TrainingError: if the file is not a valid split.
     """
     try:
         data = _SplitFile.model_validate(read_json(path))
@@ -190,7 +192,7 @@ def read_split(path: Path) -> Split:
 
 
 def nothing_judges(labels: int, serving: bool) -> str:
-    """In words: all labels are trained on, and what becomes of the result."""
+    """A sentence for the case that no case is held out: what it means for the new weights."""
     count = "1 label" if labels == 1 else f"{labels} labels"
     few = "fewer than five" if labels < MIN_CASES_FOR_VALIDATION else "none of them held out"
     after = (
@@ -202,19 +204,19 @@ def nothing_judges(labels: int, serving: bool) -> str:
 
 
 def known_split(folder: Path) -> Split:
-    """Who is held out in this server, from a preset's folder; nobody before its first training."""
+    """The current split of this server, from a preset's folder; empty before the first training."""
     path = folder / RUNS_FOLDER / SPLIT_FILE
     return read_split(path) if path.is_file() else Split((), ())
 
 
 def shipped_split(folder: Path) -> Split | None:
-    """The split that the weights in a preset's folder were trained with before they were shipped, where it is known."""
+    """The split with which the shipped weights of a preset's folder were trained; None if it is unknown."""
     path = folder / SPLIT_FILE
     return read_split(path) if path.is_file() else None
 
 
 def write_split(path: Path, split: Split, how: str) -> None:
-    """Write a split with a sentence on how it was made."""
+    """Write a split, with a sentence on how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sides = {"train": list(split.train), "validation": list(split.validation), "test": list(split.test)}
     data = {"how": how} | sides | {"subjects": dict(split.subjects)}
@@ -222,10 +224,10 @@ def write_split(path: Path, split: Split, how: str) -> None:
 
 
 def _digest(subject: str) -> str:
-    """What stands for a subject in the file, whose name (a patient's id, say) is nobody else's business."""
+    """A digest that replaces the subject's name in the file, since the name may be a patient's id."""
     return hashlib.sha256(subject.encode()).hexdigest()[:16]
 
 
 def _position(digest: str) -> float:
-    """A subject's fixed place between 0 and 1."""
+    """A subject's fixed pseudo-random number between 0 and 1."""
     return int(digest, 16) / 2**64

@@ -1,4 +1,4 @@
-"""What the datastore knows of cases besides their files: whose they are, and whether a person has corrected them."""
+"""Properties of cases that only the datastore knows: their subject, and whether a person has corrected their label."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lib.cases.split import subject_until
 
 
 def subject_rule(datastore: Any, cases: Sequence[Case], separator: str) -> Callable[[str], str]:
-    """The rule that names a case's subject: DICOM's PatientID, else its id up to a separator.
+    """The rule for the subject of a case: DICOM's PatientID, otherwise its id up to a separator.
 
     Args:
-        datastore: MONAI Label's.
-        cases: those whose images can be asked.
-        separator: empty: each image without a PatientID is a subject of its own.
+        datastore: MONAI Label's datastore.
+        cases: the cases whose images are read for a PatientID.
+        separator: if empty, each image without a PatientID is its own subject.
     """
     patients = {case.case_id: patient for case in cases if (patient := _patient_of(datastore, case))}
     by_name = subject_until(separator)
@@ -27,10 +27,10 @@ def subject_rule(datastore: Any, cases: Sequence[Case], separator: str) -> Calla
 
 
 def corrected_ids(datastore: Any, case_ids: Iterable[str]) -> set[str]:
-    """Those whose label a person has changed; where the datastore does not know, all of them.
+    """The cases whose label a person has changed; all of them if the datastore does not record this.
 
     Args:
-        datastore: MONAI Label's, with a history of labels or without.
+        datastore: MONAI Label's datastore, with or without a label history.
         case_ids: labelled cases.
     """
     history = getattr(datastore, "history", None)
@@ -44,7 +44,7 @@ def _patient_of(datastore: Any, case: Case) -> str:
 
 
 def _patient_in(folder: Path) -> str:
-    """PatientID of the first instance in a folder; empty where there is none."""
+    """PatientID of the first instance in a folder; empty if there is none."""
     for path in sorted(folder.iterdir()):
         try:
             return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]).get("PatientID", ""))

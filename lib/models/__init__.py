@@ -1,1 +1,1 @@
-"""Weights on disk: where they are found, versions, calibration and provenance."""
+"""Weights on disk: location, versions, calibration and provenance."""

@@ -1,7 +1,7 @@
-"""How good a mask probably is: Dice, estimated from how unsure the model was of it.
+"""Estimates the Dice of a mask from the model's uncertainty.
 
-The estimate is a straight line through the validation cases, of whom both are known. Its error comes with it, measured
-on each case with the line that the others give: a promise of Dice without it would be worth nothing.
+The estimate is a linear regression over the validation cases, for which both quantities are known. Its error is
+reported with it; it is the leave-one-out error of the regression.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MARGIN_VOXELS = 2
 
 @dataclass(frozen=True)
 class Calibration:
-    """The line from uncertainty to Dice.
+    """The linear regression from uncertainty to Dice.
 
     Attributes:
-        intercept: Dice of a mask that the model is sure of.
-        slope: change of Dice with the uncertainty, which is below 0 where the model knows what it does not know.
-        error: root mean square of the differences from the Dice measured on ``cases`` cases, each left out of its line.
-        cases: how many.
+        intercept: Dice of a mask without uncertainty.
+        slope: change of Dice with the uncertainty; negative if the uncertainty is informative.
+        error: root mean square of the leave-one-out errors on the ``cases`` cases.
+        cases: number of cases.
     """
 
     intercept: float
@@ -44,32 +44,32 @@ class Calibration:
     cases: int
 
     def estimate(self, uncertainty: float) -> dict[str, float | int] | None:
-        """Dice and its error, for an answer's JSON; None for a mask without any label, of which nothing is known."""
+        """Dice and its error, for the JSON of a response; None for a mask without any label."""
         if math.isnan(uncertainty):
             return None
         dice = min(1.0, max(0.0, self.intercept + self.slope * uncertainty))
         return {"estimated_dice": round(dice, 3), "error": round(self.error, 3), "calibrated_on": self.cases}
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The text of the file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def fit(pairs: Sequence[tuple[float, float]]) -> Calibration | None:
-    """Fit the line by least squares.
+    """Fit the regression by least squares.
 
     Args:
-        pairs: uncertainty and mean Dice of each validation case; pairs with NaN do not count.
+        pairs: uncertainty and mean Dice of each validation case; pairs with NaN are ignored.
 
     Returns:
-        The calibration; None for fewer than eight cases, or cases that are all alike.
+        The calibration; None for fewer than eight cases, or if all cases have the same uncertainty.
     """
     known = np.array([pair for pair in pairs if not any(map(math.isnan, pair))]).reshape(-1, 2)
     if len(known) < FEWEST_CASES or np.ptp(known[:, 0]) == 0:
         return None
     x = np.stack([np.ones(len(known)), known[:, 0]], axis=1)
     hat = x @ np.linalg.pinv(x)
-    # the difference of a case from the line of all others follows from the one line (Cook 1982, leverage)
+    # the leave-one-out error follows from the residual and the leverage of each case (Cook 1982)
     left_out = (known[:, 1] - hat @ known[:, 1]) / (1 - np.diag(hat)).clip(1e-9)
     intercept, slope = np.linalg.lstsq(x, known[:, 1], rcond=None)[0]
     return Calibration(float(intercept), float(slope), float(np.sqrt((left_out**2).mean())), len(known))
@@ -92,14 +92,14 @@ def foreground_uncertainty(entropy: FloatArray, labels: npt.NDArray[np.uint8]) -
 
 
 def calibration_file(weights: Path) -> Path:
-    """Where the calibration of a file of weights is: beside it, under its name unless it has a folder of its own."""
+    """The calibration's file for a weights file: next to it, with the weights' name if they share a folder."""
     return weights.with_name(CALIBRATION_FILE if weights.name == "weights.pt" else f"{weights.stem}.{CALIBRATION_FILE}")
 
 
 def read_calibration(weights: Path) -> Calibration | None:
-    """The calibration of a file of weights; None where it has none, or a damaged one, which the log says.
+    """The calibration of a weights file; None if there is none, or if it is damaged, which is logged.
 
-    Weights segment without it; only what is expected of a mask is not told then.
+    Weights can be used without it; responses then have no expected Dice.
     """
     try:
         data = read_json(calibration_file(weights))

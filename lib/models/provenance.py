@@ -1,4 +1,4 @@
-"""Where a version comes from: the labels that it was trained on, and the code that trained it."""
+"""Provenance of a version: the labels on which it was trained, and the code that trained it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _DIGESTS = ByStamp(100_000)
 
 
 def trained_on(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Each case's id, how often it is in an epoch, and the SHA-256 of the label that it had."""
+    """For each case its id, its frequency in an epoch, and the SHA-256 of its label."""
     times = Counter(case.case_id for case in cases)
     digests = label_digests(cases)
     return [{"image": name, "times": times[name], "label_sha256": digests[name]} for name in sorted(times)]
 
 
 def label_digests(cases: Iterable[Case]) -> dict[str, str]:
-    """SHA-256 of each case's label file, which tells one version of a label from another; empty for one that is gone.
+    """SHA-256 of each case's label file, which identifies the version of a label; empty for a file that does not exist.
 
-    Files that have not changed are read once.
+    Unchanged files are read only once.
     """
     digests = {}
     for case in cases:
@@ -46,7 +46,7 @@ def label_digests(cases: Iterable[Case]) -> dict[str, str]:
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """A digest of this library's source, and the versions of what it computes with."""
+    """A digest of this library's source code, and the versions of its main dependencies."""
     digest = hashlib.sha256()
     for path in sorted(LIBRARY.rglob("*.py")):
         digest.update(path.relative_to(LIBRARY).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,12 +1,13 @@
-"""A preset's versions: immutable folders of weights and of what they are, and a pointer to the one that is served.
+"""The versions of a preset's weights: immutable folders of weights with a description, and a pointer to the live
+version.
 
     model/<preset>/shipped.pt, shipped.json   comes with the project; never written, never removed
     model/<preset>/v0001/weights.pt           a version that a run or an upload made
-                         version.json         what it is: preset, recipe, data, scores, parent, SHA-256 ...
-    model/<preset>/live.json                  names the version that is served
+                         version.json         description: preset, recipe, data, scores, parent, SHA-256 ...
+    model/<preset>/live.json                  names the live version
 
-A version is written into a folder of another name, which takes its own name when it is whole; then the pointer is
-replaced. A reader sees the version before or the version after, whatever moment the writer is killed at.
+A version is written into a temporary folder, which is renamed when it is complete; then the pointer is replaced. If the
+writer is killed at any moment, a reader sees either the previous or the new version.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _Scores(BaseModel):
 
 
 class _Details(BaseModel):
-    """What others rely on in ``version.json``."""
+    """The fields of ``version.json`` on which other code relies."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -76,7 +77,7 @@ class _Details(BaseModel):
 
 
 class _ShippedDetails(BaseModel):
-    """What others rely on in ``shipped.json``."""
+    """The fields of ``shipped.json`` on which other code relies."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -89,11 +90,11 @@ class Version:
     """One version of a preset's weights.
 
     Attributes:
-        name: ``shipped``, or ``v0001`` and counting.
-        folder: where its files are.
-        weights: its weights.
-        details: what is known of it, as in ``version.json``.
-        damage: why nothing is known of it; empty where its ``version.json`` can be read.
+        name: ``shipped``, or ``v0001`` and so on.
+        folder: folder of its files.
+        weights: file of its weights.
+        details: its description, from ``version.json``.
+        damage: why the description cannot be read; empty if ``version.json`` is valid.
     """
 
     name: str
@@ -104,10 +105,11 @@ class Version:
 
     @property
     def status(self) -> Status:
-        """How it may be served.
+        """Whether and how the version may be served.
 
-        ``published`` and ``shipped``: yes. ``rejected``: it did not pass the gate. ``unproven``: no case could judge
-        it, and it waits for a person who serves it. ``damaged``: nothing is known of it.
+        ``published`` and ``shipped`` versions may be served. A ``rejected`` version did not pass the gate. For an
+        ``unproven`` version there was no case to judge it, so that a person has to decide. A ``damaged`` version has no
+        readable description.
         """
         if self.damage:
             return "damaged"
@@ -118,23 +120,23 @@ class Version:
 
     @property
     def compared(self) -> bool:
-        """Whether it was compared with the weights that were served before it; true for the shipped one."""
+        """Whether it was compared with the weights that were live before; true for the shipped version."""
         return self.name == SHIPPED or bool(self.details.get("compared"))
 
     @property
     def number(self) -> int:
-        """Versions of higher numbers are newer; 0 for the shipped one."""
+        """Number by which versions are ordered in time; 0 for the shipped one."""
         return 0 if self.name == SHIPPED else int(self.name[1:])
 
     @property
     def report(self) -> Path | None:
-        """The HTML report of its training; None for weights that were not trained here."""
+        """The HTML report of its training; None for weights that were trained elsewhere."""
         file = self.folder / REPORT_FILE
         return file if self.name != SHIPPED and file.is_file() else None
 
     @property
     def parent(self) -> str:
-        """The version that was served when this one was made: a name, ``pretrained``, or nothing."""
+        """The version that was live when this one was made; ``pretrained`` or empty if there was none."""
         return str(self.details.get("parent", ""))
 
 
@@ -149,17 +151,17 @@ class VersionStore:
         self.folder = folder
 
     def list(self) -> list[Version]:
-        """All versions, the oldest first."""
+        """All versions, oldest first."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         versions = [self._read(name) for name in names if VERSION_NAME.fullmatch(name)]
         shipped = [self._read(SHIPPED)] if (self.folder / "shipped.pt").is_file() else []
         return shipped + sorted(versions, key=lambda version: version.number)
 
     def get(self, name: str) -> Version:
-        """The version of that name.
+        """The version with this name.
 
         Raises:
-            NotFoundError: with the known ones.
+            NotFoundError: naming the existing versions.
         """
         version = next((version for version in self.list() if version.name == name), None)
         if version is None:
@@ -167,10 +169,10 @@ class VersionStore:
         return version
 
     def live(self) -> Version | None:
-        """The version that the live pointer names; None where it names none.
+        """The live version; None if there is none.
 
         Raises:
-            CheckpointError, NotFoundError: when the pointer is damaged, or its version gone.
+            CheckpointError, NotFoundError: if the pointer is damaged, or if its version does not exist.
         """
         name = read_live(self.folder)
         return None if name is None else self.get(name)
@@ -183,14 +185,14 @@ class VersionStore:
         details: Mapping[str, Any],
         files: Files | None = None,
     ) -> Version:
-        """Keep a version, and serve it if it is ``published``.
+        """Store a version, and make it live if it is ``published``.
 
         Args:
             status: ``published``, ``rejected`` or ``unproven``.
             weights: state dict.
-            preset: what they were trained for.
-            details: plain data for ``version.json``: ``parent`` and whatever says where it comes from.
-            files: more files to keep with it: their names, and what writes the text of each from the version's name.
+            preset: the preset with which they were trained.
+            details: data for ``version.json``: ``parent`` and other provenance.
+            files: additional files: their names, and a function that makes the text of each from the version's name.
         """
 
         def write(path: Path, name: str, created: str) -> None:
@@ -202,12 +204,12 @@ class VersionStore:
     def add_file(
         self, status: Status, write: WriteWeights, details: Mapping[str, Any], files: Files | None = None
     ) -> Version:
-        """Keep a version whose weights are a file of any format, and serve it if it is ``published``.
+        """Store a version whose weights file has any format, and make it live if it is ``published``.
 
         Args:
             status: ``published``, ``rejected`` or ``unproven``.
-            write: writes the file of weights; is given its path, the version's name and the time.
-            details, files: as of :meth:`add`.
+            write: writes the weights file; called with its path, the version's name and the time.
+            details, files: see :meth:`add`.
         """
         version = self._add(write, dict(details) | {"status": status}, files or {})
         if status == "published":
@@ -217,27 +219,27 @@ class VersionStore:
     def publish(
         self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
     ) -> Version:
-        """Keep a version and serve it; arguments as those of :meth:`add`."""
+        """Store a version and make it live; for the arguments see :meth:`add`."""
         return self.add("published", weights, preset, details, files)
 
     def reject(
         self, weights: StateDict, preset: Preset, details: Mapping[str, Any], files: Files | None = None
     ) -> Version:
-        """Keep a version that is not served; arguments as those of :meth:`add`."""
+        """Store a version that is not live; for the arguments see :meth:`add`."""
         return self.add("rejected", weights, preset, details, files)
 
     def rollback(self, name: str, rejected: bool = False, by: str = "") -> Version:
-        """Serve a version because a person says so.
+        """Make a version live at a person's request.
 
         Args:
-            name: of the version.
-            rejected: whether one that did not pass the gate may be served.
-            by: who says so.
+            name: name of the version.
+            rejected: whether a version that did not pass the gate is allowed.
+            by: name of the person.
 
         Raises:
-            NotFoundError: when there is none of that name.
-            TrainingError: when it did not pass the gate.
-            CheckpointError: when its weights are not those that were kept.
+            NotFoundError: if there is no such version.
+            TrainingError: if it did not pass the gate.
+            CheckpointError: if its weights have changed since they were stored.
         """
         version = self.get(name)
         if version.damage:
@@ -253,13 +255,13 @@ class VersionStore:
         return version
 
     def withdraw(self) -> str:
-        """Serve what was served before the live version: its parent, or what the preset starts with.
+        """Make the previous version live again: the parent of the live version, or the preset's initial weights.
 
         Returns:
-            The name of the version that the pointer names now; empty for none.
+            The name of the version that is live now; empty for none.
 
         Raises:
-            TrainingError: when no published version is live.
+            TrainingError: if no published version is live.
         """
         live = self.live()
         if live is None or live.name == SHIPPED:
@@ -271,13 +273,13 @@ class VersionStore:
         return ""
 
     def prune(self, keep: int) -> tuple[str, ...]:
-        """Remove old versions, except the live one, its parent, and the newest ones.
+        """Remove old versions, except the live one, its parent and the newest ones.
 
         Args:
-            keep: how many of the published, of the rejected and of the unproven ones are kept.
+            keep: number of published, of rejected and of unproven versions to keep.
 
         Returns:
-            Names of those that were removed.
+            Names of the removed versions.
         """
         try:
             live = self.live()
@@ -302,7 +304,9 @@ class VersionStore:
             details = read_json(folder / side_car)
             return Version(name, folder, folder / weights, check(details))
         except (OSError, ValueError) as error:
-            if name == SHIPPED and isinstance(error, FileNotFoundError):  # weights that somebody put there
+            if name == SHIPPED and isinstance(
+                error, FileNotFoundError
+            ):  # weights that were copied there without a description
                 return Version(name, folder, folder / weights, {"sha256": sha256_of(folder / weights)})
             return Version(name, folder, folder / weights, {}, f"{side_car} cannot be read: {error}")
 
@@ -317,7 +321,7 @@ class VersionStore:
                 _write(staging, name, write, details, files)
                 if _take_name(staging, self.folder / name):
                     break
-                number += 1  # another process was faster
+                number += 1  # another process took this number
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -330,23 +334,23 @@ class VersionStore:
         logger.info("%s serves %s", self.folder.name, name)
 
     def _remove_left_overs(self) -> None:
-        """Folders that a killed process did not finish."""
+        """Remove the folders of versions whose writer was killed."""
         for path in self.folder.glob(f"{STAGING}*"):
             if not psutil.pid_exists(int(path.name.removeprefix(STAGING).split("-")[0])):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def check_details(details: Any) -> dict[str, Any]:
-    """What ``version.json`` says, as far as others rely on it.
+    """The validated fields of ``version.json``.
 
     Raises:
-        ValueError: naming what is not as it was written.
+        ValueError: naming the invalid field.
     """
     return _checked(_Details, details)
 
 
 def check_shipped_details(details: Any) -> dict[str, Any]:
-    """As :func:`check_details`, of ``shipped.json``, which says less."""
+    """The validated fields of ``shipped.json``, of which there are fewer."""
     return _checked(_ShippedDetails, details)
 
 
@@ -362,7 +366,7 @@ def _checked(model: type[BaseModel], details: Any) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, in ISO form, to the second."""
+    """The current UTC time in ISO format, in whole seconds."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -376,7 +380,7 @@ def _write(folder: Path, name: str, write: WriteWeights, details: Mapping[str, A
 
 
 def _take_name(staging: Path, target: Path) -> bool:
-    """Give a finished folder its name; False where the name is taken."""
+    """Rename a complete folder to its final name; False if the name is taken."""
     if target.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Where a preset's weights are: the live version, else pretrained, else shipped."""
+"""Finds the weights of a preset: the live version, otherwise pretrained weights, otherwise the shipped ones."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ WEIGHTS_FILE = "weights.pt"
 VERSION_FILE = "version.json"
 SHIPPED = "shipped"
 VERSION_NAME = re.compile(r"v\d{4,9}")
-"""A published or rejected version: ``v0001`` and counting."""
+"""Name of a stored version: ``v0001`` and so on."""
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights and where it comes from."""
+    """A weights file and its origin."""
 
     path: Path
     origin: Origin
 
     @property
     def version(self) -> str:
-        """Name of the version: its folder's, or ``pretrained`` or ``shipped``."""
+        """Name of the version: that of its folder, or ``pretrained`` or ``shipped``."""
         return self.path.parent.name if self.origin == "published" else self.origin
 
     @property
     def side_car(self) -> Path:
-        """The JSON beside them that says what they are and how good, where there is one."""
+        """The JSON file with its description and scores."""
         return self.path.with_name(VERSION_FILE) if self.origin == "published" else self.path.with_suffix(".json")
 
     @property
     def stamp(self) -> tuple[str, int, int]:
-        """Changes when the file does."""
+        """A value that changes when the file changes."""
         status = self.path.stat()
         return str(self.path), status.st_mtime_ns, status.st_size
 
@@ -62,10 +62,10 @@ def read_live(folder: Path) -> str | None:
         folder: ``model/<preset>``.
 
     Returns:
-        ``v0001`` and counting, or ``shipped``; None where nothing has been published, or all of it withdrawn.
+        ``v0001`` and so on, or ``shipped``; None if nothing has been published, or everything was withdrawn.
 
     Raises:
-        CheckpointError: when the pointer is not one.
+        CheckpointError: if the pointer is invalid.
     """
     try:
         name = read_json(folder / LIVE_FILE)["version"]
@@ -79,14 +79,14 @@ def read_live(folder: Path) -> str | None:
 
 
 def read_details(path: Path) -> dict[str, Any]:
-    """What is known of a version, from its ``version.json``; empty where that is missing or damaged."""
+    """The description of a version, from its ``version.json``; empty if that is missing or damaged."""
     return read_object(path)
 
 
 def damage_of(weights: Path) -> str:
-    """What is wrong with a version's file of weights, in a sentence; empty where it is what was kept.
+    """A sentence that says how a version's weights file is damaged; empty if it is intact.
 
-    A file that has not changed is looked at once.
+    An unchanged file is checked only once.
     """
     try:
         status = weights.stat()
@@ -109,32 +109,32 @@ def _damage_of(weights: Path, mtime_ns: int, size: int) -> str:
 
 
 def _check_network(checkpoint: Checkpoint) -> None:
-    """Refuse weights that do not fit the network that they say they are of.
+    """Refuse weights that do not match the network of their own preset.
 
     Raises:
-        CheckpointError: naming what does not fit.
+        CheckpointError: naming the mismatch.
     """
     if checkpoint.preset is not None:
-        with torch.device("meta"):  # takes no memory
+        with torch.device("meta"):  # allocates no memory
             network = build_unetr(checkpoint.preset)
         fitting(checkpoint.model, network)
 
 
 def _number(name: object) -> int:
-    """The number of a version's name; 0 for any other."""
+    """The number in a version's name; 0 for other names."""
     return int(name[1:]) if isinstance(name, str) and VERSION_NAME.fullmatch(name) else 0
 
 
 class WeightsLocator:
-    """Knows where the weights of one preset can be.
+    """Finds the weights of one preset.
 
     Args:
-        folder: ``model/<preset>``: ``shipped.pt`` comes with the project, training adds a folder a version, and
-            ``live.json`` names the one that is served.
-        pretrained: path or URL of weights of one's own.
+        folder: ``model/<preset>``: ``shipped.pt`` comes with the project, training adds one folder for each version,
+            and ``live.json`` names the live version.
+        pretrained: path or URL of the user's own weights.
 
     Attributes:
-        problem: why the weights that were found last are not those that should be served; empty where they are.
+        problem: why the weights that were found last are not the configured ones; empty if they are.
     """
 
     def __init__(self, folder: Path, pretrained: str | None = None) -> None:
@@ -144,13 +144,13 @@ class WeightsLocator:
         self.problem = ""
 
     def find(self) -> WeightsFile | None:
-        """The live version; where there is none, pretrained weights (downloaded if it is a URL), or the shipped ones.
+        """The live version, otherwise pretrained weights (downloaded if given as a URL), otherwise the shipped ones.
 
-        A live version whose weights are damaged or gone is not served: its parent is, or the nearest before it that is
-        whole. :attr:`problem` and the log say so.
+        If the weights of the live version are damaged or missing, its nearest intact predecessor is used instead, and
+        :attr:`problem` and the log state the reason.
 
         Raises:
-            CheckpointError: when there are damaged weights only, or pretrained ones are named but are not there.
+            CheckpointError: if there are only damaged weights, or if the pretrained ones are missing.
         """
         file, problem = self._search()
         if problem and problem != self.problem:
@@ -161,7 +161,7 @@ class WeightsLocator:
         return file
 
     def _search(self) -> tuple[WeightsFile | None, str]:
-        """The weights to serve, and what is wrong with those that should be."""
+        """The weights to use, and the problem with the configured ones."""
         problems = []
         try:
             name = read_live(self.folder)
@@ -179,7 +179,7 @@ class WeightsLocator:
         return (WeightsFile(self.shipped, "shipped") if self.shipped.is_file() else None), "; ".join(problems)
 
     def _before(self, name: str) -> str | None:
-        """The version that was served before another one: its parent, or else the newest published one before it."""
+        """The predecessor of a version: its parent, or otherwise the newest published version before it."""
         parent = read_details(self.folder / name / VERSION_FILE).get("parent")
         if parent in (SHIPPED, "pretrained", "") or (_number(parent) and _number(parent) < _number(name)):
             return parent if parent == SHIPPED or _number(parent) else None
@@ -197,7 +197,7 @@ class WeightsLocator:
         return max(published, key=_number, default=None)
 
     def is_known(self) -> bool:
-        """Whether there are weights, without downloading any."""
+        """Whether there are weights; nothing is downloaded."""
         return (self.folder / LIVE_FILE).is_file() or bool(self._pretrained) or self.shipped.is_file()
 
     def _local_pretrained(self, source: str) -> Path:
@@ -217,13 +217,14 @@ class WeightsLocator:
 
 
 def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
-    """The preset to run weights with: the one that they were trained with, served as configured.
+    """The preset with which weights are run: their training preset, with the configured presentation.
 
-    Spacing, window, intensity and network come from the checkpoint; labels' colours and aliases and the inference
-    options from the configuration.
+    Spacing, window, intensity and network come from the checkpoint; the labels' colours and aliases and the inference
+    options come from the configuration.
 
     Raises:
-        CheckpointError: when the weights segment other labels than configured, or take other channels or another order.
+        CheckpointError: if the weights segment other labels, or expect other channels or another order of channels,
+            than configured.
     """
     trained = checkpoint.preset
     if trained is None:

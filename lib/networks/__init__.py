@@ -1,1 +1,1 @@
-"""The UNETR, its activation checkpointing, and its checkpoints."""
+"""The UNETR, its activation checkpointing, and its checkpoint files."""

@@ -1,8 +1,8 @@
-"""Reading and writing checkpoints: weights together with the preset that they belong to.
+"""Reads and writes checkpoints, which hold weights together with their preset.
 
-A file of ours is a dictionary of ``format``, ``preset`` (plain data), ``model`` (state dict) and ``info`` (plain data:
-version, metrics, recipe). Files of others are read too, as bare state dicts or under a usual key. Everything is read
-with ``weights_only=True``: a checkpoint is data, never code.
+The project's own checkpoint is a dictionary with ``format``, ``preset`` (plain data), ``model`` (state dict) and
+``info`` (plain data: version, metrics, recipe). Foreign files are also accepted, as bare state dicts or with the state
+dict under a usual key. All files are read with ``weights_only=True``: a checkpoint is data, never code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = (
 MOST_INFO_BYTES = 2**20
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "net", "network")
 
-# UNETR's research code keeps its best accuracy as a NumPy number beside the weights. A number is data too.
+# The UNETR research code stores its best accuracy as a NumPy number next to the weights, which is plain data.
 _NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
 torch.serialization.add_safe_globals(
     [
@@ -48,11 +48,11 @@ torch.serialization.add_safe_globals(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights and what they are.
+    """Weights and their description.
 
     Attributes:
         model: state dict.
-        preset: what the weights were trained for; None for a file that was not written by this project.
+        preset: the preset of the training; None for a file that this project did not write.
         info: plain data about the training.
     """
 
@@ -62,17 +62,17 @@ class Checkpoint:
 
 
 def read_data(path: Path) -> Any:
-    """What a file of weights holds: tensors, numbers and text.
+    """The content of a weights file: tensors, numbers and text.
 
     Raises:
-        CheckpointError: when it is missing, damaged, or holds code.
+        CheckpointError: if the file is missing, damaged, or contains code.
     """
     _check_stored(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path.name!r} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file ends in any of a dozen kinds, struct.error and IndexError among them
+    except Exception as error:  # a damaged file can raise many types, such as struct.error and IndexError
         raise CheckpointError(f"checkpoint {path.name!r} {_why_unreadable(error)}") from error
 
 
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: when the file is missing, damaged, holds code instead of tensors, or holds no weights.
+        CheckpointError: if the file is missing, damaged, contains code, or contains no weights.
     """
     data = read_data(path)
     state = _find_state(data)
@@ -98,15 +98,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> None:
-    """Write a checkpoint so that no reader ever sees half of it.
+    """Write a checkpoint; the file is replaced atomically.
 
     Args:
-        path: the file; its folder is made.
-        checkpoint: what to write; its preset is needed.
-        half: keep floating-point weights in fp16 (half the size; about three decimal digits).
+        path: the file; its folder is created.
+        checkpoint: the checkpoint, which must have a preset.
+        half: whether to store floating-point weights in fp16 (half of the size; about three decimal digits).
 
     Raises:
-        StorageError: when the disk does not take it; then the file is as it was before.
+        StorageError: if the file cannot be written; the previous file is then unchanged.
     """
     if checkpoint.preset is None:
         raise CheckpointError("a checkpoint without its preset would be run with the wrong one; give the preset")
@@ -123,19 +123,19 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, half: bool = False) -> 
 
 
 def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load weights of any known layout into ``network``, strictly.
+    """Load weights of any supported key layout into ``network``, strictly.
 
     Raises:
-        CheckpointError: naming the keys that are missing, left over, or of another shape.
+        CheckpointError: naming the keys that are missing, unexpected, or of another shape.
     """
     network.load_state_dict(fitting(state, network), strict=True)
 
 
 def fitting(state: Mapping[str, torch.Tensor], network: nn.Module) -> StateDict:
-    """Weights of any known layout under the keys of a network, which may be on PyTorch's device ``meta``.
+    """Weights of any supported layout, with the keys of a network, which may be on PyTorch's ``meta`` device.
 
     Raises:
-        CheckpointError: as :func:`load_weights`.
+        CheckpointError: see :func:`load_weights`.
     """
     reference = network.state_dict()
     current = to_current_layout(state, reference)
@@ -146,7 +146,7 @@ def fitting(state: Mapping[str, torch.Tensor], network: nn.Module) -> StateDict:
 
 
 def check_finite(state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that hold NaN or infinity, whose masks would be empty or noise.
+    """Refuse weights with NaN or infinity, whose masks would be empty or noise.
 
     Raises:
         CheckpointError: naming the tensors.
@@ -157,7 +157,7 @@ def check_finite(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _check_stored(path: Path) -> None:
-    """Refuse a packed archive: PyTorch packs none, and a small one may unpack to more than memory holds.
+    """Refuse a compressed archive: PyTorch writes none, and a small one may expand beyond the memory.
 
     Raises:
         CheckpointError: naming the file.
@@ -166,16 +166,16 @@ def _check_stored(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
-        return  # another format, or damaged, which PyTorch says
+        return  # another format or a damaged file, which PyTorch reports
     if packed:
         raise CheckpointError(f"checkpoint {path.name!r} is a packed archive; valid: as torch.save writes it")
 
 
 def _check_tensors(state: StateDict, name: str) -> None:
-    """Refuse tensors that are no plain arrays of numbers, or larger than what the file holds of them.
+    """Refuse tensors that are not plain arrays of numbers, or that are larger than their data in the file.
 
     Raises:
-        CheckpointError: naming them.
+        CheckpointError: naming the tensors.
     """
     odd = [key for key, value in state.items() if not _is_plain(value)]
     if odd:
@@ -192,10 +192,10 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def _plain_info(info: Any, name: str) -> dict[str, Any]:
-    """What is known of a training, if it can be kept as JSON.
+    """The training information, if it can be stored as JSON.
 
     Raises:
-        CheckpointError: when it is no such data, or too much of it.
+        CheckpointError: if it is not plain data, or too large.
     """
     try:
         size = len(json.dumps(without_nan(dict(info)), ensure_ascii=False).encode())
@@ -207,7 +207,7 @@ def _plain_info(info: Any, name: str) -> dict[str, Any]:
 
 
 def _why_unreadable(error: Exception) -> str:
-    """The end of a sentence on a file that could not be loaded."""
+    """The end of the error sentence for a file that could not be loaded."""
     if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"holds code ({code[1]}), which is never run; valid: tensors, numbers and text"
     lines = str(error).splitlines()

@@ -1,8 +1,8 @@
-"""A forward pass that OpenVINO compiled for this CPU: one window at a time, in memory that is planned for all its maps.
+"""A forward pass that OpenVINO compiled for this CPU; it computes one window at a time in preallocated memory.
 
-PyTorch computes operation by operation, each into memory of its own. OpenVINO keeps feature maps in blocks of channels,
-as its convolutions read them, and joins to a convolution what follows it. Its converter has telemetry, and is not used;
-the frontend alone, which is, opens no connection.
+PyTorch executes one operation at a time, each with its own output memory. OpenVINO stores feature maps in blocks of
+channels, as its convolutions read them, and fuses a convolution with the following operations. OpenVINO's converter has
+telemetry and is not used; the frontend, which is used, opens no connection.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 PRECISIONS = {torch.float32: ("f32", "FP32"), torch.bfloat16: ("bf16", "BF16")}
-"""OpenVINO's names of a number format, and of a CPU's capability to compute in it."""
+"""OpenVINO's names for each number format and for the CPU capability that it requires."""
 
 
 def has_openvino() -> bool:
-    """Whether OpenVINO is installed; it is not made for every machine that PyTorch runs on."""
+    """Whether OpenVINO is installed; it is not available for every machine on which PyTorch runs."""
     return importlib.util.find_spec("openvino") is not None
 
 
 class CompiledForward:
-    """Logits in fp32, of (batch, classes, X, Y, Z), for windows of one shape.
+    """Computes fp32 logits of shape (batch, classes, X, Y, Z) for windows of one shape.
 
     Args:
         network: in evaluation mode, on the CPU. It is traced, which runs it once.
@@ -35,12 +35,12 @@ class CompiledForward:
         dtype: number format of the computation: fp32, or bf16 where the CPU has instructions for it.
 
     Raises:
-        ImportError, OSError: when OpenVINO cannot be loaded.
-        RuntimeError: when it cannot do something that the network does, or not in this number format.
+        ImportError, OSError: if OpenVINO cannot be loaded.
+        RuntimeError: if it does not support an operation of the network, or this number format.
     """
 
     def __init__(self, network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> None:
-        # OpenVINO rounds the weights itself; what it makes of ones in bf16 is NaN
+        # OpenVINO rounds the weights itself; for weights in bf16 its result is NaN
         exact = network if dtype is torch.float32 else copy.deepcopy(network).float()
         self._compiled = _compile(exact, (1, *shape), dtype)
         self._request: Any = None
@@ -55,7 +55,7 @@ class CompiledForward:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def release_memory(self) -> None:
-        """Give the feature maps' memory back until the next window."""
+        """Free the memory of the feature maps until the next window."""
         with self._lock:
             self._request = None
             self._compiled.release_memory()
@@ -76,17 +76,17 @@ def _compile(network: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> An
         raise RuntimeError(f"OpenVINO does not compute in {precision} on this CPU")
     example = torch.zeros(*shape)
     with torch.no_grad(), warnings.catch_warnings():
-        # Shapes become constants, as they shall; and what torch.export makes takes several times as long to convert.
+        # Tracing makes shapes constant, as intended; a model of torch.export takes several times as long to convert.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(network, example, check_trace=False)
     frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)
-    model = frontend.convert(frontend.load(decoder))  # which does not hold on to the decoder itself
+    model = frontend.convert(frontend.load(decoder))  # the model keeps no reference to the decoder
     model.reshape(list(shape))
     options = {
         properties.hint.performance_mode: properties.hint.PerformanceMode.LATENCY,
         properties.hint.inference_precision: getattr(openvino.Type, precision),
         properties.inference_num_threads: torch.get_num_threads(),
-        properties.hint.enable_cpu_pinning: False,  # a training runs beside it
+        properties.hint.enable_cpu_pinning: False,  # a training may run at the same time
     }
     return core.compile_model(model, device, options)

@@ -1,8 +1,9 @@
-"""Convolutions that a CPU computes fast: as products of matrices, or in oneDNN wherever there is oneDNN.
+"""Fast convolutions on a CPU: as matrix products, or by oneDNN wherever it is available.
 
-PyTorch leaves the coarse feature maps of a single fp32 window to its own kernel, which is several times slower: 0.59
-CPU seconds instead of 0.23 for a window of ``hippocampus_mr`` on an AMD EPYC without AVX512. Convolutions of single
-voxels it copies into the default layout and back; with channels last they are products of matrices as they lie.
+PyTorch uses its own kernel for the coarse feature maps of a single fp32 window, which is several times slower than
+oneDNN: 0.59 instead of 0.23 CPU seconds for a window of ``hippocampus_mr`` on an AMD EPYC without AVX512. It also
+copies the input of 1x1x1 convolutions to the default memory format and back, although with channels last they are plain
+matrix products.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SHAPE = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 
 
 class PointwiseConv3d(nn.Conv3d):
-    """A convolution of single voxels, forward and backward a product of matrices."""
+    """A 1x1x1 convolution, computed forward and backward as a matrix product."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Mix the channels; shape (batch, channels, X, Y, Z)."""
@@ -28,11 +29,11 @@ class PointwiseConv3d(nn.Conv3d):
 
 
 class OneDNNConv3d(nn.Conv3d):
-    """A convolution that calls oneDNN for fp32 on a CPU; PyTorch's own elsewhere, and while it is traced."""
+    """A convolution that calls oneDNN for fp32 on a CPU; otherwise, and while traced, it uses PyTorch's kernel."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Convolve; shape (batch, channels, X, Y, Z)."""
-        # what is traced is for somebody else to compute
+        # a traced model is computed by another engine
         elsewhere = input.device.type != "cpu" or input.dtype is not torch.float32 or torch.jit.is_tracing()
         if elsewhere or isinstance(self.padding, str):
             return super().forward(input)
@@ -42,12 +43,12 @@ class OneDNNConv3d(nn.Conv3d):
 
 
 def multiply_pointwise(module: nn.Module) -> None:
-    """Replace each convolution of 1x1x1 voxels by a matrix product."""
+    """Replace each 1x1x1 convolution by a matrix product."""
     replace_modules(module, _to_pointwise)
 
 
 def convolve_with_onednn(module: nn.Module) -> None:
-    """Put oneDNN in the place of each convolution, where PyTorch was built with it; for inference only."""
+    """Replace each convolution by one that uses oneDNN, if PyTorch was built with it; for inference only."""
     if torch.backends.mkldnn.is_available():
         replace_modules(module, _to_onednn)
 
@@ -68,4 +69,6 @@ def _to_onednn(module: nn.Module) -> nn.Module | None:
 
 def _of_same_shape(kind: type[nn.Conv3d], module: nn.Conv3d) -> nn.Conv3d:
     shape: dict[str, Any] = {name: getattr(module, name) for name in SHAPE}
-    return kind(**shape, bias=module.bias is not None, device="meta")  # it gets the parameters of the other
+    return kind(
+        **shape, bias=module.bias is not None, device="meta"
+    )  # it receives the parameters of the original module

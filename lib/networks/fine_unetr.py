@@ -1,4 +1,4 @@
-"""A UNETR whose tokens are cubes of 8 voxels, built from the blocks of MONAI's, which is fixed at 16."""
+"""A UNETR with patches of 8 voxels, built from the blocks of MONAI's UNETR, whose patches are fixed at 16 voxels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LAYERS = 12
 class FineUNETR(nn.Module):
     """The UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504) for small structures.
 
-    Layers 3, 6, 9 and 12 of the ViT and the image itself are what the decoder sees, as in the paper. From a patch of 8
-    voxels to single ones it takes three steps instead of four: layer 3 joins at 1/2, layer 6 at 1/4 of the resolution,
-    and layers 9 and 12 together are where the decoder begins, at 1/8. Other than in the paper, the convolved image
-    joins at 1/2 too, beside layer 3: a border is told from a few voxels, not from tokens. Modules are named as in
-    MONAI's UNETR.
+    As in the paper, the decoder receives layers 3, 6, 9 and 12 of the ViT and the image itself. From a patch of 8
+        voxels to full resolution it needs three upsampling steps instead of four: layer 3 joins at 1/2 and layer 6 at
+        1/4 of the resolution, and the decoder starts from layers 9 and 12 together at 1/8. Unlike in the paper, the
+        convolved image also joins at 1/2, next to layer 3, because a border is recognised from a few voxels and not
+        from tokens. Modules are named as in MONAI's UNETR.
 
     Args:
-        in_channels, out_channels: of the image and of the logits.
+        in_channels, out_channels: channels of the image and of the logits.
         img_size: shape of the window in voxels, multiples of 8.
-        feature_size: channels of the decoder at full resolution; twice as many at each coarser one.
-        hidden_size, mlp_dim, num_heads, proj_type, qkv_bias, dropout_rate: of ``monai.networks.nets.ViT``.
-        norm_name: of the convolutions, in MONAI's terms.
-        conv_block, res_block: kind of the blocks, as in MONAI's UNETR.
+        feature_size: channels of the decoder at full resolution, which double at each coarser level.
+        hidden_size, mlp_dim, num_heads, proj_type, qkv_bias, dropout_rate: see ``monai.networks.nets.ViT``.
+        norm_name: normalisation of the convolution blocks, by MONAI's name.
+        conv_block, res_block: kind of the blocks, see MONAI's UNETR.
     """
 
     def __init__(
@@ -88,6 +88,6 @@ class FineUNETR(nn.Module):
         return logits
 
     def _as_map(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens of (batch, tokens, hidden) where they lie in the image: (batch, hidden, X / 8, Y / 8, Z / 8)."""
+        """Tokens of shape (batch, tokens, hidden) as a feature map of shape (batch, hidden, X / 8, Y / 8, Z / 8)."""
         grid: torch.Tensor = tokens.transpose(1, 2).unflatten(2, self.tokens)
         return grid

@@ -16,13 +16,13 @@ WARM_UP_PASSES = 3
 
 
 class GraphedForward:
-    """A forward pass that is recorded at its first input of each shape, and then replayed; for GPUs only.
+    """A forward pass that is recorded for the first input of each shape and then replayed; for GPUs only.
 
     On an H200 in bf16 a window of ``abdomen_ct`` takes 4.1 ms instead of 21.6, one of ``hippocampus_mr`` 1.6 instead of
     15.1 (``benchmarks``, docs/experiments/benchmark-notebook.md).
 
     Args:
-        forward: from one tensor to another, without a look at values and in evaluation mode.
+        forward: function from one tensor to another, in evaluation mode, whose operations do not depend on values.
     """
 
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -30,7 +30,7 @@ class GraphedForward:
         self._recordings: dict[torch.Size, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, windows: torch.Tensor) -> torch.Tensor:
-        """The output, in memory of its own: the next replay writes over the recording's."""
+        """The output, in its own memory, since the next replay overwrites that of the recording."""
         if windows.shape not in self._recordings:
             self._recordings[windows.shape] = self._record(windows)
         graph, inputs, outputs = self._recordings[windows.shape]
@@ -39,7 +39,7 @@ class GraphedForward:
         return outputs.clone()
 
     def _record(self, windows: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Warm up beside the usual stream, where libraries choose their algorithms, and record."""
+        """Warm up on a separate stream, where libraries choose their algorithms, and record."""
         inputs, stream = windows.clone(), torch.cuda.Stream(windows.device)
         stream.wait_stream(torch.cuda.current_stream(windows.device))
         with torch.cuda.stream(stream):

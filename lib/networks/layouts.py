@@ -1,10 +1,10 @@
-"""Key layouts of UNETR checkpoints: today's MONAI, older MONAI, and the published BTCV research checkpoint.
+"""Key layouts of UNETR checkpoints: current MONAI, older MONAI, and the published BTCV research checkpoint.
 
-What changed over the years, and what each costs:
+Differences between the layouts:
 
-* MONAI before 0.9 kept a ``cls_token`` in the patch embedding that UNETR never read.
-* The same versions made ``conv3`` and ``norm3`` in every residual block, used only where channels change.
-* MONAI 1.3 to 1.5 made ``cross_attn`` in every transformer block, never called; ``norm_cross_attn`` came with it
+* MONAI before 0.9 had a ``cls_token`` in the patch embedding that UNETR never used. * The same versions created
+``conv3`` and ``norm3`` in every residual block, but used them only where channels change. * MONAI 1.3 to 1.5 made
+``cross_attn`` in every transformer block, never called; ``norm_cross_attn`` came with it
   and is still made today (also never called), so that an older checkpoint lacks it.
 * Training scripts wrap the network: ``module.`` (DistributedDataParallel), ``network.``, ``model.``, ``_orig_mod.``.
 
@@ -26,11 +26,11 @@ StateDict = dict[str, torch.Tensor]
 
 
 def to_current_layout(state: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> StateDict:
-    """Return ``state`` with today's keys.
+    """Return ``state`` with the keys of the current layout.
 
     Args:
-        state: weights in any known layout.
-        reference: state dict of the network that is to be loaded.
+        state: weights in any supported layout.
+        reference: state dict of the network into which they will be loaded.
 
     Returns:
         Weights whose keys still have to be compared with ``reference`` by a strict load.
@@ -50,7 +50,7 @@ def strip_wrappers(state: Mapping[str, torch.Tensor]) -> StateDict:
 
 
 def _is_dead(key: str, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the older network made this key without ever using it in a forward pass."""
+    """Whether an older network created this key but never used it in a forward pass."""
     if NEVER_READ.fullmatch(key):
         return True
     match = RESIDUAL_PROJECTION.fullmatch(key)

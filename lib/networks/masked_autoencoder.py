@@ -20,11 +20,11 @@ MASKED_SHARE = 0.75
 class MaskedAutoencoder(nn.Module):
     """MONAI's masked autoencoder around the preset's encoder.
 
-    Its loss is the squared error on hidden patches, each normalised by itself: what is to be learned is structure, and
-    not how bright a patch is.
+    Its loss is the squared error on masked patches, each of which is normalised separately, so that the encoder learns
+    structure and not the brightness of a patch.
 
     Raises:
-        TrainingError: when the preset's window is a single patch.
+        TrainingError: if the preset's window is a single patch.
     """
 
     def __init__(self, preset: Preset) -> None:
@@ -43,7 +43,7 @@ class MaskedAutoencoder(nn.Module):
             mlp_dim=size.mlp_dim,
             num_layers=LAYERS,
             num_heads=size.num_heads,
-            masking_ratio=min(MASKED_SHARE, 1 - 1 / tokens),  # at least one patch is shown
+            masking_ratio=min(MASKED_SHARE, 1 - 1 / tokens),  # at least one patch stays visible
             decoder_hidden_size=width,
             decoder_mlp_dim=2 * width,
             decoder_num_layers=2,
@@ -55,24 +55,24 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the hidden patches of windows of shape (batch, channels, X, Y, Z)."""
+        """Mean loss over the masked patches of windows of shape (batch, channels, X, Y, Z)."""
         drawn, hidden = self.autoencoder(windows)
         return hidden_patch_loss(drawn.float(), self._targets(windows), hidden)
 
     def encoder(self) -> StateDict:
-        """The encoder's weights as a UNETR names them."""
+        """The encoder's weights, with the names of a UNETR."""
         renamed = {}
         for key, value in self.autoencoder.state_dict().items():
             if key.startswith(("blocks.", "patch_embedding.")):
-                # its last norm is one more block to MONAI's autoencoder
+                # MONAI's autoencoder counts its last norm as another block
                 name = key.replace(f"blocks.{LAYERS}.", "norm.")
                 renamed[ENCODER + name] = value.detach().cpu().clone()
         return renamed
 
     def _targets(self, windows: torch.Tensor) -> torch.Tensor:
-        """Patches in the order of the tokens, (batch, tokens, channels * voxels).
+        """Patches in the order of the tokens, shape (batch, tokens, channels * voxels).
 
-        Each channel of each has mean 0 and deviation 1.
+        Each channel of each patch has mean 0 and standard deviation 1.
         """
         edge = self.patch_size
         cut = windows.unfold(2, edge, edge).unfold(3, edge, edge).unfold(4, edge, edge)
@@ -82,12 +82,12 @@ class MaskedAutoencoder(nn.Module):
 
 
 def hidden_patch_loss(drawn: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the hidden patches alone.
+    """Mean squared error over the masked patches only.
 
     Args:
-        drawn: what the decoder makes of each patch, (batch, tokens, channels * voxels).
+        drawn: the decoder's reconstruction of each patch, (batch, tokens, channels * voxels).
         targets: the patches, of the same shape.
-        hidden: 1 for a patch that was hidden, 0 for one that was shown; (batch, tokens).
+        hidden: 1 for a masked patch, 0 for a visible one; (batch, tokens).
     """
     error = (drawn - targets).square().mean(dim=-1)
     return (error * hidden).sum() / hidden.sum()

@@ -1,6 +1,8 @@
-"""Instance norm that keeps ``channels_last_3d``, the layout in which 3D convolutions in bf16 are fast on a CPU.
+"""Instance norm that preserves ``channels_last_3d``, the memory format in which 3D convolutions in bf16 are fast on a
+CPU.
 
-PyTorch's own brings each feature map into the default layout and back: a third of a window's time in bf16.
+PyTorch's own instance norm converts each feature map to the default format and back, which takes a third of a window's
+time in bf16.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from lib.networks.replacement import replace_modules
 
 
 class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
-    """The batch norm of a single sample, in training mode, is its instance norm; gradients are the same too."""
+    """An instance norm, computed as the batch norm of a single sample in training mode; gradients are equal too."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise each channel of each sample; shape (batch, channels, X, Y, Z)."""
-        if torch.jit.is_tracing():  # what is traced is for somebody else to compute
+        if torch.jit.is_tracing():  # a traced model is computed by another engine
             return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
         samples = [
             F.batch_norm(sample, None, None, self.weight, self.bias, training=True, eps=self.eps)
@@ -27,7 +29,7 @@ class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
 
 
 def keep_channels_last(module: nn.Module) -> None:
-    """Put it in the place of each instance norm."""
+    """Replace each instance norm by one that preserves channels last."""
     replace_modules(module, _to_channels_last)
 
 

@@ -1,4 +1,4 @@
-"""Which network computes where, and in which number format."""
+"""A network's preset, device and number format."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Placement:
     """A preset's network on a device.
 
     Attributes:
-        preset: the task.
-        device: where it computes.
+        preset: the preset.
+        device: the device on which it computes.
         dtype: number format of matrix products and convolutions.
     """
 

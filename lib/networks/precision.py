@@ -1,4 +1,4 @@
-"""Number formats and memory layout for the device at hand."""
+"""Chooses number formats and memory formats for a device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """Return the device of that name; ``None``, empty or a name from MONAI Label's list without GPU means the best.
+    """Return the named device; None, an empty name, or MONAI Label's default without GPU mean the best one.
 
     Raises:
-        ParameterError: for a name that is no device, or a CUDA device that this machine lacks.
+        ParameterError: for an invalid name, or a CUDA device that this machine does not have.
     """
     best = "cuda" if torch.cuda.is_available() else "cpu"
     if not name or name == "cuda":
@@ -34,8 +34,8 @@ def resolve_device(name: str | None) -> torch.device:
 def resolve_precision(asked: str, device: torch.device) -> torch.dtype:
     """Return the number format for matrix products and convolutions.
 
-    ``auto`` is bf16 where the device computes in it, fp16 on older GPUs, and fp32 on other CPUs, where emulated bf16
-    is slower than fp32.
+    ``auto`` is bf16 where the hardware supports it, fp16 on older GPUs, and fp32 on other CPUs, where emulated bf16 is
+    slower than fp32.
     """
     if asked != "auto":
         return DTYPES[asked]
@@ -64,7 +64,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def place_for_training(network: nn.Module, device: torch.device) -> None:
-    """As :func:`place`; on a CPU with norms and convolutions of single voxels that keep the layout."""
+    """Like :func:`place`; on a CPU also with norms and 1x1x1 convolutions that preserve the memory format."""
     if device.type == "cpu":
         keep_channels_last(network)
         multiply_pointwise(network)

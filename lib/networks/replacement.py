@@ -1,4 +1,4 @@
-"""Other modules in the place of some of a network's, with the same parameters under the same names."""
+"""Replaces modules of a network by others with the same parameters and names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def replace_modules(module: nn.Module, successor_of: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Replace each module below ``module`` that has a successor; None keeps it."""
+    """Replace each submodule for which ``successor_of`` returns another module; None keeps it."""
     for name, child in module.named_children():
         successor = successor_of(child)
         if successor is None:

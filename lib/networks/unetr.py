@@ -1,4 +1,4 @@
-"""The UNETR of a preset (Hatamizadeh et al. 2021, arXiv 2103.10504): MONAI's own, or one of its blocks."""
+"""The UNETR of a preset (Hatamizadeh et al. 2021, arXiv 2103.10504): MONAI's own, or one built from its blocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lib.networks.fine_unetr import FineUNETR
 
 Unetr = UNETR | FineUNETR
 Builder = Callable[[Preset, bool], nn.Module]
-"""Makes a network for a preset, with or without activation checkpointing."""
+"""Builds a network for a preset, with or without activation checkpointing."""
 ENCODER = "vit."
-# MONAI's instance norm has no weights unless asked.
+# MONAI's instance norm has no weights by default.
 NORMS: dict[str, Any] = {"instance_affine": ("instance", {"affine": True})}
 
 
@@ -28,8 +28,9 @@ def build_unetr(preset: Preset, activation_checkpointing: bool = False) -> Unetr
     Its input is (batch, ``preset.in_channels``, *``preset.roi_size``), its output logits of (batch, labels + 1, *roi).
 
     Args:
-        activation_checkpointing: recompute the ViT blocks in the backward pass instead of keeping their activations.
-            Weights, outputs and gradients are the same; memory falls, a training step takes longer.
+        activation_checkpointing: whether to recompute the ViT blocks in the backward pass instead of keeping their
+            activations. Weights, outputs and gradients are the same; a training step needs less memory and takes
+            longer.
     """
     size = preset.network.model_dump(exclude={"patch_size"})
     size["norm_name"] = NORMS.get(preset.network.norm_name, preset.network.norm_name)
@@ -41,30 +42,30 @@ def build_unetr(preset: Preset, activation_checkpointing: bool = False) -> Unetr
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """From now on recompute the ViT blocks, where there are any, in the backward pass; their names stay the same."""
+    """Recompute the ViT blocks, if there are any, in the backward pass from now on; parameter names do not change."""
     if isinstance(network, Unetr) and not isinstance(network.vit.blocks, CheckpointedBlocks):
         network.vit.blocks = CheckpointedBlocks(network.vit.blocks)
 
 
 def load_encoder(network: nn.Module, encoder: Mapping[str, torch.Tensor]) -> None:
-    """Load a pretrained encoder, strictly; what decodes keeps its weights.
+    """Load a pretrained encoder strictly; the decoder keeps its weights.
 
     Args:
         network: a UNETR.
         encoder: weights whose names begin with ``vit.``.
 
     Raises:
-        CheckpointError: naming the keys that do not fit.
+        CheckpointError: naming the keys that do not match.
     """
     decoder = {key: value for key, value in network.state_dict().items() if not key.startswith(ENCODER)}
     load_weights(network, decoder | dict(encoder))
 
 
 class CheckpointedBlocks(nn.ModuleList):
-    """Blocks that are recomputed in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    """Transformer blocks that are recomputed in the backward pass (Chen et al. 2016, arXiv 1604.06174).
 
-    MONAI's ViT only iterates over its blocks, so iteration is where checkpointing can be put without changing a
-    module's name: the state dict stays that of the plain network.
+    MONAI's ViT only iterates over its blocks, so checkpointing is added in the iterator, which changes no module name:
+    the state dict stays that of the plain network.
     """
 
     def __iter__(self) -> Iterator[Any]:
@@ -73,7 +74,7 @@ class CheckpointedBlocks(nn.ModuleList):
 
 
 class _Recomputed:
-    """One block as a callable that keeps only its input."""
+    """One block as a callable that stores only its input for the backward pass."""
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block

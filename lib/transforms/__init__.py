@@ -1,1 +1,1 @@
-"""From a file to what the network sees, and back."""
+"""Transforms between image files and the input and output of the network."""

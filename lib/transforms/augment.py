@@ -1,4 +1,4 @@
-"""Random crops and changes to them, for training."""
+"""Random crops and augmentations for training."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ from lib.configs.preset import Augmentation, Preset
 from lib.transforms.deform import RandDeformd
 from lib.transforms.preprocess import IMAGE, LABEL
 
-# Voxels at which a crop looks for its middle, and the least of a kind among them to choose from.
+# Voxels that are sampled to find the centre of a crop, and the smallest number of foreground or background voxels among
+# them.
 SAMPLED_VOXELS = 4096
 VOXELS_PER_LABEL = 64
 ENOUGH = 32
 
 
 class RandCropBySampledLabeld(RandCropByPosNegLabeld):
-    """MONAI's crop around foreground or background, which does not list all voxels of a case for each drawing.
+    """MONAI's random crop around foreground or background, without a list of all voxels of a case for each draw.
 
-    Some random voxels are looked at; the foreground among them is as random as one of all foreground. Where too few are
-    of a kind, all voxels are listed.
+    A random sample of voxels is used instead; its foreground voxels are distributed like those of a full list. If the
+    sample has too few voxels of either kind, all voxels are listed.
     """
 
     def randomize(
         self, label: torch.Tensor | None = None, fg_indices: Any = None, bg_indices: Any = None, image: Any = None
     ) -> None:
-        """Draw the middles of the crops of a label of shape (1, X, Y, Z)."""
+        """Draw the centres of the crops of a label of shape (1, X, Y, Z)."""
         if label is not None and fg_indices is None and bg_indices is None:
             looked_at = torch.from_numpy(self.cropper.R.randint(label.numel(), size=SAMPLED_VOXELS))
             foreground = torch.as_tensor(label).reshape(-1)[looked_at] > 0
@@ -55,7 +56,7 @@ class RandCropBySampledLabeld(RandCropByPosNegLabeld):
 
 
 class RandCropByBalancedLabeld(RandCropByPosNegLabeld):
-    """MONAI's crop around foreground or background, in which each label that a case has is drawn equally often."""
+    """MONAI's random crop around foreground or background, in which all labels of a case are equally frequent."""
 
     def randomize(
         self, label: torch.Tensor | None = None, fg_indices: Any = None, bg_indices: Any = None, image: Any = None
@@ -66,7 +67,7 @@ class RandCropByBalancedLabeld(RandCropByPosNegLabeld):
         super().randomize(label, fg_indices, bg_indices, image)
 
     def _balanced_indices(self, values: npt.NDArray[np.uint8]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As many flat indices of every label that is present, with repetition, and some of the background."""
+        """Equally many flat indices of every label that is present, with repetition, and some of the background."""
         foreground = np.flatnonzero(values)
         background = self.cropper.R.randint(values.size, size=SAMPLED_VOXELS)
         background = background[values[background] == 0]
@@ -80,14 +81,14 @@ class RandCropByBalancedLabeld(RandCropByPosNegLabeld):
 
 
 class RandSlabd(MapTransform, Randomizable):
-    """Keeps a slab of planes along the last axis and sets the rest to 0, as where a scan has few slices.
+    """Keeps a random slab of planes along the last axis and sets the rest to 0, like a scan with few slices.
 
-    Without it, a network that has seen whole abdomens takes the padding around a scan of 40 mm for air.
+    Without it, a network trained on whole abdomens takes the padding around a scan of 40 mm for air.
 
     Args:
-        keys: of the dictionary; tensors of shape (1, X, Y, Z).
-        probability: how often.
-        planes: least and most planes of the slab.
+        keys: dictionary keys of tensors of shape (1, X, Y, Z).
+        probability: probability of a change.
+        planes: smallest and largest number of planes of the slab.
     """
 
     def __init__(self, keys: Sequence[str], probability: float, planes: tuple[int, int]) -> None:
@@ -112,12 +113,12 @@ class RandSlabd(MapTransform, Randomizable):
 
 
 class RandDropChannelsd(MapTransform, Randomizable):
-    """Sets optional channels to 0 at random, each by itself, as in a case that lacks them.
+    """Sets optional channels to 0 at random, independently, like a case that lacks them.
 
     Args:
-        key: of the dictionary; a tensor of shape (channels, X, Y, Z).
-        places: of the channels that may be dropped.
-        probability: how often each is.
+        key: dictionary key of a tensor of shape (channels, X, Y, Z).
+        places: indices of the optional channels.
+        probability: probability of dropping each of them.
     """
 
     def __init__(self, key: str, places: Sequence[int], probability: float = 0.25) -> None:
@@ -134,14 +135,14 @@ class RandDropChannelsd(MapTransform, Randomizable):
 
 
 class RandNoised(MapTransform, Randomizable):
-    """Adds Gaussian noise, drawn where the image is, of a deviation drawn up to ``std``."""
+    """Adds Gaussian noise on the image's device, with a random standard deviation of at most ``std``."""
 
     def __init__(self, keys: Sequence[str], probability: float, std: float) -> None:
         MapTransform.__init__(self, keys)
         self.probability, self.std = probability, std
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add noise to each key, or to none."""
+        """Add noise to all keys, or to none."""
         changed = dict(data)
         if self.R.random() >= self.probability:
             return changed
@@ -158,8 +159,8 @@ def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
     """Build the transform that draws random crops, balanced between foreground and background.
 
     Args:
-        preset: the task.
-        crops_per_case: crops drawn from each case.
+        preset: the preset.
+        crops_per_case: number of crops from each case.
 
     Returns:
         A transform from a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z) to a list of
@@ -179,12 +180,12 @@ def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
 
 
 def build_changes(preset: Preset) -> Compose:
-    """Build the random changes to one crop, which happen on the device that it is on: in space, then in intensity.
+    """Build the random augmentations of one crop, spatial ones first, which run on the device of the crop.
 
-    Mirroring happens only along the axes that the preset allows, since a mirrored right kidney is a left one.
+    Flips are applied only along the axes that the preset allows, since a flipped right kidney is a left one.
 
     Args:
-        preset: the task and its ``training.augmentation``.
+        preset: the preset, with its ``training.augmentation``.
 
     Returns:
         A transform of a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z); float32 and uint8.

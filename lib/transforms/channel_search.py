@@ -1,4 +1,4 @@
-"""Finding the files of a folder that are the channels of a case, by their names and shapes."""
+"""Finds the files of a folder that are the channels of a case, by their names and shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib.transforms.channels import ChannelSources, is_stacked, missing_channels
 from lib.transforms.volume import NIFTI_SUFFIXES
 
 NNUNET_SUFFIX = re.compile(r"^(?P<case>.+)_(?P<place>\d{4})$")
-"""Of a file name without its ending: the case, and the channel's place among the preset's channels."""
+"""Pattern of a file name without extension: the case, and the index of the channel among the preset's channels."""
 ENDINGS = (*NIFTI_SUFFIXES, ".nrrd")
 SEGMENTATION = ".seg.nrrd"
 
@@ -23,13 +23,13 @@ Shape = tuple[int, ...]
 
 
 class KnownShapes:
-    """Shapes of files by their headers, read again when a file changes."""
+    """A cache of the shapes in file headers; a changed file is read again."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[tuple[int, int], Shape]] = {}
 
     def __call__(self, path: Path) -> Shape:
-        """The shape that a header says; empty for a file that is damaged or no image."""
+        """The shape in the header; empty for a file that is damaged or not an image."""
         try:
             status = path.stat()
             stamp = (status.st_size, status.st_mtime_ns)
@@ -42,7 +42,7 @@ class KnownShapes:
 
 @dataclass
 class _CaseFiles:
-    """Files of one case by channel, and what is wrong with them."""
+    """The files of one case by channel, and their problem."""
 
     files: dict[str, Path] = field(default_factory=dict)
     problem: str = ""
@@ -59,13 +59,13 @@ def find_channel_sources(
 ) -> list[ChannelSources]:
     """The cases in a folder: 4D files, files with nnU-Net's suffixes, and folders of files named by channel.
 
-    A file of another kind, such as a 3D image without a suffix, is no case, and neither is one that is damaged.
+    Files of other kinds, such as a 3D image without a suffix, and damaged files are ignored.
 
     Args:
-        folder: where they lie.
-        preset: the task, with channels.
-        skipped: names of folders in it that are not looked into.
-        shape_of: tells the shape of a file; read from its header if not given.
+        folder: folder to search.
+        preset: a preset with channels.
+        skipped: names of subfolders to ignore.
+        shape_of: returns the shape of a file; by default it is read from the header.
     """
     shape_of = shape_of or KnownShapes()
     cases: dict[str, _CaseFiles] = defaultdict(_CaseFiles)
@@ -90,7 +90,7 @@ def find_channel_sources(
 
 
 def sources_in(folder: Path, preset: Preset) -> ChannelSources | None:
-    """The one case in a folder, of files with nnU-Net's suffixes or the channels' names; None where there is none."""
+    """The only case in a folder, of files with nnU-Net's suffixes or the channels' names; None if there is none."""
     case = _CaseFiles()
     for file in sorted(path for path in folder.iterdir() if _is_image(path)):
         _, name = _numbered(stem_of(file), preset)
@@ -102,14 +102,14 @@ def sources_in(folder: Path, preset: Preset) -> ChannelSources | None:
 
 
 def channel_named(text: str, preset: Preset) -> str | None:
-    """The channel whose name or alias is among the words of a text; the longest name wins (t1_contrast, not t1)."""
+    """The channel whose name or alias is among the words of a text; the longest match wins (t1_contrast, not t1)."""
     words = f"_{canonical_name(text)}_"
     fitting = [(len(name), c.name) for c in preset.channels for name in c.names() if f"_{name}_" in words]
     return max(fitting)[1] if fitting else None
 
 
 def _numbered(stem: str, preset: Preset) -> tuple[str, str | None]:
-    """The case and the channel that nnU-Net's suffix names; None where there is no such suffix."""
+    """The case and the channel that nnU-Net's suffix states; the channel is None without such a suffix."""
     match = NNUNET_SUFFIX.match(stem)
     if match is None or int(match["place"]) >= preset.in_channels:
         return stem, None

@@ -1,7 +1,7 @@
-"""Cases of several sequences: which file is which channel, and reading them on one grid.
+"""Cases of several sequences: which file is which channel, and reading all of them on one grid.
 
-The files of a case are found once, by who lists the studies, and written down beside the image that viewers are shown
-(:func:`write_sources`). Whoever is given that image's path finds the other sequences by it, also in another process.
+The files of a case are found once, when the studies are listed, and recorded next to the image that viewers display
+(:func:`write_sources`). From the path of that image, any process finds the other sequences.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ChannelSources:
     """The files of one case of several sequences.
 
     Attributes:
-        case_id: of the case.
-        files: channel name to its file; of one 4D file, every channel's.
+        case_id: id of the case.
+        files: channel name to file; in a 4D file, all channels have the same file.
         missing: names of required channels that the case lacks.
-        problem: why the case cannot be used, beside what it lacks; empty for nothing.
-        notes: what a user should know of how the channels lie to each other, one sentence each.
-        shown: the file on whose grid the case is read; its display channel's if not given.
+        problem: why the case cannot be used, apart from missing channels; empty if it can.
+        notes: notes for the user on the geometry of the channels, one sentence each.
+        shown: the file whose grid is used; by default that of the display channel.
     """
 
     case_id: str
@@ -49,14 +49,14 @@ class ChannelSources:
 
     @property
     def stacked(self) -> bool:
-        """Whether all channels are in one 4D file, in the preset's order on its last axis."""
+        """Whether all channels are in one 4D file, in the preset's order along its last axis."""
         return len(self.files) > 1 and len(set(self.files.values())) == 1
 
     def check(self) -> None:
         """Refuse a case that cannot be read.
 
         Raises:
-            ImageError: naming what it lacks, or what is wrong with it.
+            ImageError: naming the missing channels or the problem.
         """
         if self.problem:
             raise ImageError(f"case {self.case_id!r} {self.problem}")
@@ -65,55 +65,56 @@ class ChannelSources:
 
 
 def missing_channels(files: Container[str], preset: Preset) -> tuple[str, ...]:
-    """Names of the required channels that are not among those of ``files``."""
+    """Names of the required channels that ``files`` lacks."""
     return tuple(c.name for c in preset.channels if not c.optional and c.name not in files)
 
 
 def stacked_sources(case_id: str, file: Path, preset: Preset) -> ChannelSources:
-    """A 4D file whose last axis is the preset's channels."""
+    """A 4D file whose last axis holds the preset's channels."""
     return ChannelSources(case_id, {channel.name: file for channel in preset.channels})
 
 
 def is_stacked(shape: tuple[int, ...], preset: Preset) -> bool:
-    """Whether a file of that shape has the preset's channels on its last axis."""
+    """Whether a file of this shape has the preset's channels along its last axis."""
     return len(shape) == STACKED_AXES and shape[3] == preset.in_channels > 1
 
 
 def files_of(image: Path) -> list[Path]:
-    """All files that are read for an image, itself among them; in a fixed order."""
+    """All files that are read for an image, including itself, in a fixed order."""
     others = {path for sources in read_sources(image).values() for path in sources.files.values()}
     return [image, *sorted(others - {image})]
 
 
 def record_of(image: Path) -> Path:
-    """Where the sources of the case that an image belongs to are written down, if it is one of several sequences."""
+    """The file that records the sources of an image's case, if it is a case of several sequences."""
     return image.with_name(stem_of(image) + RECORD_SUFFIX)
 
 
 def write_sources(image: Path, by_preset: Mapping[str, ChannelSources], stamp: str) -> None:
-    """Write down the files of a case beside the image that is shown of it.
+    """Record the files of a case next to its displayed image.
 
     Args:
-        image: the file that stands for the case.
-        by_preset: name of a preset to what is which of its channels.
-        stamp: changes when one of the files does.
+        image: file of the displayed image.
+        by_preset: for each preset name, the file of each channel.
+        stamp: value that changes when one of the files changes.
     """
     presets = {name: _as_json(sources) for name, sources in by_preset.items()}
     write_json(record_of(image), {"stamp": stamp, "presets": presets})
 
 
 def read_stamp(image: Path) -> str:
-    """The stamp that :func:`write_sources` was given; empty where nothing is written down."""
+    """The stamp passed to :func:`write_sources`; empty if there is no record."""
     return str(read_object(record_of(image)).get("stamp", ""))
 
 
 def read_channels(sources: ChannelSources, preset: Preset) -> Volume:
-    """Read a case on its display channel's grid; an optional channel that it lacks is zeros.
+    """Read a case on its display channel's grid; an optional channel that is missing is zero.
 
-    Other channels are brought onto that grid by their affines, with linear interpolation; beyond their ends is 0.
+    Other channels are resampled to that grid by their affines, with linear interpolation; outside of them, voxels are
+    0.
 
     Raises:
-        ImageError: when a required channel is missing, or a file cannot be used.
+        ImageError: if a required channel is missing, or if a file cannot be used.
     """
     sources.check()
     volume = _read_stacked(next(iter(sources.files.values())), preset) if sources.stacked else _read(sources, preset)
@@ -126,7 +127,7 @@ def read_channels(sources: ChannelSources, preset: Preset) -> Volume:
 
 
 def _read(sources: ChannelSources, preset: Preset) -> Volume:
-    display = preset.channels[preset.display_channel].name  # never optional, so that it is there
+    display = preset.channels[preset.display_channel].name  # never optional, so it exists
     shown = sources.shown or sources.files[display]
     grid_of = next((name for name, file in sources.files.items() if file == shown), display)
     base = read_volume(shown)
@@ -163,13 +164,13 @@ def _lies_on(display: Volume, other: Volume) -> bool:
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without the ending of an image."""
+    """A file's name without the extension of an image."""
     endings = [end for end in (*NIFTI_SUFFIXES, *NRRD_SUFFIXES) if path.name.lower().endswith(end)]
     return path.name[: -len(max(endings, key=len))] if endings else path.name
 
 
 def read_sources(image: Path) -> dict[str, ChannelSources]:
-    """What :func:`write_sources` was given for an image; empty where nothing is written down, or no more readable."""
+    """The sources passed to :func:`write_sources` for an image; empty without a readable record."""
     try:
         return {name: _from_json(one) for name, one in read_object(record_of(image)).get("presets", {}).items()}
     except (KeyError, TypeError, AttributeError) as error:

@@ -13,27 +13,28 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import MapTransform, Randomizable
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 
-# A displacement is drawn at every fourth voxel: it is smoother than that, and costs a sixty-fourth.
+# Displacements are drawn at every fourth voxel only, which suffices for their smoothness and costs a sixty-fourth.
 CELL_VOXELS = 4
-# Deviations of the Gaussian and the factor after it, both as MONAI's Rand3DElastic has them, in voxels.
+# Standard deviation of the Gaussian and magnitude of the displacement in voxels, as in MONAI's Rand3DElastic.
 SMOOTHNESS_VOXELS = (5.0, 7.0)
 MAGNITUDE_VOXELS = (30.0, 90.0)
 
 
 class RandDeformd(MapTransform, Randomizable):
-    """Moves crops of shape (1, X, Y, Z) as MONAI's ``RandAffine`` and then ``Rand3DElastic`` would, looking once.
+    """Deforms crops of shape (1, X, Y, Z) like MONAI's ``RandAffine`` and ``Rand3DElastic``, with one resampling.
 
-    One resampling instead of two blurs an image less, and a displacement is drawn on a coarse grid: drawing crops must
-    keep up with a GPU that trains on them, and takes cores from a CPU that does. Beyond an end its voxel is repeated.
+    One resampling instead of two blurs an image less, and the displacement is drawn on a coarse grid: augmentation has
+    to keep up with training on a GPU, and takes cores from training on a CPU. Outside of the crop, its border voxels
+    are repeated.
 
     Args:
-        keys: of the dictionary; all of one shape, moved alike.
+        keys: dictionary keys; their volumes have one shape and are deformed alike.
         modes: ``bilinear`` or ``nearest`` for each key.
-        affine_probability: of rotation, zoom and shift, together.
-        rotation_radians: most, about each axis.
-        zoom: most, as a share, along each axis.
-        translation_voxels: most, along each axis.
-        elastic_probability: of a smooth displacement, of up to two voxels.
+        affine_probability: probability of rotation, zoom and shift, which are applied together.
+        rotation_radians: largest angle about each axis.
+        zoom: largest relative zoom along each axis.
+        translation_voxels: largest shift along each axis.
+        elastic_probability: probability of a smooth displacement of up to two voxels.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class RandDeformd(MapTransform, Randomizable):
         self.rotation_radians, self.zoom, self.translation_voxels = rotation_radians, zoom, translation_voxels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Draw a movement, or none, and apply it to each key."""
+        """Draw a deformation, or none, and apply it to each key."""
         changed = dict(data)
         shape, device = tuple(changed[self.keys[0]].shape[1:]), changed[self.keys[0]].device
         matrix = self._draw_affine() if self.R.random() < self.affine_probability else None
@@ -68,18 +69,18 @@ class RandDeformd(MapTransform, Randomizable):
         return changed
 
     def _draw_affine(self) -> npt.NDArray[np.float64]:
-        """A 4x4 matrix in voxels from the crop's middle."""
+        """A 4x4 matrix in voxels relative to the crop's centre."""
         angles, zooms, shifts = self.R.uniform(-1, 1, (3, 3))
         rotate = create_rotate(3, list(angles * self.rotation_radians))
         translate = create_translate(3, list(shifts * self.translation_voxels))
         return np.asarray(rotate @ translate @ create_scale(3, list(1 + zooms * self.zoom)))
 
     def _draw_displacement(self, shape: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
-        """Voxels along each axis, of shape (3, X, Y, Z)."""
+        """Displacement in voxels along each axis, shape (3, X, Y, Z)."""
         cells = [-(-size // CELL_VOXELS) + 1 for size in shape]
         noise = torch.from_numpy(self.R.uniform(-1, 1, (1, 3, *cells)).astype(np.float32)).to(device)
         smooth: torch.Tensor = GaussianFilter(3, self.R.uniform(*SMOOTHNESS_VOXELS) / CELL_VOXELS).to(device)(noise)
-        # A Gaussian averages fewer places here than it would among all voxels, and so leaves more of white noise.
+        # On the coarse grid a Gaussian averages fewer samples than on all voxels, and so reduces white noise less.
         factor = self.R.uniform(*MAGNITUDE_VOXELS) * CELL_VOXELS**-1.5
         return F.interpolate(factor * smooth, tuple(shape), mode="trilinear", align_corners=True)[0]
 
@@ -90,16 +91,16 @@ def sampling_grid(
     displacement: torch.Tensor | None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Where each voxel of the result looks.
+    """The position in the volume from which each voxel of the result is sampled.
 
     Args:
-        shape: of the volume.
-        matrix: 4x4, from places in the result to places in the volume, in voxels from the middle.
-        displacement: voxels that are added to a place in the result first, of shape (3, X, Y, Z); None: none.
-        device: where the grid is made.
+        shape: shape of the volume.
+        matrix: 4x4, from positions in the result to positions in the volume, in voxels relative to the centre.
+        displacement: voxels that are first added to a position in the result, shape (3, X, Y, Z); None for none.
+        device: device of the grid.
 
     Returns:
-        Of shape (1, X, Y, Z, 3), as ``grid_sample`` takes it with ``align_corners``.
+        Grid of shape (1, X, Y, Z, 3), for ``grid_sample`` with ``align_corners``.
     """
     middles = [(size - 1) / 2 for size in shape]
     places = []

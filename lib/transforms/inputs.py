@@ -1,4 +1,4 @@
-"""Reading what a preset's network takes, whether that is one image or a case of several sequences."""
+"""Reads the input of a preset's network, which is one image or a case of several sequences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_input(image: Path, preset: Preset) -> Volume:
     """Read an image, or for a preset with channels the case that it belongs to.
 
     Args:
-        image: a file or a DICOM folder. Of a case of several sequences the file beside which its sources are written
-            down, a 4D file, or a folder of files that are named by their channels.
-        preset: the task.
+        image: a file or a DICOM folder. For a case of several sequences, it is the file next to which its sources are
+            recorded, a 4D file, or a folder of files that are named by their channels.
+        preset: the preset.
 
     Raises:
-        FileKindError, MemoryBudgetError, ImageError: as :func:`read_volume`; also when a required channel is missing.
+        FileKindError, MemoryBudgetError, ImageError: see :func:`read_volume`; also if a required channel is missing.
     """
     return read_channels(sources_of(image, preset), preset) if preset.channels else read_volume(image)
 
@@ -37,7 +37,7 @@ def sources_of(image: Path, preset: Preset) -> ChannelSources:
     """The files of the case that an image belongs to.
 
     Raises:
-        ImageError: when nothing is known of other sequences of it.
+        ImageError: if no other sequences of the image are known.
     """
     kept = read_sources(image)
     if preset.name in kept:

@@ -1,4 +1,4 @@
-"""Intensities that a network can compare, with one copy of an image and no more."""
+"""Normalisation of intensities, with only one copy of an image in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _BetweenEnds(MapTransform):
     """Base of the transforms that map the intensities of MetaTensors by a lower and an upper bound.
 
     Args:
-        keys: of the dictionary.
+        keys: dictionary keys.
         lower: the lower bound.
         upper: the upper bound.
     """
@@ -26,7 +26,7 @@ class _BetweenEnds(MapTransform):
         self.lower, self.upper = lower, upper
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Change each key; what was given stays as it is."""
+        """Transform each key; the input is not modified."""
         changed = dict(data)
         for key in self.key_iterator(changed):
             image: MetaTensor = changed[key]
@@ -35,27 +35,27 @@ class _BetweenEnds(MapTransform):
 
     @abstractmethod
     def _change(self, voxels: torch.Tensor) -> torch.Tensor:
-        """The new voxels."""
+        """The transformed voxels."""
 
 
 class Clipped(_BetweenEnds):
-    """Clips an image to ``lower`` and ``upper``."""
+    """Clips the intensities of an image to ``lower`` and ``upper``."""
 
     def _change(self, voxels: torch.Tensor) -> torch.Tensor:
         return voxels.clamp(self.lower, self.upper)
 
 
 class Windowed(_BetweenEnds):
-    """Scales an intensity window to [0, 1]: ``lower`` and all below becomes 0, ``upper`` and all above 1."""
+    """Scales an intensity window to [0, 1]; values outside of it become 0 or 1."""
 
     def _change(self, voxels: torch.Tensor) -> torch.Tensor:
         return (voxels - self.lower).div_(self.upper - self.lower).clamp_(0, 1)
 
 
 class ClippedToPercentiles(_BetweenEnds):
-    """Clips an image to two of its own percentiles, as MONAI's ``ClipIntensityPercentilesd`` without soft ends.
+    """Clips an image to two of its own percentiles, like MONAI's ``ClipIntensityPercentilesd`` with hard limits.
 
-    MONAI's sorts the image for each of the two; on the host neither is needed to find them.
+    MONAI's transform sorts the image for each of the percentiles, which is not necessary on the host.
     """
 
     def _change(self, voxels: torch.Tensor) -> torch.Tensor:
@@ -65,13 +65,13 @@ class ClippedToPercentiles(_BetweenEnds):
 
 
 class EachChannel(MapTransform):
-    """Changes each channel of a MetaTensor of shape (C, X, Y, Z) by its own transforms.
+    """Transforms each channel of a MetaTensor of shape (C, X, Y, Z) by its own transforms.
 
-    A channel that is 0 everywhere stays so: it stands for a sequence that the case lacks.
+    A channel that is 0 everywhere is not changed: it represents a sequence that the case lacks.
 
     Args:
-        key: of the dictionary.
-        chains: for each channel the transforms of dictionaries with ``key`` of shape (1, X, Y, Z).
+        key: dictionary key.
+        chains: for each channel, the transforms of dictionaries with ``key`` of shape (1, X, Y, Z).
     """
 
     def __init__(self, key: str, chains: Sequence[Sequence[Transform]]) -> None:
@@ -79,7 +79,7 @@ class EachChannel(MapTransform):
         self.key, self.chains = key, [Compose(list(chain)) for chain in chains]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Change each channel."""
+        """Transform each channel."""
         image: MetaTensor = data[self.key]
         plain = image.as_subclass(torch.Tensor)
         if len(plain) != len(self.chains):

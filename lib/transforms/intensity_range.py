@@ -1,4 +1,4 @@
-"""Whether an image's intensities fit its modality: a CT in Hounsfield units, an MR in any but those."""
+"""Checks whether intensities match the modality: Hounsfield units for CT, and other values for MR."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lib.transforms.volume import Volume, reading_warning
 MOST_SAMPLES = 500_000
 SMALLEST_RANGE_HU = 100.0
 HIGHEST_DARK_HU = -50.0
-"""Air (-1000 HU) or fat (-100 HU) is in every CT of a body."""
+"""Highest first-percentile value of a CT: every CT of a body contains air (-1000 HU) or fat (-100 HU)."""
 DENSE_HU = (700.0, 1400.0)
 MOST_DENSE_SHARE = 0.1
-"""Dense bone: a few per cent of a body at most. Soft tissue lies there when 1024 has been added."""
+"""Largest share of dense bone, which is a few per cent of a body; soft tissue appears as bone if 1024 was added."""
 LOWEST_BRIGHT_HU = -150.0
 LOWEST_MR = -500.0
 
 
 def warnings_of(volume: Volume, preset: Preset) -> list[str]:
-    """What a user should know of an image before its segmentation is used, one sentence each."""
+    """Warnings to show before the segmentation of an image is used, one sentence each."""
     warnings = (range_warning(volume.voxels, preset.modality), reading_warning(volume.grid), *volume.notes)
     return [warning for warning in warnings if warning]
 
 
 def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
-    """What is odd about an image's intensities for a modality; empty for nothing.
+    """A sentence on intensities that are unusual for the modality; empty if they are usual.
 
-    Percentiles of at most half a million voxels, evenly drawn, so that single voxels and paddings do not count.
+    It uses percentiles of at most half a million evenly spaced voxels, so that outliers and padding have no effect.
 
     Args:
         voxels: intensities, of any shape.
@@ -50,14 +50,14 @@ def range_warning(voxels: npt.NDArray[np.generic], modality: str) -> str:
 
 
 def misfit(voxels: npt.NDArray[np.generic], modality: str, served_modalities: Collection[str]) -> str:
-    """Why an image is rather for a preset of another modality that is served too; empty where it is not.
+    """Why an image rather belongs to a preset of another modality that is also served; empty if it does not.
 
-    A folder with CT and MR is one pool: nobody should be handed an MR to label the organs of a CT in it.
+    A folder with CT and MR is one pool, but nobody should have to label the organs of a CT in an MR image.
 
     Args:
         voxels: intensities, of any shape.
-        modality: of the preset in question.
-        served_modalities: of all presets that are served.
+        modality: modality of the preset.
+        served_modalities: modalities of all served presets.
     """
     if not (warning := range_warning(voxels, modality)):
         return ""
@@ -70,10 +70,10 @@ def misfit(voxels: npt.NDArray[np.generic], modality: str, served_modalities: Co
 def check_modality(
     voxels: npt.NDArray[np.generic], preset: Preset, served_modalities: Collection[str], name: str
 ) -> None:
-    """Refuse an image that is rather for a preset of another modality that is served too.
+    """Refuse an image that rather belongs to a preset of another modality that is also served.
 
     Raises:
-        OtherModalityError: saying why.
+        OtherModalityError: stating the reason.
     """
     if reason := misfit(voxels, preset.modality, served_modalities):
         raise OtherModalityError(f"image {name!r} is not for {preset.name!r}: {reason}")

@@ -1,4 +1,4 @@
-"""From the network's label volume back to the image's own grid, and what is said about it."""
+"""Restores the network's label volume to the image's own grid, and measures the labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.transforms.volume import Affine, FloatArray
 LabelArray = npt.NDArray[np.uint8]
 
 EDGE_TOLERANCE_VOXELS = 1e-3
-# of a voxel that lies wholly in one label, when indicators are interpolated in eight bits
+# weight of a voxel that lies entirely in one label, when indicators are interpolated in eight bits
 FULL_WEIGHT = 255
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
@@ -25,21 +25,21 @@ _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 def restore_to_grid(
     labels: LabelArray, affine_labels: Affine, shape: tuple[int, ...], affine_image: Affine
 ) -> LabelArray:
-    """Bring a label volume onto another grid by nearest neighbour.
+    """Resample a label volume to another grid by nearest neighbour.
 
-    Orientation, spacing and padding permute, flip and scale axes but never mix them, so that each output index along
-    an axis comes from one input index: three look-ups instead of a resampling of the volume. Only a sheared grid, as
-    a CT with a tilted gantry has, needs the latter.
+    Orientation, spacing and padding permute, flip and scale axes but never mix them. Each output index along an axis
+    then corresponds to one input index, so that three index look-ups replace a resampling of the volume. Only a sheared
+    grid, as of a CT with a tilted gantry, needs a resampling.
 
     Args:
         labels: shape (I, J, K).
-        affine_labels: 4x4, from its voxels to millimetres in RAS.
-        shape: shape of the wanted grid.
-        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
+        affine_labels: 4x4, from voxel indices of the labels to millimetres in RAS.
+        shape: shape of the target grid.
+        affine_image: 4x4, from voxel indices of the target grid to millimetres in RAS.
 
     Returns:
-        Labels of shape ``shape``; 0 outside the given volume. They lie in memory as files have them, in Fortran's
-        order: it is the smaller of the two volumes that is turned.
+        Labels of shape ``shape``; 0 outside the given volume. The array is in Fortran order, as files store it; the
+        smaller of the two volumes is transposed.
     """
     image_to_labels = np.linalg.inv(affine_labels) @ affine_image
     source_axes = _source_axes(image_to_labels)
@@ -61,19 +61,19 @@ def restore_by_interpolation(
     affine_image: Affine,
     chunk_numbers: int = CHUNK_NUMBERS,
 ) -> LabelArray:
-    """Bring a label volume onto a finer grid with smooth borders.
+    """Resample a label volume to a finer grid with smooth borders.
 
     Each label's indicator (1 inside, 0 outside) is interpolated linearly, and a voxel takes the label of the largest
     value, background included. Where the grids coincide, the result is that of :func:`restore_to_grid`. It is computed
-    slab by slab, each label only inside of its box, so that beside the result only some tens of megabytes are needed.
-    On a sheared grid it falls back to the nearest neighbour.
+    slab by slab, each label only inside of its bounding box, so that only some tens of megabytes are needed in addition
+    to the result. On a sheared grid it falls back to the nearest neighbour.
 
     Args:
         labels: shape (I, J, K).
-        affine_labels: 4x4, from its voxels to millimetres in RAS.
-        shape: shape of the wanted grid.
-        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
-        chunk_numbers: voxels of a slab.
+        affine_labels: 4x4, from voxel indices of the labels to millimetres in RAS.
+        shape: shape of the target grid.
+        affine_image: 4x4, from voxel indices of the target grid to millimetres in RAS.
+        chunk_numbers: number of voxels of a slab.
 
     Returns:
         Labels of shape ``shape`` in Fortran's order; 0 outside the given volume.
@@ -104,7 +104,7 @@ def _add_indicator(
     positions: list[npt.NDArray[np.float64]],
     slab: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Interpolate one label's indicator, and let it win where it weighs most; total is the weight of all labels."""
+    """Interpolate one label's indicator, and assign the label where its weight is largest; total sums all weights."""
     near = [
         np.flatnonzero((position > part.start - 1) & (position < part.stop))
         for part, position in zip(box, positions, strict=True)
@@ -116,7 +116,7 @@ def _add_indicator(
     weight = (crop == index).float().mul_(FULL_WEIGHT)
     for place, (places, start) in enumerate(zip(near, lower, strict=True)):
         weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][places] - start))
-    # Truncated, not rounded: the weights of all labels of a voxel stay within eight bits.
+    # Weights are truncated and not rounded, so that their sum over all labels fits into eight bits.
     share = weight.to(torch.uint8)
     winners, best, total = (part[tuple(slice(places[0], places[-1] + 1) for places in near)] for part in slab)
     wins = share > best
@@ -128,13 +128,13 @@ def _add_indicator(
 def interpolate_to_grid(
     values: npt.NDArray[np.float16] | FloatArray, affine_values: Affine, shape: tuple[int, ...], affine_image: Affine
 ) -> FloatArray:
-    """Bring a map of the network's grid onto another grid by linear interpolation.
+    """Resample a scalar map on the network's grid to another grid by linear interpolation.
 
     Args:
         values: shape (I, J, K).
-        affine_values: 4x4, from its voxels to millimetres in RAS.
-        shape: shape of the wanted grid.
-        affine_image: 4x4, from the wanted grid's voxels to millimetres in RAS.
+        affine_values: 4x4, from voxel indices of the map to millimetres in RAS.
+        shape: shape of the target grid.
+        affine_image: 4x4, from voxel indices of the target grid to millimetres in RAS.
 
     Returns:
         float32 of shape ``shape`` in Fortran's order; 0 outside the given volume.
@@ -159,15 +159,16 @@ def interpolate_to_grid(
 def drop_uncertain_components(
     labels: LabelArray, entropy: npt.NDArray[np.floating[Any]], limits: Mapping[int, float]
 ) -> LabelArray:
-    """Turn into background each connected component (26 neighbours) of a label that is uncertain in every part.
+    """Turn each connected component (26 neighbours) of a label that is uncertain everywhere into background.
 
-    A structure's border is uncertain, its inside is not: the most certain tenth of a component's voxels decides, so
-    that thin structures are judged as large ones are.
+    The border of a structure is always uncertain. The most certain tenth of a component's voxels therefore decides, so
+    that thin structures are judged like large ones.
 
     Args:
         labels: shape (X, Y, Z).
         entropy: of each voxel, from 0 (certain) to 1, of the same shape.
-        limits: by label, the entropy that the 10th percentile of a component may have; other labels are kept whole.
+        limits: for each label, the largest allowed 10th percentile of a component's entropy; other labels are not
+            changed.
     """
     result = labels.copy(order="K")
     for index, box in enumerate(find_boxes(labels), start=1):
@@ -191,8 +192,9 @@ def keep_largest_components(
 
     Args:
         labels: shape (X, Y, Z).
-        indices: the labels that this is done for; all if not given.
-        share: of the largest component's voxels, with which another component is kept too; only the largest at 1.
+        indices: labels to process; all by default.
+        share: size, as a share of the largest component, from which other components are kept too; 1 keeps only the
+            largest.
     """
     result = labels.copy(order="K")
     for index, box in enumerate(find_boxes(labels), start=1):
@@ -214,13 +216,14 @@ def measure_labels(
     preset: Preset,
     boxes: Sequence[tuple[slice, ...] | None] | None = None,
 ) -> dict[str, dict[str, object]]:
-    """Voxels, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present.
+    """Voxel count, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present.
 
     Args:
         labels: shape (X, Y, Z).
         affine_ras: 4x4, voxel indices to millimetres in RAS.
-        preset: names the labels.
-        boxes: of each value from 1 on, where they are known: a part that holds all its voxels, None for none.
+        preset: provides the names of the labels.
+        boxes: for each value from 1 on, a box that holds all of its voxels, None for a value without voxels; computed
+            if not given.
     """
     voxel_ml = abs(float(np.linalg.det(affine_ras[:3, :3]))) / 1000
     measures: dict[str, dict[str, object]] = {}
@@ -244,12 +247,14 @@ def measure_labels(
 
 
 def _count_and_centre(labels: LabelArray, index: int) -> tuple[int, npt.NDArray[np.float64]]:
-    """Voxels of a label, and the mean of their places; plane by plane as they lie in memory, without a list of them."""
+    """Number of voxels of a label and their mean position, computed plane by plane in memory order."""
     if labels.strides[0] < labels.strides[-1]:
         voxels, centre = _count_and_centre(labels.T, index)
         return voxels, centre[::-1]
     across = np.stack([np.ones(labels.shape[2]), np.arange(labels.shape[2])], axis=1)
-    sums = np.stack([(plane == index).astype(np.float64) @ across for plane in labels])  # of each row: voxels, places
+    sums = np.stack(
+        [(plane == index).astype(np.float64) @ across for plane in labels]
+    )  # for each row: count and sum of positions
     rows = sums[..., 0]
     voxels = rows.sum()
     if not voxels:
@@ -259,7 +264,7 @@ def _count_and_centre(labels: LabelArray, index: int) -> tuple[int, npt.NDArray[
 
 
 def find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:
-    """The box of each label from 1 on, up to the highest or to ``most``; walked through as the labels lie in memory."""
+    """The bounding box of each label from 1 on, up to the highest or to ``most``; voxels are read in memory order."""
     if labels.flags.f_contiguous:
         return [box and box[::-1] for box in ndimage.find_objects(labels.T, most)]
     boxes: list[tuple[slice, ...] | None] = ndimage.find_objects(labels, most)
@@ -267,7 +272,7 @@ def find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | No
 
 
 def _resample(labels: LabelArray, image_to_labels: Affine, shape: tuple[int, ...]) -> LabelArray:
-    """Nearest neighbour for grids of any position to each other."""
+    """Nearest-neighbour resampling between any two grids."""
     matrix, offset = image_to_labels[:3, :3], image_to_labels[:3, 3]
     resampled: LabelArray = ndimage.affine_transform(
         labels, matrix, offset, shape, order=0, mode="grid-constant", cval=0
@@ -276,7 +281,7 @@ def _resample(labels: LabelArray, image_to_labels: Affine, shape: tuple[int, ...
 
 
 def _source_axes(image_to_labels: Affine) -> npt.NDArray[np.int64] | None:
-    """Which axis of the wanted grid runs along each axis of the given one; None for a sheared grid."""
+    """For each axis of the given grid, the parallel axis of the target grid; None for a sheared grid."""
     source_axes: npt.NDArray[np.int64] = np.abs(image_to_labels[:3, :3]).argmax(axis=1)
     permutes = sorted(source_axes) == [0, 1, 2] and _only(image_to_labels[:3, :3], source_axes)
     return source_axes if permutes else None
@@ -285,7 +290,7 @@ def _source_axes(image_to_labels: Affine) -> npt.NDArray[np.int64] | None:
 def _positions(
     image_to_given: Affine, source_axes: npt.NDArray[np.int64], shape: tuple[int, ...]
 ) -> tuple[list[int], list[npt.NDArray[np.float64]]]:
-    """Axes of the given grid, that along the image's last axis first, and where the image's planes lie on each."""
+    """Axes of the given grid, the one along the image's last axis first, and the image planes' positions on each."""
     axes: list[int] = np.argsort(source_axes)[::-1].tolist()
     positions = []
     for axis in axes:
@@ -295,16 +300,17 @@ def _positions(
 
 
 def _turned(volume: npt.NDArray[Any], axes: list[int]) -> torch.Tensor:
-    """With its axes in another order, also in memory; NumPy takes twice as long."""
+    """The volume with permuted axes, also in memory; NumPy would take twice as long."""
     return torch.from_numpy(volume).permute(*axes).contiguous()
 
 
 def _without_outside(
     restored: npt.NDArray[Any], axes: list[int], positions: list[npt.NDArray[np.float64]], given: tuple[int, ...]
 ) -> npt.NDArray[Any]:
-    """Set to 0 what does not lie in the given volume, whose axes are numbered by ``axes``.
+    """Set voxels outside of the given volume, whose axes are numbered by ``axes``, to 0.
 
-    By position, not by rounded index: at twice the spacing, the last voxel lies exactly half a voxel outside.
+    The exact position decides and not the rounded index: at twice the spacing, the last voxel lies exactly half a voxel
+        outside.
     """
     reach = 0.5 + EDGE_TOLERANCE_VOXELS
     for place, (axis, position) in enumerate(zip(axes, positions, strict=True)):
@@ -315,7 +321,7 @@ def _without_outside(
 
 
 def _only(matrix: npt.NDArray[np.float64], source_axes: npt.NDArray[np.int64]) -> bool:
-    """Whether each row of ``matrix`` has nothing but the entry at its source axis."""
+    """Whether each row of ``matrix`` has its only nonzero entry at its source axis."""
     rest = matrix.copy()
     rest[np.arange(3), source_axes] = 0
     return bool(np.abs(rest).max() < 1e-3)

@@ -1,4 +1,4 @@
-"""The one chain from a volume to what the network sees, for inference, training and validation alike."""
+"""The preprocessing chain from a volume to the network's input, shared by inference, training and validation."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compo
     """Build the deterministic chain: orientation, clipping, spacing, intensity, padding to the window.
 
     Args:
-        preset: the task.
+        preset: the preset.
         keys: ``("image",)``, or ``("image", "label")`` for training.
 
     Returns:
         A transform of dictionaries whose ``keys`` are MetaTensors of shape (1, X, Y, Z) with an affine; the image
-        comes out as float32, the label with the values that it had.
+        becomes float32, the label keeps its values.
     """
     modes = ["bilinear" if key == IMAGE else "nearest" for key in keys]
     padding = ["edge" if preset.padding == "edge" and key == IMAGE else "constant" for key in keys]
@@ -55,9 +55,10 @@ def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compo
 def as_meta_tensor(
     voxels: npt.NDArray[np.generic], affine_ras: Affine, device: torch.device | None = None
 ) -> MetaTensor:
-    """Wrap an array of shape (X, Y, Z) as the (1, X, Y, Z) MetaTensor that the chain takes, on the host if not told.
+    """Wrap an array of shape (X, Y, Z) as the (1, X, Y, Z) MetaTensor that the chain takes, by default on the host.
 
-    It lies in memory as the array does: files have X side by side, and to turn a CT of 512x512x200 takes a second.
+    The memory order of the array is kept: files store X contiguously, and to transpose a CT of 512x512x200 takes a
+    second.
     """
     if voxels.flags.f_contiguous:
         tensor = torch.from_numpy(voxels.T).permute(2, 1, 0)[None]
@@ -67,7 +68,7 @@ def as_meta_tensor(
 
 
 def volume_tensor(volume: Volume, device: torch.device | None = None) -> MetaTensor:
-    """A volume as the (channels, X, Y, Z) MetaTensor that the chain takes; one channel where it has no sequences."""
+    """A volume as a (channels, X, Y, Z) MetaTensor for the chain; one channel if it has no sequences."""
     if not volume.channels:
         return as_meta_tensor(volume.voxels, volume.affine_ras, device)
     tensor = torch.stack([torch.from_numpy(np.ascontiguousarray(channel)) for channel in volume.channels])
@@ -75,12 +76,12 @@ def volume_tensor(volume: Volume, device: torch.device | None = None) -> MetaTen
 
 
 def preprocess_volume(volume: Volume, preset: Preset, device: torch.device | None = None) -> MetaTensor:
-    """Return what the network sees of ``volume``: (channels, X, Y, Z), float32, with its own affine.
+    """Return the network's input for ``volume``: shape (channels, X, Y, Z), float32, with its own affine.
 
     Args:
         volume: the image.
-        preset: the task.
-        device: where it is computed and stays; the host if not given.
+        preset: the preset.
+        device: device of the computation and the result; by default the host.
     """
     image = volume_tensor(volume, device)
     data: dict[Hashable, MetaTensor] = {IMAGE: image}
@@ -89,7 +90,7 @@ def preprocess_volume(volume: Volume, preset: Preset, device: torch.device | Non
 
 
 def network_shape(shape: Sequence[int], affine_ras: Affine, preset: Preset) -> tuple[int, int, int]:
-    """The (X, Y, Z) of what :func:`preprocess_volume` returns for such a volume, without making it."""
+    """The shape (X, Y, Z) of the result of :func:`preprocess_volume`, without computing it."""
     turn = nib.orientations.ornt_transform(
         nib.io_orientation(affine_ras), nib.orientations.axcodes2ornt(tuple(preset.axcodes))
     )
@@ -105,8 +106,8 @@ def network_shape(shape: Sequence[int], affine_ras: Affine, preset: Preset) -> t
 def _clipping(preset: Preset) -> list[Transform]:
     """Clip to the intensity window before voxels are interpolated.
 
-    So a CT of the full range of Hounsfield units and the same CT stored clipped give the network the same: a border
-    between air and skin, interpolated first, would lie elsewhere.
+    A CT with the full range of Hounsfield units and the same CT stored with clipped values then give the same input: if
+    voxels were interpolated first, the border between air and skin would move.
     """
     if preset.channels:
         return [

@@ -1,8 +1,8 @@
-"""Voxel sizes, without copies that a large volume has no room for.
+"""Resampling to another voxel size without copies for which a large volume leaves no memory.
 
-Linear interpolation goes axis by axis: that is what a resampling is when grids are not turned against each other.
-A trilinear weight is the product of three linear ones, so that three one-dimensional interpolations give the same
-voxels as MONAI's ``Spacing``, without a grid of coordinates (three float64 numbers a voxel) and without a float64 copy
+Linear interpolation is done axis by axis, which is equivalent to resampling between grids with parallel axes. A
+trilinear weight is the product of three linear ones, so that three one-dimensional interpolations give the same voxels
+as MONAI's ``Spacing``, without a grid of coordinates (three float64 values for each voxel) and without a float64 copy
 of the image.
 """
 
@@ -15,7 +15,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-# Numbers that are interpolated at a time: what is held beside the input and the output is some tens of megabytes.
+# Values that are interpolated at a time, so that temporary arrays take some tens of megabytes.
 CHUNK_NUMBERS = 8_000_000
 
 TOLERANCE_MM = 1e-3
@@ -29,11 +29,11 @@ def interpolate_axis(
     Args:
         volume: floating-point, any shape.
         axis: the axis.
-        position: where to look along it, in voxels, in any order; beyond an end its voxel is repeated.
-        chunk_numbers: how many numbers are interpolated at a time.
+        position: positions along the axis, in voxels, in any order; outside of the axis, its end voxel is repeated.
+        chunk_numbers: number of values that are interpolated at a time.
 
     Returns:
-        As ``volume``, with ``len(position)`` places along ``axis``.
+        An array like ``volume``, with length ``len(position)`` along ``axis``.
 
     >>> interpolate_axis(torch.tensor([0.0, 10.0, 30.0]), 0, torch.tensor([0.5, 2.0, 9.0])).tolist()
     [5.0, 30.0, 30.0]
@@ -58,14 +58,14 @@ def interpolate_axis(
 
 
 class Resampled(MapTransform):
-    """Brings MetaTensors of shape (1, X, Y, Z) to another voxel size; the first voxel stays where it is.
+    """Resamples MetaTensors of shape (1, X, Y, Z) to another voxel size; the position of the first voxel is kept.
 
-    An axis whose voxels have the wanted size within a micrometre is left alone. What comes out lies in memory in the
-    order of its axes, whatever went in.
+    An axis whose voxel size equals the target within a micrometre is not changed. The result is contiguous in C order,
+    whatever the order of the input.
 
     Args:
-        keys: of the dictionary.
-        spacing_mm: wanted distance of voxels along each axis.
+        keys: dictionary keys.
+        spacing_mm: target voxel size along each axis.
         modes: ``bilinear`` or ``nearest`` for each key.
     """
 
@@ -83,8 +83,9 @@ class Resampled(MapTransform):
     def _resample(self, image: MetaTensor, mode: str) -> MetaTensor:
         affine, volume = image.affine.double().cpu().clone(), image.as_subclass(torch.Tensor)
         spacing = affine[:3, :3].norm(dim=0).tolist()
-        # The axis that loses most comes first: what follows has less to do. Of two alike, the one whose neighbours lie
-        # further apart in memory: whole rows are copied along it, and single voxels along the other.
+        # The axis with the largest reduction comes first, so that less data remains for the others. Of two equal ones,
+        # the axis with the larger memory stride comes first: along it whole rows are copied, along the other single
+        # voxels.
         kept = [round(spacing[axis] / self.spacing_mm[axis], 6) for axis in range(3)]
         for axis in sorted(range(3), key=lambda axis: (kept[axis], -volume.stride()[1 + axis])):
             have, wanted = spacing[axis], self.spacing_mm[axis]
@@ -98,14 +99,14 @@ class Resampled(MapTransform):
 
 
 def resampled_size(size: int, have_mm: float, wanted_mm: float) -> int:
-    """Voxels along an axis whose voxels become ``wanted_mm`` long: the last lies nearest to the old last."""
+    """Number of voxels of size ``wanted_mm`` along an axis; the last one lies nearest to the previous last one."""
     if abs(wanted_mm - have_mm) < TOLERANCE_MM:
         return size
     return round((size - 1) * have_mm / wanted_mm + 1)
 
 
 def _along(volume: torch.Tensor, axis: int, position: torch.Tensor, mode: str) -> torch.Tensor:
-    """Resample along an axis at fractional voxel positions; the result has the volume's memory layout."""
+    """Resample along an axis at fractional voxel positions; the result has the volume's memory order."""
     order = sorted(range(volume.ndim), key=lambda axis: -volume.stride()[axis])
     if order != list(range(volume.ndim)):
         turned = _along(volume.permute(order), order.index(axis), position, mode)

@@ -1,4 +1,4 @@
-"""Reading a volume from NIfTI, NRRD or a DICOM folder, and refusing what cannot be segmented."""
+"""Reads a volume from NIfTI, NRRD or a DICOM folder, and refuses volumes that cannot be segmented."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_NETWORK_VOXELS = 1_500_000_000
 GRID_TOLERANCE_VOXELS = 0.1
 SMALLEST_VOXEL_MM3 = 1e-12
 FARTHEST_MM = 1e7
-"""Lengths and distances beyond ten kilometres are no image's; the largest numbers overflow where they are squared."""
+"""Largest accepted length or distance, ten kilometres; much larger numbers overflow when they are squared."""
 
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
@@ -34,12 +34,12 @@ Affine = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the voxels of a 3D image lie.
+    """The voxel grid of a 3D image.
 
     Attributes:
         shape: (X, Y, Z).
-        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
-        other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
+        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads the header.
+        other_affine_ras: the affine as nibabel reads the header, if it differs; None if both agree.
     """
 
     shape: tuple[int, int, int]
@@ -48,13 +48,13 @@ class Grid:
 
     @property
     def readings(self) -> list[Grid]:
-        """The grid as ITK reads it, and where nibabel reads another one, that too."""
+        """The grid as ITK reads it, and the grid as nibabel reads it if it differs."""
         others = [] if self.other_affine_ras is None else [Grid(self.shape, self.other_affine_ras)]
         return [Grid(self.shape, self.affine_ras), *others]
 
     @property
     def tolerance_mm(self) -> float:
-        """How far apart two grids may lie and still be the same: a tenth of the shortest voxel edge."""
+        """Largest distance between grids that count as equal: a tenth of the shortest voxel edge."""
         return GRID_TOLERANCE_VOXELS * float(np.linalg.norm(self.affine_ras[:3, :3], axis=0).min())
 
 
@@ -64,10 +64,11 @@ class Volume:
 
     Attributes:
         voxels: intensities, shape (X, Y, Z), float32.
-        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads it.
-        other_affine_ras: the same as nibabel reads it, where that is another place; None where both agree.
-        channels: of a case of several sequences, each on this grid, in the preset's order; ``voxels`` is one of them.
-        notes: what was done to the channels so that they lie on it, one sentence each.
+        affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer) reads the header.
+        other_affine_ras: the affine as nibabel reads the header, if it differs; None if both agree.
+        channels: the sequences of a case of several, all on this grid, in the preset's order; ``voxels`` is one of
+            them.
+        notes: how channels were resampled to this grid, one sentence each.
     """
 
     voxels: FloatArray
@@ -78,24 +79,24 @@ class Volume:
 
     @property
     def grid(self) -> Grid:
-        """Where its voxels lie."""
+        """The voxel grid."""
         x, y, z = self.voxels.shape
         return Grid((x, y, z), self.affine_ras, self.other_affine_ras)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between neighbouring voxels along each array axis."""
+        """Voxel size along each array axis."""
         x, y, z = np.linalg.norm(self.affine_ras[:3, :3], axis=0)
         return float(x), float(y), float(z)
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a NIfTI or NRRD file, or a folder that holds one DICOM series. The content decides what it is.
+    """Read a NIfTI or NRRD file, or a folder with one DICOM series. The content decides on the format.
 
     Raises:
-        FileKindError: for a format that is not read here.
-        MemoryBudgetError: when its header promises more than memory holds.
-        ImageError: when it is missing, damaged, empty, not 3D, names another file, or its geometry is not one.
+        FileKindError: for a format that is not supported.
+        MemoryBudgetError: if the header announces more voxels than fit into memory.
+        ImageError: if it is missing, damaged, empty, not 3D, refers to another file, or has an invalid geometry.
     """
     header_and_voxels = None if _is_named_dicom(path) else find_voxels(path)
     if header_and_voxels is None:
@@ -110,7 +111,7 @@ def read_grid(path: Path) -> Grid:
     """The grid of an image; only headers are read.
 
     Raises:
-        FileKindError, ImageError: as :func:`read_volume`.
+        FileKindError, ImageError: see :func:`read_volume`.
     """
     header = None if _is_named_dicom(path) else find_header(path)
     if header is not None:
@@ -120,10 +121,10 @@ def read_grid(path: Path) -> Grid:
 
 
 def grid_of(header: ImageHeader, name: str) -> Grid:
-    """The grid that a file's header describes.
+    """The grid that a file header describes.
 
     Raises:
-        ImageError: when it is not 3D, or its geometry is not one.
+        ImageError: if it is not 3D, or has an invalid geometry.
     """
     grid = Grid(_spatial_shape(header.shape, name), _checked_affine(header.affine_ras, name))
     other = header.other_affine_ras
@@ -139,19 +140,19 @@ def grid_of(header: ImageHeader, name: str) -> Grid:
 
 
 def apart_mm(one: Grid, other: Grid) -> float:
-    """How far apart the corners of two grids of the same shape lie at most, in millimetres."""
+    """The largest distance between corresponding corners of two grids of the same shape, in millimetres."""
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
     corners[:, :3] *= np.array(other.shape) - 1
     return float(np.linalg.norm((corners @ (one.affine_ras - other.affine_ras).T)[:, :3], axis=1).max())
 
 
 def least_apart_mm(one: Grid, other: Grid) -> float:
-    """As :func:`apart_mm`, for the two readings that lie nearest, where ITK and nibabel read a file differently."""
+    """Like :func:`apart_mm`, for the nearest readings if ITK and nibabel read a file differently."""
     return min(apart_mm(a, b) for a in one.readings for b in other.readings)
 
 
 def reading_warning(grid: Grid) -> str:
-    """A sentence where ITK and nibabel place an image differently; empty where they agree."""
+    """A sentence if ITK and nibabel place an image differently; empty if they agree."""
     if grid.other_affine_ras is None:
         return ""
     apart = apart_mm(*grid.readings)
@@ -162,10 +163,10 @@ def reading_warning(grid: Grid) -> str:
 
 
 def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
-    """Refuse a volume that the preset's network cannot say anything sensible about.
+    """Refuse a volume that the preset's network cannot segment sensibly.
 
     Raises:
-        ImageError: when voxels are not finite or all equal, or the size or spacing is out of bounds.
+        ImageError: if voxels are not finite or all equal, or if size or spacing are out of bounds.
     """
     if len(volume.channels) != len(preset.channels):
         needed = ", ".join(channel.name for channel in preset.channels) or "none"
@@ -199,12 +200,12 @@ def check_segmentable(volume: Volume, preset: Preset, name: str) -> None:
 
 
 def _is_named_dicom(path: Path) -> bool:
-    """Whether it is DICOM without a look inside: a folder, or a file of that name."""
+    """Whether the name identifies DICOM: a folder, or a file with the extension."""
     return path.is_dir() or (path.name.lower().endswith(".dcm") and path.is_file())
 
 
 def _read_dicom(path: Path) -> Volume:
-    """A folder that holds one series, or a file that holds all its slices."""
+    """Read a folder with one series, or a file that holds all slices."""
     series = _read_series(path)
     return Volume(series.read_voxels(), _checked_affine(series.affine_ras, path.name))
 
@@ -215,7 +216,7 @@ def _read_series(path: Path) -> Series:
 
 
 def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """The three spatial axes; trailing axes of length one are no fourth dimension."""
+    """The three spatial axes; trailing axes of length one are ignored."""
     trimmed = list(shape)
     while len(trimmed) > 3 and trimmed[-1] == 1:
         trimmed.pop()
@@ -227,7 +228,7 @@ def _spatial_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 def _checked_affine(affine: Affine, name: str) -> Affine:
     affine_ras = np.asarray(affine, dtype=np.float64)
-    if affine_ras.shape != (4, 4) or not (np.abs(affine_ras) <= FARTHEST_MM).all():  # NaN is not either
+    if affine_ras.shape != (4, 4) or not (np.abs(affine_ras) <= FARTHEST_MM).all():  # NaN fails this too
         raise ImageError(f"image {name!r} has no usable affine: {affine_ras.tolist()}")
     if abs(np.linalg.det(affine_ras[:3, :3])) < SMALLEST_VOXEL_MM3:
         raise ImageError(f"image {name!r} has an affine without volume (an axis of spacing 0, or two parallel axes)")
@@ -235,7 +236,7 @@ def _checked_affine(affine: Affine, name: str) -> Affine:
 
 
 def _extent_at(volume: Volume, preset: Preset) -> list[float]:
-    """Voxels per anatomical axis that the volume would have at the preset's spacing."""
+    """Size of the volume along each anatomical axis, in voxels of the preset's spacing."""
     order = nib.io_orientation(volume.affine_ras)[:, 0]
     target = nib.orientations.axcodes2ornt(tuple(preset.axcodes))[:, 0]
     spacing_by_direction = {int(axis): preset.spacing_mm[i] for i, axis in enumerate(target)}
