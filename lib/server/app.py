@@ -26,7 +26,7 @@ from lib.server.http.encryption import limit_connections
 from lib.server.http.errors import register_error_handlers
 from lib.server.http.events import called_by_signal, closed_by_signals
 from lib.server.http.exposure import warn_if_closed_to_all, warn_if_exposed
-from lib.server.http.logs import set_log_format
+from lib.server.http.logs import access_lines_aside, set_log_format
 from lib.server.http.middleware import Surroundings
 from lib.server.http.origins import Origins
 from lib.server.http.proxies import Clients
@@ -91,7 +91,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     end_with_parent()
     uvicorn = serving_uvicorn()
     remove_log_configuration(uvicorn.config.log_config if uvicorn else None)
-    with own_temporary_folder(), switching_often():
+    with own_temporary_folder(), access_lines_aside(), switching_often():
         async with running_server(app):
             yield
 

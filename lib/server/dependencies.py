@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import anyio
 from fastapi import Depends
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.sessions import Sessions
@@ -34,6 +33,7 @@ from lib.server.loading import WeightsLoading
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
+from lib.server.readers import Readers
 from lib.server.services import Services, get_services
 from lib.server.tasks import InferenceTask, TasksByName, Versioned
 from lib.server.work.image_checks import ImageInspector
@@ -117,9 +117,9 @@ get_lanes = _reading(lambda services: services.inferences.lanes)
 """The devices."""
 LanesDep = Annotated[Lanes, Depends(get_lanes)]
 
-get_image_checks = _reading(lambda services: services.checks)
+get_readers = _reading(lambda services: services.readers)
 """The threads that read images or labels of a request, of which there are few, since each takes much memory."""
-ImageChecksDep = Annotated[anyio.CapacityLimiter, Depends(get_image_checks)]
+ReadersDep = Annotated[Readers, Depends(get_readers)]
 
 get_scoring_methods = _reading(lambda services: services.instance.scoring_methods)
 """The names of the scoring methods."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import anyio
 from fastapi import Request
 from monailabel.config import settings as stock_settings
 from monailabel.interfaces.app import MONAILabelApp
@@ -39,6 +38,7 @@ from lib.server.pages.cases.models import CaseModels
 from lib.server.pages.cases.pictures import Pictures
 from lib.server.pages.cases.view import CaseViews
 from lib.server.presented.cases import PresentedCases
+from lib.server.readers import Readers
 from lib.server.tasks import (
     InferenceTask,
     TasksByName,
@@ -62,9 +62,6 @@ from lib.trainers.task import UnetrTrainTask
 
 logger = logging.getLogger("unetr.server")
 
-# How many uploaded images are read at the same time to see whether they can be; each takes its size in memory.
-CHECKS_AT_ONCE = 2
-
 
 @dataclass(frozen=True)
 class Services:
@@ -80,7 +77,7 @@ class Services:
     inferences: InferenceQueue
     jobs: Jobs
     authenticator: Authenticator
-    checks: anyio.CapacityLimiter
+    readers: Readers
     metrics: Metrics
     prefetcher: Prefetcher
     scoring: BackgroundScoring
@@ -118,7 +115,8 @@ class Services:
         images = Images(store, studies, settings.image_roots, presented.case_of)
         inspector = ImageInspector(store, presets, instance.knowledge_by_preset, images.file)
         named = {name: task.preset.name for name, task in infer_tasks(instance.models).items()}
-        submissions = Submissions(store, presets, images.file, metrics, settings.unpacked_limit_mib, named)
+        readers, limit_mib = Readers(), settings.unpacked_limit_mib
+        submissions = Submissions(store, presets, images.file, metrics, limit_mib, named, readers=readers)
         segmentations = Segmentations(store, presented, presets, submissions)
         models = CaseModels(presets, infer_tasks(instance.models), automatic, store, images)
         _watch(metrics, instance, inferences, jobs, prefetcher)
@@ -133,7 +131,7 @@ class Services:
             inferences=inferences,
             jobs=jobs,
             authenticator=Authenticator(tokens, bool(stock_settings.MONAI_LABEL_AUTH_ENABLE)),
-            checks=anyio.CapacityLimiter(CHECKS_AT_ONCE),
+            readers=readers,
             metrics=metrics,
             prefetcher=prefetcher,
             scoring=BackgroundScoring(instance, jobs, inferences, settings.scoring_minutes),
@@ -144,7 +142,7 @@ class Services:
             images=images,
             submissions=submissions,
             segmentations=segmentations,
-            answers=Answers(images, store, segmentations, metrics, settings.unpacked_limit_mib),
+            answers=Answers(images, store, segmentations, metrics, limit_mib),
             image_inspector=inspector,
             next_case=NextCase(instance.strategies, store, presets, inspector, automatic, prefetcher),
             case_views=CaseViews(store, models, trainers, presented),

@@ -16,11 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lib.server.http.auth import is_let_in
 from lib.server.http.errors import describe, error_response, status_of
 from lib.server.http.events import topics_of
+from lib.server.http.logs import ACCESS
 from lib.server.http.origins import SAFE_METHODS
 from lib.server.http.request_id import HEADER, begin_request
 from lib.server.starting import tell_failure
 
-access = logging.getLogger("unetr.access")
+access = logging.getLogger(ACCESS)
 logger = logging.getLogger("unetr.server")
 
 MIB = 2**20

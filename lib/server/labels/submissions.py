@@ -27,6 +27,7 @@ from lib.server.http.metrics import Metrics
 from lib.server.http.names import check_tag
 from lib.server.http.parameters import check_fields
 from lib.server.http.uploads import check_header, temporary_folder
+from lib.server.readers import Readers
 from lib.transforms.volume import read_grid
 
 logger = logging.getLogger("unetr.server")
@@ -46,6 +47,7 @@ class Submissions:
         unpacked_limit_mib: most MiB of a mask once it is unpacked.
         models: the preset of each model that a client may name, those that take clicks and scribbles among them.
         hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
+        readers: of which one is taken while a label is read; not for as long as the disk takes to keep it.
     """
 
     store: VersionedDatastore
@@ -55,6 +57,7 @@ class Submissions:
     unpacked_limit_mib: int
     models: Mapping[str, str] = field(default_factory=dict)
     hooks: list[Callable[[LabelVersion], None]] = field(default_factory=list)
+    readers: Readers = field(default_factory=Readers)
 
     def submit(
         self, image_id: str, file: Path, tag: str, info: Mapping[str, Any], user: User, source: str
@@ -80,44 +83,62 @@ class Submissions:
         prediction = self.store.predictions.find(client, image_id)
         with temporary_folder() as folder:
             try:
-                check_fields(LabelParams, info)
-                names = names_in(file) if len(self.presets) > 1 else []
-                preset = choose_preset(self.presets, info, prediction, names, self.models)
-                checked = self._check(image_id, file, preset, info, folder)
+                with self.readers.reading:
+                    kept, submission = self._read(image_id, file, tag, info, user, source, prediction, folder)
             except InputError as error:
                 self._quarantine(file, str(error), image_id, tag, info, user, source)
                 raise error if isinstance(error, LabelError | FileKindError) else LabelError(str(error)) from error
-            made = source == INFERENCE
-            corrected = prediction is not None and not made and prediction.preset == preset.name
-            started_from = prediction if corrected else None
-            predicted_by: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
-            model_version, engine = (
-                str(predicted_by.get(key) or "")[:LONGEST_VALUE] for key in ("model_version", "engine")
-            )
-            changed = self._voxels_changed(started_from, checked, folder)
-            effort = self.store.effort.find(image_id, client)
-            submission = Submission(
-                image_id=image_id,
-                tag=tag,
-                user=user.name,
-                client_id=str(info.get("client_id") or "")[:LONGEST_VALUE],
-                preset=preset.name,
-                model_version=model_version,
-                engine=engine,
-                label_map=checked.mapped.label_map,
-                # what a model does not find is not there, by what it says
-                missing_labels=() if made else checked.mapped.missing,
-                voxels_changed=changed,
-                prompts_used=_prompts_used(info, effort),
-                seconds_spent=effort.seconds,
-                source=source,
-                notes=checked.notes,
-                info=info,
-            )
-            version = self.store.save_version(checked.file, submission, None if checked.file == file else file)
+            version = self.store.save_version(kept, submission, None if kept == file else file)
         self.store.effort.finish(image_id, client)
         self._saved(version)
         return version
+
+    def _read(
+        self,
+        image_id: str,
+        file: Path,
+        tag: str,
+        info: Mapping[str, Any],
+        user: User,
+        source: str,
+        prediction: Prediction | None,
+        folder: Path,
+    ) -> tuple[Path, Submission]:
+        """The file that is to be kept of a label, and what is to be known of it; its voxels are not needed any more.
+
+        Raises:
+            InputError: as :meth:`submit`.
+        """
+        check_fields(LabelParams, info)
+        names = names_in(file) if len(self.presets) > 1 else []
+        preset = choose_preset(self.presets, info, prediction, names, self.models)
+        checked = self._check(image_id, file, preset, info, folder)
+        made = source == INFERENCE
+        corrected = prediction is not None and not made and prediction.preset == preset.name
+        started_from = prediction if corrected else None
+        predicted_by: Mapping[str, Any] = info if made else vars(started_from) if started_from else {}
+        model_version, engine = (
+            str(predicted_by.get(key) or "")[:LONGEST_VALUE] for key in ("model_version", "engine")
+        )
+        effort = self.store.effort.find(image_id, user.client(info.get("client_id")))
+        return checked.file, Submission(
+            image_id=image_id,
+            tag=tag,
+            user=user.name,
+            client_id=str(info.get("client_id") or "")[:LONGEST_VALUE],
+            preset=preset.name,
+            model_version=model_version,
+            engine=engine,
+            label_map=checked.mapped.label_map,
+            # what a model does not find is not there, by what it says
+            missing_labels=() if made else checked.mapped.missing,
+            voxels_changed=self._voxels_changed(started_from, checked, folder),
+            prompts_used=_prompts_used(info, effort),
+            seconds_spent=effort.seconds,
+            source=source,
+            notes=checked.notes,
+            info=info,
+        )
 
     def keep_prediction(
         self, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str

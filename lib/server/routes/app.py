@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Depends, Request
+from monailabel.interfaces.exception import ImageNotFoundException
 from starlette.exceptions import HTTPException
 
 from lib.configs.preset import Preset
@@ -137,17 +138,38 @@ def next_sample(
     client = user.client(params.get("client_id"))
     store.leases.renew(client)
     asked = {"user": user.name, **params, "strategy": strategy}
-    chosen, lease = cases.choose(asked, client, not_shown_by(request, store, presented))
-    if chosen is None or lease is None:
-        return {}
-    image = chosen["id"]
-    store.effort.hand_out(image, client)
-    cases.compute_ahead(chosen)
-    known_info: dict[str, Any] = store.get_image_info(image)
-    handed_out = dict(known_info.get("strategy", {}))
-    handed_out[strategy] = {"ts": time.time(), "client_id": params.get("client_id", user.name)}
+    hidden = not_shown_by(request, store, presented)
+    while True:
+        chosen, lease = cases.choose(asked, client, hidden)
+        if chosen is None or lease is None:
+            return {}
+        try:
+            handed_out = note_handed_out(store, chosen["id"], strategy, params.get("client_id", user.name), client)
+        except ImageNotFoundException:  # it was deleted since it was chosen
+            store.leases.release(chosen["id"])
+            continue
+        cases.compute_ahead(chosen)
+        return chosen | handed_out | presented.attributes(chosen["id"]) | {"lease": lease.describe()}
+
+
+def note_handed_out(store: SeriesDatastore, image: str, strategy: str, named: str | int, client: str) -> dict[str, Any]:
+    """Remember who was handed a case and by which strategy; returns what is known of it.
+
+    Args:
+        store: the studies.
+        image: the case's id.
+        strategy: which chose it.
+        named: the client as it names itself.
+        client: the client by whom its effort is counted.
+
+    Raises:
+        ImageNotFoundException: when there is no such case any more.
+    """
+    known: dict[str, Any] = store.get_image_info(image)
+    handed_out = {**known.get("strategy", {}), strategy: {"ts": time.time(), "client_id": named}}
     store.update_image_info(image, {"strategy": handed_out})
-    return chosen | known_info | presented.attributes(image) | {"strategy": handed_out, "lease": lease.describe()}
+    store.effort.hand_out(image, client)
+    return known | {"strategy": handed_out}
 
 
 def not_shown_by(request: Request, store: SeriesDatastore, presented: PresentedCases) -> Set[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from monailabel.interfaces.datastore import Datastore
@@ -26,12 +26,12 @@ from lib.errors import ConflictError, FileKindError, ImageError, NotFoundError, 
 from lib.server.dependencies import (
     CheckImageDep,
     DatastoreDep,
-    ImageChecksDep,
     ImageFileDep,
     ImageInspectorDep,
     LeasesDep,
     PresentedDep,
     PresetsDep,
+    ReadersDep,
     SettingsDep,
     StoreDep,
     SubmissionsDep,
@@ -95,7 +95,7 @@ async def add_image(
     datastore: DatastoreDep,
     presets: PresetsDep,
     settings: SettingsDep,
-    limiter: ImageChecksDep,
+    readers: ReadersDep,
     user: AsAnnotator,
     file: Annotated[list[UploadFile], File()],
     image: str = "",
@@ -110,10 +110,10 @@ async def add_image(
 
     def keep() -> dict[str, Any]:
         if len(file) == 1:
-            return store_image(datastore, image, file[0], info, limit_mib, served)
-        return store_case(datastore, image, file, info, limit_mib, served)
+            return store_image(datastore, image, file[0], info, limit_mib, served, readers.reading)
+        return store_case(datastore, image, file, info, limit_mib, served, readers.reading)
 
-    return await anyio.to_thread.run_sync(keep, limiter=limiter)
+    return await readers.beside(keep)
 
 
 @router.delete("/", summary="Remove an image and its labels", include_in_schema=False)
@@ -234,7 +234,7 @@ async def save_label(
     presented: PresentedDep,
     check_image: CheckImageDep,
     leases: LeasesDep,
-    limiter: ImageChecksDep,
+    readers: ReadersDep,
     user: AsAnnotator,
     image: str,
     label: Annotated[UploadFile, File()],
@@ -257,13 +257,14 @@ async def save_label(
             file = receive(label, folder, "label.nii.gz")
             if case is not None:
                 check_header(file, submissions.unpacked_limit_mib)
-                file = presented.submitted_on_file(case, file, folder)
+                with readers.reading:
+                    file = presented.submitted_on_file(case, file, folder)
             version = submissions.submit(image_id, file, tag, info, user, INFERENCE if made else "rest")
         described = version.describe()
         answered = {name: described[name] for name in ANSWERED_OF_LABELS}
         return {"image": image_id, "label": image_id, "version": version.version_id} | answered
 
-    return await anyio.to_thread.run_sync(keep, limiter=limiter)
+    return await readers.beside(keep)
 
 
 @router.delete("/label", summary="Remove a label")
@@ -331,6 +332,7 @@ def store_image(
     info: dict[str, Any],
     limit_mib: int,
     presets: Collection[Preset],
+    reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
     """Add an uploaded image once it turns out to be one.
 
@@ -341,6 +343,7 @@ def store_image(
         info: what is kept of it.
         limit_mib: to how much it may unpack.
         presets: those of which one must be able to segment it.
+        reading: held while it is read.
 
     Raises:
         ParameterError: for an id that is no plain name.
@@ -360,7 +363,8 @@ def store_image(
         if header is None:
             raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
         file = file.rename(folder / f"image{header.kind.suffix}")  # other programs go by the name
-        warnings = inspect_for_any(file, list(presets))
+        with reading:
+            warnings = inspect_for_any(file, list(presets))
         with ADDING:
             if new_id in datastore.list_images():
                 raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")
@@ -376,6 +380,7 @@ def store_case(
     info: dict[str, Any],
     limit_mib: int,
     presets: Collection[Preset],
+    reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
     """Add the uploaded sequences of a case once a served model can segment them.
 
@@ -386,6 +391,7 @@ def store_case(
         info: what is known of it.
         limit_mib: most MiB of a file once it is unpacked.
         presets: the served ones.
+        reading: held while they are read.
 
     Raises:
         ParameterError: for an id that is no plain name, or when no served model takes several sequences.
@@ -402,7 +408,8 @@ def store_case(
         for upload in uploads:
             check_header(receive(upload, place), limit_mib)
         sources = channels_sent(place, taking)
-        warnings = inspect_for_any(place, taking)
+        with reading:
+            warnings = inspect_for_any(place, taking)
         with ADDING:
             if new_id in datastore.list_images():
                 raise ConflictError(f"there is an image {new_id!r} already; remove it first, or choose another id")

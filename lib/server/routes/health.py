@@ -32,8 +32,8 @@ router = APIRouter(tags=["Health"])
 
 
 @router.get("/healthz", summary="Whether the server runs")
-def healthz() -> dict[str, str]:
-    """Always ok, as long as there is somebody to say so."""
+async def healthz() -> dict[str, str]:
+    """Always ok, as long as there is somebody to say so, also while every thread is busy."""
     return {"status": "ok"}
 
 

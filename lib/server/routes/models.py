@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio.to_thread
 import numpy as np
 import torch
 from fastapi import APIRouter, File, UploadFile
@@ -25,9 +24,9 @@ from lib.networks.checkpoint import check_finite, fitting, read_checkpoint
 from lib.networks.unetr import build_unetr
 from lib.server.dependencies import (
     DatastoreDep,
-    ImageChecksDep,
     ImageFileDep,
     ModelInfoDep,
+    ReadersDep,
     SegmentationTasksDep,
     TrainTasksDep,
     VersionedModelsDep,
@@ -132,16 +131,15 @@ async def upload(
     trainers: TrainTasksDep,
     datastore: DatastoreDep,
     image_file: ImageFileDep,
-    limiter: ImageChecksDep,
+    readers: ReadersDep,
     user: AsAdmin,
     model: str,
     file: Annotated[UploadFile, File()],
 ) -> dict[str, Any]:
     """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
     task, trainer = models.find(model), trainers.find(model)
-    return await anyio.to_thread.run_sync(
-        lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file, task.preset), file, user.name),
-        limiter=limiter,
+    return await readers.read(
+        lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file, task.preset), file, user.name)
     )
 
 

@@ -6,10 +6,10 @@ import os
 import re
 import time
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, File, UploadFile
 from monailabel.utils.sessions import SessionInfo, Sessions
 from starlette.responses import Response
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from lib.configs.preset import Preset
 from lib.datastore.images.sent_series import unite_series
 from lib.errors import NotFoundError, ParameterError
-from lib.server.dependencies import ImageChecksDep, PresetsDep, SessionsDep, SettingsDep
+from lib.server.dependencies import PresetsDep, ReadersDep, SessionsDep, SettingsDep
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
 from lib.server.routes.datastore import send_file
@@ -35,7 +35,7 @@ async def create_session(
     sessions: SessionsDep,
     presets: PresetsDep,
     settings: SettingsDep,
-    limiter: ImageChecksDep,
+    readers: ReadersDep,
     files: Annotated[list[UploadFile], File()],
     uncompress: bool = False,
     expiry: int = 0,
@@ -46,9 +46,7 @@ async def create_session(
     or are DICOM series that fit the channels of a served model.
     """
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
-    return await anyio.to_thread.run_sync(
-        lambda: store(sessions, files, uncompress, expiry, limit_mib, served), limiter=limiter
-    )
+    return await readers.beside(lambda: store(sessions, files, uncompress, expiry, limit_mib, served, readers.reading))
 
 
 @router.get("/{session_id}", summary="What is known of a session, or its image", response_model=None)
@@ -119,6 +117,7 @@ def store(
     expiry: int,
     limit_mib: int,
     presets: Collection[Preset],
+    reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
     """Keep uploaded files as a session, once they turn out to be an image.
 
@@ -129,6 +128,7 @@ def store(
         expiry: seconds after which the session ends; the server's own at the most.
         limit_mib: to how much a file or an archive may unpack.
         presets: those of which one must be able to segment the image.
+        reading: held while images are read.
 
     Raises:
         ImageError: when they are not one.
@@ -136,8 +136,9 @@ def store(
     """
     with temporary_folder() as folder:
         received = _gather(files, folder, uncompress, limit_mib)
-        image, notes = unite_series(received, folder / "case", presets)
-        inspect_for_any(image, list(presets))
+        with reading:
+            image, notes = unite_series(received, folder / "case", presets)
+            inspect_for_any(image, list(presets))
         session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
     payload = {"session_id": session_id, "session_info": describe(session)}
     return payload | ({"warnings": list(notes)} if notes else {})

@@ -16,11 +16,11 @@ from lib.errors import NotFoundError, ParameterError, TrainingError
 from lib.infers.task import UnetrInferTask
 from lib.server.dependencies import (
     DatastoreDep,
-    ImageChecksDep,
     JobsDep,
     JournalDep,
     LanesDep,
     PauseDep,
+    ReadersDep,
     ScoringMethodsDep,
     SegmentationTasksDep,
     TrainTasksDep,
@@ -54,11 +54,11 @@ async def get_trainings(
     pause: PauseDep,
     lanes: LanesDep,
     datastore: DatastoreDep,
-    limiter: ImageChecksDep,
+    readers: ReadersDep,
     journal: JournalDep,
 ) -> Trainings:
     """Starts trainings, as a FastAPI dependency."""
-    return Trainings(trainers, jobs, pause, lanes, datastore, limiter, journal.check_alone)
+    return Trainings(trainers, jobs, pause, lanes, datastore, readers, journal.check_alone)
 
 
 def add_status_and_stop(router: APIRouter, path: str, kind: Kind, noun: str, may_stop: Role) -> None:

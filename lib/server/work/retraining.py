@@ -43,6 +43,8 @@ from lib.transforms.volume import read_volume
 logger = logging.getLogger("unetr.retrain")
 
 SECONDS_BETWEEN_LOOKS = 5.0
+SHARE_OF_TIME = 1 / 20
+"""Of one processor, which the thread that looks may take from requests: it reads what is known of all labels."""
 RUN_NAME = "retrain"
 # How long the trial of served weights waits for an idle device; afterwards the policy goes on, and tries later.
 PATIENCE_SECONDS = 1.0
@@ -99,7 +101,7 @@ class Retrainer:
         self._thread.start()
 
     def on_label_saved(self, _version: LabelVersion) -> None:
-        """Look again at once."""
+        """Look again soon; of many labels in a row, with those that come meanwhile."""
         self._news.set()
 
     def stop(self) -> None:
@@ -192,7 +194,7 @@ class Retrainer:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            wait = SECONDS_BETWEEN_LOOKS
+            wait, began = SECONDS_BETWEEN_LOOKS, time.thread_time()
             for model in self._trainers:
                 try:
                     wait = min(wait, self._act(model))
@@ -200,7 +202,9 @@ class Retrainer:
                     self._say(model, f"cannot decide: {error}")
                 except Exception:
                     logger.exception("%s: the retrain policy failed", model)
-            self._news.wait(max(wait, 0.1))
+            pause = (time.thread_time() - began) * (1 / SHARE_OF_TIME - 1)
+            self._closing.wait(pause)  # labels that are saved meanwhile are looked at together
+            self._news.wait(max(wait - pause, 0.1))
             self._news.clear()
 
     def _act(self, model: str) -> float:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
+import anyio.to_thread
 from monailabel.interfaces.datastore import Datastore
 
 from lib.infers.devices.lanes import Lanes
+from lib.server.readers import Readers
 from lib.server.tasks import TasksByName
 from lib.server.work.jobs import Job, Jobs
 from lib.server.work.pause import Pause
@@ -31,7 +32,7 @@ class Trainings:
         pause: makes them stand still while their devices answer requests.
         lanes: the devices.
         datastore: images and labels.
-        limiter: threads that read labels, of which there are few, since each takes much memory.
+        readers: threads that read labels.
         check_alone: refuses a training while another server trains the model on the same studies.
     """
 
@@ -40,7 +41,7 @@ class Trainings:
     pause: Pause
     lanes: Lanes
     datastore: Datastore
-    limiter: anyio.CapacityLimiter
+    readers: Readers
     check_alone: Callable[[str], None]
 
     def check(self, model: str, params: Mapping[str, Any]) -> None:
@@ -54,9 +55,7 @@ class Trainings:
 
     async def notice(self, model: str, params: Mapping[str, Any]) -> str:
         """What whoever starts a training should know of its result; empty where it will be judged as usual."""
-        return await anyio.to_thread.run_sync(
-            self.trainers[model].forecast, params, self.datastore, limiter=self.limiter
-        )
+        return await self.readers.read(lambda: self.trainers[model].forecast(params, self.datastore))
 
     async def labelled(self) -> list[str]:
         """The models that there are labels to train on."""
@@ -74,7 +73,7 @@ class Trainings:
         return self.jobs.submit("train", asked | by_hand, enqueue)
 
     async def _has_labels(self, task: UnetrTrainTask) -> bool:
-        return await anyio.to_thread.run_sync(lambda: bool(task.submitted(self.datastore).cases), limiter=self.limiter)
+        return await self.readers.read(lambda: bool(task.submitted(self.datastore).cases))
 
 
 def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:

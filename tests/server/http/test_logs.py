@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from lib.server.http.logs import TASK_LOGGERS, set_log_format
+from lib.server.http.logs import ACCESS, TASK_LOGGERS, access_lines_aside, set_log_format
 from lib.server.http.request_id import begin_request, current_request_id
 
 
@@ -62,3 +63,35 @@ def test_json_lines_hold_the_request_and_the_fields(handler: logging.Handler) ->
 def test_request_id_that_is_none_is_replaced(proposed: str | None) -> None:
     assert begin_request(proposed) != proposed
     assert len(current_request_id()) == 16
+
+
+class _Slow(logging.Handler):
+    """Writes to a disk that does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers, self.said = threading.Event(), list[tuple[str, str]]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert self.answers.wait(60)
+        self.said.append((record.request_id, record.getMessage()))  # type: ignore[attr-defined]
+
+
+def test_answers_do_not_wait_until_their_lines_are_written() -> None:
+    """They are logged on the event loop, and every other client waited for the log's file."""
+    slow, access = _Slow(), logging.getLogger(ACCESS)
+    logging.getLogger().addHandler(slow)
+    level = access.level
+    access.setLevel(logging.INFO)
+    try:
+        with access_lines_aside():
+            for number in range(3):
+                begin_request(f"request-{number}")
+                access.info("line %d", number)
+            assert slow.said == []
+            slow.answers.set()
+        assert slow.said == [(f"request-{number}", f"line {number}") for number in range(3)]
+        assert access.propagate and not access.handlers
+    finally:
+        access.setLevel(level)
+        logging.getLogger().removeHandler(slow)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fastapi import Request
 
+from lib.datastore.leases import Lease
+from lib.datastore.store import VersionedDatastore
 from lib.server.app import spare_what_stays
-from lib.server.routes.app import is_viewer
+from lib.server.dependencies import get_next_case, get_presented, get_store
+from lib.server.routes.app import is_viewer, router
+from tests.server.in_process import InProcess
+from tests.tiny import boxes, write_nifti
 
 
 def test_what_is_there_after_the_start_is_not_walked_over_again() -> None:
@@ -56,3 +64,36 @@ def test_garbage_that_has_grown_old_is_still_collected() -> None:
 def test_viewer_is_known_by_the_page_that_asks_whatever_stands_there(referer: bytes, viewer: bool) -> None:
     """An address that is none made ``/info/`` and Next Sample a 500."""
     assert is_viewer(Request({"type": "http", "headers": [(b"referer", referer)], "root_path": ""})) is viewer
+
+
+class _Deleting:
+    """Chooses the cases of a folder in turn; the first is deleted by somebody before its choice is answered."""
+
+    def __init__(self, store: VersionedDatastore) -> None:
+        self._store, self._left = store, ["case_1", "case_2"]
+        self.strategies = {"first": None}
+
+    def choose(self, request: dict[str, Any], client: str, hidden: frozenset[str]) -> tuple[dict[str, Any], Lease]:
+        image = self._left.pop(0)
+        lease = self._store.leases.take(image, client)
+        assert lease is not None
+        if self._left:
+            self._store.remove_image(image)
+        return {"id": image, "next": []}, lease
+
+    def compute_ahead(self, chosen: dict[str, Any]) -> None:
+        assert chosen["id"] == "case_2"
+
+
+def test_case_that_is_deleted_while_it_is_handed_out_gives_way_to_the_next(tmp_path: Path) -> None:
+    """It was a 404 that named a case for which nobody had asked, and a lease of what there is no more."""
+    for name in ("case_1", "case_2"):
+        write_nifti(tmp_path / f"{name}.nii.gz", boxes()[0])
+    store = VersionedDatastore(str(tmp_path))
+    presented = SimpleNamespace(attributes=lambda _: {})
+    api = InProcess(router, {get_store: store, get_next_case: _Deleting(store), get_presented: presented})
+    answer = api.request("POST", "/activelearning/first", json={"client_id": "anna"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["id"] == "case_2"
+    assert list(store.leases.active()) == ["case_2"]
+    store.close()

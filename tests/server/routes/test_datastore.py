@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import anyio
 import nibabel
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from lib.datastore.store import VersionedDatastore
 from lib.server.dependencies import (
     get_check_image,
     get_datastore,
-    get_image_checks,
     get_image_file,
     get_image_inspector,
     get_presets,
+    get_readers,
     get_settings,
     get_store,
 )
 from lib.server.http.names import check_image_known
+from lib.server.readers import Readers
 from lib.server.routes.datastore import router
 from lib.server.work.image_checks import ImageInspector
 from tests.server.in_process import InProcess
@@ -59,7 +59,7 @@ def api(studies: Path) -> InProcess:
         get_image_file: lambda image: Path(store.get_image_uri(image)),
         get_presets: presets,
         get_settings: Settings(),
-        get_image_checks: anyio.CapacityLimiter(1),
+        get_readers: Readers(1),
     }
     return InProcess(router, services)
 

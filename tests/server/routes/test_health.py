@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
+import httpx
 import pytest
 import torch
 
@@ -160,3 +162,17 @@ def test_device_that_is_out_is_a_warning_and_all_of_them_are_503(
     said = [sentence for sentence in answer.json()[where] if sentence.startswith("device")]
     assert [sentence.split(" failed (")[0] for sentence in said] == [f"device {name}" for name in broken]
     assert all("CUDA error: unspecified launch failure" in sentence for sentence in said)
+
+
+def test_server_says_that_it_runs_while_every_thread_is_busy() -> None:
+    """A thread for it was waited for behind the work of others, and whoever watched took the server for dead."""
+
+    async def ask() -> int:
+        threads = anyio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 1
+        transport = httpx.ASGITransport(InProcess(router, {}).app)
+        async with threads, httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            with anyio.fail_after(30):
+                return (await client.get("/healthz")).status_code
+
+    assert anyio.run(ask) == 200

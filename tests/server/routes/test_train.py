@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 from fastapi import APIRouter
 
@@ -14,15 +13,16 @@ from lib.errors import ParameterError
 from lib.infers.devices.lanes import Lanes
 from lib.server.dependencies import (
     get_datastore,
-    get_image_checks,
     get_jobs,
     get_journal,
     get_lanes,
     get_pause,
+    get_readers,
     get_scoring_methods,
     get_segmentation_tasks,
     get_train_tasks,
 )
+from lib.server.readers import Readers
 from lib.server.routes.train import batch_router, scoring_router, train_router
 from lib.server.tasks import segmentation_tasks, train_tasks
 from lib.server.work.jobs import Jobs
@@ -53,7 +53,7 @@ def api(tmp_path: Path) -> InProcess:
         get_lanes: Lanes.of("cpu"),
         get_pause: Pause(),
         get_datastore: None,
-        get_image_checks: anyio.CapacityLimiter(1),
+        get_readers: Readers(1),
         get_scoring_methods: ["uncertainty"],
         get_segmentation_tasks: segmentation_tasks(tasks),
         get_train_tasks: train_tasks(tasks),

@@ -18,7 +18,7 @@ from lib.errors import NotFoundError, ParameterError
 from lib.infers.request import InferRequest
 from lib.infers.task import UnetrInferTask
 from lib.server.pages.cases.models import CaseModels
-from lib.server.pages.cases.slices import Contour, Stack, reorient
+from lib.server.pages.cases.slices import Contour, Plane, Stack, draw_slice, reorient
 from lib.server.pages.cases.view import as_mask, mask_of, stack_of, stamp_of
 from lib.server.tasks import TasksByName
 from lib.server.work.prefetch import PrefetchKey
@@ -80,7 +80,18 @@ class Pictures:
         image = self.models.images.check(image)
         path = self.models.images.file(image)
         model = self.models.for_prediction(image, self.history.latest(image))
-        return Subject(image, path, stack_of(self.volumes, path, self.models.presets.values(), channel), model)
+        return Subject(image, path, self._stack(path, channel), model)
+
+    def plain_slice(self, image: str, channel: str, plane: Plane, index: int) -> bytes:
+        """A slice of an image of the studies, or of a channel of it, as a PNG without layers.
+
+        Raises:
+            NotFoundError, ForbiddenError, ImageError, ParameterError: as :meth:`subject`.
+        """
+        return draw_slice(self._stack(self.models.images.file(self.models.images.check(image)), channel), plane, index)
+
+    def _stack(self, path: Path, channel: str) -> Stack:
+        return stack_of(self.volumes, path, self.models.presets.values(), channel)
 
     def outline(self, subject: Subject, mask: npt.NDArray[np.uint8], layer: str) -> Contour:
         """A mask's contour in its preset's colours."""
