@@ -143,26 +143,26 @@ class PoolScorer:
         self,
         images: Sequence[str],
         what: str,
-        look_of: Callable[[str], ScoringTask],
+        task_of: Callable[[str], ScoringTask],
         keep: Callable[[str, Finished[ScoringTask, ScoringResult]], None],
     ) -> int:
         """Score images here or on the cluster within the time limit; returns the number of scored images."""
         if self._cluster is None:
-            return _each(images, self._until, what, lambda image: keep(image, self._score_here(look_of, image)))
-        looks, reported_at, reached = _ClusterTasks(images, self._until, look_of, keep), time.monotonic(), 0
-        for finished in self._cluster.run(looks, lambda: self._recipe):
+            return _each(images, self._until, what, lambda image: keep(image, self._score_here(task_of, image)))
+        tasks, reported_at, reached = _ClusterTasks(images, self._until, task_of, keep), time.monotonic(), 0
+        for finished in self._cluster.run(tasks, lambda: self._recipe):
             keep(finished.item.image, finished)
             reached += 1
             if time.monotonic() - reported_at > SECONDS_BETWEEN_LINES:
                 reported_at = time.monotonic()
-                logger.info("%s, on the cluster: %d of %d", what, reached + looks.failed, len(images))
-        return reached + looks.failed
+                logger.info("%s, on the cluster: %d of %d", what, reached + tasks.failed, len(images))
+        return reached + tasks.failed
 
-    def _score_here(self, look_of: Callable[[str], ScoringTask], image: str) -> Finished[ScoringTask, ScoringResult]:
+    def _score_here(self, task_of: Callable[[str], ScoringTask], image: str) -> Finished[ScoringTask, ScoringResult]:
         assert self._worker is not None
         try:
-            look = look_of(image)
-            return Finished(look, self._worker.compute(self._worker.read(look)))
+            task = task_of(image)
+            return Finished(task, self._worker.compute(self._worker.read(task)))
         except UnetrError as error:
             return _failed(image, error)
 
@@ -218,7 +218,7 @@ class _ClusterTasks:
 
     images: Sequence[str]
     until: float
-    look_of: Callable[[str], ScoringTask]
+    task_of: Callable[[str], ScoringTask]
     keep: Callable[[str, Finished[ScoringTask, ScoringResult]], None]
     failed: int = 0
 
@@ -227,7 +227,7 @@ class _ClusterTasks:
             if time.monotonic() > self.until:
                 return
             try:
-                yield self.look_of(image)
+                yield self.task_of(image)
             except UnetrError as error:
                 self.failed += 1
                 self.keep(image, _failed(image, error))

@@ -1,1 +1,1 @@
-"""Training, evaluating and publishing."""
+"""Training, evaluation and publication of weights."""

@@ -1,4 +1,4 @@
-"""Training and evaluating from the command line.
+"""Training and evaluation from the command line.
 
 python -m lib.trainers.cli split    --images DIR --labels DIR --out split.json
 python -m lib.trainers.cli train    --preset hippocampus_mr --images DIR --labels DIR --split split.json --out FILE
@@ -46,7 +46,7 @@ Sides = tuple[tuple[Case, ...], tuple[Case, ...]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it succeeded, 2 with a sentence when the input was wrong."""
+    """Run a command; 0 on success, 2 with a sentence if the input was wrong."""
     options = build_parser().parse_args(arguments)
     return run_command(lambda: options.run(options), options.threads)
 
@@ -133,7 +133,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _task(options: argparse.Namespace) -> None:
-    """Write preset and split once, train (or go on training), and write scored weights."""
+    """Write the preset and the split once, train or resume a training, and write scored weights."""
     published = read_task(options.folder)
     preset = published.preset(_preset_with_recipe(options.preset, options.set))
     cases = published.cases(preset)
@@ -172,10 +172,10 @@ def _train_and_write(
 
 
 def _write(options: argparse.Namespace, plan: TrainingJob, result: TrainingResult) -> None:
-    """Write weights and side-car, scored as written, and say how good they are."""
+    """Write the weights and their side-car with the scores of the written file, and print the scores."""
     info = {"version": "shipped", "created": datetime.date.today().isoformat()}
     write_checkpoint(options.out, Checkpoint(result.weights, plan.preset, info), half=True)
-    # In half precision and from file to mask: what is promised is what is served.
+    # The scores are those of the written half-precision weights, from image file to mask, as they will be served.
     scores = _score(options.out, plan.preset, plan.validation_cases, options)
     write_json(options.out.with_suffix(".json"), _side_car(options, plan, result, scores))
     print(json.dumps(without_nan(scores.summary()), indent=1))
@@ -199,7 +199,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Preset:
-    """The named preset with ``training.<key>`` replaced; the values are cast by the preset's own checks."""
+    """The named preset with ``training.<key>`` replaced; the preset's own validation casts the values."""
     data = find_preset(name).model_dump()
     for key, value in overrides:
         target = data["training"]
@@ -214,7 +214,7 @@ def _preset_with_recipe(name: str, overrides: Sequence[tuple[str, str]]) -> Pres
 
 
 def _cases(options: argparse.Namespace, preset: Preset) -> Sides:
-    """Training and held-out cases; without a split, nothing is held out."""
+    """Training and held-out cases; without a split, no case is held out."""
     values = _label_values(options.label_values, preset)
     cases = _find(options, preset, values)
     everything = Split(tuple(case.case_id for case in cases), ())
@@ -222,7 +222,7 @@ def _cases(options: argparse.Namespace, preset: Preset) -> Sides:
 
 
 def _find(options: argparse.Namespace, preset: Preset | None, values: Mapping[int, int] | None) -> list[Case]:
-    """The labelled cases; of several sequences where the preset has some."""
+    """The labelled cases, with several sequences if the preset has channels."""
     if preset is not None and preset.channels:
         return find_channel_cases(options.images, options.labels, preset, values)
     return find_cases(options.images, options.labels, values)
@@ -235,7 +235,7 @@ def _sides(cases: Sequence[Case], split: Split) -> Sides:
 
 
 def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:
-    """Value in the files to value of the preset, by name; names that the preset lacks become background."""
+    """Value in the files to value of the preset, by name; labels that the preset lacks become background."""
     if path is None:
         return None
     try:
@@ -254,7 +254,7 @@ def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argpar
 def _side_car(
     options: argparse.Namespace, plan: TrainingJob, result: TrainingResult, scores: Evaluation
 ) -> dict[str, Any]:
-    """Plain data for the side-car of the weights: recipe, data and scores."""
+    """The content of the weights' side-car: recipe, data and scores."""
     return {
         "preset": plan.preset.model_dump(mode="json"),
         "labels": plan.preset.label_indices,

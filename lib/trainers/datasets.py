@@ -1,4 +1,4 @@
-"""Datasets whose memory is bounded, under the names that MONAI Label's train request uses."""
+"""Datasets with bounded memory, under the names of MONAI Label's train request."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ SEED = "seed"
 
 
 class BoundedPersistentDataset(PersistentDataset):
-    """MONAI's persistent dataset that never fills the disk.
+    """MONAI's persistent dataset, limited so that it never fills the disk.
 
-    It takes up to half of the space that is free at its start; beyond that, cases are preprocessed each time.
+    It uses at most half of the space that is free when it is created; further cases are preprocessed each time.
     """
 
     def __init__(self, data: Sequence[Any], transform: Compose, cache_dir: Path) -> None:
@@ -57,7 +57,7 @@ class BoundedPersistentDataset(PersistentDataset):
 
     @staticmethod
     def _map(file: Path) -> Any:
-        """The case, of which only what a crop touches is read; None where that cannot be, as for a broken file."""
+        """The case as a memory map, of which only the crops are read; None if the file cannot be mapped."""
         try:
             return torch.load(file, mmap=True, weights_only=True)
         except (OSError, RuntimeError, UnpicklingError) as error:
@@ -66,16 +66,16 @@ class BoundedPersistentDataset(PersistentDataset):
 
 
 class SeededItems(TorchDataset[Any]):
-    """A dataset whose random crops and changes to them follow from the seed, the epoch and the item's place.
+    """A dataset whose random crops and augmentations depend only on the seed, the epoch and the index of the item.
 
-    So it does not matter which of several processes or threads reads it, or whether the run was interrupted before.
+    It therefore does not matter which process or thread reads an item, or whether the run was interrupted.
 
     Args:
         items: the dataset.
         cropping: draws a list of crops from an item.
-        changes: to each crop.
-        seed: the run's.
-        changed_later: crops come as they are, with what :meth:`change` needs to know under ``seed``.
+        changes: augmentations of each crop.
+        seed: seed of the run.
+        changed_later: whether crops are returned without augmentation, with what :meth:`change` needs under ``seed``.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SeededItems(TorchDataset[Any]):
     def change(self, batch: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels of a batch of crops on ``device``, augmented there unless the loader has done so already.
 
-        Where a GPU has no memory for the augmentation, it is done on the host.
+        If a GPU has no memory for the augmentation, it is done on the host.
         """
         if not self.changed_later:
             return batch[IMAGE].to(device, non_blocking=True), batch[LABEL].to(device, non_blocking=True)
@@ -135,16 +135,16 @@ def build_dataset(
     """Build a dataset of preprocessed whole cases.
 
     Args:
-        cases: what to read.
-        preset: the task.
-        kind: ``PersistentDataset`` keeps preprocessed cases on disk, up to half of what is free there; the two
-            caches keep as many as fit into ``cache_bytes`` of memory, at least one; ``Dataset`` keeps nothing.
+        cases: the cases to read.
+        preset: the preset.
+        kind: ``PersistentDataset`` stores preprocessed cases on disk, in up to half of the free space; the two caches
+            keep as many as fit into ``cache_bytes`` of memory, at least one; ``Dataset`` keeps none.
         cache_dir: folder of the persistent dataset.
         cache_bytes: memory for cases.
-        read: reads a case; :func:`lib.cases.labelled.read_case` if not given.
+        read: function that reads a case; by default :func:`lib.cases.labelled.read_case`.
 
     Raises:
-        ParameterError: for a kind that there is not.
+        ParameterError: for an unknown kind.
     """
     if kind not in DATASET_KINDS:
         raise ParameterError("dataset", kind, ", ".join(DATASET_KINDS))
@@ -175,14 +175,14 @@ def build_crops(
     cache_bytes: int = 0,
     changed_later: bool = False,
 ) -> SeededItems:
-    """Build a dataset of random crops for training; arguments as those of :func:`build_dataset`.
+    """Build a dataset of random crops for training; for other arguments see :func:`build_dataset`.
 
     Args:
-        crops_per_case: crops that an item is a list of.
-        changed_later: whether crops are changed by :meth:`SeededItems.change`, on the device that trains.
+        crops_per_case: number of crops of each item.
+        changed_later: whether :meth:`SeededItems.change` augments the crops, on the training device.
 
     Raises:
-        ParameterError: for a kind that there is not.
+        ParameterError: for an unknown kind.
     """
     items = build_dataset(cases, preset, kind, cache_dir, cache_bytes)
     cropping, changes = build_cropping(preset, crops_per_case), build_changes(preset)
@@ -200,15 +200,15 @@ def build_loader(
     """Build the loader: prefetching in threads (``ThreadDataLoader``), or plain (``DataLoader``).
 
     Args:
-        dataset: what to read.
+        dataset: the dataset.
         kind: one of ``LOADER_KINDS``.
-        batch_size: items of this process in a batch.
-        sampler: the order; that of the dataset if not given.
-        threads: that prefetch.
-        finish: what those threads do with each batch in the end.
+        batch_size: number of items of this process in a batch.
+        sampler: order of the items; by default that of the dataset.
+        threads: number of prefetching threads.
+        finish: last step of these threads for each batch.
 
     Raises:
-        ParameterError: for a kind that there is not.
+        ParameterError: for an unknown kind.
     """
     if kind not in LOADER_KINDS:
         raise ParameterError("dataloader", kind, ", ".join(LOADER_KINDS))
@@ -219,14 +219,14 @@ def build_loader(
 
 
 def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int) -> int:
-    """How many preprocessed cases like the first one fit into the cache."""
+    """How many preprocessed cases of the size of the first one fit into the cache."""
     first = Compose(fixed)(item)
     size_bytes: int = sum(first[key].element_size() * first[key].nelement() for key in (IMAGE, LABEL))
     return max(1, cache_bytes // size_bytes)
 
 
 def preprocessing_digest(preset: Preset) -> str:
-    """Name of a preset's cache: cases preprocessed for another spacing or window must not be taken for these."""
+    """Name of a preset's cache, which changes with the spacing, the intensity window and other preprocessing."""
     keys = {"axcodes", "spacing_mm", "roi_size", "intensity", "padding", "labels"}
     relevant = preset.model_dump_json(include=keys | {"channels"} if preset.channels else keys)
     return hashlib.sha256(relevant.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Gathering the cases of a training run: labels, split, replayed cases and weights of corrected ones."""
+"""Gathers the cases of a training run: labels, split, replayed cases, and weights of corrected cases."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ logger = logging.getLogger("unetr.train")
 
 
 class CaseGatherer:
-    """Gathers the cases that a run trains on, is validated on and is tested on.
+    """Gathers the training, validation and test cases of a run.
 
     Args:
-        preset: the task.
-        folder: of the preset's weights and runs; the split is kept there.
+        preset: the preset.
+        folder: folder of the preset's weights and runs; the split is stored there.
         settings: shares of the split, oversampling and replay.
-        served: names of all tasks of this server, whose labels are not this one's.
-        is_serving: whether there are weights to answer requests with.
+        served: names of all presets of this server, whose labels are excluded.
+        is_serving: whether there are weights for inference.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class CaseGatherer:
         self._served, self._is_serving = tuple(served), is_serving
 
     def labels(self, datastore: Any) -> SubmittedLabels:
-        """The datastore's final labels that are for this preset."""
+        """The datastore's final labels for this preset."""
         return submitted_labels(datastore, self._preset, self._served)
 
     def gather(self, datastore: Any, request: TrainRequest, run_dir: Path) -> Material:
-        """Find the cases to train, validate and test on, and write down which they are.
+        """Gather the training, validation and test cases, and record them in the run's folder.
 
         Args:
-            datastore: MONAI Label's.
-            request: the run; one that resumes has the cases that it began with.
+            datastore: MONAI Label's datastore.
+            request: the request; a resumed run keeps its original cases.
             run_dir: folder of the run.
 
         Raises:
-            TrainingError: when there is no usable case.
+            TrainingError: if there is no usable case.
         """
         labelled = self.labels(datastore)
         usable, left_out = self._usable(labelled)
@@ -101,7 +101,7 @@ class CaseGatherer:
         return read_replay(self._settings.replay, self._preset, shipped_split(self._folder), held_out)
 
     def _extend_split(self, datastore: Any, cases: Sequence[Case], validation_share: float) -> Split:
-        """Assign new cases to a side, for good."""
+        """Assign new cases to a set permanently."""
         split = self.plan_split(datastore, cases, validation_share)
         write_split(
             self._folder / RUNS_FOLDER / SPLIT_FILE,
@@ -111,7 +111,7 @@ class CaseGatherer:
         return split
 
     def plan_split(self, datastore: Any, cases: Sequence[Case], validation_share: float) -> Split:
-        """The split with new cases on a side; not yet written."""
+        """The split including new cases; it is not written yet."""
         return extend_split(
             known_split(self._folder),
             ids_of(cases),
@@ -122,7 +122,7 @@ class CaseGatherer:
         )
 
     def _usable(self, labels: SubmittedLabels) -> tuple[list[Case], dict[str, str]]:
-        """Read every case once: one bad label among a thousand must not end a run at night."""
+        """Read every case once, so that one bad label among a thousand does not end a run."""
         usable, left_out = [], dict(labels.left_out)
         for case in labels.cases:
             try:

@@ -1,4 +1,4 @@
-"""Running a training plan in this process, or in one process a GPU under PyTorch's elastic launcher."""
+"""Runs a training in this process, or in one process for each GPU under PyTorch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ def launch(
     train: Train = run_training,
     train_together: TrainTogether | None = None,
 ) -> TrainingResult:
-    """Train on one device, or on several GPUs with DistributedDataParallel where that is asked for and possible.
+    """Train on one device, or on several GPUs with DistributedDataParallel if this is requested and possible.
 
-    A run that is out of memory, however little it does at once, goes on from its state on the CPU.
+    If memory runs out even with the smallest step, the run is resumed on the CPU.
 
     Args:
-        plan: what to train.
+        plan: the training job.
         multi_gpu: whether several GPUs may be used.
         gpus: ``all``, or comma-separated indices.
-        train: trains on one device.
-        train_together: trains in a process for each of several devices; :func:`launch_processes` if not given.
+        train: function that trains on one device.
+        train_together: function that trains in one process for each of several devices; by default
+            :func:`launch_processes`.
 
     Raises:
-        ParameterError: for a GPU that there is not.
-        TrainingError: when there is not enough memory either way.
+        ParameterError: for a GPU that does not exist.
+        TrainingError: if there is not enough memory either way.
     """
     devices = _gpu_indices(gpus) if multi_gpu and plan.device.type == "cuda" else []
     if len(devices) > 1:
@@ -64,17 +65,18 @@ def launch(
 
 
 def launch_processes(plan: TrainingJob, devices: list[torch.device], start_method: str = "spawn") -> TrainingResult:
-    """Train in one process a device; rank 0 validates and keeps the weights and the state.
+    """Train in one process for each device; rank 0 validates, and stores the weights and the state.
 
-    When a process dies, all of them are started again and go on from the state, up to three times.
+    If a process dies, all of them are restarted and resume from the stored state, up to three times.
 
     Args:
-        plan: what to train; its batch size is that of each process.
+        plan: the training job; its batch size is that of each process.
         devices: all CUDA (NCCL), or all CPU (Gloo).
-        start_method: of Python's multiprocessing; a process that uses CUDA must not be a fork of one that does.
+        start_method: start method of Python's multiprocessing; a process that uses CUDA must not be forked from one
+            that does.
 
     Raises:
-        TrainingError: when a process says why it cannot go on, or they have died too often.
+        TrainingError: if a process reports an error, or if processes have died too often.
     """
     logger.info("training in %d processes on %s", len(devices), [str(device) for device in devices])
     with tempfile.TemporaryDirectory(prefix="unetr-train-") as folder:
@@ -86,14 +88,14 @@ def launch_processes(plan: TrainingJob, devices: list[torch.device], start_metho
                 run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",
-                max_restarts=0,  # it cannot tell a process that died from one that says why it ends; we can
+                max_restarts=0,  # the launcher cannot distinguish a crash from a reported error
                 monitor_interval=0.5,
                 start_method=start_method,
             )
             try:
                 with _own_signals():
                     elastic_launch(config, _work)(plan, [str(device) for device in devices], folder)
-                # Written by our own rank 0 a moment ago, in a folder that only this user can read.
+                # The file was written by rank 0 of this run, in a folder that only this user can read.
                 result: TrainingResult = torch.load(Path(folder) / "result.pt", weights_only=False)
                 return result
             except ChildFailedError as error:
@@ -105,7 +107,7 @@ def launch_processes(plan: TrainingJob, devices: list[torch.device], start_metho
 
 
 def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
-    """One of the processes; an error of ours is written to a file, so that it is not taken for a crash."""
+    """One of the processes; an expected error is written to a file, so that it is not mistaken for a crash."""
     with joined_processes(torch.device(devices[0])) as joined:
         rank = dist.get_rank()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [rank {rank}] %(message)s", force=True)
@@ -121,12 +123,13 @@ def _work(plan: TrainingJob, devices: list[str], folder: str) -> None:
 
 
 def _within_memory(plan: TrainingJob, train: Train, train_alone: Train) -> TrainingResult:
-    """Train; where memory does not suffice however little is done at once, go on from the state with less.
+    """Train; if memory does not suffice even with the smallest step, resume with lower memory needs.
 
-    Several processes shrink together: with activation checkpointing. A GPU gives way to the CPU, in one process.
+    Several processes resume together with activation checkpointing; otherwise training resumes on the CPU in one
+    process.
 
     Raises:
-        TrainingError: when memory does not suffice then either.
+        TrainingError: if memory does not suffice then either.
     """
     try:
         return train(plan)
@@ -152,7 +155,7 @@ def _within_memory(plan: TrainingJob, train: Train, train_alone: Train) -> Train
 
 
 def _raise_reported_error(folder: str, count: int) -> None:
-    """Raise the error that one of the processes reported, if one did."""
+    """Raise the error that one of the processes reported, if there is one."""
     for path in sorted(Path(folder).glob("error-*.json")):
         report = read_json(path)
         path.unlink()
@@ -168,7 +171,7 @@ def _reason_of(error: ChildFailedError) -> str:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """The launcher handles signals its own way, and leaves that behind."""
+    """Restore the signal handlers, which the launcher replaces and does not restore."""
     numbers = [signal.SIGTERM, signal.SIGINT]
     before = {number: signal.getsignal(number) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""Preparing the next batches while this one trains."""
+"""Prepares the next batches while the current one is used for training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ BATCHES_AHEAD = 2
 
 
 class PrefetchingLoader(DataLoader):
-    """A loader that prepares batches in threads, in their order, and raises here what went wrong there.
+    """A loader that prepares batches in threads, keeps their order, and re-raises errors of the threads.
 
-    MONAI's ThreadDataLoader loses an error of its thread: a case that cannot be read ends the epoch without a word.
+    MONAI's ThreadDataLoader loses errors of its thread: a case that cannot be read ends the epoch silently.
 
     Args:
-        dataset: whose items may be asked for by several threads at once.
-        threads: that prepare a batch each; one is enough where a batch is prepared faster than one trains.
-        finish: what they do with the batch in the end, such as :func:`pin`.
-        options: of the loader.
+        dataset: a dataset that several threads may read at once.
+        threads: number of threads, each of which prepares a batch; one is enough if preparing a batch is faster than
+            training on it.
+        finish: last step for each batch in the thread, such as :func:`pin`.
+        options: options of the loader.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class PrefetchingLoader(DataLoader):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin_thread(self) -> None:
-        """Where there are several, PyTorch is not to use all cores in each of them."""
+        """With several threads, limit PyTorch to one core in each of them."""
         if self._threads > 1:
             torch.set_num_threads(1)
 
@@ -62,5 +63,5 @@ class PrefetchingLoader(DataLoader):
 
 
 def pin(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch in memory that a GPU reads by itself: other memory is copied only when all that runs there is done."""
+    """The batch in pinned memory, from which copies to a GPU run asynchronously."""
     return {key: value.pin_memory() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

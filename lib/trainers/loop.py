@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, from a job to the best weights; one process, or one of several."""
+"""The training loop: plain PyTorch, from a job to the best weights; in one process, or in one of several."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ BEST_FILE = "best.pt"
 
 @dataclass(frozen=True)
 class RunFunctions:
-    """The functions that a run calls, which a test may replace.
+    """The functions that a run calls, which tests may replace.
 
     Attributes:
-        build_loss: makes the loss of a recipe.
+        build_loss: builds the loss of a recipe.
         forward: computes the logits of all crops of a step.
-        predict: predicts one image in a validation.
-        validate: returns the Dice of each label for a network; a :class:`Validator` if not given.
-        keep_freed_memory: called once where memory suffices to keep what is freed.
-        wait: waits while requests have the device, given the job's pause file.
-        memory: says how much is free.
+        predict: predicts one image during validation.
+        validate: returns the Dice of each label for a network; by default a :class:`Validator`.
+        keep_freed_memory: called once if there is enough memory to keep freed memory for reuse.
+        wait: waits while inference requests have the device, given the job's pause file.
+        memory: probe of the free memory.
     """
 
     build_loss: LossBuilder = build_loss
@@ -64,16 +64,16 @@ class RunFunctions:
 def run_training(
     job: TrainingJob, on_step: Callable[[int], None] | None = None, functions: RunFunctions | None = None
 ) -> TrainingResult:
-    """Train as the job says.
+    """Run a training job.
 
     Args:
-        job: what to train.
-        on_step: called after each step with its number; raising from it ends the run.
-        functions: what the run calls; the real ones if not given.
+        job: the job.
+        on_step: called after each step with its number; an exception from it ends the run.
+        functions: functions that the run calls; by default the real ones.
 
     Raises:
-        TrainingError: when the gradients stay infinite or NaN.
-        InputError: when a case turns out to be unusable.
+        TrainingError: if the gradients stay infinite or NaN.
+        InputError: if a case is unusable.
     """
     run = None
     try:
@@ -89,7 +89,7 @@ def run_training(
 
 
 def _input_error_in(error: BaseException) -> InputError | None:
-    """The sentence about a case that MONAI's transforms wrap into "applying transform <...>"."""
+    """The error about a case that MONAI's transforms wrap into "applying transform <...>"."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
@@ -97,7 +97,7 @@ def _input_error_in(error: BaseException) -> InputError | None:
 
 
 class _Run:
-    """The epochs of one training run; in between it validates, keeps the best weights and reports progress."""
+    """The epochs of one training run, with validation, storage of the best weights, and progress reports."""
 
     def __init__(self, job: TrainingJob, functions: RunFunctions) -> None:
         self.job, self.preset, self.recipe, self._wait = job, job.preset, job.preset.training, functions.wait
@@ -141,7 +141,7 @@ class _Run:
         return self._result()
 
     def close(self) -> None:
-        """Flush what is reported, and end the threads that prefetch."""
+        """Flush the reports, and end the prefetching threads."""
         if self.reporter is not None:
             self.reporter.close()
         self.data.close()
@@ -151,7 +151,7 @@ class _Run:
         self.data.begin_epoch(self.state.epoch, self.state.step_of_epoch)
         for crops, missing, prepare in self.data.batches(self.device):
             self._wait(self.job.pause_file)
-            # a GPU that computes this step's gradients is not waited for while the next step's crops are changed
+            # the next step's crops are augmented while the GPU computes this step's gradients
             self.state.losses.append(self.trainer.take(self.state, *crops, missing, meanwhile=prepare))
             self.state.step, self.state.step_of_epoch = self.state.step + 1, self.state.step_of_epoch + 1
             if self.reporter is not None:
@@ -165,7 +165,7 @@ class _Run:
         self.data.end_epoch()
 
     def _validate_and_keep(self, validate: Callable[[nn.Module], dict[str, float]]) -> None:
-        """Validate the averaged weights, and keep them if they are the best so far."""
+        """Validate the averaged weights, and store them if they are the best so far."""
         dice = validate(self.trainer.average)
         self.state.validations.append(Validation(self.state.step, dice))
         self.state.epochs_since_best += self.recipe.val_interval
@@ -177,7 +177,7 @@ class _Run:
             self.reporter.validation(self._progress(dice))
 
     def _agree_to_stop(self) -> bool:
-        """Whether validation has not improved for the patience; rank 0 decides for all."""
+        """Whether validation has not improved for the patience; rank 0 decides for all processes."""
         stop = 0 < self.recipe.early_stop_patience <= self.state.epochs_since_best
         if self.world_size == 1:
             return stop
@@ -220,7 +220,7 @@ class _Run:
     def _build_validation(
         self, dtype: torch.dtype, functions: RunFunctions
     ) -> Callable[[nn.Module], dict[str, float]] | None:
-        """None without validation cases, and in all processes but the first."""
+        """The validation function; None without validation cases, and in all processes except rank 0."""
         if not self.job.validation_cases or self.rank != 0:
             return None
         if functions.validate is not None:

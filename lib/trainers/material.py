@@ -1,4 +1,4 @@
-"""What a run trains on, is judged on and is tested on."""
+"""The training, validation and test cases of a run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ CASES_FILE = "cases.json"
 
 @dataclass(frozen=True)
 class Material:
-    """Cases by side, and why some were left out.
+    """Cases by set, and the reasons why some were left out.
 
     Attributes:
-        train: what an epoch is made of; a case that is oversampled is in it several times.
-        validation: what weights are chosen and judged on.
-        test: what is only reported on.
-        replayed: ids of those of ``train`` that are not of the studies.
-        left_out: case id to the reason.
-        labels: digest of the label of each labelled case, also of those left out, which tells whether it is new.
+        train: cases of an epoch; an oversampled case occurs several times.
+        validation: cases by which weights are chosen and judged.
+        test: cases that are only reported.
+        replayed: ids of the cases in ``train`` that do not belong to the studies.
+        left_out: case id to reason.
+        labels: digest of the label of each labelled case, including cases that were left out, by which new labels are
+            recognised.
     """
 
     train: tuple[Case, ...]
@@ -37,10 +38,10 @@ class Material:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def narrowed(self, kept: Mapping[str, Any]) -> Material:
-        """Only the cases of an earlier start of the same run, in its order: labels since then are for the next run.
+        """The cases of the first start of the same run, in the same order; later labels are left for the next run.
 
         Args:
-            kept: what :func:`keep_cases` wrote.
+            kept: the record that :func:`keep_cases` wrote.
         """
 
         def those(name: str) -> tuple[Case, ...]:
@@ -53,13 +54,13 @@ class Material:
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A preset's training that has ended, for what follows it.
+    """A finished training of a preset, for the follow-up.
 
     Attributes:
-        run: its id.
-        material: its cases.
-        run_dir: its folder.
-        pause_file: what the server touches while requests wait for the device; None where nobody does.
+        run: id of the run.
+        material: cases of the run.
+        run_dir: folder of the run.
+        pause_file: file that the server touches while requests wait for the device; None without a server.
     """
 
     run: str
@@ -69,11 +70,11 @@ class EndedRun:
 
 
 FollowUp = Callable[[EndedRun], Mapping[str, Any]]
-"""What is done in the same process after a preset's training; gives plain data for the run's figures."""
+"""A task that runs in the same process after a preset's training, and returns data for the run's figures."""
 
 
 def divide(cases: Sequence[Case], split: Split) -> Material:
-    """Cases by their side of the split."""
+    """The cases by their set in the split."""
     train, validation, test = (
         tuple(case for case in cases if case.case_id in side) for side in (split.train, split.validation, split.test)
     )
@@ -81,16 +82,16 @@ def divide(cases: Sequence[Case], split: Split) -> Material:
 
 
 def read_replay(folder: Path, preset: Preset, shipped: Split | None, held_out: Collection[str]) -> list[Case]:
-    """The cases that the shipped weights were trained on, from ``images`` and ``labels`` in a folder.
+    """The cases on which the shipped weights were trained, from ``images`` and ``labels`` in a folder.
 
     Args:
-        folder: where they are.
-        preset: the task.
-        shipped: the split that the shipped weights were trained with; without one, all cases were trained on.
-        held_out: ids that are not trained on in this server.
+        folder: the folder of both.
+        preset: the preset.
+        shipped: the split of the shipped weights; None if they were trained on all cases.
+        held_out: ids of cases that this server holds out.
 
     Raises:
-        TrainingError: when there are none.
+        TrainingError: if there are no such cases.
     """
     images, labels = folder / "images", folder / "labels"
     cases = find_channel_cases(images, labels, preset) if preset.channels else find_cases(images, labels)
@@ -102,15 +103,16 @@ def read_replay(folder: Path, preset: Preset, shipped: Split | None, held_out: C
 
 
 def weigh(labelled: Sequence[Case], corrected: Collection[str], replay: Iterable[Case], times: int) -> tuple[Case, ...]:
-    """An epoch's cases: corrected ones several times, the others and the replayed ones once.
+    """The cases of an epoch: corrected ones several times, other and replayed ones once.
 
-    Where all are corrected and none is replayed, nobody is oversampled: it would only make an epoch longer.
+    If all cases are corrected and none is replayed, no case is oversampled, since this would only lengthen the epoch.
 
     Args:
         labelled: training cases of the studies.
-        corrected: ids of those whose label a person has changed.
-        replay: cases from elsewhere; one that has a label here too counts with that one.
-        times: how often a corrected case is there.
+        corrected: ids of the cases whose label a person has changed.
+        replay: cases of the shipped training; a case that is also labelled here counts once, with the label of this
+            server.
+        times: how often a corrected case occurs.
     """
     here = {case.case_id for case in labelled}
     others = [case for case in replay if case.case_id not in here]
@@ -121,17 +123,17 @@ def weigh(labelled: Sequence[Case], corrected: Collection[str], replay: Iterable
 
 
 def keep_cases(run_dir: Path, material: Material) -> None:
-    """Write down which cases a run has begun with."""
+    """Record the cases with which a run began."""
     run_dir.mkdir(parents=True, exist_ok=True)
     sides = {name: [c.case_id for c in getattr(material, name)] for name in ("train", "validation", "test")}
     write_json(run_dir / CASES_FILE, sides | {"labels": dict(material.labels)})
 
 
 def kept_cases(run_dir: Path) -> dict[str, Any] | None:
-    """Which cases a run has begun with; None where it has not.
+    """The cases with which a run began; None if it has not begun.
 
     Raises:
-        TrainingError: when they are written down no more readably.
+        TrainingError: if the record cannot be read.
     """
     path = run_dir / CASES_FILE
     try:
@@ -147,5 +149,5 @@ def kept_cases(run_dir: Path) -> dict[str, Any] | None:
 
 
 def ids_of(cases: Iterable[Case]) -> list[str]:
-    """The cases' ids, sorted, each once."""
+    """The sorted, distinct ids of the cases."""
     return sorted({case.case_id for case in cases})

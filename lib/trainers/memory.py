@@ -1,8 +1,9 @@
-"""What a training step keeps in memory: counted from shapes, measured on the device, and bounded by doing it in parts.
+"""Memory of a training step: computed from shapes, measured on the device, and limited by computing the step in parts.
 
-A part is one or more crops whose activations are dropped after the forward pass and computed again in the backward
-pass (Chen et al. 2016, arXiv 1604.06174), so that only one part's activations exist at a time. Unlike the usual
-accumulation of gradients the loss still sees all crops at once: the Dice of a batch is no mean of its parts' Dices.
+A part is one or more crops whose activations are dropped after the forward pass and recomputed in the backward pass
+(Chen et al. 2016, arXiv 1604.06174), so that the activations of only one part exist at a time. Unlike with ordinary
+gradient accumulation, the loss is computed over all crops at once, because the Dice of a batch is not the mean of the
+Dices of its parts.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ FLOAT_BYTES = 4
 
 @lru_cache(maxsize=64)
 def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
-    """Bytes of fp32 activations that one crop keeps for the backward pass, and bytes of the weights.
+    """Bytes of fp32 activations that one crop stores for the backward pass, and bytes of the weights.
 
-    The network runs on PyTorch's ``meta`` device: shapes only, no memory and no time.
+    The network runs on PyTorch's ``meta`` device, which computes shapes only.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build_unetr(preset, checkpointing).train()
@@ -39,7 +40,7 @@ def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in own and not isinstance(tensor, nn.Parameter):
-            # a view of a tensor that is kept already takes nothing more
+            # a view of a stored tensor takes no additional memory
             kept[id(tensor if tensor._base is None else tensor._base)] = tensor
         return tensor
 
@@ -50,12 +51,13 @@ def count_kept_bytes(preset: Preset, checkpointing: bool) -> tuple[int, int]:
 
 
 def measure_step(where: Placement, crops: int, checkpointing: bool) -> WindowCost:
-    """Bytes beside the weights, and seconds, of the forward and backward pass of a network with random weights.
+    """Bytes besides the weights, and seconds, of a forward and backward pass with random weights.
 
-    Only the first pass tells what it takes from outside: later ones find memory that the process has kept.
+    Only the first pass shows its memory in measurements from outside the process: later ones reuse memory that the
+        process has kept.
 
     Raises:
-        RuntimeError, MemoryError: when it does not fit.
+        RuntimeError, MemoryError: if it does not fit.
     """
     preset, device = where.preset, where.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -76,12 +78,12 @@ def measure_step(where: Placement, crops: int, checkpointing: bool) -> WindowCos
 
 
 def forward_in_parts(network: nn.Module, image: torch.Tensor, at_once: int) -> torch.Tensor:
-    """Logits of all crops; in parts of ``at_once`` whose activations are recomputed, where that is fewer than all.
+    """Logits of all crops, computed in parts of ``at_once`` crops whose activations are recomputed.
 
     Args:
         network: in training mode.
         image: shape (crops, channels, X, Y, Z).
-        at_once: crops of a part.
+        at_once: number of crops of a part.
     """
     if at_once >= len(image):
         whole: torch.Tensor = network(image)

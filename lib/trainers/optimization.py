@@ -1,4 +1,4 @@
-"""Loss, optimiser, learning-rate schedule and averaged weights of the training recipe."""
+"""Loss, optimiser, learning-rate schedule and weight averaging of the training recipe."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lib.configs.preset import Training
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
-# A probability of exactly 0 in float32, and no infinity whose product with 0 is not a number.
+# Gives a probability of exactly 0 in float32; infinity would give NaN when multiplied by 0.
 LOWEST_LOGIT = -1e4
 
 
 def build_loss(recipe: Training) -> nn.Module:
     """Dice and cross-entropy of logits (batch, classes, ...) against label values (batch, 1, ...).
 
-    The Dice of the labels (not of background) is taken over the whole batch, so that a crop without a small organ
-    does not count as a miss of it.
+    The Dice of the labels (without background) is computed over the whole batch, so that a crop without a small organ
+    does not count as a missed organ.
     """
     return DiceCELoss(
         include_background=False,
@@ -39,15 +39,15 @@ def build_loss(recipe: Training) -> nn.Module:
 def leave_out_missing(
     logits: torch.Tensor, label: torch.Tensor, missing: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let the loss say nothing of the classes that a label does not speak of.
+    """Exclude classes that a label does not annotate from the loss.
 
-    A missing class and background become one class: what is background in the label may be either (marginal loss, Shi
-    et al. 2021, arXiv 2007.03868). The other classes are trained as ever, also to keep off each other's voxels.
+    Missing classes and background are merged into one class, since a background voxel of the label may be either
+    (marginal loss, Shi et al. 2021, arXiv 2007.03868). All other classes are trained as usual.
 
     Args:
         logits: (batch, classes, X, Y, Z), float32.
         label: (batch, 1, X, Y, Z), values.
-        missing: (batch, classes), true for what is not spoken of; on the CPU. Never background.
+        missing: (batch, classes), true for classes that are not annotated; on the CPU. The background is never missing.
 
     Returns:
         Logits and label of the same shapes for :func:`build_loss`.
@@ -65,13 +65,13 @@ def leave_out_missing(
 
 
 def build_optimizer(network: nn.Module, recipe: Training) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); biases and norms are not decayed."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); biases and norms have no weight decay."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    # on a CPU fused takes a quarter of the default's time, on a GPU three quarters
+    # the fused implementation takes a quarter of the default's time on a CPU, and three quarters on a GPU
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     return AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=fused or None)
 
@@ -79,8 +79,8 @@ def build_optimizer(network: nn.Module, recipe: Training) -> AdamW:
 def build_schedule(optimizer: AdamW, recipe: Training, total_steps: int) -> LambdaLR:
     """Linear warm-up, then a half cosine to 0 at ``total_steps``.
 
-    As MONAI's ``WarmupCosineSchedule``, but for one step: that one begins with a learning rate of 0, with which the
-    first of the few steps of a fine-tuning would be lost.
+    It differs from MONAI's ``WarmupCosineSchedule`` in one step: MONAI's begins with a learning rate of 0, which would
+    waste the first of the few steps of a fine-tuning.
     """
     warmup = max(1, round(recipe.warmup_fraction * total_steps))
 
@@ -93,7 +93,7 @@ def build_schedule(optimizer: AdamW, recipe: Training, total_steps: int) -> Lamb
 
 
 def half_cosine(part: float, lowest: float = 0.0) -> float:
-    """From 1 at the begin (``part`` 0) to ``lowest`` at the end (1) and beyond.
+    """Half a cosine from 1 at ``part`` 0 to ``lowest`` at ``part`` 1 and beyond.
 
     >>> [round(half_cosine(part, 0.02), 3) for part in (0, 0.5, 1, 2)]
     [1.0, 0.51, 0.02, 0.02]
@@ -102,20 +102,20 @@ def half_cosine(part: float, lowest: float = 0.0) -> float:
 
 
 def build_average(network: nn.Module, recipe: Training) -> AveragedModel:
-    """An exponential moving average of the weights, whose memory grows up to ``ema_decay``.
+    """An exponential moving average of the weights, whose decay grows up to ``ema_decay``.
 
-    A fixed decay of 0.997 would keep a run of a hundred steps near where it started.
+    A fixed decay of 0.997 would keep the average of a run of a hundred steps near its initial weights.
     """
     return average_weights(network, lambda count: min(recipe.ema_decay, (1 + count) / (10 + count)))
 
 
 def average_weights(network: nn.Module, decay_after: Callable[[float], float]) -> AveragedModel:
-    """An exponential moving average of the weights, whose decay may depend on how many were averaged before."""
+    """An exponential moving average of the weights, whose decay may depend on the number of averaged steps."""
 
     def average(kept: Tensors, new: Tensors, copied: torch.Tensor | int) -> None:
         """All tensors of one type at once.
 
-        The count is read on the host, where it is kept: to read its copy on a GPU is to wait for all that runs there.
+        The count is read on the host, since reading a copy on a GPU would wait for all kernels there.
         """
         if kept[0].is_floating_point():
             get_ema_multi_avg_fn(decay_after(float(averaged.n_averaged)))(kept, new, copied)

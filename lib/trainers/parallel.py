@@ -1,4 +1,4 @@
-"""What changes when several processes train one network: who reads which case, and a loss over all of their crops."""
+"""Distributed training: which process reads which case, and a loss over the crops of all processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, DistributedSampler
 
-# The others wait while rank 0 validates, which may take longer than the ten minutes that NCCL waits by default.
-# A process that dies ends the run at once in any case: its launcher watches all of them.
+# Other processes wait while rank 0 validates, which may take longer than NCCL's default timeout of ten minutes. If a
+# process dies, the launcher, which watches all of them, ends the run at once in any case.
 LONGEST_WAIT = timedelta(hours=24)
 LONGEST_ANSWER = timedelta(seconds=1)
 ATTEMPT = "unetr/attempt"
@@ -24,13 +24,13 @@ AGAIN = "-again"
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among those that train together."""
+    """This process's rank and the number of training processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """A process among those that train together: its device, and whether they go on after one of them has died."""
+    """A process of a distributed training: its device, and whether the run was restarted after a process died."""
 
     device: torch.device
     restarted: bool = False
@@ -38,9 +38,9 @@ class Joined:
 
 @contextlib.contextmanager
 def joined_processes(device: torch.device) -> Iterator[Joined]:
-    """Join the processes that ``torchrun`` started, where it did.
+    """Join the processes that ``torchrun`` started, if it did.
 
-    NCCL on GPUs (each process takes the one of its local rank), Gloo elsewhere.
+    The backend is NCCL on GPUs (each process uses the GPU of its local rank), and Gloo on CPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Joined(device)
@@ -50,7 +50,7 @@ def joined_processes(device: torch.device) -> Iterator[Joined]:
         torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
     attempt, restarted = _agree_on_attempt(store, rank, world_size)
-    # The launcher's store outlives a restart, and with it the addresses of processes that have died.
+    # The launcher's store survives a restart, and still contains the addresses of processes that have died.
     fresh = dist.PrefixStore(attempt, store)
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
@@ -62,10 +62,11 @@ def joined_processes(device: torch.device) -> Iterator[Joined]:
 
 
 def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> tuple[str, bool]:
-    """A name for this start of the processes that all of them know, and whether there was one before it.
+    """A name for this start that all processes agree on, and whether there was a start before it.
 
-    The launchers' own count will not do: of several nodes, only the one whose process died counts a restart. What is in
-    the store may be of an attempt before, so rank 0 names this one, and answers whoever is here for it.
+    The launchers' own restart count is not sufficient: of several nodes, only the one whose process died counts a
+    restart. The store may still contain entries of an earlier attempt, so rank 0 names the attempt and replies to the
+    processes that take part in it.
     """
     if rank == 0:
         restarted = store.check([ATTEMPT])
@@ -78,7 +79,7 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> tuple[st
     while True:
         attempt = store.get(ATTEMPT).decode()
         store.set(f"{attempt}/here/{rank}", mine)
-        with contextlib.suppress(dist.DistStoreError):  # nobody answers: of an attempt before
+        with contextlib.suppress(dist.DistStoreError):  # no reply means that the entry is of an earlier attempt
             store.wait([f"{attempt}/welcome/{rank}"], LONGEST_ANSWER)
             if store.get(f"{attempt}/welcome/{rank}").decode() == mine:
                 return attempt, attempt.endswith(AGAIN)
@@ -88,9 +89,9 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> tuple[st
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors of all processes along the first axis, in the order of ranks; only this one's carries a gradient.
 
-    The Dice of a batch is no mean of the Dices of its parts: each process takes the loss over all crops, so that two
-    processes follow the curve of one with the same crops. Averaging the gradients divides them by the number of
-    processes once too often, which :func:`loss_scale` makes up for.
+    The Dice of a batch is not the mean of the Dices of its parts. Each process therefore computes the loss over all
+    crops, so that two processes follow the learning curve of one process with the same crops. Averaging the gradients
+    then divides them by the number of processes once too often, which :func:`loss_scale` compensates.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
@@ -102,12 +103,12 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def loss_scale() -> int:
-    """What a loss over all processes' crops is multiplied by before its gradients are averaged."""
+    """Factor for a loss over the crops of all processes, applied before gradients are averaged."""
     return rank_and_world_size()[1]
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """Shuffles by seed and epoch, the same for any number of processes, and can begin in the middle of an epoch."""
+    """Shuffles by seed and epoch, independently of the number of processes; it can start inside of an epoch."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         rank, world_size = rank_and_world_size()
@@ -115,7 +116,7 @@ class ResumableSampler(DistributedSampler[int]):
         self._skipped = 0
 
     def begin(self, epoch: int, skipped: int = 0) -> None:
-        """Set the epoch, and how many of its cases this process has had already."""
+        """Set the epoch, and the number of its cases that this process has already had."""
         self.set_epoch(epoch)
         self._skipped = skipped
 

@@ -1,6 +1,7 @@
-"""A training on the GPU that also answers requests stands still while they wait.
+"""Pauses a training on a GPU while inference requests wait for the device.
 
-The server keeps touching a file as long as requests wait. A file that is old is not from a living server.
+The server touches a file repeatedly while requests wait. A file with an old timestamp is ignored, since its server no
+longer runs.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 
 def is_paused(file: Path) -> bool:
-    """Whether the server has asked for the device in the last seconds."""
+    """Whether the server has claimed the device within the last seconds."""
     try:
-        return abs(time.time() - file.stat().st_mtime) < SECONDS_FRESH  # the clock may have been turned back
+        return abs(time.time() - file.stat().st_mtime) < SECONDS_FRESH  # the clock may have been set back
     except OSError:
         return False
 
 
 def wait_while_paused(file: Path | None, sleep: Callable[[float], None] = time.sleep) -> float:
-    """Wait until no request waits for the device; returns the seconds that it took.
+    """Wait until no request needs the device; returns the seconds waited.
 
     Args:
-        file: what the server touches; None: nothing to wait for.
-        sleep: waits so many seconds between two looks at the file.
+        file: file that the server touches; None to return at once.
+        sleep: sleeps for a number of seconds between two checks of the file.
     """
     start = time.monotonic()
     while file is not None and is_paused(file):

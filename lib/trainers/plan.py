@@ -1,7 +1,7 @@
-"""How a training step is computed within the memory that there is, and what follows when memory runs out.
+"""Memory planning for training steps, and fallbacks after memory runs out.
 
-The recipe says how many crops a step learns from; the plan says how many of them exist at a time, whether activations
-are recomputed, and how many cases may be kept in memory beside them. What is learnt is the same with every plan.
+The recipe states the number of crops of a step. The plan states how many of them are computed at a time, whether
+activations are recomputed, and how many cases may be cached in memory. All plans yield the same gradients.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from lib.trainers.memory import FLOAT_BYTES, count_kept_bytes, measure_step
 
 logger = logging.getLogger("unetr.train")
 
-# Beside what is kept for the backward pass: its own gradients, a convolution's scratch space, the allocator's gaps.
+# Factor for memory besides stored activations: their gradients, scratch space of convolutions, and fragmentation.
 SCRATCH_FACTOR = 1.6
-# Weights, AdamW's two moments, and the average; gradients come while activations go.
+# Weights, AdamW's two moments, and the average; gradients are allocated while activations are freed.
 COPIES_OF_WEIGHTS = 4
-# Of the loss, for each crop of the step: logits in fp32, their softmax, and a gradient.
+# Arrays of the loss for each crop of the step: logits in fp32, their softmax, and a gradient.
 COPIES_OF_LOGITS = 3
 CACHE_SHARE = 0.25
-# Of what is free, for the requests of a server on the same device: at least so much, and a window with the weights.
+# Smallest share of the free memory that is left for requests to a server on the same device, besides a window and the
+# weights.
 INFERENCE_SHARE = 0.1
 TRANSFORMER_BLOCKS = 12  # of MONAI's UNETR
-# Where a step fits so many times over, there is nothing to choose, and it is not measured.
+# A step that fits this many times needs no choice between plans, and is not measured.
 ROOMY = 8
-# Freed memory that is kept has gaps: 1.7 GiB beside 6.9 of a step of abdomen_ct in fp32 on a CPU.
+# Kept memory is fragmented: 1.7 GiB in addition to 6.9 GiB for a step of abdomen_ct in fp32 on a CPU.
 KEEPING_FACTOR = 1.5
 
 
@@ -48,17 +49,17 @@ class StepPlan:
     """How a training step is computed.
 
     Attributes:
-        device: where it trains.
+        device: training device.
         precision: number format of the forward pass.
-        crops: that a step learns from: the recipe's, whatever the plan.
-        crops_per_case: of them.
-        at_once: crops whose activations exist at the same time; the rest of a step waits.
+        crops: crops of a step, as in the recipe.
+        crops_per_case: crops from each case.
+        at_once: crops whose activations exist at the same time.
         checkpointing: whether the transformer's activations are recomputed.
-        needed_bytes: what weights, optimiser and a step take on the device.
-        free_bytes: what there is.
-        cache_bytes: of preprocessed cases that may be kept in the host's memory beside that.
-        seconds: of a step; not a number where it was not measured.
-        fallbacks: what did not fit when it was tried, in words.
+        needed_bytes: memory of weights, optimiser and a step on the device.
+        free_bytes: available memory.
+        cache_bytes: host memory for preprocessed cases.
+        seconds: duration of a step; NaN if it was not measured.
+        fallbacks: descriptions of the plans that were tried and did not fit.
     """
 
     device: str
@@ -75,21 +76,21 @@ class StepPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether what it needs is there."""
+        """Whether the needs do not exceed the available memory."""
         return self.needed_bytes <= self.free_bytes
 
     @property
     def keeps_freed_memory(self) -> bool:
-        """Whether a process on the CPU may keep what it frees, gaps and all, for the sake of speed."""
+        """Whether a process on the CPU may keep freed memory for speed, despite fragmentation."""
         return self.device == "cpu" and KEEPING_FACTOR * self.needed_bytes <= self.free_bytes
 
     @property
     def parts(self) -> int:
-        """How many batches a step is split into, whose gradients are accumulated."""
+        """Number of batches into which a step is split, whose gradients are accumulated."""
         return math.ceil(self.crops / self.at_once)
 
     def explain(self) -> str:
-        """One line for the log and for people."""
+        """A one-line description for the log and for users."""
         cases = max(1, self.at_once // self.crops_per_case)
         batch = f"{cases} case{'s' * (cases > 1)} x {min(self.at_once, self.crops_per_case)} crops at a time"
         parts = f", {self.parts} parts a step" if self.parts > 1 else ""
@@ -105,7 +106,7 @@ class StepPlan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for a run's status and report."""
+        """The plan as JSON data for a run's status and report."""
         return {**asdict(self), "parts": self.parts, "text": self.explain()}
 
 
@@ -113,11 +114,11 @@ class StepPlanner:
     """Plans training steps within a budget.
 
     Args:
-        budget: bytes of the host's memory that this process may use; all that is free, less a reserve, if not given.
-        book: where measured costs are kept.
-        memory: says how much is free.
+        budget: bytes of host memory that this process may use; by default all free memory minus a reserve.
+        book: store of measured costs.
+        memory: probe of the free memory.
         measure: measures a step.
-        beside_server: whether a server answers requests on the same device, which are left some of its memory.
+        beside_server: whether a server answers requests on the same device, for which memory is reserved.
     """
 
     def __init__(
@@ -135,17 +136,18 @@ class StepPlanner:
     def plan(
         self, preset: Preset, cases: int, device: torch.device, whole: bool = False, always_measure: bool = False
     ) -> StepPlan:
-        """The fastest way that fits: all at once, with recomputed transformer blocks, in smaller parts, on the CPU.
+        """The fastest plan that fits: all crops at once, recomputed transformer blocks, smaller parts, or the CPU.
 
         Args:
-            preset: the task; checkpointing that its recipe asks for stays on.
-            cases: that there are to train on; a batch has no more.
-            device: where it would train.
-            whole: a step may not be done in parts, nor elsewhere: other processes would have to do the same.
-            always_measure: also where there is nothing to choose.
+            preset: the preset; if its recipe requests checkpointing, the plan has it too.
+            cases: number of training cases, which bounds the batch size.
+            device: preferred device.
+            whole: whether the step must neither be split nor moved to another device, since other processes would have
+                to do the same.
+            always_measure: whether to measure even if there is only one choice.
 
         Raises:
-            TrainingError: when nothing fits, with what it takes and what there is.
+            TrainingError: if no plan fits, with the required and the available memory.
         """
         plan = self._on(preset, cases, device, whole, always_measure)
         if plan.fits or whole:
@@ -160,7 +162,7 @@ class StepPlanner:
         return replace(on_cpu, fallbacks=(f"{device} ({plan.needed_bytes / GIB:.2f} GiB)", *on_cpu.fallbacks))
 
     def _on(self, preset: Preset, cases: int, device: torch.device, whole: bool, always_measure: bool) -> StepPlan:
-        """The fastest way on one device that fits, or else the smallest."""
+        """The fastest plan on one device that fits, or otherwise the smallest plan."""
         recipe, where = preset.training, placement_for(preset, device)
         crops = min(recipe.batch_size, cases) * recipe.crops_per_case
         host = self._memory.of_host(self.budget)
@@ -192,7 +194,7 @@ class StepPlanner:
         return plan
 
     def _for_inference(self, preset: Preset, device: torch.device, free: int) -> int:
-        """Bytes that a server's requests on the device are left."""
+        """Bytes on the device that are reserved for requests to the server."""
         if not self._beside_server:
             return 0
         dtype = resolve_precision("auto", device)
@@ -202,9 +204,9 @@ class StepPlanner:
         return min(free, max(int(INFERENCE_SHARE * free), needed))
 
     def _costs(self, needs: _Needs, where: Placement, at_once: int, free: int, always: bool) -> list[WindowCost]:
-        """Measured costs of one crop, and of two where more than one are done at once.
+        """Measured costs of one crop, and of two crops if more than one is computed at once.
 
-        Only what the count says will fit is measured: on a CPU, what does not fit ends the process.
+        Only steps whose computed memory fits are measured, because on a CPU a step that does not fit kills the process.
         """
         counted = needs.bytes(at_once, [])
         key = step_key(where) + (" recomputed" if needs.recompute else " kept")
@@ -230,7 +232,7 @@ class StepPlanner:
         return cost
 
     def next_fallback(self, plan: StepPlan, preset: Preset, device: torch.device) -> StepPlan | None:
-        """The next plan after memory ran out on ``plan``, remembered for a day; None when nothing smaller is left."""
+        """The next plan after memory ran out on ``plan``, kept for a day; None if there is no smaller one."""
         if plan.at_once > 1:
             what = f"{plan.at_once} crops at a time"
             new = replace(plan, at_once=plan.at_once // 2, fallbacks=(*plan.fallbacks, what))
@@ -246,14 +248,14 @@ class StepPlanner:
 
 
 class StepLadder:
-    """Runs steps as planned, and in smaller and smaller parts once memory has run out.
+    """Runs steps as planned, and in smaller and smaller parts after memory has run out.
 
     Args:
-        plan: to begin with.
-        planner: remembers what did not fit.
-        preset: the task.
-        network: whose transformer's activations are recomputed in the end.
-        may_shrink: false where other processes would have to shrink too.
+        plan: initial plan.
+        planner: stores the plans that did not fit.
+        preset: the preset.
+        network: network whose transformer activations are recomputed as the last fallback.
+        may_shrink: false if other processes would have to shrink too.
     """
 
     def __init__(
@@ -263,10 +265,10 @@ class StepLadder:
         self._planner, self._preset, self._network, self._may_shrink = planner, preset, network, may_shrink
 
     def run(self, step: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """Call ``step`` with the number of crops at a time, and again with less at once while memory runs out.
+        """Call ``step`` with the number of crops at a time; repeat it with fewer crops while memory runs out.
 
         Raises:
-            RuntimeError, MemoryError: when one crop does not fit.
+            RuntimeError, MemoryError: if one crop does not fit.
         """
         device = torch.device(self.plan.device)
         while True:
@@ -278,7 +280,7 @@ class StepLadder:
                 smaller = self._planner.next_fallback(self.plan, self._preset, device)
                 if smaller is None:
                     raise
-            # outside of the clause: the error's traceback holds on to what is to be let go
+            # outside of the except clause, since the error's traceback keeps references to memory that must be freed
             self.plan = smaller
             if smaller.checkpointing:
                 recompute_blocks(self._network)
@@ -293,50 +295,50 @@ class _Needs:
         self.recompute = recompute
         self._crops, self._half = crops, dtype is not torch.float32
         self._kept, self._weights = count_kept_bytes(preset, recompute)
-        if recompute:  # in the backward pass the activations of one block exist at a time
+        if recompute:  # during the backward pass, the activations of only one block exist at a time
             self._kept += (count_kept_bytes(preset, False)[0] - self._kept) // TRANSFORMER_BLOCKS
         self._logits = COPIES_OF_LOGITS * FLOAT_BYTES * preset.out_channels * math.prod(preset.roi_size)
 
     def bytes(self, at_once: int, costs: Sequence[WindowCost]) -> int:
-        """What weights, optimiser and a step take: measured, where it was, or counted."""
+        """Bytes of weights, optimiser and a step: measured if available, otherwise computed from shapes."""
         waiting = (self._crops - at_once) * self._logits
         return COPIES_OF_WEIGHTS * self._weights + self._passes(at_once, costs) + waiting
 
     def seconds(self, at_once: int, costs: Sequence[WindowCost]) -> float:
-        """Of a step; a part that is recomputed has one more forward pass, which takes half as long as a backward."""
+        """Seconds of a step; a recomputed part has a second forward pass, half as long as a backward pass."""
         if not costs:
             return math.nan
         again = 4 / 3 if at_once < self._crops else 1.0
         return again * self._crops * costs[-1].seconds / len(costs)
 
     def _passes(self, crops: int, costs: Sequence[WindowCost]) -> int:
-        """Forward and backward pass of so many crops: what the first takes, and what each more does."""
+        """Bytes of forward and backward pass: those of the first crop, and those of each further one."""
         if len(costs) < min(2, crops):
             # autocast keeps the weights in half precision too
             return int((self._kept * crops * SCRATCH_FACTOR + self._weights) / (1 + self._half)) + crops * self._logits
-        # the second measurement finds some memory that the process has kept: never less than what is counted
+        # the second measurement reuses some kept memory, so the computed bytes are a lower bound
         least = int(self._kept / (1 + self._half)) + self._logits
         more = max(least, costs[1].bytes - costs[0].bytes) if crops > 1 else 0
         return int(MEASUREMENT_MARGIN * (costs[0].bytes + (crops - 1) * more))
 
 
 def count_step_bytes(preset: Preset, crops: int, recompute: bool, dtype: torch.dtype) -> int:
-    """What weights, optimiser and a step of so many crops at once take, counted from shapes alone."""
+    """Bytes of weights, optimiser and a step of ``crops`` crops at once, computed from shapes."""
     return _Needs(preset, crops, recompute, dtype).bytes(crops, [])
 
 
 def placement_for(preset: Preset, device: torch.device) -> Placement:
-    """A preset's network as it is trained on a device."""
+    """The preset, device and number format of a training."""
     return Placement(preset, device, resolve_precision(preset.training.precision, device))
 
 
 def step_key(where: Placement) -> str:
-    """Under what a step's costs and limits are kept."""
+    """The key under which costs and limits of a step are stored."""
     return f"training {cost_key(where)}"
 
 
 def _ways(crops: int, recompute: bool, most: int, whole: bool) -> list[tuple[int, bool]]:
-    """Crops at once and checkpointing, fastest first. A part is as slow as a checkpointed step, whatever its size."""
+    """Crops at once and checkpointing, fastest first. Any part takes as long as a checkpointed step."""
     sizes = [] if whole else _halvings(crops)[1:]
     kept = [(crops, False), (crops, True), *((size, False) for size in sizes)]
     last = [] if whole else [(1, True)]

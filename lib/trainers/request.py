@@ -1,4 +1,4 @@
-"""A Train request: what MONAI Label's clients send, cast and checked."""
+"""A train request of MONAI Label's clients, parsed and validated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lib.configs.preset import Preset, Training
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 
 GPUS = r"^(all|\d{1,3}(,\d{1,3}){0,31})?$"
-"""The choice of GPUs becomes an environment variable, so it is only that."""
+"""Valid choice of GPUs, which is restricted because it becomes an environment variable."""
 SERVER_FIELDS = ("run", "resume", "pause_file", "why")
-"""What a client may not set."""
+"""Fields that only the server may set."""
 
 
 class TrainRequest(BaseModel):
-    """The fields of a Train request, as MONAI Label's clients know them, and the recipe's own."""
+    """The fields of a train request: those of MONAI Label's clients, and those of the recipe."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -28,7 +28,7 @@ class TrainRequest(BaseModel):
     early_stop_patience: Annotated[int, Field(ge=-1, le=100_000)] = -1
     val_split: Annotated[float, Field(ge=0, lt=1)] = 0.2
     train_batch_size: Annotated[int, Field(gt=0, le=1024)]
-    # Whole volumes of different sizes are validated one at a time; the field is there for clients that send it.
+    # Whole volumes of different sizes are validated one at a time; the field exists for clients that send it.
     val_batch_size: Annotated[int, Field(gt=0, le=1024)] = 1
     multi_gpu: bool = True
     gpus: Annotated[str, Field(pattern=GPUS)] = "all"
@@ -40,8 +40,8 @@ class TrainRequest(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     max_steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
-    # What only the server sets: the run's id, whether it goes on after an interruption, when it stands still, and why
-    # it was started.
+    # Fields that only the server sets: id of the run, whether it is resumed, its pause file, and the reason of its
+    # start.
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")] | None = None
     resume: bool = False
     pause_file: Path | None = None
@@ -50,16 +50,16 @@ class TrainRequest(BaseModel):
     @field_validator("device", "dataset", "dataloader", "precision", mode="before")
     @classmethod
     def _first_choice(cls, value: Any) -> Any:
-        """A client that leaves the list of choices as it is means the first."""
+        """A client that returns the whole list of choices selects the first one."""
         return value[0] if isinstance(value, list) and value else value
 
     @property
     def run_id(self) -> str:
-        """The run's id; its name where the server gave none."""
+        """The id of the run, or its name if the server gave no id."""
         return self.run or self.name
 
     def recipe(self, preset: Preset) -> Training:
-        """The preset's recipe with what the request changes."""
+        """The preset's recipe with the changes of the request."""
         changes = {
             "max_epochs": self.max_epochs,
             "batch_size": self.train_batch_size,

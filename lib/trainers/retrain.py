@@ -1,4 +1,4 @@
-"""The retrain policy: from what is known to whether to train now, and why, in words."""
+"""The retraining policy, which decides whether to train now, and states the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_AFTER_FAILURE = 86_400.0
 
 @dataclass(frozen=True)
 class Label:
-    """A label as it is now: a digest of its content, and when it was saved (seconds since 1970)."""
+    """A label: the digest of its content, and the time at which it was saved (seconds since 1970)."""
 
     digest: str
     saved_at: float
@@ -23,23 +23,24 @@ class Label:
 
 @dataclass(frozen=True)
 class History:
-    """All that the decision depends on.
+    """Everything on which the decision depends.
 
     Attributes:
-        settings: of the policy.
-        now: seconds since 1970.
-        labels: the labels by image id.
-        seen: digests of the labels that the last run knew of, by image id, whether it was published or rejected.
-        last_version: name of the version that the last run made; empty before the first.
-        last_run_at: when it ended.
-        runs: how many runs have ended with a version.
-        running: whether a training runs or waits.
-        waits_for_room: whether a full disk has ended a training, which goes on by itself when there is room.
-        serving: whether any weights are served.
-        dice_on_new: mean Dice of the served model on new labels; None where it was not looked at.
-        failures: how many runs have failed since the last version, and when the last of them did.
-        failed_at: the same.
-        utc_offset_seconds: of the server's time zone.
+        settings: settings of the policy.
+        now: current time, in seconds since 1970.
+        labels: the labels, by image id.
+        seen: digests of the labels at the time of the last run, by image id, whether its version was published or
+            rejected.
+        last_version: name of the version that the last run made; empty if there was no run.
+        last_run_at: end of the last run.
+        runs: number of runs that ended with a version.
+        running: whether a training is running or waiting.
+        waits_for_room: whether a training was stopped by a full disk; it resumes by itself when there is space.
+        serving: whether there are live weights.
+        dice_on_new: mean Dice of the live weights on new labels; None if it was not computed.
+        failures: number of failed runs since the last version.
+        failed_at: time of the last failure.
+        utc_offset_seconds: UTC offset of the server's time zone.
     """
 
     settings: Retraining
@@ -65,14 +66,14 @@ class History:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to train now, and why.
+    """Whether to train now, and the reason.
 
     Attributes:
-        train: whether.
-        reason: in words.
-        new_labels: how many are new or changed.
-        from_nothing: whether the run is one that starts from nothing.
-        wait_seconds: time after which to ask again, where only time is missing.
+        train: whether to train.
+        reason: the reason as a sentence.
+        new_labels: number of new or changed labels.
+        from_nothing: whether the run starts from random weights.
+        wait_seconds: time after which to decide again, if only time is missing.
     """
 
     train: bool
@@ -83,7 +84,7 @@ class Decision:
 
 
 def decide(history: History) -> Decision:
-    """Decide whether to train now. A pure function: the same history, the same decision."""
+    """Decide whether to train now. This is a pure function of the history."""
     settings, new = history.settings, history.new
     count = len(new)
     if settings.retrain == "off":
@@ -109,7 +110,7 @@ def decide(history: History) -> Decision:
 
 
 def _after_waiting(history: History, cause: str, count: int) -> Decision:
-    """There is a cause; whether it is the time."""
+    """With a cause for training: decide whether the time has come."""
     backoff = min(SECONDS_AFTER_FAILURE * 2 ** (history.failures - 1), LONGEST_AFTER_FAILURE)
     left = history.failed_at + backoff - history.now if history.failures else 0.0
     if left > 0:
@@ -126,7 +127,7 @@ def _after_waiting(history: History, cause: str, count: int) -> Decision:
 
 
 def _due(history: History) -> tuple[str, str, float | None]:
-    """The cause to train when enough is new; else why not."""
+    """The reason to train if there are enough new labels; otherwise the reason not to."""
     settings, count = history.settings, len(history.new)
     if count >= settings.retrain_after:
         return f"{count} labels are new or changed, and {settings.retrain_after} are enough", "", None
@@ -140,7 +141,7 @@ def _due(history: History) -> tuple[str, str, float | None]:
 
 
 def _scheduled(history: History) -> tuple[str, str, float | None]:
-    """The cause to train when the time of day has come since the last run and the oldest new label."""
+    """The reason to train if the scheduled time has passed since the last run and the oldest new label."""
     hour, minute = map(int, history.settings.retrain_at.split(":"))
     zone = datetime.timezone(datetime.timedelta(seconds=history.utc_offset_seconds))
     now = datetime.datetime.fromtimestamp(history.now, zone)

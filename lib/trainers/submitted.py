@@ -1,4 +1,4 @@
-"""The studies' final labels as cases of a preset: which of them count, what their values mean, what they leave open."""
+"""The studies' final labels as cases of a preset: which labels count, what their values mean, and what they omit."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SubmittedLabels:
     """The final labels of the studies.
 
     Attributes:
-        cases: those that may be trained on, as far as can be told without reading them.
-        left_out: case id to the reason, for labels that do not fit the preset.
-        complete: ids of labels whose sender said that what is not drawn is not there.
+        cases: usable cases, as far as can be told without reading them.
+        left_out: case id to reason, for labels that do not match the preset.
+        complete: ids of labels whose sender stated that labels without voxels are absent in the image.
     """
 
     cases: tuple[Case, ...]
@@ -32,14 +32,15 @@ class SubmittedLabels:
 
 
 def submitted_labels(datastore: Any, preset: Preset, served: Collection[str]) -> SubmittedLabels:
-    """The datastore's final labels, without those that were saved for another task of this server.
+    """The datastore's final labels, except those that were saved for another preset of this server.
 
-    The version's own file is read and not its copy: a label that is submitted meanwhile does not change the run.
+    The file of the label version is used and not its current copy, so that a label submitted meanwhile does not change
+    the run.
 
     Args:
-        datastore: MONAI Label's, with a history of labels or without.
-        preset: the task.
-        served: names of all tasks of this server.
+        datastore: MONAI Label's datastore, with or without a label history.
+        preset: the preset.
+        served: names of all presets of this server.
     """
     history = getattr(datastore, "history", None)
     versions = {version.image_id: version for version in history.all_latest()} if history else {}
@@ -63,9 +64,10 @@ def submitted_labels(datastore: Any, preset: Preset, served: Collection[str]) ->
 
 
 def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
-    """A version as a case: its values by name, and what it does not speak of.
+    """A label version as a case: its values by name, and the labels that it does not annotate.
 
-    Names that the preset does not have are left out of training. A version without names has the preset's own numbers.
+    Labels that the preset does not have are not used in training. A version without names uses the preset's own
+    numbers.
     """
     if not version.label_map and not version.missing_labels:
         return Case(version.image_id, image, version.file)
@@ -77,12 +79,12 @@ def case_of_version(version: LabelVersion, image: Path, preset: Preset) -> Case:
 
 
 def undrawn_as_missing(case: Case, label: npt.NDArray[np.uint8], preset: Preset) -> Case:
-    """The case, with labels of which no voxel is drawn as missing: nobody said that there is none.
+    """The case with labels without voxels marked as missing, since nobody stated that they are absent.
 
     Args:
-        case: one whose label is not said to be complete.
+        case: a case whose label is not declared complete.
         label: its label in the preset's values.
-        preset: the task.
+        preset: the preset.
     """
     drawn = set(np.unique(label).tolist())
     undrawn = {index for index in preset.label_indices.values() if index not in drawn}
@@ -90,12 +92,12 @@ def undrawn_as_missing(case: Case, label: npt.NDArray[np.uint8], preset: Preset)
 
 
 def missing_labels(cases: Iterable[Case], preset: Preset) -> dict[str, list[str]]:
-    """Names of the labels that each case does not speak of, by case id; only cases that have some."""
+    """Names of the labels that each case does not annotate, by case id; only cases that have any."""
     names = {index: name for name, index in preset.label_indices.items()}
     return {case.case_id: [names[index] for index in case.missing] for case in cases if case.missing}
 
 
 def labels_nowhere(cases: Iterable[Case], preset: Preset) -> frozenset[str]:
-    """Names of the preset's labels that are missing in every case."""
+    """Names of the preset's labels that no case annotates."""
     everywhere = set.intersection(*[set(case.missing) for case in cases] or [set()])
     return frozenset(name for name, index in preset.label_indices.items() if index in everywhere)

@@ -44,18 +44,18 @@ logger = logging.getLogger("unetr.train")
 
 
 class UnetrTrainTask(TrainTask):
-    """Trains a preset on the datastore's final labels and publishes the weights if they are better.
+    """Trains a preset on the datastore's final labels, and publishes the weights if they are better.
 
     Args:
-        preset: the task.
-        locator: where its weights are, and where they are published.
-        device: default device; the best there is if empty.
-        settings: the gate's rules, and what is kept.
-        memory_budget: bytes of the host's memory that a training may use; what is free if not given.
+        preset: the preset.
+        locator: finds the live weights and the folder of versions.
+        device: default device; by default the best one.
+        settings: rules of the gate, and numbers of versions and runs to keep.
+        memory_budget: bytes of host memory for a training; by default the free memory.
         costs: file of measured costs.
-        served: names of all tasks of this server, whose labels are not this one's.
-        launcher: trains a job; :func:`lib.trainers.launch.launch` if not given.
-        follow_up: done after a training, whose own result it cannot spoil; nothing if not given.
+        served: names of all presets of this server, whose labels are excluded.
+        launcher: trains a job; by default :func:`lib.trainers.launch.launch`.
+        follow_up: task after a training, which cannot affect the result of the training; by default none.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class UnetrTrainTask(TrainTask):
         self._publisher = Publisher(preset, locator, self.runs, self._settings, planner)
 
     def config(self) -> dict[str, Any]:
-        """The fields that clients offer for editing, with their defaults."""
+        """The fields that clients may edit, with their defaults."""
         recipe = self.preset.training
         return {
             "name": "train_01",
@@ -116,20 +116,21 @@ class UnetrTrainTask(TrainTask):
         return info | {"labels": self.preset.label_indices}
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the last run that ended, in the form that MONAI Label's clients read."""
+        """Figures of the last finished run, in the form that MONAI Label's clients read."""
         stats = read_stats(self.runs)
-        # 3D Slicer computes with it, and knows that it may be absent
+        # 3D Slicer computes with this number, and accepts that it is absent
         return {name: value for name, value in stats.items() if name != "best_metric" or value is not None}
 
     def validate_request(self, request: Mapping[str, Any], strict: bool = False) -> TrainRequest:
-        """Cast and check a request without running it.
+        """Parse and validate a request without running it.
 
         Args:
-            request: its fields.
-            strict: whether each value must have its type already, as in JSON; else text is cast, as of ``--conf``.
+            request: the fields.
+            strict: whether each value must have its type already, as in JSON; otherwise text is cast, as with
+                ``--conf``.
 
         Raises:
-            ParameterError: naming the field, its value and what would be valid.
+            ParameterError: naming the field, its value and the valid values.
         """
         try:
             given = {key: value for key, value in request.items() if value is not None}
@@ -143,16 +144,16 @@ class UnetrTrainTask(TrainTask):
         return asked
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Train, compare with the served weights, and publish if better.
+        """Train, compare with the live weights, and publish if better.
 
-        A run that was interrupted (``resume``) goes on with the cases and the state that it had.
+        An interrupted run (``resume``) keeps its cases and its state.
 
         Returns:
-            The run's figures.
+            The figures of the run.
 
         Raises:
-            ParameterError: when a field is not valid.
-            TrainingError: when there is nothing to train on, or the run cannot go on.
+            ParameterError: if a field is invalid.
+            TrainingError: if there is nothing to train on, or if the run cannot be resumed.
         """
         asked = self.validate_request(request)
         started, run_dir = time.time(), self.runs / asked.run_id
@@ -164,7 +165,7 @@ class UnetrTrainTask(TrainTask):
             return self.stats()
         material = self._gatherer.gather(datastore, asked, run_dir)
         champion = read_served(self._locator, self.preset)[0] if asked.pretrained else None
-        # Weights go on in the network that they were trained in, also where the preset has another one by now.
+        # Weights are trained further in their own network, even if the preset has been given another one since.
         preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
         plan = TrainingJob(
             preset=preset.model_copy(update={"training": asked.recipe(self.preset)}),
@@ -198,9 +199,10 @@ class UnetrTrainTask(TrainTask):
         return self.stats()
 
     def _follow(self, run: EndedRun) -> None:
-        """Do what follows a training, and keep what became of it with the run's figures.
+        """Run the follow-up of a training, and store its outcome with the figures of the run.
 
-        The new weights are judged and kept by then: a follow-up that fails is said, and the run has not failed.
+        The new weights have been judged and stored by then, so that a failure of the follow-up is logged but does not
+        make the run fail.
         """
         assert self._follow_up is not None
         try:
@@ -214,19 +216,19 @@ class UnetrTrainTask(TrainTask):
         return next((version for version in self.versions.list() if version.details.get("run") == run), None)
 
     def served_version(self) -> str:
-        """Name of the version that is served now; empty for none."""
+        """Name of the live version; empty for none."""
         file = self._locator.find()
         return "" if file is None else file.version
 
     def serving(self) -> tuple[str, str]:
-        """The version that is served now, empty for none; and why it is not the one that should be, in words."""
+        """The version in use, empty for none; and the reason as a sentence if it is not the configured one."""
         try:
             return self.served_version(), self._locator.problem
         except CheckpointError as error:
             return "", str(error)
 
     def _read_encoder(self) -> StateDict | None:
-        """The pretrained encoder; None where there is none that fits."""
+        """The pretrained encoder; None if there is no matching one."""
         path = self._locator.folder / ENCODER_FILE
         if not path.is_file():
             return None
@@ -240,10 +242,10 @@ class UnetrTrainTask(TrainTask):
         return encoder
 
     def forecast(self, request: Mapping[str, Any], datastore: Datastore) -> str:
-        """What whoever asks for a training should know before it: that nothing will judge it; empty otherwise.
+        """A warning before a training that no held-out case will judge it; empty otherwise.
 
         Raises:
-            ParameterError: when a field is not valid.
+            ParameterError: if a field is invalid.
         """
         asked = self.validate_request(request)
         cases = self.submitted(datastore).cases
@@ -252,5 +254,5 @@ class UnetrTrainTask(TrainTask):
         return nothing_judges(len(cases), bool(self.serving()[0]))
 
     def submitted(self, datastore: Datastore) -> SubmittedLabels:
-        """The datastore's final labels that are for this preset."""
+        """The datastore's final labels for this preset."""
         return self._gatherer.labels(datastore)

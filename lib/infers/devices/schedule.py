@@ -130,7 +130,7 @@ class LaneState:
         return median(self.own.loading or self.of_all.loading or [LOADING_SECONDS])
 
     def free_at(self, now: float) -> float:
-        """When it will be free; what takes longer than expected is given a quarter more of what it took so far."""
+        """Expected time at which the lane is free; overdue work gets another quarter of its elapsed time."""
         if self.work is None:
             return now + YIELDING_SECONDS * self.occupied
         if self.work.ahead:

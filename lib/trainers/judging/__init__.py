@@ -1,1 +1,1 @@
-"""How new weights are scored, and whether they are served in place of those before."""
+"""Scoring of new weights, and the decision whether they replace the live ones."""

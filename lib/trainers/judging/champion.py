@@ -1,4 +1,4 @@
-"""The weights that are served, as new ones are compared with them: what they are, and what was measured of them."""
+"""The champion, which is the live version that new weights are compared with, and its recorded scores."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from lib.trainers.material import Material
 logger = logging.getLogger("unetr.train")
 
 MOST_TRIED = 24
-"""New labels that the served weights are tried on; a batch that is wrong as a whole shows in fewer."""
+"""Largest number of new labels on which the live weights are tested; a batch that is wrong as a whole shows in
+fewer.
+"""
 
 
 @dataclass(frozen=True)
 class ServedWeights:
-    """The weights that are served.
+    """The live weights.
 
     Attributes:
-        version: its name.
+        version: name of the version.
         checkpoint: the weights.
-        judged_on: validation cases that they were judged on.
-        labels: digests of the labels that were known when they were made, by case; empty for shipped ones.
-        reported_dice: mean Dice that they, or else their recipe in a cross-validation, were measured at; NaN where that
-            is not known.
-        reported_by_label: the same of each label that it is known of.
-        never_learnt: labels that no case of theirs spoke of, so that there is nothing to lose.
-        trained_on: cases that they were trained on.
+        judged_on: validation cases of their own judgement.
+        labels: digests of the labels at the time of their training, by case; empty for shipped weights.
+        reported_dice: recorded mean Dice of the weights, or of their recipe in a cross-validation; NaN if unknown.
+        reported_by_label: the same for each label for which it is known.
+        never_learnt: labels that none of their training cases annotated, so that no skill can be lost.
+        trained_on: their training cases.
     """
 
     version: str
@@ -52,10 +53,10 @@ class ServedWeights:
     trained_on: frozenset[str] = frozenset()
 
     def previously_validated(self, labels: Mapping[str, str]) -> frozenset[str]:
-        """Validation cases that they were judged on with the label that the case still has.
+        """Validation cases on which they were judged, and whose label has not changed since.
 
         Args:
-            labels: digest of each case's label now.
+            labels: current digest of each case's label.
         """
         return frozenset(case for case in self.judged_on if self._knows(case, labels))
 
@@ -70,7 +71,7 @@ class ServedWeights:
         return [new[name] for name in (ids if len(ids) <= MOST_TRIED else random.Random(0).sample(ids, MOST_TRIED))]
 
     def learnt_cases(self, material: Material) -> list[Case]:
-        """Training cases whose label they have learnt from too: labels that have not changed, and replayed cases."""
+        """Training cases whose current label the weights were trained on too, including replayed cases."""
         replayed = set(material.replayed)
         return [
             case
@@ -85,10 +86,10 @@ class ServedWeights:
 
 
 def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights | None, str]:
-    """The weights that are served now.
+    """Read the live weights.
 
     Returns:
-        None where there are none, or none that this preset can be compared with; and why they cannot, in words.
+        None if there are no weights, or none that are comparable with this preset; and the reason as a sentence.
     """
     try:
         file = locator.find()
@@ -115,7 +116,7 @@ def read_served(locator: WeightsLocator, preset: Preset) -> tuple[ServedWeights 
 
 
 def _details_of(file: WeightsFile) -> dict[str, Any]:
-    """What is known of weights; nothing where that is damaged."""
+    """The description of weights; empty if it is damaged."""
     details = read_object(file.side_car)
     try:
         return (check_details if file.origin == "published" else check_shipped_details)(details)
@@ -125,7 +126,7 @@ def _details_of(file: WeightsFile) -> dict[str, Any]:
 
 
 def _measured(details: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What weights reached on cases that they had not seen; of those that saw all, what their recipe reached."""
+    """Recorded scores on cases that the weights had not seen; if they saw all cases, scores of their recipe."""
     held_out: Mapping[str, Any] = details.get("held_out") or {}
     return held_out if held_out.get("mean_dice") is not None else details.get("cross_validated") or {}
 
@@ -136,7 +137,7 @@ def _cases_of(
     details: Mapping[str, Mapping[str, list[str]]],
     locator: WeightsLocator,
 ) -> frozenset[str]:
-    """The cases that weights were trained or judged on, as far as that is known."""
+    """The training or validation cases of weights, as far as they are known."""
     if file.origin == "published":
         return frozenset((details.get("split") or {}).get(part, ()))
     shipped = shipped_split(locator.folder) if file.origin == "shipped" else None

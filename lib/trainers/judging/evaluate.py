@@ -1,4 +1,4 @@
-"""Scoring a model as a clinician meets it: from file to mask on the image's own grid."""
+"""Evaluates a model under clinical conditions: from image file to mask on the image's own grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger("unetr.evaluate")
 
 @dataclass(frozen=True)
 class CaseScore:
-    """One case's Dice, HD95 (mm) and normalised surface distance by label, and how unsure the model was of its mask."""
+    """Dice, HD95 (mm) and normalised surface distance of a case by label, and the model's uncertainty."""
 
     case_id: str
     dice: dict[str, float]
@@ -27,7 +27,7 @@ class CaseScore:
 
     @property
     def mean_dice(self) -> float:
-        """Mean Dice over the labels; NaN where no label can be said of."""
+        """Mean Dice over the labels; NaN if no label has a score."""
         return mean_known(self.dice.values())
 
 
@@ -39,30 +39,30 @@ class Evaluation:
 
     @property
     def dice(self) -> dict[str, float]:
-        """Mean Dice by label."""
+        """Mean Dice of each label."""
         return mean_per_label([case.dice for case in self.cases])
 
     @property
     def hd95_mm(self) -> dict[str, float]:
-        """Mean HD95 by label in millimetres, over the cases where both masks have the label."""
+        """Mean HD95 of each label in millimetres, over the cases in which both masks have the label."""
         return mean_per_label([case.hd95_mm for case in self.cases])
 
     @property
     def nsd(self) -> dict[str, float]:
-        """Mean normalised surface distance by label."""
+        """Mean normalised surface distance of each label."""
         return mean_per_label([case.nsd for case in self.cases])
 
     @property
     def mean_dice(self) -> float:
-        """Mean over labels of each label's mean Dice over the cases; labels without a score do not count."""
+        """Mean over labels of each label's mean Dice over the cases; labels without a score are ignored."""
         return mean_known(self.dice.values())
 
     def calibration(self) -> Calibration | None:
-        """From the model's uncertainty to Dice; None where there are too few cases."""
+        """The regression from uncertainty to Dice; None if there are too few cases."""
         return fit([(case.uncertainty, case.mean_dice) for case in self.cases])
 
     def summary(self) -> dict[str, object]:
-        """Plain data for a side-car; ``per_case`` is each case's mean Dice over labels."""
+        """Data for a side-car; ``per_case`` is each case's mean Dice over labels."""
         return {
             "cases": len(self.cases),
             "mean_dice": round(self.mean_dice, 4),
@@ -74,10 +74,10 @@ class Evaluation:
 
 
 def evaluate(segmenter: Segmenter, cases: Iterable[Case]) -> Evaluation:
-    """Segment and score each case; the surface may be off by the network's coarsest voxel edge.
+    """Segment and score each case, with a surface tolerance of the network's largest voxel edge.
 
     Raises:
-        InputError: when a case cannot be read.
+        InputError: if a case cannot be read.
     """
     scores = []
     for case in cases:

@@ -1,7 +1,7 @@
-"""The gate: a challenger is published only if it beats the champion on the same validation cases.
+"""The gate: new weights (the challenger) are published only if they beat the live ones (the champion).
 
-Both are scored on the same cases in the same run, however old the champion is, so a validation set that has grown
-scores the champion anew. What is compared is paired over cases: the same case, the same label, both models.
+Both are scored on the same validation cases in the same run, so that the champion is scored again whenever the
+validation set has grown. The comparison is paired: the same case and the same label by both models.
 """
 
 from __future__ import annotations
@@ -17,33 +17,39 @@ from lib.trainers.judging.evaluate import CaseScore, Evaluation
 from lib.trainers.judging.likeness import Likeness
 
 Pairs = list[tuple[float, float]]
-"""Scores of the same cases by champion and challenger."""
+"""Scores of champion and challenger on the same cases."""
 
 CONTRADICTED = 2 / 3
-"""A new label on which the champion's Dice is below this share of what it was measured at is left out of its defeat:
-either the label is wrong or the image is of another kind, and only somebody who looks can tell. Hippocampi that are
-shifted by six voxels keep 0.17 to 0.44 of Dice with themselves; the worst of 45 right ones had 0.80."""
+"""A new label is contradicted if the champion's Dice on it is below this share of its recorded Dice. Such a label does
+not count against the champion: either the label is wrong or the image is of another kind, which only a person can
+decide. Hippocampi shifted by six voxels have a Dice of 0.17 to 0.44 with themselves; the worst of 45 correct ones had
+0.80.
+"""
 
 MOST_CONTRADICTED = 0.5
-"""From this share of contradicted new labels on, the batch as a whole is for somebody to look at."""
+"""Share of contradicted new labels from which on a person must check the whole batch."""
 
 MEDIAN_OF_BATCH = 0.85
-"""Share of the champion's measured Dice below which the median of a batch of at least three new labels is for somebody
-to look at. Six hippocampi with the posterior part alone shifted by six voxels had 0.72 of it; each of 45 right ones had
-at least 0.9."""
+"""Share of the champion's recorded Dice below which the median of at least three new labels makes a person check the
+batch. Six hippocampi with only the posterior part shifted by six voxels had 0.72; each of 45 correct ones had at least
+0.9.
+"""
 
 SMALLEST_BATCH = 3
 
 LIKE_BEFORE = 0.8
-"""Mean Dice between both models' masks of a label that no case judges, from which on it counts as unchanged. After a
-training on six hippocampi, eight others agreed by 0.95 to 0.97 in the anterior part, whose labels were right, and by
-0.41 to 0.50 in the posterior part, whose labels were shifted by six voxels."""
+"""Mean Dice between the masks of both models from which on a label without validation cases counts as unchanged. After
+a training on six hippocampi, both models agreed on eight others with a Dice of 0.95 to 0.97 in the anterior part, whose
+labels were correct, and of 0.41 to 0.50 in the posterior part, whose labels were shifted by six voxels.
+"""
 
 FEWEST_OF_A_LABEL = 2
-"""Contradicted new labels of one name from which on they are for somebody to look at; one may be a hard case."""
+"""Number of contradicted new labels of one name from which on a person must check them; a single one may be a hard
+case.
+"""
 
 MOST_NAMED = 8
-"""Labels that a sentence names."""
+"""Largest number of labels that a sentence names."""
 
 LOOK = "Look at these labels; if they are right, serve this version by hand"
 
@@ -52,12 +58,12 @@ Status = Literal["published", "rejected", "unproven"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a challenger must do.
+    """The conditions for publication.
 
     Attributes:
-        margin: how much its mean Dice must be above the champion's.
-        tolerance: how much the mean Dice or normalised surface distance of one label may fall, on all validation cases
-            and on those that the champion was judged on.
+        margin: by how much the challenger's mean Dice must exceed the champion's.
+        tolerance: by how much the mean Dice or normalised surface distance of one label may fall, on all validation
+            cases and on those on which the champion was judged.
     """
 
     margin: float = 0.001
@@ -66,19 +72,19 @@ class Rules:
 
 @dataclass(frozen=True)
 class Champion:
-    """What is known of the weights that are served.
+    """The live weights and their scores.
 
     Attributes:
-        scores: theirs on the validation cases, in this run.
-        previously_validated: ids of the validation cases that they were judged on when they were published. New
-            labels cannot pay for a loss on these: a batch of wrong labels that lands on both sides of the split would
-            otherwise raise the challenger's mean.
-        reported_dice: mean Dice that they were measured at before; NaN where that is not known. Gains on new labels
-            that they contradict count for nothing.
-        on_new: their scores on labels that the challenger was trained on and they were not.
-        reported_by_label: the Dice that they were measured at before, of each label that it is known of.
-        unjudged: labels that they have learnt and no validation case speaks of.
-        likeness: what both models make of those.
+        scores: scores on the validation cases, computed in this run.
+        previously_validated: ids of the validation cases on which the weights were judged when they were published.
+            Gains on new labels cannot compensate a loss on these: otherwise, a batch of wrong labels in both the
+            training and the validation set would raise the challenger's mean.
+        reported_dice: recorded mean Dice; NaN if unknown. Gains on new labels that the champion contradicts are
+            ignored.
+        on_new: scores on labels that only the challenger was trained on.
+        reported_by_label: recorded Dice of each label for which it is known.
+        unjudged: labels that the champion was trained on and no validation case annotates.
+        likeness: comparison of both models on these labels.
     """
 
     scores: Evaluation
@@ -92,9 +98,9 @@ class Champion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of new weights, why in words, and the comparison that it comes from (empty where there was none).
+    """The decision on new weights, its reason as a sentence, and the comparison (empty if there was none).
 
-    ``unproven`` weights are kept beside the served ones, because nothing judges them, until a person serves them.
+    ``unproven`` weights could not be judged; they are stored but not served until a person makes them live.
     """
 
     status: Status
@@ -103,12 +109,12 @@ class Verdict:
 
     @property
     def publish(self) -> bool:
-        """Whether they are served from now on."""
+        """Whether the weights become live."""
         return self.status == "published"
 
     @property
     def compared(self) -> bool:
-        """Whether there was a champion to compare with, on at least one case."""
+        """Whether they were compared with a champion, on at least one case."""
         return bool(self.comparison)
 
 
@@ -116,10 +122,10 @@ def judge(challenger: Evaluation, champion: Champion | None, rules: Rules, unusa
     """Compare a challenger with the champion.
 
     Args:
-        challenger: its scores on the validation cases.
-        champion: the served weights; None where nothing is served.
+        challenger: scores of the new weights on the validation cases.
+        champion: the live weights; None if there are none.
         rules: the margin and the tolerance.
-        unusable: why what was to be served could not be, where there was something.
+        unusable: why the configured weights could not be used; empty if they could.
     """
     judged = not math.isnan(challenger.mean_dice)
     if champion is None:
@@ -156,11 +162,11 @@ def judge(challenger: Evaluation, champion: Champion | None, rules: Rules, unusa
 
 
 def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
-    """Both models on the cases that both were scored on.
+    """Compare both models on the cases that both were scored on.
 
     Returns:
         ``cases``; ``dice`` and ``nsd`` by label, and ``mean_dice``, each as ``champion``, ``challenger`` and
-        ``difference``; ``per_case`` mean Dice; ``better_on``, the number of cases.
+        ``difference``; ``per_case``, the mean Dice of each case; ``better_on``, the number of improved cases.
     """
     theirs = {case.case_id: case for case in champion.cases}
     pairs = [(theirs[case.case_id], case) for case in challenger.cases if case.case_id in theirs]
@@ -177,7 +183,7 @@ def compare(challenger: Evaluation, champion: Evaluation) -> dict[str, Any]:
 
 
 def _problem(comparison: Mapping[str, Any], on_previously_validated: Mapping[str, Any] | None, rules: Rules) -> str:
-    """Why not to publish; empty if there is no reason."""
+    """Why the weights are rejected; empty if there is no reason."""
     mean = comparison["mean_dice"]
     if worse := _label_that_falls(comparison, rules):
         return f"{worse} ({_in_words(comparison)})"
@@ -198,7 +204,7 @@ def _problem(comparison: Mapping[str, Any], on_previously_validated: Mapping[str
 
 
 def _label_that_falls(comparison: Mapping[str, Any], rules: Rules) -> str:
-    """In words, the first label that falls by more than the tolerance; empty if none does."""
+    """A sentence on the first label that falls by more than the tolerance; empty if none does."""
     for kind, word in (("dice", "Dice"), ("nsd", "normalised surface distance")):
         for label, row in comparison[kind].items():
             if row["difference"] < -rules.tolerance:
@@ -210,7 +216,7 @@ def _label_that_falls(comparison: Mapping[str, Any], rules: Rules) -> str:
 
 
 def _new_cases(champion: Champion) -> list[CaseScore]:
-    """The champion's scores on validation cases that it was not judged on before."""
+    """The champion's scores on validation cases on which it was not judged before."""
     return [case for case in champion.scores.cases if case.case_id not in champion.previously_validated]
 
 
@@ -220,10 +226,11 @@ def _contradicted(cases: Iterable[CaseScore], reported_dice: float) -> list[Case
 
 
 def _agreement(champion: Champion) -> dict[str, Any]:
-    """How well the champion agrees with the labels that are new to it, of both sides; empty where none is new.
+    """The champion's agreement with the new labels of both sets; empty if no label is new.
 
     Returns:
-        ``per_case`` mean Dice, their ``median``, the ``contradicted`` ones, what was ``promised``, and ``text``.
+        ``per_case``, the mean Dice of each case; their ``median``; the ``contradicted`` cases; ``promised``, the
+        recorded Dice; and ``text``.
     """
     seen = [*champion.on_new.cases, *_new_cases(champion)]
     new = {case.case_id: case for case in seen if not math.isnan(case.mean_dice)}
@@ -243,10 +250,10 @@ def _agreement(champion: Champion) -> dict[str, Any]:
 
 
 def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
-    """The reason why a person should check a batch of new labels; empty where the served weights agree with most.
+    """Why a person must check a batch of new labels; empty if the live weights agree with most of them.
 
-    A validation of few cases can miss what a batch of wrong labels does. The champion's opinion of the labels is there
-    for each of them.
+    A validation on few cases can miss the effect of a batch of wrong labels, whereas the champion's prediction is
+    available for each of the labels.
     """
     if not agreement:
         return ""
@@ -260,7 +267,7 @@ def _doubtful_batch(agreement: Mapping[str, Any]) -> str:
 
 
 def _doubtful_label(champion: Champion) -> str:
-    """Why the new labels of one name are for somebody to look at: in a mean over many labels it would not show."""
+    """Why a person must check the new labels of one name, which a mean over many labels would not show."""
     cases = [*champion.on_new.cases, *_new_cases(champion)]
     for label, reported_dice in champion.reported_by_label.items():
         known = {case.case_id: case.dice[label] for case in cases if not math.isnan(case.dice.get(label, math.nan))}
@@ -276,7 +283,7 @@ def _doubtful_label(champion: Champion) -> str:
 
 
 def _unproven(champion: Champion, rules: Rules) -> str:
-    """What the comparison cannot tell; empty where it tells of all labels that the champion has learnt."""
+    """What the comparison cannot show; empty if it covers all labels that the champion was trained on."""
     if math.isnan(champion.reported_dice) and not champion.previously_validated:
         return (
             "nothing is known of how well the served weights do on cases that they were not trained on, so nothing "
@@ -287,7 +294,7 @@ def _unproven(champion: Champion, rules: Rules) -> str:
 
 
 def _why_unjudged(label: str, likeness: Likeness | None, rules: Rules) -> str:
-    """Why nothing shows that a label which no validation case speaks of is as good as before; empty where it shows."""
+    """Why nothing shows that a label without validation cases is as good as before; empty if something does."""
     if likeness is None:
         return label
     known = compare(likeness.challenger, likeness.champion)["dice"].get(label)
@@ -305,13 +312,13 @@ def _why_unjudged(label: str, likeness: Likeness | None, rules: Rules) -> str:
 
 
 def _unjudged(champion: Champion) -> dict[str, float]:
-    """For the record: how alike the masks are of each label that no validation case speaks of."""
+    """For the record: the Dice between both models' masks for each label that no validation case annotates."""
     masks = champion.likeness.masks if champion.likeness else {}
     return {label: masks.get(label, math.nan) for label in champion.unjudged}
 
 
 def _bought(challenger: Evaluation, champion: Champion, contradicted: list[CaseScore], rules: Rules) -> str:
-    """Why a challenger that gains on contradicted labels is not published; empty where it gains on the others too."""
+    """Why gains on contradicted labels are rejected; empty if the challenger gains on the other labels too."""
     if not contradicted:
         return ""
     rest = Evaluation(tuple(case for case in champion.scores.cases if case not in contradicted))
@@ -340,10 +347,10 @@ def _paired(pairs: list[tuple[CaseScore, CaseScore]], kind: str, label: str) -> 
 
 
 def _pair(old: CaseScore, new: CaseScore, kind: str, label: str) -> Pairs:
-    """One case's scores by both; none where neither drew a label that the reference lacks.
+    """The scores of one case by both models; empty if neither drew a label that the reference lacks.
 
-    A score is NaN where mask and reference are both empty. If only the other model drew something there, that is a
-    full score against nothing.
+    A score is NaN if mask and reference are both empty. If the other model drew a label there, the empty mask counts as
+    1 and the other one as 0.
     """
     both = (getattr(old, kind)[label], getattr(new, kind)[label])
     if all(math.isnan(score) for score in both):

@@ -1,4 +1,4 @@
-"""Labels that no validation case speaks of: what new weights make of them, beside what the served ones do."""
+"""Compares new and live weights on labels that no validation case annotates."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 
 MOST_LOOKED_AT = 8
-"""Images that both models' masks are compared on, and cases that both have learnt from."""
+"""Number of images whose masks are compared, and of training cases of both models that are scored."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Champion and challenger where no label held out can tell which of them is right.
+    """Comparison of champion and challenger without held-out labels.
 
     Attributes:
-        masks: mean Dice between the masks of both, by label, over the images where one of them draws it; NaN where
-            neither does.
-        images: how many images that is.
-        champion: its scores on training cases whose labels both have learnt from.
-        challenger: the same of the challenger.
+        masks: mean Dice between both models' masks, by label, over the images in which at least one of them has the
+            label; NaN if none has.
+        images: the number of these images.
+        champion: the champion's scores on training cases with labels that both were trained on.
+        challenger: the challenger's scores on the same cases.
     """
 
     masks: Mapping[str, float]
@@ -34,7 +34,7 @@ class Likeness:
 
 
 def unjudged_labels(challenger: Evaluation, champion: Evaluation) -> tuple[str, ...]:
-    """Labels that no case judges: none of them speaks of it, or it is nowhere and nobody draws it."""
+    """Labels that no case judges: none of them annotates the label, or it occurs in no reference and no mask."""
     names = champion.dice or challenger.dice
     both = (challenger.dice, champion.dice)
     return tuple(name for name in names if all(math.isnan(scores.get(name, math.nan)) for scores in both))
@@ -47,12 +47,12 @@ def compare_masks(
 
     Args:
         challenger: the new weights.
-        champion: the served ones.
-        images: cases whose images are segmented, whatever their labels say; the first eight of them.
-        learnt_by_both: training cases with labels that both have learnt from; the first eight of them.
+        champion: the live weights.
+        images: cases whose images are segmented, whatever their labels; the first eight are used.
+        learnt_by_both: training cases with labels that both were trained on; the first eight are used.
 
     Raises:
-        InputError: when a case cannot be read.
+        InputError: if a case cannot be read.
     """
     rows = []
     for case in list({case.case_id: case for case in images}.values())[:MOST_LOOKED_AT]:

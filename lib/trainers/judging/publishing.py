@@ -1,4 +1,4 @@
-"""Publishing new weights if they are better than those that are served, with the report and the figures of the run."""
+"""Publishes new weights if they are better than the live ones, with a report and the figures of the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STATS_FILE = "stats.json"
 
 
 class _Stats(BaseModel):
-    """What clients compute with of the figures of the last run; more stands beside it."""
+    """The figures of the last run that clients need; the file holds further ones."""
 
     model_config = ConfigDict(strict=True)
 
@@ -52,7 +52,7 @@ class _Stats(BaseModel):
 
 
 def read_stats(runs: Path) -> dict[str, Any]:
-    """The figures of the last run that ended; empty where there is none, or they are damaged, which the log says."""
+    """The figures of the last finished run; empty if there is none or the file is damaged, which is logged."""
     file = runs / STATS_FILE
     try:
         stats: dict[str, Any] = read_json(file)
@@ -66,14 +66,14 @@ def read_stats(runs: Path) -> dict[str, Any]:
 
 
 class Publisher:
-    """Judges the weights of a run, and publishes them if they are better.
+    """Judges the weights of a run, and publishes them if they are better than the live ones.
 
     Args:
-        preset: the task.
-        locator: where its weights are, and where they are published.
+        preset: the preset.
+        locator: finds the live weights and the folder of versions.
         runs: folder of the preset's runs.
-        settings: the gate's rules, and how many versions and runs are kept.
-        planner: plans the memory of the evaluation.
+        settings: rules of the gate, and numbers of versions and runs to keep.
+        planner: memory planner of the evaluation.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Publisher:
     def conclude(
         self, job: TrainingJob, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
     ) -> None:
-        """Compare on the same validation cases, publish if better, and keep the figures and the report.
+        """Compare with the live weights on the same validation cases, publish if better, and store figures and report.
 
         Args:
             job: the run.
-            result: its weights.
-            material: the cases of all sides.
-            origin: details of the version that are known before the training.
-            started: time of the start, in seconds since the epoch.
+            result: the new weights.
+            material: the cases of all sets.
+            origin: details of the version that were known before the training.
+            started: start time, in seconds since 1970.
         """
         check_finite(result.weights)
         checkpoint = Checkpoint(result.weights, job.preset)
@@ -136,7 +136,7 @@ class Publisher:
         self._tidy(job, details | {"version": version.name}, _stock_stats(job, result, scores, started))
 
     def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
-        """Keep the figures for clients, and remove what is no longer needed."""
+        """Store the figures for clients, and remove old versions and runs."""
         write_json(self._runs / STATS_FILE, {"decision": figures["reason"]} | figures | stock)
         remove_state(job.run_dir)
         self._versions.prune(self._settings.keep_versions)
@@ -145,7 +145,7 @@ class Publisher:
     def _pass_gate(
         self, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
     ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
-        """Judge new weights against those that are served now; somebody may have published while they trained."""
+        """Judge new weights against the current live ones, which may have changed during the training."""
         rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
         while True:
             served, unusable = read_served(self._locator, self._preset)
@@ -159,7 +159,7 @@ class Publisher:
     def _score(
         self, served: ServedWeights, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
     ) -> Champion:
-        """Try the served weights on the validation cases, on labels that are new to them, and on the rest by masks."""
+        """Score the live weights on the validation cases and on new labels, and compare masks for the other labels."""
         preset = preset_for(served.checkpoint, self._preset)
         segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, job.device, planner=self._planner)
         theirs = evaluate(segmenter, job.validation_cases)

@@ -1,5 +1,5 @@
-"""Learning from images without labels: a masked autoencoder whose encoder is the UNETR's (He et al. 2022).
+"""Self-supervised pretraining: a masked autoencoder with the UNETR's encoder (He et al. 2022, arXiv 2111.06377).
 
-Three quarters of a window's patches are hidden, and the network learns to draw them from the rest. What it learns is
-where ``python -m lib.trainers.cli train --encoder`` starts, and the server's first training of a preset.
+Three quarters of a window's patches are masked, and the network learns to reconstruct them from the rest. The resulting
+encoder initialises ``python -m lib.trainers.cli train --encoder``, and the server's first training of a preset.
 """

@@ -27,7 +27,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pretrain and write the encoder; 0 when it succeeded, 2 with a sentence when the input was wrong."""
+    """Pretrain and write the encoder; 0 on success, 2 with a sentence if the input was wrong."""
     options = build_parser().parse_args(arguments)
     return run_command(functools.partial(_pretrain, options), options.threads)
 
@@ -75,7 +75,7 @@ def _plan(options: argparse.Namespace) -> PretrainingPlan:
 
 
 class _Lines:
-    """Says now and then how far a run is."""
+    """Logs the progress of a run from time to time."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._last = steps, 0.0

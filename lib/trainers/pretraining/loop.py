@@ -1,4 +1,4 @@
-"""The loop of pretraining: from images to the weights of an encoder."""
+"""The pretraining loop: from images to the weights of an encoder."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, check_segmentab
 logger = logging.getLogger("unetr.pretrain")
 
 ENCODER_FILE = "encoder.pt"
-"""In a preset's folder: what was learnt without labels."""
+"""Name of the pretrained encoder in a preset's folder."""
 
 RECIPE = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.05, "warmup_fraction": 0.1}
-"""What differs from the preset's own; as He et al., with a rate for small batches."""
+"""Settings that differ from the preset's own; from He et al., with a learning rate for small batches."""
 
 
 @dataclass(frozen=True)
 class PretrainingPlan:
-    """All that a pretraining run needs.
+    """The parameters of a pretraining run.
 
     Attributes:
-        preset: the task, whose encoder, window and preprocessing are taken.
-        images: files; labels play no part.
-        run_dir: folder of its state and of preprocessed images.
-        device: where it computes.
-        steps: how many.
-        batch_size: windows of a step, each of another image where there are as many.
-        resume: go on from the state that a run of the same images and length left.
-        state_seconds: time between two states on disk.
-        pause_file: the run stands still while the server touches it.
+        preset: the preset, whose encoder, window and preprocessing are used.
+        images: image files; labels are not used.
+        run_dir: folder of the state and of preprocessed images.
+        device: device on which it computes.
+        steps: number of steps.
+        batch_size: windows of a step, each from another image if there are enough.
+        resume: whether to resume from the state of a run with the same images and length.
+        state_seconds: interval between two stored states.
+        pause_file: file that pauses the run while the server touches it.
     """
 
     preset: Preset
@@ -74,24 +74,24 @@ class PretrainingPlan:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights of the encoder under the UNETR's names, and the loss of each step."""
+    """Weights of the encoder with the UNETR's names, and the loss of each step."""
 
     encoder: StateDict
     losses: tuple[float, ...]
 
 
 def pretrain(plan: PretrainingPlan, on_step: Callable[[int, float], None] | None = None) -> Pretrained:
-    """Train as planned.
+    """Run a pretraining.
 
-    Which windows a step sees and what is hidden in them follows from the seed and the step, so that a run that was
-    killed ends as one that was not. It computes in fp32: MONAI's autoencoder does not under autocast.
+    The windows of a step and their masked patches depend only on the seed and the step, so that an interrupted run
+    yields the same result. It computes in fp32, because MONAI's autoencoder does not support autocast.
 
     Args:
-        plan: what to train.
-        on_step: called after each step with its number and loss; raising from it ends the run.
+        plan: the parameters.
+        on_step: called after each step with its number and loss; an exception from it ends the run.
 
     Raises:
-        ImageError: when an image cannot be read.
+        ImageError: if an image cannot be read.
     """
     recipe = plan.preset.training.model_copy(update=RECIPE)
     set_determinism(recipe.seed)
@@ -125,10 +125,10 @@ def pretrain(plan: PretrainingPlan, on_step: Callable[[int, float], None] | None
 
 
 def write_encoder(path: Path, plan: PretrainingPlan, result: Pretrained) -> None:
-    """Write an encoder that trainings can start from, after a check that it fits the preset's UNETR.
+    """Write an encoder for later trainings, after a check that it matches the preset's UNETR.
 
     Raises:
-        CheckpointError: when it does not fit the preset's UNETR.
+        CheckpointError: if it does not match the preset's UNETR.
     """
     load_encoder(build_unetr(plan.preset), result.encoder)
     info = {
@@ -141,7 +141,7 @@ def write_encoder(path: Path, plan: PretrainingPlan, result: Pretrained) -> None
 
 
 def usable_images(paths: Sequence[Path], preset: Preset) -> tuple[Path, ...]:
-    """The images that the preset can look at; the log says what is wrong with the others."""
+    """The images that the preset accepts; the log states the problems of the others."""
     usable = []
     for path in paths:
         try:
@@ -154,10 +154,10 @@ def usable_images(paths: Sequence[Path], preset: Preset) -> tuple[Path, ...]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Images of a folder, sorted: NIfTI, NRRD and the like; labels lie in other folders.
+    """Image files of a folder, sorted: NIfTI, NRRD and similar formats; labels are in other folders.
 
     Raises:
-        TrainingError: when there is no such folder.
+        TrainingError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise TrainingError(f"there is no folder {str(folder)!r}")
@@ -177,13 +177,13 @@ class _ReadImaged(Transform):
 
 
 class _Windows:
-    """Random windows of the images, preprocessed once and kept on disk."""
+    """Random windows of the images, which are preprocessed once and cached on disk."""
 
     def __init__(self, plan: PretrainingPlan) -> None:
         preset = plan.preset
         chain = [_ReadImaged(preset), *build_preprocessing(preset).transforms]
         whole = Compose([*chain, EnsureTyped(IMAGE, dtype=torch.float32, track_meta=False)])
-        # the files' sizes and times are in it, so that the cache notices another image of the same name
+        # includes the files' sizes and times, so that the cache notices a replaced image
         items = [{"path": str(p), "stamp": [_stamp_of(file) for file in files_of(p)]} for p in plan.images]
         cache = plan.run_dir / "cache" / f"{preprocessing_digest(preset)}-images"
         self._images = BoundedPersistentDataset(items, whole, cache_dir=cache)
@@ -191,7 +191,7 @@ class _Windows:
         self._roi, self._axes, self._seed = preset.roi_size, preset.mirror_axes, preset.training.seed
 
     def of_step(self, step: int) -> torch.Tensor:
-        """Shape (batch, channels, *roi)."""
+        """The windows of a step, shape (batch, channels, *roi)."""
         random = np.random.default_rng([self._seed, step])
         chosen = random.choice(self._count, self._batch, replace=self._count < self._batch)
         return torch.stack([self._cut(self._images[int(index)][IMAGE], random) for index in chosen])
@@ -215,7 +215,7 @@ def _state(plan: PretrainingPlan, moving: Mapping[str, Any], losses: list[float]
 
 
 def _restore(plan: PretrainingPlan, moving: Mapping[str, Any]) -> list[float]:
-    """Losses of the steps that were done; what moves is put where it was after them."""
+    """Restore network, optimiser and schedule from the state; returns the losses of the finished steps."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     state = read_state(plan.run_dir, _fingerprint(plan)) if plan.resume else None
     if state is None:

@@ -1,4 +1,4 @@
-"""Pretraining as a task of the server, in the background before the first label arrives."""
+"""Pretraining as a background task of the server, before the first label arrives."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ RUN_FOLDER = "pretraining"
 
 
 class UnetrPretraining(ScoringMethod):
-    """Learns a preset's encoder from all images of the studies, labelled or not.
+    """Pretrains a preset's encoder on all images of the studies, with or without labels.
 
-    To MONAI Label it is a scoring method, since those are what runs over all images in a process of low priority that
-    stands aside for whoever infers. Trainings that start from nothing start from its encoder then.
+    It is registered as a scoring method of MONAI Label, since scoring methods run over all images in a low-priority
+    process that yields to inference. Trainings from random weights then start from its encoder.
 
     Args:
-        preset: the task.
-        folder: ``model/<preset>``, where the encoder is written.
-        device: where it computes; the best there is if empty.
+        preset: the preset.
+        folder: ``model/<preset>``, to which the encoder is written.
+        device: device on which it computes; by default the best one.
     """
 
     def __init__(self, preset: Preset, folder: Path, device: str = "") -> None:
@@ -41,20 +41,20 @@ class UnetrPretraining(ScoringMethod):
         self._preset, self._folder, self._device = preset, folder, device
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Pretrain, or go on where a run of the same images was interrupted.
+        """Pretrain, or resume an interrupted run with the same images.
 
-        Images of held-out subjects are not looked at, so that what is judged on them stays honest.
+        Images of held-out subjects are excluded, so that validation on them stays unbiased.
 
         Args:
-            request: ``steps``, of 8 windows each.
+            request: ``steps``, the number of steps with 8 windows each.
             datastore: the studies.
 
         Returns:
-            How many images and steps there were, and the loss.
+            The numbers of images and steps, and the loss.
 
         Raises:
-            ParameterError: for steps that are none.
-            TrainingError: when there is no image that the preset can look at.
+            ParameterError: for an invalid number of steps.
+            TrainingError: if there is no image that the preset accepts.
         """
         steps = request.get("steps", STEPS)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -1,1 +1,1 @@
-"""What a training run reports while it runs and afterwards."""
+"""Reports of a training run, during the run and after it."""

@@ -1,4 +1,4 @@
-"""A slice of a case with both contours, as SVG that needs nothing else."""
+"""A slice of a case with the contours of both masks, as a self-contained SVG image."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WIDTH_PIXELS = 360
 def draw_slice(
     image: FloatArray, reference: LabelArray, predicted: LabelArray, colors: Mapping[int, tuple[int, ...]]
 ) -> str:
-    """The slice along the last axis where both masks differ most, with their contours.
+    """The slice along the last axis in which both masks differ most, with their contours.
 
     Args:
         image: intensities, shape (X, Y, Z).
-        reference: labels of the same shape, drawn dashed and white.
-        predicted: labels of the same shape, drawn in the labels' colours.
+        reference: reference labels of the same shape, drawn as dashed white lines.
+        predicted: predicted labels of the same shape, drawn in the labels' colours.
         colors: label value to red, green, blue.
 
     Returns:

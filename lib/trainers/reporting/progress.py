@@ -1,4 +1,4 @@
-"""What a training run says while it runs: log lines, a JSON file, TensorBoard."""
+"""Progress reports of a training run: log lines, a JSON file and TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _POINT = re.compile(r"([0-9]{1,18}),(nan|-?inf|-?[0-9.]+(?:e[+-]?[0-9]+)?)")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. Dice values are those of the last validation; memory in MiB. NaN is written as null.
+    """The progress of a run. Dice values are those of the last validation; memory is in MiB; NaN is written as null.
 
-    ``plan`` says how steps are computed, and what was given up when memory ran out.
+    ``plan`` describes how steps are computed, and which plans were abandoned when memory ran out.
     """
 
     epoch: int
@@ -49,7 +49,7 @@ class Progress:
     plan: str = ""
 
     def describe(self) -> str:
-        """One line for people."""
+        """A one-line description for users."""
         dice = " ".join(f"{name} {value:.3f}" for name, value in self.dice.items())
         return (
             f"epoch {self.epoch}/{self.max_epochs} step {self.step}/{self.total_steps} loss {self.loss:.4f}"
@@ -58,7 +58,7 @@ class Progress:
 
 
 class ProgressReporter:
-    """Writes progress where people look: the log (which MONAI Label shows), a JSON file, TensorBoard and MLflow."""
+    """Writes progress to the log (which MONAI Label shows), to a JSON file, to TensorBoard and to MLflow."""
 
     def __init__(self, run_dir: Path, tracking: Tracking | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class ProgressReporter:
         self._last_line = self._last_file = 0.0
 
     def step(self, progress: Progress) -> None:
-        """Report a training step; the log is spared between lines, TensorBoard gets every one."""
+        """Report a training step; TensorBoard gets every step, the log only some."""
         self._board.add_scalar("train/loss", progress.loss, progress.step)
         self._board.add_scalar("train/learning_rate", progress.learning_rate, progress.step)
         now, last = time.monotonic(), progress.step == progress.total_steps
@@ -106,7 +106,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _ProgressRecord(BaseModel):
-    """The fields of :class:`Progress` as they are in a file; more may stand there."""
+    """The fields of :class:`Progress` in a file, which may contain further ones."""
 
     epoch: Count
     max_epochs: Count
@@ -122,7 +122,7 @@ class _ProgressRecord(BaseModel):
 
 
 def read_progress(run_dir: Path) -> dict[str, Any]:
-    """How far a run is, with the keys of :class:`Progress`; empty where it has not said so, or its file is damaged."""
+    """The progress of a run, with the keys of :class:`Progress`; empty if the file is missing or damaged."""
     try:
         data: dict[str, Any] = read_json(run_dir / PROGRESS_FILE)
         _ProgressRecord.model_validate(data, strict=True)
@@ -132,7 +132,7 @@ def read_progress(run_dir: Path) -> dict[str, Any]:
 
 
 def read_curve(run_dir: Path) -> list[tuple[int, float]]:
-    """Step and loss, about one a second of the run; what was done twice, after a resume, counts as it was last."""
+    """Steps and losses, about one for each second; steps that were repeated after a resume count once, as repeated."""
     path = run_dir / CURVE_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     points = [point for line in text.splitlines() if (point := _POINT.fullmatch(line))]
@@ -140,7 +140,7 @@ def read_curve(run_dir: Path) -> list[tuple[int, float]]:
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
-    """Memory of this process in MiB: resident, and on its GPU the most that its tensors have taken."""
+    """Memory of this process in MiB: resident memory, and peak tensor memory on its GPU."""
     used = {"resident_mib": psutil.Process().memory_info().rss / MIB}
     if device.type == "cuda":
         used["gpu_mib"] = torch.cuda.max_memory_allocated(device) / MIB

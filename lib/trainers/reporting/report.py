@@ -1,4 +1,4 @@
-"""A run's report: one HTML file that needs nothing else, and the same as JSON."""
+"""The report of a run: a self-contained HTML file, and the same data as JSON."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def report_data(
     tested: Evaluation | None,
     result: TrainingResult,
 ) -> dict[str, Any]:
-    """The report as plain data: what the version says, and every score and curve.
+    """The data of the report: the description of the version, and every score and curve.
 
     Args:
-        details: as in ``version.json``, with ``status``, ``reason``, ``comparison`` and what was trained on.
-        scores: the new weights on the validation cases.
-        before: the served weights on the same; None where there were none.
-        tested: the new weights on the test cases; None where there are none.
-        result: how the training went.
+        details: as in ``version.json``, with ``status``, ``reason``, ``comparison`` and training cases.
+        scores: scores of the new weights on the validation cases.
+        before: scores of the live weights on the same cases; None if there were none.
+        tested: scores of the new weights on the test cases; None if there are none.
+        result: result of the training.
     """  # fmt: skip
     curves = {
         "loss": thin([(step, loss) for step, loss in enumerate(result.losses, start=1)]),
@@ -54,7 +54,7 @@ def report_data(
 
 
 def worst_cases(segmenter: Segmenter, cases: Sequence[Case], scores: Evaluation) -> list[tuple[str, float, str]]:
-    """Id, mean Dice and picture of the cases that the new weights do worst on."""
+    """Id, mean Dice and picture of the cases with the lowest scores of the new weights."""
     by_id = {case.case_id: case for case in cases}
     known = [(mean_known(s.dice.values()), s.case_id) for s in scores.cases]
     drawn = []
@@ -67,7 +67,7 @@ def worst_cases(segmenter: Segmenter, cases: Sequence[Case], scores: Evaluation)
 
 
 def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, str]]) -> str:
-    """The report as one HTML page without scripts or links."""
+    """The report as one HTML page without scripts or external links."""
     title = f"{data['model']} {data['version']}: {data['status']}"
     sections = [
         f"<h1>{html.escape(title)}</h1><p><b>{html.escape(str(data['reason']))}</b></p>",
@@ -90,12 +90,12 @@ def render_html(data: Mapping[str, Any], pictures: Sequence[tuple[str, float, st
 
 
 def as_json(data: Mapping[str, Any]) -> str:
-    """The report as JSON; numbers that are not known are null."""
+    """The report as JSON; unknown numbers are null."""
     return json.dumps(without_nan(data), indent=1) + "\n"
 
 
 def thin(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A long curve as the means of at most 400 stretches."""
+    """A long curve reduced to the means of at most 400 segments."""
     size = math.ceil(len(curve) / POINTS)
     stretches = [curve[start : start + size] for start in range(0, len(curve), max(1, size))]
     return [(stretch[-1][0], mean_known(value for _, value in stretch)) for stretch in stretches]

@@ -1,10 +1,9 @@
-"""The folders of runs: what each has said, how far it is, and which are kept.
+"""The folders of runs: their records, their progress, and which of them are kept.
 
-model/<preset>/runs/<run>/job.json       the server's: request, status, times, why it failed
-                          progress.json  the training's: epoch, step, loss, Dice, time left, memory
-                          cases.json     what it has begun with
-                          state.pt       what it goes on from after an interruption
-                          report.html, report.json
+model/<preset>/runs/<run>/job.json       written by the server: request, status, times, error
+                          progress.json  written by the training: epoch, step, loss, Dice, time left, memory
+                          cases.json     cases with which it began state.pt       state from which it resumes after an
+                          interruption report.html, report.json
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ OPEN = ("SUBMITTED", "RUNNING")
 
 
 class _Owner(BaseModel):
-    """The server's process that a job is of."""
+    """The server process that started a job."""
 
     model_config = ConfigDict(strict=True)
 
@@ -39,7 +38,7 @@ class _Owner(BaseModel):
 
 
 class _JobRecord(BaseModel):
-    """What others rely on in ``job.json``; more may stand there."""
+    """The fields of ``job.json`` on which other code relies; the file may contain further ones."""
 
     model_config = ConfigDict(strict=True)
 
@@ -57,9 +56,9 @@ class _JobRecord(BaseModel):
 
 
 def read_job(file: Path) -> dict[str, Any]:
-    """What a job's file says, which the server has written; empty where there is none.
+    """The record of a job, which the server has written; empty if there is none.
 
-    A damaged one is a job that has ended in an error, which says so.
+    A damaged record is returned as a job that failed with this error.
     """
     try:
         data: dict[str, Any] = read_json(file)
@@ -73,16 +72,16 @@ def read_job(file: Path) -> dict[str, Any]:
 
 
 def is_unfinished(job: Mapping[str, Any]) -> bool:
-    """Whether a run goes on, or will: it waits for its turn, or for room on the disk.
+    """Whether a run is running or will run: it may wait for its turn, or for space on the disk.
 
     Args:
-        job: what ``job.json`` says.
+        job: content of ``job.json``.
     """
     return job.get("status") in OPEN or bool(job.get("waits_for_room"))
 
 
 def list_runs(runs: Path) -> list[Path]:
-    """Folders of runs, the oldest first.
+    """Folders of runs, oldest first.
 
     Args:
         runs: ``model/<preset>/runs``.
@@ -93,12 +92,12 @@ def list_runs(runs: Path) -> list[Path]:
 
 
 def steps_done(run_dir: Path) -> int:
-    """How many steps a run has reported."""
+    """Number of steps that a run has reported."""
     return int(read_progress(run_dir).get("step", 0))
 
 
 def prune_runs(runs: Path, keep: int) -> None:
-    """Remove the oldest runs beyond ``keep``, but none that is open, and the states of those that have ended."""
+    """Remove the oldest finished runs beyond ``keep``, and the stored states of finished runs."""
     ended = [path for path in list_runs(runs) if not is_unfinished(read_job(path / JOB_FILE))]
     for path in ended[:-keep]:
         shutil.rmtree(path, ignore_errors=True)

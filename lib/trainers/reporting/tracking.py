@@ -1,4 +1,4 @@
-"""Logging runs to MLflow, where it is switched on."""
+"""Logging of runs to MLflow, if it is enabled."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ EXPERIMENT = "unetr"
 class Tracking:
     """One run in MLflow. Without an address nothing is imported, and all calls do nothing.
 
-    A tracking server that cannot be reached is told in the log and then left alone: no run ends because of it.
+    If the tracking server cannot be reached, a warning is logged and the run continues without it.
 
     Args:
-        address: of a tracking server or database; empty for none.
-        name: the run's.
-        params: what it is trained with.
+        address: address of a tracking server or database; empty for none.
+        name: name of the run.
+        params: parameters of the training.
     """
 
     def __init__(self, address: str, name: str, params: Mapping[str, Any]) -> None:
         self._client: Any = None
         if not address:
             return
-        import mlflow  # it takes seconds, and most servers do without
+        import mlflow  # the import takes seconds, and most servers do not need it
 
         try:
             client = mlflow.MlflowClient(tracking_uri=address)
@@ -41,7 +41,7 @@ class Tracking:
             self._client = client
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step."""
+        """Log metrics at a step."""
         if self._client is None:
             return
         import mlflow

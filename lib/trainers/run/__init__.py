@@ -1,1 +1,1 @@
-"""The parts of a training run: its job, its state, its steps, its data and its validation."""
+"""The parts of a training run: job, state, steps, data and validation."""

@@ -1,4 +1,4 @@
-"""Where a training run's crops and validation cases come from."""
+"""The crops and validation cases of a training run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lib.trainers.loader import pin
 from lib.trainers.parallel import ResumableSampler
 from lib.trainers.run.job import TrainingJob
 
-# Each holds a case in memory while it draws from it.
+# Each thread holds a case in memory while it draws crops from it.
 MOST_LOADING_THREADS = 8
 
 
 class Batch(NamedTuple):
-    """Images and labels on the device, which labels are missing, and what prepares the batch after this one."""
+    """Images and labels on the device, the missing labels, and a function that prepares the next batch."""
 
     crops: tuple[torch.Tensor, torch.Tensor]
     missing: torch.Tensor
@@ -32,15 +32,15 @@ class TrainingData:
     """Batches of crops of the training cases.
 
     Args:
-        job: the cases, and how they are kept and loaded.
-        device: where the network is trained.
-        processes: that train together.
-        cache_bytes: of preprocessed cases that may be kept in memory.
+        job: the cases, and how they are cached and loaded.
+        device: training device.
+        processes: number of training processes.
+        cache_bytes: memory for preprocessed cases.
     """
 
     def __init__(self, job: TrainingJob, device: torch.device, processes: int, cache_bytes: int) -> None:
         cases, recipe = job.train_cases, job.preset.training
-        # A GPU changes crops in no time; those of a step would take a tenth of a second of a core.
+        # A GPU augments crops almost instantly; on a core, the crops of a step take a tenth of a second.
         later = device.type == "cuda"
         self.crops = build_crops(
             cases, job.preset, job.dataset, job.case_folder, recipe.crops_per_case, cache_bytes, later
@@ -59,20 +59,20 @@ class TrainingData:
         )
 
     def begin_epoch(self, epoch: int, step: int) -> None:
-        """Seed the crops of an epoch and their order by the run's seed and the epoch: a resumed run draws the same.
+        """Seed the crops of an epoch and their order by seed and epoch, so that a resumed run draws the same.
 
         Args:
             epoch: from 1.
-            step: of the epoch, where it goes on.
+            step: first step of the epoch to compute.
         """
         self.crops.epoch = epoch
         self._sampler.begin(epoch, step * int(self.loader.batch_size or 1))
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
-        """The epoch's batches on ``device``, with their crops changed.
+        """The epoch's batches on ``device``, with augmented crops.
 
-        Each comes with a function that prepares the next: called early, that happens while a GPU computes; without a
-        call it happens when the next batch is asked for.
+        Each batch has a function that prepares the next one. If it is called early, preparation overlaps with the
+        computation on a GPU; otherwise the next batch is prepared when it is requested.
         """
         source, ready = iter(self.loader), deque[Any]()
 
@@ -87,12 +87,12 @@ class TrainingData:
             prepare()
 
     def end_epoch(self) -> None:
-        """Let a cache that holds a part of the cases exchange some of them."""
+        """Let a cache that holds only a part of the cases exchange some of them."""
         if isinstance(self.crops.items, SmartCacheDataset):
             self.crops.items.update_cache()
 
     def close(self) -> None:
-        """End the threads that prefetch."""
+        """End the prefetching threads."""
         if isinstance(self.crops.items, SmartCacheDataset):
             self.crops.items.shutdown()
 
@@ -105,12 +105,12 @@ def build_validation_loader(job: TrainingJob) -> DataLoader:
 
 
 def count_loading_threads(device: torch.device, processes: int, cores: int | None = None) -> int:
-    """Threads that prepare cases and draw crops: one beside a CPU that trains, several for a GPU, which is faster.
+    """Number of threads that prepare crops: one next to a training CPU, several for a GPU, which is faster.
 
     Args:
-        device: where the network is trained.
-        processes: that train together.
-        cores: of this machine; counted if not given.
+        device: training device.
+        processes: number of training processes.
+        cores: cores of this machine; detected if not given.
     """
     if device.type == "cpu":
         return 1

@@ -1,4 +1,4 @@
-"""What a training run is asked for, and what comes out of it."""
+"""The parameters and the result of a training run."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from lib.trainers.plan import StepPlan
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that a run needs.
+    """The parameters of a run.
 
     Attributes:
-        preset: the task, with the recipe in ``preset.training``.
-        train_cases: what is trained on.
-        validation_cases: what weights are chosen on; empty: the last weights are the result.
+        preset: the preset, with the recipe in ``preset.training``.
+        train_cases: training cases.
+        validation_cases: cases by which the best weights are chosen; if empty, the last weights are the result.
         run_dir: folder for progress, TensorBoard and caches.
-        device: where it trains.
-        start: weights to start from; None: random.
-        encoder: weights for the encoder alone to start from, from pretraining.
-        build: makes the network; the preset's UNETR if not given, which is also what memory is planned for.
+        device: training device.
+        start: initial weights; None for random ones.
+        encoder: initial weights of the encoder only, from pretraining.
+        build: builds the network; by default the preset's UNETR, for which memory is planned in any case.
         dataset: one of ``datasets.DATASET_KINDS``.
         dataloader: one of ``datasets.LOADER_KINDS``.
-        cache_dir: folder of preprocessed cases; inside ``run_dir`` if not given.
-        max_steps: stop after so many steps, where given.
-        resume: go on from the state that a run of the same cases and recipe left in ``run_dir``, where there is one.
-        state_seconds: time between two states on disk, or twenty times as long as writing one takes, if that is longer;
-            0: one after each step.
-        pause_file: the run stands still while the server touches it.
-        tracking: address of MLflow, where it is switched on.
-        memory_budget: bytes of the host's memory that this process may use; what is free if not given.
+        cache_dir: folder of preprocessed cases; by default inside of ``run_dir``.
+        max_steps: largest number of steps, if given.
+        resume: whether to resume from the state that a run with the same cases and recipe left in ``run_dir``, if there
+            is one.
+        state_seconds: interval between two stored states, or twenty times the duration of storing one, if that is
+            longer; 0 stores the state after each step.
+        pause_file: file that pauses the run while the server touches it.
+        tracking: address of MLflow, if it is enabled.
+        memory_budget: bytes of host memory that this process may use; by default the free memory.
         costs: file of measured costs.
     """
 
@@ -74,7 +75,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Validation:
-    """Dice by label of the averaged weights after a step."""
+    """Dice of the averaged weights after a step, by label."""
 
     step: int
     dice: dict[str, float]
@@ -82,7 +83,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The averaged weights of the best epoch, how the run went, and how its steps were computed in the end."""
+    """The averaged weights of the best epoch, the course of the run, and its last step plan."""
 
     weights: StateDict
     best_epoch: int

@@ -1,4 +1,4 @@
-"""How far a training run has come, and when that is written to disk."""
+"""The state of a training run, and when it is stored on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lib.networks.layouts import StateDict
 from lib.trainers.resume import fingerprint, read_state, write_state
 from lib.trainers.run.job import TrainingJob, Validation
 
-# The base network's state is 1.5 GB: writing takes at most a twentieth of a run's time.
+# The base network's state takes 1.5 GB: storing it may take at most a twentieth of a run's time.
 STATE_PAUSE_FACTOR = 20
-# Fields of RunState that are written as they are.
+# Fields of RunState that are stored unchanged.
 COUNTS = ("step", "epoch", "step_of_epoch", "bad_steps", "losses", "epochs_since_best", "done")
 
 
@@ -43,11 +43,11 @@ class RunState:
     Attributes:
         step: optimisation steps taken.
         epoch: the current epoch, from 1.
-        step_of_epoch: steps taken of the current epoch.
-        bad_steps: steps in a row whose gradients were not finite.
-        losses: one for each step.
+        step_of_epoch: number of steps in the current epoch.
+        bad_steps: number of consecutive steps whose gradients were not finite.
+        losses: the loss of each step.
         validations: Dice after each validated epoch.
-        best: the best weights so far; None before the first validation.
+        best: best weights so far; None before the first validation.
         epochs_since_best: epochs since the mean Dice last improved.
         done: whether the run has ended.
     """
@@ -63,11 +63,11 @@ class RunState:
     done: bool = False
 
     def keep_if_best(self, dice: dict[str, float], weights: Callable[[], StateDict]) -> BestWeights | None:
-        """Keep the weights of this epoch, and return them, if its mean Dice is the highest so far; else None.
+        """Store and return the weights of this epoch if its mean Dice is the highest so far; otherwise None.
 
         Args:
-            dice: of each label in this epoch.
-            weights: copies them; called only for the best epoch.
+            dice: Dice of each label in this epoch.
+            weights: returns a copy of the weights; called only for the best epoch.
         """
         mean = mean_known(dice.values())
         if self.best is not None and not mean > self.best.mean and not math.isnan(self.best.mean):
@@ -78,13 +78,13 @@ class RunState:
 
 
 class StateKeeper:
-    """Writes the state of a run to disk in intervals, and reads it again.
+    """Stores the state of a run at intervals, and restores it.
 
     Args:
         job: the run.
-        state: its counters, which :meth:`restore` fills in.
-        stateful: by name, the network and whatever else changes with each step.
-        writes: false for all processes but the first.
+        state: its counters, which are restored too.
+        stateful: the network and everything else that changes with each step, by name.
+        writes: false for all processes except rank 0.
     """
 
     def __init__(self, job: TrainingJob, state: RunState, stateful: Mapping[str, Stateful], writes: bool) -> None:
@@ -99,20 +99,20 @@ class StateKeeper:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, over all its starts."""
+        """Duration of the run, over all its starts."""
         return self._seconds_before + time.monotonic() - self._started
 
     def seconds_for(self, steps: int) -> float:
-        """How long so many more steps take, as those since this start did; infinite before the first."""
+        """Expected duration of a number of further steps, from those since this start; infinite before the first."""
         taken = self._state.step - self._steps_before
         return (time.monotonic() - self._started) / taken * steps if taken else math.inf
 
     def is_due(self) -> bool:
-        """Whether the interval since the last state on disk has passed."""
+        """Whether the interval since the last stored state has passed."""
         return self._writes and time.monotonic() - self._written >= self._pause
 
     def write(self) -> None:
-        """Write all that the rest of the run depends on."""
+        """Store everything on which the rest of the run depends."""
         if not self._writes:
             return
         state = self._state
@@ -128,7 +128,7 @@ class StateKeeper:
             self._pause = max(self._job.state_seconds, STATE_PAUSE_FACTOR * (self._written - start))
 
     def _restore(self) -> None:
-        """Go on where the state on disk was written."""
+        """Restore the stored state."""
         saved = read_state(self._job.run_dir, self._fingerprint)
         if saved is None:
             return

@@ -1,4 +1,4 @@
-"""Optimisation steps: loss, gradients, clipping, optimiser, schedule and the average of the weights."""
+"""Optimisation steps: loss, gradients, clipping, optimiser, schedule and weight averaging."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class StepTrainer:
 
     Args:
         network: on the device of the ladder's plan.
-        ladder: how many crops go through the network at a time.
-        recipe: of the run, whose seed makes steps repeat themselves.
-        total_steps: of the run, over which the learning rate falls.
+        ladder: chooses how many crops are computed at a time.
+        recipe: recipe of the run, whose seed makes steps reproducible.
+        total_steps: number of steps of the run, over which the learning rate decays.
         dtype: number format of the forward pass.
-        build_loss: makes the loss of a recipe.
-        forward: computes the logits of all crops, so many at a time.
+        build_loss: builds the loss of a recipe.
+        forward: computes the logits of all crops, a given number at a time.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StepTrainer:
 
     @property
     def stateful(self) -> dict[str, Stateful]:
-        """By name, what changes with each step."""
+        """Everything that changes with each step, by name."""
         return {
             "network": self.network,
             "average": self._average,
@@ -76,7 +76,7 @@ class StepTrainer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
     @property
@@ -85,7 +85,7 @@ class StepTrainer:
         return self._average.module
 
     def averaged_weights(self) -> StateDict:
-        """A copy of the averaged weights in the host's memory."""
+        """A copy of the averaged weights in host memory."""
         state = strip_wrappers(self.average.state_dict())
         return {key: value.detach().cpu().clone() for key, value in state.items()}
 
@@ -101,22 +101,22 @@ class StepTrainer:
         missing: torch.Tensor,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> float:
-        """One step; returns its loss.
+        """Compute one step; returns its loss.
 
-        The host waits for a GPU once, for loss and norm together. The optimiser's kernels run on while it goes on.
+        The host synchronises with a GPU once, for loss and norm together; the optimiser's kernels run asynchronously.
 
         Args:
             state: counts steps whose gradients are not finite.
             image: shape (crops, channels, X, Y, Z).
             label: shape (crops, 1, X, Y, Z), values of the preset.
             missing: shape (crops, labels), true where a label is unknown.
-            meanwhile: called when the gradients' kernels have been started, before they are waited for.
+            meanwhile: called after the kernels of the gradients have been launched, before the host waits for them.
 
         Raises:
-            TrainingError: when the gradients stay infinite or NaN.
+            TrainingError: if the gradients stay infinite or NaN.
         """
         rank = rank_and_world_size()[0]
-        torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # dropout repeats itself, too
+        torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # makes dropout reproducible too
         image = image.to(memory_format=torch.channels_last_3d)
         begun = self._compute_gradients(image, label, missing, self._dtype)
         meanwhile()
@@ -124,8 +124,8 @@ class StepTrainer:
         if self._dtype is torch.bfloat16 and not math.isfinite(norm):
             logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", state.step + 1)
             loss, norm = _read(*self._compute_gradients(image, label, missing, torch.float32))
-        # The norm and not the loss: a finite loss can have infinite gradients, and all processes see the same norm, so
-        # that they decide alike.
+        # The norm decides and not the loss, because a finite loss can have infinite gradients, and because all
+        # processes have the same norm and so decide alike.
         if math.isfinite(norm):
             self._scaler.step(self._optimizer)
             self._schedule.step()
@@ -139,7 +139,7 @@ class StepTrainer:
     def _compute_gradients(
         self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clipped gradients of a step; returns its loss and the norm before clipping."""
+        """Compute and clip the gradients of a step; returns its loss and the norm before clipping."""
         loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once, dtype))
         self._scaler.unscale_(self._optimizer)
         return loss, nn.utils.clip_grad_norm_(self.network.parameters(), self._recipe.gradient_clip_norm)
@@ -147,7 +147,7 @@ class StepTrainer:
     def _backward(
         self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, at_once: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Gradients of the loss over all crops, of which ``at_once`` go through the network at a time."""
+        """Compute the gradients of the loss over all crops, of which ``at_once`` are in the network at a time."""
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(self._device, dtype):
             logits = self._forward(self._trained, image, at_once)
@@ -157,7 +157,7 @@ class StepTrainer:
         return loss
 
     def _count_bad_step(self, state: RunState) -> None:
-        """Gradients that are not finite change nothing; too many such steps in a row end the run."""
+        """Count a step with gradients that are not finite, which changes no weights; too many in a row end the run."""
         state.bad_steps += 1
         if state.bad_steps >= MAX_STEPS_WITHOUT_FINITE_GRADIENT:
             raise TrainingError(
@@ -167,13 +167,13 @@ class StepTrainer:
 
 
 def _read(loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
-    """Both numbers, for which a GPU is waited for once."""
+    """Both numbers on the host, with one synchronisation with a GPU."""
     first, second = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
     return first, second
 
 
 def build_network(job: TrainingJob, device: torch.device, checkpointing: bool) -> nn.Module:
-    """The job's network with the weights that it starts from, on the device."""
+    """The job's network on the device, with its initial weights."""
     network = job.build(job.preset, checkpointing)
     if job.encoder is not None:
         load_encoder(network, job.encoder)
@@ -184,9 +184,9 @@ def build_network(job: TrainingJob, device: torch.device, checkpointing: bool) -
 
 
 def _distribute(network: nn.Module, device: torch.device) -> nn.Module:
-    """Average gradients over processes, where there are several."""
+    """Average gradients over processes, if there are several."""
     if rank_and_world_size()[1] == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    # MONAI's transformer blocks hold a norm for cross-attention that no forward pass uses.
+    # MONAI's transformer blocks have a norm for cross-attention that no forward pass uses.
     return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)

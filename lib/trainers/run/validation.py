@@ -1,4 +1,4 @@
-"""Validation during a training run: Dice of whole cases, predicted window by window."""
+"""Validation during a training run: Dice of whole cases, predicted by sliding windows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Validator:
     """Validates weights on the held-out cases.
 
     Args:
-        items: the cases, preprocessed, one by one.
-        where: the task, and where and how windows are computed.
-        predictor: predicts one image; :func:`lib.infers.predictor.predict` if not given.
+        items: the preprocessed cases, one by one.
+        where: the preset, the device and the number format.
+        predictor: predicts one image; by default :func:`lib.infers.predictor.predict`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Validator:
         self._window_batch = where.preset.inference.window_batch_size
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
-        """Mean Dice of each label over the cases whose labels speak of it."""
+        """Mean Dice of each label over the cases that annotate it."""
         network.eval()
         indices, rows = self._where.preset.label_indices, []
         for item in self._items:
@@ -50,7 +50,7 @@ class Validator:
         return mean_per_label(rows)
 
     def _predict(self, network: nn.Module, image: torch.Tensor) -> LabelArray:
-        """Labels of one image; with fewer windows at once from the first time on that memory runs out."""
+        """Labels of one image; after memory has run out once, with fewer windows at a time."""
         while True:
             try:
                 stitching = Stitching(self._window_batch)
