@@ -1,1 +1,1 @@
-"""What clinicians submit: label names, grids, the store."""
+"""The datastore: images, submitted labels with their history, and label names."""

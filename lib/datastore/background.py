@@ -1,4 +1,4 @@
-"""A background task that is requested from many places, and runs once for all requests of the last moments."""
+"""A background task that many places may request, and that runs once for all recent requests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lib.storage.full_disk import storage_problem
 
 logger = logging.getLogger("unetr.datastore")
 
-# Work that takes long is done seldom: no more than a twentieth of the time goes into it.
+# Long work runs rarely, so that it takes at most a twentieth of the time.
 SHARE_OF_TIME = 1 / 20
 
 
 class Deferred:
-    """Does a piece of work some time after it has been asked for, and once before the process ends.
+    """Runs a function some time after it was requested, and once before the process ends.
 
     Args:
-        work: what to do.
-        seconds: how long after the first of several requests.
-        name: of the thread.
+        work: the function.
+        seconds: delay after the first of several requests.
+        name: name of the thread.
     """
 
     def __init__(self, work: Callable[[], None], seconds: float, name: str) -> None:
@@ -32,7 +32,7 @@ class Deferred:
         self._thread: threading.Thread | None = None
 
     def ask(self) -> None:
-        """Have it done soon."""
+        """Request a run."""
         with self._changed:
             self._wanted = True
             if self._thread is None and not self._closed:
@@ -42,14 +42,14 @@ class Deferred:
             self._changed.notify()
 
     def flush(self) -> None:
-        """Do it now, if it has been asked for."""
+        """Run now, if a run has been requested."""
         with self._changed:
             wanted, self._wanted = self._wanted, False
         if wanted:
             self._do()
 
     def close(self) -> None:
-        """Do what has been asked for, and end."""
+        """Run if a run has been requested, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()

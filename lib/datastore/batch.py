@@ -1,4 +1,4 @@
-"""A batch inference: none of the labels that a person drew is replaced, and no image holds the others up."""
+"""Batch inference that replaces no label drawn by a person, and is not held up by single images."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Interruptible = Callable[[Callable[[], None]], AbstractContextManager[None]]
 
 
 class DrawnLabelsStay(BatchInferTask):
-    """A batch inference that leaves out images whose label under its tag a person drew.
+    """Batch inference that skips images whose label with the requested tag was drawn by a person.
 
-    The store refuses to replace such a label in any case; here nothing is computed for it. An image that cannot be
-    segmented, or takes too long, is one sentence in the log, and ``error`` in the result.
+    The store refuses to replace such a label in any case; here, its computation is avoided. An image that cannot be
+    segmented, or takes too long, is logged in one sentence and has an ``error`` in the result.
 
     Args:
-        case_seconds: longest time of one image, for each worker (they wait for each other).
-        interruptible: runs a check now and then in what is computed inside; the check ends it by raising.
-        elsewhere: segments images by a model on other machines, in place of this process.
+        case_seconds: time limit of one image, multiplied by the number of workers, which wait for each other.
+        interruptible: runs a check at intervals within a computation; an exception from the check ends the computation.
+        elsewhere: segments images on other machines instead of in this process.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DrawnLabelsStay(BatchInferTask):
         self._elsewhere = elsewhere
 
     def get_images(self, request: Mapping[str, Any], datastore: Datastore) -> list[str]:
-        """The ids of the images to be segmented; a batch that goes on leaves out what it has done (``begun_at``)."""
+        """The ids of the images to segment; a resumed batch (``begun_at``) excludes the images that are done."""
         images: list[str] = list(super().get_images(request, datastore))
         if not isinstance(datastore, VersionedDatastore):
             return images
@@ -73,15 +73,15 @@ class DrawnLabelsStay(BatchInferTask):
         """Segment the images.
 
         Returns:
-            The answer for each image, by its id; ``{"error": sentence}`` for one that could not be segmented.
+            The response for each image, by its id; ``{"error": sentence}`` for one that could not be segmented.
 
         Raises:
-            ImageError: when there were images, and none of them could be segmented.
+            ImageError: if there were images, but none of them could be segmented.
         """
         if self._elsewhere is not None:
             return checked(_made_elsewhere(self._elsewhere, request, self.get_images(request, datastore), datastore))
         seconds = self._case_seconds * max(1, int(request.get("max_workers") or 1))
-        # MONAI Label deals the images out in advance; here each takes the device that is free first
+        # MONAI Label assigns images to devices in advance; here each image uses the first free device
         device = request.get("device") or ""
 
         def infer_one(one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class DrawnLabelsStay(BatchInferTask):
         return checked(super().__call__({**request, "multi_gpu": False}, datastore, infer_one))
 
     def _within(self, seconds: float, infer: Infer, one: Mapping[str, Any], store: Datastore) -> dict[str, Any]:
-        """Run one inference, and stop waiting for it in time; reading from a broken disk cannot be interrupted."""
+        """Run one inference with a time limit; reading from a broken disk is not interrupted, but no longer awaited."""
         late, done = threading.Event(), Future[dict[str, Any]]()
         sentence = f"image {one['image']!r} took longer than {seconds:g} s, the most for one image of a batch"
 
@@ -119,10 +119,10 @@ class DrawnLabelsStay(BatchInferTask):
 
 
 def checked(result: dict[str, Any]) -> dict[str, Any]:
-    """What became of each image of a batch, unless all of them failed.
+    """The result of each image of a batch, unless all of them failed.
 
     Raises:
-        ImageError: when there were images, and none of them could be segmented.
+        ImageError: if there were images, but none of them could be segmented.
     """
     failures = [answer["error"] for answer in result.values() if answer and "error" in answer]
     if failures and len(failures) == len([answer for answer in result.values() if answer is not None]):
@@ -133,7 +133,7 @@ def checked(result: dict[str, Any]) -> dict[str, Any]:
 def _made_elsewhere(
     elsewhere: Elsewhere, request: Mapping[str, Any], images: list[str], datastore: Datastore
 ) -> dict[str, Any]:
-    """What is said of each image; its mask is kept here as soon as it comes."""
+    """The response for each image; each mask is stored here as soon as it arrives."""
     result: dict[str, Any] = dict.fromkeys(images)
     model, tag = str(request["model"]), plain(request.get("label_tag") or ORIGINAL)
 
@@ -164,7 +164,7 @@ def _keep(made: MadeMask, model: str, tag: str, datastore: Datastore) -> dict[st
 
 
 def _left_out(image: str, error: Exception) -> dict[str, Any]:
-    """One line of what went wrong with an image."""
+    """A one-line description of the failure of an image."""
     sentence = " ".join(str(getattr(error, "msg", None) or error).split())
     logger.warning("%r was left out: %s", image, sentence)
     return {"error": sentence}

@@ -1,6 +1,7 @@
-"""Annotation effort: prompts and seconds from the moment at which a client is handed a case until it submits a label.
+"""Annotation effort: prompts and seconds from the hand-out of a case to a client until the submission of its label.
 
-Counted in the server, for each client and case, so that it holds for every client; over restarts, in SQLite.
+The server counts them for each client and case, so that all clients are covered, and stores them in SQLite across
+restarts.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ CREATE TABLE IF NOT EXISTS work(
 
 @dataclass(frozen=True)
 class Effort:
-    """What a client spent on a case.
+    """The effort of a client for a case.
 
     Attributes:
-        prompts: how often it asked an interactive model for this case since then.
-        seconds: since the case was handed out to it; None where it took the case by itself.
+        prompts: number of prompts to interactive models for this case since the hand-out.
+        seconds: time since the hand-out of the case; None if the client opened the case without one.
     """
 
     prompts: int = 0
@@ -34,11 +35,11 @@ class Effort:
 
 
 class EffortCounter:
-    """The cases that clients are at work on.
+    """The cases on which clients are working.
 
     Args:
         path: SQLite file; :data:`lib.datastore.index.IN_MEMORY` for a store that can only be read.
-        now: the time in seconds since 1970.
+        now: current time in seconds since 1970.
     """
 
     def __init__(self, path: Path = IN_MEMORY, now: Callable[[], float] = time.time) -> None:
@@ -47,7 +48,7 @@ class EffortCounter:
         self._lock = threading.RLock()
 
     def hand_out(self, image_id: str, client: str) -> None:
-        """A client was handed a case; the same case once more changes nothing."""
+        """Record the hand-out of a case to a client; repeating it for the same case changes nothing."""
         self._execute(
             "INSERT INTO work VALUES (?, ?, ?, 0) ON CONFLICT(image_id, client) DO UPDATE SET "
             "handed_out = coalesce(handed_out, excluded.handed_out)",
@@ -55,14 +56,14 @@ class EffortCounter:
         )  # fmt: skip
 
     def count_prompt(self, image_id: str, client: str) -> None:
-        """A client asked an interactive model for a case: a click, a scribble, a box."""
+        """Record that a client sent a prompt to an interactive model: a click, a scribble or a box."""
         self._execute(
             "INSERT INTO work VALUES (?, ?, NULL, 1) ON CONFLICT(image_id, client) DO UPDATE SET prompts = prompts + 1",
             image_id, client,
         )  # fmt: skip
 
     def find(self, image_id: str, client: str) -> Effort:
-        """What a client has spent on a case so far."""
+        """The effort of a client for a case so far."""
         with self._lock:
             row = self._db.execute(
                 "SELECT * FROM work WHERE image_id = ? AND client = ?", (image_id, client)
@@ -70,11 +71,11 @@ class EffortCounter:
         if row is None:
             return Effort()
         handed_out = row["handed_out"]
-        seconds = None if handed_out is None else max(0.0, self._now() - handed_out)  # the clock may have been put back
+        seconds = None if handed_out is None else max(0.0, self._now() - handed_out)  # the clock may have been set back
         return Effort(row["prompts"], seconds)
 
     def finish(self, image_id: str, client: str) -> None:
-        """The client has submitted; what it does next with this case counts anew."""
+        """Record that the client has submitted a label; later work on this case is counted anew."""
         self._execute("DELETE FROM work WHERE image_id = ? AND client = ?", image_id, client)
 
     def close(self) -> None:

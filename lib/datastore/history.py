@@ -1,13 +1,13 @@
-"""Every label that was ever submitted, as versions that are never changed, and the newest of each where tools look.
+"""The history of all submitted labels as immutable versions, and copies of the newest versions for other tools.
 
     history/versions/00000/00000042.final.case_7.nii.gz    the 42nd label of this store
     history/versions/00000/00000042.final.case_7.json      who, when, from which prediction, label map, SHA-256
-    history/sent/00000/00000042.final.case_7.nrrd          what came, where another file was made of it
-    history/index.sqlite                                   the same for looking up; made anew from the files if lost
+    history/sent/00000/00000042.final.case_7.nrrd          the file as sent, if another file was made from it
+    history/index.sqlite                                   an index of these files, rebuilt from them if it is lost
     labels/final/case_7.nii.gz                             a copy of the newest version, for MONAI Label and other tools
 
-A version counts from the moment at which its label has its name; its JSON is there already. Several processes may
-write to one store: a lock file lets one of them at a time.
+A version exists from the moment at which its label file has its final name; its JSON has been written before. Several
+processes may write to one store: a lock file serialises them.
 """
 
 from __future__ import annotations
@@ -64,15 +64,16 @@ SECONDS_BETWEEN_LOOKS = 0.005
 
 
 class LabelHistory:
-    """The versions of all labels of one store.
+    """The versions of all labels of a store.
 
-    Opening it repairs what a crash, a full disk or somebody's hand has left behind; ``repairs`` says what was done.
-    In a folder that cannot be written to it can be read.
+    Opening it repairs the traces of a crash, a full disk or manual changes; ``repairs`` describes the repairs. In a
+    folder without write permission it can still be read.
 
     Args:
-        folder: of the history; made if it is not there.
-        labels: where the newest versions are published, in one folder a tag.
-        adopts: take in what somebody put in the place of a published label; False where somebody checks it first.
+        folder: folder of the history; it is created if it does not exist.
+        labels: folder of the copies of the newest versions, with one subfolder for each tag.
+        adopts: whether files that replaced a published label are taken in as versions; False if the caller checks them
+            first.
     """
 
     def __init__(self, folder: Path, labels: Path, adopts: bool = True) -> None:
@@ -96,7 +97,7 @@ class LabelHistory:
     # ------------------------------------------------------------------------------------------------ reading
 
     def latest(self, image_id: str, tag: str = FINAL) -> LabelVersion | None:
-        """The newest version; None where there is none, or the label has been removed since."""
+        """The newest version; None if there is none, or if the label was removed."""
         record = self.index.newest(image_id, tag)
         return None if record is None or record.get("removal") else self._version(record)
 
@@ -105,17 +106,17 @@ class LabelHistory:
         return [self._version(record) for record in self.index.all_newest(tag)]
 
     def versions(self, image_id: str, tag: str = FINAL) -> list[LabelVersion]:
-        """All versions of an image's label, the oldest first."""
+        """All versions of an image's label, oldest first."""
         return [self._version(record) for record in self.index.of_image(image_id, tag)]
 
     def since(self, sequence: int) -> list[LabelVersion]:
-        """All versions that were saved after that one, the oldest first."""
+        """All versions saved after that one, oldest first."""
         return [self._version(record) for record in self.index.since(sequence) if not record.get("removal")]
 
     def lately(self) -> list[LabelVersion]:
-        """The versions among the newest thousand of the store, the oldest first, without what clients sent along.
+        """The versions among the newest thousand of the store, oldest first, without additional information of clients.
 
-        Each is read once, and kept: pages ask for all of them whenever something has changed.
+        Each is read once and cached, since pages request all of them whenever something has changed.
         """
         with self._reading_lately:
             last = self.index.last_sequence()
@@ -128,10 +129,10 @@ class LabelHistory:
             return list(self._lately)
 
     def get(self, version_id: str) -> LabelVersion:
-        """The version with an id.
+        """The version with this id.
 
         Raises:
-            NotFoundError: when there is none of that id.
+            NotFoundError: if there is none with this id.
         """
         record = self.index.find(version_id)
         if record is None:
@@ -139,22 +140,22 @@ class LabelHistory:
         return self._version(record)
 
     def is_kept(self, version: LabelVersion) -> bool:
-        """Whether a version's mask is there as it was saved, and no link to something else lies in its place."""
+        """Whether the file of a version's mask is unchanged, and not a link to another file."""
         return is_what_was_kept(version.file, self.folder, version.sha256)
 
     def mask(self, version: LabelVersion) -> Path:
         """The file of a version's mask.
 
         Raises:
-            NotFoundError: when it is gone, or a link to something else lies in its place.
+            NotFoundError: if it does not exist, or is a link to another file.
         """
         return self._kept(version, version.file, version.sha256, "file of version")
 
     def sent(self, version: LabelVersion) -> Path:
-        """The file as it came.
+        """The file as it was sent.
 
         Raises:
-            NotFoundError: as :meth:`mask`.
+            NotFoundError: see :meth:`mask`.
         """
         if not version.sent_file:
             return self.mask(version)
@@ -164,16 +165,16 @@ class LabelHistory:
     # ------------------------------------------------------------------------------------------------ writing
 
     def append(self, file: Path, submission: Submission, sent: Path | None = None) -> LabelVersion:
-        """Keep a label for good, and publish it. When this returns, neither a crash nor a power cut can lose it.
+        """Store and publish a label. After return, neither a crash nor a power failure can lose it.
 
         Args:
-            file: the mask.
-            submission: what is known of it.
-            sent: the file that it was made of, which is kept too; None where it is that file.
+            file: file of the mask.
+            submission: its description.
+            sent: the original file, which is stored too; None if it is the mask's file itself.
 
         Raises:
-            ConflictError: as :meth:`check_replaceable`.
-            StorageError: when it cannot be kept; then nothing has changed.
+            ConflictError: see :meth:`check_replaceable`.
+            StorageError: if it cannot be stored; nothing has changed then.
         """
         with self._explained(f"label of {submission.image_id!r}"):
             self._check_writable()
@@ -187,10 +188,10 @@ class LabelHistory:
                 staged.path.unlink(missing_ok=True)
 
     def check_replaceable(self, image_id: str, tag: str) -> None:
-        """Refuse to put a model's mask in the place of what a person drew.
+        """Refuse to replace a label drawn by a person with a model's mask.
 
         Raises:
-            ConflictError: saying who drew it and when.
+            ConflictError: stating who drew it and when.
         """
         drawn = self.latest(image_id, tag)
         if drawn is not None and drawn.is_drawn:
@@ -201,11 +202,11 @@ class LabelHistory:
             )
 
     def restore(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
-        """Make a copy of an older version the newest one; what lies between them stays.
+        """Add a copy of an older version as the newest one; the versions between them are kept.
 
         Raises:
-            NotFoundError: when there is none of that id.
-            StorageError: as :meth:`append`; also when the old version's file is no longer what it was.
+            NotFoundError: if there is none with this id.
+            StorageError: see :meth:`append`; also if the file of the old version has changed.
         """
         old = self.get(version_id)
         if not old.file.is_file() or sha256_of(old.file) != old.sha256:
@@ -214,10 +215,10 @@ class LabelHistory:
         return self.append(old.file, Submission(**(_submission_fields(old) | changes)))
 
     def remove(self, image_id: str, tag: str, user: str = "") -> None:
-        """Take a label out of ``labels/<tag>``; its versions stay and can be restored.
+        """Remove a label from ``labels/<tag>``; its versions are kept and can be restored.
 
         Raises:
-            StorageError: when that cannot be kept.
+            StorageError: if the removal cannot be stored.
         """
         with self._explained(f"removal of the label of {image_id!r}"):
             self._check_writable()
@@ -225,15 +226,15 @@ class LabelHistory:
                 self._remove(Submission(image_id=image_id, tag=tag, user=user, source="removal"))
 
     def adopt(self, file: Path, submission: Submission, kept: Path | None = None) -> LabelVersion | None:
-        """Take in a label that somebody put into ``labels/<tag>``; None where it is a version already.
+        """Take in a label file that was copied into ``labels/<tag>``; None if it is a version already.
 
         Args:
-            file: what was put there.
-            submission: what is known of it.
-            kept: the label in the form in which it is kept, where that is another file.
+            file: the copied file.
+            submission: its description.
+            kept: the label in the form in which labels are stored, if that is another file.
 
         Raises:
-            StorageError: as :meth:`append`.
+            StorageError: see :meth:`append`.
         """
         if self._is_version(file, submission.image_id, submission.tag):
             self.publish_again(submission.image_id, submission.tag)
@@ -241,12 +242,12 @@ class LabelHistory:
         return self.append(kept or file, submission, None if kept in (None, file) else file)
 
     def adopt_all(self, labels: Sequence[tuple[Path, Submission]]) -> list[LabelVersion]:
-        """Take in many labels that lie in ``labels/<tag>`` and have no version yet, as at the first start in a folder.
+        """Take in many label files in ``labels/<tag>`` that have no version yet, as at the first start in a folder.
 
-        They are synced to disk together, since each lies in its folder as it did before until that is done.
+        They are synced to disk together, which is safe because the original files stay in place until then.
 
         Raises:
-            StorageError: when they cannot be kept.
+            StorageError: if they cannot be stored.
         """
         with self._explained(f"{len(labels)} labels of the folder"), self._alone():
             new = [(f, s) for f, s in labels if not self.published.is_ours(s.image_id, s.tag, f)]  # by another process
@@ -262,10 +263,10 @@ class LabelHistory:
             return versions
 
     def publish_again(self, image_id: str, tag: str) -> None:
-        """Put the newest version back into ``labels/<tag>``.
+        """Copy the newest version to ``labels/<tag>`` again.
 
         Raises:
-            StorageError: when it cannot be written.
+            StorageError: if it cannot be written.
         """
         with self._explained(f"label of {image_id!r}"), self._alone():
             version = self.latest(image_id, tag)
@@ -278,10 +279,10 @@ class LabelHistory:
                 self.published.put(version, staged)
 
     def put_right(self) -> list[str]:
-        """Take in what lies in ``labels/<tag>`` instead of a newest version where it is new; replace it where not.
+        """Take in files in ``labels/<tag>`` that differ from the newest version; replace them if they are not new.
 
         Returns:
-            A sentence for each thing that was done.
+            A sentence for each change.
         """
         done = []
         for image_id, tag in self.published.astray():
@@ -300,10 +301,10 @@ class LabelHistory:
         return shorten(done)
 
     def keep_info(self, image_id: str, tag: str, info: Mapping[str, Any]) -> None:
-        """Keep what is known of an image (``tag`` empty) or a label besides its versions.
+        """Store additional information on an image (``tag`` empty) or on a label.
 
         Raises:
-            StorageError: when it cannot be kept.
+            StorageError: if it cannot be stored.
         """
         with self._explained(f"information about {image_id!r}"):
             self.index.keep_info(image_id, tag, info)
@@ -337,7 +338,7 @@ class LabelHistory:
             sync_folder(stem.parent)
             with self.index.transaction():
                 self.index.insert(to_record(version))
-                self.index.forget_info(version.image_id, version.tag)  # it was about the version before
+                self.index.forget_info(version.image_id, version.tag)  # it described the previous version
                 self.published.note(version, copy)
         except BaseException:
             for path in (file, side_car, copy, came):
@@ -348,12 +349,12 @@ class LabelHistory:
         return version
 
     def _is_version(self, file: Path, image_id: str, tag: str) -> bool:
-        """Whether a file is what was kept or sent as one of the versions."""
+        """Whether a file is equal to the stored or the sent file of a version."""
         digest = sha256_of(file)
         return any(digest in (version.sha256, version.sent_sha256) for version in self.versions(image_id, tag))
 
     def _keep_sent(self, sent: Path, stem: Path) -> tuple[Path, str]:
-        """Keep a file as it came under its version's name; returns where, and its SHA-256."""
+        """Store a file as sent under its version's name; returns its path and its SHA-256."""
         folder = self.sent_folder / stem.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         staged = stage(read_blocks(sent), folder)
@@ -385,14 +386,14 @@ class LabelHistory:
         self.published.take_away(removal.image_id, removal.tag)
 
     def _next_sequence(self) -> int:
-        """One after the newest; past files that a process left without having told the index of them."""
+        """One after the newest sequence number, skipping files that a killed process left without an index entry."""
         sequence = self.index.last_sequence() + 1
         while any(name.startswith(f"{sequence:08d}") for name in _names_in(self.shard(sequence))):
             sequence += 1
         return sequence
 
     def shard(self, sequence: int) -> Path:
-        """The folder of a version: a thousand of them in each, so that no folder grows without bound."""
+        """The folder of a version; each folder holds a thousand versions, so that none grows without bound."""
         return self.versions_folder / f"{sequence // VERSIONS_A_FOLDER:05d}"
 
     def _stem(self, sequence: int, submission: Submission) -> Path:
@@ -407,7 +408,7 @@ class LabelHistory:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else writes meanwhile: no other thread, no other process."""
+        """Exclude all other writers, in this process and in others."""
         with self._threads, self._processes.acquire(poll_interval=SECONDS_BETWEEN_LOOKS):
             yield
 

@@ -1,4 +1,4 @@
-"""The index of a label history: an SQLite file that may be lost, since the files that it tells of hold all of it."""
+"""The SQLite index of a label history, which can be rebuilt from the files that it describes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NEWEST = "sequence IN (SELECT max(sequence) FROM versions WHERE tag = ? GROUP BY
 
 
 class VersionIndex:
-    """Versions by image and time, what lies in ``labels/<tag>``, and what clients added to images and labels.
+    """Indexes versions by image and time, the files in ``labels/<tag>``, and information that clients added.
 
     Args:
-        path: the file; :data:`~lib.storage.sqlite.IN_MEMORY` for a store that can only be read.
+        path: the file; :data:`~lib.storage.sqlite.IN_MEMORY` for a store without write permission.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class VersionIndex:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of it or nothing."""
+        """Commit all statements of the block or none."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -65,11 +65,11 @@ class VersionIndex:
         self._execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", *identity, removal, json.dumps(record))
 
     def drop(self, sequence: int) -> None:
-        """Remove a version's record."""
+        """Delete a version's record."""
         self._execute("DELETE FROM versions WHERE sequence = ?", sequence)
 
     def records(self) -> dict[int, dict[str, Any]]:
-        """All records by sequence, removals among them."""
+        """All records by sequence, including removals."""
         return {row["sequence"]: json.loads(row["record"]) for row in self._execute("SELECT * FROM versions")}
 
     def newest(self, image_id: str, tag: str) -> dict[str, Any] | None:
@@ -82,48 +82,48 @@ class VersionIndex:
         return self._select(f"removal = 0 AND {NEWEST} ORDER BY sequence", tag)
 
     def of_image(self, image_id: str, tag: str) -> list[dict[str, Any]]:
-        """All records of an image's label but removals, the oldest first."""
+        """All records of an image's label except removals, oldest first."""
         return self._select("removal = 0 AND image_id = ? AND tag = ? ORDER BY sequence", image_id, tag)
 
     def since(self, sequence: int) -> list[dict[str, Any]]:
-        """All records after that one, the oldest first, removals among them."""
+        """All records after that one, oldest first, including removals."""
         return self._select("sequence > ? ORDER BY sequence", sequence)
 
     def find(self, version_id: str) -> dict[str, Any] | None:
-        """The record of that id, unless it is a removal."""
+        """The record with this id, unless it is a removal."""
         records = self._select("removal = 0 AND version_id = ?", version_id)
         return records[0] if records else None
 
     def tags(self) -> list[str]:
-        """All tags that a label ever had."""
+        """All tags of current and former labels."""
         return [row["tag"] for row in self._execute("SELECT DISTINCT tag FROM versions ORDER BY tag")]
 
     def count(self) -> int:
-        """How many versions there are."""
+        """Number of versions."""
         return int(self._execute("SELECT count(*) AS n FROM versions WHERE removal = 0")[0]["n"])
 
     def last_sequence(self) -> int:
-        """The newest sequence of all; 0 for none."""
+        """The largest sequence number; 0 if there is none."""
         return int(self._execute("SELECT coalesce(max(sequence), 0) AS n FROM versions")[0]["n"])
 
     # --------------------------------------------------------------------------------- what lies in labels/<tag>
 
     def note_published(self, image_id: str, tag: str, sequence: int, suffix: str, size: int, mtime_ns: int) -> None:
-        """Remember what was put into ``labels/<tag>``, so that it is known again by its size and time."""
+        """Record a file in ``labels/<tag>`` with its size and time, by which it is recognised."""
         values = (image_id, tag, sequence, suffix, size, mtime_ns)
         self._execute("INSERT OR REPLACE INTO published VALUES (?, ?, ?, ?, ?, ?)", *values)
 
     def forget_published(self, image_id: str, tag: str) -> None:
-        """Nothing of it lies there any longer."""
+        """Record that there is no file in ``labels/<tag>``."""
         self._execute("DELETE FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
 
     def published(self, image_id: str, tag: str) -> sqlite3.Row | None:
-        """What was put there last."""
+        """The record of the file last copied there."""
         rows = self._execute("SELECT * FROM published WHERE image_id = ? AND tag = ?", image_id, tag)
         return rows[0] if rows else None
 
     def newest_and_published(self) -> list[sqlite3.Row]:
-        """Of each label that there is: image, tag, newest sequence, and what was put into ``labels/<tag>`` last."""
+        """For each label: image, tag, newest sequence, and the record of the file last copied to ``labels/<tag>``."""
         return self._execute(
             "SELECT v.image_id, v.tag, v.sequence, p.sequence AS published, p.suffix, p.size, p.mtime_ns "
             "FROM versions v LEFT JOIN published p ON p.image_id = v.image_id AND p.tag = v.tag WHERE v.removal = 0 "
@@ -133,18 +133,18 @@ class VersionIndex:
     # ------------------------------------------------------------------- what clients added to images and labels
 
     def infos(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """By image and tag; the tag is empty for the image itself."""
+        """Added information by image and tag; the tag is empty for the image itself."""
         rows = self._execute("SELECT * FROM infos")
         return {(row["image_id"], row["tag"]): json.loads(row["info"]) for row in rows}
 
     def info(self, image_id: str, tag: str) -> dict[str, Any]:
-        """That of an image or a label; empty where nothing was added."""
+        """The information added to an image or a label; empty for none."""
         rows = self._execute("SELECT info FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
         added: dict[str, Any] = json.loads(rows[0]["info"]) if rows else {}
         return added
 
     def keep_info(self, image_id: str, tag: str, info: Mapping[str, Any]) -> None:
-        """Keep or replace it."""
+        """Store the information, replacing earlier information."""
         text = json.dumps(info, default=str)
         self._execute("INSERT OR REPLACE INTO infos VALUES (?, ?, ?)", image_id, tag, text)
 
@@ -152,18 +152,18 @@ class VersionIndex:
         """Delete what clients added to a label's information."""
         self._execute("DELETE FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
 
-    # -------------------------------------------------------------- files in labels/final that are left out, and why
+    # -------------------------------------------------------------- refused files in labels/final
 
     def refused(self) -> dict[str, tuple[str, str]]:
-        """Files that are left out: the size and time at which each was checked, and the reason, by file name."""
+        """Refused files: size and time at the check, and the reason, by file name."""
         return {row["name"]: (row["stamp"], row["reason"]) for row in self._execute("SELECT * FROM refused")}
 
     def keep_refused(self, name: str, stamp: str, reason: str) -> None:
-        """Remember that a file is left out."""
+        """Record that a file is refused."""
         self._execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", name, stamp, reason)
 
     def forget_refused(self, name: str) -> None:
-        """It is not left out any longer."""
+        """Record that a file is no longer refused."""
         self._execute("DELETE FROM refused WHERE name = ?", name)
 
     def _select(self, where: str, *values: object) -> list[dict[str, Any]]:

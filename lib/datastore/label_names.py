@@ -1,9 +1,9 @@
-"""What the values of a submitted mask mean: by the names that came with it, never by their order.
+"""Maps the values of a submitted mask by the names that were sent with it, and never by their order.
 
-3D Slicer numbers a user's segments in the order in which they stand in its list, and sends the names in ``label_info``:
-``[{"name": "spleen", "idx": 1}, ...]``, also of segments in which nothing has been drawn. Its module leaves the
-segments ``background``, ``foreground_scribbles`` and ``background_scribbles`` out of the mask, whose values run from 1
-over the others, yet counts them in ``idx``: :func:`choose_reading` tells from the values which of the two is meant.
+3D Slicer numbers a user's segments in the order of its list, and sends the names in ``label_info``: ``[{"name":
+"spleen", "idx": 1}, ...]``, including segments without voxels. Its module excludes the segments ``background``,
+``foreground_scribbles`` and ``background_scribbles`` from the mask, whose values count the remaining segments from 1,
+but includes them in ``idx``: :func:`choose_reading` decides from the values which numbering applies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lib.errors import LabelError
 BACKGROUND = "background"
 SCRIBBLES = ("foreground_scribbles", "background_scribbles")
 NO_LABELS = (BACKGROUND, *SCRIBBLES)
-"""Segments that tools make for themselves; 3D Slicer's module does not export them."""
+"""Segments that tools create for their own use; 3D Slicer's module does not export them."""
 OTHER_TASK = "is for another task of this server"
 LARGEST_VALUE = 65535
 MOST_NAMES = 1000
@@ -29,7 +29,7 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class NamedValue:
-    """An entry of ``label_info``: a name, and the value or the position that the client gives it."""
+    """An entry of ``label_info``: a name, and its value or position in the client's list."""
 
     name: str
     value: int
@@ -37,13 +37,13 @@ class NamedValue:
 
 @dataclass(frozen=True)
 class Mapped:
-    """How a mask's values become the preset's.
+    """The mapping of a mask's values to the preset's.
 
     Attributes:
-        values: value in the mask that came to value in the one that is kept; background stays 0.
-        label_map: name to value in the mask that is kept: the preset's labels that it speaks of, and unknown ones.
-        missing: the preset's labels that the mask does not speak of.
-        notes: what was done, in sentences.
+        values: value in the submitted mask to value in the stored mask; background stays 0.
+        label_map: name to value in the stored mask: annotated labels of the preset, and unknown ones.
+        missing: labels of the preset that the mask does not annotate.
+        notes: changes, as sentences.
     """
 
     values: Mapping[int, int]
@@ -54,11 +54,11 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Completeness:
-    """Which labels a mask speaks of, as far as the client says so itself.
+    """Which labels a mask annotates, as far as the client states it.
 
     Attributes:
-        complete: labels of which nothing is drawn are not in the image, instead of not having been drawn.
-        missing: labels that are in the image but were not drawn, or not wholly.
+        complete: whether labels without voxels are absent in the image; otherwise they may just not have been drawn.
+        missing: labels that are present in the image but were not drawn, or only in part.
     """
 
     complete: bool = False
@@ -66,10 +66,10 @@ class Completeness:
 
     @classmethod
     def parse(cls, info: Mapping[str, Any]) -> Completeness:
-        """Read ``complete`` (true or false) and ``missing_labels`` (names) of a submission.
+        """Parse ``complete`` (true or false) and ``missing_labels`` (names) of a submission.
 
         Raises:
-            LabelError: for anything else.
+            LabelError: for other values.
         """
         complete, missing = info.get("complete", False), info.get("missing_labels", [])
         if not isinstance(complete, bool):
@@ -80,19 +80,19 @@ class Completeness:
 
 
 def parse_label_info(info: Any) -> dict[int, str] | None:
-    """Value to name from ``label_info``; None where a client sends none.
+    """Value to name from ``label_info``; None if a client sends none.
 
     Raises:
-        LabelError: as :func:`parse_entries`.
+        LabelError: see :func:`parse_entries`.
     """
     return {entry.value: entry.name for entry in parse_entries(info) if entry.value != 0} if info else None
 
 
 def parse_entries(info: Any) -> tuple[NamedValue, ...]:
-    """The entries of ``label_info`` in the client's order; none where it sends none.
+    """The entries of ``label_info`` in the client's order; empty if it sends none.
 
     Raises:
-        LabelError: when it is no list of ``{"name": text, "idx": whole number}``, or gives a value two names.
+        LabelError: if it is not a list of ``{"name": text, "idx": whole number}``, or if a value has two names.
     """
     if info is None or info == []:
         return ()
@@ -108,25 +108,25 @@ def parse_entries(info: Any) -> tuple[NamedValue, ...]:
 
 
 def is_no_label(name: str) -> bool:
-    """Whether a segment is one that tools make for themselves, such as ``background``."""
+    """Whether a segment is one that tools create for their own use, such as ``background``."""
     return canonical_name(name) in NO_LABELS
 
 
 def choose_reading(present: Set[int], entries: Sequence[NamedValue]) -> tuple[dict[int, str], str]:
-    """What the values of a mask mean that came with ``label_info``, by which values are there.
+    """Choose the meaning of ``idx`` in ``label_info`` by the values that are present in the mask.
 
-    By the first reading ``idx`` is the value. By the second it is the position in 3D Slicer's list, of which up to
-    three segments were left out, and the values run from 1 over those that are named.
+    In the first reading, ``idx`` is the value. In the second, it is the position in 3D Slicer's list, from which up to
+    three segments were excluded, and the values count the named segments from 1.
 
     Args:
         present: the values in the mask, without 0.
-        entries: as from :func:`parse_entries`, in the client's order.
+        entries: result of :func:`parse_entries`, in the client's order.
 
     Returns:
-        Value to name, and a sentence where it is not the first reading.
+        Value to name, and a sentence if the second reading applies.
 
     Raises:
-        LabelError: when both readings explain all values that are present, and differ in one of them.
+        LabelError: if both readings explain all values that are present, but with different names.
     """
     by_value = {entry.value: entry.name for entry in entries if entry.value != 0}
     by_order = dict(enumerate((entry.name for entry in entries), start=1))
@@ -154,17 +154,17 @@ def map_values(
 ) -> Mapped:
     """Map a mask's values to the preset's.
 
-    A label of the preset is missing where no voxel of it is in the mask: whoever did not draw an organ did not say that
-    there is none. ``complete`` says just that.
+    A label of the preset without voxels in the mask is missing, since an organ that was not drawn may be present. With
+    ``complete`` it counts as absent instead.
 
     Args:
         present: the values in the mask, without 0.
-        names: value to name, as from :func:`parse_label_info`; None: the values are the preset's own.
-        preset: the task.
-        completeness: what the client says of it.
+        names: value to name, from :func:`parse_label_info`; None if the values are the preset's own.
+        preset: the preset.
+        completeness: the client's statement on completeness.
 
     Raises:
-        LabelError: for values without a name, and for names that are not the preset's where it does not allow them.
+        LabelError: for values without a name, and for unknown names if the preset does not allow them.
     """
     stated = completeness or Completeness()
     by_value = _own_names(preset) if names is None else names
@@ -187,7 +187,7 @@ def map_values(
 
 
 def _may_count_positions(entries: Sequence[NamedValue]) -> bool:
-    """Whether 3D Slicer's module can have sent these entries, with segments left out before the last one."""
+    """Whether 3D Slicer's module can have sent these entries, with excluded segments before the last one."""
     values = [entry.value for entry in entries]
     ascending = all(one < next_one for one, next_one in itertools.pairwise(values))
     return bool(values) and ascending and values[0] > 0 and 0 < values[-1] - len(values) <= len(NO_LABELS)
@@ -209,19 +209,19 @@ def _own_names(preset: Preset) -> dict[int, str]:
 
 
 def why_not_for(preset: Preset, task: str, names: Collection[str], served: Collection[str]) -> str:
-    """Why a kept label is not for a preset; empty where it is.
+    """Why a stored label cannot be used for a preset; empty if it can.
 
-    A label is for the task that it was saved for. Other servers have other names for theirs (``segmentation``,
-    ``deepedit``): then the names of its labels tell, and where it has none, its values.
+    A label belongs to the preset for which it was saved. Other servers use other task names (``segmentation``,
+    ``deepedit``); then the label names decide, and without names the values.
 
     Args:
-        preset: the task that asks.
-        task: name of the task that the label was saved for; empty where that is not known.
-        names: of its labels.
-        served: names of all tasks of this server.
+        preset: the preset.
+        task: name of the task for which the label was saved; empty if unknown.
+        names: names of its labels.
+        served: names of all presets of this server.
 
     Returns:
-        ``OTHER_TASK`` for a label of another task of this server; else the end of a sentence about the label.
+        ``OTHER_TASK`` for a label of another preset of this server; otherwise the end of a sentence about the label.
     """
     own = [name for name in names if not is_no_label(name)]
     if task == preset.name or (not task and own):
@@ -240,7 +240,7 @@ def why_not_for(preset: Preset, task: str, names: Collection[str], served: Colle
 
 
 def _sort_by_preset(names: Mapping[int, str], preset: Preset) -> tuple[dict[int, int], dict[int, str]]:
-    """Values of the preset's labels with their index there, and values with names that it does not have."""
+    """Values of the preset's labels with the preset's values, and values with unknown names."""
     known, unknown = {}, {}
     for value, name in names.items():
         label = preset.find_label(name)
@@ -254,7 +254,7 @@ def _sort_by_preset(names: Mapping[int, str], preset: Preset) -> tuple[dict[int,
 
 
 def _number_unknown(unknown: Mapping[int, str], preset: Preset) -> dict[str, int]:
-    """Values above the preset's for names that it does not have, the same for the same name."""
+    """Values above the preset's for unknown names, equal for equal names."""
     distinct = sorted({canonical_name(name) for name in unknown.values()})
     return {name: len(preset.labels) + position for position, name in enumerate(distinct, start=1)}
 

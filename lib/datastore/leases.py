@@ -1,6 +1,6 @@
-"""Who works on which case, and which cases nobody should be given: so that two clinicians never do the same work.
+"""Leases of cases to annotators, and skipped cases, so that two clinicians never do the same work.
 
-A lease ends when its label is submitted, or when its time is up; every request of its client renews it.
+A lease ends when the label is submitted or when its time is over; every request of its client renews it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lib.errors import NotFoundError
 from lib.storage.sqlite import IN_MEMORY, open_database
 
 DEFAULT_MINUTES = 30.0
-# A renewal that would move the end by less than this share of a lease is not written down.
+# A renewal that would extend the lease by less than this share of its length is not stored.
 RENEWAL_SHARE = 0.05
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases(
@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS skips(
 
 @dataclass(frozen=True)
 class Lease:
-    """A case in a client's hands; times in seconds since 1970."""
+    """A lease of a case to a client; times are in seconds since 1970."""
 
     image_id: str
     client: str
@@ -37,13 +37,13 @@ class Lease:
     until: float
 
     def describe(self) -> dict[str, Any]:
-        """Plain data."""
+        """The lease as JSON data."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A case that is not handed out, and why; time in seconds since 1970."""
+    """A case that is not handed out, with the reason; the time is in seconds since 1970."""
 
     image_id: str
     client: str
@@ -51,17 +51,17 @@ class Skip:
     at: float
 
     def describe(self) -> dict[str, Any]:
-        """Plain data."""
+        """The skip as JSON data."""
         return asdict(self)
 
 
 class Leases:
-    """Leases and skips of one store, remembered over restarts and shared by its processes.
+    """The leases and skipped cases of a store, kept across restarts and shared by its processes.
 
     Args:
         path: SQLite file; :data:`lib.datastore.index.IN_MEMORY` for a store that can only be read.
-        minutes: how long a lease is.
-        now: the time in seconds since 1970.
+        minutes: duration of a lease.
+        now: current time in seconds since 1970.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Leases:
         self._lock = threading.RLock()
 
     def take(self, image_id: str, client: str) -> Lease | None:
-        """Give a case to a client, or renew what it has; None when another client has it."""
+        """Lease a case to a client, or renew its lease; None if another client has it."""
         with self._lock:
             now = self._now()
             self._shorten(now)
-            # One statement, so that of two processes only one succeeds.
+            # A single statement ensures that only one of two processes succeeds.
             self._db.execute(
                 "INSERT INTO leases VALUES (?, ?, ?, ?) ON CONFLICT(image_id) DO UPDATE SET "
                 "since = CASE WHEN client = excluded.client AND until > excluded.since THEN since "
@@ -89,7 +89,7 @@ class Leases:
             return Lease(**row) if row["client"] == client else None
 
     def renew(self, client: str) -> int:
-        """Let all of a client's leases last their full time from now on; returns how many there are."""
+        """Renew all leases of a client for their full time; returns their number."""
         with self._lock:
             now = self._now()
             held = [lease for lease in self.active().values() if lease.client == client]
@@ -100,13 +100,13 @@ class Leases:
             return len(held)
 
     def release(self, image_id: str) -> None:
-        """End a case's lease, whoever has it."""
+        """End the lease of a case, whoever holds it."""
         with self._lock:
             if self._db.execute("SELECT 1 FROM leases WHERE image_id = ?", (image_id,)).fetchone():
                 self._db.execute("DELETE FROM leases WHERE image_id = ?", (image_id,))
 
     def active(self) -> dict[str, Lease]:
-        """The leases that have not ended, by image."""
+        """The current leases, by image."""
         with self._lock:
             now = self._now()
             self._shorten(now)
@@ -114,7 +114,7 @@ class Leases:
         return {row["image_id"]: Lease(**row) for row in rows}
 
     def _shorten(self, now: float) -> None:
-        """Have leases from before the clock was turned back begin now."""
+        """Let leases that start in the future, because the clock was set back, start now."""
         latest = now + self.seconds + 1
         if self._db.execute("SELECT 1 FROM leases WHERE until > ?", (latest,)).fetchone():
             self._db.execute(
@@ -122,7 +122,7 @@ class Leases:
             )
 
     def skip(self, image_id: str, client: str, reason: str) -> Skip:
-        """Have a case not handed out any more; its lease ends."""
+        """Exclude a case from being handed out; its lease ends."""
         with self._lock:
             skip = Skip(image_id, client, reason, self._now())
             values = (skip.image_id, skip.client, skip.reason, skip.at)
@@ -131,17 +131,17 @@ class Leases:
             return skip
 
     def unskip(self, image_id: str) -> None:
-        """Have a case handed out again.
+        """Allow a case to be handed out again.
 
         Raises:
-            NotFoundError: when it is not skipped.
+            NotFoundError: if it is not skipped.
         """
         with self._lock:
             if not self._db.execute("DELETE FROM skips WHERE image_id = ?", (image_id,)).rowcount:
                 raise NotFoundError("skipped image", image_id[:200])
 
     def skipped(self) -> dict[str, Skip]:
-        """The cases that are not handed out, by image."""
+        """The skipped cases, by image."""
         with self._lock:
             rows = self._db.execute("SELECT * FROM skips ORDER BY at").fetchall()
         return {row["image_id"]: Skip(**row) for row in rows}

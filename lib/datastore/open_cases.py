@@ -1,4 +1,4 @@
-"""The studies as a strategy may see them: without the cases that somebody works on or has skipped."""
+"""A view of the studies for strategies, without leased and skipped cases."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class OpenCases:
-    """A datastore that hides some unlabelled images, and is the datastore itself in everything else.
+    """Wraps a datastore and hides some of its unlabelled images.
 
     Args:
-        datastore: any of MONAI Label's.
-        closed: ids that are not to be chosen.
+        datastore: any datastore of MONAI Label.
+        closed: ids that must not be chosen.
     """
 
     def __init__(self, datastore: Any, closed: Set[str]) -> None:
@@ -19,7 +19,7 @@ class OpenCases:
         self._closed = closed
 
     def get_unlabeled_images(self, *args: Any, **options: Any) -> list[str]:
-        """The unlabelled images that are open."""
+        """The unlabelled images that are not hidden."""
         images = self._datastore.get_unlabeled_images(*args, **options)
         return [image for image in images if image not in self._closed]
 

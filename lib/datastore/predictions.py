@@ -1,7 +1,7 @@
-"""The predictions that clients were given, so that a correction can say what it started from and what it changed.
+"""Stores the predictions that clients received, so that a correction can be compared with its initial mask.
 
-The latest of each client and image is kept, compressed, up to a limit on disk. Writing happens in a thread of its own:
-the client does not wait for it.
+The latest prediction of each client and image is stored, compressed, within a size limit. A separate thread writes it,
+so that the client does not wait.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Suffix = Literal[".nii.gz", ".nii", ".nrrd"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a client was given.
+    """A prediction that a client received.
 
     Attributes:
-        client: who.
-        image_id: for which image.
-        preset: by which model.
-        model_version: the version of its weights.
-        engine: what computed it; empty where that is not known.
-        extension: kind of the mask's file.
-        at: when, in seconds since 1970.
+        client: the client.
+        image_id: id of the image.
+        preset: name of the model.
+        model_version: version of its weights.
+        engine: engine that computed it; empty if unknown.
+        extension: extension of the mask's file.
+        at: time in seconds since 1970.
     """
 
     client: str
@@ -60,11 +60,11 @@ _PREDICTION = TypeAdapter(Prediction)
 
 
 class Predictions:
-    """The predictions of one store.
+    """The predictions of a store.
 
     Args:
-        folder: made with the first of them.
-        limit_mib: when there is more than this, the oldest are removed.
+        folder: folder, which is created with the first prediction.
+        limit_mib: size limit; beyond it, the oldest predictions are removed.
     """
 
     def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
@@ -76,13 +76,13 @@ class Predictions:
     def remember(
         self, client: str, image_id: str, preset: str, version: str, name: str, mask: bytes, engine: str = ""
     ) -> None:
-        """Keep the mask that a client is sent, in the background; ``name`` is the file's."""
+        """Store the mask that a client receives, in the background; ``name`` is its file name."""
         suffix: Suffix = next((s for s in get_args(Suffix) if name.endswith(s)), ".nii.gz")
         prediction = Prediction(client, image_id, preset, version, suffix, time.time(), engine)
         self._latest = self._writer.submit(self._write, prediction, mask)
 
     def find(self, client: str, image_id: str) -> Prediction | None:
-        """The latest prediction that a client was given for an image; None where there is none any more."""
+        """The latest prediction that a client received for an image; None if it is no longer stored."""
         self._wait()
         side_car = self._side_car(client, image_id)
         try:
@@ -94,11 +94,11 @@ class Predictions:
             return None
 
     def voxels_changed(self, prediction: Prediction, label: MaskArray, folder: Path) -> int | None:
-        """How many voxels of a label differ from a prediction; None where the two cannot be compared.
+        """Number of voxels in which a label differs from a prediction; None if they cannot be compared.
 
         Args:
-            prediction: as from :meth:`find`.
-            label: the preset's values on the image's grid.
+            prediction: result of :meth:`find`.
+            label: label values of the preset on the image's grid.
             folder: for a temporary file.
         """
         packed = self._mask(prediction)
@@ -115,7 +115,7 @@ class Predictions:
         return int(np.count_nonzero(predicted != label)) if predicted.shape == label.shape else None
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Write all pending predictions."""
         self._writer.shutdown(wait=True)
 
     def _wait(self) -> None:

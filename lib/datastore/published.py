@@ -1,4 +1,4 @@
-"""``labels/<tag>/<image>.nii.gz``: copies of the newest versions, where MONAI Label and other tools look for them."""
+"""``labels/<tag>/<image>.nii.gz``: copies of the newest versions, for MONAI Label and other tools."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lib.storage.files import read_blocks, sha256_of, stage
 
 
 class PublishedLabels:
-    """The folder of the newest labels, as copies: a tool that writes into a file there must not change a kept version.
+    """The folder of copies of the newest versions, so that tools that write there cannot change a stored version.
 
     Args:
-        folder: with one folder a tag.
-        index: remembers what was put there.
+        folder: folder with a subfolder for each tag.
+        index: records the copies.
     """
 
     def __init__(self, folder: Path, index: VersionIndex) -> None:
@@ -23,21 +23,21 @@ class PublishedLabels:
         self._index = index
 
     def stage(self, version: LabelVersion, content: Path) -> Path:
-        """Write a copy that only has to be renamed, so that a full disk is noticed before anything has changed."""
+        """Write a copy with a temporary name, so that a full disk is noticed before anything changes."""
         folder = self.folder / version.tag
         folder.mkdir(parents=True, exist_ok=True)
-        # The version itself is durable: a copy that a power cut took or tore is put right at the next start.
+        # The version itself is durable: a copy that a power failure damages is repaired at the next start.
         return stage(read_blocks(content), folder, durable=False).path
 
     def note(self, version: LabelVersion, staged: Path) -> None:
-        """Remember the copy's size and time."""
+        """Record the copy's size and time."""
         status = staged.stat()
         self._index.note_published(
             version.image_id, version.tag, version.sequence, version.suffix, status.st_size, status.st_mtime_ns
         )
 
     def put(self, version: LabelVersion, staged: Path) -> None:
-        """Give the copy its name, and take away those of other kinds."""
+        """Rename the copy to its final name, and remove copies with other extensions."""
         target = self.folder / version.tag / f"{version.image_id}{version.suffix}"
         os.replace(staged, target)
         for other in self.files(version.image_id, version.tag):
@@ -51,21 +51,21 @@ class PublishedLabels:
         self._index.forget_published(image_id, tag)
 
     def files(self, image_id: str, tag: str) -> list[Path]:
-        """The files of an image's label, of whatever kind."""
+        """The files of an image's label, with any extension."""
         row = self._index.published(image_id, tag)
         suffixes = {*LABEL_SUFFIXES, *((row["suffix"],) if row else ())}
         paths = [self.folder / tag / f"{image_id}{suffix}" for suffix in sorted(suffixes)]
         return [path for path in paths if path.is_file()]
 
     def is_ours(self, image_id: str, tag: str, file: Path) -> bool:
-        """Whether a file is as it was put there, going by its size and time."""
+        """Whether a file is unchanged since it was copied there, by its size and time."""
         row, status = self._index.published(image_id, tag), file.stat()
         return row is not None and (row["suffix"], row["size"], row["mtime_ns"]) == (
             suffix_of(file), status.st_size, status.st_mtime_ns,
         )  # fmt: skip
 
     def note_if_right(self, version: LabelVersion) -> bool:
-        """Whether the newest version lies there already and only was not remembered; it is now."""
+        """Record the newest version as published if its file is there already; returns whether it is."""
         files = self.files(version.image_id, version.tag)
         if len(files) != 1 or suffix_of(files[0]) != version.suffix or sha256_of(files[0]) != version.sha256:
             return False
@@ -73,7 +73,7 @@ class PublishedLabels:
         return True
 
     def astray(self) -> list[tuple[str, str]]:
-        """Image and tag of the newest versions that do not lie there as they were put."""
+        """Image and tag of the newest versions whose copies are missing or changed."""
         rows = self._index.newest_and_published()
         return [
             (row["image_id"], row["tag"])

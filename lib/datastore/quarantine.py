@@ -1,4 +1,4 @@
-"""What could not be taken in, with the reason beside it: nobody's work is thrown away because it was wrong."""
+"""Stores refused files with the reason, so that no annotator's work is lost."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _SUFFIX = re.compile(r"(\.[A-Za-z0-9]{1,8}){0,2}")
 
 @dataclass(frozen=True)
 class Quarantined:
-    """Something that was refused.
+    """A refused file.
 
     Attributes:
-        name: its name here.
-        file: its bytes, as they came.
-        reason: the sentence with which it was refused.
-        details: who sent it, when, for which image, and what else is known.
+        name: its name in the quarantine.
+        file: the file as received.
+        reason: the sentence of the refusal.
+        details: sender, time, image and further information.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Quarantined:
     details: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a client."""
+        """The record as JSON data for a client."""
         size = self.file.stat().st_size if self.file.is_file() else 0
         return self.details | {"name": self.name, "file": self.file.name, "size": size, "reason": self.reason}
 
@@ -54,8 +54,8 @@ class Quarantine:
     """A folder of refused files.
 
     Args:
-        folder: made with the first of them.
-        limit_mib: when there is more than this, the oldest are removed.
+        folder: folder, which is created with the first file.
+        limit_mib: size limit; beyond it, the oldest files are removed.
     """
 
     def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
@@ -64,10 +64,10 @@ class Quarantine:
         self._lock = threading.Lock()
 
     def keep(self, file: Path, reason: str, details: Mapping[str, Any]) -> Quarantined:
-        """Copy a file here, with the reason beside it.
+        """Copy a file to the quarantine, with the reason.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: if it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(timezone.utc)
@@ -83,22 +83,22 @@ class Quarantine:
         return Quarantined(name, target, reason, record)
 
     def all(self) -> list[Quarantined]:
-        """Everything here, the newest first."""
+        """All refused files, newest first."""
         return list(self._newest_first())
 
     def newest(self, count: int) -> list[Quarantined]:
-        """The newest so many, the newest first; no other is read."""
+        """The newest refused files, newest first; no others are read."""
         return list(islice(self._newest_first(), count))
 
     def count(self) -> int:
-        """How many there are."""
+        """Number of refused files."""
         return len(self._names())
 
     def get(self, name: str) -> Quarantined:
-        """One of them.
+        """The refused file with this name.
 
         Raises:
-            NotFoundError: when there is none of that name.
+            NotFoundError: if there is none with this name.
         """
         path = self.folder / f"{name}.json"
         record = self._read(path) if _NAME.fullmatch(name) and path.is_file() else None
@@ -107,10 +107,10 @@ class Quarantine:
         return record
 
     def content(self, name: str) -> Path:
-        """The file of one of them.
+        """The content of a refused file.
 
         Raises:
-            NotFoundError: when there is none of that name, its file is gone, or a link to something else lies there.
+            NotFoundError: if there is none with this name, if its content is gone, or if it is a link to another file.
         """
         refused = self.get(name)
         if not is_what_was_kept(refused.file, self.folder, str(refused.details.get("sha256", ""))):
@@ -137,6 +137,6 @@ class Quarantine:
     def _make_room(self) -> None:
         with self._lock:
             files = sorted(path for path in self.folder.iterdir() if path.is_file())
-            newest = sum(path.stat().st_size for path in files[-2:])  # it and its reason always stay
+            newest = sum(path.stat().st_size for path in files[-2:])  # the newest file and its reason are always kept
             for path in make_room([(path,) for path in files[:-2]], self.limit_mib * MIB - newest):
                 logger.warning("quarantine: %s removed, since there is more than %d MiB", path.name, self.limit_mib)

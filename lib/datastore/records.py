@@ -1,4 +1,4 @@
-"""What is kept of a submitted label besides its voxels."""
+"""The records of a submitted label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lib.storage.json_files import read_json
 
 FINAL, ORIGINAL = "final", "original"
 INFERENCE = "inference"
-"""How a label came that a model made."""
+"""Source of a label that a model computed."""
 LONGEST_NAME_IN_FILE = 150
 VERSIONS_A_FOLDER = 1000
 LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
@@ -22,25 +22,25 @@ LABEL_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
 
 @dataclass(frozen=True)
 class Submission:
-    """A label that is about to be kept.
+    """A label that is to be stored.
 
     Attributes:
         image_id: the image that it belongs to.
         tag: ``final``, ``original`` or a tag of the client's own.
-        user: who sent it, as the server knows him or her.
-        client_id: what the client calls itself.
-        preset: the task that its names belong to.
-        model_version: of the prediction that it started from; empty where that is not known.
-        engine: what computed that prediction; empty where that is not known.
+        user: the sender, as authenticated by the server.
+        client_id: name by which the client identifies itself.
+        preset: the preset of its label names.
+        model_version: version of the prediction from which it started; empty if unknown.
+        engine: engine that computed that prediction; empty if unknown.
         label_map: name to value in the file.
-        missing_labels: the preset's labels that it does not speak of.
-        voxels_changed: how many voxels differ from that prediction; None where that is not known.
-        prompts_used: how many prompts an interactive model was sent for it; None where that is not known.
-        seconds_spent: from the hand-out of the case to its submission; None where it was not handed out.
-        restored_from: the version that it is a copy of.
-        source: the way by which it came, such as ``rest``, ``dicom`` or ``inference``.
-        notes: what was done to it on its way in, in sentences.
-        info: what the client sent along.
+        missing_labels: labels of the preset that it does not annotate.
+        voxels_changed: number of voxels that differ from that prediction; None if unknown.
+        prompts_used: number of prompts to interactive models for it; None if unknown.
+        seconds_spent: time from the hand-out of the case to its submission; None without a hand-out.
+        restored_from: id of the version of which it is a copy.
+        source: origin, such as ``rest``, ``dicom`` or ``inference``.
+        notes: changes on import, as sentences.
+        info: additional information from the client.
     """
 
     image_id: str
@@ -63,13 +63,13 @@ class Submission:
 
 @dataclass(frozen=True)
 class MadeMask:
-    """What a model made of an image on another machine.
+    """A model's mask of an image, computed on another machine.
 
     Attributes:
-        image_id: the image.
-        mask: a ``.nii.gz``.
-        params: what the answer of an inference would say of it.
-        problem: why there is none.
+        image_id: id of the image.
+        mask: path of a ``.nii.gz``.
+        params: the JSON of the corresponding inference response.
+        problem: why there is no mask.
     """
 
     image_id: str
@@ -80,17 +80,17 @@ class MadeMask:
 
 @dataclass(frozen=True)
 class LabelVersion(Submission):
-    """A label that has been kept, and is never changed again.
+    """A stored label, which is immutable.
 
     Attributes:
-        sequence: grows by one with each version of the whole store.
-        version_id: its name, unique in the store.
-        file: the mask.
-        size: of the file in bytes.
-        sha256: of the file, in hexadecimal.
-        saved_at: when, in ISO 8601 and UTC.
-        sent_file: name of the file as it came, in ``history/sent``; empty where it was kept as it came.
-        sent_sha256: of that file.
+        sequence: number that grows by one with each version of the store.
+        version_id: its unique id.
+        file: file of the mask.
+        size: size of the file in bytes.
+        sha256: SHA-256 of the file, in hexadecimal.
+        saved_at: time in ISO 8601, UTC.
+        sent_file: name of the original file, in ``history/sent``; empty if it is the mask's file itself.
+        sent_sha256: SHA-256 of the original file.
     """
 
     sequence: int = 0
@@ -104,16 +104,16 @@ class LabelVersion(Submission):
 
     @property
     def suffix(self) -> str:
-        """The kind of the mask's file."""
+        """The extension of the mask's file."""
         return suffix_of(self.file)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a person drew it, or chose it; stock MONAI Label keeps predictions in ``labels/original``."""
+        """Whether a person drew or chose it; stock MONAI Label stores predictions in ``labels/original``."""
         return is_drawn(self.source, self.tag)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a client, without the server's folders."""
+        """The version as JSON data for a client, without the server's paths."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return (
             data
@@ -128,15 +128,15 @@ def is_drawn(source: str, tag: str) -> bool:
 
 
 def to_record(version: LabelVersion) -> dict[str, Any]:
-    """Plain data of a version, for its side-car."""
+    """The data of a version for its side-car."""
     return version.describe()
 
 
 def from_record(record: Mapping[str, Any], folder: Path) -> LabelVersion:
-    """The version of a side-car in ``folder``.
+    """The version described by a side-car in ``folder``.
 
     Raises:
-        ValueError, TypeError, KeyError: when it is not one.
+        ValueError, TypeError, KeyError: if the record is invalid.
     """
     if not isinstance(record, Mapping):
         raise TypeError("it is no JSON object")
@@ -157,10 +157,10 @@ def from_record(record: Mapping[str, Any], folder: Path) -> LabelVersion:
 
 
 def from_side_car(path: Path) -> LabelVersion:
-    """The version of a side-car file, each field of which has its type.
+    """The version described by a side-car file, with validated types.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: when it cannot be read, or is none.
+        OSError, ValueError, TypeError, KeyError: if it cannot be read, or is invalid.
     """
     version = from_record(read_json(path), path.parent)
     _TYPES.validate_python(vars(version))
@@ -171,13 +171,13 @@ _TYPES = TypeAdapter(LabelVersion)
 
 
 def suffix_of(path: Path) -> str:
-    """``.nii.gz`` and the other kinds of a mask's file; the last suffix of any other."""
+    """``.nii.gz`` and the other mask extensions; for other files, the last suffix."""
     name = path.name.lower()
     return next((suffix for suffix in LABEL_SUFFIXES if name.endswith(suffix)), path.suffix)
 
 
 def stem_for(sequence: int, tag: str, image_id: str) -> str:
-    """The name of a version's files: a person who finds them, or a store that lost all else, can tell what they are."""
+    """The file stem of a version, from which a person, or a store without an index, can identify it."""
     tag_and_image = f".{tag}.{image_id}" if len(image_id.encode()) <= LONGEST_NAME_IN_FILE else ""
     return f"{sequence:08d}{tag_and_image}"
 
@@ -186,7 +186,7 @@ _STEM = re.compile(r"(?P<sequence>\d{8,})(?:\.(?P<tag>[^.]+)\.(?P<image>.+))?", 
 
 
 def parse_stem(stem: str) -> tuple[int, str, str] | None:
-    """Sequence, tag and image id from a name made by :func:`stem_for`; empty texts where it does not tell.
+    """Sequence, tag and image id from a stem of :func:`stem_for`; tag and id are empty if it lacks them.
 
     >>> parse_stem("00000042.final.case_7")
     (42, 'final', 'case_7')

@@ -1,6 +1,6 @@
-"""What is on disk after a crash, a full disk or somebody's hand, made consistent again, and what was done in sentences.
+"""Repairs the label history after a crash, a full disk or manual changes, and describes the repairs as sentences.
 
-The files are the truth and the index follows them. Everything here runs while nobody else writes.
+The files take precedence over the index. All repairs run while nobody else writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_SENTENCES_OF_A_KIND = 10
 
 @dataclass
 class _VersionFiles:
-    """A version's files."""
+    """The files of a version."""
 
     stem: Path
     label: Path | None = None
@@ -40,7 +40,7 @@ class _VersionFiles:
 
 @dataclass(frozen=True)
 class _Store:
-    """What is repaired, and whether it may be."""
+    """The store to repair, and whether changes on disk are allowed."""
 
     versions: Path
     labels: Path
@@ -56,13 +56,13 @@ def repair(
 
     Args:
         versions: folder of the versions.
-        labels: folder of the published labels, where half-written copies may lie.
-        index: what follows the files.
-        quarantine: where goes what is no version and could be somebody's work.
-        read_only: change nothing on disk.
+        labels: folder of the published labels, which may contain incomplete copies.
+        index: the index, which is adapted to the files.
+        quarantine: receives files that are not versions but may be somebody's work.
+        read_only: whether to change nothing on disk.
 
     Returns:
-        A sentence for each thing that was done.
+        A sentence for each repair.
     """
     done = [] if read_only else _clear_left_over(versions, labels)
     store, on_disk, indexed = _Store(versions, labels, index, quarantine, read_only), _scan(versions), index.records()
@@ -84,7 +84,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _scan(folder: Path) -> dict[int, _VersionFiles]:
-    """What lies below a folder under names of versions. This project makes no links: they are no versions."""
+    """The files below a folder that have names of versions. Links are ignored, since this project creates none."""
     versions: dict[int, _VersionFiles] = {}
     for shard in sorted(path for path in _folders_in(folder) if not path.is_symlink()):
         for path in shard.iterdir():
@@ -104,7 +104,7 @@ def _scan(folder: Path) -> dict[int, _VersionFiles]:
 
 
 def _settle(store: _Store, sequence: int, files: _VersionFiles | None, indexed: Mapping[str, Any] | None) -> str:
-    """Bring one version in order; returns a sentence, or nothing where it was."""
+    """Repair one version; returns a sentence, or an empty text if it was intact."""
     removal = indexed is not None and indexed.get("removal", False)
     if files is not None and files.label is not None:
         if indexed is None:
@@ -122,7 +122,7 @@ def _settle(store: _Store, sequence: int, files: _VersionFiles | None, indexed: 
 
 
 def _put_back(store: _Store, record: Mapping[str, Any], files: _VersionFiles | None) -> bool:
-    """Write a lost version again, where the copy in ``labels/<tag>`` is still the same."""
+    """Restore a lost version from the copy in ``labels/<tag>``, if the copy is unchanged."""
     suffix = suffix_of(Path(record["file"]))
     copy = store.labels / record["tag"] / f"{record['image_id']}{suffix}"
     if store.read_only or not copy.is_file() or sha256_of(copy) != record["sha256"]:
@@ -136,7 +136,7 @@ def _put_back(store: _Store, record: Mapping[str, Any], files: _VersionFiles | N
 
 
 def _take_in(store: _Store, files: _VersionFiles, label: Path) -> str:
-    """Put a version into the index that is only on disk."""
+    """Add a version to the index that exists only on disk."""
     version, problem = _read_side_car(files, label)
     if version is None:
         return _recover(store, files, label, problem)
@@ -159,7 +159,7 @@ def _read_side_car(files: _VersionFiles, label: Path) -> tuple[LabelVersion | No
 
 
 def _recover(store: _Store, files: _VersionFiles, label: Path, problem: str) -> str:
-    """A label whose side-car is of no use: its name says what it is, and what else was known of it is lost."""
+    """Recover a label without a usable side-car: its name identifies it, and all other information is lost."""
     sequence, tag, image_id = parse_stem(files.stem.name) or (0, "", "")
     if not image_id:
         return _quarantine(store, files, label, f"{problem}, and its name does not say which image it belongs to")
@@ -178,7 +178,7 @@ def _recover(store: _Store, files: _VersionFiles, label: Path, problem: str) -> 
 
 
 def _take_in_removal(store: _Store, files: _VersionFiles, side_car: Path) -> str:
-    """A side-car without a label is a removal, or a save that never got as far as its label."""
+    """Handle a side-car without a label, which is a removal, or a save that did not get as far as its label."""
     try:
         record: Mapping[str, Any] = read_json(side_car)
         if record.get("removal"):
@@ -206,7 +206,7 @@ def _side_car(files: _VersionFiles) -> Path:
 
 
 def shorten(sentences: list[str]) -> list[str]:
-    """The first ten sentences, and how many more there are."""
+    """The first ten sentences, and the number of further ones."""
     kept = sentences[:MOST_SENTENCES_OF_A_KIND]
     more = len(sentences) - len(kept)
     return [*kept, f"... and {more} more"] if more else kept

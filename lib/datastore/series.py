@@ -1,6 +1,6 @@
-"""A datastore whose images are files and DICOM series side by side; a series' id is its Series Instance UID.
+"""A datastore with image files and DICOM series; the id of a series is its Series Instance UID.
 
-Labels lie in the folder with their history, whether the series come from there or from a PACS.
+Labels and their history are in the folder, whether the series come from there or from a PACS.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ logger = logging.getLogger("unetr.datastore")
 
 
 class SeriesDatastore(VersionedDatastore):
-    """Images of a folder, and series of a source.
+    """Images of a folder, and DICOM series of a source.
 
     Args:
-        folder: of the images that are files, and of the labels.
-        source: of the series.
-        place: for converted series; beside the labels if not given.
-        options: of :class:`VersionedDatastore`.
+        folder: folder of image files and of labels.
+        source: source of the series.
+        place: folder for converted series; by default next to the labels.
+        options: options of :class:`VersionedDatastore`.
     """
 
     def __init__(self, folder: Path, source: SeriesSource, place: Path | None = None, **options: Any) -> None:
@@ -50,10 +50,10 @@ class SeriesDatastore(VersionedDatastore):
         super().__init__(str(folder), place=place, **options)
 
     def series(self) -> dict[str, SeriesInfo]:
-        """The series that there are now, by UID; each gets its entry beside the files.
+        """The current series, by UID; new ones are added to the datastore.
 
         Raises:
-            UpstreamError: when a PACS does not answer.
+            UpstreamError: if a PACS does not respond.
         """
         known = self.source.series()
         if not known.keys() <= self._datastore.objects.keys():
@@ -62,21 +62,21 @@ class SeriesDatastore(VersionedDatastore):
         return known
 
     def series_cases(self) -> SeriesCases:
-        """Which series are the channels of one case.
+        """The assignment of series to the channels of cases.
 
         Raises:
-            UpstreamError: when a PACS does not answer.
+            UpstreamError: if a PACS does not respond.
         """
         known = self.series()
-        if self._cases is None or self._cases[0] is not known:  # the source makes another dictionary for a change
+        if self._cases is None or self._cases[0] is not known:  # the source returns a new dictionary after a change
             self._cases = known, SeriesCases(self.channels.presets, known)
         return self._cases[1]
 
     def read_series(self, uid: str, folder: Path) -> Series:
-        """A series with its headers; what is fetched for it goes into ``folder``.
+        """A series with its headers; files that are downloaded for it are written to ``folder``.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when it cannot be had or is no volume.
+            NotFoundError, UpstreamError, ImageError: if it is unavailable or is not a volume.
         """
         return self.volumes.read_series(uid, folder)
 
@@ -87,22 +87,22 @@ class SeriesDatastore(VersionedDatastore):
         return entry is not None and not entry.image.ext
 
     def has_image(self, image_id: str) -> bool:
-        """Whether there is an image of that id now."""
+        """Whether an image with this id exists now."""
         if self.series_cases().channel_of(image_id) is not None:
             return False
         return super().has_image(image_id) and (image_id in self.series() or not self.is_series(image_id))
 
     def list_images(self) -> list[str]:
-        """Files, then the series that there are now, each case of several once."""
+        """Files, followed by the current series, with each case of several series listed once."""
         known, cases = self.series(), self.series_cases()
         files = [image for image, entry in list(self._datastore.objects.items()) if entry.image.ext]
         return [*files, *(uid for uid in known if cases.channel_of(uid) is None)]
 
     def get_image_uri(self, image_id: str) -> str:
-        """A file; a series as the NIfTI file that it is converted to, and beside it those of its case's channels.
+        """The path of an image; a series is converted to NIfTI, together with the channels of its case.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when a series cannot be had or is no volume.
+            NotFoundError, UpstreamError, ImageError: if a series is unavailable or is not a volume.
         """
         if self.is_series(image_id):
             file = self.volumes.get(image_id)
@@ -113,14 +113,14 @@ class SeriesDatastore(VersionedDatastore):
         return uri
 
     def stamp(self, image_id: str) -> str:
-        """What changes when an image does."""
+        """A value that changes with the image."""
         if not self.is_series(image_id):
             return super().stamp(image_id)
         others = sorted(self.series_cases().series_of(image_id))
         return "-".join(self.source.stamp(uid) for uid in (image_id, *others))
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """What is known of an image; of a series its UIDs, patient, date and modality too, as OHIF shows them."""
+        """Information on an image; for a series also UIDs, patient, date and modality, as OHIF shows them."""
         series = self.series().get(image_id)
         info: dict[str, Any] = super().get_image_info(image_id)
         if series is None:
@@ -129,50 +129,50 @@ class SeriesDatastore(VersionedDatastore):
         return {**info, **series.attributes, **({"notes": notes} if notes else {})}
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Images with a final label, without series that are gone."""
+        """Images with a final label, without series that no longer exist."""
         there = set(self.list_images())
         return [image for image in super().get_labeled_images(label_tag, labels) if image in there]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Images without a final label, without series that are gone."""
+        """Images without a final label, without series that no longer exist."""
         there = set(self.list_images())
         return [image for image in super().get_unlabeled_images(label_tag, labels) if image in there]
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Pairs for training, of images that are there; series are converted now if need be."""
+        """Image and label pairs for training, of existing images; series are converted if necessary."""
         broken = set()
         for image in self.get_labeled_images():
             if self.is_series(image):
                 try:
                     self.get_image_uri(image)
-                except (InputError, NotFoundError) as error:  # no volume, or deleted meanwhile
+                except (InputError, NotFoundError) as error:  # not a volume, or deleted meanwhile
                     logger.warning("labelled series %s is left out of the training: %s", image, error)
                     broken.add(str(self.volumes.file(image).resolve()))
         pairs = super().datalist(full_path)
         return [pair for pair in pairs if os.path.exists(pair["image"]) and pair["image"] not in broken]
 
     def remove_image(self, image_id: str) -> None:
-        """Remove an image that is a file.
+        """Remove an image file.
 
         Raises:
-            ParameterError: for a series: its files are the folder's or the PACS's.
+            ParameterError: for a series, whose files belong to the folder or the PACS.
         """
         if self.is_series(image_id):
             raise ParameterError("id", image_id, "an image that is a file; remove a DICOM series in its folder or PACS")
         super().remove_image(image_id)
 
     def status(self) -> dict[str, Any]:
-        """Counts of images, and how far the index is."""
+        """Numbers of images, and the progress of the index."""
         return {**super().status(), "dicom": self.source.status()}
 
     def json(self) -> dict[str, Any]:
-        """The data list with what is known of each image; a case of several series is listed by its shown one."""
-        images = set(self.list_images())  # first: new series get their entries
+        """The data list with information on each image; a case of several series is listed under its displayed one."""
+        images = set(self.list_images())  # this comes first, since it adds new series
         known = super().json()
         return known | {"objects": {image: one for image, one in known["objects"].items() if image in images}}
 
     def _gather_channels(self, uid: str, file: Path) -> None:
-        """Convert the other series of a case, and write down which they are; a series that is no volume is told."""
+        """Convert the other series of a case and record them; a series that is not a volume is reported."""
         by_preset = self.series_cases().of(uid)
         if not by_preset:
             record_of(file).unlink(missing_ok=True)
@@ -197,7 +197,7 @@ class SeriesDatastore(VersionedDatastore):
         return {uid for image in labelled for uid in (image, *cases.series_of(image))}
 
     def _admit(self, series: list[SeriesInfo]) -> None:
-        """Make entries for series, with the labels and the information that were kept of them."""
+        """Add series to the datastore, with their stored labels and information."""
         infos = self.history.index.infos()
         for info in series:
             kept = {**info.attributes, **infos.get((info.uid, ""), {})}
@@ -208,7 +208,7 @@ class SeriesDatastore(VersionedDatastore):
                     self._set_label(version, infos.get((info.uid, tag), {}))
         labelled = {label_id(file.name) for file in self.final.files()}
         if labelled & {info.uid for info in series}:
-            self._look_again.ask()  # somebody may have put them there
+            self._look_again.ask()  # labels may have been copied there
 
     def _image_file(self, image_id: str) -> Path:
         return self.volumes.get(image_id) if self.is_series(image_id) else super()._image_file(image_id)
@@ -218,7 +218,7 @@ class SeriesDatastore(VersionedDatastore):
         return super()._entry(image_id)
 
     def _find_images(self) -> int:
-        """Files that came or went. Entries of series stay: their files are only made when they are asked for."""
+        """Handle image files that were added or removed. Series stay listed, since their files are made on demand."""
         objects = self._datastore.objects
         series = {image: objects.pop(image) for image, entry in list(objects.items()) if not entry.image.ext}
         try:
@@ -227,17 +227,17 @@ class SeriesDatastore(VersionedDatastore):
             objects.update(series)
 
     def _filename(self, id: str, ext: str) -> str:
-        """A series has no extension: its file is the converted one."""
+        """A series id has no extension: its file is the converted one."""
         return f"{id}{ext}" if ext else str(self.volumes.file(id).absolute())
 
 
 def open_datastore(
     studies: str, modalities: Collection[str], presets: Sequence[Preset] = (), image_roots: Sequence[Path] = ()
 ) -> SeriesDatastore:
-    """The datastore of a folder, or of a DICOMweb server by its address, as MONAI Label's settings have it.
+    """The datastore of a folder, or of a DICOMweb server given by its address, with MONAI Label's settings.
 
-    Links out of the folder are followed into ``image_roots`` only. Nothing is downloaded and no folder is scanned yet.
-    Series of a channel's own modality (PT beside CT) are looked for too.
+    Links out of the folder are followed into ``image_roots`` only. Nothing is downloaded or scanned yet. Series of a
+    channel's own modality (PT in addition to CT) are included.
     """
     channels = [channel for preset in presets for channel in preset.channels]
     modalities = {*modalities, *(channel.series.Modality for channel in channels if channel.series.Modality)}
@@ -269,7 +269,7 @@ def open_datastore(
 
 
 def can_write_below(folder: Path) -> bool:
-    """Whether the index and converted series can lie in a folder of studies."""
+    """Whether the index and converted series can be stored in a folder of studies."""
     try:
         (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / HIDDEN):
@@ -284,6 +284,6 @@ def _key(studies: str) -> str:
 
 
 def _cache_folder() -> Path:
-    """Where labels and converted series of a DICOMweb server are kept."""
+    """The folder of labels and converted series of a DICOMweb server."""
     given = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip()
     return Path(given) if given else Path.home() / ".cache" / "monailabel" / "dicom"

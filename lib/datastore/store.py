@@ -1,7 +1,8 @@
-"""MONAI Label's local datastore, with a history of every label, and files that survive whatever ends the process.
+"""MONAI Label's local datastore with a history of every label, and with files that survive any crash.
 
-What stock keeps in one JSON file that each save writes anew lies in the history here; ``datastore_v2.json`` is written
-for other tools, a little later and in the background, so that a save costs the same whatever the number of cases.
+The history replaces the single JSON file that stock MONAI Label rewrites at each save. ``datastore_v2.json`` is still
+written for other tools, with a delay and in the background, so that the cost of a save does not depend on the number of
+cases.
 """
 
 from __future__ import annotations
@@ -56,32 +57,32 @@ HISTORY_FOLDER = "history"
 ORIGINAL = "original"
 SECONDS_BEFORE_EXPORT = 2.0
 SECONDS_BEFORE_REFRESH = 1.0
-# A file that changed just now may still be on its way into the folder.
+# A file that has just changed may still be being copied into the folder.
 SECONDS_TO_SETTLE = 1.0
 
 
 class VersionedDatastore(LocalDatastore):
     """A local datastore whose labels are versions.
 
-    A subclass of another of MONAI Label's datastores gets the same by naming both:
-    ``class VersionedDicomWeb(DICOMWebDatastore, VersionedDatastore)``.
+    A subclass of another datastore of MONAI Label gets the same behaviour by inheriting from both: ``class
+    VersionedDicomWeb(DICOMWebDatastore, VersionedDatastore)``.
 
     Args:
-        datastore_path: the folder of the studies.
-        presets: the tasks by which labels are checked that somebody puts into ``labels/final``; without any they are
-            taken in as they are. Those with channels make cases of several sequences.
-        place: hidden folder of what is made of images; in the studies if not given.
-        options: of MONAI Label's datastore.
+        datastore_path: folder of the studies.
+        presets: presets by which labels that are copied into ``labels/final`` are checked; without presets they are
+            taken in unchecked. Presets with channels create cases of several sequences.
+        place: hidden folder for files derived from images; by default inside of the studies.
+        options: options of MONAI Label's datastore.
 
     Attributes:
         final: the folder of final labels.
         history: all versions of all labels.
-        leases: who works on which case.
-        effort: what clients have spent on the cases that they work on.
-        predictions: what clients were given, to tell what they changed.
+        leases: leases of cases to clients.
+        effort: annotation effort of clients for their current cases.
+        predictions: predictions that clients received, with which corrections are compared.
         channels: the cases of several sequences.
-        checks: which images cannot be segmented, and which look odd.
-        problems: what lies in the folder and looks like an image, but is no case.
+        checks: stored checks of images that cannot be segmented or are unusual.
+        problems: files in the folder that look like images but cannot be used.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class VersionedDatastore(LocalDatastore):
         self._left_out: dict[Path, str] = {}
         self._reconciling = threading.RLock()
         self._objects_lock = threading.RLock()
-        self._seen: int | None = None  # sequence of the newest version that is shown
+        self._seen: int | None = None  # sequence of the newest version that is listed
         self._config_read = False
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._export = Deferred(self._write_export, SECONDS_BEFORE_EXPORT, "datastore-export")
@@ -124,7 +125,7 @@ class VersionedDatastore(LocalDatastore):
         self._listen()
 
     def _listen(self) -> None:
-        """Hear of the files that matter here, where MONAI Label has begun to listen to all there are."""
+        """Watch only the relevant files, instead of all files as MONAI Label does."""
         observer = getattr(self, "_observer", None)
         if observer is None or not observer.is_alive():
             return
@@ -137,7 +138,7 @@ class VersionedDatastore(LocalDatastore):
                 listen_to_folders(observer, folder, CaseFolderEvents(folder, self._endings(), self._look_again.ask))
         except OSError as error:
             logger.error("files that others put into the studies are not seen before a restart: %s", error)
-        self._look_again.ask()  # what came between the two ways of listening
+        self._look_again.ask()  # events between the end of one watch and the start of the other
 
     def configure(
         self,
@@ -145,13 +146,13 @@ class VersionedDatastore(LocalDatastore):
         quarantine_limit_mib: int = QUARANTINE_MIB,
         predictions_limit_mib: int = PREDICTIONS_MIB,
     ) -> None:
-        """Set the limits that an administrator chooses."""
+        """Set the limits of the administrator's configuration."""
         self.leases.seconds = lease_minutes * 60
         self.history.quarantine.limit_mib = quarantine_limit_mib
         self.predictions.limit_mib = predictions_limit_mib
 
     def _labels_elsewhere(self, labels: Path) -> str:
-        """A folder of labels that MONAI Label may complete: the one that is there, or links to what is in it."""
+        """A folder of labels that MONAI Label may change: the existing one, or one with links to its files."""
         if all((labels / tag).is_dir() for tag in (FINAL, ORIGINAL)):
             return str(labels)
         self._temporary = tempfile.TemporaryDirectory(prefix="unetr-labels-", ignore_cleanup_errors=True)
@@ -160,7 +161,7 @@ class VersionedDatastore(LocalDatastore):
         return self._temporary.name
 
     def close(self) -> None:
-        """Write changes that are not on disk yet, and stop watching the folder."""
+        """Write pending changes, and stop watching the folder."""
         self._look_again.close()
         self._follow.close()
         self._export.close()
@@ -175,33 +176,33 @@ class VersionedDatastore(LocalDatastore):
     # ------------------------------------------------------------------------------------------------ images
 
     def left_out(self) -> dict[str, str]:
-        """Files that are not taken in, and why: ends of sentences by their path below the studies."""
+        """Files that are not used, and the reasons: ends of sentences by their path relative to the studies."""
         with self._objects_lock:
             return {self._shown(path): why for path, why in self._left_out.items()}
 
     def why_left_out(self, image_id: str) -> str | None:
-        """Why the file of an id is not taken in, where there is one."""
+        """Why the file of an id is not used, if there is such a file."""
         for name, why in self.left_out().items():
             if os.sep not in name and self._to_id(name)[0] == image_id:
                 return why
         return None
 
     def has_image(self, image_id: str) -> bool:
-        """Whether there is an image of that id."""
+        """Whether there is an image with this id."""
         return image_id in self._datastore.objects
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Add an image durably; returns its id.
 
         Raises:
-            ConflictError: when a file of that name lies in the studies, whether it is taken in or left out.
-            StorageError: when it cannot be written; then nothing has changed.
+            ConflictError: if a file with this name exists in the studies, whether it is used or not.
+            StorageError: if it cannot be written; nothing has changed then.
         """
         own_id, ext = self._to_id(os.path.basename(image_filename))
         image_id = image_id or own_id
         name = self._filename(image_id, ext)
         folder = Path(self._datastore.image_path())
-        if os.path.lexists(folder / name):  # one that is left out, or was put there just now
+        if os.path.lexists(folder / name):  # the file may be unused, or new
             raise ConflictError(f"there is a file {name!r} in the studies already; choose another id")
         try:
             staged = stage(read_blocks(Path(image_filename)), folder)
@@ -223,13 +224,13 @@ class VersionedDatastore(LocalDatastore):
         """Add a case of several sequences durably, as a folder of files named by channel; returns its id.
 
         Args:
-            image_id: of the new case.
+            image_id: id of the new case.
             files: channel to its file.
-            info: what is known of it.
+            info: information on the case.
 
         Raises:
-            ConflictError: when there is a folder of that name.
-            StorageError: when it cannot be written; then nothing has changed.
+            ConflictError: if a folder with this name exists.
+            StorageError: if it cannot be written; nothing has changed then.
         """
         folder = Path(self._datastore.image_path())
         incoming, target = folder / f".incoming-{image_id}", folder / image_id
@@ -257,7 +258,7 @@ class VersionedDatastore(LocalDatastore):
         """Remove an image, and its labels from ``labels/``; their versions stay in the history.
 
         Raises:
-            ImageNotFoundException: when there is none of that id.
+            ImageNotFoundException: if there is none with this id.
         """
         entry = self._entry(image_id)
         for tag in list(entry.labels):
@@ -275,10 +276,10 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def stamp(self, image_id: str) -> str:
-        """What changes when an image does; empty for one that is gone.
+        """A value that changes with the image; empty for one that no longer exists.
 
         Raises:
-            ImageNotFoundException: when there is none of that id.
+            ImageNotFoundException: if there is none with this id.
         """
         entry = self._entry(image_id)
         if image_id in self.channels:
@@ -290,10 +291,10 @@ class VersionedDatastore(LocalDatastore):
         return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Add to what is known of an image.
+        """Add information on an image.
 
         Raises:
-            ImageNotFoundException: when there is none of that id.
+            ImageNotFoundException: if there is none with this id.
         """
         entry = self._entry(image_id)
         with self._objects_lock:
@@ -305,17 +306,17 @@ class VersionedDatastore(LocalDatastore):
     # ------------------------------------------------------------------------------------------------ labels
 
     def save_version(self, file: Path, submission: Submission, sent: Path | None = None) -> LabelVersion:
-        """Keep a label as the newest version of its image's.
+        """Store a label as the newest version for its image.
 
         Args:
             file: the mask.
-            submission: what is known of it.
-            sent: the file that it was made of; None where it is that file.
+            submission: its description.
+            sent: the original file; None if it is the mask's file itself.
 
         Raises:
-            ImageNotFoundException: when there is no such image.
-            ConflictError: when it is a model's mask, and a person drew the label that there is.
-            StorageError: when it cannot be kept; then nothing has changed.
+            ImageNotFoundException: if there is no such image.
+            ConflictError: if it is a model's mask, and the current label was drawn by a person.
+            StorageError: if it cannot be stored; nothing has changed then.
         """
         self._entry(submission.image_id)
         version = self.history.append(file, submission, sent)
@@ -323,7 +324,7 @@ class VersionedDatastore(LocalDatastore):
         return version
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """As MONAI Label's tasks save the masks that they made; what clients send goes through ``lib.server``."""
+        """Store a mask that a task of MONAI Label computed; labels from clients are saved by ``lib.server``."""
         submission = submission_of(image_id, plain(label_tag), label_info or {})
         with temporary_folder() as folder:
             mask = Path(label_filename)
@@ -331,11 +332,11 @@ class VersionedDatastore(LocalDatastore):
         return image_id
 
     def get_image_uri(self, image_id: str) -> str:
-        """The file of an image; of a case of several sequences that of the channel that is shown.
+        """The file of an image; for a case of several sequences, that of the displayed channel.
 
         Raises:
-            NotFoundError: when there is none of that id (any more), for which MONAI Label answers an empty path.
-            ImageError: when it is in a 4D file that cannot be read.
+            NotFoundError: if there is none with this id (any more), for which MONAI Label would return an empty path.
+            ImageError: if it is in a 4D file that cannot be read.
         """
         if image_id not in self._datastore.objects:
             raise NotFoundError("image", str(image_id)[:200])
@@ -347,20 +348,20 @@ class VersionedDatastore(LocalDatastore):
         return uri
 
     def _check_sources(self, image_id: str, image: Path) -> None:
-        """Look at the files that are written down beside an image as the other sequences of its case.
+        """Check the files that are recorded as the other sequences of an image's case.
 
         Raises:
-            ImageError: when one of them is none of the studies', whoever wrote that down.
+            ImageError: if one of them does not belong to the studies, whoever wrote the record.
         """
         for file in files_of(image)[1:]:
             if (why := self._admission.refusal(file)) is not None:
                 raise ImageError(f"image {image_id!r} names a file for another sequence that {why}")
 
     def restore_version(self, version_id: str, user: str, client_id: str = "") -> LabelVersion:
-        """Make a copy of an older version the newest one.
+        """Add a copy of an older version as the newest one.
 
         Raises:
-            NotFoundError, StorageError: as :meth:`LabelHistory.restore`.
+            NotFoundError, StorageError: see :meth:`LabelHistory.restore`.
         """
         self._entry(self.history.get(version_id).image_id)
         version = self.history.restore(version_id, user, client_id)
@@ -368,7 +369,7 @@ class VersionedDatastore(LocalDatastore):
         return version
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Take a label out of ``labels/<tag>``; its versions stay in the history."""
+        """Remove a label from ``labels/<tag>``; its versions stay in the history."""
         tag = plain(label_tag)
         self.history.remove(label_id, tag)
         with self._objects_lock:
@@ -378,10 +379,10 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Add to what is known of a label's newest version, which stays as it is; the next version begins without.
+        """Add information on a label's newest version, which is itself unchanged; later versions do not inherit it.
 
         Raises:
-            LabelNotFoundException: when there is none.
+            LabelNotFoundException: if there is no such label.
         """
         tag = plain(label_tag)
         label = self._datastore.label(label_id, tag)
@@ -394,7 +395,7 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Pairs of image and label files; the image of a case of several sequences is the channel that is shown."""
+        """Pairs of image and label files; a case of several sequences has the image of its displayed channel."""
         with self._objects_lock:
             pairs: list[dict[str, Any]] = super().datalist(full_path)
             ids = list(self._datastore.filter_by_tag(FINAL))
@@ -409,24 +410,24 @@ class VersionedDatastore(LocalDatastore):
                 continue
             own = self.channels.files(image_id) if image_id in self.channels else [Path(pair["image"])]
             files = [*own, Path(pair["label"])]
-            # a file may have become a link since the folders were looked at
+            # a file may have become a link since the folders were scanned
             if all(self._may_be_read(str(file)) for file in files):
                 entries.append(pair)
         return entries
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """What is known of an image."""
+        """Information on an image."""
         info: dict[str, Any] = super().get_image_info(image_id)
         return info | {"path": str(self.channels.file(image_id).absolute())} if image_id in self.channels else info
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
-        """A ZIP file with images, labels and what is known of them, in folders ``image`` and ``label``.
+        """A ZIP file with images, labels and information on them, in the folders ``image`` and ``label``.
 
         Args:
-            limit_cases: the first so many cases alone.
+            limit_cases: number of cases to include, from the first on.
 
         Returns:
-            Its path; the caller removes it. Nothing is left where the disk does not take it.
+            Its path; the caller removes the file. If the disk is full, no file is left.
         """
         pairs = self.datalist()
         with self._objects_lock:
@@ -437,7 +438,7 @@ class VersionedDatastore(LocalDatastore):
                     for pair in pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs:
                         for kind, path in pair.items():
                             archive.write(path, f"{kind}/{os.path.basename(path)}")
-                        for path in files_of(Path(pair["image"]))[1:]:  # the sequences of a case
+                        for path in files_of(Path(pair["image"]))[1:]:  # the other sequences of the case
                             archive.write(path, f"channels/{stem_of(Path(pair['image']))}/{path.name}")
                     archive.writestr("metadata.json", known)
             except BaseException:
@@ -446,26 +447,26 @@ class VersionedDatastore(LocalDatastore):
         return file.name
 
     def label_problems(self) -> list[Problem]:
-        """Files in ``labels/final`` that are left out, and why."""
+        """Refused files in ``labels/final``, and the reasons."""
         return self.final.problems(self._datastore.objects)
 
     def status(self) -> dict[str, Any]:
-        """Counts of images and labels, and what is left out."""
+        """Numbers of images, labels and unused files."""
         with self._objects_lock:
             counts: dict[str, Any] = super().status()
         problems = [asdict(problem) for problem in self.label_problems()[:MOST_PROBLEMS]]
         return counts | ({"label_problems": problems} if problems else {})
 
     def json(self) -> dict[str, Any]:
-        """All that is known, as in ``datastore_v2.json``."""
+        """The whole content, in the form of ``datastore_v2.json``."""
         with self._objects_lock:
             known: dict[str, Any] = super().json()
         return known
 
-    # ------------------------------------------------------------------------- what others put into the folders
+    # ------------------------------------------------------------------------- files that others copy into the folders
 
     def _reconcile_datastore(self) -> None:
-        """Make what is known agree with the images on disk and with the history."""
+        """Update the content to the images on disk and to the history."""
         with self._reconciling:
             with self._objects_lock:
                 changed = self._find_images()
@@ -473,7 +474,7 @@ class VersionedDatastore(LocalDatastore):
                 for (image_id, tag), info in infos.items():
                     if tag == "" and image_id in self._datastore.objects:
                         self._datastore.objects[image_id].image.info.update(info)
-            changed += self._find_labels()  # without the lock, since reading labels takes a while
+            changed += self._find_labels()  # without the lock, since reading labels takes time
             with self._objects_lock:
                 changed += self._read_history(infos)
         if changed:
@@ -481,7 +482,7 @@ class VersionedDatastore(LocalDatastore):
             self._export.ask()
 
     def follow_history(self) -> None:
-        """Show the versions that other processes have saved; costs what is new, however much there is."""
+        """List the versions that other processes have saved; the cost depends on the new versions only."""
         with self._objects_lock:
             if self._read_history({}):
                 self._export.ask()
@@ -490,7 +491,7 @@ class VersionedDatastore(LocalDatastore):
         folder = Path(self._datastore.image_path())
         taken, incomplete = self._find_channel_cases(folder)
         listing = list_images(folder, self._endings(), taken)
-        self._list_files(folder, self._extensions)  # keeps what is left out, and why
+        self._list_files(folder, self._extensions)  # also records unused files and the reasons
         refusals = {f"{i}{end}": self.refusal(folder / f"{i}{end}") for i, end in listing.images.items()}
         refused = [FolderProblem(self._shown(folder / name), why) for name, why in refusals.items() if why is not None]
         files = {i: end for i, end in listing.images.items() if refusals[f"{i}{end}"] is None}
@@ -516,7 +517,7 @@ class VersionedDatastore(LocalDatastore):
         return self.channels.update(folder, self.refusal) if self.channels.presets else (frozenset(), [])
 
     def _own_files(self, image_id: str) -> list[Path]:
-        """The files in the studies that an image consists of."""
+        """The files in the studies that make up an image."""
         if image_id in self.channels:
             return self.channels.files(image_id)
         return [
@@ -524,18 +525,18 @@ class VersionedDatastore(LocalDatastore):
         ]
 
     def _tell(self, problems: tuple[FolderProblem, ...], reported: Iterable[FolderProblem]) -> None:
-        """Keep what is no case; what ``told`` holds is in the log already."""
+        """Record the problems of files, and log those that have not been logged yet."""
         new = [str(problem) for problem in problems if problem not in self.problems]
         self.problems = (*problems, *reported)
         for sentence in shorten(new):
             logger.warning("studies: %s", sentence)
 
     def _endings(self) -> list[str]:
-        """Endings of image files, the preferred first."""
+        """Extensions of image files, in order of preference."""
         return [pattern.replace("*", "").lower() for pattern in self._extensions]
 
     def _to_id(self, file: str) -> tuple[str, str]:
-        """Split a file's name into the image's id and the ending, as in ``.nii.gz``, whose case does not matter."""
+        """Split a file name into the image's id and the extension, such as ``.nii.gz``, in any case."""
         ending = ending_of(file, self._endings())
         if not ending:
             stock: tuple[str, str] = super()._to_id(file)
@@ -547,11 +548,11 @@ class VersionedDatastore(LocalDatastore):
         return not os.path.lexists(path) or self._admission.refusal(path) is None
 
     def _shown(self, file: Path) -> str:
-        """A file's path below the studies, as text that can be sent and logged whatever bytes its name has."""
+        """A file's path relative to the studies, as text that can be sent and logged, whatever bytes its name has."""
         return os.path.relpath(file, self._datastore_path).encode("utf-8", "backslashreplace").decode()
 
     def refusal(self, file: Path) -> str | None:
-        """Why a file is left out; told once in the log, and kept."""
+        """Why a file is not used; the reason is logged once and recorded."""
         why = self._admission.refusal(file)
         with self._objects_lock:
             if why is None:
@@ -562,7 +563,7 @@ class VersionedDatastore(LocalDatastore):
         return why
 
     def _list_files(self, path: str | Path, patterns: Sequence[str]) -> dict[str, str]:
-        """Names of the files of a folder that are taken in."""
+        """Names of the files of a folder that are used."""
         folder = Path(path)
         names: dict[str, str] = super()._list_files(folder, patterns)
         with self._objects_lock:
@@ -571,7 +572,7 @@ class VersionedDatastore(LocalDatastore):
         return {name: name for name in names if self.refusal(folder / name) is None}
 
     def _find_labels(self) -> int:
-        """Take in labels that somebody put into ``labels/``."""
+        """Take in label files that were copied into ``labels/``."""
         if self.history.read_only:
             return 0
         for sentence in self.history.put_right() if self._seen is not None else ():
@@ -595,7 +596,7 @@ class VersionedDatastore(LocalDatastore):
         return sorted(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir())
 
     def _candidate(self, file: Path) -> Candidate | None:
-        """A file in ``labels/final`` that this store did not put there, for an image that there is."""
+        """A file in ``labels/final`` that this store did not write, for an existing image."""
         submission = self._strange_label(file, str(label_id(file.name)), FINAL)
         if submission is None:
             return None
@@ -610,7 +611,7 @@ class VersionedDatastore(LocalDatastore):
         return self.channels.get(image_id) if image_id in self.channels else self._own_files(image_id)[0]
 
     def _strange_labels(self, folder: Path) -> Iterator[tuple[Path, Submission]]:
-        """Files in ``labels/<tag>`` that were not put there by this store, for images that there are."""
+        """Files in ``labels/<tag>`` that this store did not write, for existing images."""
         for name in sorted(self._list_files(folder, self._extensions)):
             submission = self._strange_label(folder / name, self._to_id(name)[0], folder.name)
             if submission is not None:
@@ -627,7 +628,7 @@ class VersionedDatastore(LocalDatastore):
         return submission_of_file(image_id, tag, known.info if known else {})
 
     def _read_history(self, infos: Mapping[tuple[str, str], Mapping[str, Any]]) -> int:
-        """Show the versions that have not been seen yet, other processes' among them."""
+        """List versions that are new, including those of other processes."""
         index, count = self.history.index, 0
         last = index.last_sequence()
         if self._seen is None:
@@ -643,7 +644,7 @@ class VersionedDatastore(LocalDatastore):
         return count
 
     def _follow_label(self, image_id: str, tag: str) -> int:
-        """Show the newest version of a label, or none where it has been removed."""
+        """List the newest version of a label, or none if the label was removed."""
         version = self.history.latest(image_id, tag)
         if version is not None:
             return self._set_label(version, {})
@@ -666,7 +667,7 @@ class VersionedDatastore(LocalDatastore):
     # ------------------------------------------------------------------------------------------------ the export
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
-        """Read ``datastore_v2.json`` once, at the start; a damaged one is kept aside: all of it is known elsewhere."""
+        """Read ``datastore_v2.json`` once at the start; a damaged one is renamed, since its content can be rebuilt."""
         if self._config_read or not os.path.exists(self._datastore_config_path):
             return
         path = Path(self._datastore_config_path)
@@ -684,7 +685,7 @@ class VersionedDatastore(LocalDatastore):
         self._export.ask()
 
     def _write_export(self) -> None:
-        """Write ``datastore_v2.json`` in one step, one line an image."""
+        """Write ``datastore_v2.json`` atomically, one line for each image."""
         if self.history.read_only:
             return
         with self._objects_lock:
@@ -713,7 +714,7 @@ class VersionedDatastore(LocalDatastore):
 
 
 def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submission:
-    """A submission from what MONAI Label's tasks pass along: ``model`` and the answer's ``params``."""
+    """The submission of a label from a task of MONAI Label: ``model``, and ``params`` of the response."""
     params: Mapping[str, Any] = info["params"] if isinstance(info.get("params"), dict) else {}
     model = params.get("model", {})
     return Submission(
@@ -731,9 +732,9 @@ def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submissio
 
 
 def submission_of_file(image_id: str, tag: str, info: Mapping[str, Any]) -> Submission:
-    """A submission of a label that lay in the folder, with what MONAI Label's own server knew of it.
+    """The submission of a label found in the folder, with the information of MONAI Label's own server.
 
-    That server kept Slicer's values as they came, and the names beside them.
+    That server stored Slicer's values unchanged, with the names in a separate record.
     """
     try:
         names = parse_label_info(info.get("label_info")) or {}
@@ -746,7 +747,7 @@ def submission_of_file(image_id: str, tag: str, info: Mapping[str, Any]) -> Subm
 
 
 def info_of(version: LabelVersion) -> dict[str, Any]:
-    """What is told of a label: what came with it, and what the history knows."""
+    """Information on a label for clients: additional information, and data of the history."""
     record = {
         name: value for name, value in version.describe().items() if name not in ("info", "file", "image_id", "tag")
     }
@@ -755,5 +756,5 @@ def info_of(version: LabelVersion) -> dict[str, Any]:
 
 
 def plain(tag: Any) -> str:
-    """A tag's text; MONAI Label passes members of an enumeration too."""
+    """A tag as text; MONAI Label passes members of an enumeration too."""
     return str(getattr(tag, "value", tag))

@@ -1,4 +1,4 @@
-"""A submitted mask is read, held against its image's grid, and its values turned into the preset's."""
+"""Validates a submitted mask: reads it, compares its grid with the image's, and maps its values to the preset's."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from lib.transforms.volume import Grid, Volume, apart_mm, reading_warning
 MaskArray = npt.NDArray[np.uint8 | np.uint16]
 MOST_VALUES = 1000
 ROUNDING = 1e-6
-"""How far a value may lie from a whole number, as a share of it."""
+"""Largest relative distance of a value from a whole number."""
 FROM_HEADER = "the names were taken from the segments in the header of the file"
 
 
 @dataclass(frozen=True)
 class CheckedLabel:
-    """A label that belongs to its image and to the preset.
+    """A label that matches its image and the preset.
 
     Attributes:
-        voxels: the preset's values on the image's grid, shape (X, Y, Z).
-        file: a compressed 3D NIfTI file of the smallest integer type on the image's grid: the file that came where
-            it is one that says just that, otherwise a new one.
-        mapped: what the values mean.
-        notes: what was done to it, in sentences.
+        voxels: label values of the preset on the image's grid, shape (X, Y, Z).
+        file: a compressed 3D NIfTI file of the smallest integer type on the image's grid: the submitted file if it has
+            this form and the same content, otherwise a new one.
+        mapped: mapping of the values.
+        notes: changes, as sentences.
     """
 
     voxels: MaskArray
@@ -55,19 +55,19 @@ class CheckedLabel:
 
 
 def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any], folder: Path) -> CheckedLabel:
-    """Check a label and bring it into the preset's values on its image's grid.
+    """Validate a label, and convert it to the preset's values on its image's grid.
 
     Args:
-        file: the mask as it came.
-        image: its image's grid.
-        preset: the task that its names belong to.
-        info: what came with it: ``label_info``, ``complete``, ``missing_labels``. The names in the header of a
-            ``.seg.nrrd`` count more than ``label_info``, which must not contradict them.
-        folder: where a new file is written if one is needed.
+        file: the submitted mask.
+        image: grid of its image.
+        preset: the preset of its label names.
+        info: information sent with it: ``label_info``, ``complete``, ``missing_labels``. The names in the header of a
+            ``.seg.nrrd`` take precedence over ``label_info``, which must not contradict them.
+        folder: folder for a new file, if one is needed.
 
     Raises:
-        LabelError: when it cannot be read, lies on another grid, is not integer-valued, or has values that nothing
-            explains; the sentence says which.
+        LabelError: if it cannot be read, has another grid, is not integer-valued, or has unexplained values; the
+            message states which.
     """
     entries, stated = parse_entries(info.get("label_info")), Completeness.parse(info)
     label = read_label(file, image)
@@ -85,10 +85,10 @@ def check_label(file: Path, image: Grid, preset: Preset, info: Mapping[str, Any]
 
 
 def as_kept(file: Path, folder: Path) -> Path:
-    """A mask that this server computed, as labels are kept: NIfTI of the smallest integer type; often the file itself.
+    """A mask that this server computed, in the form in which labels are stored: NIfTI of the smallest integer type.
 
     Raises:
-        LabelError: when it cannot be read, or has values that are no whole numbers.
+        LabelError: if it cannot be read, or has values that are not whole numbers.
     """
     label = read_label(file)
     voxels = smallest(_whole_numbers(label.volume.voxels))
@@ -98,21 +98,21 @@ def as_kept(file: Path, folder: Path) -> Path:
 
 
 def smallest(voxels: npt.NDArray[np.uint16]) -> MaskArray:
-    """The same values in the smallest type that holds them."""
+    """The same values in the smallest type that can represent them."""
     return voxels.astype(np.uint8) if int(voxels.max(initial=0)) <= np.iinfo(np.uint8).max else voxels
 
 
 def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
-    """Bring a mask onto its image's grid where only the order or direction of its axes differ: no voxel is resampled.
+    """Reorder the axes of a mask to its image's grid, if only their order or direction differs, without resampling.
 
-    Where ITK and nibabel read one of the two files differently, it may lie on either grid; ITK's goes first, and a
-    mask that need not be turned before one that must.
+    If ITK and nibabel read one of the two files differently, the mask may lie on either grid: ITK's grid is tried
+        first, and a grid that needs no reordering is preferred.
 
     Returns:
-        The mask and a sentence on what was done; an empty one where it lay there already.
+        The mask, and a sentence on the change; empty if there was none.
 
     Raises:
-        LabelError: when it lies on another grid.
+        LabelError: if it has another grid.
     """
     for at, place in product(label.grid.readings, image.readings):
         if lies_on(at, place):
@@ -131,7 +131,7 @@ def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
 
 
 def lies_on(label: Grid, image: Grid) -> bool:
-    """Whether a mask has its image's shape and place."""
+    """Whether a mask has the shape and position of its image."""
     return label.shape == image.shape and apart_mm(label, image) <= image.tolerance_mm
 
 
@@ -144,7 +144,7 @@ def write_label(voxels: MaskArray, affine_ras: npt.NDArray[np.float64], path: Pa
 
 
 def _read_as(at: Grid, place: Grid, label: Volume, image: Grid) -> str:
-    """A sentence where a mask lies on its image only as nibabel reads one of them; empty where it does for ITK."""
+    """A sentence if a mask matches its image only as nibabel reads one of them; empty if it matches for ITK."""
     whose = [
         name
         for name, one, itk in (("the mask", at, label.affine_ras), ("its image", place, image.affine_ras))
@@ -159,14 +159,14 @@ def _read_as(at: Grid, place: Grid, label: Volume, image: Grid) -> str:
 
 
 def _lies_alike(label: Volume, image: Grid) -> bool:
-    """Whether nibabel, too, sees the mask on its image."""
+    """Whether the mask matches its image for nibabel too."""
     return lies_on(label.grid.readings[-1], image.readings[-1])
 
 
 def _names(
     present: set[int], segments: Sequence[Segment], layered: bool, entries: Sequence[NamedValue], preset: Preset
 ) -> tuple[dict[int, str], str]:
-    """What a mask's values mean, and a sentence where that is not just what ``label_info`` says."""
+    """Names of a mask's values, and a sentence if they are not simply those of ``label_info``."""
     entries = [NamedValue(_preset_name(entry.name, preset), entry.value) for entry in entries]
     if not segments:
         return choose_reading(present, entries)
@@ -178,13 +178,13 @@ def _names(
 
 
 def _preset_name(name: str, preset: Preset) -> str:
-    """The preset's own name of a label, so that aliases are no contradiction."""
+    """The preset's own name of a label, so that aliases do not count as contradictions."""
     label = preset.find_label(name)
     return label.name if label is not None else name
 
 
 def _turn(label: Volume, image: Grid) -> Volume | None:
-    """The mask with its axes in the image's order and direction; None where they are not parallel to the image's."""
+    """The mask with its axes in the image's order and direction; None if they are not parallel to the image's."""
     steps = np.linalg.inv(image.affine_ras[:3, :3]) @ label.affine_ras[:3, :3]
     axis = np.abs(steps).argmax(axis=0)
     if sorted(axis) != [0, 1, 2]:
@@ -198,7 +198,7 @@ def _whole_numbers(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The voxels as whole numbers.
 
     Raises:
-        LabelError: naming one that is none.
+        LabelError: naming a value that is not a whole number.
     """
     low, high = float(voxels.min()), float(voxels.max())
     if not np.isfinite([low, high]).all():
@@ -207,7 +207,7 @@ def _whole_numbers(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
         raise LabelError(f"the label has the value {low if low < 0 else high:g}; valid: 0 to {LARGEST_VALUE}")
     whole = np.rint(voxels).astype(np.uint16)
     other = voxels[whole != voxels]
-    # other tools write 0.9999999 where they mean 1
+    # other tools write 0.9999999 instead of 1
     broken = other[np.abs(np.rint(other) - other) > ROUNDING * np.maximum(other, 1)]
     if broken.size:
         raise LabelError(f"the label has values that are no whole numbers, such as {broken[0]!s}")
@@ -215,10 +215,10 @@ def _whole_numbers(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def _values_in(voxels: npt.NDArray[np.uint16]) -> set[int]:
-    """The values but 0.
+    """The distinct values except 0.
 
     Raises:
-        LabelError: when there are more than any task has labels.
+        LabelError: if there are more than any preset has labels.
     """
     counts = np.zeros(LARGEST_VALUE + 1, dtype=bool)
     counts[voxels.ravel()] = True

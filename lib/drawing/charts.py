@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: of pages, whose style sheet colours them, and of reports, which stand alone."""
+"""Line charts as inline SVG, for pages, whose style sheet colours them, and for stand-alone reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 HEIGHT = 180
-"""Pixels; the width is the page's. Positions across are in percent, so that text and marks keep their size."""
+"""Height in pixels; the width is that of the page. Horizontal positions are in percent, so that text keeps its size."""
 MOST_POINTS = 400
 REJECTED = "rejected"
 TICKS = 4
@@ -18,9 +18,9 @@ COLORS = ("#c4572b", "#2b6cc4", "#3a8f3a", "#8b3ac4", "#c4a32b", "#2bb5c4", "#77
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a line: where, which mark (``champion``, ``rejected``, ``plain``, or none), and what it says.
+    """A point of a line: position, mark (``champion``, ``rejected``, ``plain``, or none), and description.
 
-    With ``begins``, no line leads to it from the point before.
+    With ``begins``, no line connects it with the previous point.
     """
 
     x: float
@@ -31,13 +31,13 @@ class Point:
 
 
 def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) -> str:
-    """A chart of one line, which passes rejected points by; empty text where there is no point to draw.
+    """A chart of one line, which skips rejected points; empty text if there is no point to draw.
 
     Args:
-        points: in the order of x; points that are not finite are left out.
-        title: what the chart shows, for those who cannot see it.
-        x_title: what the horizontal axis is, with its unit.
-        y_title: the same for the vertical one.
+        points: sorted by x; points that are not finite are left out.
+        title: description of the chart for screen readers.
+        x_title: title of the horizontal axis, with its unit.
+        y_title: title of the vertical axis.
     """
     drawn = thin_out([point for point in points if math.isfinite(point.x) and math.isfinite(point.y)])
     if not drawn:
@@ -56,7 +56,7 @@ def line_chart(points: Sequence[Point], title: str, x_title: str, y_title: str) 
 
 
 def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Curves of (step, value) as one chart of a report, with the limits of its axes and a legend."""
+    """Curves of (step, value) as one chart of a report, with axis limits and a legend."""
     points = [p for curve in curves.values() for p in curve if math.isfinite(p[1])]
     if not points:
         return ""
@@ -87,7 +87,7 @@ def draw_curves(name: str, curves: Mapping[str, Sequence[tuple[float, float]]]) 
 
 
 def _stretches(points: Sequence[Point], places: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The places that lines join: all but rejected ones, cut before each point that begins a line."""
+    """The positions that each line connects: all but rejected points, split before points that begin a line."""
     stretches: list[list[tuple[float, float]]] = [[]]
     for point, place in zip(points, places, strict=True):
         if point.mark == REJECTED:
@@ -99,7 +99,7 @@ def _stretches(points: Sequence[Point], places: Sequence[tuple[float, float]]) -
 
 
 def thin_out(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many points: each stands for the mean of its neighbours; marked points all stay."""
+    """At most ``most`` points, each of which is the mean of its neighbours; marked points are all kept."""
     if len(points) <= most or any(point.mark for point in points):
         return list(points)
     size = math.ceil(len(points) / most)
@@ -136,7 +136,7 @@ def _number(value: float) -> str:
 
 
 def _mark(point: Point, x: float, y: float) -> str:
-    """A circle, a filled one, or a cross: told apart by shape, not by colour alone."""
+    """A circle, a filled circle or a cross, so that marks differ by shape and not by colour alone."""
     title = f"<title>{escape(point.text)}</title>"
     if point.mark == REJECTED:
         shape = '<path d="M-5 -5l10 10m0 -10l-10 10"/>'

@@ -1,4 +1,4 @@
-"""The outlines of masks: as paths of SVG, and as pixels of a picture."""
+"""Outlines of masks, as SVG paths and as pixels of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy import ndimage
 
 Line = Literal["solid", "dashed", "dotted"]
 DASHES: Mapping[Line, tuple[int, int]] = {"solid": (1, 1), "dashed": (10, 6), "dotted": (4, 2)}
-"""Period and drawn part of a line in pixels."""
+"""Period of a dashed line and length of its dashes, in pixels."""
 
 
 def outline_path(mask: npt.NDArray[np.bool_]) -> str:
@@ -36,13 +36,13 @@ def draw_outline(
     colors: Mapping[int, tuple[int, ...]],
     line: Line,
 ) -> None:
-    """Draw the outlines of a slice's labels, two pixels wide, into a picture.
+    """Draw the outlines of a slice's labels, two pixels wide, into an image.
 
     Args:
-        picture: red, green, blue from 0 to 255, shape (rows, columns, 3); changed in place.
-        labels: shape (rows, columns) of the slice, which is enlarged to the picture.
+        picture: red, green, blue from 0 to 255, shape (rows, columns, 3); modified in place.
+        labels: labels of the slice, shape (rows, columns), which are enlarged to the size of the image.
         colors: label value to red, green, blue.
-        line: how it is interrupted, by which those of different masks are told apart.
+        line: line style, which distinguishes different masks.
     """
     size = picture.shape[1], picture.shape[0]
     enlarged = np.asarray(Image.fromarray(np.ascontiguousarray(labels)).resize(size, Image.Resampling.NEAREST))
@@ -56,7 +56,7 @@ def draw_outline(
 
 
 def hex_color(color: Sequence[int]) -> str:
-    """Red, green, blue as HTML writes them.
+    """A colour in HTML notation.
 
     >>> hex_color((255, 0, 16))
     '#ff0010'
@@ -65,7 +65,7 @@ def hex_color(color: Sequence[int]) -> str:
 
 
 def inline_png(shades: npt.NDArray[np.uint8]) -> str:
-    """A picture as an address that holds the picture itself."""
+    """A PNG image as a data URL."""
     file = io.BytesIO()
     Image.fromarray(shades).save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 @contextmanager
 def drawn_figure(path: Path, x_title: str, y_title: str = "", size: tuple[float, float] = (8, 5)) -> Iterator[Axes]:
-    """The axes to draw on; at the end of the block, the figure is written with a grid and, of named lines, a legend."""
+    """Axes to draw on; at the end of the block, the figure is written with a grid and a legend of named lines."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     yield axes
@@ -25,6 +25,6 @@ def drawn_figure(path: Path, x_title: str, y_title: str = "", size: tuple[float,
 
 
 def mark_counts(axes: Axes, counts: Sequence[int]) -> None:
-    """Numbers of labelled cases on a logarithmic axis, since each next one is about twice as many."""
+    """Use a logarithmic axis for numbers of labelled cases, each of which is about twice the previous one."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])

@@ -1,1 +1,1 @@
-"""Files on disk: atomic replacement, hashes, size limits."""
+"""Storage mechanisms: atomic file replacement, hashes, size limits, SQLite and caches."""

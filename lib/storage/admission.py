@@ -1,4 +1,4 @@
-"""Which files of a folder are its own: regular files whose content no link brings in from elsewhere."""
+"""Decides which files of a folder may be used: regular files whose content comes from no link to another place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ALLOW = "an administrator can allow its folder (image_roots)"
 
 
 class Admission:
-    """Judges the files of a folder. It is safe to use from several threads.
+    """Checks the files of a folder. It is thread-safe.
 
     Args:
-        folder: whose files they are.
-        roots: other folders to which links may lead.
+        folder: the folder.
+        roots: other folders to which links may point.
     """
 
     def __init__(self, folder: Path, roots: Iterable[Path] = ()) -> None:
@@ -29,9 +29,9 @@ class Admission:
         self._outside: dict[tuple[int, int, int, int], bool] = {}
 
     def refusal(self, file: Path) -> str | None:
-        """Why a file is left out, as the end of a sentence that begins with its name; None for one that is not.
+        """Why a file must not be used, as the end of a sentence that begins with its name; None if it may be used.
 
-        It is never opened: opening a FIFO or a device may never end.
+        The file is never opened, since opening a FIFO or a device may block for ever.
         """
         try:
             os.fspath(file).encode()
@@ -40,7 +40,7 @@ class Admission:
         return self.refusal_of_place(file)
 
     def refusal_of_place(self, file: Path) -> str | None:
-        """The same, whatever the name is."""
+        """The same check without that of the name."""
         try:
             real, status = self._real(file), file.stat()
         except (OSError, RuntimeError, ValueError) as error:
@@ -54,7 +54,7 @@ class Admission:
         return None
 
     def _real(self, file: Path) -> Path:
-        """Where a file really is; folders are resolved once, for as long as their names mean the same."""
+        """The real path of a file; folders are resolved once, until they change."""
         if file.is_symlink():
             return file.resolve(strict=True)
         status = file.parent.stat()
@@ -65,7 +65,7 @@ class Admission:
             return self._resolved[key] / file.name
 
     def _has_name_outside(self, status: os.stat_result) -> bool:
-        """Whether a file of several names has one that is not in the folders; all such files are counted at once."""
+        """Whether a file with several hard links has one outside of the folders; all such files are counted at once."""
         key = _key(status)
         with self._lock:
             if key not in self._outside:
@@ -75,15 +75,15 @@ class Admission:
 
 
 def is_what_was_kept(file: Path, folder: Path, sha256: str) -> bool:
-    """Whether a file below a folder is the one that this project put there.
+    """Whether a file below a folder is the one that this project wrote.
 
-    A link, and a file with another name elsewhere, is so with the content that was kept alone: what another file holds
-    is never taken for it.
+    A link, or a file with a further hard link, is accepted only with the stored content, so that the content of another
+    file is never accepted.
 
     Args:
-        file: below ``folder``.
-        folder: whose own files are plain ones.
-        sha256: of what was kept, in hexadecimal.
+        file: a file below ``folder``.
+        folder: folder whose own files are regular files.
+        sha256: SHA-256 of the stored content, in hexadecimal.
     """
     try:
         real, status = file.resolve(strict=True), file.stat()
@@ -91,12 +91,12 @@ def is_what_was_kept(file: Path, folder: Path, sha256: str) -> bool:
             return False
         is_plain = real == folder.resolve() / file.relative_to(folder) and status.st_nlink == 1
         return is_plain or sha256_of(file) == sha256
-    except (OSError, RuntimeError):  # gone, or links in a circle
+    except (OSError, RuntimeError):  # missing, or a circular link
         return False
 
 
 def _key(status: os.stat_result) -> tuple[int, int, int, int]:
-    # the time of the last change of the inode: a name that comes or goes changes it
+    # includes the time of the last inode change, which a new or removed hard link updates
     return status.st_dev, status.st_ino, status.st_nlink, status.st_ctime_ns
 
 

@@ -1,4 +1,4 @@
-"""Values in a bounded part of memory."""
+"""Caches with bounded memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Value = TypeVar("Value")
 
 
 class BoundedCache:
-    """Values by key, for several threads; those used longest ago leave first.
+    """A thread-safe cache that evicts the least recently used values first.
 
     Args:
-        most: size that all values together may have, in the unit in which the caller gives the size of each.
-        least: how many are kept whatever their size.
+        most: largest total size of the values, in the unit of the caller's sizes.
+        least: number of values that are kept whatever their size.
     """
 
     def __init__(self, most: int, least: int = 1) -> None:
@@ -28,12 +28,12 @@ class BoundedCache:
         self._lock = threading.Lock()
 
     def peek(self, key: Hashable) -> Any:
-        """What is kept under a key; None where nothing is. It does not count as use."""
+        """The cached value of a key; None if there is none. It does not count as use."""
         with self._lock:
             return Cache.__getitem__(self._kept, key)[0] if key in self._kept else None
 
     def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int] = lambda _: 1) -> Value:
-        """What is kept under a key; made where it is not."""
+        """The cached value of a key; it is made if there is none."""
         with self._lock:
             if key in self._kept:
                 kept: Value = self._kept[key][0]
@@ -48,10 +48,10 @@ class BoundedCache:
 
 
 class ByStamp:
-    """A value for each of many files, remembered for as long as the file's stamp (its size and time, say) is the same.
+    """A value for each of many files, cached until the file's stamp (for example its size and time) changes.
 
     Args:
-        most: how many files are remembered; those used longest ago are forgotten first.
+        most: number of files; the least recently used ones are evicted first.
     """
 
     def __init__(self, most: int) -> None:
@@ -59,7 +59,7 @@ class ByStamp:
         self._lock = threading.Lock()
 
     def get(self, file: Path, stamp: Hashable, make: Callable[[], Value]) -> Value:
-        """What is remembered of a file with this stamp; made where that is another one, which is forgotten then."""
+        """The cached value of a file with this stamp; it is made again if the stamp has changed."""
         with self._lock:
             known = self._known.get(file)
         if known is not None and known[0] == stamp:

@@ -1,4 +1,4 @@
-"""Times of things that have happened, on a clock that somebody may have turned back."""
+"""Times of past events, robust against a clock that was set back."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Hashable
 
 
 class PastTimes:
-    """Keeps times that are on disk from lying in the future.
+    """Keeps stored times from lying in the future.
 
-    A file that was written before the clock was turned back by a day is a day younger than nothing. It counts as
-    written when it was first seen, and grows older by the monotonic clock from then on.
+    A file that was written before the clock was set back by a day has a time in the future. It is treated as written
+    when it was first seen, and ages by the monotonic clock from then on.
 
     Args:
         now: seconds since 1970.
-        monotonic: seconds since any moment, never turned back.
+        monotonic: seconds of a clock that is never set back.
     """
 
     def __init__(self, now: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -22,11 +22,11 @@ class PastTimes:
         self._seen: dict[Hashable, tuple[float, float]] = {}
 
     def of(self, what: Hashable, at: float) -> float:
-        """When something happened, in seconds since 1970 by the clock as it is now; never later than now.
+        """Time of an event, in seconds since 1970 by the current clock; never later than now.
 
         Args:
-            what: names it; another time of the same thing is another event.
-            at: the time that is on disk.
+            what: identifies the event; another time of the same thing is another event.
+            at: the stored time.
         """
         known = self._seen.get(what)
         if known is None or known[0] != at:

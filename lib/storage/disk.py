@@ -1,4 +1,4 @@
-"""Folders that grow by themselves are kept within a size, and whether a disk has room."""
+"""Limits the size of folders that grow by themselves, and checks whether a disk has space."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MIB = 2**20
 
 
 def make_room(groups: Sequence[Sequence[Path]], limit_bytes: int) -> list[Path]:
-    """Remove files, the first ones first, until what is left fits.
+    """Remove files, first ones first, until the rest fits.
 
     Args:
-        groups: files that go together, such as a mask and its side-car; the oldest first.
-        limit_bytes: most bytes of all of them.
+        groups: files that belong together, such as a mask and its side-car; oldest first.
+        limit_bytes: size limit of all of them.
 
     Returns:
-        What was removed. Files that are gone already count nothing.
+        The removed files. Files that do not exist have no size.
     """
     sizes = [sum(path.stat().st_size for path in group if path.is_file()) for group in groups]
     total, removed = sum(sizes), []
@@ -36,10 +36,10 @@ def make_room(groups: Sequence[Sequence[Path]], limit_bytes: int) -> list[Path]:
 
 
 def has_room(folder: Path, size_bytes: int) -> bool:
-    """Whether a folder takes a file of that size now: tried with one, since quotas are not in what a disk tells.
+    """Whether a file of this size fits into a folder now, which a test file shows, since quotas are not reported.
 
     Raises:
-        OSError: when the folder is not there, or the disk fails in another way.
+        OSError: if the folder does not exist, or if the disk fails in another way.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

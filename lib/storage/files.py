@@ -1,6 +1,6 @@
-"""Files that are whole or not there at all, whatever ends the process: temporary file, fsync, rename.
+"""Atomic and durable file writes: temporary file, fsync, rename.
 
-https://man7.org/linux/man-pages/man2/fsync.2.html: a new name is only durable once its folder has been synced too.
+A new name is durable only after its folder has been synced too: https://man7.org/linux/man-pages/man2/fsync.2.html
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import psutil
 
 BLOCK_BYTES = 2**20
 PARTIAL = ".part"
-# A partial file of a process that is gone is only removed after a while: in another container, it may not be gone.
+# A partial file of an unknown process is removed only after a while, since the process may run in another container.
 SECONDS_BEFORE_LEFT_OVER = 60.0
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A complete and durable file under a temporary name, to be renamed.
+    """A complete and durable file with a temporary name, which has to be renamed.
 
     Attributes:
-        path: where it is.
-        size: in bytes.
-        sha256: of its content, in hexadecimal.
+        path: its path.
+        size: size in bytes.
+        sha256: SHA-256 of its content, in hexadecimal.
     """
 
     path: Path
@@ -40,22 +40,22 @@ class Staged:
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """A file's content, a mebibyte at a time."""
+    """The content of a file, in blocks of a mebibyte."""
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             yield block
 
 
 def stage(blocks: Iterable[bytes], folder: Path, durable: bool = True) -> Staged:
-    """Write a new file into ``folder``, under a temporary name that says which process writes it.
+    """Write a new file into ``folder`` with a temporary name that identifies the writing process.
 
     Args:
         blocks: the content.
-        folder: where it will have its name.
-        durable: wait for the disk; False for what can be made again from elsewhere after a power cut.
+        folder: folder of its final name.
+        durable: whether to sync it to disk; False for content that can be made again after a power failure.
 
     Raises:
-        OSError: when it cannot be written; then nothing is left of it.
+        OSError: if it cannot be written; no part of it is left then.
     """
     path = folder / f".{os.getpid()}-{uuid.uuid4().hex}{PARTIAL}"
     digest, size = hashlib.sha256(), 0
@@ -76,17 +76,17 @@ def stage(blocks: Iterable[bytes], folder: Path, durable: bool = True) -> Staged
 
 @contextmanager
 def replacing(path: Path, durable: bool = False, mode: int | None = None) -> Iterator[BinaryIO]:
-    """Write a file under a temporary name beside ``path``, which it replaces at the end of the block in one step.
+    """Write a temporary file next to ``path``, which replaces ``path`` atomically at the end of the block.
 
     Args:
-        path: its name.
-        durable: wait for the disk before it gets its name.
-        mode: its permissions, from before anything is written into it; as the process makes files where not given.
+        path: the final path.
+        durable: whether to sync it to disk before it is renamed.
+        mode: permissions, which are set before anything is written; by default those of new files of the process.
 
     Raises:
-        Whatever the block raises; then the file is as it was before, and nothing is left of the new one.
+        Any exception of the block; the previous file is then unchanged, and nothing is left of the new one.
     """
-    # the thread's number too: two threads may write a file of the same name at the same time
+    # includes the thread's id, since two threads may write a file of the same name at the same time
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         if mode is not None:
@@ -102,10 +102,10 @@ def replacing(path: Path, durable: bool = False, mode: int | None = None) -> Ite
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write or replace a file in one step.
+    """Write or replace a file atomically and durably.
 
     Raises:
-        OSError: when it cannot be written; then the file is as it was before.
+        OSError: if it cannot be written; the previous file is then unchanged.
     """
     staged = stage((content,), path.parent)
     try:
@@ -117,7 +117,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the operating system can."""
+    """Make the names in a folder durable, if the operating system supports this."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -128,7 +128,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_everything(folder: Path) -> None:
-    """Make all that was written below a folder durable, for when there is too much to do it file by file."""
+    """Sync everything that was written below a folder, when there are too many files to sync one by one."""
     if hasattr(os, "sync"):
         os.sync()
         return
@@ -144,7 +144,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_blocks(blocks: Iterable[bytes]) -> str:
-    """SHA-256 of what comes in blocks, in hexadecimal."""
+    """SHA-256 of blocks of data, in hexadecimal."""
     digest = hashlib.sha256()
     for block in blocks:
         digest.update(block)
@@ -152,7 +152,7 @@ def sha256_of_blocks(blocks: Iterable[bytes]) -> str:
 
 
 def _age_seconds(path: Path) -> float:
-    """Time since a file was written; 0 where it has got its name meanwhile."""
+    """Time since a file was written; 0 if it has been renamed meanwhile."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def _age_seconds(path: Path) -> float:
 
 
 def remove_left_over(folder: Path) -> list[Path]:
-    """Remove the partial files of processes that are gone."""
+    """Remove the partial files of processes that no longer run."""
     removed = []
     for path in folder.glob(f".*-*{PARTIAL}"):
         writer = path.name[1:].partition("-")[0]

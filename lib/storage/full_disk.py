@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written to, told alike whichever library finds it."""
+"""Reports a full or read-only disk in the same way, whichever library notices it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lib.errors import StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "unexpected pos")
-"""What PyTorch says when it cannot write a file; it does not say why."""
+"""Messages of PyTorch when it cannot write a file; they do not state the reason."""
 
 
 def storage_problem(error: BaseException) -> str:
-    """Why something could not be written, in words; empty for an error of another kind."""
+    """Why a file could not be written, in words; empty for another kind of error."""
     if isinstance(error, StorageError) and error.__cause__ is not None:
         return storage_problem(error.__cause__)
     if isinstance(error, OSError):
@@ -36,7 +36,7 @@ def storage_problem(error: BaseException) -> str:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Say what was not kept where a disk does not take it.
+    """Raise a storage error that names what could not be stored.
 
     Raises:
         StorageError: with the reason.

@@ -1,4 +1,4 @@
-"""Plain data as JSON files, replaced as a whole, and read whatever somebody made of them."""
+"""JSON files that are replaced atomically, and read defensively."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lib.storage.files import replacing
 
 MOST_BYTES = 64 * 2**20
 DEEPEST = 40
-"""Levels of a file; more than clients may send, whose objects stand in files beside other things."""
+"""Largest nesting depth of a file; it exceeds that of client data, which are stored inside of other objects."""
 LARGEST_NUMBER = 2**63
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def read_json(path: Path) -> Any:
-    """Read plain data.
+    """Read a JSON file.
 
     Raises:
-        OSError: when there is no such file, or what lies there is none: to open a FIFO may never end.
-        ValueError: when it is no JSON in UTF-8, is larger than ``MOST_BYTES``, is nested too deeply, or holds what
-            cannot be sent or computed with: see :func:`find_odd`.
+        OSError: if the file does not exist or is not a regular file, since opening a FIFO may block for ever.
+        ValueError: if it is not JSON in UTF-8, is larger than ``MOST_BYTES``, is nested too deeply, or holds values
+            that cannot be used: see :func:`find_odd`.
     """
     with os.fdopen(os.open(path, _FLAGS), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -45,17 +45,17 @@ def read_json(path: Path) -> Any:
 
 
 def find_odd(value: object, deepest: int, name: str = "") -> tuple[str, object, str] | None:
-    """What in parsed JSON cannot be sent on, or ends in an exception wherever it is computed with.
+    """Find a value in parsed JSON that cannot be sent on, or that breaks computations.
 
-    That is NaN, infinities (``1e999``), whole numbers of more than 64 bits, and text that UTF-8 cannot hold.
+    Such values are NaN, infinities (``1e999``), whole numbers of more than 64 bits, and text that UTF-8 cannot encode.
 
     Args:
-        value: plain data.
-        deepest: how many levels it may have.
-        name: of the value.
+        value: the parsed data.
+        deepest: largest nesting depth.
+        name: name of the value, for the result.
 
     Returns:
-        The name of the first such value, the value, and what would be valid; None where there is none.
+        The name of the first such value, the value, and the valid range; None if there is none.
     """
     return _find_odd(value, name, deepest, f"at most {deepest} levels")
 
@@ -78,7 +78,7 @@ def _find_odd(value: object, name: str, left: int, too_deep: str) -> tuple[str, 
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold a text: names of files in other encodings have surrogates in them."""
+    """Whether UTF-8 can encode a text: file names in other encodings contain surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -87,7 +87,7 @@ def is_unicode(text: str) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or something else."""
+    """A JSON object; empty if the file is missing, invalid or not an object."""
     try:
         data = read_json(path)
     except (OSError, ValueError):
@@ -96,18 +96,18 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write plain data so that no reader sees half of it; numbers that are not finite become null."""
+    """Write data as JSON atomically; numbers that are not finite become null."""
     with replacing(path) as file:
         file.write((json.dumps(without_nan(data), indent=1) + "\n").encode())
 
 
 def as_json(data: Mapping[str, Any]) -> bytes:
-    """Plain data as JSON for people to read; numbers that are not finite become null."""
+    """Data as indented JSON; numbers that are not finite become null."""
     return (json.dumps(without_nan(data), indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def without_nan(data: object) -> object:
-    """Return plain data with numbers that are not finite as None: JSON has no NaN."""
+    """Replace numbers that are not finite by None, since JSON has no NaN."""
     if isinstance(data, float) and not math.isfinite(data):
         return None
     if isinstance(data, Mapping):

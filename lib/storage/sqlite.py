@@ -1,4 +1,4 @@
-"""SQLite files in WAL mode: opened alike everywhere, and made anew where they are damaged."""
+"""SQLite files in WAL mode, opened in the same way everywhere, and replaced if they are damaged."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def connect(
     isolation_level: Literal["DEFERRED"] | None = "DEFERRED",
     one_thread: bool = False,
 ) -> sqlite3.Connection:
-    """Open an SQLite file in WAL mode; it is made when it is not there.
+    """Open an SQLite file in WAL mode; it is created if it does not exist.
 
-    Commits do not wait for the disk (``synchronous=NORMAL``): they outlive the process, but not a power cut.
+    Commits do not wait for the disk (``synchronous=NORMAL``): they survive the end of the process, but not a power
+    failure.
 
     Args:
         path: the file.
-        timeout_seconds: how long to wait for other processes' locks.
+        timeout_seconds: time limit for locks of other processes.
         isolation_level: ``None`` for autocommit.
-        one_thread: whether SQLite refuses other threads; else the caller locks.
+        one_thread: whether SQLite refuses other threads; otherwise the caller has to lock.
 
     Raises:
-        sqlite3.DatabaseError: when the file is damaged, or its folder cannot be written to.
+        sqlite3.DatabaseError: if the file is damaged, or if its folder is not writable.
     """
     connection = sqlite3.connect(
         path, timeout=timeout_seconds, isolation_level=isolation_level, check_same_thread=one_thread
@@ -47,20 +48,20 @@ def connect(
 def open_database(
     path: Path, schema: str, isolation_level: Literal["DEFERRED"] | None = None
 ) -> tuple[sqlite3.Connection, str]:
-    """Open an SQLite file in WAL mode; it is made when it is not there, and anew when it is damaged.
+    """Open an SQLite file in WAL mode; it is created if it does not exist, and replaced if it is damaged.
 
-    What a power cut takes is found again by whoever keeps the files that it tells of.
+    Rows lost in a power failure are restored by the caller, from the files that they describe.
 
     Args:
         path: the file; :data:`IN_MEMORY` for none.
-        schema: statements that make the tables where they are missing.
+        schema: statements that create missing tables.
         isolation_level: ``None`` for autocommit.
 
     Returns:
-        The connection, for all threads (one at a time), and a sentence on what had to be done.
+        The connection, for all threads (one at a time), and a sentence on a replacement.
 
     Raises:
-        OSError, sqlite3.OperationalError: when the folder cannot be written to.
+        OSError, sqlite3.OperationalError: if the folder is not writable.
     """
     try:
         return _open(path, schema, isolation_level), ""
@@ -80,13 +81,13 @@ def add_column(connection: sqlite3.Connection, table: str, column: str, declarat
         return
     try:
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {declaration}")
-    except sqlite3.OperationalError as error:  # another process was faster
+    except sqlite3.OperationalError as error:  # another process has added it
         if "duplicate column" not in str(error):
             raise
 
 
 def remove_side_files(path: Path) -> None:
-    """Remove the write-ahead log of a database that is no longer there."""
+    """Remove the write-ahead log of a database that no longer exists."""
     for suffix in SIDE_FILES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""What of a studies folder is an image that can be segmented, and what is not."""
+"""The images of a studies folder, and the files there that cannot be segmented."""

@@ -1,8 +1,8 @@
-"""The cases of several sequences in a studies folder, and the file that stands for each.
+"""The cases of several sequences in a studies folder, and the image that represents each case.
 
-Viewers, labels and masks know one image a case: that of the channel that is shown. It lies in a hidden folder under the
-case's id, as a link to the channel's file or, of a 4D file, as a file of its own; beside it is written down which files
-the other channels are (:mod:`lib.transforms.channels`).
+Viewers, labels and masks refer to one image for each case: that of the display channel. It is in a hidden folder under
+the case's id, as a link to the channel's file or, for a 4D file, as a separate file. A record next to it lists the
+files of the other channels (:mod:`lib.transforms.channels`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ ByPreset = Mapping[str, ChannelSources]
 
 @dataclass(frozen=True)
 class ShownChannel:
-    """What stands for a case.
+    """The display channel of a case.
 
     Attributes:
-        preset: whose display channel it is.
-        file: the channel's.
+        preset: the preset that defines it.
+        file: file of the channel.
         stacked: whether the file holds other channels too.
     """
 
@@ -47,16 +47,16 @@ class ShownChannel:
 
     @property
     def ending(self) -> str:
-        """Of the file that stands for the case."""
+        """Extension of the image that represents the case."""
         return EXTRACTED if self.stacked else ending_of(self.file.name, ENDINGS)
 
 
 class ChannelCases:
-    """The cases of one folder.
+    """The cases of several sequences of one folder.
 
     Args:
-        place: hidden folder for the files that stand for cases.
-        presets: the served ones; of those with channels the first that a case fits says which channel is shown.
+        place: hidden folder for the images that represent cases.
+        presets: the served presets; of those with channels, the first that matches a case defines its display channel.
     """
 
     def __init__(self, place: Path, presets: Sequence[Preset] = ()) -> None:
@@ -70,13 +70,13 @@ class ChannelCases:
         return case_id in self._cases
 
     def endings(self) -> dict[str, str]:
-        """Case id to the ending of the file that stands for it."""
+        """Case id to the extension of the image that represents it."""
         return {case_id: self._shown(by_preset).ending for case_id, by_preset in self._cases.items()}
 
     def update(
         self, folder: Path, refusal: Callable[[Path], str | None]
     ) -> tuple[frozenset[Path], list[FolderProblem]]:
-        """Look for the cases that there are now.
+        """Search the folder for cases again.
 
         Args:
             folder: the studies.
@@ -134,7 +134,7 @@ class ChannelCases:
         return file
 
     def forget(self, case_id: str) -> None:
-        """Remove what was made for a case."""
+        """Remove the files that were made for a case."""
         file = self.file(case_id)
         file.unlink(missing_ok=True)
         record_of(file).unlink(missing_ok=True)
@@ -160,7 +160,7 @@ class ChannelCases:
 
     def _shown(self, by_preset: ByPreset) -> ShownChannel:
         channel = self._find_shown(by_preset)
-        assert channel is not None  # a case without one is a problem
+        assert channel is not None  # a case without a display channel has a problem
         return channel
 
     def _find_shown(self, by_preset: ByPreset) -> ShownChannel | None:
@@ -172,7 +172,7 @@ class ChannelCases:
         return None
 
     def _problem_of(self, case_id: str, by_preset: ByPreset, refusal: Callable[[Path], str | None]) -> str:
-        """Why files that look like a case are none; empty where they are one."""
+        """Why files that look like a case cannot be used as one; empty if they can."""
         if shown(case_id) != case_id:
             return "its name is not UTF-8; rename it"
         if self._find_shown(by_preset) is None:

@@ -1,4 +1,6 @@
-"""Which series of a DICOM study are the channels of a case; the case's id is the UID of the series that is shown."""
+"""Assigns the DICOM series of a study to the channels of a case; the id of the case is the UID of the displayed
+series.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ RANGE = re.compile(r"(?P<low>-?\d*\.?\d*)\.\.(?P<high>-?\d*\.?\d*)")
 
 @dataclass(frozen=True)
 class SeriesCase:
-    """The series of a study that are the channels of one case, for one preset.
+    """The series of a study that are the channels of one case for a preset.
 
     Attributes:
-        shown: UID of the series that stands for the case.
+        shown: UID of the displayed series, which represents the case.
         series: channel name to UID.
         missing: names of required channels that the study lacks.
-        problem: why the case cannot be used; empty for nothing.
-        notes: what a user should know of how the series lie to each other.
+        problem: why the case cannot be used; empty if it can.
+        notes: notes for the user on the geometry of the series.
     """
 
     shown: str
@@ -36,10 +38,11 @@ class SeriesCase:
 
 
 class SeriesCases:
-    """The cases among the series that there are, by the presets with channels.
+    """The cases among all series, for the presets with channels.
 
     Args:
-        presets: the served ones; of those with channels the first that a study fits says which series is shown.
+        presets: the served presets; of those with channels, the first that matches a study defines the displayed
+            series.
         series: all series, by UID.
     """
 
@@ -62,20 +65,20 @@ class SeriesCases:
                 self._channel_of.setdefault(uid, (shown, name))
 
     def of(self, uid: str) -> Mapping[str, SeriesCase]:
-        """Name of a preset to the case that a series stands for; empty where it stands for none."""
+        """For each preset name, the case that a series represents; empty if it represents none."""
         return self._cases.get(uid, {})
 
     def channel_of(self, uid: str) -> tuple[str, str] | None:
-        """The case that a series belongs to without standing for it, and the channel that it is; None for another."""
+        """The case and the channel of a series that does not represent its case; None for other series."""
         return self._channel_of.get(uid)
 
     def series_of(self, uid: str) -> set[str]:
-        """The series that are read for a case, without the one that stands for it."""
+        """The other series that are read for a case."""
         return {other for case in self.of(uid).values() for other in case.series.values()} - {uid}
 
 
 def is_channel(info: SeriesInfo, channel: Channel) -> bool:
-    """Whether a series has what a channel's rules ask for."""
+    """Whether a series matches the rules of a channel."""
     return all(_fits(info.matched.get(keyword, ()), rule) for keyword, rule in channel.series.asked().items())
 
 
@@ -95,7 +98,7 @@ def _number(text: str) -> float | None:
 
 
 def _cases_of(preset: Preset, study: Sequence[SeriesInfo]) -> list[SeriesCase]:
-    """The case of a study; several that all cannot be used where several series could be shown."""
+    """The case of a study; if several series could be displayed, one case for each, none of which can be used."""
     candidates: dict[str, list[SeriesInfo]] = defaultdict(list)
     for info in study:
         for name in _channels_of(info, preset):
@@ -113,7 +116,7 @@ def _cases_of(preset: Preset, study: Sequence[SeriesInfo]) -> list[SeriesCase]:
 
 
 def _channels_of(info: SeriesInfo, preset: Preset) -> list[str]:
-    """The channels that a series is by their rules; else that whose name its description has."""
+    """The channels whose rules a series matches; without rules, the channel named in its description."""
     by_rule = [channel.name for channel in preset.channels if channel.series.asked() and is_channel(info, channel)]
     if by_rule:
         return by_rule
@@ -128,7 +131,7 @@ def _two_series(channel: str, series: Sequence[SeriesInfo]) -> str:
 
 
 def _other_frame(name: str, other: SeriesInfo, display: str, shown: SeriesInfo) -> str:
-    """A sentence where two series say that their positions cannot be compared."""
+    """A sentence if two series have different frames of reference, so that their positions are not comparable."""
     ours, theirs = (info.matched.get("FrameOfReferenceUID", ("",))[0] for info in (shown, other))
     if not ours or not theirs or ours == theirs:
         return ""

@@ -1,4 +1,4 @@
-"""Which images a preset's network cannot segment, and which look odd, remembered until the file changes."""
+"""Stored checks of images: which ones a preset cannot segment, and which are unusual; valid until the file changes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ImageCheck:
     """The result of checking whether an image can be segmented by a preset.
 
     Attributes:
-        image_id: of the image.
-        preset: whose spacing, size and intensity range the image was compared with.
-        stamp: changes when the image's file does.
-        problem: why it cannot be segmented; empty where it can.
-        warning: what looks odd about it; empty for nothing.
+        image_id: id of the image.
+        preset: preset whose spacing, size and intensity limits were applied.
+        stamp: value that changes with the image's file.
+        problem: why it cannot be segmented; empty if it can.
+        warning: what is unusual about it; empty for nothing.
         elsewhere: whether the only problem is that another served preset suits the image better.
     """
 
@@ -52,32 +52,32 @@ class ImageChecks:
         self._lock = threading.RLock()
 
     def keep(self, check: ImageCheck) -> None:
-        """Remember what was found; it replaces what was found before."""
+        """Store a check, replacing an earlier one."""
         row = (check.image_id, check.preset, check.stamp, check.problem, check.warning, check.elsewhere, time.time())
         with self._lock:
             self._db.execute(f"INSERT OR REPLACE INTO checks({COLUMNS}, at) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def find(self, image_id: str, preset: str, stamp: str) -> ImageCheck | None:
-        """What was found of an image as it is now; None where it was not checked since it changed."""
+        """The check of an image in its current state; None if it was not checked since it changed."""
         query = f"SELECT {COLUMNS} FROM checks WHERE image_id = ? AND preset = ? AND stamp = ?"
         with self._lock:
             row = self._db.execute(query, (image_id, preset, stamp)).fetchone()
         return None if row is None else _check(row)
 
     def of_image(self, image_id: str) -> list[ImageCheck]:
-        """What was found of an image by each preset's measures, whether or not it is still the same."""
+        """The checks of an image by all presets, whether or not the image has changed since."""
         query = f"SELECT {COLUMNS} FROM checks WHERE image_id = ?"
         with self._lock:
             return [_check(row) for row in self._db.execute(query, (image_id,)).fetchall()]
 
     def remarkable(self) -> list[ImageCheck]:
-        """The checks that found a problem or something odd, whether or not the images are still the same."""
+        """The checks with a problem or a warning, whether or not the images have changed since."""
         query = f"SELECT {COLUMNS} FROM checks WHERE problem != '' OR warning != '' ORDER BY image_id"
         with self._lock:
             return [_check(row) for row in self._db.execute(query).fetchall()]
 
     def forget(self, image_id: str) -> None:
-        """Have an image checked anew."""
+        """Delete the checks of an image, so that it is checked again."""
         with self._lock:
             self._db.execute("DELETE FROM checks WHERE image_id = ?", (image_id,))
 

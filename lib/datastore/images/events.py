@@ -1,4 +1,4 @@
-"""What happens to files in the folders of images and labels, told by the operating system."""
+"""File system events in the folders of images and labels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ HEARD: list[type[FileSystemEvent]] = [
     *(FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent),
     *(DirCreatedEvent, DirDeletedEvent, DirMovedEvent),
 ]
-"""Not that a file was opened or read: the server itself does that all the time."""
+"""Event types to watch, without opening and reading of files, which the server does all the time."""
 
 
 class Observer(Protocol):
-    """The part of watchdog's observer interface that is used here."""
+    """The part of watchdog's observer interface that is used."""
 
     def unschedule_all(self) -> None: ...
 
@@ -44,15 +44,15 @@ class Observer(Protocol):
 
 
 class FolderEvents(FileSystemEventHandler):
-    """Passes on that files of certain endings came, changed or went.
+    """Reports that files with certain extensions were created, changed or deleted.
 
-    MONAI Label's own handler compares every event with a dozen patterns, also those of files that are only read, which
-    takes a tenth of a busy server's time.
+    MONAI Label's own handler compares every event with a dozen patterns, including events of files that are only read,
+    which takes a tenth of a busy server's time.
 
     Args:
-        endings: of images and labels, as ``.nii.gz``.
-        look: called when a file is another one, or gone.
-        follow: called when a file got its name that this server or another one had written.
+        endings: extensions of images and labels, such as ``.nii.gz``.
+        look: called when a file was replaced or deleted.
+        follow: called when a file written by this server or another one received its final name.
     """
 
     def __init__(self, endings: Collection[str], look: Callable[[], None], follow: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class FolderEvents(FileSystemEventHandler):
         self._look, self._follow = look, follow
 
     def dispatch(self, event: FileSystemEvent) -> None:
-        """As watchdog's."""
+        """Handle an event; watchdog's interface."""
         came, went = str(event.dest_path), str(event.src_path)
         if not (came.lower().endswith(self._endings) or went.lower().endswith(self._endings)):
             return
@@ -71,19 +71,19 @@ class FolderEvents(FileSystemEventHandler):
 
 
 def listen(observer: Observer, handler: FolderEvents, images: str, labels: str) -> None:
-    """Have an observer tell of the images directly in a folder and of the labels below another, and of nothing else."""
+    """Watch the images directly in a folder and the labels below another one, and nothing else."""
     observer.unschedule_all()
     observer.schedule(handler, images, event_filter=HEARD)
     observer.schedule(handler, labels, recursive=True, event_filter=HEARD)
 
 
 class CaseFolderEvents(FileSystemEventHandler):
-    """Passes on that files of certain endings in the folders of cases, or such folders, came, changed or went.
+    """Reports that case folders, or files with certain extensions in them, were created, changed or deleted.
 
     Args:
-        studies: in which the folders of cases lie.
-        endings: of images, as ``.nii.gz``.
-        look: called then.
+        studies: folder of the case folders.
+        endings: extensions of images, such as ``.nii.gz``.
+        look: called for each such event.
     """
 
     def __init__(self, studies: Path, endings: Collection[str], look: Callable[[], None]) -> None:
@@ -91,7 +91,7 @@ class CaseFolderEvents(FileSystemEventHandler):
         self._endings = tuple(ending.lower() for ending in endings)
 
     def dispatch(self, event: FileSystemEvent) -> None:
-        """As watchdog's."""
+        """Handle an event; watchdog's interface."""
         if any(self._is_of_case(path, event.is_directory) for path in (str(event.dest_path), str(event.src_path))):
             self._look()
 
@@ -105,5 +105,5 @@ class CaseFolderEvents(FileSystemEventHandler):
 
 
 def listen_to_folders(observer: Observer, studies: Path, handler: CaseFolderEvents) -> None:
-    """Have an observer tell of the folders of cases in the studies."""
+    """Watch the case folders of the studies."""
     observer.schedule(handler, str(studies), recursive=True, event_filter=HEARD)

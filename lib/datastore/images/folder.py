@@ -1,4 +1,6 @@
-"""The images of a studies folder, and what else lies there that looks like one and is no case, with the reason."""
+"""Lists the images of a studies folder, and the files there that look like images but cannot be used, with the
+reasons.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HIDDEN = ".dicom"
-"""Folder of the index and of converted series, beside the labels."""
+"""Folder of the index and of converted series, next to the labels."""
 NOT_SCANNED = ("labels", "history", "references")
-"""Folders beside the images in which no images are looked for."""
+"""Folders next to the images that are not searched for images."""
 OTHER_KINDS = (".nhdr", ".mha", ".mhd", ".hdr", ".img", ".nii.bz2", ".nii.zst", ".mgz")
-"""Images of kinds that are not read from a folder."""
+"""Extensions of image formats that are not supported."""
 SEGMENTATION = ".seg.nrrd"
 MOST_ENTRIES = 50_000
-"""Files in sub-folders that are looked at: a large DICOM archive need not be walked through at each change."""
+"""Largest number of files in subfolders that are examined, so that a large DICOM archive is not scanned at each
+change.
+"""
 MOST_PROBLEMS = 200
 
 
 @dataclass(frozen=True)
 class FolderProblem:
-    """Something in the folder that is no case.
+    """A file or subfolder that cannot be used as a case.
 
     Attributes:
-        name: of the file, or of the sub-folder; letters that cannot be shown are escaped.
-        reason: why it is none, and what to do about it.
+        name: name of the file or subfolder; characters that cannot be displayed are escaped.
+        reason: why it cannot be used, and what to do about it.
     """
 
     name: str
@@ -37,11 +41,11 @@ class FolderProblem:
 
 @dataclass(frozen=True)
 class FolderListing:
-    """What lies in a folder.
+    """The content of a folder.
 
     Attributes:
-        images: id to ending of the file, as it is written.
-        problems: what is no case.
+        images: id to extension of the file, as written.
+        problems: files and subfolders that cannot be used.
     """
 
     images: dict[str, str]
@@ -51,13 +55,13 @@ class FolderListing:
 def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = ()) -> FolderListing:
     """The images directly in a folder.
 
-    Of two files with one id, that whose ending stands first in ``endings`` is the image (of two that differ in capitals
-    only, the one in small letters), whichever came first.
+    Of two files with the same id, the image is the one whose extension comes first in ``endings``, whichever file is
+    older. Of two extensions that differ only in case, the one in lower case wins.
 
     Args:
-        folder: where they lie.
-        endings: of image files, as ``.nii.gz``, in order of preference.
-        taken: files that belong to cases of several sequences, and are no images by themselves.
+        folder: the folder.
+        endings: extensions of image files, such as ``.nii.gz``, in order of preference.
+        taken: files that belong to cases of several sequences and are not images of their own.
     """
     endings_of: dict[str, list[str]] = {}
     problems: list[FolderProblem] = []
@@ -84,7 +88,7 @@ def list_images(folder: Path, endings: Sequence[str], taken: Collection[Path] = 
 
 
 def ending_of(name: str, endings: Collection[str]) -> str:
-    """The longest ending that a file's name has, as it is written there; empty for none, and for nothing before it.
+    """The longest matching extension of a file name, as written; empty for none, and if nothing precedes it.
 
     >>> ending_of("b.nii.gz.NII.GZ", (".nii", ".nii.gz"))
     '.NII.GZ'
@@ -100,7 +104,7 @@ def shown(name: str) -> str:
 
 
 def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
-    """Why an entry is no image, where it looks like one."""
+    """Why a directory entry that looks like an image cannot be used; empty if it can."""
     name = entry.name.lower()
     kind = ending_of(name, (*endings, *OTHER_KINDS))
     if name.startswith(".") or not kind or (_is_folder(entry) and kind not in endings):
@@ -118,7 +122,7 @@ def _problem_of(entry: os.DirEntry[str], endings: Sequence[str]) -> str:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file, or a link to one; a link that leads to itself is an error of the system."""
+    """Whether an entry is a file, or a link to one; False if the link is circular."""
     try:
         return entry.is_file()
     except OSError:
@@ -126,7 +130,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """The same for folders."""
+    """Whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:
@@ -134,7 +138,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _in_sub_folders(folder: Path, endings: Sequence[str], of_cases: Collection[str]) -> Iterator[FolderProblem]:
-    """A sentence for each sub-folder with images in it that is no case of several sequences."""
+    """A problem for each subfolder that contains images but is not a case of several sequences."""
     left = MOST_ENTRIES
     for place, folders, files in os.walk(folder):
         inside = Path(place).relative_to(folder)

@@ -1,4 +1,4 @@
-"""Several DICOM series that a client sends as one case: a NIfTI file for each channel."""
+"""Converts several DICOM series that a client sends as one case into a NIfTI file for each channel."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lib.errors import ImageError
 
 
 def unite_series(received: Path, target: Path, presets: Collection[Preset]) -> tuple[Path, tuple[str, ...]]:
-    """Convert the channels of the case that a folder of DICOM files holds.
+    """Convert the channels of the case in a folder of DICOM files.
 
     Args:
         received: the folder, or a single file.
-        target: where to make a folder of files named by channel.
-        presets: the served ones.
+        target: path of the new folder of files named by channel.
+        presets: the served presets.
 
     Returns:
-        ``target``, or ``received`` where it holds one series, or no preset has channels; and what a user should know of
-        how the series lie to each other.
+        ``target``, or ``received`` if it holds one series or if no preset has channels; and notes for the user on the
+        geometry of the series.
 
     Raises:
-        ImageError: when the series are no case of a preset, or one cannot be read.
+        ImageError: if the series are not a case of any preset, or if one cannot be read.
     """
     taking = [preset for preset in presets if preset.channels]
     files = files_by_series(received) if taking and received.is_dir() else {}
@@ -55,7 +55,7 @@ def files_by_series(folder: Path) -> dict[str, list[Path]]:
     """The DICOM files of a folder, by their Series Instance UID.
 
     Raises:
-        ImageError: when one cannot be read.
+        ImageError: if one cannot be read.
     """
     files: dict[str, list[Path]] = defaultdict(list)
     for file in find_dicom(folder):
@@ -65,10 +65,10 @@ def files_by_series(folder: Path) -> dict[str, list[Path]]:
 
 
 def info_of(file: Path) -> SeriesInfo:
-    """What a file says of its series.
+    """The series information in a file.
 
     Raises:
-        ImageError: when it cannot be read.
+        ImageError: if it cannot be read.
     """
     with reading(f"{file.name!r} cannot be read"):
         return series_info(to_json(read_instance(file, with_pixels=False)))

@@ -1,1 +1,1 @@
-"""The files of labels: reading them with the names in their headers, and what somebody puts into labels/final."""
+"""Label files: reading them with the names in their headers, and taking in files copied to labels/final."""

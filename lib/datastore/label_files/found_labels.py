@@ -1,4 +1,4 @@
-"""Labels that somebody put into ``labels/final``: which of them are right, and what is wrong with the others."""
+"""Checks labels that were copied into ``labels/final``, and describes the problems of invalid ones."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lib.transforms.channels import read_channels
 from lib.transforms.volume import Grid, read_grid
 
 ACCEPTED_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd")
-"""Kinds of a label's file, in whatever case, the longer suffixes first."""
+"""Extensions of label files, in any case, longer ones first."""
 FOLDER = f"labels/{FINAL}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file of the studies that is left out.
+    """A file of the studies that is not used.
 
     Attributes:
-        file: where it lies below the studies.
-        reason: what is wrong with it, in a sentence.
+        file: its path relative to the studies.
+        reason: the problem, as a sentence.
     """
 
     file: str
@@ -39,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class FoundLabel:
-    """A label that is right.
+    """A valid label.
 
     Attributes:
-        file: where it was found.
-        kept: the file in the form in which labels are kept; ``file`` where it has that form.
-        submission: what is known of it.
+        file: the file that was found.
+        kept: the file in the form in which labels are stored; ``file`` itself if it has that form.
+        submission: its description.
     """
 
     file: Path
@@ -53,7 +53,7 @@ class FoundLabel:
 
 
 def label_id(name: str) -> str | None:
-    """The image that a label's file is of, by its name; None for other kinds of files.
+    """The id of the image to which a label file belongs, by its name; None for other kinds of files.
 
     >>> label_id("case_7.seg.nrrd"), label_id("case_7.NII.GZ"), label_id("notes.txt")
     ('case_7', 'case_7', None)
@@ -63,13 +63,13 @@ def label_id(name: str) -> str | None:
 
 
 def label_files(folder: Path) -> list[Path]:
-    """The labels in a folder, the oldest first, so that of two for one image the newer counts."""
+    """The labels in a folder, oldest first, so that of two labels for one image the newer one is used."""
     files = [path for path in _files(folder) if label_id(path.name) is not None]
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[Problem]:
-    """Files in a folder of labels that are no labels, or of no image."""
+    """Files in a folder of labels that are not labels, or that belong to no image."""
     problems = []
     for path in sorted(_files(folder)):
         image = label_id(path.name)
@@ -84,19 +84,19 @@ def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[P
 
 
 def check_label_file(file: Path, image: Grid, known: Submission, presets: Sequence[Preset], folder: Path) -> FoundLabel:
-    """Check a label as a submitted one is checked, for the task that it is known to be of, or else for all.
+    """Check a label like a submitted one, for its known preset or otherwise for all presets.
 
-    A label without a voxel in the mask is not in the image: whoever puts finished labels there has drawn all.
+    Labels without voxels count as absent in the image, since files in this folder are finished segmentations.
 
     Args:
-        file: where it lies.
+        file: the label file.
         image: its image's grid.
-        known: what is known of it.
-        presets: the tasks.
+        known: its description, as far as known.
+        presets: the presets.
         folder: for new files.
 
     Raises:
-        LabelError: when it fits none of the tasks, with the reason for each.
+        LabelError: if it matches none of the presets, with the reason for each.
     """
     named = [preset for preset in presets if preset.name == known.preset]
     info = {key: known.info[key] for key in ("label_info", "missing_labels") if key in known.info} | {"complete": True}
@@ -118,17 +118,17 @@ def check_label_file(file: Path, image: Grid, known: Submission, presets: Sequen
 
 
 def fingerprint(presets: Sequence[Preset]) -> str:
-    """Changes when a label that was refused may be right for once."""
+    """A value that changes when a refused label might become valid."""
     labels = {preset.name: [[*sorted(label.names()), label.index] for label in preset.labels] for preset in presets}
     return hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Iterator[Problem]:
-    """All that is wrong with the labels of a folder of studies; nothing is changed in it.
+    """All problems of the labels of a studies folder; nothing in it is changed.
 
     Args:
-        studies: with the images, and ``labels/final``.
-        presets: the tasks that the labels may be of.
+        studies: folder with the images and ``labels/final``.
+        presets: the presets of the labels.
         folder: for temporary files.
     """
     labels = studies / FOLDER
@@ -136,7 +136,7 @@ def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Ite
     images = {image: path for image, path in images.items() if image is not None}
     cases = {
         sources.case_id: (sources, preset)
-        for preset in reversed(presets)  # the first that a case fits says what is shown of it
+        for preset in reversed(presets)  # the first matching preset defines the display channel
         for sources in (find_channel_sources(studies, preset, NOT_SCANNED) if preset.channels else ())
     }
     yield from stray_files(labels, {*(image for image in images if image is not None), *cases})
@@ -159,7 +159,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _readable_name(name: str) -> str:
-    """A name with its suffix in lower case, as nibabel looks for it."""
+    """A name with its extension in lower case, as nibabel requires."""
     image = label_id(name) or name
     return image + name[len(image) :].lower()
 

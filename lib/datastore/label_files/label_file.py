@@ -1,6 +1,6 @@
-"""Reading a mask's file, with the segments that the header of 3D Slicer's ``.seg.nrrd`` describes.
+"""Reads a mask file, with the segments that the header of 3D Slicer's ``.seg.nrrd`` describes.
 
-The header is looked at first: a mask of another shape than its image's is refused before its voxels take memory.
+The header is checked first: a mask with another shape than its image is refused before its voxels are loaded.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ KEPT_SUFFIX = ".nii.gz"
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A mask as it was read.
+    """A mask as read from its file.
 
     Attributes:
-        volume: its voxels and where they lie.
-        segments: what its header says of them; none where it says nothing.
-        layered: the file has several layers, and each voxel has the position of its segment in ``segments``, from 1.
-        header: its file's; None for DICOM.
+        volume: its voxels and their affine.
+        segments: segments in the header; empty if the header has none.
+        layered: whether the file has several layers; each voxel then has the index of its segment in ``segments``,
+            counted from 1.
+        header: header of the file; None for DICOM.
     """
 
     volume: Volume
@@ -43,11 +44,11 @@ def read_label(file: Path, image: Grid | None = None) -> LabelFile:
 
     Args:
         file: NIfTI or NRRD.
-        image: its image's grid; a mask that has another shape is refused before its voxels are read.
+        image: grid of its image; a mask with another shape is refused before its voxels are loaded.
 
     Raises:
-        FileKindError: for a format that is not read here.
-        LabelError: when it cannot be read, is not 3D, has another shape, or has overlapping segments.
+        FileKindError: for a format that is not supported.
+        LabelError: if it cannot be read, is not 3D, has another shape, or has overlapping segments.
     """
     try:
         header = None if file.is_dir() else find_header(file)
@@ -64,7 +65,7 @@ def read_label(file: Path, image: Grid | None = None) -> LabelFile:
 
 
 def check_shape(shape: tuple[int, ...], image: Grid) -> None:
-    """Refuse a mask whose sizes along its axes are not those of its image, in any order of axes.
+    """Refuse a mask whose axis lengths are not those of its image, in any order.
 
     Raises:
         LabelError: naming both shapes.
@@ -74,19 +75,19 @@ def check_shape(shape: tuple[int, ...], image: Grid) -> None:
 
 
 def read_segments(file: Path) -> tuple[Segment, ...]:
-    """The segments that a file's header describes, without reading its voxels; none where it cannot be read.
+    """The segments that a file header describes, without loading voxels; empty if it cannot be read.
 
     Raises:
-        LabelError: when the header contradicts itself.
+        LabelError: if the header contradicts itself.
     """
     try:
         return parse_segments(read_header(file).fields)
     except ImageError:
-        return ()  # whoever reads the voxels says what is wrong
+        return ()  # the error is reported when the voxels are read
 
 
 def is_kept_as(file: Path, header: ImageHeader | None, dtype: npt.DTypeLike) -> bool:
-    """Whether a file of that header is a compressed 3D NIfTI file of that type, without a scale."""
+    """Whether a file with this header is a compressed 3D NIfTI file of this type, without scaling."""
     if header is None or not file.name.endswith(KEPT_SUFFIX):
         return False
     unscaled = (header.slope, header.intercept) == (1.0, 0.0)
@@ -94,7 +95,7 @@ def is_kept_as(file: Path, header: ImageHeader | None, dtype: npt.DTypeLike) -> 
 
 
 def _read_layers(file: Path, segments: tuple[Segment, ...]) -> Volume:
-    """The mask of a file of several layers."""
+    """The mask of a file with several layers."""
     try:
         header, voxels = read_voxels(file)
     except ImageError as error:
@@ -108,7 +109,7 @@ def _read_layers(file: Path, segments: tuple[Segment, ...]) -> Volume:
 
 
 def as_label_error(error: ImageError) -> InputError:
-    """What is wrong with a label's file; its kind stays the error that it is."""
+    """The error as one about the label; its class is unchanged."""
     if isinstance(error, FileKindError):
         return FileKindError(f"the label cannot be read: {str(error).removeprefix('image ')}")
     return LabelError(f"the label cannot be read: {str(error).removeprefix('image ')}")

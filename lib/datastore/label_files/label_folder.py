@@ -1,4 +1,6 @@
-"""``labels/final`` as other tools change it: what is right becomes a version, what is not is left out and told."""
+"""Watches ``labels/final`` for changes by other tools: valid labels become versions, invalid ones are refused and
+reported.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from lib.transforms.volume import read_grid
 logger = logging.getLogger("unetr.datastore")
 
 SECONDS_A_LOOK = 30.0
-"""How long labels are checked in one go, before the others have their turn."""
+"""Time limit for checking labels before other work continues."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class Candidate:
     """A file that may be a label.
 
     Attributes:
-        file: where it lies.
-        known: what is known of it.
-        image: its image's file, which for a DICOM series is made now if need be.
-        image_stamp: changes when the image does.
+        file: its path.
+        known: its description, as far as known.
+        image: file of its image, which for a DICOM series is converted if necessary.
+        image_stamp: value that changes with the image.
     """
 
     file: Path
@@ -48,12 +50,12 @@ class Candidate:
 
 
 class LabelFolder:
-    """The folder of final labels of one store.
+    """The folder of final labels of a store.
 
     Args:
-        history: takes in what is right, and remembers what is not.
+        history: takes in valid labels, and records refused ones.
         folder: ``labels/final``.
-        presets: the tasks that labels may be of; without any, whatever lies there is taken in.
+        presets: the presets of the labels; without presets, all files are taken in.
     """
 
     def __init__(self, history: LabelHistory, folder: Path, presets: Sequence[Preset]) -> None:
@@ -61,20 +63,20 @@ class LabelFolder:
         self._fingerprint = fingerprint(presets)
 
     def files(self) -> list[Path]:
-        """The labels that lie there, the oldest first."""
+        """The labels in the folder, oldest first."""
         return label_files(self.folder)
 
     def examine(self, candidates: Iterable[Candidate], folder: Path) -> tuple[list[FoundLabel], bool]:
-        """Check labels that have not been checked as they are; what is wrong is kept in quarantine too.
+        """Check labels that are new or changed; invalid ones are also copied to the quarantine.
 
-        Of several labels of one image, the newest that is right counts.
+        Of several labels of one image, the newest valid one is used.
 
         Args:
-            candidates: the oldest first.
+            candidates: oldest first.
             folder: for new files.
 
         Returns:
-            Those that are right, and whether there was time for all.
+            The valid labels, and whether all candidates were checked within the time limit.
         """
         labels, deadline = dict[str, FoundLabel](), time.monotonic() + SECONDS_A_LOOK
         refused = self.history.index.refused()
@@ -95,7 +97,7 @@ class LabelFolder:
         return list(labels.values())[::-1], True
 
     def take_in(self, labels: Sequence[FoundLabel]) -> int:
-        """Keep labels as versions; returns how many are new."""
+        """Store labels as versions; returns the number of new ones."""
         plain = [one for one in labels if one.kept == one.file]
         new = [one for one in plain if not self._versions(one)]
         taken = len(self.history.adopt_all([(one.file, one.submission) for one in new]))
@@ -107,7 +109,7 @@ class LabelFolder:
         return taken
 
     def problems(self, images: Mapping[str, object]) -> list[Problem]:
-        """What lies there and is left out, by the names of its files."""
+        """The refused files in the folder, with their reasons."""
         refused = self.history.index.refused()
         there = {file.name for file in self.files()}
         reasons = {name: reason for name, (_, reason) in sorted(refused.items()) if name in there}
@@ -121,7 +123,10 @@ class LabelFolder:
             return FoundLabel(file, file, candidate.known)
         try:
             return check_label_file(file, read_grid(candidate.image()), candidate.known, self.presets, folder)
-        except (NotFoundError, UpstreamError) as error:  # the series is gone, or its PACS does not answer: another time
+        except (
+            NotFoundError,
+            UpstreamError,
+        ) as error:  # the series is gone, or its PACS does not respond: it is checked later
             logger.warning("label store: %s/%s is not looked at yet: %s", FOLDER, file.name, error)
         except ImageError as error:
             self._refuse(candidate, stamp, f"it cannot be held against its image: {error}")
@@ -130,7 +135,7 @@ class LabelFolder:
         return None
 
     def _refuse(self, candidate: Candidate, stamp: str, reason: str) -> None:
-        """Leave a label out: its case stays open. A version that it took the place of comes back there."""
+        """Refuse a label: its case stays unlabelled. A version that it had replaced is published again."""
         name, known = candidate.file.name, candidate.known
         details = {"image_id": known.image_id, "tag": known.tag, "source": "folder", "file_name": name}
         kept = self.history.quarantine.keep(candidate.file, reason, details)
@@ -142,7 +147,7 @@ class LabelFolder:
             logger.warning("label store: %s/%s is the last good version again", FOLDER, name)
 
     def _take_away(self, label: FoundLabel) -> None:
-        """Remove a file that was put into the folder, once its label is kept as a version under another file name."""
+        """Remove a file from the folder after its label has been stored as a version with another file name."""
         version = self.history.latest(label.submission.image_id, FINAL)
         target = self.folder / f"{label.submission.image_id}{version.suffix}" if version else label.file
         if label.file.exists() and target.exists() and not label.file.samefile(target):
@@ -152,11 +157,11 @@ class LabelFolder:
         return bool(self.history.versions(label.submission.image_id, label.submission.tag))
 
     def _stamp(self, candidate: Candidate) -> str:
-        """Changes when the label, its image or the tasks do."""
+        """A value that changes with the label, its image or the presets."""
         label = candidate.file.stat()
         return "/".join([f"{label.st_size}-{label.st_mtime_ns}", candidate.image_stamp, self._fingerprint])
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """For the files that are made of labels."""
+    """A temporary folder for files converted from labels."""
     return tempfile.TemporaryDirectory(prefix="unetr-", ignore_cleanup_errors=True)

@@ -1,4 +1,4 @@
-"""The segments that the header of 3D Slicer's ``.seg.nrrd`` describes, and the mask that its layers make.
+"""Parses the segments in the header of 3D Slicer's ``.seg.nrrd``, and merges its layers into one mask.
 
 Keys are ``Segment0_Name``, ``Segment0_LabelValue``, ``Segment0_Layer`` and so on, in the order of Slicer's list (see
 "Segmentation file format" in the 3D Slicer documentation). Files of Slicer before 4.11 have a layer for each segment
@@ -26,9 +26,9 @@ class Segment:
     """A segment as the header describes it.
 
     Attributes:
-        name: what the user called it.
-        value: of its voxels, in its layer.
-        layer: which of the file's layers holds it; segments of different layers may overlap.
+        name: the name that the user chose.
+        value: value of its voxels in its layer.
+        layer: index of its layer; segments of different layers may overlap.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Segment:
 
 
 def parse_segments(header: Mapping[str, str]) -> tuple[Segment, ...]:
-    """The segments of an NRRD header's key and value pairs, in the order of Slicer's list; none for other files.
+    """The segments in an NRRD header's key-value pairs, in the order of Slicer's list; empty for other files.
 
     Raises:
-        LabelError: when a segment has no name or no value, or two names share a value.
+        LabelError: if a segment has no name or no value, or if two names share a value.
     """
     fields: dict[int, dict[str, str]] = {}
     for key, text in header.items():
@@ -55,10 +55,10 @@ def parse_segments(header: Mapping[str, str]) -> tuple[Segment, ...]:
 
 
 def names_of(segments: Sequence[Segment], label_info: Sequence[NamedValue]) -> dict[int, str]:
-    """What the values of a mask of one layer mean: the header's names, and those that only ``label_info`` has.
+    """Names of the values of a single-layer mask: those of the header, and those that only ``label_info`` has.
 
     Raises:
-        LabelError: as :func:`check_label_info`.
+        LabelError: see :func:`check_label_info`.
     """
     names = {segment.value: segment.name for segment in segments}
     if check_label_info(segments, label_info):
@@ -67,16 +67,16 @@ def names_of(segments: Sequence[Segment], label_info: Sequence[NamedValue]) -> d
 
 
 def check_label_info(segments: Sequence[Segment], label_info: Sequence[NamedValue]) -> bool:
-    """Compare ``label_info`` with the header, whose names and values it must repeat in one of two ways.
+    """Check that ``label_info`` agrees with the names and values of the header, in one of two forms.
 
-    3D Slicer's MONAI Label module sends ``idx`` as the position in its list of segments, whatever their values are;
-    other clients send the values.
+    3D Slicer's MONAI Label module sends the position in its list of segments as ``idx``, whatever the values are; other
+    clients send the values.
 
     Returns:
         Whether ``idx`` counts positions in the list of segments; otherwise it is the value.
 
     Raises:
-        LabelError: when it agrees with the header in neither way.
+        LabelError: if it agrees with the header in neither form.
     """
     if all(_is_at_position(entry, segments) for entry in label_info):
         return True
@@ -91,15 +91,15 @@ def check_label_info(segments: Sequence[Segment], label_info: Sequence[NamedValu
 
 
 def flatten(layers: npt.NDArray[np.generic], segments: Sequence[Segment]) -> npt.NDArray[np.uint16]:
-    """One mask of all layers, in which each voxel has the position of its segment in the list, from 1.
+    """Merge all layers into one mask, in which each voxel has the index of its segment, counted from 1.
 
     Args:
         layers: shape (layers, X, Y, Z).
-        segments: as from :func:`parse_segments`.
+        segments: result of :func:`parse_segments`.
 
     Raises:
-        LabelError: when a layer has a value that no segment has, or two labels share a voxel: a label map cannot hold
-            both.
+        LabelError: if a layer has a value without a segment, or if two labels share a voxel, which a label map cannot
+            represent.
     """
     mask = np.zeros(layers.shape[1:], dtype=np.uint16)
     explained = [{s.value for s in segments if s.layer == layer} | {0} for layer in range(len(layers))]
