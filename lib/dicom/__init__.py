@@ -1,1 +1,1 @@
-"""DICOM in and out: series, segmentations, DICOMweb."""
+"""DICOM input and output: series, segmentations and DICOMweb."""

@@ -1,4 +1,4 @@
-"""DICOM JSON (PS3.18, F): attributes of studies, series and instances."""
+"""Attributes of studies, series and instances in the DICOM JSON model (PS3.18, annex F)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 Json = dict[str, Any]
 Level = Literal["studies", "series", "instances"]
 LARGEST_BINARY_BYTES = 1024
-"""Longer binary values, which are private most of the time, are left out of the metadata; pixels always are."""
+"""Longer binary values, which are mostly private, are omitted from the metadata; pixels are always omitted."""
 
 
 def tag_of(keyword: str) -> str:
-    """A tag as eight hexadecimal digits.
+    """The tag of a keyword, as eight hexadecimal digits.
 
     >>> tag_of("PatientID")
     '00100020'
@@ -70,13 +70,13 @@ SEQUENCE_KEYWORDS = (
     *("ImageType", "SequenceName", "ScanningSequence", "SequenceVariant", "ContrastBolusAgent"),
     *("EchoTime", "RepetitionTime", "InversionTime"),
 )
-"""By which the sequences of a study are told apart."""
+"""Attributes that distinguish the sequences of a study."""
 SUMMARY = frozenset((*STUDY_ATTRIBUTES, *SERIES_ATTRIBUTES, *INSTANCE_ATTRIBUTES, *map(tag_of, SEQUENCE_KEYWORDS)))
 TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
 )
-"""Attributes that every image has, if only empty (PS3.3, C.7.1.1 and C.7.2.1); anonymisers remove some."""
+"""Attributes that every image must have, possibly empty (PS3.3, C.7.1.1 and C.7.2.1); anonymisers remove some."""
 OF_LEVEL: dict[Level, tuple[str, ...]] = {
     "studies": STUDY_ATTRIBUTES,
     "series": (tag_of("StudyInstanceUID"), *SERIES_ATTRIBUTES),
@@ -85,14 +85,14 @@ OF_LEVEL: dict[Level, tuple[str, ...]] = {
 
 
 UNFIT = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
-"""What pydicom was seen to raise for a value that DICOM JSON cannot hold."""
+"""Exceptions that pydicom has raised for values that DICOM JSON cannot represent."""
 
 
 def to_json(instance: Dataset) -> Json:
-    """All attributes of an instance but pixels, long binary values and those that JSON cannot hold.
+    """All attributes of an instance except pixels, long binary values and values that JSON cannot represent.
 
-    ``Dataset.to_json_dict(suppress_invalid_tags=True)`` would change for a moment how strictly all threads read, and
-    for good where two of them do so at once: pydicom keeps that setting for the process.
+    ``Dataset.to_json_dict(suppress_invalid_tags=True)`` would temporarily change the strictness with which all threads
+    read, and permanently if two threads call it at once, since pydicom has one setting for the process.
     """
     data: Json = {}
     for element in instance:
@@ -106,7 +106,7 @@ def to_json(instance: Dataset) -> Json:
 
 
 def _as_unicode(data: Json) -> Json:
-    """Say that texts are UTF-8, which JSON's are whatever the file's were (PS3.18, F.2)."""
+    """Declare texts as UTF-8, which JSON uses whatever the encoding of the file (PS3.18, F.2)."""
     if CHARACTER_SET in data:
         data[CHARACTER_SET] = {"vr": "CS", "Value": ["ISO_IR 192"]}
     for item in data.values():
@@ -123,18 +123,18 @@ def _is_long_binary(element: DataElement) -> bool:
 
 
 def summarize(metadata: Json) -> Json:
-    """The attributes of an instance that queries and lists use most."""
+    """The attributes of an instance that queries and lists use most often."""
     return {tag: metadata[tag] for tag in SUMMARY & metadata.keys()}
 
 
 def first_value(metadata: Mapping[str, Any], keyword: str) -> str:
-    """An attribute's first value as text; "" where there is none."""
+    """The first value of an attribute as text; "" if there is none."""
     values = metadata.get(tag_of(keyword), {}).get("Value") or [""]
     return _as_text(values[0])
 
 
 def all_values(metadata: Mapping[str, Any], keyword: str) -> tuple[str, ...]:
-    """An attribute's values as texts."""
+    """The values of an attribute as texts."""
     return tuple(_as_text(value) for value in metadata.get(tag_of(keyword), {}).get("Value") or [])
 
 
@@ -145,10 +145,10 @@ def element(keyword: str, *values: Any) -> Json:
 
 
 def parse_path(text: str) -> tuple[str, ...] | None:
-    """An attribute in a query as tags of eight digits; the tag of a sequence stands before what is in it, after a dot.
+    """Parse an attribute of a query into tags of eight digits; tags of enclosing sequences come first, before dots.
 
     Returns:
-        None where one of them is neither a keyword nor a tag.
+        None if one of them is neither a keyword nor a tag.
 
     >>> parse_path("RequestAttributesSequence.ScheduledProcedureStepID")
     ('00400275', '00400009')
@@ -171,7 +171,7 @@ def _as_text(value: Any) -> str:
 
 
 def dump(data: Sequence[Json] | Json) -> bytes:
-    """JSON as bytes; what is not a finite number is null, which JSON has and NaN is not in it."""
+    """JSON as bytes; numbers that are not finite become null, since JSON has no NaN."""
     try:
         return json.dumps(data, allow_nan=False).encode()
     except ValueError:

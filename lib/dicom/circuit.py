@@ -1,4 +1,6 @@
-"""Whether a server behind this one is asked: for some seconds after a failure it is not (the circuit is open)."""
+"""A circuit breaker for an upstream server: after a failure, no requests are sent for some seconds (the circuit is
+open).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ SECONDS_OPEN = 3.0
 
 
 class Circuit:
-    """Remembers that a server failed, so that its clients are told at once and do not each wait for a time-out.
+    """Remembers failures of a server, so that callers get an error at once instead of a timeout each.
 
-    The source of the method is M. Nygard, Release It!, "Circuit Breaker".
+    The method is the "Circuit Breaker" of M. Nygard, Release It!.
 
     Args:
-        seconds_open: time after a failure during which nothing is asked; then one attempt is made.
-        clock: seconds that only rise.
+        seconds_open: time after a failure without requests; then one attempt is made.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, seconds_open: float = SECONDS_OPEN, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,17 +31,17 @@ class Circuit:
 
     @property
     def is_open(self) -> bool:
-        """Whether the last thing that is known of the server is a failure."""
+        """Whether the last known result of the server was a failure."""
         return bool(self._reason)
 
     @property
     def problem(self) -> str:
-        """What failed and for how long, for a sentence; empty when nothing does."""
+        """The failure and its duration, as part of a sentence; empty without a failure."""
         reason = self._reason
         return f"{reason}, for {self._clock() - self._failing_since:.0f} s" if reason else ""
 
     def fail(self, reason: str) -> None:
-        """The server failed."""
+        """Record that the server has failed."""
         with self._lock:
             self._failed_at = self._clock()
             if not self._reason:
@@ -47,14 +49,14 @@ class Circuit:
             self._reason, self._attempting = reason, False
 
     def succeed(self) -> None:
-        """Record that the server has answered: the circuit is closed."""
+        """Record that the server has responded: the circuit is closed."""
         with self._lock:
             self._reason, self._attempting = "", False
 
     def begin_attempt(self) -> bool:
-        """Whether it is this caller's turn to try an open circuit again; one caller at a time, once the time is over.
+        """Whether this caller may try an open circuit again, which one caller at a time may do after the waiting time.
 
-        The caller that gets True calls ``fail`` or ``succeed`` afterwards.
+        A caller that receives True must call ``fail`` or ``succeed`` afterwards.
         """
         with self._lock:
             due = self._clock() - self._failed_at >= self._seconds_open

@@ -1,4 +1,4 @@
-"""DICOM files as they come: with the preamble of PS3.10 or without, damaged, or still being copied."""
+"""Reads DICOM files defensively: with or without the preamble of PS3.10, damaged, or still being copied."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from pydicom.uid import (
 from lib.errors import ImageError, UnetrError
 
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
-"""SOP Class UID of a DICOMDIR, which lists other files and is no instance of a series."""
+"""SOP Class UID of a DICOMDIR, which lists other files and is not an instance of a series."""
 MOST_UNPACKED = 512 * 2**20
-"""Most bytes of a deflated data set once it is unpacked; a megabyte can become a gigabyte."""
+"""Largest size of a deflated data set after decompression; a megabyte may expand to a gigabyte."""
 MOST_LEVELS = 32
-"""Of sequences in sequences. What pydicom needs to write them grows exponentially: 300 levels take all memory."""
+"""Largest nesting depth of sequences. pydicom's cost of writing them grows exponentially: 300 levels exhaust the
+memory.
+"""
 FIRST_GROUPS = (0x0002, 0x0008)
 LARGEST_FIRST_ELEMENT = 0x0100
 LONGEST_FIRST_VALUE = 1 << 16
@@ -35,23 +37,23 @@ BLOCK_BYTES = 2**20
 
 
 def is_uid(text: str) -> bool:
-    """Whether a text can be a UID, and the name of a file: digits and dots, no dot first, at most 64 letters.
+    """Whether a text can be a UID and a file name: digits and dots, no leading dot, at most 64 characters.
 
-    PS3.5, 9.1 asks for more, which not every archive keeps to.
+    PS3.5, 9.1 has further rules, which not every archive follows.
     """
     return re.fullmatch(r"[0-9][0-9.]{0,63}", text) is not None
 
 
 @contextmanager
 def reading(what: str, kind: type[UnetrError] = ImageError) -> Iterator[None]:
-    """Turn whatever pydicom and its decoders raise for a damaged file into an error of this project.
+    """Convert any exception of pydicom and its decoders for a damaged file into an error of this project.
 
-    Which exception a damaged file ends in is no part of their interfaces: ValueError, struct.error, zlib.error,
-    pydicom's BytesLengthException and Pillow's DecompressionBombError were seen.
+    Their interfaces do not define which exception a damaged file raises: ValueError, struct.error, zlib.error,
+        pydicom's BytesLengthException and Pillow's DecompressionBombError have occurred.
 
     Args:
-        what: begins the sentence: which file or instance, and what could not be done.
-        kind: of the error.
+        what: begin of the sentence: the file or instance, and what failed.
+        kind: class of the error.
     """
     try:
         yield
@@ -62,7 +64,7 @@ def reading(what: str, kind: type[UnetrError] = ImageError) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The message of a decoder's error, in one line and without the server's folders."""
+    """The message of a decoder's error, in one line and without the server's paths."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -70,7 +72,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a regular file begins as PS3.10 says, or as a data set without preamble does."""
+    """Whether a regular file begins as defined in PS3.10, or like a data set without preamble."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
@@ -82,12 +84,12 @@ def is_dicom(path: Path) -> bool:
 
 
 def has_preamble(start: bytes) -> bool:
-    """Whether the first 132 bytes of a file are those of a DICOM file of PS3.10."""
+    """Whether the first 132 bytes are those of a DICOM file of PS3.10."""
     return start[128:132] == b"DICM"
 
 
 def _begins_as_data_set(start: bytes) -> bool:
-    """Whether a first element of group 0002 or 0008 stands there, in one of the three native encodings."""
+    """Whether the data begin with an element of group 0002 or 0008, in one of the three native encodings."""
     for order in ("little", "big"):
         group, number = int.from_bytes(start[:2], order), int.from_bytes(start[2:4], order)
         if len(start) < 16 or group not in FIRST_GROUPS or number > LARGEST_FIRST_ELEMENT:
@@ -100,16 +102,16 @@ def _begins_as_data_set(start: bytes) -> bool:
 
 
 def find_dicom(folder: Path) -> list[Path]:
-    """The files in a folder (not below it) that are DICOM, whatever their names."""
+    """The DICOM files in a folder (without subfolders), whatever their names."""
     return [path for path in sorted(folder.iterdir()) if is_dicom(path)]
 
 
 def read_instance(file: Path | BinaryIO, with_pixels: bool = True) -> FileDataset:
-    """Read a file, with or without preamble; a transfer syntax that it does not name is the one it was read with.
+    """Read a file with or without preamble; a missing transfer syntax is set to the one with which it was read.
 
     Raises:
-        ImageError: when it is no DICOM instance.
-        Exception: of whatever type pydicom raises for a damaged file; see :func:`reading`.
+        ImageError: if it is not a DICOM instance.
+        Exception: any type that pydicom raises for a damaged file; see :func:`reading`.
     """
     _check_unpacked_size(file)
     instance = dcmread(file, force=True, stop_before_pixels=not with_pixels)
@@ -124,11 +126,11 @@ def read_instance(file: Path | BinaryIO, with_pixels: bool = True) -> FileDatase
 
 
 def check_levels(instance: Dataset) -> None:
-    """Refuse sequences that are nested too deeply; each value is decoded.
+    """Refuse sequences that are nested too deeply; all values are decoded.
 
     Raises:
         ImageError: naming the limit.
-        Exception: of whatever type pydicom raises for a damaged value; see :func:`reading`.
+        Exception: any type that pydicom raises for a damaged value; see :func:`reading`.
     """
     level: list[Dataset] = [instance]
     for _ in range(MOST_LEVELS + 1):
@@ -140,7 +142,7 @@ def check_levels(instance: Dataset) -> None:
 
 
 def _check_unpacked_size(file: Path | BinaryIO) -> None:
-    """Refuse a deflated data set that pydicom, which unpacks it as a whole, would need too much memory for.
+    """Refuse a deflated data set whose decompression, which pydicom does at once, would take too much memory.
 
     Raises:
         ImageError: naming the limit.
@@ -148,7 +150,9 @@ def _check_unpacked_size(file: Path | BinaryIO) -> None:
     with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
         start = opened.tell()
         try:
-            if not has_preamble(opened.read(132)):  # without one no data set is deflated: its file meta says so
+            if not has_preamble(
+                opened.read(132)
+            ):  # a deflated data set requires file meta information, and so a preamble
                 return
             opened.seek(start)
             read_preamble(opened, force=True)

@@ -1,4 +1,4 @@
-"""What matches a query (PS3.4, C.2.2.2, with the keys of PS3.18, 8.3.4)."""
+"""Attribute matching of queries (PS3.4, C.2.2.2, with the keys of PS3.18, 8.3.4)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ANYTHING = ("", "*", '""')
-"""Universal matching: also of entities without the attribute."""
+"""Values of universal matching, which also matches entities without the attribute."""
 LISTS = ("UI", "CS")
-"""VRs whose values have no comma, so that a comma separates the values of a list."""
+"""VRs whose values contain no comma, so that a comma separates the values of a list."""
 RANGES = ("DA", "TM", "DT")
 NUMBERS = ("IS", "DS", "US", "UL", "SS", "SL", "UV", "SV", "FL", "FD")
 GROUPS = ("Alphabetic", "Ideographic", "Phonetic")
-"""Component groups of a person's name, in the order in which ``=`` separates them."""
+"""Component groups of a person's name, in their order; ``=`` separates them."""
 
 
 def matches(metadata: Mapping[str, Any], path: Sequence[str], wanted: str, fuzzy: bool = False) -> bool:
@@ -22,10 +22,11 @@ def matches(metadata: Mapping[str, Any], path: Sequence[str], wanted: str, fuzzy
 
     Args:
         metadata: DICOM JSON of an entity.
-        path: of the attribute: one tag, or those of the sequences around it first.
-        wanted: a value, a list, a range of dates or times, or a text with the wildcards ``*`` and ``?``. Upper and
-            lower case are alike.
-        fuzzy: take persons' names of which each wanted word begins one, whatever accents and marks are in them, too.
+        path: path of the attribute: its tag, preceded by the tags of enclosing sequences.
+        wanted: a value, a list, a range of dates or times, or a text with the wildcards ``*`` and ``?``; case is
+            ignored.
+        fuzzy: whether a person's name also matches if each word of the query is the begin of one of its words;
+            diacritics are ignored.
     """
     if wanted in ANYTHING:
         return True
@@ -66,7 +67,7 @@ def _number(text: str) -> float | None:
 
 
 def has_pattern(text: str, pattern: str) -> bool:
-    """Whether a whole text has a pattern; only ``*`` and ``?`` are special in it.
+    """Whether a text matches a pattern as a whole; only ``*`` and ``?`` are special.
 
     >>> has_pattern("A[1]B", "a[1]*")
     True
@@ -79,8 +80,8 @@ def has_pattern(text: str, pattern: str) -> bool:
     end = len(plain) - len(last)
     if len(first) > end or _piece(first).match(plain) is None or _piece(last).fullmatch(plain, end) is None:
         return False
-    # each piece at its leftmost place, which leaves the most room for the next: nothing has to be tried twice, as it
-    # would be by one expression for the whole pattern
+    # each piece matches at its leftmost position, which leaves most room for the next one; one regular expression for
+    # the whole pattern would need backtracking
     at = len(first)
     for piece in between:
         place = _piece(piece).search(plain, at, end)
@@ -91,7 +92,7 @@ def has_pattern(text: str, pattern: str) -> bool:
 
 
 def _piece(text: str) -> re.Pattern[str]:
-    """What stands between two ``*``; ``?`` is any letter."""
+    """A regular expression for the text between two ``*``; ``?`` is any character."""
     return re.compile("".join("." if letter == "?" else re.escape(letter) for letter in text), re.DOTALL)
 
 
@@ -113,12 +114,12 @@ def _matches_name(name: Any, wanted: str, fuzzy: bool) -> bool:
 
 
 def _trimmed(group: str) -> str:
-    """Without padding: spaces around components, and empty components at the end."""
+    """A name without padding: spaces around components, and empty components at the end."""
     return "^".join(component.strip() for component in group.split("^")).rstrip("^")
 
 
 def _has_words(groups: Sequence[str], wanted: str) -> bool:
-    """Whether every wanted word begins a word of a name, or a part of one: ``brien`` is a part of O'Brien-Yamada."""
+    """Whether every word of the query begins a word of a name or a part of one, as ``brien`` in O'Brien-Yamada."""
     words = {
         part for group in groups for word in _words(group) for part in (_bare(word), *re.split(r"['\u2019.\-]+", word))
     }

@@ -1,4 +1,4 @@
-"""Stored pixel values of an instance (PS3.3, C.7.6.3): decoded, and without the bits that do not belong to them."""
+"""Stored pixel values of an instance (PS3.3, C.7.6.3): decoded, and without unused bits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lib.errors import ImageError
 Pixels = npt.NDArray[Any]
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")
 LARGEST_BYTES = 4 << 30
-"""Most bytes that the pixels of one instance may have once they are decoded."""
+"""Largest size of the decoded pixels of one instance, in bytes."""
 MOST_RLE_RATIO = 64
-"""Two bytes stand for a run of 128 at most (PS3.5, annex G)."""
+"""Largest expansion of run-length encoding: two bytes encode a run of at most 128 (PS3.5, annex G)."""
 JPEG_2000_SIZE = b"\xff\x4f\xff\x51"
-"""Start of a JPEG 2000 code stream, whose first segment holds its size (ISO 15444-1, A.5.1)."""
+"""First bytes of a JPEG 2000 code stream, whose first segment holds its size (ISO 15444-1, A.5.1)."""
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
 
 
 def frame_count(instance: Dataset) -> int:
-    """Number of Frames; 1, put in its place, where it is empty or 0, as in many images of one frame.
+    """Number of Frames; an empty value or 0, which many single-frame images have, is replaced by 1.
 
     Raises:
-        ImageError: when it is no whole number from 0.
+        ImageError: if it is not a whole number from 0.
     """
     with reading(f"instance {name_of(instance)} has a Number of Frames that is no number"):
         count = int(instance.get("NumberOfFrames", 1) or 0)
@@ -42,7 +42,7 @@ def frame_count(instance: Dataset) -> int:
 
 
 def decode_file(file: Path, uid: str) -> Pixels:
-    """As :func:`decode`, of a file.
+    """Like :func:`decode`, for a file.
 
     Raises:
         ImageError: naming the instance.
@@ -59,7 +59,7 @@ def decode(instance: Dataset) -> Pixels:
         Shape (frames, rows, columns), or (frames, rows, columns, samples) of colours.
 
     Raises:
-        ImageError: naming the instance, when its pixels cannot be decoded or are more than fit into memory.
+        ImageError: naming the instance, if its pixels cannot be decoded or do not fit into memory.
     """
     cells = decode_cells(instance)
     with reading(f"instance {name_of(instance)} cannot be decoded"):
@@ -67,10 +67,10 @@ def decode(instance: Dataset) -> Pixels:
 
 
 def decode_cells(instance: Dataset) -> Pixels:
-    """As :func:`decode`, but with the unused bits of each pixel cell, between Bits Stored and Bits Allocated.
+    """Like :func:`decode`, including the unused bits of each pixel cell, between Bits Stored and Bits Allocated.
 
     Raises:
-        ImageError: as :func:`decode`.
+        ImageError: see :func:`decode`.
     """
     shape = shape_of(instance)
     with reading(f"instance {name_of(instance)} cannot be decoded"):
@@ -80,16 +80,16 @@ def decode_cells(instance: Dataset) -> Pixels:
 
 
 def name_of(instance: Dataset) -> str:
-    """SOP Instance UID, for messages."""
+    """SOP Instance UID, for error messages."""
     return str(instance.get("SOPInstanceUID", "")) or "(without UID)"
 
 
 def to_rgb(frame: Pixels, instance: Dataset) -> npt.NDArray[np.uint8]:
-    """One frame of colours as 8-bit RGB.
+    """One colour frame as 8-bit RGB.
 
     Args:
-        frame: shape (rows, columns, samples), or (rows, columns) of a palette.
-        instance: says what the samples mean.
+        frame: shape (rows, columns, samples), or (rows, columns) for palette colours.
+        instance: instance that defines the meaning of the samples.
     """
     meaning = str(instance.get("PhotometricInterpretation", ""))
     if meaning == "PALETTE COLOR":
@@ -104,10 +104,10 @@ def to_rgb(frame: Pixels, instance: Dataset) -> npt.NDArray[np.uint8]:
 
 
 def shape_of(instance: Dataset) -> tuple[int, ...]:
-    """Frames, rows, columns and, of colours, samples.
+    """Frames, rows, columns and, for colour images, samples.
 
     Raises:
-        ImageError: when one of them is missing or no number above 0, or all together are too large.
+        ImageError: if one of them is missing or not positive, or if the total is too large.
     """
     name = name_of(instance)
     if "Rows" not in instance:
@@ -128,9 +128,9 @@ def shape_of(instance: Dataset) -> tuple[int, ...]:
 
 
 def _check_code_stream(instance: Dataset, shape: tuple[int, ...]) -> None:
-    """Refuse JPEG 2000 of another size than the instance, and run-length encoded pixels that cannot become as many.
+    """Refuse JPEG 2000 of another size than the instance, and run-length encoding with too few bytes.
 
-    A decoder would take memory for what the stream, or the header, says.
+    Otherwise, a decoder would allocate memory for the size stated in the stream or the header.
 
     Raises:
         ImageError: naming both sizes.
@@ -155,10 +155,10 @@ def _check_code_stream(instance: Dataset, shape: tuple[int, ...]) -> None:
 
 
 def _without_other_bits(pixels: Pixels, instance: Dataset) -> Pixels:
-    """Values of Bits Stored bits that end at High Bit; what lies above and below is something else (PS3.5, 8.1.1).
+    """Values of the Bits Stored bits up to High Bit, without the bits above and below (PS3.5, 8.1.1).
 
-    A signed value is extended from its own highest bit. JPEG streams have their own precision, so that of them only
-    the sign is extended, and only where the header agrees with the stream.
+    Signed values are sign-extended from their highest stored bit. JPEG streams have their own precision, so for these
+    only the sign is extended, and only if the header agrees with the stream.
     """
     if pixels.dtype.kind not in "iu":
         return pixels

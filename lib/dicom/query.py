@@ -1,4 +1,4 @@
-"""QIDO-RS (PS3.18, 10.6) over an index."""
+"""QIDO-RS queries (PS3.18, 10.6) over an index."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COUNTED = frozenset(
         ),
     )
 )
-"""Attributes that no instance has: they are counted for the answer."""
+"""Attributes that are computed for the response, since no instance has them."""
 
 
 class Searchable(Protocol):
-    """What a query needs of an index."""
+    """The part of an index that queries need."""
 
     def entries(self) -> list[SeriesEntry]:
         """The series of all studies."""
@@ -38,7 +38,7 @@ class Searchable(Protocol):
         """DICOM JSON of the first instance of a study, a series, or of one instance.
 
         Raises:
-            NotFoundError: when there is none, which can be while a study is removed.
+            NotFoundError: if there is none, which is possible while a study is being removed.
         """
 
 
@@ -46,13 +46,13 @@ def search(index: Searchable, resource: Resource, pairs: Sequence[tuple[str, str
     """Answer a query.
 
     Args:
-        index: where to look.
-        resource: which level, and below which study or series.
-        pairs: the query's names and values; a name may come several times.
+        index: the index.
+        resource: the level, and the study or series to which the query is limited.
+        pairs: names and values of the query; a name may occur several times.
         root: address of the DICOMweb server, for Retrieve URL.
 
     Raises:
-        ParameterError: for a name that is no attribute, or a number that is none.
+        ParameterError: for an unknown attribute, or an invalid number.
     """
     query = dict(pairs)
     limit = parse_number(query, "limit", 10**9, "a whole number from 0")
@@ -75,9 +75,9 @@ def _matches_all(entry: Json, wanted: Sequence[tuple[Sequence[str], str]], fuzzy
 
 
 def _in_full(index: Searchable, entry: Json, resource: Resource) -> Json:
-    """All attributes of an entity's first instance, and what is counted of the entity.
+    """All attributes of an entity's first instance, and the computed attributes of the entity.
 
-    An entity whose files have gone since it was listed is described by what the list says of it.
+    If the files of an entity have been deleted since it was listed, it is described by its summary.
     """
     keywords = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
     uids = [_value(entry, keyword) if at < DEPTH[resource.level] else "" for at, keyword in enumerate(keywords)]
@@ -97,7 +97,7 @@ def _known_path(name: str) -> tuple[str, ...]:
 
 
 def _entries(index: Searchable, resource: Resource) -> Iterator[Json]:
-    """Everything that is known of the level's entities, below the named study and series."""
+    """The summaries of the level's entities, below the given study and series."""
     studies = by_study(entry for entry in index.entries() if _is_below(entry, resource))
     if resource.level == "studies":
         yield from (_newest_first(entries)[0].summary | counts(entries) for entries in studies.values())
@@ -111,7 +111,7 @@ def _entries(index: Searchable, resource: Resource) -> Iterator[Json]:
 
 
 def _newest_first(entries: Sequence[SeriesEntry]) -> list[SeriesEntry]:
-    """What was made of images (SEG, SR) repeats the study's attributes; images are asked first."""
+    """The entries with images first, since objects derived from images (SEG, SR) repeat the study's attributes."""
     return sorted(entries, key=lambda entry: entry.modality in ("SEG", "SR", "PR", "KO"))
 
 
@@ -120,16 +120,16 @@ def _is_below(entry: SeriesEntry, resource: Resource) -> bool:
 
 
 def _shown(index: Searchable, entry: Json, resource: Resource, fields: Iterable[str], root: str) -> Json:
-    """What is answered of one entity: what is always told, what was asked for, and where it can be retrieved."""
+    """The response for one entity: standard attributes, requested attributes, and the Retrieve URL."""
     level: Level = resource.level  # type: ignore[assignment]  # parse_path lets only these through
     study, series, sop = (_value(entry, k) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
     tags = {*OF_LEVEL[level], *(tag_of(keyword) for keyword in COUNTS[level])}
-    # below a study its attributes are known; in a query over all they tell whose series or instance it is
+    # below a study, its attributes are known; in a query over all studies they identify the series or instance
     tags |= set(STUDY_ATTRIBUTES) if not resource.study else set()
     asked = list(fields)
     if asked:
         entry = _in_full(index, entry, resource)
-        # what is in a sequence is told with the whole sequence
+        # an attribute of a sequence is returned with the whole sequence
         tags |= set(entry) if "all" in asked else {path[0] for name in asked if (path := parse_path(name))}
     address = "/".join([root, "studies", study, *(["series", series] if level != "studies" else [])])
     address += f"/instances/{sop}" if level == "instances" else ""

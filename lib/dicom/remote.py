@@ -1,4 +1,4 @@
-"""Series of a DICOMweb server, which may be down, hang, or lose a series while it is asked for."""
+"""Series of a DICOMweb server, which may be unavailable, hang, or delete a series during a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 
 SECONDS_A_LIST_IS_KEPT = 2.0
 CONNECT_SECONDS, QUERY_SECONDS, TRANSFER_SECONDS = 3.0, 10.0, 30.0
-"""Time to connect; between two pieces of an answer to a query; between two pieces of instances."""
+"""Timeouts: for connecting, between two parts of a query response, and between two parts of instances."""
 UNAVAILABLE = (502, 503, 504)
 GONE = (404, 410)
 UNEXPECTED = (
@@ -46,22 +46,22 @@ UNEXPECTED = (
     AttributeError,
     EOFError,
 )
-"""What comes of an answer that is none, or is not DICOMweb."""
+"""Exceptions that invalid responses cause, including responses that are not DICOMweb."""
 
 
 class RemoteSource:
     """Series of a DICOMweb server.
 
-    A query that fails is remembered: for some seconds everybody is told at once, with the last known list where there
-    is one; then the server is tried again in the background, once for everybody.
+    After a failed query, further queries return the last known list, or an error, at once for some seconds; then one
+    query in the background tests the server again.
 
     Args:
-        client: asks it.
-        modalities: those that can be segmented.
-        circuit: remembers failures.
-        clock: seconds that only rise.
-        filters: of the query, by keyword, beside the modality.
-        list_seconds: how long a list is good for.
+        client: DICOMweb client.
+        modalities: modalities that can be segmented.
+        circuit: circuit breaker.
+        clock: monotonic clock in seconds.
+        filters: additional attributes of the query, by keyword.
+        list_seconds: time for which a list of series is valid.
     """
 
     def __init__(
@@ -84,20 +84,20 @@ class RemoteSource:
         self._listing = threading.Lock()
 
     def start(self) -> None:
-        """As :class:`SeriesSource`; nothing runs in the background, since a query is sent when its answer is needed."""
+        """See :class:`SeriesSource`; nothing runs in the background, since queries are sent on demand."""
 
     def stop(self) -> None:
-        """As :class:`SeriesSource`."""
+        """See :class:`SeriesSource`."""
 
     def series(self) -> dict[str, SeriesInfo]:
-        """As :class:`SeriesSource`; a list is good for two seconds, and longer while the server does not answer.
+        """See :class:`SeriesSource`; a list is valid for two seconds, and longer while the server does not respond.
 
         Raises:
-            UpstreamError: when the server has never answered as one.
+            UpstreamError: if the server has never responded as a DICOMweb server.
         """
         self._look_again()
         if not self._circuit.is_open:
-            with self._listing:  # those who wait here find the answer, or the failure, of the one who asked
+            with self._listing:  # waiting threads use the response, or the failure, of the thread that sent the query
                 if not self._circuit.is_open and self._is_due():
                     self._list()
         if self._listed is None:
@@ -105,11 +105,11 @@ class RemoteSource:
         return self._listed[1]
 
     def stamp(self, uid: str) -> str:
-        """As :class:`SeriesSource`: of the instances' UIDs.
+        """See :class:`SeriesSource`; it is computed from the instances' UIDs.
 
         Raises:
-            NotFoundError, UpstreamError: when there is no such series, or no answer.
-            ImageError: when it is in several studies.
+            NotFoundError, UpstreamError: if there is no such series, or no response.
+            ImageError: if it belongs to several studies.
         """
         info = self._known(uid)
         instances = self._ask_for(uid, lambda: self.client.search_for_instances(info.study, uid, get_remaining=True))
@@ -119,11 +119,11 @@ class RemoteSource:
         return hashlib.sha256(" ".join(uids).encode()).hexdigest()[:16]
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
-        """As :class:`SeriesSource`; each instance is downloaded in the transfer syntax in which it is stored.
+        """See :class:`SeriesSource`; each instance is downloaded in the transfer syntax in which it is stored.
 
         Raises:
-            NotFoundError, UpstreamError: when there is no such series, or no answer.
-            ImageError: when the server has no instance of it, or a damaged one, or when it is in several studies.
+            NotFoundError, UpstreamError: if there is no such series, or no response.
+            ImageError: if the server has no instance of it, or a damaged one, or if it belongs to several studies.
         """
         info = self._known(uid)
         files: list[Path] = []
@@ -139,42 +139,42 @@ class RemoteSource:
         return files
 
     def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
-        """As :class:`SeriesSource`; all of the study, since a PACS need not tell frames of reference in a list.
+        """See :class:`SeriesSource`; all series of the study, since a PACS need not list frames of reference.
 
         Raises:
-            UpstreamError: when the server has never answered as one.
+            UpstreamError: if the server has never responded as a DICOMweb server.
         """
         return sorted(uid for uid, info in self.series().items() if info.study == study)
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
-        """As :class:`SeriesSource`: a PACS keeps what it has, so this is one more series, of a later date and number.
+        """See :class:`SeriesSource`: a PACS keeps old objects, so a new series with a later date and number is added.
 
         Raises:
-            UpstreamError: when the server does not take it.
+            UpstreamError: if the server does not accept it.
         """
         self.keep_instance(seg)
 
     def keep_instance(self, instance: Dataset) -> None:
-        """As :class:`SeriesSource`.
+        """See :class:`SeriesSource`.
 
         Raises:
-            UpstreamError: when the server does not take it.
+            UpstreamError: if the server does not accept it.
         """
         self.ask(lambda: self.client.store_instances([instance]))
 
     def status(self) -> dict[str, Any]:
-        """Where it is, how old the list of its series is, and what is wrong with it."""
+        """Address of the server, age of its list of series, and its problem."""
         status: dict[str, Any] = {"dicomweb": self.client.base_url, "list_age_seconds": self.list_age_seconds()}
         problems = {f"series {uid}": self._ambiguous(uid) for uid in self._shared}
         status |= {"problems": problems} if problems else {}
         return {**status, **({"problem": self._sentence()} if self._circuit.is_open else {})}
 
     def list_age_seconds(self) -> float | None:
-        """How old the list of series is; None before the first."""
+        """Age of the list of series; None before the first list."""
         return None if self._listed is None else round(self._clock() - self._listed[0], 1)
 
     def problem(self) -> str:
-        """As :class:`SeriesSource`; the server is asked now, unless it was asked lately."""
+        """See :class:`SeriesSource`; the server is queried now, unless it was queried recently."""
         try:
             self.series()
         except UpstreamError as error:
@@ -182,10 +182,10 @@ class RemoteSource:
         return self._sentence() if self._circuit.is_open else ""
 
     def ask(self, question: Callable[[], Answer]) -> Answer:
-        """The server's answer to a question.
+        """The server's response to a question.
 
         Raises:
-            UpstreamError: when it does not answer as expected; at once while it is known not to answer.
+            UpstreamError: if the response is not as expected; at once while the server is known to be unavailable.
         """
         self._look_again()
         if self._circuit.is_open:
@@ -199,7 +199,7 @@ class RemoteSource:
             raise UpstreamError(f"the DICOMweb server does not answer as expected ({reason})") from error
 
     def _ask_for(self, uid: str, question: Callable[[], Answer]) -> Answer:
-        """As ``ask``, of a series that may have been deleted since the list was made."""
+        """Like ``ask``, for a series that may have been deleted since the list was made."""
         try:
             return self.ask(question)
         except UpstreamError as error:
@@ -220,7 +220,7 @@ class RemoteSource:
         return info
 
     def _ambiguous(self, uid: str) -> str:
-        """Why a series is not segmented that several studies have: its mask might be taken for another one's."""
+        """Why a series UID that several studies share is not segmented: its mask might go to another series."""
         return (
             f"series {uid} is in the studies {' and '.join(self._shared[uid])}, and viewers name an image by this UID "
             "alone; valid: a series of one study"
@@ -230,7 +230,7 @@ class RemoteSource:
         return self._stale or self._listed is None or self._clock() - self._listed[0] > self._list_seconds
 
     def _list(self) -> None:
-        """Ask for the list, and keep it or the failure."""
+        """Query the list of series, and store it or the failure."""
         try:
             entries = [
                 entry
@@ -251,7 +251,7 @@ class RemoteSource:
             self._circuit.succeed()
 
     def _look_again(self) -> None:
-        """Try a server that failed again, in the background, when it is time and nobody else does."""
+        """Test a failed server again, in the background, when the waiting time is over and no other thread tests it."""
         if self._circuit.begin_attempt():
             threading.Thread(target=self._list, name="dicomweb-attempt", daemon=True).start()
 
@@ -267,7 +267,7 @@ class RemoteSource:
 
 
 class _Session(requests.Session):
-    """An HTTP session with timeouts; without them the client would wait for ever for a server that does not answer."""
+    """An HTTP session with timeouts; without them, the client would wait for ever for a hanging server."""
 
     def request(self, *arguments: Any, **options: Any) -> requests.Response:
         query = "json" in str((options.get("headers") or {}).get("Accept", ""))
@@ -280,14 +280,14 @@ class _Session(requests.Session):
 def connect(
     url: str, user: str | None, password: str | None, prefixes: Mapping[str, str | None], token: str = ""
 ) -> DICOMwebClient:
-    """A client of a DICOMweb server.
+    """A client for a DICOMweb server.
 
     Args:
-        url: its root.
-        user: for basic authentication; none without.
-        password: the same.
-        prefixes: of ``qido``, ``wado`` and ``stow``, where the server has some.
-        token: a bearer token, in place of user and password.
+        url: root URL.
+        user: user name for basic authentication; empty for none.
+        password: password for basic authentication.
+        prefixes: URL prefixes of ``qido``, ``wado`` and ``stow``, if the server has any.
+        token: a bearer token, instead of user and password.
     """
     session = _Session()
     if token:
@@ -296,7 +296,7 @@ def connect(
         session.auth = HTTPBasicAuth(user, password)
     given: dict[str, Any] = {f"{name}_url_prefix": prefix for name, prefix in prefixes.items() if prefix}
     client = DICOMwebClient(url.rstrip("/"), session, **given)
-    client.set_http_retry_params(retry=False)  # a user waits for the answer; the next request tries again
+    client.set_http_retry_params(retry=False)  # a user waits for the response; the next request tries again
     return client
 
 
@@ -310,6 +310,6 @@ def _reason(error: Exception) -> str:
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the server as a whole does not answer, rather than something of one question being wrong."""
+    """Whether the server as a whole is unavailable, and not only one question failed."""
     no_answer = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.TimeoutError)
     return isinstance(error, no_answer) or _status(error) in UNAVAILABLE

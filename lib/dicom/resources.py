@@ -1,4 +1,4 @@
-"""Addresses of DICOMweb (PS3.18): which there are, what they name, and in which form a client wants the answer."""
+"""Parses DICOMweb addresses (PS3.18) and the media types that a client accepts."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _COMPILED = [
 ]
 LONGEST_PATH = 600
 _ENTRY = re.compile(r"""(?:[^,"]|"[^"]*"?)+""")
-"""One of the entries between commas, some of which may stand in quotes; each letter is looked at once."""
+"""One of the comma-separated entries, parts of which may be quoted; each character is examined once."""
 
 
 @dataclass(frozen=True)
 class Resource:
-    """What an address names.
+    """The resource that an address names.
 
     Attributes:
-        view: what is asked of it.
-        level: ``studies``, ``series`` or ``instances``, of a query.
-        study: Study Instance UID; "" for all. The same with ``series`` and ``sop``.
-        frames: numbers from 1; empty for all.
+        view: the requested view of it.
+        level: level of a query: ``studies``, ``series`` or ``instances``.
+        study: Study Instance UID; "" for all. ``series`` and ``sop`` are analogous.
+        frames: frame numbers from 1; empty for all.
     """
 
     view: View
@@ -56,10 +56,10 @@ class Resource:
 
 
 def parse_path(path: str) -> Resource:
-    """What a path below the root of a DICOMweb server names. Nothing else passes, however it is written.
+    """Parse a path below the root of a DICOMweb server. Any other path is refused, however it is written.
 
     Raises:
-        ParameterError: for a path that is not DICOMweb's.
+        ParameterError: for a path that is not one of DICOMweb.
 
     >>> parse_path("studies/1.2/series").level
     'series'
@@ -80,9 +80,9 @@ class MediaType:
     """One entry of an Accept header.
 
     Attributes:
-        name: of what is in the parts, for ``multipart/related``, or of the whole.
-        multipart: whether it is wanted as ``multipart/related``.
-        syntax: transfer syntax; ``*`` for whatever is there, "" for the default.
+        name: type of the parts of ``multipart/related``, or of the whole response.
+        multipart: whether ``multipart/related`` is accepted.
+        syntax: transfer syntax; ``*`` for any, "" for the default.
     """
 
     name: str
@@ -91,7 +91,7 @@ class MediaType:
 
 
 def parse_accept(header: str | None) -> list[MediaType]:
-    """The entries of an Accept header in the order of their weight; anything, if there is none.
+    """The entries of an Accept header sorted by weight; any type if there is no header.
 
     >>> parse_accept('multipart/related; type="image/jp2"; transfer-syntax=*')
     [MediaType(name='image/jp2', multipart=True, syntax='*')]
@@ -122,7 +122,7 @@ def parse_number(query: Mapping[str, str], name: str, default: int, valid: str) 
     """A whole number from 0 in a query.
 
     Raises:
-        ParameterError: for anything else.
+        ParameterError: for other values.
     """
     text = query.get(name)
     if text is None or text == "":

@@ -1,4 +1,4 @@
-"""WADO-RS (PS3.18, 10.4) over an index: instances, frames and pictures, in the form that a client accepts."""
+"""WADO-RS (PS3.18, 10.4) over an index: instances, frames and rendered images, in a form that the client accepts."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ COMPRESSED_TYPES = {
 }
 PIXEL_DATA = 0x7FE00010
 WORD_BYTES = {"OW": 2, "OF": 4, "OL": 4, "OD": 8, "OV": 8}
-"""Bytes of a word of a binary value, by VR (PS3.5, 6.2)."""
+"""Number of bytes in a word of a binary value, by VR (PS3.5, 6.2)."""
 DECODED_MEANING = {"YBR_FULL_422": "YBR_FULL", "YBR_RCT": "RGB", "YBR_ICT": "RGB"}
-"""Photometric Interpretation of decoded samples: all are there, and JPEG 2000 has turned its own back."""
+"""Photometric Interpretation after decoding: chroma is upsampled, and JPEG 2000 has undone its colour transform."""
 PICTURES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 THUMBNAIL_PIXELS = 128
 
 
 class NotAcceptableError(UnetrError):
-    """Nothing of what a client accepts can be made of what it asks for."""
+    """The requested resource cannot be sent in any form that the client accepts."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a ``multipart/related`` answer."""
+    """One part of a ``multipart/related`` response."""
 
     media_type: str
     content: bytes
 
 
 def instance_parts(instances: Sequence[Instance], accepted: Sequence[MediaType]) -> Iterator[Part]:
-    """Files as PS3.10 has them; uncompressed where the client does not accept how they are stored.
+    """Files as in PS3.10; uncompressed if the client does not accept the stored transfer syntax.
 
     Raises:
-        NotAcceptableError: when the client wants something else.
+        NotAcceptableError: if the client accepts neither.
     """
     wanted = next((entry for entry in accepted if entry.name in ("application/dicom", "application/*", "*/*")), None)
     if wanted is None:
@@ -73,17 +73,19 @@ def _instance_part(instance: Instance, wanted: MediaType) -> Part:
     if as_stored and instance.is_renamed:
         return whole_file(_read(instance))
     content = instance.file.read_bytes() if as_stored else b""
-    if not has_preamble(content):  # a data set alone, which is no file of PS3.10, or one that is to be decoded
+    if not has_preamble(
+        content
+    ):  # a data set without preamble, which is not a PS3.10 file, or one that has to be decoded
         as_stored, content = False, _uncompressed(instance)
     syntax = instance.syntax if as_stored else ExplicitVRLittleEndian
     return Part(f"application/dicom; transfer-syntax={syntax}", content)
 
 
 def _uncompressed(instance: Instance) -> bytes:
-    """The instance as PS3.10 has it, in explicit VR little endian."""
+    """The instance as a PS3.10 file in explicit VR little endian."""
     dataset = _read(instance)
     with reading(f"instance {instance.sop} cannot be decoded"):
-        for _ in dataset.iterall():  # values are decoded in the byte order that they were read in
+        for _ in dataset.iterall():  # values are decoded in the byte order of the file
             pass
         if instance.syntax not in NATIVE:
             _decompress(dataset)
@@ -97,7 +99,7 @@ def _uncompressed(instance: Instance) -> bytes:
 
 
 def _swap(dataset: Dataset) -> None:
-    """Binary values of a big-endian instance in little-endian order (PS3.5, 7.3); pixels by the size of their cells."""
+    """Convert binary values of a big-endian instance to little endian (PS3.5, 7.3); pixels by their cell size."""
     for element in dataset.iterall():
         if element.tag != PIXEL_DATA and element.VR in WORD_BYTES and element.value:
             element.value = _swapped(element.value, WORD_BYTES[element.VR])
@@ -106,7 +108,7 @@ def _swap(dataset: Dataset) -> None:
 
 
 def _little_endian_pixels(dataset: Dataset) -> bytes:
-    """Pixel Data of a native instance; cells of 8 bits or fewer lie in words of 16 bits where they are OW."""
+    """Pixel Data of a native instance; cells of at most 8 bits are stored in words of 16 bits if the VR is OW."""
     content: bytes = dataset.PixelData
     if dataset.is_little_endian:
         return content
@@ -120,12 +122,12 @@ def _swapped(content: bytes, word: int) -> bytes:
 
 
 def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[MediaType]) -> list[Part]:
-    """Frames, compressed as they are stored where the client accepts that, otherwise as little-endian numbers.
+    """Frames, compressed as stored if the client accepts that, otherwise as little-endian numbers.
 
     Raises:
-        NotAcceptableError: when the client wants something else.
-        ParameterError: for a frame that there is not.
-        ImageError: when the pixels cannot be decoded.
+        NotAcceptableError: if the client accepts neither.
+        ParameterError: for a frame that does not exist.
+        ImageError: if the pixels cannot be decoded.
     """
     dataset = _read(instance)
     total = frame_count(dataset)
@@ -143,10 +145,10 @@ def frame_parts(instance: Instance, numbers: Sequence[int], accepted: Sequence[M
 
 
 def native_frames(dataset: FileDataset, numbers: Sequence[int]) -> list[Part]:
-    """Frames of an instance that has been made, as little-endian numbers.
+    """Frames of a generated instance, as little-endian numbers.
 
     Raises:
-        ParameterError: for a frame that there is not.
+        ParameterError: for a frame that does not exist.
     """
     total = frame_count(dataset)
     for number in numbers:
@@ -157,7 +159,7 @@ def native_frames(dataset: FileDataset, numbers: Sequence[int]) -> list[Part]:
 
 
 def whole_file(dataset: Dataset) -> Part:
-    """An instance that has been made, as PS3.10 has it."""
+    """A generated instance as a PS3.10 file."""
     buffer = io.BytesIO()
     dataset.save_as(buffer, write_like_original=False)
     return Part(f"application/dicom; transfer-syntax={dataset.file_meta.TransferSyntaxUID}", buffer.getvalue())
@@ -190,7 +192,7 @@ def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> 
         _decompress(dataset)
     shape_of(dataset)
     content = _little_endian_pixels(dataset)
-    # two of three samples of a row's neighbours are shared (PS3.3, C.7.6.3.1.2)
+    # horizontally adjacent pixels share two of their three samples (PS3.3, C.7.6.3.1.2)
     samples = 2 if dataset.PhotometricInterpretation == "YBR_FULL_422" else int(dataset.SamplesPerPixel)
     size = int(dataset.Rows) * int(dataset.Columns) * samples * int(dataset.BitsAllocated) // 8
     if len(content) < size * total:
@@ -199,7 +201,7 @@ def _native_frames(dataset: FileDataset, numbers: Sequence[int], total: int) -> 
 
 
 def _decompress(dataset: FileDataset) -> None:
-    """Put numbers in place of compressed pixels, in little-endian order, and say what they are."""
+    """Replace compressed pixels by little-endian numbers, and adapt the attributes that describe them."""
     pixels = decode_cells(dataset)
     content = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
     dataset.PixelData = content + bytes(len(content) % 2)
@@ -213,12 +215,12 @@ def _decompress(dataset: FileDataset) -> None:
 
 
 def picture(instance: Instance, resource: Resource, query: Mapping[str, str], accepted: Sequence[MediaType]) -> Part:
-    """A frame as a picture (PS3.18, 8.3.5), with the window of the image or of the query.
+    """A frame rendered as an image (PS3.18, 8.3.5), with the window of the instance or of the query.
 
     Raises:
-        NotAcceptableError: when the client wants neither JPEG nor PNG.
-        ParameterError: for a window, a size or a frame that is none.
-        ImageError: when the pixels cannot be decoded.
+        NotAcceptableError: if the client accepts neither JPEG nor PNG.
+        ParameterError: for an invalid window, size or frame.
+        ImageError: if the pixels cannot be decoded.
     """
     return picture_of(_read(instance), resource, query, accepted)
 
@@ -226,7 +228,7 @@ def picture(instance: Instance, resource: Resource, query: Mapping[str, str], ac
 def picture_of(
     dataset: FileDataset, resource: Resource, query: Mapping[str, str], accepted: Sequence[MediaType]
 ) -> Part:
-    """As :func:`picture`, of an instance that has been read or made."""
+    """Like :func:`picture`, for an instance that has been read or generated."""
     media_type = _picture_type(accepted)
     total = frame_count(dataset)
     number = resource.frames[0] if resource.frames else (total + 1) // 2
@@ -299,11 +301,11 @@ def _viewport(query: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def _read(instance: Instance) -> FileDataset:
-    """The file of an instance.
+    """Read the file of an instance.
 
     Raises:
-        NotFoundError: when it is gone since it was indexed.
-        ImageError: when it cannot be read any more.
+        NotFoundError: if it has been deleted since it was indexed.
+        ImageError: if it can no longer be read.
     """
     if not instance.file.is_file():
         raise NotFoundError("file of instance", instance.sop)

@@ -1,6 +1,6 @@
-"""Reading a DICOM Segmentation, of whatever program, onto the grid of the series that it is of.
+"""Reads a DICOM Segmentation of any program onto the grid of its source series.
 
-Segments are known by their labels, frames by where they lie in the patient; the order of either means nothing.
+Segments are identified by their labels, and frames by their position in the patient; the order of both is ignored.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class SegmentedVolume:
     """A mask and its names.
 
     Attributes:
-        labels: shape (columns, rows, slices) of the series; each voxel's segment number, 0 for none.
-        names: segment number to segment label, of every segment that is described, present or not.
+        labels: shape (columns, rows, slices) of the series; the segment number of each voxel, 0 for none.
+        names: segment number to segment label, for all described segments, with or without voxels.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -40,13 +40,13 @@ def is_segmentation(instance: Dataset) -> bool:
 
 
 def referenced_series(seg: Dataset) -> str:
-    """Series Instance UID of what was segmented; "" where it does not say."""
+    """Series Instance UID of the segmented series; "" if it is not stated."""
     references = seg.get("ReferencedSeriesSequence") or []
     return str(references[0].get("SeriesInstanceUID", "")) if references else ""
 
 
 def referenced_instances(seg: Dataset) -> set[str]:
-    """SOP Instance UIDs of the images that it says it was made of."""
+    """SOP Instance UIDs of the referenced source images."""
     uids = set()
     for reference in seg.get("ReferencedSeriesSequence") or []:
         for item in reference.get("ReferencedInstanceSequence") or []:
@@ -62,14 +62,14 @@ def referenced_instances(seg: Dataset) -> set[str]:
 
 
 def read_segmentation(seg: Dataset, series: Series) -> SegmentedVolume:
-    """Place the frames of a SEG on the grid of its series.
+    """Read the frames of a SEG onto the grid of its series.
 
     Args:
-        seg: the instance, with its pixels.
-        series: what was segmented.
+        seg: the instance, including its pixels.
+        series: the segmented series.
 
     Raises:
-        LabelError: when it is no SEG, is of another frame of reference or grid, or has overlapping segments.
+        LabelError: if it is not a SEG, has another frame of reference or grid, or has overlapping segments.
     """
     if not is_segmentation(seg):
         raise LabelError("this instance is no DICOM Segmentation")
@@ -116,7 +116,7 @@ def _frames(seg: Dataset) -> npt.NDArray[np.uint8]:
 
 
 def _segment_of(seg: Dataset, frame: int) -> int | None:
-    """The segment that a frame is of; None in a label map, whose pixels say it themselves."""
+    """The segment number of a frame; None for a label map, whose pixels are segment numbers."""
     if str(seg.get("SegmentationType", "")) == "LABELMAP":
         return None
     group = _group(seg, frame, "SegmentIdentificationSequence")
@@ -124,7 +124,7 @@ def _segment_of(seg: Dataset, frame: int) -> int | None:
 
 
 def _places(seg: Dataset) -> list[npt.NDArray[np.float64]]:
-    """Of each frame the 4x3 matrix from (column, row, 1) to millimetres in LPS."""
+    """For each frame, the 4x3 matrix from (column, row, 1) to millimetres in LPS."""
     places = []
     for frame in range(int(seg.NumberOfFrames)):
         orientation = np.array(_group(seg, frame, "PlaneOrientationSequence").ImageOrientationPatient, dtype=float)
@@ -139,10 +139,10 @@ def _places(seg: Dataset) -> list[npt.NDArray[np.float64]]:
 
 
 def _group(seg: Dataset, frame: int, keyword: str) -> Dataset:
-    """A functional group of a frame, or of all frames.
+    """A functional group of a frame, or the shared one of all frames.
 
     Raises:
-        AttributeError: when there is none.
+        AttributeError: if there is none.
     """
     own = seg.PerFrameFunctionalGroupsSequence[frame]
     shared = seg.get("SharedFunctionalGroupsSequence") or [Dataset()]
@@ -155,15 +155,15 @@ def _group(seg: Dataset, frame: int, keyword: str) -> Dataset:
 def _indices(
     to_index: npt.NDArray[np.float64], shape: tuple[int, ...], series: Series, frame: int
 ) -> tuple[npt.NDArray[np.intp], ...]:
-    """Where the pixels (columns, rows) of a frame lie among the voxels of the series, whichever way it is turned.
+    """The voxel indices in the series for the pixels (columns, rows) of a frame, for any orientation.
 
     Raises:
-        LabelError: when they do not lie on its voxels.
+        LabelError: if they do not coincide with its voxels.
     """
     rows, columns = shape
     steps = np.rint(to_index[:3]).astype(np.intp)
     corners = np.array([[c, r, 1] for c in (0, columns - 1) for r in (0, rows - 1)]).T
-    # frames lie where the slices do, which may be a little off the grid that is fitted to them
+    # frames lie at the positions of the slices, which may deviate slightly from the fitted grid
     edge_mm = float(np.linalg.norm(series.affine_lps[:3, :3], axis=0).min())
     tolerance_voxels = GRID_TOLERANCE_VOXELS + float(series.distances_mm.max()) / edge_mm
     if np.abs(to_index[:3] @ corners - steps @ corners).max() > tolerance_voxels:

@@ -1,4 +1,4 @@
-"""A mask as a DICOM Segmentation (PS3.3, A.51) that says what each segment is, who made it, and of which images."""
+"""Writes a mask as a DICOM Segmentation (PS3.3, A.51), with segments, creator and references to the source images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lib.errors import ImageError, LabelError
 
 MANUFACTURER = "monailabel-unetr"
 OWN_SCHEME = "99UNETR"
-"""Private terminology (PS3.16, 8) of labels that a preset gives no code."""
+"""Private coding scheme (PS3.16, 8) for labels without a code in the preset."""
 ANATOMICAL_STRUCTURE = Code(value="123037004", meaning="Anatomical Structure")
 ARTIFICIAL_INTELLIGENCE = Code(value="123110", meaning="Artificial Intelligence", scheme="DCM")
 SERIES_NUMBER = 300
@@ -33,11 +33,11 @@ SRGB_TO_XYZ = np.array(
 
 @dataclass(frozen=True)
 class Origin:
-    """How a mask was made.
+    """How a mask was created.
 
     Attributes:
-        kind: by a network alone, corrected by a person, or drawn by a person alone.
-        model_version: of the network that it came from.
+        kind: computed by a network, corrected by a person, or drawn by a person.
+        model_version: version of the network.
         creator: the person, if there was one.
     """
 
@@ -47,7 +47,7 @@ class Origin:
 
     @property
     def description(self) -> str:
-        """What the series is called; at most 64 characters."""
+        """Series Description; at most 64 characters."""
         creator = person_name(self.creator).removesuffix("^")
         words = {"AUTOMATIC": "UNETR", "SEMIAUTOMATIC": "UNETR, corrected", "MANUAL": "Drawn by hand"}
         return words[self.kind] + (f" by {creator}" if creator and self.kind != "AUTOMATIC" else "")
@@ -56,21 +56,21 @@ class Origin:
 def write_segmentation(
     labels: npt.NDArray[np.generic], series: Series, preset: Preset, origin: Origin, number: int = 1
 ) -> Dataset:
-    """Make a binary SEG with a segment for each label of the preset, by its own number and name, present or not.
+    """Create a binary SEG with a segment for each label of the preset, with or without voxels.
 
     Args:
         labels: shape (columns, rows, slices) of ``series``; values of the preset, 0 is background.
-        series: what was segmented.
-        preset: gives names, codes and colours.
-        origin: how it was made.
-        number: counts the segmentations of this series; part of the series' number.
+        series: the segmented series.
+        preset: provides names, codes and colours.
+        origin: how the mask was created.
+        number: number of this segmentation of the series; part of the Series Number.
 
     Returns:
-        A data set that is ready to be saved or sent. An empty mask becomes empty frames.
+        A data set that is ready to be saved or sent. An empty mask yields empty frames.
 
     Raises:
         LabelError: for another shape, or values that the preset does not have.
-        ImageError: for a series that lacks what every SEG must say of its images, or whose slices are uneven.
+        ImageError: for a series that lacks attributes required by a SEG, or whose slices are unevenly spaced.
     """
     if series.even:
         raise ImageError(f"series {series.uid} {UNEVEN}")
@@ -98,19 +98,19 @@ def write_segmentation(
             content_creator_name=person_name(origin.creator) or None,
             omit_empty_frames=bool(labels.any()),
         )
-    seg.SpecificCharacterSet = "ISO_IR 192"  # names of labels are in any script
+    seg.SpecificCharacterSet = "ISO_IR 192"  # label names may be in any script
     seg.SeriesDescription = origin.description[:64]
     return seg
 
 
 def person_name(text: str) -> str:
-    """A user's name as a PN element of one component, without what separates components; "" for none."""
+    """A user's name as a PN value with one component, without delimiters; "" for none."""
     name = "".join(c for c in text if c.isprintable() and c not in "\\^=")[:63].strip()
     return f"{name}^" if name else ""
 
 
 def cielab(color: Sequence[int]) -> list[int]:
-    """sRGB, 0 to 255, as PS3.3 C.10.7.1.1 has it: L*, a*, b* (D65) scaled to 16 bits.
+    """sRGB, 0 to 255, as defined in PS3.3 C.10.7.1.1: L*, a*, b* (D65) scaled to 16 bits.
 
     >>> cielab((255, 255, 255))
     [65535, 32896, 32896]
@@ -137,7 +137,7 @@ def _planes_as_stored(labels: npt.NDArray[np.generic], series: Series) -> npt.ND
 
 
 def _complete(header: Dataset) -> Dataset:
-    """The header with what it must have, which is handed on to the SEG."""
+    """The header with all required attributes, which are copied to the SEG."""
     missing = [keyword for keyword in TYPE_2 if keyword not in header]
     if not missing:
         return header
@@ -158,7 +158,7 @@ def _describe_segment(label: Label, series: Series, preset: Preset, origin: Orig
         segmented_property_type=_coded(label.code or _code_of_our_own(label)),
         algorithm_type=origin.kind,
         algorithm_identification=None if origin.kind == "MANUAL" else algorithm,
-        # the same organ of the same image keeps its identity from one version to the next
+        # the same organ of the same image keeps its tracking UID across versions
         tracking_uid=str(generate_uid(entropy_srcs=[f"{series.uid}|", f"{preset.name}|", label.name])),
         tracking_id=f"{preset.name} {label.name}"[:64],
     )
@@ -175,7 +175,7 @@ def _coded(code: Code) -> hd.sr.CodedConcept:
 
 
 def _code_of_our_own(label: Label) -> Code:
-    """A code for a label that no terminology is named for: its name, or a digest of a name that is no code."""
+    """A private code for a label without a terminology code: its name, or a digest of an invalid name."""
     name = canonical_name(label.name).upper()
     fits = name.isascii() and len(name) <= 16
     value = name if fits else hashlib.sha256(name.encode()).hexdigest()[:16].upper()

@@ -1,8 +1,8 @@
-"""A DICOM series as one volume: which frames belong to it, in which order, where, and what was left out.
+"""A DICOM series as one volume: which frames belong to it, their order and position, and what was left out.
 
-Frames are put in order along the normal of their planes (PS3.3, C.7.6.2.1.1), as ITK does, so that columns, rows and
-slices are right-handed. Classic series (one file a slice) and enhanced multi-frame images (one file, many frames) are
-the same from here on.
+Frames are sorted along the normal of their planes (PS3.3, C.7.6.2.1.1), as in ITK, so that columns, rows and slices
+form a right-handed system. Classic series (one file for each slice) and enhanced multi-frame images (one file with many
+frames) are treated alike from here on.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from lib.imagefiles.reading import check_memory
 
 FloatArray = npt.NDArray[np.float64]
 TOLERANCE_MM = 0.1
-"""Farthest that a voxel of a slice may lie from the grid that is fitted to all slices."""
+"""Largest distance of a slice's voxels from the grid that is fitted to all slices."""
 TOLERANCE_OF_DISTANCE = 0.1
-"""The same as a share of the distance between slices, where that is less: for slices thinner than 1 mm."""
+"""The same limit relative to the slice distance, which is smaller for slices thinner than 1 mm."""
 MIN_NORMAL, MAX_NORMAL = 0.99, 1.01
-"""Length of the cross product of a row's and a column's direction, which are of length one and at a right angle."""
+"""Valid length of the cross product of row and column direction, which are orthogonal unit vectors."""
 ROUNDING_MM = 1e-3
-"""What the digits of a decimal string leave; a distance below it is told to nobody."""
+"""Rounding error of decimal strings; smaller distances are not reported."""
 SAME_STACK_MM = 1.0
-"""Slices whose corners, seen from their first voxels, lie within this of each other are of one size and orientation."""
+"""Largest difference of the corners of two slices, relative to their first voxels, with which both belong to one
+stack.
+"""
 UNEVEN = (
     "has unevenly spaced slices, and its mask lies on even ones; valid: a DICOM SEG of the regular series that is "
     "shown beside it, or another kind of file"
 )
-"""Why a DICOM SEG cannot refer to the slices of a series that is resampled."""
+"""Why a DICOM SEG cannot refer to the slices of a resampled series."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -49,11 +51,11 @@ class Frame:
 
     Attributes:
         header: attributes of its instance, without pixels.
-        file: of its instance.
+        file: file of its instance.
         number: index among the frames of the instance, from 0.
-        position_mm: centre of the first voxel, in LPS.
-        orientation: direction of a row and of a column, in LPS; shape (2, 3).
-        spacing_mm: between rows, between columns.
+        position_mm: position of the centre of the first voxel, in LPS.
+        orientation: directions of rows and columns, in LPS; shape (2, 3).
+        spacing_mm: distance between rows, and between columns.
         slope: Rescale Slope.
         intercept: Rescale Intercept.
     """
@@ -69,12 +71,12 @@ class Frame:
 
     @property
     def uid(self) -> str:
-        """SOP Instance UID of its instance; the file's name where that is empty."""
+        """SOP Instance UID of its instance; the file name if it is empty."""
         return str(self.header.get("SOPInstanceUID", "")) or self.file.name
 
     @property
     def is_localizer(self) -> bool:
-        """Whether it says itself that it is an overview for planning."""
+        """Whether the header declares it as a localizer."""
         return "LOCALIZER" in [str(value).upper() for value in self.header.get("ImageType") or []]
 
     @property
@@ -84,7 +86,7 @@ class Frame:
 
     @property
     def corners_mm(self) -> FloatArray:
-        """Centres of the four voxels at the corners, in LPS; shape (4, 3)."""
+        """Centres of the four corner voxels, in LPS; shape (4, 3)."""
         rows, columns = self.size
         along_row, along_column = (
             self.orientation[0] * self.spacing_mm[1] * (columns - 1),
@@ -95,7 +97,7 @@ class Frame:
         return corners
 
     def is_parallel_to(self, other: Frame) -> bool:
-        """Whether both are of one size and orientation, wherever they lie."""
+        """Whether both frames have the same size and orientation, whatever their position."""
         offsets = (self.corners_mm - self.position_mm) - (other.corners_mm - other.position_mm)
         return self.size == other.size and float(np.linalg.norm(offsets, axis=1).max()) <= SAME_STACK_MM
 
@@ -105,9 +107,9 @@ class Series:
     """One volume.
 
     Attributes:
-        frames: in order along the normal of the planes.
+        frames: frames sorted along the normal of the planes.
         notes: what was left out or resampled, one sentence each.
-        even: the slices of the volume, where the frames are not evenly spaced and it is resampled from them.
+        even: the slices of the resampled volume, if the frames are unevenly spaced.
 
     Raises:
         ImageError: for fewer than two frames.
@@ -123,7 +125,7 @@ class Series:
 
     @property
     def header(self) -> Dataset:
-        """The first slice's instance, for what all have in common."""
+        """The header of the first slice, for attributes that all slices share."""
         return self.frames[0].header
 
     @property
@@ -138,12 +140,12 @@ class Series:
 
     @property
     def positions_mm(self) -> FloatArray:
-        """Where the first voxels of the frames lie, in LPS; shape (frames, 3)."""
+        """Positions of the first voxels of the frames, in LPS; shape (frames, 3)."""
         return np.array([frame.position_mm for frame in self.frames])
 
     @cached_property
     def affine_lps(self) -> FloatArray:
-        """4x4, from (column, row, slice) to millimetres in LPS; the slices' step is fitted by least squares."""
+        """4x4, from (column, row, slice) to millimetres in LPS; the slice step is fitted by least squares."""
         first, count = self.frames[0], len(self.frames)
         affine = np.eye(4)
         affine[:3, 0] = first.orientation[0] * first.spacing_mm[1]
@@ -159,7 +161,7 @@ class Series:
 
     @cached_property
     def distances_mm(self) -> FloatArray:
-        """How far the farthest corner of each frame lies from its place on the fitted grid."""
+        """Distance of the farthest corner of each frame from its position on the fitted grid."""
         places = self.even.places if self.even else np.arange(len(self.frames), dtype=np.float64)
         rows, columns = self.frames[0].size
         corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]])
@@ -172,7 +174,7 @@ class Series:
 
     @property
     def tolerance_mm(self) -> float:
-        """Farthest that a slice may lie from the fitted grid."""
+        """Largest distance of a slice from the fitted grid."""
         return tolerance_mm(float(np.linalg.norm(self.affine_lps[:3, 2])))
 
     @property
@@ -183,14 +185,14 @@ class Series:
 
     @property
     def sources(self) -> list[Dataset]:
-        """The headers of its instances, each once, in the order of the slices."""
+        """The headers of its instances without repetition, in the order of the slices."""
         return list({frame.uid: frame.header for frame in self.frames}.values())
 
     def read_voxels(self) -> npt.NDArray[np.float32]:
-        """Decode, rescale, and resample where the frames are not evenly spaced; shape (columns, rows, slices).
+        """Decode, rescale, and resample if the frames are unevenly spaced; shape (columns, rows, slices).
 
         Raises:
-            MemoryBudgetError: when the headers promise more than memory holds.
+            MemoryBudgetError: if the headers announce more voxels than fit into memory.
             ImageError: naming the instance that cannot be decoded.
         """
         check_memory((*self.shape[:2], len(self.frames)), 0, f"series of {self.frames[0].uid}")
@@ -209,16 +211,16 @@ class Series:
 
 
 def read_series(files: Iterable[Path], name: str = "the selection", uid: str = "") -> Series:
-    """Put the frames of one series in order.
+    """Read and sort the frames of one series.
 
     Args:
         files: its instances, in any order.
-        name: what to call the files in an error.
-        uid: what it is called here, where that is not the Series Instance UID of its files.
+        name: name of the files in errors.
+        uid: UID to use, if it is not the Series Instance UID of the files.
 
     Raises:
-        ImageError: when there is no image among them, they are of several series, a slice is missing, slices lie at
-            the same place, or one lies farther from an even grid than the tolerance.
+        ImageError: if there is no image among them, they belong to several series, a slice is missing, slices have
+            equal positions, or one lies farther from an even grid than the tolerance.
     """
     headers, notes = _read_headers(files)
     ordered = order_series(headers, notes, name)
@@ -229,10 +231,10 @@ def read_series(files: Iterable[Path], name: str = "the selection", uid: str = "
 
 
 def order_series(headers: Sequence[tuple[Path, Dataset]], notes: list[str], name: str) -> Series:
-    """As :func:`read_series`, of headers that have been read, each with its file.
+    """Like :func:`read_series`, for headers that have been read, each with its file.
 
     Raises:
-        ImageError: as :func:`read_series`; also for a header with values of another number or kind than they should be.
+        ImageError: see :func:`read_series`; also for a header with values of the wrong number or type.
     """
     with reading(f"{name} cannot be put in order"):
         return _ordered(headers, notes, name)
@@ -251,7 +253,7 @@ def _ordered(headers: Sequence[tuple[Path, Dataset]], notes: list[str], name: st
 
 
 def tolerance_mm(between_slices_mm: float) -> float:
-    """Farthest that a slice may lie from an even grid.
+    """Largest distance of a slice from an even grid.
 
     >>> tolerance_mm(2.5), tolerance_mm(0.5)
     (0.1, 0.05)
@@ -260,7 +262,7 @@ def tolerance_mm(between_slices_mm: float) -> float:
 
 
 def _read_headers(files: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], list[str]]:
-    """Headers of the images, each instance once, and what was left out."""
+    """Headers of the images without repetition, and what was left out."""
     headers: dict[str, tuple[Path, Dataset]] = {}
     notes = []
     for file in files:
@@ -281,10 +283,10 @@ def _read_headers(files: Iterable[Path]) -> tuple[list[tuple[Path, Dataset]], li
 
 
 def _slices(headers: Sequence[tuple[Path, Dataset]], notes: list[str]) -> list[tuple[Path, Dataset]]:
-    """The instances without screenshots: in colours, or without a place and unlike the others in size or kind.
+    """The instances without screenshots, which are in colour, or have no position and another size or kind.
 
     Raises:
-        ImageError: when all are in colours.
+        ImageError: if all are in colour.
     """
     grey = [entry for entry in headers if int(entry[1].get("SamplesPerPixel") or 1) == 1]
     if headers and not grey:
@@ -312,7 +314,7 @@ def _frames_of(file: Path, header: Dataset) -> list[Frame]:
     """The frames of one instance.
 
     Raises:
-        ImageError: naming the instance, when its header does not say where it lies.
+        ImageError: naming the instance, if its header does not state its position.
     """
     uid = str(header.get("SOPInstanceUID", file.name))
     with reading(f"instance {uid} does not say where it lies"):
@@ -334,7 +336,7 @@ FUNCTIONAL_GROUPS = (
 
 
 def _group(keyword: str, of_frame: Dataset, shared: Dataset) -> Dataset:
-    """A functional group (PS3.3, C.7.6.16) of a frame, or of all frames; empty where there is none."""
+    """A functional group (PS3.3, C.7.6.16) of a frame, or of all frames; empty if there is none."""
     items = of_frame.get(keyword) or shared.get(keyword)
     return items[0] if items else Dataset()
 
@@ -345,7 +347,7 @@ def _frame(
     """One frame from the groups of attributes that describe it.
 
     Raises:
-        AttributeError, TypeError, ValueError: for a header that lacks something, or where it is no number.
+        AttributeError, TypeError, ValueError: for a header that lacks a value, or has a value that is not a number.
     """
     position = np.array(place.ImagePositionPatient, dtype=np.float64)
     orientation = np.array(plane.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
@@ -370,16 +372,16 @@ def _frame(
 def _without_localizers(frames: Sequence[Frame], notes: list[str]) -> list[Frame]:
     localizers = [frame for frame in frames if frame.is_localizer]
     if len(localizers) == len(frames):
-        return list(frames)  # then it is all that there is; whether it is a volume is seen by its geometry
+        return list(frames)  # there is nothing else; its geometry shows whether it is a volume
     notes += [f"instance {frame.uid} left out, which is a localizer" for frame in localizers]
     return [frame for frame in frames if not frame.is_localizer]
 
 
 def _one_stack(frames: Sequence[Frame], notes: list[str], name: str) -> list[Frame]:
-    """The frames of the largest stack of one size and orientation.
+    """The frames of the largest stack of equal size and orientation.
 
     Raises:
-        ImageError: when no stack has more than half of the frames.
+        ImageError: if no stack has more than half of the frames.
     """
     stacks: list[list[Frame]] = []
     for frame in frames:
@@ -397,16 +399,16 @@ def _one_stack(frames: Sequence[Frame], notes: list[str], name: str) -> list[Fra
 
 
 def _in_order(frames: Sequence[Frame]) -> list[Frame]:
-    """Slices sorted along the normal of their plane; those at the same position by Instance Number."""
+    """Slices sorted along the normal of their plane, and at equal positions by Instance Number."""
     normal = np.cross(*frames[0].orientation)
     return sorted(frames, key=lambda f: (float(normal @ f.position_mm), int(f.header.get("InstanceNumber") or 0)))
 
 
 def _one_a_place(frames: Sequence[Frame], notes: list[str], name: str) -> list[Frame]:
-    """Leave out slices at the place of another one.
+    """Leave out slices at the position of another slice.
 
     Raises:
-        ImageError: when there are several everywhere: phases, echoes or a time series, which are several volumes.
+        ImageError: if every position has several: phases, echoes or a time series, which are several volumes.
     """
     normal = np.cross(*frames[0].orientation)
     steps_mm = np.diff([float(normal @ frame.position_mm) for frame in frames])
@@ -429,11 +431,11 @@ def _one_a_place(frames: Sequence[Frame], notes: list[str], name: str) -> list[F
 
 
 def _resampled(series: Series, name: str) -> Series:
-    """Even slices for a series whose own lie unevenly on a straight line.
+    """A series with even slices, for one whose slices are unevenly spaced along a straight line.
 
     Raises:
-        ImageError: where a slice is missing or lies off the line, naming the slices on both sides of the largest gap,
-            or the slice that lies farthest off.
+        ImageError: if a slice is missing or does not lie on the line, naming the slices next to the largest gap, or the
+            most distant slice.
     """
     frames = series.frames
     normal = np.cross(*frames[0].orientation)
@@ -453,7 +455,7 @@ def _resampled(series: Series, name: str) -> Series:
 
 
 def _spacing_notes(series: Series) -> list[str]:
-    """Of slices that do not lie quite on their grid, how far off they are; of resampled ones, what was done."""
+    """A note on the deviation of slices from their grid, or on the resampling."""
     notes = []
     if series.even:
         apart = np.linalg.norm(np.diff(series.positions_mm, axis=0), axis=1)

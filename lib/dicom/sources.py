@@ -1,4 +1,4 @@
-"""Where series come from: what is asked of a source, and a folder with its index as one."""
+"""Sources of series: their interface, and a folder with its index as a source."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lib.errors import NotFoundError, ParameterError
 from lib.storage.files import replacing
 
 INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate", "StudyTime", "Modality")
-"""What clients are told of a series."""
+"""Attributes of a series that clients receive."""
 SHOWN_KEYWORDS = ("PatientName", "StudyDescription", "SeriesDescription")
-"""What the page shows of it beside that."""
+"""Further attributes that only the page displays."""
 MATCHED_KEYWORDS = (
     *("SeriesDescription", "ProtocolName", "Modality", "BodyPartExamined", "FrameOfReferenceUID"),
     *SEQUENCE_KEYWORDS,
 )
-"""By which series are told apart as the sequences of a case."""
+"""Attributes that distinguish series as the sequences of a case."""
 MOST_PROBLEMS = 200
 SEGMENTATIONS = "segmentations"
 STORED = "stored"
-"""Folders for SEGs of series, and for other instances that are stored, in a folder of studies."""
+"""Subfolders of a studies folder for SEGs of series, and for other stored instances."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class SeriesInfo:
     Attributes:
         uid: Series Instance UID.
         study: Study Instance UID.
-        attributes: what clients show of it, by keyword.
-        shown: patient's name and descriptions, which the page shows and nothing keeps.
-        matched: values of the attributes by which sequences are told apart, as far as they are known.
+        attributes: attributes that clients display, by keyword.
+        shown: patient name and descriptions, which the page displays and nothing stores.
+        matched: known values of the attributes that distinguish sequences.
     """
 
     uid: str
@@ -51,45 +51,45 @@ class SeriesInfo:
 
 
 class SeriesSource(Protocol):
-    """What the datastore needs of it."""
+    """The interface of a source of series."""
 
     def start(self) -> None:
-        """Keep up to date in the background, until ``stop``."""
+        """Keep the list up to date in the background, until ``stop``."""
 
     def stop(self) -> None:
-        """End that."""
+        """Stop updating in the background."""
 
     def series(self) -> dict[str, SeriesInfo]:
-        """The image series of the right modalities, by UID."""
+        """The image series of the configured modalities, by UID."""
 
     def stamp(self, uid: str) -> str:
-        """Changes when the series does."""
+        """A value that changes with the series."""
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
         """The files of a series; ``folder``, which is empty, may be used for them."""
 
     def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
-        """The image series that may lie in a frame of reference, of an instance of a study."""
+        """The image series that may share a frame of reference, for an instance of a study."""
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
-        """Put a SEG where viewers find it, in place of the one of that series before it."""
+        """Store a SEG where viewers find it, replacing an earlier one of that series."""
 
     def keep_instance(self, instance: Dataset) -> None:
-        """Add an instance to what there is."""
+        """Store an instance."""
 
     def status(self) -> dict[str, Any]:
-        """What is told of it."""
+        """The state of the source, for clients."""
 
     def problem(self) -> str:
-        """Why its list of series may be wrong now, in a sentence; empty when nothing is known to be."""
+        """Why its list of series may be outdated, as a sentence; empty if no problem is known."""
 
 
 class FolderSource:
-    """Series of an index.
+    """The series of an index as a source.
 
     Args:
-        index: of the folder.
-        modalities: those that can be segmented.
+        index: index of the folder.
+        modalities: modalities that can be segmented.
     """
 
     def __init__(self, index: DicomIndex, modalities: Collection[str]) -> None:
@@ -99,20 +99,20 @@ class FolderSource:
         self._listed: tuple[dict[str, SeriesEntry], dict[str, SeriesInfo]] = ({}, {})
 
     def start(self) -> None:
-        """As :class:`SeriesSource`."""
+        """See :class:`SeriesSource`."""
         self.index.start()
 
     def stop(self) -> None:
-        """As :class:`SeriesSource`."""
+        """See :class:`SeriesSource`."""
         self.index.stop()
 
     def series(self) -> dict[str, SeriesInfo]:
-        """As :class:`SeriesSource`; scans the folder first in a process without a background scan."""
+        """See :class:`SeriesSource`; without a background scan, the folder is scanned first."""
         with self._scanning:
             if not self.index.is_started and not self.index.progress.scans:
                 self.index.scan()
         entries, known = self.index.series(), self._listed
-        if known[0] is not entries:  # the index makes another dictionary when anything has changed
+        if known[0] is not entries:  # the index returns a new dictionary after any change
             listed = {
                 uid: series_info(entry.summary)
                 for uid, entry in entries.items()
@@ -122,15 +122,15 @@ class FolderSource:
         return known[1]
 
     def stamp(self, uid: str) -> str:
-        """As :class:`SeriesSource`."""
+        """See :class:`SeriesSource`."""
         entry = self.index.series().get(uid)
         return self.index.stamp(uid, entry.study if entry else "")
 
     def fetch(self, uid: str, folder: Path) -> list[Path]:
-        """As :class:`SeriesSource`; the files as they lie.
+        """See :class:`SeriesSource`; returns the original files.
 
         Raises:
-            NotFoundError: when there is no such series.
+            NotFoundError: if there is no such series.
         """
         entry = self.index.series().get(uid)
         files = [instance.file for instance in self.index.instances(entry.study, uid)] if entry else []
@@ -139,23 +139,23 @@ class FolderSource:
         return files
 
     def in_frame_of_reference(self, frame: str, study: str) -> list[str]:
-        """As :class:`SeriesSource`; of any study, by the index."""
+        """See :class:`SeriesSource`; series of any study, by the index."""
         entries = self.index.series()
         listed = [uid for uid in self.series() if uid in entries]  # the index may have changed in between
         uids = [uid for uid in listed if first_value(entries[uid].summary, "FrameOfReferenceUID") == frame]
         return sorted(uids, key=lambda uid: entries[uid].study != study)
 
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
-        """As :class:`SeriesSource`: one file a series, replaced at once or not at all."""
+        """See :class:`SeriesSource`: one file for each series, replaced atomically."""
         file = self.index.folder / SEGMENTATIONS / f"{series_uid}.dcm"
         _write(seg, file)
         self.index.add(file)
 
     def keep_instance(self, instance: Dataset) -> None:
-        """As :class:`SeriesSource`: a file of its own below the folder; the same instance again changes nothing.
+        """See :class:`SeriesSource`: a separate file below the folder; storing the same instance again changes nothing.
 
         Raises:
-            ParameterError: when there is another instance of that UID.
+            ParameterError: if there is another instance with this UID.
         """
         uids = [str(instance.get(k)) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
         file = self.index.folder.joinpath(STORED, *uids[:2], f"{uids[2]}.dcm")
@@ -168,7 +168,7 @@ class FolderSource:
         self.index.add(file)
 
     def status(self) -> dict[str, Any]:
-        """Files found and indexed, and what could not be read."""
+        """Numbers of files found and indexed, and files that could not be read."""
         progress = self.index.progress
         problems = sorted(progress.problems.items())
         return {
@@ -179,12 +179,12 @@ class FolderSource:
         }
 
     def problem(self) -> str:
-        """As :class:`SeriesSource`."""
+        """See :class:`SeriesSource`."""
         return self.index.failure()
 
 
 def _write(instance: Dataset, file: Path) -> None:
-    """At once or not at all."""
+    """Write an instance atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as content:
         instance.save_as(content, write_like_original=False)
@@ -195,7 +195,7 @@ def _pixels_and_uids(instance: Dataset) -> tuple[Any, ...]:
 
 
 def series_info(summary: Json) -> SeriesInfo:
-    """What is told of a series, from its attributes as DICOM JSON."""
+    """The information on a series, from its attributes in DICOM JSON."""
     attributes = {keyword: first_value(summary, keyword) for keyword in (*INFO_KEYWORDS, "SeriesDescription")}
     shown = {keyword: first_value(summary, keyword) for keyword in SHOWN_KEYWORDS}
     matched = {keyword: values for keyword in MATCHED_KEYWORDS if (values := all_values(summary, keyword))}

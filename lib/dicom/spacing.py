@@ -1,7 +1,7 @@
-"""Even slices for a series whose own are not: where they lie, and their values.
+"""Evenly spaced slices for a series with uneven spacing: their positions and values.
 
-Slices whose distances differ but whose places are known, all on one straight line, can be resampled along that line
-(linearly, between the two slices around a place) without a change in their planes.
+Slices at known but uneven distances on one straight line can be resampled along that line (linearly, between the two
+slices around a position) without any change within their planes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 WIDEST_GAP = 1.5
-"""A gap so many times as wide as the middle one is a missing slice: nothing is known of what is in it."""
+"""A gap that exceeds the median distance by this factor is a missing slice, whose content is unknown."""
 
 
 @dataclass(frozen=True)
 class EvenSlices:
-    """Even slices from the first to the last of a series.
+    """Evenly spaced slices from the first to the last slice of a series.
 
     Attributes:
-        places: of the series' own slices, in numbers of even slices; the first is 0, the last ``count - 1``.
-        count: of even slices.
-        first_mm: the first voxel of the first even slice, in LPS.
-        step_mm: from an even slice to the next, in LPS.
+        places: positions of the series' own slices, in units of the even distance; the first is 0, the last ``count -
+            1``.
+        count: number of even slices.
+        first_mm: position of the first voxel of the first even slice, in LPS.
+        step_mm: vector from an even slice to the next, in LPS.
     """
 
     places: FloatArray
@@ -34,7 +35,7 @@ class EvenSlices:
 
     @property
     def farthest_mm(self) -> float:
-        """How far an even slice lies from the nearest slice of the series, at most."""
+        """Largest distance of an even slice from the nearest slice of the series."""
         apart = np.abs(np.arange(self.count)[:, None] - self.places[None, :]).min(axis=1)
         return float(apart.max() * np.linalg.norm(self.step_mm))
 
@@ -49,13 +50,13 @@ class EvenSlices:
 
 
 def even_slices(positions_mm: FloatArray, normal: FloatArray) -> EvenSlices | None:
-    """Even slices for those at some positions, in order along the normal; None where one seems to be missing.
+    """Even slices for slices that are sorted along the normal; None if one seems to be missing.
 
-    They are as far apart as the middle one of the series' distances, and rounded to a whole number of slices.
+    Their distance is the median of the series' distances, adjusted to a whole number of slices.
 
     Args:
-        positions_mm: of the first voxels, in LPS; shape (slices, 3).
-        normal: of the slices, of length 1.
+        positions_mm: positions of the first voxels, in LPS; shape (slices, 3).
+        normal: normal of the slices, of length 1.
     """
     along = positions_mm @ normal
     steps = np.diff(along)
@@ -65,7 +66,7 @@ def even_slices(positions_mm: FloatArray, normal: FloatArray) -> EvenSlices | No
     count = int(np.rint((along[-1] - along[0]) / middle)) + 1
     if count < 2:
         return None
-    # the line on which the first voxels lie: straight up, or tilted
+    # the line through the first voxels, which is perpendicular to the slices or tilted
     centred = along - along.mean()
     direction = centred @ (positions_mm - positions_mm.mean(axis=0)) / (centred @ centred)
     between = (along[-1] - along[0]) / (count - 1)

@@ -1,4 +1,4 @@
-"""STOW-RS (PS3.18, 10.5): the parts of a request, and the answer."""
+"""STOW-RS (PS3.18, 10.5): the parts of a request, and the response."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LONGEST_PREAMBLE = 64 * 1024
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one instance.
+    """The result for one instance.
 
     Attributes:
         sop_class: its SOP Class UID.
         sop: its SOP Instance UID.
-        address: where it can be retrieved, if it was stored.
-        failure: why it was not, as a code; 0 if it was.
-        sentence: the same in words.
+        address: URL from which it can be retrieved, if it was stored.
+        failure: code of the failure; 0 if it was stored.
+        sentence: the failure in words.
     """
 
     sop_class: str
@@ -46,14 +46,14 @@ class Outcome:
 
 
 class PartWriter:
-    """Writes the parts of a ``multipart/related`` body to files, one by one, while the body arrives.
+    """Writes the parts of a ``multipart/related`` body to files while the body arrives.
 
     Args:
-        content_type: of the request.
-        folder: for the files.
+        content_type: content type of the request.
+        folder: folder for the files.
 
     Raises:
-        ParameterError: when the content type is another, or has no boundary.
+        ParameterError: if the content type is another one, or has no boundary.
     """
 
     def __init__(self, content_type: str, folder: Path) -> None:
@@ -79,10 +79,10 @@ class PartWriter:
         )
 
     def write(self, block: bytes) -> None:
-        """Take the next bytes of the body.
+        """Process the next bytes of the body.
 
         Raises:
-            ParameterError: when they are no parts, or too many.
+            ParameterError: if they are not valid parts, or if there are too many.
         """
         self._size += len(block)
         try:
@@ -94,7 +94,7 @@ class PartWriter:
         """The files of all parts, in their order.
 
         Raises:
-            ParameterError: when the body was cut off, or had no part.
+            ParameterError: if the body was cut off, or had no part.
         """
         self._part.close()
         if not self._closed or not self._files:
@@ -102,11 +102,11 @@ class PartWriter:
         return self._files
 
     def abandon(self) -> None:
-        """Close the file that was being written."""
+        """Close the unfinished file."""
         self._part.close()
 
     def _without_preamble(self, block: bytes) -> bytes:
-        """The body after its preamble: the text before the first boundary, which RFC 2046 says is to be ignored."""
+        """The body after its preamble: the text before the first boundary, which has to be ignored (RFC 2046)."""
         start = (self._preamble or b"") + block
         at = start.find(self._marker)
         if at >= 0:
@@ -136,17 +136,17 @@ class PartWriter:
 
 
 def read_part(file: Path) -> FileDataset:
-    """A part as an instance; a file that does not begin as DICOM does is not read further.
+    """Read a part as an instance; a file that does not begin as DICOM does is refused at once.
 
     Raises:
-        ParameterError: when it is no DICOM, or has no UIDs.
+        ParameterError: if it is not DICOM, or has no UIDs.
     """
     try:
         if not is_dicom(file):
             raise ImageError("it does not begin as DICOM does")
         with reading("it cannot be read"):
             instance = read_instance(file)
-            check_levels(instance)  # each value is decoded here, where its damage is told
+            check_levels(instance)  # all values are decoded here, where damage can be reported
             uids = [str(instance.get(keyword, "")) for keyword in UIDS]
     except ImageError as error:
         raise ParameterError("part", f"{file.stat().st_size} bytes", f"a DICOM file ({describe(error)})") from error
@@ -159,7 +159,7 @@ def read_part(file: Path) -> FileDataset:
 
 
 def answer(outcomes: Sequence[Outcome]) -> tuple[int, Json]:
-    """The status (200 all, 202 some, 409 none stored) and the DICOM JSON of a store request."""
+    """The status (200 all, 202 some, 409 none stored) and the DICOM JSON of the response to a store request."""
     stored = [outcome for outcome in outcomes if not outcome.failure]
     failed = [outcome for outcome in outcomes if outcome.failure]
     data_set: Json = {}
@@ -177,6 +177,6 @@ def _reference(outcome: Outcome) -> Json:
 
 
 def _failure(outcome: Outcome) -> Json:
-    # Error Comment has room for 64 characters; the whole sentence goes beside it, where any length is taken
+    # Error Comment is limited to 64 characters; the whole sentence goes into another attribute without this limit
     reason = element("FailureReason", outcome.failure) | element("ErrorComment", outcome.sentence[:64])
     return _reference(outcome) | reason | element("TextValue", outcome.sentence)

@@ -1,4 +1,4 @@
-"""Series as NIfTI files, made when one is first asked for and kept until the series changes or room is needed."""
+"""A cache of series converted to NIfTI on demand, valid until the series changes or space is needed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lib.storage.files import replacing
 
 DEFAULT_LIMIT_MIB = 20_480
 SECONDS_IN_USE = 600.0
-"""A volume that was asked for so lately may still be about to be read."""
+"""A volume that was requested within this time may still be about to be read."""
 
 
 class VolumeCache:
     """The folder of converted series.
 
     Args:
-        source: of the series.
-        folder: for the files, ``<Series Instance UID>.nii``.
-        kept: the series that stay whatever their size, since a training may read them.
-        limit_mib: when there is more than this, those that nobody asked for lately go first.
+        source: source of the series.
+        folder: folder of the files, ``<Series Instance UID>.nii``.
+        kept: series that are never evicted, since a training may read them.
+        limit_mib: size limit; beyond it, the least recently requested volumes are removed.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class VolumeCache:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def file(self, uid: str) -> Path:
-        """Where a series' volume is or will be."""
+        """Path of a series' volume, whether it exists or not."""
         return self.folder / f"{uid}.nii"
 
     def get(self, uid: str) -> Path:
-        """A series' volume, converted now if need be; what was left out of it is in ``notes``.
+        """The volume of a series, converted if necessary; ``notes`` states what was left out of it.
 
         Raises:
-            NotFoundError, UpstreamError: when the series cannot be had.
-            ImageError: when it is no volume.
+            NotFoundError, UpstreamError: if the series is unavailable.
+            ImageError: if it is not a volume.
         """
         with self._locks[uid]:
             stamp = self._source.stamp(uid)
@@ -74,17 +74,17 @@ class VolumeCache:
             return file
 
     def _make_room(self) -> None:
-        """Remove volumes beyond the limit, but none that is kept or was asked for lately."""
+        """Remove volumes beyond the limit, except those that are protected or were requested recently."""
         kept, lately = set(self._kept()), time.time() - SECONDS_IN_USE
         used = {path: path.stat().st_mtime for path in self.folder.glob("*.stamp") if path.stem not in kept}
-        now = lately + SECONDS_IN_USE  # a time beyond it is from before the clock was turned back
+        now = lately + SECONDS_IN_USE  # a later time was written before the clock was set back
         old = [path for path in sorted(used, key=used.__getitem__) if not lately <= used[path] <= now + 1]
         leaving = {path.stem for path in old}
         staying = sum(file.stat().st_size for file in self.folder.glob("*.nii") if file.stem not in leaving)
         make_room([(path, self.file(path.stem)) for path in old], self.limit_mib * MIB - staying)
 
     def notes(self, uid: str) -> list[str]:
-        """What was left out of a series that has been converted, one sentence each."""
+        """What was left out of a converted series, one sentence each."""
         stamped = self.folder / f"{uid}.stamp"
         return stamped.read_text().split("\n")[1:] if stamped.is_file() else []
 
@@ -92,20 +92,20 @@ class VolumeCache:
         """A series with its headers.
 
         Args:
-            uid: which.
-            folder: for files that have to be fetched; the series is of no use once they are gone.
+            uid: UID of the series.
+            folder: folder for downloaded files; the series can no longer be read after they are removed.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: as ``get``.
+            NotFoundError, UpstreamError, ImageError: see ``get``.
         """
         return read_series(self._source.fetch(uid, folder), f"series {uid}", uid)
 
 
 def write_volume(series: Series, file: Path) -> None:
-    """Write a series as NIfTI, at once or not at all; 16-bit where that says every value exactly.
+    """Write a series as NIfTI atomically; as 16-bit integers if these represent every value exactly.
 
     Raises:
-        ImageError: when an instance cannot be decoded.
+        ImageError: if an instance cannot be decoded.
     """
     image = nib.Nifti1Image(_smallest(series.read_voxels()), series.affine_ras)
     image.header.set_xyzt_units("mm")

@@ -1,1 +1,1 @@
-"""Files of images: opened so that no other file is, their headers parsed once and strictly, their bytes checked."""
+"""Image files: safe opening, strict parsing of headers, and verified reading of voxels."""

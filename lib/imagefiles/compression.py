@@ -1,4 +1,4 @@
-"""Gzip streams by ISA-L (https://github.com/intel/isa-l), or by zlib where the package ``isal`` is missing."""
+"""Gzip streams by ISA-L (https://github.com/intel/isa-l), or by zlib if the package ``isal`` is not installed."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ _error: type[Exception] = zlib.error
 try:
     from isal import igzip, isal_zlib
 except ImportError:
-    pass  # zlib reads and writes the same, in more time
+    pass  # zlib has the same result, but is slower
 else:
     _library, _bare, _error = igzip, isal_zlib, cast(type[Exception], isal_zlib.error)
 
-# What reading a stream that is cut off, damaged or has a wrong checksum ends in.
+# Exceptions of reading a stream that is cut off, damaged or has a wrong checksum.
 BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile, _error)
 
 
 def open_gzip(file: BinaryIO) -> BinaryIO:
-    """What ``file`` unpacks to from where it stands; its end compares checksums, and raises of :data:`BROKEN_GZIP`."""
+    """A stream of the decompressed data of ``file`` from its position on; at its end, checksums are verified."""
     return cast(BinaryIO, _library.GzipFile(fileobj=file, mode="rb"))
 
 
 def pack_gzip(content: bytes) -> bytes:
-    """One gzip member without a time, at level 1.
+    """Compress data into one gzip member without a timestamp, at level 1.
 
-    Masks are runs of zeros, and higher levels take many times as long for a few per cent.
+    Masks consist of runs of zeros, for which higher levels take many times as long to save a few per cent.
     """
     return cast(bytes, _library.compress(content, 1, mtime=0))
 
 
 def pack_quickly(content: Any) -> bytes:
-    """What memory holds, packed for memory: anything with a contiguous buffer, whose copy nobody needs."""
+    """Compress data for storage in memory; accepts anything with a contiguous buffer, without copying it."""
     return cast(bytes, _bare.compress(memoryview(content).cast("B"), 1))
 
 
 def unpack(packed: bytes) -> bytes:
-    """What :func:`pack_quickly` packed."""
+    """Decompress data of :func:`pack_quickly`."""
     return cast(bytes, _bare.decompress(packed))

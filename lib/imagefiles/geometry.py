@@ -1,8 +1,9 @@
-"""Where NIfTI places an image: as ITK (3D Slicer, OHIF) reads it, and as nibabel does, where the two disagree.
+"""The position of a NIfTI image in space, as ITK (3D Slicer, OHIF) reads it, and as nibabel does if both disagree.
 
-ITK takes the qform where there is one, unless the code of the sform is 1 (scanner) and its axes are orthonormal; its
-spacing is always ``pixdim`` and its unit always counts; without any code the image lies in its own axes, in LPS. The
-table of cases in the tests holds this against SimpleITK itself. NIfTI-2, which older ITK does not open, is read alike. https://nifti.nimh.nih.gov/nifti-1/documentation
+ITK uses the qform if there is one, unless the code of the sform is 1 (scanner) and its axes are orthonormal. It always
+uses the spacing of ``pixdim``, and always respects the unit. Without any code, the image lies along its own axes, in
+LPS. A table of cases in the tests compares this with SimpleITK. NIfTI-2, which older versions of ITK do not open, is
+read in the same way. See https://nifti.nimh.nih.gov/nifti-1/documentation
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ Affine = npt.NDArray[np.float64]
 SCANNER = 1
 ORTHONORMAL_TOLERANCE = 1e-4
 MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""By the three lowest bits of ``xyzt_units``: metre, millimetre, micrometre; what is not said is millimetres."""
+"""Millimetres of each unit, by the three lowest bits of ``xyzt_units``: metre, millimetre, micrometre; millimetres by
+default.
+"""
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
 def itk_affine_ras(header: Any) -> Affine:
-    """The affine of a NIfTI header as ITK has it, in millimetres; a sheared sform alone, which it refuses, as it is.
+    """The affine of a NIfTI header as ITK reads it, in millimetres; a sheared sform alone, which ITK refuses, is kept.
 
     Args:
-        header: as it is in the file; nibabel must not have mended it.
+        header: the unmodified header of the file, without corrections by nibabel.
     """
-    # nifti_io, which ITK reads with, takes what is no number for 0, and ITK a length of 0 for 1; the sign stays
+    # nifti_io, which ITK uses, replaces NaN by 0, and ITK replaces a length of 0 by 1; the sign is kept
     pixdim = np.nan_to_num(np.asarray(header["pixdim"][1:4], dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     spacing = np.where(pixdim == 0, 1.0, pixdim)
     qform_code, sform_code = int(header["qform_code"]), int(header["sform_code"])
@@ -51,7 +54,7 @@ def itk_affine_ras(header: Any) -> Affine:
 
 
 def nibabel_affine_ras(header: Any) -> Affine | None:
-    """The affine as nibabel has it, which knows no units; None where it refuses the header."""
+    """The affine as nibabel reads it, which ignores units; None if it refuses the header."""
     try:
         return np.asarray(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError):
@@ -59,9 +62,9 @@ def nibabel_affine_ras(header: Any) -> Affine | None:
 
 
 def set_affine(image: nib.Nifti1Image, affine_ras: Affine) -> None:
-    """Set where an image lies, in millimetres: as qform and sform, or as sform alone where the axes are sheared.
+    """Set the affine in millimetres: as qform and sform, or only as sform if the axes are sheared.
 
-    A qform cannot say a shear, and ITK would read it in place of the sform.
+    A qform cannot represent a shear, and ITK would use it instead of the sform.
     """
     image.header.set_xyzt_units("mm")
     image.set_sform(affine_ras, code="scanner")
@@ -72,7 +75,7 @@ def set_affine(image: nib.Nifti1Image, affine_ras: Affine) -> None:
 
 
 def _directions(matrix: Affine) -> Affine | None:
-    """The columns at length 1; None where they are not at right angles."""
+    """The columns scaled to length 1; None if they are not orthogonal."""
     with np.errstate(invalid="ignore", divide="ignore"):
         directions = matrix / np.linalg.norm(matrix, axis=0)
         square = np.abs(directions.T @ directions - np.eye(3)).max() < ORTHONORMAL_TOLERANCE
@@ -80,10 +83,10 @@ def _directions(matrix: Affine) -> Affine | None:
 
 
 def _rotation(header: Any) -> Affine:
-    """The qform's axes: its quaternion, with the third turned round where ``pixdim[0]`` is negative."""
+    """The axes of the qform: its quaternion, with the third axis reversed if ``pixdim[0]`` is negative."""
     b, c, d = (_number(header[f"quatern_{part}"]) for part in "bcd")
     rest = 1.0 - (b * b + c * c + d * d)
-    if rest < 1e-7:  # rounding: no real part
+    if rest < 1e-7:  # by rounding, there is no real part
         length = np.sqrt(b * b + c * c + d * d)
         quaternion = [0.0, b / length, c / length, d / length]
     else:

@@ -1,4 +1,4 @@
-"""What a file says of its voxels before any of them is read."""
+"""The header of an image file, which is read before any voxel."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Affine = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The header of a file, checked.
+    """The validated header of a file.
 
     Attributes:
-        kind: of the file.
-        sizes: of the array's axes as the file has them, the fastest first.
-        dtype: of a voxel.
+        kind: format of the file.
+        sizes: lengths of the array's axes in the order of the file, the fastest first.
+        dtype: type of a voxel.
         affine_ras: 4x4 matrix from voxel indices to millimetres in RAS, as ITK (3D Slicer, OHIF) reads it.
-        offset: where the voxels begin in the file once it is unpacked; for NRRD, in the file as it is.
-        encoding: ``raw``, ``gzip`` or ``bzip2`` for NIfTI and NRRD; ``text`` for an NRRD of numbers in words.
-        slope: a voxel's value is its number times this.
-        intercept: plus this.
-        layer_axis: the axis of an NRRD's layers, colours or vectors; None where a voxel has one value.
-        fields: an NRRD's own keys and values, such as ``Segment0_Name``.
-        other_affine_ras: where nibabel places the image; None where only ITK reads it, and for other kinds than NIfTI.
+        offset: position of the first voxel in the decompressed file; for NRRD, in the file itself.
+        encoding: ``raw``, ``gzip`` or ``bzip2`` for NIfTI and NRRD; ``text`` for an NRRD with numbers as text.
+        slope: factor between stored number and voxel value.
+        intercept: added after the factor.
+        layer_axis: axis of layers, colours or vectors of an NRRD; None if a voxel has one value.
+        fields: custom keys and values of an NRRD, such as ``Segment0_Name``.
+        other_affine_ras: the affine as nibabel reads the header; None if only ITK accepts it, and for other formats
+            than NIfTI.
     """
 
     kind: Kind
@@ -46,7 +47,7 @@ class ImageHeader:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes with layers last, as voxels are handed out."""
+        """The sizes with the layer axis last, which is the shape of the returned voxels."""
         if self.layer_axis is None:
             return self.sizes
         spatial = [size for axis, size in enumerate(self.sizes) if axis != self.layer_axis]
@@ -54,10 +55,10 @@ class ImageHeader:
 
     @property
     def voxel_count(self) -> int:
-        """How many numbers there are."""
+        """Number of stored values."""
         return math.prod(self.sizes)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the voxels in the file, unpacked."""
+        """Size of the decompressed voxels in bytes."""
         return self.voxel_count * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What kind of file an image is, by its content: a name promises nothing."""
+"""The format of an image file, detected by its content and not by its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NIFTI_BYTES = 352
 
 
 class Kind(Enum):
-    """The kinds of file that are read."""
+    """The supported formats."""
 
     NIFTI = "NIfTI"
     NIFTI_GZ = "NIfTI, compressed with gzip"
@@ -20,11 +20,11 @@ class Kind(Enum):
 
     @property
     def suffix(self) -> str:
-        """The ending of such a file's name."""
+        """The extension of files of this format."""
         return {Kind.NIFTI: ".nii", Kind.NIFTI_GZ: ".nii.gz", Kind.NRRD: ".nrrd", Kind.DICOM: ".dcm"}[self]
 
 
-# Signatures of other formats, for the sentence that refuses them.
+# Signatures of unsupported formats, which are named in the error.
 _FOREIGN: tuple[tuple[str, int, tuple[bytes, ...]], ...] = (
     ("TIFF", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
     ("MRC", 208, (b"MAP ", b"MAP\0")),
@@ -47,7 +47,7 @@ _META_IMAGE = re.compile(
 
 
 def find_kind(head: bytes) -> Kind | None:
-    """The kind of a file that begins with ``head`` (up to ``HEAD_BYTES``); None for what is not read here."""
+    """The format of a file that begins with ``head`` (up to ``HEAD_BYTES``); None for an unsupported one."""
     if head[:2] == b"\x1f\x8b":
         return Kind.NIFTI_GZ if _is_nifti(_inflate(head)) else None
     if head.startswith(b"NRRD0"):
@@ -58,19 +58,19 @@ def find_kind(head: bytes) -> Kind | None:
 
 
 def is_gzip(head: bytes) -> bool:
-    """Whether a file is compressed with gzip, whatever is in it."""
+    """Whether a file is compressed with gzip, whatever its content."""
     return head[:2] == b"\x1f\x8b"
 
 
 def name_foreign(head: bytes) -> str | None:
-    """The name of another format, where its signature is known."""
+    """The name of an unsupported format, if its signature is known."""
     content = _inflate(head) if is_gzip(head) else head
     for name, offset, signatures in _FOREIGN:
         if any(content[offset : offset + len(signature)] == signature for signature in signatures):
             return name
     if len(content) >= 348 and content[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c"):
         return "Analyze 7.5"
-    # MetaImage has no signature; its header is lines of "key = value", in whatever order.
+    # MetaImage has no signature; its header consists of lines "key = value" in any order.
     return "MetaImage" if _META_IMAGE.search(content.replace(b"\r", b"\n")) else None
 
 

@@ -1,4 +1,4 @@
-"""NIfTI-1 and NIfTI-2 in one file (https://nifti.nimh.nih.gov); the voxels are read from a stream that is open."""
+"""Reads NIfTI-1 and NIfTI-2 in a single file (https://nifti.nimh.nih.gov), from an open stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib.imagefiles.kinds import Kind
 from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
 
 _SECOND_VERSION_BYTES = 540
-# Extensions of the header lie before the voxels.
+# Header extensions precede the voxels.
 _FARTHEST_VOXELS = 2**40
 
 
@@ -26,7 +26,7 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
     """Parse the header of an open file.
 
     Raises:
-        ImageError: when it is damaged, or its voxels are no single real numbers.
+        ImageError: if it is damaged, or if its voxels are not single real numbers.
     """
     encoding = "gzip" if kind is Kind.NIFTI_GZ else "raw"
     file.seek(0)
@@ -61,10 +61,10 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
 
 
 def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[np.float32]:
-    """The voxels of an open file of ``size`` bytes, scaled; shape as in the header.
+    """The scaled voxels of an open file of ``size`` bytes; shape as in the header.
 
     Raises:
-        ImageError: when they are damaged, cut off, or their checksum is wrong.
+        ImageError: if they are damaged or cut off, or if their checksum is wrong.
     """
     packed = size if header.encoding == "gzip" else size - header.offset
     check_promise(header.size_bytes, packed, header.encoding, name)
@@ -82,10 +82,10 @@ def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str)
 
 
 def read_nifti_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
-    """As :func:`read_nifti_voxels`, plane by plane of the first two axes, so that the whole is never in memory.
+    """Like :func:`read_nifti_voxels`, plane by plane of the first two axes, so that only one plane is in memory.
 
     Raises:
-        ImageError: as there; damage is found at the latest with the last plane.
+        ImageError: see :func:`read_nifti_voxels`; damage is detected with the last plane at the latest.
     """
     packed = size if header.encoding == "gzip" else size - header.offset
     check_promise(header.size_bytes, packed, header.encoding, name)
@@ -114,7 +114,7 @@ def _parse(block: bytes, mend: bool = True) -> Any:
 
 def _scale(numbers: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:
     if (slope, intercept) != (1.0, 0.0):
-        # float32 is what everything is computed in; numbers that it cannot hold are scaled in float64 first
+        # computations use float32; numbers that it cannot represent are scaled in float64 first
         numbers = apply_read_scaling(numbers, np.float32(slope), np.float32(intercept))
     return np.asarray(numbers, dtype=np.float32)
 

@@ -1,7 +1,7 @@
-"""NRRD whose voxels follow its header (https://teem.sourceforge.net/nrrd/format.html).
+"""Reads NRRD with header and voxels in one file (https://teem.sourceforge.net/nrrd/format.html).
 
-The header is parsed once, by pynrrd. One that names another file, or does not end, is refused, and the voxels are read
-from the file that is open: no other file can be reached.
+pynrrd parses the header once. A header that refers to another file, or does not end, is refused, and the voxels are
+read from the file that is already open, so that no other file can be accessed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {name: code for code, names in _TYPES.items() for name in names}
 _OTHER_FILES = ("datafile",)
 _SKIPS = ("lineskip", "byteskip")
 _SPATIAL_KINDS = ("domain", "space", "???", "none")
-# To left-posterior-superior, as ITK turns them; a space that is none of these it takes for that.
+# Conversion to left-posterior-superior as in ITK, which treats unknown spaces as left-posterior-superior.
 _TO_LPS = {
     "right-anterior-superior": (-1, -1, 1),
     "ras": (-1, -1, 1),
@@ -54,7 +54,7 @@ def read_nrrd_header(file: BinaryIO, name: str) -> ImageHeader:
     """Parse the header of an open file.
 
     Raises:
-        ImageError: when it names another file, does not end, or is damaged.
+        ImageError: if it refers to another file, does not end, or is damaged.
     """
     lines, offset = _read_lines(file, name)
     _check_attached({line.partition(":")[0].strip(): "" for line in lines if not line.startswith("#")}, name)
@@ -68,10 +68,10 @@ def read_nrrd_header(file: BinaryIO, name: str) -> ImageHeader:
 
 
 def read_nrrd_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[Any]:
-    """The voxels of an open file of ``size`` bytes, of the file's own type; layers, if any, are the last axis.
+    """The voxels of an open file of ``size`` bytes in the file's type; layers, if any, are the last axis.
 
     Raises:
-        ImageError: when they are damaged, cut off, or their checksum is wrong.
+        ImageError: if they are damaged or cut off, or if their checksum is wrong.
     """
     check_promise(header.size_bytes, size - header.offset, header.encoding, name)
     file.seek(header.offset)
@@ -90,12 +90,12 @@ def read_nrrd_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) 
 
 
 def read_nrrd_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
-    """As :func:`read_nrrd_voxels`, plane by plane of the first two axes, in float32; no more is in memory than one.
+    """Like :func:`read_nrrd_voxels`, plane by plane of the first two axes in float32; only one plane is in memory.
 
-    Text, and layers that lie between the axes in space, are read as a whole.
+    Text files, and files whose layer axis is not the first one, are read as a whole.
 
     Raises:
-        ImageError: as there; damage is found at the latest with the last plane.
+        ImageError: see :func:`read_nrrd_voxels`; damage is detected with the last plane at the latest.
     """
     if header.encoding == "text" or header.layer_axis not in (None, len(header.sizes) - 1):
         voxels = read_nrrd_voxels(file, size, header, name)
@@ -117,7 +117,7 @@ def read_nrrd_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) 
 
 
 def _read_lines(file: BinaryIO, name: str) -> tuple[list[str], int]:
-    """The header's lines up to the empty one that ends it, and where the voxels begin."""
+    """The header's lines up to the empty line that ends it, and the position of the voxels."""
     file.seek(0)
     lines: list[str] = []
     while True:
@@ -182,7 +182,7 @@ def _dtype_of(fields: Mapping[str, Any], encoding: str, name: str) -> np.dtype[A
 
 
 def _layer_axes(fields: Mapping[str, Any], kinds: list[str], axes: int) -> list[int]:
-    """The axes that are not in space: colours, vectors, Slicer's layers."""
+    """The axes that are not spatial: colours, vectors, or Slicer's layers."""
     directions = fields.get("space directions")
     if directions is not None:
         return [axis for axis in range(axes) if np.isnan(directions[axis]).any()]
@@ -210,7 +210,7 @@ def _affine_ras(fields: Mapping[str, Any], spatial: list[int]) -> Affine:
 
 
 def _first_centers(fields: Mapping[str, Any], spatial: list[int], spacings: Affine) -> Affine:
-    """Where the centres of the first voxels lie: half a voxel from the axis' end, unless it is sampled at nodes."""
+    """The centres of the first voxels: half a voxel from the end of each axis, unless it is sampled at nodes."""
     if fields.get("axis mins") is None:
         return np.zeros(3)
     mins = np.asarray(fields["axis mins"], dtype=np.float64)[spatial]
@@ -220,7 +220,7 @@ def _first_centers(fields: Mapping[str, Any], spatial: list[int], spacings: Affi
 
 
 def _read_text(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[Any]:
-    # a digit and a blank for each number
+    # at least a digit and a blank for each number
     check_promise(2 * header.voxel_count - 1, size - header.offset, "raw", name)
     words = file.read().split(maxsplit=header.voxel_count)
     if len(words) != header.voxel_count:
@@ -228,6 +228,6 @@ def _read_text(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt
     if header.dtype.kind == "f":
         return np.array(words).astype(header.dtype)
     numbers, bounds = np.array(words).astype(np.int64), np.iinfo(header.dtype.name)
-    if numbers.min() < bounds.min or numbers.max() > bounds.max:  # NumPy would wrap them round
+    if numbers.min() < bounds.min or numbers.max() > bounds.max:  # NumPy would let them overflow
         raise ImageError(f"image {name!r} is damaged: it holds numbers that are none of type {header.dtype.name}")
     return numbers.astype(header.dtype)

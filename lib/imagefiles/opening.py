@@ -1,4 +1,6 @@
-"""Opening a file that others put there or may be changing: regular files only, whole, and without waiting."""
+"""Opens files that other users write and may be changing: only regular files, only complete ones, and without
+blocking.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import BinaryIO
 
 from lib.errors import ImageError
 
-# A FIFO that nobody writes to would hold up whoever opens it for ever.
+# Opening a FIFO without a writer would block for ever.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -20,7 +22,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Open a regular file for reading; links are followed.
 
     Raises:
-        ImageError: when it is missing, no regular file (a FIFO, a device, a folder), empty, cannot be opened, or
+        ImageError: if it is missing, not a regular file (a FIFO, a device, a folder) or empty, cannot be opened, or
             changed while it was read.
     """
     check_regular(path)
@@ -40,10 +42,10 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file, without opening it.
+    """Refuse anything but a regular file, without opening it.
 
     Raises:
-        ImageError: saying what is wrong.
+        ImageError: stating the problem.
     """
     try:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""The voxels' bytes of a file: as many as its header says, of a stream whose checksum is right."""
+"""Reads the bytes of the voxels: exactly as many as the header states, with verified checksums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lib.errors import ImageError
 from lib.imagefiles.compression import BROKEN_GZIP, open_gzip
 
 BLOCK_BYTES = 2**20
-# What may follow the voxels; more of it is no header's mistake.
+# Bytes that may follow the voxels; more of them do not result from an inaccurate header.
 MOST_BYTES_AFTER = 2**20
-# No DEFLATE stream unpacks to more than 1032 times its size (https://zlib.net/zlib_tech.html).
+# No DEFLATE stream expands to more than 1032 times its size (https://zlib.net/zlib_tech.html).
 MOST_GZIP_RATIO = 1040
 BROKEN_STREAM = BROKEN_GZIP
 
@@ -25,8 +25,8 @@ def open_stream(file: BinaryIO, encoding: str) -> BinaryIO:
     """A stream of the decompressed bytes from ``file``'s position on; checksums are verified at its end.
 
     Args:
-        file: open for reading.
-        encoding: of the bytes: ``raw``, ``gzip`` or ``bzip2``.
+        file: file open for reading.
+        encoding: encoding of the bytes: ``raw``, ``gzip`` or ``bzip2``.
     """
     if encoding == "gzip":
         return open_gzip(file)
@@ -34,16 +34,16 @@ def open_stream(file: BinaryIO, encoding: str) -> BinaryIO:
 
 
 def check_promise(size: int, packed: int, encoding: str, name: str) -> None:
-    """Refuse a header that promises more than its file can hold, before anything is unpacked.
+    """Refuse a header that announces more bytes than its file can contain, before anything is decompressed.
 
     Args:
-        size: bytes of the voxels, as the header says.
-        packed: bytes that are left of the file.
-        encoding: as for :func:`open_stream`.
-        name: the file's.
+        size: bytes of the voxels as stated in the header.
+        packed: remaining bytes of the file.
+        encoding: see :func:`open_stream`.
+        name: name of the file.
 
     Raises:
-        ImageError: naming both.
+        ImageError: naming both sizes.
     """
     most = {"raw": packed, "gzip": packed * MOST_GZIP_RATIO}.get(encoding)
     if most is not None and size > most:
@@ -54,10 +54,10 @@ def check_promise(size: int, packed: int, encoding: str, name: str) -> None:
 
 
 def read_exactly(stream: BinaryIO, size: int, name: str) -> Bytes:
-    """The next ``size`` bytes; memory is only taken as they come.
+    """The next ``size`` bytes; memory is allocated only as they arrive.
 
     Raises:
-        ImageError: when there are fewer.
+        ImageError: if there are fewer.
     """
     content: Bytes = np.empty(size, dtype=np.uint8)
     done = 0
@@ -71,11 +71,11 @@ def read_exactly(stream: BinaryIO, size: int, name: str) -> Bytes:
 
 
 def check_end(stream: BinaryIO, name: str) -> None:
-    """Read a packed stream to its end, which is where its checksum is compared.
+    """Read a compressed stream to its end, where its checksum is verified.
 
     Raises:
-        ImageError: when there is more than there should be.
-        BROKEN_STREAM: when it was cut off or its checksum is wrong.
+        ImageError: if there is more data than expected.
+        BROKEN_STREAM: if it was cut off, or if its checksum is wrong.
     """
     more = 0
     while block := stream.read(BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""Reading the header, or the header and the voxels, of NIfTI and NRRD, from one opening of the file."""
+"""Reads the header, or the header and the voxels, of NIfTI and NRRD, and opens the file only once."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from lib.imagefiles.nrrd_format import read_nrrd_header, read_nrrd_planes, read_
 from lib.imagefiles.opening import open_regular
 
 KNOWN_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
-BYTES_A_VOXEL = 4  # everything is computed in float32
+BYTES_A_VOXEL = 4  # computations use float32
 
 
 def read_kind(path: Path) -> Kind:
-    """The kind of a file, by its content.
+    """The format of a file, detected by its content.
 
     Raises:
-        FileKindError: for a format that is not read here.
-        ImageError: when it cannot be opened, or is of no known format.
+        FileKindError: for an unsupported format.
+        ImageError: if it cannot be opened, or has no known format.
     """
     with open_regular(path) as file:
         return _kind_of(file, path.name)
 
 
 def read_header(path: Path) -> ImageHeader:
-    """The header of a NIfTI or NRRD file; no voxel is read.
+    """The header of a NIfTI or NRRD file, without reading voxels.
 
     Raises:
-        FileKindError: for a format that is not read here.
-        ImageError: when it cannot be opened, is damaged, or names another file.
+        FileKindError: for an unsupported format.
+        ImageError: if it cannot be opened, is damaged, or refers to another file.
     """
     with open_regular(path) as file:
         return _header_of(file, path.name, _kind_of(file, path.name))
 
 
 def find_header(path: Path) -> ImageHeader | None:
-    """As :func:`read_header`; None for DICOM, which has a reader of its own.
+    """Like :func:`read_header`; None for DICOM, which has its own reader.
 
     Raises:
-        FileKindError, ImageError: as there.
+        FileKindError, ImageError: see :func:`read_header`.
     """
     with open_regular(path) as file:
         kind = _kind_of(file, path.name)
@@ -57,10 +57,10 @@ def find_header(path: Path) -> ImageHeader | None:
 
 
 def find_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]] | None:
-    """As :func:`read_voxels`; None for DICOM, which has a reader of its own.
+    """Like :func:`read_voxels`; None for DICOM, which has its own reader.
 
     Raises:
-        MemoryBudgetError, FileKindError, ImageError: as there.
+        MemoryBudgetError, FileKindError, ImageError: see :func:`read_voxels`.
     """
     with open_regular(path) as file:
         kind = _kind_of(file, path.name)
@@ -68,21 +68,21 @@ def find_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]] | None:
 
 
 def read_voxels(path: Path) -> tuple[ImageHeader, npt.NDArray[Any]]:
-    """The header and the voxels, shape (X, Y, Z) or (X, Y, Z, layers); NIfTI scaled and in float32.
+    """The header and the voxels, shape (X, Y, Z) or (X, Y, Z, layers); NIfTI is scaled and in float32.
 
     Raises:
-        MemoryBudgetError: when they need more memory than is free, which the header says.
-        FileKindError, ImageError: as :func:`read_header`; also when the voxels are damaged or cut off.
+        MemoryBudgetError: if by the header they need more memory than is free.
+        FileKindError, ImageError: see :func:`read_header`; also if the voxels are damaged or cut off.
     """
     with open_regular(path) as file:
         return _voxels_of(file, path.name, _kind_of(file, path.name))
 
 
 def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
-    """The voxels plane by plane of the first two axes, in float32; no more is in memory than that.
+    """The voxels plane by plane of the first two axes in float32; only one plane is in memory.
 
     Raises:
-        MemoryBudgetError, FileKindError, ImageError: as :func:`read_voxels`.
+        MemoryBudgetError, FileKindError, ImageError: see :func:`read_voxels`.
     """
     with open_regular(path) as file:
         header = _header_of(file, path.name, _kind_of(file, path.name))
@@ -125,15 +125,15 @@ def _kind_of(file: BinaryIO, name: str) -> Kind:
 
 
 def check_memory(sizes: Sequence[int], itemsize: int, name: str) -> None:
-    """Let the header decide, before anything is unpacked.
+    """Check by the header, before anything is decompressed, that the voxels fit into memory.
 
     Args:
         sizes: voxels along each axis.
-        itemsize: bytes of one voxel as it is stored, beside the float32 that is made of it.
-        name: the image's.
+        itemsize: bytes of a stored voxel, which are needed in addition to its float32 value.
+        name: name of the image.
 
     Raises:
-        MemoryBudgetError: naming what is needed and what is free.
+        MemoryBudgetError: naming the required and the free memory.
     """
     needed = math.prod(sizes) * (itemsize + BYTES_A_VOXEL)
     free = psutil.virtual_memory().available

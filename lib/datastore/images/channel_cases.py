@@ -80,10 +80,10 @@ class ChannelCases:
 
         Args:
             folder: the studies.
-            refusal: tells why a file must not be read; None where it may be.
+            refusal: returns why a file must not be read; None if it may be.
 
         Returns:
-            The files that belong to cases, and what is wrong with files that look so and are none.
+            The files that belong to cases, and the problems of files that look like a case but cannot be used.
         """
         by_case: dict[str, dict[str, ChannelSources]] = defaultdict(dict)
         for preset in self.presets:
@@ -100,7 +100,7 @@ class ChannelCases:
         return frozenset(path for one in by_case.values() for path in _files(one)), problems
 
     def file(self, case_id: str) -> Path:
-        """The file that stands for a case, whether or not it has been made."""
+        """The image that represents a case, whether or not it has been made."""
         return self._place / f"{case_id}{self._shown(self._cases[case_id]).ending}"
 
     def files(self, case_id: str) -> list[Path]:
@@ -108,7 +108,7 @@ class ChannelCases:
         return _files(self._cases[case_id])
 
     def stamp(self, case_id: str) -> str:
-        """What changes when one of the files does, or when another file becomes one of the channels; "" for none."""
+        """A value that changes with the files of a case, or when another file becomes a channel; "" for no case."""
         by_preset = self._cases[case_id]
         digest = hashlib.sha256(repr(sorted(by_preset.items())).encode())
         try:
@@ -120,10 +120,10 @@ class ChannelCases:
         return digest.hexdigest()[:16]
 
     def get(self, case_id: str) -> Path:
-        """The file that stands for a case, made now if need be, with the record of all channels beside it.
+        """The image that represents a case, made if necessary, with the record of all channels next to it.
 
         Raises:
-            ImageError: when a 4D file cannot be read.
+            ImageError: if a 4D file cannot be read.
         """
         file, stamp, by_preset = self.file(case_id), self.stamp(case_id), self._cases[case_id]
         with self._locks[case_id]:

@@ -1,1 +1,1 @@
-"""Files presented as DICOM series, for viewers that show nothing else."""
+"""Presents image files as DICOM series, for viewers that only show DICOM."""

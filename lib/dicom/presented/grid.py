@@ -1,8 +1,8 @@
-"""How the voxels of a file lie in a DICOM series: which axis is sliced, which way rows and columns go, and back.
+"""Maps the voxels of a file to a DICOM series and back: which axis is sliced, and the directions of rows and columns.
 
-A series needs columns, rows and slices at right angles, in a right-handed order (PS3.3, C.7.6.2.1.1). The file's axes
-are reordered and reversed, no voxel is resampled; where they are not at right angles, the nearest rotation stands for
-them, so that a voxel keeps its index, and what comes back lies on the file's own grid exactly.
+A series needs orthogonal columns, rows and slices in a right-handed order (PS3.3, C.7.6.2.1.1). The file's axes are
+reordered and reversed, and no voxel is resampled. If the axes are not orthogonal, the series uses the nearest
+orthogonal ones. Each voxel keeps its index, so that a mask of the series lies exactly on the file's own grid.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy.typing as npt
 Affine = npt.NDArray[np.float64]
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MUCH_THICKER = 1.5
-"""An axis whose voxels are so much longer than the others' is the one that was sliced."""
+"""An axis whose voxels are longer than the others' by this factor is taken as the slice axis."""
 SAME_PLACE_VOXELS = 0.05
-"""Voxels that lie no further apart than this part of the shortest edge are in one place."""
+"""Largest distance, relative to the shortest voxel edge, at which voxels count as coincident."""
 SHOWN_TOWARDS = {0: ((1, 1), (2, -1)), 1: ((0, 1), (2, -1)), 2: ((0, 1), (1, 1))}
-"""By the patient's axis (of L, P, S) that is sliced: axis and sign of columns, and of rows, as radiologists see it."""
+"""For each patient axis (L, P, S) that is sliced: axis and sign of columns and rows in radiological convention."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class SeriesGrid:
     """The grid of a series that presents a file.
 
     Attributes:
-        order: file axis of columns, rows, slices.
+        order: file axes of columns, rows and slices.
         flips: whether each of these runs against the file's axis.
         shape: columns, rows, slices.
-        affine_lps: 4x4, from (column, row, slice) to millimetres in LPS, with axes at right angles.
+        affine_lps: 4x4, from (column, row, slice) to millimetres in LPS, with orthogonal axes.
     """
 
     order: tuple[int, int, int]
@@ -69,7 +69,7 @@ class SeriesGrid:
         return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
 
     def to_file(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The way back, without a copy."""
+        """The inverse of :meth:`to_series`, without a copy."""
         turned = voxels[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
         return turned.transpose(np.argsort(self.order))
 
@@ -81,7 +81,7 @@ class SeriesGrid:
         return in_file
 
     def lies_on_file(self, affine_ras: Affine) -> bool:
-        """Whether each voxel has the place that the file's own affine gives it: not so for a sheared file."""
+        """Whether each voxel lies where the file's own affine places it, which is false for a sheared file."""
         corners = [[n * (size - 1) for n, size in zip(at, self.shape, strict=True)] for at in np.ndindex(2, 2, 2)]
         in_file = np.array([self.index_in_file(corner) for corner in corners])
         there = in_file @ affine_ras[:3, :3].T + affine_ras[:3, 3]
@@ -91,13 +91,13 @@ class SeriesGrid:
 
     @property
     def affine_ras(self) -> Affine:
-        """As ``affine_lps``, to RAS."""
+        """Like ``affine_lps``, to RAS."""
         affine: Affine = LPS @ self.affine_lps
         return affine
 
 
 def _nearest_axes(directions: Affine) -> list[int]:
-    """The patient's axis (0 to 2 for L, P, S) nearest to each file axis, each once."""
+    """The patient axis (0 to 2 for L, P, S) nearest to each file axis, each used once."""
     left, nearest = np.abs(directions).copy(), [0, 0, 0]
     for _ in range(3):
         patient, axis = np.unravel_index(int(np.argmax(left)), left.shape)
@@ -107,7 +107,7 @@ def _nearest_axes(directions: Affine) -> list[int]:
 
 
 def _upright(order: list[int], flips: list[bool], shape: tuple[int, int, int], affine_lps: Affine) -> Affine:
-    """The affine of the reordered array, its axes turned to the nearest right angles around the middle of the image."""
+    """The affine of the reordered array, with axes rotated to the nearest orthogonal ones around the image centre."""
     turned = np.eye(4)
     for place, (axis, flip) in enumerate(zip(order, flips, strict=True)):
         turned[:3, place] = affine_lps[:3, axis] * (-1.0 if flip else 1.0)

@@ -1,4 +1,4 @@
-"""The instances of a series that presents a file: made when they are asked for, and never written to disk."""
+"""The instances of a series that presents a file: generated on demand, and never written to disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORTEST_WINDOW = 1.0
 
 
 def uid_of(case_id: str, what: str) -> str:
-    """A UID that follows from a case's id (PS3.5, B.2), the same on every machine.
+    """A UID that is derived from a case's id (PS3.5, B.2) and is the same on every machine.
 
     Args:
         case_id: the image's id.
@@ -31,7 +31,7 @@ def uid_of(case_id: str, what: str) -> str:
 
 
 def rescale(lowest: float, highest: float, whole: bool) -> tuple[float, float]:
-    """Slope and intercept with which 16 unsigned bits hold a range; exact for whole numbers that fit."""
+    """Slope and intercept with which 16 unsigned bits represent a range; exact for whole numbers that fit."""
     if whole and highest - lowest <= LARGEST_STORED:
         return 1.0, lowest
     slope = float(f"{(highest - lowest) / (LARGEST_STORED - 1):.9e}") or 1.0
@@ -39,19 +39,19 @@ def rescale(lowest: float, highest: float, whole: bool) -> tuple[float, float]:
 
 
 def store(plane: npt.NDArray[np.float32], slope: float, intercept: float) -> npt.NDArray[np.uint16]:
-    """Values as they stand in Pixel Data; a plane at a time, so that no whole copy in float64 is made."""
+    """Stored values for Pixel Data; one plane at a time, so that no float64 copy of the whole image is made."""
     values = (plane.astype(np.float64) - intercept) / slope
     stored: npt.NDArray[np.uint16] = np.clip(np.rint(values), 0, LARGEST_STORED).astype(np.uint16)
     return stored
 
 
 def name_of(case_id: str) -> str:
-    """A case's id as a person's name, which has a caret where there is no given name (PS3.5, 6.2.1)."""
+    """A case's id as a person name, with a caret for the missing given name (PS3.5, 6.2.1)."""
     return case_id.replace("^", " ").replace("=", " ").replace("\\", " ")[:63] + "^"
 
 
 def describe_case(case_id: str, modality: str) -> Dataset:
-    """What is the same in all instances of a case, known without opening its file."""
+    """The attributes that all instances of a case share, determined without opening its file."""
     described = Dataset()
     described.SpecificCharacterSet = "ISO_IR 192"
     described.PatientID = described.StudyDescription = case_id.replace("\\", " ")[:64]
@@ -78,12 +78,12 @@ def make_header(
     """An instance without its pixels.
 
     Args:
-        described: what is the same in all instances of the series.
+        described: attributes that all instances of the series share.
         uid: SOP Instance UID.
-        grid: of the series.
-        number: of the slice, from 0.
-        window: centre and width.
-        scale: slope and intercept.
+        grid: grid of the series.
+        number: index of the slice, from 0.
+        window: window centre and width.
+        scale: rescale slope and intercept.
     """
     header = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
     header.update(described)
@@ -112,7 +112,7 @@ def make_header(
 
 
 def as_series(headers: list[FileDataset], file: Path) -> Series:
-    """The series that the headers are of, for placing and making a DICOM SEG."""
+    """The series of these headers, for reading and writing a DICOM SEG."""
     return Series(tuple(_frame(header, file) for header in headers))
 
 
@@ -125,7 +125,7 @@ def _frame(header: FileDataset, file: Path) -> Frame:
 
 
 def _decimals(values: npt.NDArray[np.float64]) -> list[str]:
-    """Decimal strings of at most 16 characters (PS3.5, 6.2), as exact as that allows."""
+    """Decimal strings of at most 16 characters (PS3.5, 6.2), with the highest possible precision."""
     return [_decimal(float(value)) for value in values]
 
 

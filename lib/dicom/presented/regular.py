@@ -1,4 +1,4 @@
-"""Series that can be segmented but that viewers cannot show, and what is told of the regular ones beside them."""
+"""Regular series that are offered next to series that can be segmented but that viewers cannot show."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ GEOMETRY = tuple(
 COPIED = (*STUDY_ATTRIBUTES, *map(tag_of, ("FrameOfReferenceUID", "BodyPartExamined", "SeriesDate", "SeriesTime")))
 LONGEST_DESCRIPTION = 64
 AFTER_THE_SOURCES = 1_000
-"""Added to the Series Number, so that viewers list the regular series after the studies' own."""
+"""Added to the Series Number, so that viewers list regular series after the original ones."""
 
 MOST_GROWTH = 4
-"""An upright series may have so many times the voxels of its source: beyond that it is no tilt but a wrong position."""
+"""Largest ratio of the voxel counts of an upright series and its source; a larger one indicates a wrong position."""
 LARGEST_NUMBER = 2**31 - 1 - AFTER_THE_SOURCES
 
 
 @dataclass(frozen=True)
 class Regular:
-    """A regular series that is to be shown beside one that viewers cannot show.
+    """A regular series that is offered next to one that viewers cannot show.
 
     Attributes:
-        slices: how many it has.
-        why: what is done about the series' own, in a few words.
+        slices: number of its slices.
+        why: how it differs from the original series, in a few words.
     """
 
     slices: int
@@ -51,11 +51,11 @@ class Regular:
 
 
 def regular_for(metadata: Iterable[Json], summary: Json) -> Regular | None:
-    """What would be shown beside a series; None for one that viewers show, and for one that is no volume.
+    """The regular series for a series; None if viewers can show the series, and if it is not a volume.
 
     Args:
-        metadata: DICOM JSON of its instances.
-        summary: what :func:`describe_regular` is going to be given; a series that it cannot describe has none.
+        metadata: DICOM JSON of the instances of the series.
+        summary: input of :func:`describe_regular`; a series that it cannot describe has no regular series.
     """
     notes: list[str] = []
     try:
@@ -66,7 +66,7 @@ def regular_for(metadata: Iterable[Json], summary: Json) -> Regular | None:
             )
             grid = UprightGrid.of(series.shape, series.affine_ras)
     except ImageError:
-        return None  # told when it is opened
+        return None  # the problem is reported when it is opened
     if not 0 < math.prod(grid.shape) <= MOST_GROWTH * math.prod(series.shape):
         return None
     left_out = sum("left out" in note for note in series.notes)
@@ -79,12 +79,12 @@ def regular_for(metadata: Iterable[Json], summary: Json) -> Regular | None:
 
 
 def describe_regular(source: Json, uid: str, why: str) -> Dataset:
-    """What is the same in all instances of a regular series, known without opening the files of its source.
+    """The attributes that all instances of a regular series share, determined without reading source files.
 
     Args:
         source: DICOM JSON of an instance of the source, or its summary.
         uid: the source's Series Instance UID.
-        why: as in :class:`Regular`.
+        why: see :class:`Regular`.
     """
     described = Dataset.from_json({tag: source[tag] for tag in COPIED if tag in source})
     described.SpecificCharacterSet = "ISO_IR 192"

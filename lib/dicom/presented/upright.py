@@ -1,8 +1,8 @@
-"""How a tilted stack of slices lies on an upright grid: each slice is moved by whole pixels, and no value is changed.
+"""Places a tilted stack of slices on an upright grid: each slice is shifted by whole pixels, and no value changes.
 
-Viewers stack slices along their normal. A stack whose slices wander off sideways from one to the next (a tilted gantry)
-is shown by them skewed. Here each slice is put into a larger one, so many pixels to the side that its voxels lie within
-half a pixel of their places; what comes back is cut out again, voxel for voxel.
+Viewers stack slices along their normal. They show a stack whose slices are shifted sideways from one to the next (a
+tilted gantry) as skewed. Here each slice is embedded in a larger one, shifted so that its voxels lie within half a
+pixel of their positions. A mask of the upright series is cropped back to the slices voxel by voxel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lib.dicom.presented.grid import LPS, Affine
 
 SAME_PLACE_VOXELS = 0.1
-"""Slices that wander off by no more than this part of the shortest edge are a stack that viewers take for upright."""
+"""Largest sideways shift, relative to the shortest voxel edge, with which a stack counts as upright."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class UprightGrid:
 
     Attributes:
         shape: columns, rows, slices.
-        source_shape: the same, of the stack.
-        moves: whole columns and rows by which each slice is moved, from 0; shape (slices, 2).
+        source_shape: columns, rows, slices of the original stack.
+        moves: whole columns and rows by which each slice is shifted, from 0; shape (slices, 2).
         affine_lps: 4x4, from (column, row, slice) to millimetres in LPS, with axes at right angles.
     """
 
@@ -64,11 +64,11 @@ class UprightGrid:
 
     @property
     def is_tilted(self) -> bool:
-        """Whether the stack is not upright itself."""
+        """Whether the stack is tilted."""
         return self.shape != self.source_shape or bool(self.moves.any())
 
     def to_series(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The stack's array on the upright grid; 0 around it."""
+        """The stack's array on the upright grid; 0 outside of the slices."""
         if not self.is_tilted:
             return voxels
         moved = np.zeros(self.shape, dtype=voxels.dtype, order="F")
@@ -77,24 +77,24 @@ class UprightGrid:
         return moved
 
     def to_file(self, voxels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The way back; what lies around the slices is left."""
+        """The inverse of :meth:`to_series`, which discards voxels outside of the slices."""
         if not self.is_tilted:
             return voxels
         return np.stack([voxels[at[0], at[1], number] for number, at in enumerate(self._places())], axis=2)
 
     def index_in_file(self, index: Sequence[float]) -> list[float]:
-        """The stack's (column, row, slice) of one on the upright grid."""
+        """The index (column, row, slice) in the stack for an index on the upright grid."""
         column, row, number = index
         nearest = int(np.clip(np.rint(number), 0, self.shape[2] - 1))
         return [column - float(self.moves[nearest, 0]), row - float(self.moves[nearest, 1]), number]
 
     def lies_on_file(self, affine_ras: Affine) -> bool:
-        """Whether each voxel has the place that the stack's own affine gives it: not so for a tilted one."""
+        """Whether each voxel lies where the stack's own affine places it, which is false for a tilted stack."""
         return not self.is_tilted
 
     @property
     def affine_ras(self) -> Affine:
-        """As ``affine_lps``, to RAS."""
+        """Like ``affine_lps``, to RAS."""
         affine: Affine = LPS @ self.affine_lps
         return affine
 
