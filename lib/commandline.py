@@ -1,4 +1,4 @@
-"""What this project's command lines have in common."""
+"""The common part of this project's command lines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lib.errors import UnetrError
 
 
 def run_command(command: Callable[[], None], threads: int | None = None, level: int = logging.INFO) -> int:
-    """Run it; 0 when it succeeded, 2 with a sentence when the input was wrong.
+    """Run a command; 0 on success, 2 with a sentence if the input was wrong.
 
     Args:
-        command: what is run.
-        threads: of PyTorch on the CPU; its default if not given.
-        level: from which the log goes to the standard error.
+        command: the function to run.
+        threads: number of PyTorch's CPU threads; by default PyTorch's own choice.
+        level: log level of the messages on standard error.
     """
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     if threads:

@@ -1,10 +1,11 @@
-"""What works on this machine, line by line: ``python -m lib.doctor``.
+"""Checks this machine, with one line for each finding: ``python -m lib.doctor``.
 
-``run.py doctor`` calls it inside the virtual environment. Each line begins with ``ok``, ``warn`` or ``FAIL``; the last
-two say what to do. It starts no server and changes nothing. ``--plan PRESET [--image FILE]`` says how an image would be
-segmented instead, ``--plan PRESET --train`` how a training step would be computed; what they measure is kept for the
-server. ``--memory-budget 8GiB`` plans for less memory than is free. ``--studies DIR [--models NAMES] [--preset FILE]``
-says what in that folder is no case, and which labels are left out, and why.
+``run.py doctor`` calls it inside the virtual environment. Each line begins with ``ok``, ``warn`` or ``FAIL``; lines
+with ``warn`` or ``FAIL`` state what to do. It starts no server and changes nothing. ``--plan PRESET [--image FILE]``
+shows how an image would be segmented instead, and ``--plan PRESET --train`` how a training step would be computed;
+their measurements are stored for the server. ``--memory-budget 8GiB`` plans for less memory than is free. ``--studies
+DIR [--models NAMES] [--preset FILE]`` lists the files in that folder that cannot be used as cases, and the labels that
+are refused, with the reasons.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ class Finding:
 
 
 def main(arguments: Sequence[str] | None = None, costs: Path | None = None) -> int:
-    """Print each finding; returns 1 when one is a failure.
+    """Print each finding; returns 1 if one of them is a failure.
 
     Args:
         arguments: of the command line.
-        costs: the file of measured costs; the served models' if not given.
+        costs: file of measured costs; by default that of the served models.
     """
     parser = argparse.ArgumentParser(prog="doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--plan", metavar="PRESET")
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None, costs: Path | None = None) -> i
 
 
 def examine() -> Iterable[Finding]:
-    """Everything that is looked at, cheap things first."""
+    """All findings, cheap checks first."""
     yield check_versions((REPOSITORY / "requirements.txt").read_text(encoding="utf-8"))
     yield from (check_module(name) for name in NEEDED_MODULES)
     yield check_torch()
@@ -123,12 +124,12 @@ def examine() -> Iterable[Finding]:
 
 
 def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Finding]:
-    """Check a folder of studies: which files are no case, and which labels in it are left out.
+    """Check a folder of studies: which files cannot be used as cases, and which labels are refused.
 
     Args:
         studies: the folder.
         models: names of presets, as for ``--conf models``.
-        preset: file of a preset of one's own; empty for none.
+        preset: file of the user's own preset; empty for none.
     """
     if not studies.is_dir():
         yield Finding("FAIL", f"there is no folder {str(studies)!r}", "name the folder of the studies")
@@ -150,7 +151,7 @@ def check_studies(studies: Path, models: str, preset: str = "") -> Iterable[Find
 
 
 def check_images(folder: Path, presets: Sequence[Preset] = ()) -> Iterable[Finding]:
-    """What in a studies folder would be a case, and what would not; each image is read."""
+    """Findings on the files of a studies folder, each of which is read."""
     taken: set[Path] = set()
     for preset in presets:
         for sources in find_channel_sources(folder, preset, NOT_SCANNED) if preset.channels else ():
@@ -173,9 +174,9 @@ def check_images(folder: Path, presets: Sequence[Preset] = ()) -> Iterable[Findi
 
 
 def check_versions(requirements: str) -> Finding:
-    """Whether the packages that ``requirements`` pins are installed in these versions.
+    """Whether the packages pinned in ``requirements`` are installed in these versions.
 
-    Build variants of one version (``+cpu``, ``+cu126``) are the same to it.
+    Build variants of one version (``+cpu``, ``+cu126``) count as equal.
     """
     differing = []
     for name, wanted in pinned(requirements):
@@ -209,7 +210,7 @@ def pinned(requirements: str) -> Iterable[tuple[str, str]]:
 
 
 def check_module(name: str) -> Finding:
-    """Whether a package that the server cannot do without can be imported."""
+    """Whether a package that the server requires can be imported."""
     try:
         importlib.import_module(name)
     except Exception as error:  # noqa: BLE001 - a broken package raises anything, and this is here to say so
@@ -218,10 +219,10 @@ def check_module(name: str) -> Finding:
 
 
 def check_torch(find_program: Callable[[str], str | None] = shutil.which) -> Finding:
-    """PyTorch and the GPU that it sees.
+    """PyTorch and the GPUs that it detects.
 
     Args:
-        find_program: tells where a program lies; NVIDIA's ``nvidia-smi`` is there where its driver is.
+        find_program: finds the path of a program; NVIDIA's ``nvidia-smi`` is installed with its driver.
     """
     version = f"PyTorch {torch.__version__}"
     if torch.cuda.is_available():
@@ -237,11 +238,11 @@ def check_torch(find_program: Callable[[str], str | None] = shutil.which) -> Fin
 
 
 def check_devices(devices: str = ALL, compute: Callable[[torch.device], None] = try_device) -> Iterable[Finding]:
-    """Whether each device computes; those that do are what ``--conf devices all`` uses.
+    """Whether each device works; ``--conf devices all`` uses the working ones.
 
     Args:
-        devices: as of ``--conf devices``.
-        compute: computes something on a device; raises where it does not work.
+        devices: see ``--conf devices``.
+        compute: test computation on a device; raises if the device does not work.
     """
     for lane in parse_devices(devices):
         try:
@@ -260,14 +261,14 @@ def _describe_gpu(index: int) -> str:
 
 
 def check_cpu() -> Finding:
-    """Cores, threads, and whether bf16 is computed in hardware."""
+    """Cores, threads, and hardware support for bf16."""
     bf16 = "bf16 in hardware" if cpu_computes_bf16() else "no bf16 in hardware, so fp32 is used"
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads"
     return Finding("ok", f"CPU {platform.machine()}: {threads}, {bf16}")
 
 
 def check_memory(free_gib: float) -> Finding:
-    """Free memory against what a large CT takes."""
+    """Free memory compared with the needs of a large CT."""
     text = f"{free_gib:.1f} GiB of memory free"
     if free_gib < MIN_MEMORY_GIB:
         return Finding("warn", text, f"large CTs need {MIN_MEMORY_GIB:.0f} GiB and more: close other programs")
@@ -275,7 +276,7 @@ def check_memory(free_gib: float) -> Finding:
 
 
 def check_disk(free_gib: float) -> Finding:
-    """Free disk against what training caches and weights take."""
+    """Free disk space compared with the needs of training caches and weights."""
     text = f"{free_gib:.1f} GiB of disk free in {REPOSITORY}"
     if free_gib < MIN_DISK_GIB:
         return Finding("warn", text, f"training keeps caches and weights there: free {MIN_DISK_GIB:.0f} GiB")
@@ -285,12 +286,12 @@ def check_disk(free_gib: float) -> Finding:
 def check_cluster(
     is_installed: bool | None = None, environment: Mapping[str, str] = os.environ, home: Path | None = None
 ) -> Finding:
-    """Ray, the optional engine for many machines: its ports are a way in for whoever reaches them.
+    """Ray, the optional engine for clusters, and a warning about access to its ports.
 
     Args:
-        is_installed: found out if not given.
-        environment: where Ray's settings are.
-        home: where Ray looks for its token; this user's folder if not given.
+        is_installed: detected if not given.
+        environment: environment variables with Ray's settings.
+        home: folder in which Ray looks for its token; by default this user's home.
     """
     if not (importlib.util.find_spec("ray") is not None if is_installed is None else is_installed):
         return Finding("ok", "Ray is not installed (run.py setup --cluster); segmenting on one machine needs none")
@@ -308,7 +309,7 @@ def check_cluster(
 
 
 def check_weights(name: str, locator: WeightsLocator) -> Finding:
-    """Which weights a preset would be served with, and whether they are the file that their side-car describes."""
+    """The weights with which a preset would be served, and whether they match their side-car."""
     file = locator.find()
     if file is None:
         advice = "train it, or start with --conf pretrained FILE, before it can segment"
@@ -326,7 +327,7 @@ def check_weights(name: str, locator: WeightsLocator) -> Finding:
 
 
 def check_plan(name: str, image: Path | None, memory_budget: str = "", costs: Path | None = None) -> Finding:
-    """How an image would be segmented with a preset's weights (random ones take as long), measured on this machine."""
+    """How an image would be segmented with a preset's weights (or random ones), measured on this machine."""
     try:
         preset, budget = load_preset(name), parse_budget(memory_budget)
         volume = read_volume(image) if image is not None else usual_volume(preset)
@@ -354,16 +355,16 @@ def check_training_plan(name: str, memory_budget: str = "", costs: Path | None =
 
 
 def parse_budget(text: str) -> int | None:
-    """Bytes of ``6GiB`` and the like, as ``--conf memory_budget`` reads them; None for no text.
+    """Bytes of a size such as ``6GiB``, parsed like ``--conf memory_budget``; None for an empty text.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: for other values.
     """
     return Settings.from_conf({"memory_budget": text}).memory_budget if text else None
 
 
 def usual_volume(preset: Preset) -> Volume:
-    """A grid of the usual size for the modality: an abdominal CT, or a head in MR; all rows share one ramp's memory."""
+    """A grid of usual size for the modality: an abdominal CT, or a head MR; all rows share the memory of one ramp."""
     shape, spacing_mm = ((512, 512, 300), (0.8, 0.8, 1.5)) if preset.modality == "CT" else ((256, 256, 180), (1, 1, 1))
     return Volume(np.broadcast_to(np.arange(shape[2], dtype=np.float32), shape), np.diag([*spacing_mm, 1.0]))
 
@@ -373,7 +374,7 @@ def _describe(file: WeightsFile) -> str:
 
 
 def _promise(side_car: dict[str, object]) -> str:
-    """The Dice that the side-car states, where it states one."""
+    """The Dice in the side-car, if there is one."""
     held_out = side_car.get("held_out")
     dice = held_out.get("mean_dice") if isinstance(held_out, dict) else None
     return f", mean Dice {dice:.3f} on held-out cases" if isinstance(dice, float) else ""

@@ -1,30 +1,31 @@
-"""The project's exceptions, one tree.
+"""The exceptions of this project, which form one tree.
 
     UnetrError
-    |-- ConfigError        a preset, a --conf key or a setting is wrong (the administrator's to fix)
-    |-- InputError         an image, a label or a request parameter is wrong (the client's to fix)
+    |-- ConfigError        a preset, a --conf key or a setting is wrong (to be fixed by the administrator)
+    |-- InputError         an image, a label or a request parameter is wrong (to be fixed by the client)
     |   |-- ImageError     the image cannot be segmented: unreadable, not 3D, tiny, not finite ...
-    |   |   `-- FileKindError  a file of a format that is not read here, whatever its name says
-    |   |-- LabelError     the label does not belong to its image or to the preset
-    |   |-- MemoryBudgetError the image needs more memory than there is
-    |   `-- ParameterError a request parameter has a value outside what is valid
-    |-- DeviceError        no device that may compute something works
-    |-- ConflictError      something of that name is there already, is busy, or is not to be replaced
-    |-- NotFoundError      no model, image, label or strategy of that name
-    |-- CheckpointError    weights that do not fit the network, or a file that holds none
+    |   |   `-- FileKindError  the format of a file is not supported, whatever its name
+    |   |-- LabelError     the label does not match its image or the preset
+    |   |-- MemoryBudgetError the image needs more memory than is available
+    |   `-- ParameterError a request parameter has an invalid value
+    |-- DeviceError        no suitable device works
+    |-- ConflictError      something with this name exists already, is busy, or must not be replaced
+    |-- NotFoundError      no model, image, label or strategy with this name
+    |-- CheckpointError    weights that do not match the network, or a file without weights
     |-- ModelNotReadyError the preset has no trained weights yet
     |-- StorageError       the label store cannot write: disk full, folder read-only
-    |-- UpstreamError      a server behind this one (a PACS) does not answer, or refuses
-    `-- TrainingError      a training run cannot start or cannot go on
+    |-- UpstreamError      an upstream server (a PACS) does not respond, or refuses a request
+    `-- TrainingError      a training run cannot start or cannot continue
 
-Each message names what was wrong, the value, and what would be valid. ``lib.server`` maps them to HTTP status codes.
+Each message names the problem, the value, and the valid values. ``lib.server`` maps the exceptions to HTTP status
+codes.
 """
 
 from __future__ import annotations
 
 
 class UnetrError(Exception):
-    """Base of everything that this project raises on purpose."""
+    """Base class of all exceptions that this project raises on purpose."""
 
 
 class ConfigError(UnetrError):
@@ -32,7 +33,7 @@ class ConfigError(UnetrError):
 
 
 class InputError(UnetrError):
-    """Something that a client sent is wrong."""
+    """Data from a client are wrong."""
 
 
 class ImageError(InputError):
@@ -40,23 +41,23 @@ class ImageError(InputError):
 
 
 class OtherModalityError(ImageError):
-    """An image that is rather for another preset that is served: nothing is wrong with it."""
+    """An image that fits another served preset better, and is itself intact."""
 
 
 class FileKindError(ImageError):
-    """A file of a format that is not read here."""
+    """A file of an unsupported format."""
 
 
 class MemoryBudgetError(InputError):
-    """An image that needs more memory than there is, or than the server may use."""
+    """An image that needs more memory than is available, or than the server may use."""
 
 
 class LabelError(InputError):
-    """A label that does not belong to its image or to the preset."""
+    """A label that does not match its image or the preset."""
 
 
 class ParameterError(InputError):
-    """A request parameter outside its valid values."""
+    """A request parameter with an invalid value."""
 
     def __init__(self, name: str, value: object, valid: str) -> None:
         super().__init__(f"parameter {name!r} is {value!r}; valid: {valid}")
@@ -64,11 +65,11 @@ class ParameterError(InputError):
 
 
 class DeviceError(UnetrError):
-    """None of the devices that may compute something works.
+    """None of the suitable devices works.
 
     Args:
-        message: the sentence.
-        retry_after_seconds: when one of them is tried again.
+        message: the error message.
+        retry_after_seconds: time until one of them is tested again.
     """
 
     def __init__(self, message: str, retry_after_seconds: int) -> None:
@@ -77,11 +78,11 @@ class DeviceError(UnetrError):
 
 
 class ConflictError(UnetrError):
-    """Something of that name is there already, is busy, or is not to be replaced."""
+    """Something with this name exists already, is busy, or must not be replaced."""
 
 
 class NotFoundError(UnetrError):
-    """Nothing of that name."""
+    """Nothing with this name exists."""
 
     def __init__(self, kind: str, name: str, known: list[str] | None = None) -> None:
         listing = "" if known is None else f"; known: {', '.join(sorted(known)) or 'none'}"
@@ -89,20 +90,20 @@ class NotFoundError(UnetrError):
 
 
 class CheckpointError(UnetrError):
-    """A checkpoint that holds no weights, or weights that do not fit the network."""
+    """A checkpoint without weights, or with weights that do not match the network."""
 
 
 class ModelNotReadyError(UnetrError):
-    """The preset has no trained weights yet: train it, or give some with ``--conf pretrained``."""
+    """The preset has no trained weights yet: train it, or give weights with ``--conf pretrained``."""
 
 
 class StorageError(UnetrError):
-    """The label store cannot write, and has kept nothing of what it was given."""
+    """The label store cannot write, and has stored nothing of its input."""
 
 
 class TrainingError(UnetrError):
-    """A training run that cannot start or cannot go on."""
+    """A training run cannot start or cannot continue."""
 
 
 class UpstreamError(UnetrError):
-    """A server behind this one does not answer, or refuses what it is asked."""
+    """An upstream server does not respond, or refuses a request."""

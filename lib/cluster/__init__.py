@@ -1,1 +1,1 @@
-"""Segmenting many images from the command line, without a server: the worker."""
+"""Segmentation of many images from the command line, without a server, on one machine or a cluster."""

@@ -1,4 +1,4 @@
-"""The images of a server's batch inference, segmented on a cluster."""
+"""Segments the images of a server's batch inference on a cluster."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lib.models.weights import WeightsLocator
 
 @dataclass(frozen=True)
 class StudyImage:
-    """An image of the studies, and its file on the server."""
+    """An image of the studies, with its path on the server."""
 
     id: str
     file: Path
 
 
 class StudiesWorker:
-    """A model on a machine that sees the studies folder under the server's path."""
+    """A model on a machine that has the studies folder under the same path as the server."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -36,7 +36,7 @@ class StudiesWorker:
         """Read the image.
 
         Raises:
-            ImageError: when it cannot be read, or is not on this machine.
+            ImageError: if it cannot be read, or does not exist on this machine.
         """
         if not image.file.exists():
             raise ImageError(
@@ -46,17 +46,17 @@ class StudiesWorker:
         return read_case(image.id, Fetched(image.file), self._model.segmenter.preset)
 
     def compute(self, ready: ReadCase) -> Rest[Masked]:
-        """Segment it.
+        """Segment the image.
 
         Raises:
-            InputError: when it cannot be segmented.
+            InputError: if it cannot be segmented.
         """
         return segment(ready, self._model)
 
 
 @dataclass(frozen=True)
 class MakeStudiesWorker:
-    """Makes workers in other processes."""
+    """A factory of workers in other processes."""
 
     model: ModelFile
 
@@ -65,13 +65,13 @@ class MakeStudiesWorker:
 
 
 class ServedModel:
-    """The weights that are served at the moment, ready to be sent; a version that is published meanwhile is the next.
+    """The current live weights, ready to be sent; a version that is published later is sent from then on.
 
     Args:
-        preset: the task.
-        locator: of its weights.
-        precision: as :class:`lib.infers.segmenter.Segmenter`.
-        compiles: as :class:`ModelFile`.
+        preset: the preset.
+        locator: finds its weights.
+        precision: see :class:`lib.infers.segmenter.Segmenter`.
+        compiles: see :class:`ModelFile`.
     """
 
     def __init__(self, preset: Preset, locator: WeightsLocator, precision: str, compiles: bool) -> None:
@@ -80,10 +80,10 @@ class ServedModel:
         self._kept: tuple[object, Recipe[StudyImage, Masked]] | None = None
 
     def recipe(self) -> Recipe[StudyImage, Masked]:
-        """Of workers with these weights.
+        """The recipe for workers with these weights.
 
         Raises:
-            CheckpointError: when there are none.
+            CheckpointError: if there are no weights.
         """
         file = self._locator.find()
         stamp = None if file is None else file.stamp
@@ -94,26 +94,26 @@ class ServedModel:
 
 
 class ClusterBatch:
-    """What segments the images of a batch inference on a cluster, for :class:`lib.datastore.batch.DrawnLabelsStay`.
+    """Segments the images of a batch inference on a cluster, for :class:`lib.datastore.batch.DrawnLabelsStay`.
 
     Args:
         engine: the cluster.
-        models: the served weights, by name of the model.
+        models: the live weights, by name of the model.
     """
 
     def __init__(self, engine: Engine, models: Mapping[str, ServedModel]) -> None:
         self._engine, self._models = engine, models
 
     def __call__(self, model: str, images: Iterator[tuple[str, Path]]) -> Iterator[MadeMask]:
-        """The mask of each image, in no certain order, or why there is none.
+        """The mask of each image, in no particular order, or the reason why there is none.
 
         Args:
-            model: which.
-            images: ids and files, taken as they are needed.
+            model: name of the model.
+            images: ids and files, consumed on demand.
 
         Raises:
-            ConfigError: when the cluster cannot be reached.
-            CheckpointError: when there are no weights.
+            ConfigError: if the cluster cannot be reached.
+            CheckpointError: if there are no weights.
         """
         items = (StudyImage(image, file.absolute()) for image, file in images)
         for finished in self._engine.run(items, self._models[model].recipe):
@@ -125,7 +125,7 @@ class ClusterBatch:
 
 
 def _answer(result: CaseResult) -> dict[str, Any]:
-    """What the answer of an inference would say of it."""
+    """The JSON of the corresponding inference response."""
     quality = None if result.estimated_dice is None else {"estimated_dice": result.estimated_dice}
     return {
         "label_names": result.label_names,

@@ -1,4 +1,4 @@
-"""Cases of several sequences: in a folder as files or DICOM series, and in a PACS as series of one study."""
+"""Cases of several sequences as a source: files or DICOM series in a folder, and the series of a study in a PACS."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SeriesFiles:
 
     Attributes:
         files: channel name to the instances of its series.
-        notes: what a user should know of how the series lie to each other.
+        notes: notes for the user on the geometry of the series.
     """
 
     files: Mapping[str, Sequence[Path]]
@@ -48,15 +48,15 @@ class SeriesFiles:
 class ChannelFolder:
     """The cases of several sequences in a folder, which has the same path on all machines.
 
-    The id of files is their common name, or that of their folder; that of DICOM series the Series Instance UID of the
-    display channel.
+    The id of a case of files is their common name, or the name of their folder. The id of a case of DICOM series is the
+    Series Instance UID of the display channel.
 
     Args:
-        folder: where they are looked for.
-        preset: the task, with channels.
+        folder: folder to search.
+        preset: a preset with channels.
 
     Raises:
-        ConfigError: when there is no such folder, or no case in it.
+        ConfigError: if the folder does not exist, or contains no case.
     """
 
     def __init__(self, folder: Path, preset: Preset) -> None:
@@ -105,22 +105,22 @@ class ChannelFolder:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`lib.cluster.source.CaseSource`: what such cases lack."""
+        """See :class:`lib.cluster.source.CaseSource`: what such cases lack."""
         return self._broken
 
     def cases(self) -> list[str]:
-        """As :class:`lib.cluster.source.CaseSource`."""
+        """See :class:`lib.cluster.source.CaseSource`."""
         return sorted(self._cases)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`lib.cluster.source.CaseSource`; by the checksums of all files."""
+        """See :class:`lib.cluster.source.CaseSource`; it compares the checksums of all files."""
         return self._checksum(case) == sha256
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`lib.cluster.source.CaseSource`; files stay where they are, series are converted into ``folder``.
+        """See :class:`lib.cluster.source.CaseSource`; files stay in place, series are converted into ``folder``.
 
         Raises:
-            ImageError: when a series is no volume.
+            ImageError: if a series is not a volume.
         """
         sources, sha256 = self._cases[case], self._checksum(case)
         if isinstance(sources, SeriesFiles):
@@ -142,13 +142,13 @@ class ChannelFolder:
 
 
 class ChannelPacs:
-    """Cases of several series of one study in a PACS; a case's id is the UID of its display channel's series.
+    """Cases in a PACS of several series of one study; a case's id is the UID of its display channel's series.
 
     Args:
-        url: root of the DICOMweb server.
-        filters: see :class:`PacsSource`; series of a channel's own modality are looked for too.
+        url: root URL of the DICOMweb server.
+        filters: see :class:`PacsSource`; series of a channel's own modality are searched too.
         access: see :class:`Access`.
-        preset: the task, with channels.
+        preset: a preset with channels.
     """
 
     def __init__(self, url: str, filters: Mapping[str, str], access: Access, preset: Preset) -> None:
@@ -160,27 +160,27 @@ class ChannelPacs:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`lib.cluster.source.CaseSource`."""
+        """See :class:`lib.cluster.source.CaseSource`."""
         return self._broken
 
     def cases(self) -> list[str]:
-        """As :class:`lib.cluster.source.CaseSource`.
+        """See :class:`lib.cluster.source.CaseSource`.
 
         Raises:
-            UpstreamError: when the server does not answer as one.
+            UpstreamError: if the server does not respond as a DICOMweb server.
         """
         self._cases, self._broken = find_series_cases(self._preset, self._series.infos())
         return sorted(self._cases)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`lib.cluster.source.CaseSource`; by the stamps of its series."""
+        """See :class:`lib.cluster.source.CaseSource`; it compares the stamps of the series."""
         return bool(stamp) and self._stamp(case) == stamp
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`lib.cluster.source.CaseSource`.
+        """See :class:`lib.cluster.source.CaseSource`.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when a series cannot be had, or is no volume.
+            NotFoundError, UpstreamError, ImageError: if a series is unavailable or is not a volume.
         """
         stamp, files = self._stamp(case), {}
         for channel, uid in self._cases[case].series.items():
@@ -197,7 +197,7 @@ class ChannelPacs:
 
 
 def find_series_cases(preset: Preset, series: Mapping[str, SeriesInfo]) -> tuple[dict[str, SeriesCase], dict[str, str]]:
-    """The cases among series, by the UID of the series that is shown; and why others cannot be used."""
+    """The cases among series, by the UID of the displayed series; and why others cannot be used."""
     by_series, cases, broken = SeriesCases([preset], series), {}, {}
     for uid in series:
         case = by_series.of(uid).get(preset.name)
@@ -215,7 +215,7 @@ def find_series_cases(preset: Preset, series: Mapping[str, SeriesInfo]) -> tuple
 
 
 def _lack_of(sources: ChannelSources) -> str:
-    """What a case lacks, or what is wrong with it; empty for nothing."""
+    """What a case lacks, or its problem; empty for nothing."""
     try:
         sources.check()
     except ImageError as error:
@@ -227,7 +227,7 @@ def convert_series(case: str, series: SeriesFiles, folder: Path) -> ChannelSourc
     """Write each channel's series as a NIfTI file into a folder.
 
     Raises:
-        ImageError: when one is no volume.
+        ImageError: if one is not a volume.
     """
     files = {}
     for channel, instances in series.files.items():
@@ -237,6 +237,6 @@ def convert_series(case: str, series: SeriesFiles, folder: Path) -> ChannelSourc
 
 
 def _united(checksums: Mapping[str, str]) -> str:
-    """One checksum of several, whatever their order."""
+    """One checksum of several, independent of their order."""
     lines = "".join(f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()

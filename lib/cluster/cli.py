@@ -35,9 +35,9 @@ MODEL_FOLDER = Path(__file__).resolve().parents[2] / "model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 0 when every case has its mask, 1 when some have not, 2 with a sentence when the input was wrong.
+    """Run the command; 0 if every case has a mask, 1 if some have none, 2 with a sentence if the input was wrong.
 
-    130 where Ctrl-C ended it.
+    The status is 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
     failed: dict[str, str] = {}
@@ -130,10 +130,10 @@ def _threads(text: str) -> int:
 
 
 def _check_places(studies: str, out: Path) -> None:
-    """Refuse to write masks over images.
+    """Refuse an output folder in which masks could replace images.
 
     Raises:
-        ConfigError: where masks would lie in the folder of the images.
+        ConfigError: if masks would be written into the folder of the images.
     """
     if "://" not in studies and os.path.realpath(studies) == os.path.realpath(out):
         raise ConfigError(
@@ -146,10 +146,10 @@ def _engine(options: argparse.Namespace) -> Engine:
 
 
 def devices_of(text: str) -> list[str]:
-    """Names of devices: ``all`` is every GPU, or else the CPU; nothing is the best one there is.
+    """Parse device names: ``all`` means every GPU, or else the CPU; an empty text means the best device.
 
     Raises:
-        ConfigError: for one that there is not.
+        ConfigError: for an unknown device.
     """
     if text.strip() == "all":
         gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]

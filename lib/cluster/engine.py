@@ -1,4 +1,4 @@
-"""What runs cases on several devices: each pulls its next case when it is ready, and reads it while it computes."""
+"""Runs cases on several devices: each device reads its next case while it computes the current one."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ SECONDS_BETWEEN_CHECKS = 0.2
 
 @dataclass(frozen=True)
 class Rest(Generic[Given]):
-    """What is left of a case once the device is free for the next.
+    """The remaining work on a case after the device is free for the next one.
 
     Attributes:
-        finish: makes the answer, in another thread.
+        finish: computes the result, in another thread.
     """
 
     finish: Callable[[], Given]
 
 
 class Worker(Protocol[Taken, Given]):
-    """What holds the weights on one device. ``read`` runs in another thread, while ``compute`` has the case before."""
+    """The model on one device. ``read`` runs in another thread while ``compute`` processes the previous case."""
 
     def read(self, item: Taken) -> Any:
-        """Everything before the device is needed."""
+        """Everything that does not need the device."""
 
     def compute(self, ready: Any) -> Given | Rest[Given]:
-        """What needs the device, of what ``read`` returned; the answer, or what is left to do for it."""
+        """The work on the device, from the result of ``read``; returns the result, or the remaining work."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Recipe(Generic[Item, Answer]):
     """How a worker is made.
 
     Attributes:
-        key: another key is another worker: one with newer weights, say.
-        make: makes one for a device; pickled where the worker is to be in another process.
+        key: identifies the worker: another key, for example of newer weights, requires another worker.
+        make: makes a worker for a device; it is pickled for workers in other processes.
     """
 
     key: str
@@ -55,10 +55,10 @@ class Recipe(Generic[Item, Answer]):
 
 @dataclass(frozen=True)
 class Finished(Generic[Item, Answer]):
-    """A case that is done with: its answer, or else the reason why there is none.
+    """A finished case: its result, or the reason why there is none.
 
     Attributes:
-        refused: whether the case itself is at fault, rather than a server or a disk: it need not be tried again.
+        refused: whether the case itself is faulty, and not a server or a disk, so that it must not be retried.
     """
 
     item: Item
@@ -68,27 +68,27 @@ class Finished(Generic[Item, Answer]):
 
 
 class Engine(Protocol):
-    """Runs cases on devices: of this machine, or of a Ray cluster."""
+    """Runs cases on the devices of this machine, or of a Ray cluster."""
 
     def run(
         self, items: Iterable[Item], recipe: Callable[[], Recipe[Item, Answer]]
     ) -> Iterator[Finished[Item, Answer]]:
-        """Run all items; their results come in the order in which they finish.
+        """Run all items; results are returned in the order in which they finish.
 
         Args:
-            items: taken one by one, as they are needed.
-            recipe: asked before each item for the worker that is to have it.
+            items: consumed one by one, on demand.
+            recipe: called before each item for the worker that it needs.
         """
 
 
 class LocalEngine:
-    """The devices of this process, a thread each.
+    """The devices of this process, with one thread for each.
 
     A worker that raises one of this project's errors has finished its case without an answer; any other error ends
     the run.
 
     Args:
-        devices: PyTorch's names; one that is there twice gets two workers.
+        devices: PyTorch's device names; a repeated name gets two workers.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
@@ -97,10 +97,10 @@ class LocalEngine:
     def run(
         self, items: Iterable[Item], recipe: Callable[[], Recipe[Item, Answer]]
     ) -> Iterator[Finished[Item, Answer]]:
-        """As :class:`Engine`; a run that is left ends before the next window of what it computes.
+        """See :class:`Engine`; an abandoned run ends before the next window of its computation.
 
         Raises:
-            UnetrError: when a worker cannot be made.
+            UnetrError: if a worker cannot be made.
         """
         run = _Run(iter(items), recipe, len(self.devices))
         threads = [
@@ -117,13 +117,13 @@ class LocalEngine:
 
 
 class _Run(Generic[Item, Answer]):
-    """What the lanes of one run share."""
+    """The state that the threads of one run share."""
 
     def __init__(self, items: Iterator[Item], recipe: Callable[[], Recipe[Item, Answer]], lanes: int) -> None:
         self.stopping = threading.Event()
         self._items, self._recipe = items, recipe
         self._pulling = threading.Lock()
-        # bounded, so that a slow disk holds the devices up before it fills the memory with masks
+        # bounded, so that with a slow disk the devices wait instead of filling the memory with masks
         self._out: queue.Queue[Finished[Item, Answer] | BaseException | None] = queue.Queue(lanes)
 
     def finished(self, lanes: int) -> Iterator[Finished[Item, Answer]]:
@@ -137,7 +137,7 @@ class _Run(Generic[Item, Answer]):
                 yield message
 
     def lane(self, device: str) -> None:
-        """One device's work, from its first item to the last."""
+        """The work of one device, from its first item to the last."""
         try:
             with (
                 interruptible_by(self._check),
@@ -149,18 +149,18 @@ class _Run(Generic[Item, Answer]):
                 before: Future[None] | None = None
                 while ahead is not None:
                     item, worker, reading = ahead
-                    reading.exception()  # waits: never more than one case is being read
+                    reading.exception()  # waits, so that at most one case is read at a time
                     ahead = self._pull(hands)
                     computed = _compute(item, worker, reading)
                     if before is not None:
-                        before.result()  # waits: never more than one case is being finished, and in their order
+                        before.result()  # waits, so that cases are finished one at a time, in order
                     before = finisher.submit(self._finish, computed)
                 if before is not None:
                     before.result()
             self._put(None)
         except InterruptedWork:
-            return  # nobody listens any more
-        except BaseException as error:  # noqa: BLE001 - raised again where the answers are taken
+            return  # the consumer has ended
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             self._put(error)
 
     def _pull(self, hands: _Hands[Item, Answer]) -> tuple[Item, Worker[Item, Answer], Future[Any]] | None:
@@ -203,7 +203,7 @@ class _Hands(Generic[Item, Answer]):
 
 
 def _compute(item: Item, worker: Worker[Item, Answer], reading: Future[Any]) -> Finished[Item, Any]:
-    """The answer is still a :class:`Rest` where something is left to do."""
+    """The result of an item, which is a :class:`Rest` if some work remains."""
     try:
         return Finished(item, worker.compute(reading.result()))
     except UnetrError as error:
@@ -211,7 +211,7 @@ def _compute(item: Item, worker: Worker[Item, Answer], reading: Future[Any]) -> 
 
 
 def finish(computed: Finished[Item, Any]) -> Finished[Item, Any]:
-    """Do what is left of a case, where something is."""
+    """Do the remaining work of a case, if there is any."""
     if not isinstance(computed.answer, Rest):
         return computed
     try:
@@ -221,5 +221,5 @@ def finish(computed: Finished[Item, Any]) -> Finished[Item, Any]:
 
 
 def failed(item: Item, error: UnetrError) -> Finished[Item, Any]:
-    """A case that one of this project's errors has ended."""
+    """The result of a case that ended with one of this project's errors."""
     return Finished(item, problem=str(error), refused=isinstance(error, InputError))

@@ -1,4 +1,4 @@
-"""The weights that segment, as they are found, sent to other machines, and loaded there."""
+"""The weights of a run: found on one machine, sent to other machines, and loaded there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lib.storage.files import sha256_of
 
 @dataclass(frozen=True)
 class Model:
-    """What segments: a network, and which weights it has."""
+    """A loaded network, and its version."""
 
     segmenter: Segmenter
     name: str
@@ -34,11 +34,11 @@ class ModelFile:
     """Weights that are not loaded yet.
 
     Attributes:
-        name: of the preset.
-        version, sha256: of the weights; they say which they are.
-        content: the file itself, where it goes to a machine that cannot read ``path``.
-        compiles: whether OpenVINO computes on a CPU where it was measured to be faster.
-        precision: as :class:`lib.infers.segmenter.Segmenter`.
+        name: name of the preset.
+        version, sha256: identify the weights.
+        content: content of the file, for machines that cannot read ``path``.
+        compiles: whether OpenVINO is used on a CPU if it was measured to be faster.
+        precision: see :class:`lib.infers.segmenter.Segmenter`.
     """
 
     preset: Preset
@@ -53,10 +53,10 @@ class ModelFile:
 
     @classmethod
     def find(cls, preset: Preset, locator: WeightsLocator, compiles: bool = True, precision: str = "auto") -> ModelFile:
-        """The weights that a server would serve.
+        """The weights that a server would use.
 
         Raises:
-            CheckpointError: when there are none, or damaged ones only.
+            CheckpointError: if there are none, or only damaged ones.
         """
         file = locator.find()
         if file is None:
@@ -65,19 +65,19 @@ class ModelFile:
 
     @classmethod
     def of(cls, preset: Preset, file: WeightsFile, compiles: bool = True, precision: str = "auto") -> ModelFile:
-        """A certain file of weights."""
+        """A specific weights file."""
         checksum, calibration = sha256_of(file.path), read_calibration(file.path)
         return cls(preset, preset.name, file.version, checksum, file.path, calibration, None, compiles, precision)
 
     def packed(self) -> ModelFile:
-        """The same with the file's content, to be sent."""
+        """A copy that includes the file's content, to be sent."""
         return replace(self, content=self.path.read_bytes())
 
     def load(self, device: str | None) -> Model:
-        """Load it on a device; with OpenVINO, where that is to be tried, before the first case and not during it.
+        """Load it on a device; if OpenVINO is to be tried, this is done before the first case.
 
         Raises:
-            CheckpointError: when the weights cannot be read or do not fit.
+            CheckpointError: if the weights cannot be read or do not match.
         """
         if self.content is None:
             checkpoint = read_checkpoint(self.path)

@@ -1,4 +1,4 @@
-"""Ray itself, which is optional, and the connection to a cluster: with its token where it asks for one."""
+"""Imports Ray, which is optional, and connects to a cluster, with token authentication if the cluster requires it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ HOW_TO_GIVE_A_TOKEN = (
 
 @dataclass(frozen=True)
 class Authentication:
-    """What this process's environment says of Ray's authentication; the token itself is not read.
+    """Ray's authentication settings in the environment; the token itself is not read.
 
     Attributes:
-        asked: whether Ray asks for a token, and gives one.
-        source: where the token is taken from: ``RAY_AUTH_TOKEN``, or a file.
-        given: whether there is one.
+        asked: whether Ray uses token authentication.
+        source: source of the token: ``RAY_AUTH_TOKEN``, or a file.
+        given: whether there is a token.
     """
 
     asked: bool
@@ -40,11 +40,11 @@ class Authentication:
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ, home: Path | None = None) -> Authentication:
-        """As Ray decides it: a token that is there is used, unless ``RAY_AUTH_MODE`` says otherwise.
+        """The settings by Ray's own rules: an existing token is used, unless ``RAY_AUTH_MODE`` disables it.
 
         Args:
-            environment: where Ray's settings are.
-            home: where Ray looks for its token; this user's folder if not given.
+            environment: environment variables.
+            home: folder in which Ray looks for its token; by default this user's home.
         """
         file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
         from_variable = bool(environment.get("RAY_AUTH_TOKEN"))
@@ -53,7 +53,7 @@ class Authentication:
         return cls(mode == "token", "RAY_AUTH_TOKEN" if from_variable else str(file), given)
 
     def describe(self) -> str:
-        """What is wrong where a cluster that asks for a token does not let this process in."""
+        """The likely reason if a cluster with token authentication refuses this process."""
         if not self.asked:
             return "none is given, since RAY_AUTH_MODE is not 'token'"
         return f"the one in {self.source} is not the cluster's" if self.given else f"there is none in {self.source}"
@@ -67,12 +67,14 @@ def _has_text(file: Path) -> bool:
 
 
 def import_ray() -> Any:
-    """Ray, which is optional.
+    """Import Ray, which is optional.
 
     Raises:
-        ConfigError: when it is not installed.
+        ConfigError: if it is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before it is imported: it would report to its makers
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # set before the import, since Ray would send usage statistics
     try:
         import ray
     except ImportError as error:
@@ -82,10 +84,10 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(ray: Any, address: str) -> Iterator[None]:
-    """With a connection to the cluster, which is ended unless there was one.
+    """Connect to the cluster for the duration of the block, unless there is a connection already.
 
     Raises:
-        ConfigError: when there is no cluster to be reached, or it does not let this process in.
+        ConfigError: if the cluster cannot be reached, or refuses this process.
     """
     if ray.is_initialized():
         yield
@@ -100,20 +102,20 @@ def connected(ray: Any, address: str) -> Iterator[None]:
 def _connect(ray: Any, address: str) -> None:
     _check_listens(address)
     environment = {
-        "py_modules": [str(LIBRARY)],  # so that all nodes compute with this very code
+        "py_modules": [str(LIBRARY)],  # so that all nodes run the same code
         "excludes": ["**/__pycache__/**"],
         "env_vars": {"OMP_WAIT_POLICY": "passive"},
     }
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot be reached is named in the error
+            warnings.simplefilter("ignore")  # the error names the unreachable address
             ray.init(address=address, runtime_env=environment, logging_level=logging.WARNING, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(_refusal(address, error)) from error
 
 
 def _check_listens(address: str) -> None:
-    """Refuse an address where nobody listens, at once: Ray itself tries for half a minute.
+    """Refuse an address on which nothing listens at once, since Ray itself would try for half a minute.
 
     Raises:
         ConfigError: naming the reason.
@@ -129,10 +131,10 @@ def _check_listens(address: str) -> None:
 
 
 def _endpoint(address: str) -> tuple[str, int]:
-    """Host and port of an address; port 0 where it has none, as ``auto``.
+    """Host and port of an address; port 0 if it has none, as ``auto``.
 
     Raises:
-        ConfigError: for an address that is none.
+        ConfigError: for an invalid address.
     """
     if address in ("auto", "local"):
         return "", 0
@@ -146,7 +148,7 @@ def _endpoint(address: str) -> tuple[str, int]:
 
 
 def _refusal(address: str, error: BaseException) -> str:
-    """Why a cluster cannot be used, in a sentence."""
+    """A sentence on why a cluster cannot be used."""
     authentication = Authentication.find()
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -159,7 +161,7 @@ def _refusal(address: str, error: BaseException) -> str:
         )
     reason = " ".join(str(error).split())[:300]
     if address.startswith(OUTSIDE) and "timeout" in reason:
-        # Ray's client tries a token that is refused again and again, and does not say so
+        # Ray's client retries with a refused token without an error message
         given = f"; if it asks for a token, {authentication.describe()}: {HOW_TO_GIVE_A_TOKEN}"
         return f"what listens at {address!r} does not let this program in, or is no Ray cluster ({reason}){given}"
     return f"there is no Ray cluster to be reached at {address!r}: {reason}"

@@ -1,4 +1,4 @@
-"""The workers of a run on a Ray cluster: actors, as many as the nodes have room for, and the cases that each has."""
+"""The workers of a run on a Ray cluster: as many actors as the nodes have room for, and the cases of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("unetr.cluster")
 Item = TypeVar("Item")
 
 CASES_IN_HAND = 2
-"""Of a worker: one that is computed, and one that is read meanwhile."""
+"""Cases of a worker: one that is computed, and one that is read meanwhile."""
 MOST_DEFAULT_CORES = 4
 MOST_FAILED_STARTS = 5
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -27,7 +27,7 @@ SECONDS_BETWEEN_COMPLAINTS = 60.0
 
 
 class RemoteWorker:
-    """What runs in an actor's process: a worker, and one case beside the other."""
+    """Runs in an actor's process: a worker that reads one case while it computes another."""
 
     def __init__(self, cores: int) -> None:
         torch.set_num_threads(cores)
@@ -35,11 +35,11 @@ class RemoteWorker:
         self._made: tuple[str, Worker[Any, Any]] | None = None
 
     def is_there(self) -> bool:
-        """Answers once the process is."""
+        """Return as soon as the process has started."""
         return True
 
     def run(self, key: str, make: list[Any], item: Any) -> Finished[Any, Any]:
-        """Run a case; ``make`` holds a reference to what makes the worker, which is fetched once."""
+        """Run a case; ``make`` holds a reference to the worker's factory, which is fetched once."""
         worker = self._worker(key, make)
         try:
             ready = worker.read(item)
@@ -58,7 +58,7 @@ class RemoteWorker:
 
 @dataclass
 class Try(Generic[Item]):
-    """A case, and what happened to the workers that had it."""
+    """A case, and the history of the workers that had it."""
 
     item: Item
     deaths: int = 0
@@ -67,7 +67,7 @@ class Try(Generic[Item]):
 
 @dataclass(eq=False)
 class Hand:
-    """An actor, and the cases that it has."""
+    """An actor and its cases."""
 
     actor: Any
     starting: Any
@@ -80,7 +80,7 @@ class Hand:
 
 
 class Crew:
-    """The actors: as many as the nodes that there are now have room for."""
+    """The actors, as many as the current nodes have room for."""
 
     def __init__(self, ray: Any, cores: int | None) -> None:
         self._ray, self._cores = ray, cores
@@ -89,7 +89,7 @@ class Crew:
         self._failed_starts = 0
 
     def fill(self) -> None:
-        """Start actors where there is room, and give those up that wait for a node that is gone."""
+        """Start actors where there is room, and drop those that wait for a node that no longer exists."""
         if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = time.monotonic()
@@ -103,7 +103,7 @@ class Crew:
             self._complain(wanted)
 
     def _room(self) -> tuple[dict[str, Any], int]:
-        """What an actor takes, and how many there can be."""
+        """The resources of an actor, and the possible number of actors."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus, cpus = ([int(node.get(kind, 0)) for node in nodes if node.get("CPU", 0) >= 1] for kind in ("GPU", "CPU"))
         shares = [cpu // gpu for cpu, gpu in zip(cpus, gpus, strict=True) if gpu] if any(gpus) else cpus
@@ -122,10 +122,10 @@ class Crew:
             logger.warning("no worker of the cluster answers yet; there is room for %d", wanted)
 
     def started(self, hand: Hand) -> None:
-        """An actor that was being started answers, or it does not.
+        """Handle the response of an actor that was being started, or its failure.
 
         Raises:
-            ConfigError: when that happens again and again.
+            ConfigError: if actors fail to start repeatedly.
         """
         errors = self._ray.exceptions
         try:

@@ -1,12 +1,13 @@
-"""Ray (https://www.ray.io) as the engine: workers on the machines of a cluster, and cases that outlive them.
+"""Ray (https://www.ray.io) as the engine: workers on the machines of a cluster, and cases that survive the loss of a
+worker.
 
-A worker is an actor: one for each GPU, or for a number of cores where no node has one. It holds its model from its
-first case to its last, and reads a case while it computes another. An actor that is gone has its cases run elsewhere.
-What ended its process is looked for among those that it had: each of them runs alone from then on, and one that ends
-three workers is given up. A node that is lost is nobody's fault, unless that happens again and again.
+A worker is an actor: one for each GPU, or for a number of cores if no node has a GPU. It keeps its model from its first
+case to its last, and reads a case while it computes another. If an actor is lost, its cases run on other actors. To
+find a case that crashes its worker, each case of a crashed actor runs alone from then on, and a case that crashes three
+workers is given up. The loss of a node is not attributed to a case, unless it happens repeatedly.
 
-Code, weights and results travel by Ray. Whoever reaches Ray's ports can run code on its machines: they belong
-into a closed network. Ray's own authentication by token is used where it is set up.
+Code, weights and results are sent by Ray. Anyone who can reach Ray's ports can run code on its machines, so they must
+be in a closed network. Ray's own token authentication is used if it is configured.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ MOST_LOSSES = 10
 
 
 class RayEngine:
-    """Workers on a Ray cluster. The methods are those of :class:`lib.cluster.engine.Engine`.
+    """Workers on a Ray cluster, with the interface of :class:`lib.cluster.engine.Engine`.
 
     Args:
-        address: ``auto`` or ``host:port`` on a machine of the cluster, ``ray://host:port`` elsewhere.
-        cores: of a worker; at most four by default, and no more than the smallest node has.
+        address: ``auto`` or ``host:port`` on a machine of the cluster, ``ray://host:port`` on other machines.
+        cores: cores of a worker; by default at most four, and not more than the smallest node has.
     """
 
     def __init__(self, address: str, cores: int | None = None) -> None:
@@ -44,11 +45,11 @@ class RayEngine:
     def run(
         self, items: Iterable[Item], recipe: Callable[[], Recipe[Item, Answer]]
     ) -> Iterator[Finished[Item, Answer]]:
-        """As :class:`lib.cluster.engine.Engine`.
+        """See :class:`lib.cluster.engine.Engine`.
 
         Raises:
-            ConfigError: when there is no such cluster, Ray is not installed, or workers cannot be started.
-            UnetrError: when a worker cannot be made of the recipe.
+            ConfigError: if there is no such cluster, Ray is not installed, or workers cannot be started.
+            UnetrError: if a worker cannot be made from the recipe.
         """
         ray = import_ray()
         with connected(ray, self._address):
@@ -60,7 +61,7 @@ class RayEngine:
 
 
 class _Run(Generic[Item, Answer]):
-    """One run over a crew."""
+    """One run on a crew."""
 
     def __init__(self, ray: Any, crew: Crew, items: Iterator[Item], recipe: Callable[[], Recipe[Item, Answer]]) -> None:
         self._ray, self._crew, self._items, self._recipe = ray, crew, items, recipe
@@ -95,14 +96,14 @@ class _Run(Generic[Item, Answer]):
         return any(hand.reserved is not None for hand in self._crew.hands)
 
     def _hand_out(self) -> None:
-        """Give each worker that has room its next case; suspects get one that has nothing else in hand."""
+        """Give each free worker its next case; suspected cases get a worker without other cases."""
         for hand in sorted(self._crew.hands, key=lambda hand: len(hand.cases)):
             if self._suspects and hand.is_free():
                 hand.reserved = self._suspects.popleft()
             if hand.reserved is not None and not hand.cases:
                 one, hand.reserved = hand.reserved, None
                 self._give(hand, one)
-        # one each, then the second: the last cases of a run are not piled on one worker
+        # every worker gets one case before any gets a second, which balances the end of a run
         for count in range(CASES_IN_HAND):
             for hand in self._crew.hands:
                 if hand.is_free() and len(hand.cases) <= count and (next_one := self._next()) is not None:
@@ -125,7 +126,7 @@ class _Run(Generic[Item, Answer]):
         hand.cases[hand.actor.run.remote(key, [make], one.item)] = one
 
     def _take(self, ref: Any, hand: Hand) -> Finished[Item, Answer] | None:
-        """A case's answer; None where its worker is gone, or was already found to be."""
+        """The result of a case; None if its worker is lost, or was known to be lost before."""
         if ref not in hand.cases:
             return None
         errors = self._ray.exceptions
@@ -133,7 +134,7 @@ class _Run(Generic[Item, Answer]):
             answer: Finished[Item, Answer] = self._ray.get(ref)
         except errors.RayTaskError as error:
             raise (error.cause or error) from None
-        except errors.ObjectLostError as error:  # computed, and gone with the node before it was taken
+        except errors.ObjectLostError as error:  # computed, but lost with the node before it was fetched
             self._lost(hand.cases.pop(ref), error)
             return None
         except (
@@ -170,7 +171,7 @@ class _Run(Generic[Item, Answer]):
 
 
 def _ended_by_itself(error: Exception) -> bool:
-    """Whether an actor's own process ended, rather than its node being lost."""
+    """Whether an actor's own process ended, and not its node."""
     return type(error).__name__ == "OutOfMemoryError" or "its worker process has died" in str(error)
 
 

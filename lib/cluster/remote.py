@@ -1,4 +1,4 @@
-"""Cases of a running server, by its REST, and series of a PACS, by DICOMweb; and masks that go back to the server."""
+"""Cases of a running server (REST) and series of a PACS (DICOMweb) as sources, and upload of masks to a server."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Access:
-    """By what a server lets a program in; never shown.
+    """Credentials for a server, which are never displayed.
 
     Attributes:
-        token: of this project's server, or of a PACS that takes bearer tokens.
-        user, password: of a PACS, for basic authentication.
-        prefixes: of a PACS' services, as the server's settings have them.
+        token: bearer token of this project's server, or of a PACS.
+        user, password: basic authentication of a PACS.
+        prefixes: URL prefixes of a PACS' services, as in the server's settings.
     """
 
     token: str = field(default="", repr=False)
@@ -51,10 +51,10 @@ class Access:
 
     @classmethod
     def find(cls, token_file: Path | None, environment: Mapping[str, str] = os.environ) -> Access:
-        """From a file or the environment: what stands on a command line is seen by everybody on the machine.
+        """Read from a file or the environment, since a command line is visible to all users of the machine.
 
         Raises:
-            ConfigError: when the file cannot be read.
+            ConfigError: if the file cannot be read.
         """
         try:
             token = token_file.read_text(encoding="utf-8").strip() if token_file else ""
@@ -68,7 +68,7 @@ class Access:
         )
 
     def options(self) -> dict[str, Any]:
-        """Of a request."""
+        """Options of a request."""
         if self.token:
             return {"headers": {"Authorization": f"Bearer {self.token}"}}
         return {"auth": HTTPBasicAuth(self.user, self.password)} if self.user and self.password else {}
@@ -76,21 +76,21 @@ class Access:
 
 @dataclass(frozen=True)
 class Rest:
-    """A server of this project.
+    """A client of this project's server.
 
     Attributes:
-        url: its address, without a slash at the end.
+        url: its address, without a trailing slash.
     """
 
     url: str
     access: Access
 
     def ask(self, method: str, path: str, seconds: float = QUERY_SECONDS, **options: Any) -> requests.Response:
-        """Its answer, whatever the status.
+        """Its response, whatever the status.
 
         Raises:
-            ConfigError: when it does not let this program in, or not do this.
-            UpstreamError: when it does not answer, or fails.
+            ConfigError: if it refuses this program, or this request.
+            UpstreamError: if it does not respond, or fails.
         """
         try:
             answer = requests.request(
@@ -108,15 +108,15 @@ class Rest:
         return answer
 
     def download(self, path: Path, **wanted: str) -> Path:
-        """Save the file of an image.
+        """Download the file of an image.
 
         Args:
-            path: where to.
-            wanted: the image, and which file of it.
+            path: path of the downloaded file.
+            wanted: the image, and which of its files.
 
         Raises:
-            NotFoundError: when there is none.
-            ConfigError, UpstreamError: as :meth:`ask`.
+            NotFoundError: if there is none.
+            ConfigError, UpstreamError: see :meth:`ask`.
         """
         with self.ask("GET", "/datastore/image", TRANSFER_SECONDS, params=wanted, stream=True) as answer:
             if answer.status_code != 200:
@@ -141,11 +141,11 @@ def _reason(answer: requests.Response) -> str:
 class PacsSource:
     """Series of a DICOMweb server; a case's id is its Series Instance UID.
 
-    A series is known again by the UIDs of its instances, which never change their content under a UID.
+    A series is recognised by the UIDs of its instances, whose content never changes.
 
     Args:
-        url: its root.
-        filters: attributes of the query, by keyword; ``Modality`` is the preset's where the query has none.
+        url: root URL.
+        filters: attributes of the query, by keyword; by default, ``Modality`` is that of the preset.
         access: see :class:`Access`.
     """
 
@@ -159,14 +159,14 @@ class PacsSource:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`lib.cluster.source.CaseSource`: what is broken shows when it is fetched."""
+        """See :class:`lib.cluster.source.CaseSource`: broken images are noticed only when they are fetched."""
         return {}
 
     def cases(self) -> list[str]:
-        """As :class:`lib.cluster.source.CaseSource`.
+        """See :class:`lib.cluster.source.CaseSource`.
 
         Raises:
-            UpstreamError: when the server does not answer as one.
+            UpstreamError: if the server does not respond as a DICOMweb server.
         """
         return sorted(self.infos())
 
@@ -174,27 +174,27 @@ class PacsSource:
         """The attributes of each series, by UID.
 
         Raises:
-            UpstreamError: when the server does not answer as one.
+            UpstreamError: if the server does not respond as a DICOMweb server.
         """
         return self._remote().series()
 
     def stamp(self, case: str) -> str:
-        """What changes with a series.
+        """A value that changes with the series.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when it cannot be had.
+            NotFoundError, UpstreamError, ImageError: if it is unavailable.
         """
         return self._remote().stamp(case)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`lib.cluster.source.CaseSource`; by its stamp."""
+        """See :class:`lib.cluster.source.CaseSource`; it compares the stamp."""
         return bool(stamp) and self.stamp(case) == stamp
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`lib.cluster.source.CaseSource`.
+        """See :class:`lib.cluster.source.CaseSource`.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when it cannot be had.
+            NotFoundError, UpstreamError, ImageError: if it is unavailable.
         """
         stamp = self._remote().stamp(case)
         self._remote().fetch(case, folder)
@@ -214,17 +214,17 @@ class ServerChannels:
 
     Args:
         rest: the server.
-        preset: what segments them.
+        preset: the preset that segments them.
     """
 
     def __init__(self, rest: Rest, preset: Preset) -> None:
         self._rest, self._preset = rest, preset
 
     def of(self, case: str) -> dict[str, Any]:
-        """What the server says of a case: ``files`` by channel, and what is missing or wrong.
+        """The server's description of a case: ``files`` by channel, missing channels and problems.
 
         Raises:
-            ImageError: when it is no such case there, or the server does not serve the preset.
+            ImageError: if there is no such case, or if the server does not serve the preset.
         """
         wanted = {"image": case, "model": self._preset.name}
         answer = self._rest.ask("GET", "/datastore/image/channels", TRANSFER_SECONDS, params=wanted)
@@ -237,8 +237,8 @@ class ServerChannels:
         """Download the files of a case.
 
         Raises:
-            ImageError: when it lacks a channel.
-            NotFoundError, UpstreamError: when it cannot be had.
+            ImageError: if it lacks a channel.
+            NotFoundError, UpstreamError: if it is unavailable.
         """
         payload = self.of(case)
         files: dict[str, Path] = {}
@@ -257,14 +257,15 @@ class ServerChannels:
 
 
 class ServerSource:
-    """The pool of a running server: its files by REST, its DICOM series by its DICOMweb.
+    """The pool of a running server: files by REST, DICOM series by DICOMweb.
 
-    Cases of several sequences come by REST, whatever they are there.
+    Cases of several sequences are fetched by REST, whatever their format on the server.
 
     Args:
         rest: the server.
-        preset: what segments them; series of its modality are wanted.
-        keeps: the tag of labels that masks are to be sent to; cases that a person drew one of are left out.
+        preset: the preset that segments them; series of its modality are included.
+        keeps: tag of the labels as which masks will be uploaded; cases with such a label drawn by a person are
+            excluded.
     """
 
     def __init__(self, rest: Rest, preset: Preset, keeps: str = "") -> None:
@@ -286,15 +287,15 @@ class ServerSource:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`lib.cluster.source.CaseSource`: the server has left those out."""
+        """See :class:`lib.cluster.source.CaseSource`: the server does not list such images."""
         return {}
 
     def cases(self) -> list[str]:
-        """As :class:`lib.cluster.source.CaseSource`."""
+        """See :class:`lib.cluster.source.CaseSource`."""
         return list(self._cases)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`lib.cluster.source.CaseSource`; of a file the server compares the checksum."""
+        """See :class:`lib.cluster.source.CaseSource`; for a file, the server compares the checksum."""
         if self._channels is not None:
             return bool(stamp) and self._channels.of(case)["stamp"] == stamp
         if case not in self._files:
@@ -303,10 +304,10 @@ class ServerSource:
         return self.rest.ask("HEAD", "/datastore/image", TRANSFER_SECONDS, params=wanted).status_code == 200
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`lib.cluster.source.CaseSource`.
+        """See :class:`lib.cluster.source.CaseSource`.
 
         Raises:
-            NotFoundError, UpstreamError, ImageError: when it cannot be had.
+            NotFoundError, UpstreamError, ImageError: if it is unavailable.
         """
         if self._channels is not None:
             return self._channels.fetch(case, folder)
@@ -317,10 +318,10 @@ class ServerSource:
 
 @dataclass(frozen=True)
 class ServerLabels:
-    """Sends masks to a server as labels of a tag.
+    """Uploads masks to a server as labels.
 
     Attributes:
-        tag: under which they are kept there.
+        tag: tag of the labels.
     """
 
     rest: Rest
@@ -331,8 +332,8 @@ class ServerLabels:
         """Refuse what the server would refuse, before anything is computed.
 
         Raises:
-            ConfigError: for a tag that is none, or without the right to it.
-            UpstreamError: when the server does not answer.
+            ConfigError: for an invalid tag, or without the permission for it.
+            UpstreamError: if the server does not respond.
         """
         if not re.fullmatch(TAG, self.tag):
             raise ConfigError(f"--save-labels {self.tag!r}; valid: a tag of lower-case letters, digits, '_' or '-'")
@@ -345,12 +346,12 @@ class ServerLabels:
             )
 
     def __call__(self, result: CaseResult, mask: Path) -> str:
-        """Send a mask, unless it is there; returns where.
+        """Upload a mask, unless the server has it; returns its location.
 
         Raises:
-            ConfigError: without the right to.
-            ConflictError: when a person drew the label that there is, or the server refuses the mask.
-            UpstreamError: when the server does not answer.
+            ConfigError: without the permission.
+            ConflictError: if a person drew the current label, or if the server refuses the mask.
+            UpstreamError: if the server does not respond.
         """
         place = f"{self.tag} at {self.rest.url}"
         if result.sent_to == place:

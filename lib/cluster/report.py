@@ -1,4 +1,4 @@
-"""The summary of a run: a table for people, and the same for programs."""
+"""The summary of a run, as a table for users and as data for programs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lib.cluster.worker import Outcome
 
 
 def summary(outcome: Outcome, model: str, version: str) -> dict[str, Any]:
-    """What became of the cases, in plain data.
+    """The result of the cases, as plain data.
 
     Args:
-        outcome: of the run.
+        outcome: result of the run.
         model: name of the preset.
-        version: of the weights that the run began with.
+        version: version of the weights at the start of the run.
     """
     cases = outcome.done | outcome.skipped
     return {
@@ -44,5 +44,5 @@ def as_table(outcome: Outcome) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name on one line, whatever it has in it."""
+    """A name on one line, whatever characters it contains."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)

@@ -1,4 +1,4 @@
-"""Masks and what is known of them, kept so that a run that was interrupted goes on where it ended."""
+"""Stored masks and their records, by which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lib.transforms.volume import Affine
 
 RECORDS_FOLDER = "records"
 SECONDS_BEFORE_LEFT_OVER = 600.0
-"""After which what a worker was writing when it was killed is removed."""
+"""Age at which the partial files of killed workers are removed."""
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What is known of a finished case.
+    """The record of a finished case.
 
     Attributes:
-        image_sha256: checksum of the image that was segmented.
-        version: of the model; ``weights_sha256`` says which file that was.
-        seconds: of computing, without reading and writing.
-        volumes_ml: by label; 0 where the label was not found.
-        estimated_dice: None where the weights have no calibration, or nothing was found.
-        engine: what computed the windows, ``pytorch`` or ``openvino``; they may differ in single voxels.
-        image_stamp: by which a PACS' series is known again without its files; empty for files.
+        image_sha256: checksum of the segmented image.
+        version: version of the model; ``weights_sha256`` identifies its file.
+        seconds: computing time, without reading and writing.
+        volumes_ml: volume of each label; 0 for a label without voxels.
+        estimated_dice: None if the weights have no calibration, or if the mask is empty.
+        engine: engine of the windows, ``pytorch`` or ``openvino``, whose results may differ in single voxels.
+        image_stamp: value by which a PACS series is recognised without its files; empty for files.
         label_names: name to value in the mask.
-        sent_to: where the mask was sent to, and under which tag.
-        warnings: what a user should know of the image and its sequences, one sentence each.
+        sent_to: where the mask was uploaded, and with which tag.
+        warnings: warnings for the user on the image and its sequences, one sentence each.
     """
 
     case: str
@@ -57,7 +57,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Masked:
-    """A finished case whose mask, a ``.nii.gz``, is not kept yet."""
+    """A finished case whose mask, a ``.nii.gz``, is not stored yet."""
 
     result: CaseResult
     mask: bytes
@@ -71,7 +71,7 @@ def measure_ml(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Preset
 
 
 def packed_mask(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Preset) -> bytes:
-    """The mask's ``.nii.gz``, of shape (X, Y, Z)."""
+    """A mask of shape (X, Y, Z) as ``.nii.gz``."""
     written = write_mask(labels, affine_ras, preset, ".nii.gz", "uint8", True)
     try:
         return written.read_bytes()
@@ -80,10 +80,10 @@ def packed_mask(labels: npt.NDArray[np.uint8], affine_ras: Affine, preset: Prese
 
 
 class ResultFolder:
-    """Masks ``<case>.nii.gz``, and a record of each in ``records``, which is written after its mask.
+    """Masks ``<case>.nii.gz``, and their records in ``records``; a record is written after its mask.
 
     Args:
-        folder: made if it is not there.
+        folder: the folder, which is created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,19 +96,19 @@ class ResultFolder:
                         path.unlink()
 
     def find(self, case: str, model: str, weights_sha256: str) -> CaseResult | None:
-        """The result of a case, where it is of these weights and its mask is there; of which image, it says itself."""
+        """The result of a case, if it is of these weights and its mask exists; it states its image itself."""
         try:
             kept = CaseResult(**read_json(self._record(case)))
         except (OSError, ValueError, TypeError):
-            return None  # none, or a damaged one: the case is computed again
+            return None  # there is none or it is damaged: the case is computed again
         same = (kept.model, kept.weights_sha256) == (model, weights_sha256)
         return kept if same and (self.folder / kept.mask).is_file() else None
 
     def keep(self, masked: Masked) -> CaseResult:
-        """Write mask and record, each as a whole or not at all.
+        """Write mask and record, each atomically.
 
         Raises:
-            StorageError: when the disk does not take them.
+            StorageError: if they cannot be written.
         """
         result = masked.result
         with writing(f"the mask of {result.case!r}"):
@@ -118,10 +118,10 @@ class ResultFolder:
         return result
 
     def record(self, result: CaseResult) -> None:
-        """Write a record anew.
+        """Write a record again.
 
         Raises:
-            StorageError: when the disk does not take it.
+            StorageError: if it cannot be written.
         """
         with writing(f"the record of {result.case!r}"):
             write_json(self._record(result.case), asdict(result))

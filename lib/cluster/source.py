@@ -1,4 +1,4 @@
-"""Sources of cases to segment, such as a folder, and the share of the cases that one of several workers takes."""
+"""Sources of cases, such as a folder, and the share of the cases that one of several workers processes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 LABELS_FOLDER = "labels"
 NO_IMAGES = ("SEG", "RTDOSE")
-"""Modalities whose instances have pixels, but of no image."""
+"""Modalities of instances with pixels that are not images."""
 LONGEST_NAME = 200
-"""Of bytes: file systems take 255, and a mask has a longer name while it is written."""
+"""Longest name in bytes: file systems allow 255, and masks have a longer temporary name."""
 NO_FILE = (
     "it is no file that can be read from its beginning to its end (a pipe, a device, or a link that leads nowhere)"
 )
@@ -38,7 +38,7 @@ NO_FILE = (
 class Shard:
     """One of ``count`` shares of the cases; ``number`` counts from 1.
 
-    A case's share follows from its id alone, so that it stays the same when other cases are added.
+    The share of a case depends on its id alone, so that it does not change when other cases are added.
     """
 
     number: int = 1
@@ -46,7 +46,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``2/8``.
+        """Parse ``2/8``.
 
         Raises:
             ConfigError: for anything else than a number from 1 to the count.
@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ReadCase:
-    """A case that is in memory, with the SHA-256 of its file or of its files, its stamp, and what is odd about it."""
+    """A case in memory, with the SHA-256 of its file or files, its stamp, and warnings."""
 
     case: str
     volume: Volume
@@ -78,10 +78,10 @@ class Fetched:
     """An image on this machine.
 
     Attributes:
-        path: a file, or a folder of one DICOM series.
-        stamp: changes with the image; empty where only its content tells.
-        sha256: checksum of what was fetched; that of ``path`` where it is empty.
-        channels: the files of a case of several sequences, in the place of ``path``.
+        path: a file, or a folder with one DICOM series.
+        stamp: value that changes with the image; empty if only its content can be compared.
+        sha256: checksum of the fetched data; if empty, that of ``path``.
+        channels: the files of a case of several sequences, instead of ``path``.
     """
 
     path: Path
@@ -91,30 +91,30 @@ class Fetched:
 
 
 class CaseSource(Protocol):
-    """Where cases come from. It is pickled, and asked from several threads and machines."""
+    """A source of cases. It is pickled, and used by several threads and machines."""
 
     @property
     def broken(self) -> dict[str, str]:
-        """Name of an image that cannot be a case, to the reason; known once the cases are."""
+        """Reason by name for images that cannot be cases; available after the cases."""
 
     def cases(self) -> list[str]:
-        """The ids of all cases, in order."""
+        """The sorted ids of all cases."""
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """Whether an image is still the one of that checksum and stamp; what it costs is less than to read it."""
+        """Whether an image still has this checksum and stamp; the check is cheaper than reading it."""
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """The image; ``folder``, which is empty and soon gone, may be used for it."""
+        """The image; ``folder``, which is empty and temporary, may be used for it."""
 
 
 @dataclass
 class FoundImages:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
-        images: case id to a file, or to a folder whose DICOM files are one case.
-        broken: name of an image that cannot be a case, to the reason.
-        left_out: sub-folders without an image.
+        images: case id to a file, or to a folder with the DICOM files of one case.
+        broken: name of an image that cannot be a case to the reason.
+        left_out: subfolders without an image.
     """
 
     images: dict[str, Path] = field(default_factory=dict)
@@ -123,13 +123,13 @@ class FoundImages:
 
 
 def find_images(folder: Path) -> FoundImages:
-    """Each NIfTI and NRRD file of a folder, and each folder in it, however deep, that has DICOM images of its own.
+    """Each NIfTI and NRRD file of a folder, and each folder below it, at any depth, that contains DICOM images.
 
-    The id of a nested folder is its path with ``_`` between the names. Hidden folders and ``labels`` are not looked at.
-    Images that would have the same id are broken, since their masks would have one name.
+    The id of a nested folder is its path with ``_`` between the names. Hidden folders and ``labels`` are ignored.
+    Images with the same id are reported as broken, since their masks would have the same name.
 
     Raises:
-        ConfigError: when there is no such folder, or nothing in it.
+        ConfigError: if the folder does not exist, or is empty.
     """
     if not folder.is_dir():
         raise ConfigError(f"--studies {str(folder)!r} is no folder")
@@ -170,9 +170,9 @@ def find_images(folder: Path) -> FoundImages:
 
 
 def dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], top: Path) -> Iterator[Path]:
-    """The folder and those below it that have DICOM images of their own; one that cannot be read becomes broken."""
+    """The folder and those below it that contain DICOM images; one that cannot be read is added to ``broken``."""
     real = folder.resolve()
-    if real in above:  # a link to a folder that it lies in
+    if real in above:  # a link to an enclosing folder
         return
     try:
         if any(_is_image_instance(file) for file in find_dicom(folder)):
@@ -186,7 +186,7 @@ def dicom_folders(folder: Path, above: frozenset[Path], broken: dict[str, str], 
 
 
 def _is_image_instance(file: Path) -> bool:
-    """Whether a DICOM file has pixels of an image; a damaged one counts, so that it is reported."""
+    """Whether a DICOM file has pixels of an image; a damaged one counts too, so that it is reported."""
     try:
         with reading("it cannot be read"):
             header = read_instance(file, with_pixels=False)
@@ -200,13 +200,13 @@ def _below(path: Path, folder: Path) -> str:
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a name is that of an image that is one file."""
+    """Whether a name is that of an image in a single file."""
     visible = not path.name.startswith(".") and not path.is_dir()
     return visible and path.name.endswith((*NIFTI_SUFFIXES, *NRRD_SUFFIXES)) and not path.name.endswith(".seg.nrrd")
 
 
 def name_problem(name: str) -> str:
-    """Why no mask and record can be named as an image is; empty where they can."""
+    """Why an image's name cannot be used for its mask and record; empty if it can."""
     if shown(name) != name:
         return "its name is not UTF-8; rename it"
     if not name.isprintable():
@@ -217,7 +217,7 @@ def name_problem(name: str) -> str:
 
 
 def problem_of(path: Path) -> str:
-    """Why a file's header cannot be read; empty where it can."""
+    """Why a file's header cannot be read; empty if it can."""
     if not path.is_file():
         return NO_FILE
     try:
@@ -230,10 +230,10 @@ def problem_of(path: Path) -> str:
 
 
 def checksum_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder, of the names and checksums of the files in it (not below it).
+    """SHA-256 of a file; for a folder, of the names and checksums of its files (without subfolders).
 
     Raises:
-        ImageError: when it cannot be read.
+        ImageError: if it cannot be read.
     """
     try:
         if not path.is_dir():
@@ -246,10 +246,10 @@ def checksum_of(path: Path) -> str:
 
 
 def read_case(case: str, fetched: Fetched, preset: Preset) -> ReadCase:
-    """Read what a preset's network takes of an image.
+    """Read an image as input of a preset's network.
 
     Raises:
-        ImageError: when it cannot be read.
+        ImageError: if it cannot be read.
     """
     try:
         sha256 = fetched.sha256 or checksum_of(fetched.path)
@@ -264,7 +264,7 @@ class FolderSource:
     """The images of a folder, which has the same path on all machines.
 
     Args:
-        folder: where :func:`find_images` looks.
+        folder: folder for :func:`find_images`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -273,17 +273,17 @@ class FolderSource:
 
     @property
     def broken(self) -> dict[str, str]:
-        """As :class:`CaseSource`."""
+        """See :class:`CaseSource`."""
         return self._broken
 
     def cases(self) -> list[str]:
-        """As :class:`CaseSource`."""
+        """See :class:`CaseSource`."""
         return list(self._images)
 
     def is_unchanged(self, case: str, sha256: str, stamp: str) -> bool:
-        """As :class:`CaseSource`; by its checksum."""
+        """See :class:`CaseSource`; it compares the checksum."""
         return checksum_of(self._images[case]) == sha256
 
     def fetch(self, case: str, folder: Path) -> Fetched:
-        """As :class:`CaseSource`; it stays where it is."""
+        """See :class:`CaseSource`; the image stays in place."""
         return Fetched(self._images[case])

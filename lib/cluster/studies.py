@@ -1,4 +1,4 @@
-"""What ``--studies`` names: a folder, a running server, or a PACS."""
+"""Opens the source that ``--studies`` names: a folder, a running server, or a PACS."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lib.errors import ConfigError
 
 
 def open_source(studies: str, preset: Preset, access: Access, keeps: str = "") -> CaseSource:
-    """The cases of a folder, of a running server by its address, or of a PACS by that of its DICOMweb server.
+    """The cases of a folder, of a running server by its address, or of a PACS by its DICOMweb address.
 
-    What follows ``?`` in the address is a query of series (QIDO-RS), such as ``StudyDate=20250101-``.
+    The part after ``?`` in the address is a query of series (QIDO-RS), such as ``StudyDate=20250101-``.
 
     Args:
         studies: a path or an address.
-        preset: what segments them.
-        access: to the server.
+        preset: the preset that segments them.
+        access: credentials for the server.
         keeps: see :class:`ServerSource`.
 
     Raises:
-        ConfigError: for a folder or an address that is none, or that does not let this program in.
-        UpstreamError: when the server does not answer.
+        ConfigError: for an invalid folder or address, or a server that refuses this program.
+        UpstreamError: if the server does not respond.
     """
     if "://" not in studies:
         if keeps:

@@ -1,4 +1,4 @@
-"""Segments the cases of a source on an engine, and keeps what comes back."""
+"""Segments the cases of a source on an engine, and stores the results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lib.models.calibration import foreground_uncertainty
 
 PAUSES_SECONDS = (2.0, 5.0, 10.0, 20.0)
 Send = Callable[[CaseResult, Path], str]
-"""Sends a mask somewhere and returns where it is now, for the record."""
+"""Uploads a mask, and returns its location for the record."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case to be segmented, and what an earlier run by the same weights made of it."""
+    """A case to segment, and the result of an earlier run with the same weights."""
 
     id: str
     known: CaseResult | None = None
@@ -30,7 +30,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of the cases of a run, by id; ``failed`` has the reason of each."""
+    """The cases of a run by their result; ``failed`` has the reason for each id."""
 
     done: dict[str, CaseResult] = field(default_factory=dict)
     skipped: dict[str, CaseResult] = field(default_factory=dict)
@@ -38,22 +38,22 @@ class Outcome:
 
 
 class SegmentingWorker:
-    """A model on a device, and where its cases come from.
+    """A model on a device, and the source of its cases.
 
     Args:
-        source: of the cases.
-        model: what segments them.
-        pauses: seconds to wait before a server that does not answer is asked again, each time.
+        source: the source of the cases.
+        model: the loaded model.
+        pauses: seconds to wait before each further request to a server that does not respond.
     """
 
     def __init__(self, source: CaseSource, model: Model, pauses: Sequence[float] = PAUSES_SECONDS) -> None:
         self._source, self._model, self._pauses = source, model, pauses
 
     def read(self, case: Case) -> CaseResult | ReadCase:
-        """The image, or the result that there is of it.
+        """The image, or its existing result.
 
         Raises:
-            UnetrError: when it cannot be had or read.
+            UnetrError: if it is unavailable or cannot be read.
         """
         for pause in self._pauses:
             try:
@@ -70,17 +70,17 @@ class SegmentingWorker:
             return read_case(case.id, self._source.fetch(case.id, Path(folder)), self._model.segmenter.preset)
 
     def compute(self, ready: CaseResult | ReadCase) -> CaseResult | Rest[CaseResult | Masked]:
-        """Segment what was read.
+        """Segment the image that was read.
 
         Raises:
-            InputError: when it cannot be segmented.
+            InputError: if it cannot be segmented.
         """
         return ready if isinstance(ready, CaseResult) else segment(ready, self._model)
 
 
 @dataclass(frozen=True)
 class MakeWorker:
-    """Makes workers, here or in other processes."""
+    """A factory of workers, in this or in other processes."""
 
     source: CaseSource
     model: ModelFile
@@ -98,19 +98,19 @@ def segment_cases(
     send: Send | None = None,
     on_case: Callable[[str], None] = lambda case: None,
 ) -> Outcome:
-    """Segment each case that has no result yet; a case that cannot be segmented is reported, and the others go on.
+    """Segment each case without a result; a case that cannot be segmented is reported, and the others continue.
 
     Args:
-        cases: ids.
-        results: where masks are kept.
-        engine: what computes.
-        recipe: of its workers.
-        weights: name of the preset and checksum of the weights; results by others are computed anew.
-        send: called with each result that was not sent yet.
+        cases: ids of the cases.
+        results: folder of the results.
+        engine: engine that computes them.
+        recipe: recipe of its workers.
+        weights: name of the preset and checksum of the weights; results of other weights are computed again.
+        send: called with each result that was not uploaded yet.
         on_case: called with each id when it is finished, skipped or failed.
 
     Raises:
-        StorageError: when a mask cannot be kept.
+        StorageError: if a mask cannot be stored.
     """
     outcome = Outcome()
     items: Iterator[Case] = (Case(case, results.find(case, *weights)) for case in cases)
@@ -129,7 +129,7 @@ def segment_cases(
 
 
 def _send(case: str, outcome: Outcome, results: ResultFolder, send: Send) -> None:
-    """Send a result; where that fails its mask stays, and the next run sends it."""
+    """Upload a result; if that fails, its mask is kept, and the next run uploads it."""
     records = outcome.done if case in outcome.done else outcome.skipped
     try:
         sent_to = send(records[case], results.folder / records[case].mask)
@@ -143,10 +143,10 @@ def _send(case: str, outcome: Outcome, results: ResultFolder, send: Send) -> Non
 
 
 def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
-    """Have the network compute; the mask of the image, and what is known of it, are the rest.
+    """Run the network; the mask of the image and its record are the remaining work.
 
     Raises:
-        InputError: when it cannot be segmented.
+        InputError: if it cannot be segmented.
     """
     start = time.perf_counter()
     segmenter, volume = model.segmenter, ready.volume
@@ -154,7 +154,7 @@ def segment(ready: ReadCase, model: Model) -> Rest[Masked]:
     seconds, affine = time.perf_counter() - start, volume.affine_ras
     case, sha256, stamp, warnings = ready.case, ready.sha256, ready.stamp, ready.warnings
 
-    def finish() -> Masked:  # holds on to nothing of the image but its affine
+    def finish() -> Masked:  # keeps no reference to the image except its affine
         start = time.perf_counter()
         segmented, preset = segmenter.restore(computed), segmenter.preset
         took = round(seconds + time.perf_counter() - start, 3)

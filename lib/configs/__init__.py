@@ -1,1 +1,1 @@
-"""Presets and settings: immutable, checked when made."""
+"""Presets and settings: immutable records that are validated when they are created."""

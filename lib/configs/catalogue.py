@@ -1,4 +1,4 @@
-"""Finding presets: the ones that come with the project, and a user's own YAML files."""
+"""Finds presets: those that come with the project, and the user's own YAML files."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def load_preset(name: str) -> Preset:
     """Load a preset that comes with the project.
 
     Raises:
-        ConfigError: when there is none of that name.
+        ConfigError: if there is none with this name.
     """
     return read_preset(_shipped_path(name))
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, or of that YAML file.
+    """The preset with this name, or of this YAML file.
 
     Raises:
-        ConfigError: when there is none.
+        ConfigError: if there is none.
     """
     return read_preset(Path(name)) if name.endswith((".yaml", ".yml")) else load_preset(name)
 
 
 def read_preset(path: Path) -> Preset:
-    """Read a preset from a YAML file; its name is the file's stem where the file gives none.
+    """Read a preset from a YAML file; by default its name is the stem of the file name.
 
-    With ``extends: NAME``, keys that the file does not give are those of the shipped preset of that name.
+    With ``extends: NAME``, missing keys are taken from the shipped preset with that name.
 
     Raises:
-        ConfigError: when the file cannot be read, is not YAML, or describes an invalid preset.
+        ConfigError: if the file cannot be read, is not YAML, or describes an invalid preset.
     """
     data = _read_mapping(path)
     base = _read_mapping(_shipped_path(str(data.pop("extends")))) if "extends" in data else {}
@@ -64,6 +64,6 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def write_preset(path: Path, preset: Preset) -> None:
-    """Write a preset as the YAML file that :func:`read_preset` reads."""
+    """Write a preset as a YAML file for :func:`read_preset`."""
     data = preset.model_dump(mode="json", exclude_none=True)
     path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A preset: everything that makes one segmentation task, as immutable data.
+"""A preset: the complete definition of one segmentation task, as immutable data.
 
-A preset travels inside every checkpoint, so that weights are never run with another spacing, window or label order
-than the one that they were trained with.
+Every checkpoint contains its preset, so that weights are never used with another spacing, intensity window or label
+order than in their training.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lib.errors import ConfigError
 
 MIN_ROI_VOXELS = 16
-"""Of a window: the decoder's norms need more than one voxel at the coarsest resolution."""
+"""Smallest window edge: the decoder's norms need more than one voxel at the coarsest resolution."""
 
 LONGEST_QUOTE = 200
-"""Of a refused value, in a message."""
+"""Length to which a refused value is shortened in a message."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,9 +27,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def canonical_name(name: str) -> str:
-    """Return ``name`` as names are compared: lower case, with ``_`` for runs of anything but letters and digits.
+    """Return ``name`` in the form in which names are compared: lower case, with ``_`` for other characters.
 
-    Letters of any script count, so that two Japanese names are two names.
+    Runs of anything but letters and digits become one ``_``. Letters of any script are kept, so that Japanese names
+    stay distinct.
 
     >>> canonical_name("Right  Kidney")
     'right_kidney'
@@ -38,7 +39,7 @@ def canonical_name(name: str) -> str:
 
 
 class Model(BaseModel):
-    """Base of the configuration records: immutable, strict about unknown keys."""
+    """Base of the configuration records, which are immutable and refuse unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,9 +53,9 @@ class Code(Model):
 
 
 class Label(Model):
-    """One structure: its value in the mask, its name, its colour, and other names that mean the same.
+    """One structure: its value in the mask, its name, its colour, and synonyms.
 
-    ``code`` says in a terminology what it is, for DICOM SEG, and ``modifier`` which one (left or right, say).
+    ``code`` identifies it in a terminology, for DICOM SEG, and ``modifier`` qualifies it (for example left or right).
     """
 
     index: Annotated[int, Field(ge=1, le=255)]
@@ -83,7 +84,7 @@ class Label(Model):
 
 
 class Window(Model):
-    """Fixed intensity window, for CT: [lower, upper] in HU becomes [0, 1], clipped."""
+    """Fixed intensity window, for CT: [lower, upper] in HU is mapped to [0, 1], with clipping."""
 
     kind: Literal["window"]
     lower: Annotated[float, Field(allow_inf_nan=False)]
@@ -97,7 +98,7 @@ class Window(Model):
 
 
 class ZScore(Model):
-    """Normalisation of each case by itself, for MR: clipped to two percentiles, then mean 0 and deviation 1."""
+    """Normalisation of each image by itself, for MR: clip to two percentiles, then mean 0 and standard deviation 1."""
 
     kind: Literal["zscore"]
     lower_percentile: Annotated[float, Field(ge=0, lt=50)] = 0.5
@@ -105,9 +106,9 @@ class ZScore(Model):
 
 
 class SeriesRules(Model):
-    """What a DICOM series must have to be a channel, by the keywords of attributes; what is empty is not asked for.
+    """Conditions on the attributes of a DICOM series that make it a channel; empty conditions are ignored.
 
-    Each is a text with the wildcards ``*`` and ``?``, or a range of numbers such as ``80..120``.
+    Each condition is a text with the wildcards ``*`` and ``?``, or a range of numbers such as ``80..120``.
     """
 
     SeriesDescription: str = ""
@@ -124,21 +125,21 @@ class SeriesRules(Model):
     InversionTime: str = ""
 
     def asked(self) -> dict[str, str]:
-        """Keyword to rule, of those that there are."""
+        """Keyword to condition, without empty ones."""
         return {keyword: rule for keyword, rule in self.model_dump().items() if rule}
 
 
 class Channel(Model):
-    """One sequence of a case, such as T1 or the arterial phase: a channel of the network's input.
+    """One sequence of a case, such as T1 or the arterial phase, which is a channel of the network's input.
 
     Attributes:
-        name: of the channel; its order among the preset's channels is that of the network's input.
-        aliases: other names that file names may use for it.
-        series: what a DICOM series must have to be this channel; without any rule its SeriesDescription must have the
-            name or an alias among its words.
-        intensity: its normalisation; the preset's where not given.
-        optional: whether a case may lack it: it is zeros then, and at random in training.
-        display: whether labels lie on its grid; the first channel's where none says so.
+        name: name of the channel; the order of the preset's channels is that of the network's input.
+        aliases: synonyms for file names.
+        series: conditions for a DICOM series; without any, its SeriesDescription must contain the name or an alias as
+            words.
+        intensity: its normalisation; by default that of the preset.
+        optional: whether a case may lack it; it is then zero, and it is set to zero at random in training.
+        display: whether labels have its grid; by default the first channel.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -162,11 +163,11 @@ class Channel(Model):
 
 
 class Network(Model):
-    """Size of the UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504), in the terms of ``monai.networks.nets.UNETR``.
+    """Size of the UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504), by the names of ``monai.networks.nets.UNETR``.
 
     Attributes:
-        patch_size: edge in voxels of the cubic patch that becomes one token: 16 as in the paper, or 8.
-        norm_name: of the decoder; ``instance_affine`` also scales and shifts its result, as batch norm does.
+        patch_size: edge of the cubic patch of a token, in voxels: 16 as in the paper, or 8.
+        norm_name: normalisation of the decoder; ``instance_affine`` has learnable scale and shift, like batch norm.
     """
 
     patch_size: Literal[8, 16] = 16
@@ -192,10 +193,10 @@ class Network(Model):
 
 
 class Augmentation(Model):
-    """Random changes to a training crop; every one is off at 0. Angles in degrees, shifts in voxels.
+    """Random augmentations of a training crop; each is disabled by 0. Angles in degrees, shifts in voxels.
 
-    ``slab_probability`` is how often only ``slab_planes`` (least and most) planes of the third axis are kept, as in a
-    scan of few slices; the rest becomes 0, as padding is.
+    ``slab_probability`` is the probability of keeping only ``slab_planes`` (smallest and largest number) planes of the
+    third axis, as in a scan with few slices; the rest becomes 0, like padding.
     """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
@@ -223,11 +224,11 @@ class Augmentation(Model):
 class Training(Model):
     """The training recipe. A request may override the fields that MONAI Label's clients know.
 
-    ``crop_balance`` says what a crop with foreground is centred on: any foreground voxel (``voxels``), or a voxel of a
-    label drawn at random (``labels``), so that an adrenal gland is shown as often as the liver.
-    ``fine_tuning_learning_rate`` takes the place of ``learning_rate`` where training goes on from weights: a rate for
-    random weights would undo in its first steps what they know.
-    ``activation_checkpointing`` recomputes the transformer's activations always; without it, where memory asks for it.
+    ``crop_balance`` states the centre of a foreground crop: any foreground voxel (``voxels``), or a voxel of a randomly
+    drawn label (``labels``), so that an adrenal gland occurs as often as the liver. ``fine_tuning_learning_rate``
+    replaces ``learning_rate`` if training starts from weights, since a learning rate for random weights would destroy
+    them in the first steps. ``activation_checkpointing`` always recomputes the transformer's activations; without it,
+    this is done only if memory requires it.
     """
 
     max_epochs: PositiveInt = 50
@@ -262,7 +263,7 @@ EntropyLimit = tuple[str, Annotated[float, Field(gt=0, lt=1)]]
 
 
 def _as_pairs(value: object) -> object:
-    """A mapping as its pairs, which can be hashed."""
+    """A mapping as hashable pairs."""
     return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
@@ -270,22 +271,21 @@ class Inference(Model):
     """How a volume is segmented.
 
     Attributes:
-        overlap: share of a window that its neighbour sees again, at least.
-        min_overlap: the least that it may be reduced to where more than ``max_windows`` would be needed; not reduced
-            if not given.
-        max_windows: number of windows beyond which they overlap less.
-        window_batch_size: most windows that go through the network at once.
-        largest_component: whether only the largest connected component of each label is kept; or the names of the
-            labels of which only that is kept.
-        component_share: of the largest component's voxels, with which another component is kept too; at 1 only the
-            largest is.
-        component_entropy: by the label's name, the entropy from 0 (certain) to 1 that the most certain tenth of a
-            component's voxels may have; a component above it is left out. What a network is nowhere sure of is rarely
-            the structure.
-        skip_air: whether what holds nothing but air is background without being looked at. Air is the lowest value
-            after clipping; false where a label can lie in it.
-        restore: how labels come back onto the image's grid: ``nearest``, or ``linear``, which interpolates each label
-            and so gives smooth borders where the network's voxels are larger than the image's.
+        overlap: smallest share of a window that the next one covers too.
+        min_overlap: lower limit of the overlap if more than ``max_windows`` would be needed; by default the overlap is
+            not reduced.
+        max_windows: number of windows above which the overlap is reduced.
+        window_batch_size: largest number of windows in one forward pass.
+        largest_component: whether only the largest connected component of each label is kept, or the names of the
+            labels for which this is done.
+        component_share: size, as a share of the largest component, from which other components are kept too; 1 keeps
+            only the largest.
+        component_entropy: for each label name, the largest entropy, from 0 (certain) to 1, of the most certain tenth of
+            a component's voxels; a component above it is removed, since it is rarely the structure.
+        skip_air: whether windows that contain only air become background without computation. Air is the lowest value
+            after clipping; set it to false if a label can lie in air.
+        restore: how labels are resampled to the image's grid: ``nearest``, or ``linear``, which interpolates each label
+            and gives smooth borders if the network's voxels are larger than the image's.
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
@@ -308,7 +308,7 @@ class Inference(Model):
 
     @property
     def overlaps(self) -> tuple[float, ...]:
-        """The overlaps to choose from, largest first, a twentieth of a window apart."""
+        """The possible overlaps, largest first, in steps of a twentieth."""
         least = self.overlap if self.min_overlap is None else self.min_overlap
         steps = math.ceil(round((self.overlap - least) * 20, 6))
         return (*(round(self.overlap - step / 20, 6) for step in range(steps)), least)
@@ -319,11 +319,11 @@ class Preset(Model):
 
     Attributes:
         labels: the structures, with values 1 to n without gaps; 0 is background.
-        axcodes: anatomical directions of the axes that the network sees, in nibabel's letters.
-        spacing_mm: voxel size that the network sees, in the order of ``axcodes``.
-        roi_size: window of the network in voxels; multiples of ``network.patch_size``, of which each is a token.
-        channels: the sequences of a case, in the order of the network's input channels; empty for one image a case.
-        mirror_axes: axes along which a training crop may be mirrored. Empty where left and right differ in name.
+        axcodes: anatomical directions of the axes of the network's input, in nibabel's letters.
+        spacing_mm: voxel size of the network's input, in the order of ``axcodes``.
+        roi_size: window of the network in voxels; multiples of ``network.patch_size``, the edge of a token's patch.
+        channels: the sequences of a case, in the order of the network's input channels; empty if a case is one image.
+        mirror_axes: axes along which a training crop may be flipped. Empty if labels distinguish left and right.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")]
@@ -411,7 +411,7 @@ class Preset(Model):
 
     @property
     def largest_component_indices(self) -> frozenset[int]:
-        """Values of the labels of which only the largest connected component is kept."""
+        """Values of the labels for which only the largest connected component is kept."""
         chosen = self.inference.largest_component
         if isinstance(chosen, bool):
             return frozenset(self.label_indices.values() if chosen else ())
@@ -419,22 +419,22 @@ class Preset(Model):
 
     @property
     def component_entropies(self) -> dict[int, float]:
-        """The limits of ``inference.component_entropy`` by the labels' values."""
+        """The limits of ``inference.component_entropy`` by label value."""
         return {self.label_indices[name]: limit for name, limit in self.inference.component_entropy}
 
     @property
     def in_channels(self) -> int:
-        """Channels of the network's input."""
+        """Number of channels of the network's input."""
         return max(1, len(self.channels))
 
     @property
     def display_channel(self) -> int:
-        """Place among the channels of the one that labels lie on."""
+        """Index of the channel whose grid the labels have."""
         return next((place for place, channel in enumerate(self.channels) if channel.display), 0)
 
     @property
     def out_channels(self) -> int:
-        """Classes of the network: the labels and background."""
+        """Number of classes of the network: the labels and the background."""
         return len(self.labels) + 1
 
     @property
@@ -443,14 +443,15 @@ class Preset(Model):
         return {label.name: label.index for label in self.labels}
 
     def find_label(self, name: str) -> Label | None:
-        """Return the label of that name or alias; case, spaces and ``_`` do not matter."""
+        """Return the label with this name or alias; case, spaces and ``_`` are ignored."""
         wanted = canonical_name(name)
         return next((label for label in self.labels if wanted in label.names()), None)
 
     def with_labels(self, names: list[str]) -> Preset:
-        """Return this task for other structures: ``names`` become 1 to n; known ones keep colour and aliases.
+        """Return this preset for other structures: ``names`` become 1 to n; known names keep colour and aliases.
 
-        The result has no trained weights of its own, and mirroring is off, since nothing is known of the sides.
+        The result has no trained weights of its own, and flipping is disabled, since the new labels may distinguish
+        sides.
         """
         labels = []
         for index, name in enumerate(names, start=1):
@@ -467,14 +468,14 @@ class Preset(Model):
 
 
 def parse_preset(data: Mapping[str, Any], source: str) -> Preset:
-    """Make a preset from plain data, or say which key is wrong.
+    """Create a preset from plain data, or raise an error that names the wrong key.
 
     Args:
         data: keys of :class:`Preset`.
-        source: where the data came from, for the error's text.
+        source: origin of the data, for the error.
 
     Raises:
-        ConfigError: naming the key, the value and what would be valid.
+        ConfigError: naming the key, the value and the valid values.
     """
     try:
         return Preset.model_validate(dict(data))
@@ -483,13 +484,13 @@ def parse_preset(data: Mapping[str, Any], source: str) -> Preset:
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """Say in words what a record refused: the key, the value, and what would be valid."""
+    """Describe a validation error in words: the key, the value, and the valid values."""
     problems = []
     errors = error.errors(include_url=False)
     for problem in errors:
         depth = len(problem["loc"])
         if any(len(other["loc"]) > depth and other["loc"][:depth] == problem["loc"] for other in errors):
-            continue  # what is wrong is inside, and said there
+            continue  # the nested error describes the problem
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = ", ".join(sorted(_known_keys(model, problem["loc"][:-1])))
@@ -518,7 +519,7 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The Pydantic models that occur in a type annotation, inside unions and containers too."""
+    """The Pydantic models that occur in a type annotation, including unions and containers."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

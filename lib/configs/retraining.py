@@ -1,4 +1,4 @@
-"""The settings of training in the server: when it retrains, on what, the gate, and what is kept."""
+"""Settings of training in the server: when to retrain, on which cases, the gate, and how much is kept."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Retraining(Model):
-    """What ``--conf`` can say about training in the server.
+    """The ``--conf`` settings of training in the server.
 
     Attributes:
-        retrain: ``auto``: when enough labels are new; ``schedule``: once a day, where labels are new; ``off``: by hand.
-        retrain_after: new or changed labels that are enough.
-        retrain_floor: mean Dice of the served model on the new labels below which any number is enough; 0: none.
-        retrain_quiet_seconds: time without a new label before it starts.
-        retrain_at: time of day of ``schedule``, as 02:00, in the server's time zone.
-        retrain_recipe: fields of a Train request for these runs, as ``max_epochs=10,learning_rate=0.0003``.
-        retrain_from_nothing: every how many runs one starts from nothing instead of the served weights; 0: none.
-        oversample: how often a corrected case is trained on in an epoch, beside once for the others.
-        replay: folder with ``images`` and ``labels`` of the cases that the shipped weights were trained on.
-        subject_separator: what stands before it in an image's id names the subject; empty: each image is one.
-        test_share: share of new subjects that are only tested on, from fifty cases on.
-        gate_margin: how much the mean Dice of new weights must be above that of the served ones to be published.
-        gate_tolerance: how much the Dice or normalised surface distance of one label may fall.
-        keep_versions: how many published and how many rejected versions are kept besides the live one and its parent.
-        keep_runs: how many runs' reports are kept.
-        editor_training: whether a training is followed by one of the editor, the network that clicks are shown to;
-            that takes the CPU for ``editor_training_minutes`` each time.
-        editor_training_minutes: how long that takes at most, beside a few minutes in which it is compared.
-        mlflow: address of an MLflow server or database that runs are logged to, as ``sqlite:///runs.db``.
+        retrain: ``auto``: when there are enough new labels; ``schedule``: once a day, if there are new labels; ``off``:
+            manually.
+        retrain_after: sufficient number of new or changed labels.
+        retrain_floor: mean Dice of the live model on the new labels below which any number of labels is sufficient; 0
+            disables it.
+        retrain_quiet_seconds: time without a new label before a training starts.
+        retrain_at: time of day for ``schedule``, as 02:00, in the server's time zone.
+        retrain_recipe: fields of the train requests of these runs, as ``max_epochs=10,learning_rate=0.0003``.
+        retrain_from_nothing: after how many runs one starts from random weights instead of the live ones; 0 for never.
+        oversample: how often a corrected case occurs in an epoch, whereas others occur once.
+        replay: folder with ``images`` and ``labels`` of the cases on which the shipped weights were trained.
+        subject_separator: the part of an image's id before it names the subject; empty: each image is one subject.
+        test_share: share of new subjects in the test set, from fifty cases on.
+        gate_margin: by how much the mean Dice of new weights must exceed that of the live ones for publication.
+        gate_tolerance: by how much the Dice or normalised surface distance of one label may fall.
+        keep_versions: number of published and of rejected versions that are kept besides the live one and its parent.
+        keep_runs: number of runs whose reports are kept.
+        editor_training: whether a training is followed by a training of the editor, the network that processes clicks;
+            it uses the CPU for ``editor_training_minutes`` each time.
+        editor_training_minutes: time limit of that training, without a few minutes for the comparison.
+        mlflow: address of an MLflow server or database for the logs of runs, as ``sqlite:///runs.db``.
     """
 
     retrain: Literal["auto", "schedule", "off"] = "auto"

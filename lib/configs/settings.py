@@ -1,4 +1,4 @@
-"""The server's settings: every ``--conf key value``, cast once and checked."""
+"""The server's settings: every ``--conf key value``, cast and validated once."""
 
 from __future__ import annotations
 
@@ -25,47 +25,52 @@ LONGEST_FOLDER_SUFFIX = 60
 
 
 class Settings(Retraining):
-    """What ``--conf`` can say; what it can say about training is in ``lib.configs.retraining``.
+    """The ``--conf`` settings; those of training are in ``lib.configs.retraining``.
 
     Attributes:
         models: presets to serve, comma-separated, or ``all``.
-        preset: a YAML file with a preset of one's own, served too (alone, where ``models`` is not given).
-        labels: comma-separated names of other structures to train from nothing, instead of the preset's.
-        pretrained: path or URL of weights to start with; ``name=path`` for one of several presets.
+        preset: a YAML file with the user's own preset, which is served too (alone, if ``models`` is not given).
+        labels: comma-separated names of other structures to train from random weights, instead of the preset's.
+        pretrained: path or URL of initial weights; ``name=path`` for one of several presets.
         model_dir: folder of versions and training runs.
-        device: where to compute; the best there is by default.
-        devices: several, in place of ``device``: ``all``, or names with commas between. Each has weights of its own.
+        device: computing device; the best available one by default.
+        devices: several devices, instead of ``device``: ``all``, or names separated by commas. Each has its own copy of
+            the weights.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        memory_budget: memory of the host that the server's process may use, such as ``6GiB``; what is free by default.
-        engine: what computes windows on a CPU: ``auto``, OpenVINO where it was measured to be faster, or ``pytorch``.
-        cluster: a Ray cluster that computes batches and background scoring: ``auto``, ``host:port`` or ``ray://host:port``;
-            this machine without.
+        memory_budget: host memory that the server's process may use, such as ``6GiB``; by default the free memory.
+        engine: engine for windows on a CPU: ``auto``, which uses OpenVINO if it was measured to be faster, or
+            ``pytorch``.
+        cluster: a Ray cluster for batches and background scoring: ``auto``, ``host:port`` or ``ray://host:port``; by
+            default this machine.
         cuda_graphs: whether a GPU replays the recorded kernels of a window.
-        strategy: the strategy for clients that name none.
+        strategy: the strategy for clients that do not name one.
         cold_start_labels: with fewer labels than this, strategies that need a model choose typical cases instead.
-        passes: how several opinions on a case are made: ``auto``, ``tta``, ``ensemble`` or ``dropout``.
-        scoring_minutes: longest background scoring after a new model; it goes on at the next quiet moment. 0: none.
-        result_cache_mib: memory for masks that are ready, in MiB; 0 keeps none and computes nothing ahead.
-        picture_cache_mib: memory in MiB for volumes behind case pages, and as much for files in viewers.
+        passes: how several predictions for a case are made: ``auto``, ``tta``, ``ensemble`` or ``dropout``.
+        scoring_minutes: time limit of background scoring after a new model; it continues when the server is idle again.
+            0 disables it.
+        result_cache_mib: memory for computed masks, in MiB; 0 disables this cache and prefetching.
+        picture_cache_mib: memory in MiB for the volumes of case pages, and the same amount for files in viewers.
         upload_limit_mib: largest upload in MiB.
-        unpacked_limit_mib: largest image or label in MiB once it is unpacked, as 32-bit numbers.
-        queue_size: inference requests that may wait; more are answered 503.
-        image_roots: folders outside the studies whose images may be segmented too, by path or through a link.
-        tokens: YAML file of users, their roles and the SHA-256 of their tokens; everybody may do everything without.
-        cors_origins: web pages that may call the server from a browser, as ``https://viewer.example``.
-        connection_limit: most connections at a time.
-        client_connection_limit: most connections of one address at a time; those of ``trusted_proxies`` have no limit.
-        header_seconds: longest time in seconds until a request's header is complete.
-        body_seconds: longest time in seconds for a request's body, beside one for each KiB that came, and longest time
-            in which a client takes nothing of its answer.
-        trusted_proxies: addresses or networks of reverse proxies whose ``X-Forwarded-For`` and ``-Proto`` are believed.
-        log_format: lines for people (``text``) or for programs (``json``).
-        free_disk_mib: free disk in MiB below which the server says that it is not ready.
-        lease_minutes: how long a case that was handed out is a client's alone; its requests renew it.
-        quarantine_limit_mib: most MiB of refused labels that are kept; the oldest go first.
-        predictions_limit_mib: most MiB of predictions that are kept to compare corrections with.
-        ohif_for_files: whether cases that are NIfTI or NRRD are shown in OHIF too, as DICOM series made when asked for.
-        volumes_limit_mib: most MiB of converted DICOM series; those with a label stay in any case.
+        unpacked_limit_mib: largest decompressed image or label in MiB, as 32-bit numbers.
+        queue_size: number of inference requests that may wait; further ones get status 503.
+        image_roots: folders outside the studies whose images may be segmented, by path or through a link.
+        tokens: YAML file of users, their roles and the SHA-256 of their tokens; without it, everybody has all
+            permissions.
+        cors_origins: origins of web pages that may call the server from a browser, as ``https://viewer.example``.
+        connection_limit: largest number of connections at a time.
+        client_connection_limit: largest number of connections from one address; those of ``trusted_proxies`` are not
+            limited.
+        header_seconds: time limit in seconds until a request's header is complete.
+        body_seconds: time limit in seconds for a request's body, plus one second for each KiB received; also the time
+            limit in which a client must accept a part of its response.
+        trusted_proxies: addresses or networks of reverse proxies whose ``X-Forwarded-For`` and ``-Proto`` are trusted.
+        log_format: log lines for people (``text``) or for programs (``json``).
+        free_disk_mib: free disk space in MiB below which the server reports that it is not ready.
+        lease_minutes: how long a case is reserved for the client that received it; its requests renew the lease.
+        quarantine_limit_mib: size limit in MiB of refused labels; the oldest are removed first.
+        predictions_limit_mib: size limit in MiB of stored predictions, with which corrections are compared.
+        ohif_for_files: whether NIfTI and NRRD cases are shown in OHIF too, as DICOM series generated on demand.
+        volumes_limit_mib: size limit in MiB of converted DICOM series; those with a label are always kept.
     """
 
     models: tuple[str, ...] = ()
@@ -114,7 +119,7 @@ class Settings(Retraining):
     @classmethod
     def _check_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
-            ipaddress.ip_network(value)  # its error names what is wrong with the value
+            ipaddress.ip_network(value)  # its error describes the problem of the value
         return values
 
     @field_validator("cors_origins")
@@ -144,7 +149,7 @@ class Settings(Retraining):
         """Cast MONAI Label's dictionary of strings.
 
         Raises:
-            ConfigError: for an unknown key, with the known ones, or a value that is not valid.
+            ConfigError: for an unknown key, with the known ones, or an invalid value.
         """
         try:
             return cls.model_validate({key: value for key, value in conf.items() if key not in OWNED_BY_MONAI_LABEL})
@@ -155,7 +160,7 @@ class Settings(Retraining):
         """The presets to serve, by name.
 
         Raises:
-            ConfigError: when one does not exist or is not valid, or two have the same name.
+            ConfigError: if one does not exist or is invalid, or if two have the same name.
         """
         own = [read_preset(self.preset)] if self.preset else []
         names = self.models or (() if own else ("hippocampus_mr",))
@@ -174,11 +179,11 @@ class Settings(Retraining):
         """Path or URL of the weights given for a preset.
 
         Args:
-            name: the preset.
-            served: how many presets are served.
+            name: name of the preset.
+            served: number of served presets.
 
         Raises:
-            ConfigError: when weights are given without a name although several presets are served.
+            ConfigError: if weights are given without a name although several presets are served.
         """
         if "" in self.pretrained and served > 1:
             raise ConfigError("--conf pretrained must say which preset it is for: name=path")
@@ -186,12 +191,12 @@ class Settings(Retraining):
 
     @property
     def editor_file(self) -> Path:
-        """The editor network's weights: those in ``model_dir``, else those that come with the project."""
+        """The editor network's weights: those in ``model_dir``, otherwise the shipped ones."""
         own, shipped = (folder / "editor" / "shipped.pt" for folder in (self.model_dir, REPOSITORY / "model"))
         return own if own.is_file() else shipped
 
     def weights_folder(self, preset: Preset) -> Path:
-        """Where a preset's weights are; label sets of one's own get a folder of their own."""
+        """The folder of a preset's weights; custom label sets have their own folder."""
         if not self.labels:
             return self.model_dir / preset.name
         suffix = "-".join(canonical_name(label.name) for label in preset.labels)

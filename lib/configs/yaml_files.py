@@ -1,4 +1,4 @@
-"""Reading YAML files that people write: plain values only, of a bounded size, even where aliases repeat them."""
+"""Reads YAML files of users: plain values only, with a size limit that holds even if aliases repeat values."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lib.errors import ConfigError
 
 MOST_BYTES = 256 * 1024
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-# Characters of all values once every alias is written out; a few nested aliases come to gigabytes.
+# Number of characters of all values with aliases expanded; a few nested aliases can expand to gigabytes.
 MOST_EXPANDED = 16 * MOST_BYTES
 LONGEST_NUMBER = 64
-"""Characters of a number; one of thousands of digits cannot even be told in a message."""
+"""Largest number of characters of a number; Python refuses to print numbers of thousands of digits."""
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """Read a YAML file.
 
     Args:
-        path: of the file.
-        what: how a message calls it.
+        path: the file.
+        what: its description in errors.
 
     Raises:
-        ConfigError: in one line: when it cannot be read, is too large, is not YAML, or is larger than it may be once
-            its aliases are written out.
+        ConfigError: in one line: if it cannot be read, is too large, is not YAML, or is too large with aliases
+            expanded.
     """
     content = _read_bytes(path, what)
     try:
@@ -43,12 +43,12 @@ def read_yaml(path: Path, what: str) -> Any:
         LookupError,
         AttributeError,
         ArithmeticError,
-    ) as error:  # what PyYAML raises for ``!!int x`` and its like
+    ) as error:  # PyYAML raises these for ``!!int x`` and similar values
         raise ConfigError(f"{what} is not YAML: a value does not fit its tag") from error
 
 
 def _read_bytes(path: Path, what: str) -> bytes:
-    if path.exists() and not path.is_file():  # to open a FIFO may never end
+    if path.exists() and not path.is_file():  # opening a FIFO may block for ever
         raise ConfigError(f"{what} is no regular file")
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def _parse(text: str) -> Any:
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Characters of a node's values with every alias written out; each node is visited once."""
+    """Characters of a node's values with aliases expanded; each node is visited once."""
     if id(node) not in known:
         known[id(node)] = None
         if isinstance(node, yaml.ScalarNode):
@@ -94,7 +94,7 @@ def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """Refuse a key that stands twice, of which PyYAML would take the last without a word."""
+    """Refuse a repeated key, of which PyYAML would silently use the last one."""
     names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
     for name, times in names.most_common(1):
         if times > 1:

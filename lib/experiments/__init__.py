@@ -1,1 +1,1 @@
-"""Comparisons and simulations that a running app never reaches."""
+"""Comparisons and simulations that are not part of a running server."""

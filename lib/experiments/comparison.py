@@ -1,4 +1,4 @@
-"""Results of an experiment: arms compared case by case, with how far chance reaches."""
+"""Results of an experiment: arms compared case by case, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lib.storage.json_files import write_json
 FloatArray = npt.NDArray[np.float64]
 DRAWS = 4000
 MIN_SEEDS = 3
-"""Of fewer, nothing is claimed: how far one seed's run lies from another's is not known then."""
+"""Smallest number of seeds for a conclusion; with fewer, the variation between seeds is unknown."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run; ``dice`` is each judged case's mean over the labels."""
+    """The result of one run; ``dice`` is the mean over the labels for each judged case."""
 
     arm: str
     labels: int
@@ -37,16 +37,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """An arm at a number of labels, and its distance from the baseline.
+    """An arm with a number of labelled cases, compared with the baseline.
 
     Attributes:
         dice: mean over cases and seeds.
-        deviation: of the seeds' means; NaN for one seed.
+        deviation: standard deviation of the seeds' means; NaN for one seed.
         hd95_mm: mean over labels, cases and seeds.
-        difference: of Dice from the baseline's, paired by case and seed; None for the baseline itself, or where no
-            seed has both.
-        low, high: 95 % interval of the difference.
-        verdict: what may be said of it.
+        difference: mean difference of the Dice from the baseline's, paired by case and seed; None for the baseline
+            itself, or if no seed has both.
+        low, high: 95 % confidence interval of the difference.
+        verdict: conclusion in words.
     """
 
     arm: str
@@ -64,7 +64,7 @@ class Row:
 
 
 def compare(outcomes: Sequence[Outcome], baseline: str, subject_of: Callable[[str], str]) -> list[Row]:
-    """A row for each arm and number of labels, in the order in which they came."""
+    """A row for each arm and number of labels, in their original order."""
     by_key: dict[tuple[int, str], dict[int, Outcome]] = {}
     for outcome in outcomes:
         by_key.setdefault((outcome.labels, outcome.arm), {})[outcome.seed] = outcome
@@ -75,12 +75,12 @@ def compare(outcomes: Sequence[Outcome], baseline: str, subject_of: Callable[[st
 
 
 def interval(differences: FloatArray, subjects: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean difference by the bootstrap over seeds and subjects (Efron 1979), both drawn anew.
+    """95 % interval of a mean difference by the bootstrap over seeds and subjects (Efron 1979).
 
     Args:
         differences: shape (seeds, cases).
-        subjects: of each case; cases of one subject are drawn together.
-        seed: of the draws.
+        subjects: subject of each case; cases of one subject are drawn together.
+        seed: seed of the bootstrap.
     """
     random = np.random.default_rng(seed)
     names, member = np.unique(np.asarray(subjects), return_inverse=True)
@@ -118,7 +118,7 @@ def table(rows: Sequence[Row], baseline: str) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw mean Dice against the number of labels; with one number only, each arm's difference from the baseline."""
+    """Plot mean Dice against the number of labels; for a single number, plot differences from the baseline."""
     counts = sorted({row.labels for row in rows})
     if len(counts) < 2:
         _draw_distances([row for row in rows if row.difference is not None], path)

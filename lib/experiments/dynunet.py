@@ -1,4 +1,4 @@
-"""The convolutional network that a UNETR is compared with: MONAI's DynUNet, nnU-Net's architecture."""
+"""The convolutional network with which a UNETR is compared: MONAI's DynUNet, nnU-Net's architecture."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def build_dynunet(preset: Preset, activation_checkpointing: bool = False, *, fil
     """Build a DynUNet (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z) with random weights.
 
     Args:
-        preset: the task, for its number of classes.
-        activation_checkpointing: of no effect: there are no transformer blocks to recompute.
-        filters: channels of each level, from full resolution down by half each time.
+        preset: provides the number of classes.
+        activation_checkpointing: has no effect, since there are no transformer blocks.
+        filters: number of channels of each level, from full resolution down by half each time.
     """
     levels = len(filters)
     return DynUNet(

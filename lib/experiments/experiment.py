@@ -1,11 +1,11 @@
-"""Comparing recipes and networks on the same cases: one YAML file an experiment, resumable, paired by case.
+"""Compares recipes and networks on the same cases: one YAML file for each experiment, resumable, paired by case.
 
-python -m lib.experiments.experiment docs/experiments/NAME.yaml --images DIR --labels DIR --split split.json \\
-    --out docs/experiments
+    python -m lib.experiments.experiment docs/experiments/NAME.yaml --images DIR --labels DIR --split split.json \
+        --out docs/experiments
 
-Every arm trains with the ordinary loop, on the same cases, for the same budget, and is judged on the same subjects. A
-run that has ended is kept beside the others and never repeated; one that was killed goes on where it was. Several
-processes with the same command share the runs.
+Every arm trains with the ordinary loop, on the same cases and within the same budget, and is judged on the same
+subjects. A finished run is stored and never repeated; an interrupted run is resumed. Several processes with the same
+command share the runs.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ logger = logging.getLogger("unetr.experiment")
 
 TRIAL_STEPS = 12
 WARM_UP_STEPS = 4
-"""Of the trial: they pay for what is made only once, and are not timed."""
+"""First steps of the trial, which include one-time initialisation and are not timed."""
 Train = Callable[[TrainingJob, Callable[[int], None] | None], TrainingResult]
 NEVER = 10**9
 
 
 class Budget(Model):
-    """What each run may cost: a number of steps, or CPU minutes, from which the steps follow by a trial."""
+    """The budget of each run: a number of steps, or CPU minutes, which a trial converts to steps."""
 
     steps: PositiveInt | None = None
     cpu_minutes: PositiveFloat | None = None
@@ -70,12 +70,12 @@ class Budget(Model):
 
 
 class Arm(Model):
-    """One arm of an experiment: what it changes in the preset.
+    """One arm of an experiment: its changes to the preset.
 
     Attributes:
         preset: keys of the preset that are replaced; groups are merged.
-        encoder: file of a pretrained encoder that the network starts from.
-        dynunet: channels of each level of a DynUNet that is trained instead of the UNETR.
+        encoder: file of a pretrained encoder from which the network starts.
+        dynunet: number of channels of each level of a DynUNet that replaces the UNETR.
     """
 
     preset: Mapping[str, Any] = Field(default_factory=dict)
@@ -84,15 +84,15 @@ class Arm(Model):
 
 
 class Experiment(Model):
-    """An experiment, as its YAML file says it.
+    """An experiment, as defined in its YAML file.
 
     Attributes:
         preset: name of a shipped preset, or a YAML file.
-        baseline: the arm that the others are compared with.
+        baseline: the arm with which the others are compared.
         arms: by name.
-        labels: how many training cases are labelled, or ``all``; fewer are part of more, for the same seed.
-        judged_on: the split's held-out cases, or a fifth of its training subjects, for choices that must not be made
-            on what is reported.
+        labels: numbers of labelled training cases, or ``all``; for one seed, smaller sets are subsets of larger ones.
+        judged_on: the split's held-out cases, or a fifth of its training subjects, for choices that must not be based
+            on the reported cases.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")]
@@ -115,13 +115,13 @@ class Experiment(Model):
 
 @dataclass(frozen=True)
 class Bench:
-    """Where an experiment runs.
+    """The environment of an experiment.
 
     Attributes:
-        train, judged: cases.
-        folder: of the runs.
-        device: where they train.
-        subject_of: subject of a case id.
+        train, judged: training and judged cases.
+        folder: folder of the runs.
+        device: training device.
+        subject_of: maps a case id to its subject.
         run: trains a job.
     """
 
@@ -137,7 +137,7 @@ def read_experiment(path: Path) -> Experiment:
     """Read an experiment's file.
 
     Raises:
-        ConfigError: when it cannot be read, or naming the key, the value and what would be valid.
+        ConfigError: if it cannot be read, or naming the key, the value and the valid values.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -149,10 +149,10 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def run_experiment(experiment: Experiment, bench: Bench) -> list[Outcome]:
-    """Run whatever has not been run yet; seed by seed, so that what is there early compares.
+    """Run all missing runs, seed by seed, so that early results are comparable.
 
     Raises:
-        UnetrError: when an arm's preset, its encoder or a case is wrong.
+        UnetrError: if an arm's preset, its encoder or a case is invalid.
     """
     counts = [len(bench.train) if count == "all" else count for count in experiment.labels]
     if max(counts) > len(bench.train):
@@ -173,7 +173,7 @@ def run_experiment(experiment: Experiment, bench: Bench) -> list[Outcome]:
 
 
 def draw_cases(cases: Sequence[Case], count: int, seed: int) -> tuple[Case, ...]:
-    """The first ``count`` cases in an order that follows from the seed: fewer are part of more."""
+    """The first ``count`` cases in an order that depends on the seed: smaller sets are subsets of larger ones."""
 
     def place(case: Case) -> str:
         return hashlib.sha256(f"{seed}:{case.case_id}".encode()).hexdigest()
@@ -196,7 +196,7 @@ def _merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _only_one(file: Path, wait: bool) -> FileLock:
-    """For making a file that several processes may want to make."""
+    """A lock for creating a file that several processes may create."""
     file.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(file.with_suffix(".lock"), blocking=wait)
 
@@ -216,13 +216,13 @@ class _Run:
         self._arm, self._judged = arm, [case.case_id for case in bench.judged]
 
     def outcome(self, wait: bool) -> Outcome:
-        """What came of it; trained and judged if that has not been done.
+        """The result of the run, which is trained and judged if necessary.
 
         Args:
-            wait: for another process that is at it.
+            wait: whether to wait for another process that computes it.
 
         Raises:
-            Timeout: when another process is at it and ``wait`` is false.
+            Timeout: if another process computes it and ``wait`` is false.
         """
         arm, budget = self._arm.model_dump(mode="json"), self._budget.model_dump()
         digest = self._digest([arm, budget, self._judged], self.cases)
@@ -269,7 +269,7 @@ class _Run:
         )
 
     def _steps(self) -> int:
-        """Steps of the budget; measured once a network and recipe, so that runs that differ in less have the same."""
+        """Number of steps of the budget, measured once for each network and recipe, and shared by similar runs."""
         if self._budget.steps is not None:
             return self._budget.steps
         digest = self._digest([self._arm.dynunet, self._budget.model_dump()], self.bench.train)
@@ -282,7 +282,7 @@ class _Run:
             return int(read_json(file)["steps"])
 
     def _seconds_of_a_step(self) -> float:
-        """CPU seconds of a step, with all that happens beside it."""
+        """CPU seconds of a step, including all other work of a run."""
         marks: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             plan = self._plan(Path(folder), TRIAL_STEPS, self.bench.train, resume=False)
@@ -290,7 +290,7 @@ class _Run:
         return (marks[-1] - marks[WARM_UP_STEPS]) / (len(marks) - 1 - WARM_UP_STEPS)
 
     def _digest(self, what: Sequence[Any], cases: Sequence[Case]) -> str:
-        """Of the recipe, of what else there is to tell, and of the cases that are trained on."""
+        """Digest of the recipe, of further parameters, and of the training cases."""
         recipe = self.preset.model_dump(mode="json")
         recipe["training"].pop("seed")
         contents = json.dumps([recipe, what, [case.case_id for case in cases]], sort_keys=True)
@@ -298,7 +298,7 @@ class _Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run an experiment and write its results; 0 when it succeeded, 2 with a sentence when the input was wrong."""
+    """Run an experiment and write its results; 0 on success, 2 with a sentence if the input was wrong."""
     options = build_parser().parse_args(arguments)
     return run_command(functools.partial(_compare, options), options.threads)
 
@@ -328,10 +328,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace, experiment: Experiment) -> Bench:
-    """The cases of both sides.
+    """The training and the judged cases.
 
     Raises:
-        TrainingError: when there is nothing to train on or to judge on.
+        TrainingError: if there are no cases for training or judging.
     """
     split, rule = read_split(options.split), SUBJECT_RULES[experiment.subjects]
     if experiment.judged_on == "part_of_training":

@@ -1,7 +1,7 @@
-"""Choosing a strategy on evidence: play the labelling of a data set that has all its labels.
+"""Compares strategies by simulating the annotation of a fully labelled data set.
 
-python -m lib.experiments.simulate --studies DIR --split split.json --strategies random,entropy,typical \\
-    --seeds 3 --budget 8,16,32,64 --out simulation
+    python -m lib.experiments.simulate --studies DIR --split split.json --strategies random,entropy,typical \
+        --seeds 3 --budget 8,16,32,64 --out simulation
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Train = Callable[[TrainingJob], TrainingResult]
 
 
 def main(arguments: Sequence[str] | None = None, train: Train = run_training) -> int:
-    """Play, and write table, picture and JSON.
+    """Run the simulation, and write table, figure and JSON.
 
     Args:
         arguments: of the command line.
         train: trains a job.
 
     Returns:
-        0 when it succeeded, 2 with a sentence when the input was wrong.
+        0 on success, 2 with a sentence if the input was wrong.
     """
     options = build_parser().parse_args(arguments)
     return run_command(functools.partial(_play_and_write, options, train), level=logging.WARNING)
@@ -87,10 +87,10 @@ def _play_and_write(options: argparse.Namespace, train: Train) -> None:
 
 
 def make_plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
-    """Check what was asked.
+    """Validate the options.
 
     Raises:
-        UnetrError: naming what is wrong.
+        UnetrError: naming the problem.
     """
     strategies = [name.strip() for name in options.strategies.split(",") if name.strip()]
     unknown = sorted(set(strategies) - set(STRATEGIES))
@@ -113,10 +113,10 @@ def make_plan(options: argparse.Namespace) -> tuple[Plan, list[str]]:
 
 
 def parse_budgets(text: str, most: int) -> tuple[int, ...]:
-    """Numbers of labels, growing.
+    """Increasing numbers of labels.
 
     Raises:
-        ParameterError: for anything else, or more than there are cases.
+        ParameterError: for other values, or more than there are cases.
     """
     try:
         budgets = tuple(int(part) for part in text.split(","))
@@ -130,7 +130,7 @@ def parse_budgets(text: str, most: int) -> tuple[int, ...]:
 def play_all(
     plan: Plan, strategies: Sequence[str], seeds: int, processes: int, threads: int, train: Train = run_training
 ) -> list[Round]:
-    """Play every strategy with every seed; seed by seed, so that what is there early compares."""
+    """Simulate every strategy with every seed, seed by seed, so that early results are comparable."""
     runs = [(strategy, seed) for seed in range(seeds) for strategy in strategies]
     rounds: list[Round] = []
     with tqdm(total=len(runs) * len(plan.budgets), unit="round", smoothing=0) as bar:
@@ -174,7 +174,7 @@ _simulation: Simulation | None = None
 
 
 def _begin(plan: Plan, threads: int, train: Train) -> None:
-    """What a process of several does first: it reads the cases once."""
+    """Initialise one of several processes: it reads the cases once."""
     global _simulation
     torch.set_num_threads(threads)
     _simulation = Simulation(plan, train)
@@ -187,7 +187,7 @@ def _play(strategy: str, seed: int) -> list[Round]:
 
 @contextmanager
 def _own_thread_count(threads: int) -> Iterator[None]:
-    """Processes that all use every core are slower than one."""
+    """Limit the threads of each process, since several processes that all use every core are slower than one."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:

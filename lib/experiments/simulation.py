@@ -1,4 +1,4 @@
-"""Playing the labelling of a data set that is labelled already, to see which strategy needs the fewest labels."""
+"""Simulates the annotation of a fully labelled data set, to measure how many labels each strategy needs."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every run of a simulation has in common.
+    """The parameters that all runs of a simulation share.
 
     Attributes:
-        preset: the task; its recipe is what every round trains with.
+        preset: the preset, with whose recipe every round trains.
         pool: cases that start unlabelled.
-        held_out: cases that every round is scored on, of subjects that are not in the pool.
-        budgets: labels at which the network is trained and scored, growing.
+        held_out: cases on which every round is scored, of subjects outside of the pool.
+        budgets: increasing numbers of labels at which the network is trained and scored.
         first_steps: training steps of the first round, from random weights.
-        steps: training steps of the later rounds, from the weights of the round before.
-        folder: where rounds are kept; a simulation that was interrupted goes on from there.
-        device: where to compute.
+        steps: training steps of the later rounds, from the weights of the previous round.
+        folder: folder of the rounds, from which an interrupted simulation resumes.
+        device: computing device.
     """
 
     preset: Preset
@@ -64,7 +64,7 @@ class Plan:
     device: torch.device
 
     def fingerprint(self) -> str:
-        """Changes with whatever changes the outcome of a round."""
+        """A value that changes with everything that affects a round."""
         content = {
             "preset": self.preset.model_dump(mode="json"),
             "held_out": [case.case_id for case in self.held_out],
@@ -76,7 +76,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: the cases labelled by then, and the Dice that came of them."""
+    """One round: the labelled cases, and the resulting Dice."""
 
     strategy: str
     seed: int
@@ -99,15 +99,15 @@ class _Loaded:
 class Simulation:
     """Runs of strategies over the same cases, whose volumes are read once.
 
-    Rounds that are the same for several strategies (all that begin with a random draw share their first) are trained
-    once: a round is known by the cases that were labelled, round by round, and the seed.
+    Rounds that several strategies share (such as the first one, if it is a random draw) are trained once: a round is
+    identified by the cases that were labelled in each round, and by the seed.
 
     Args:
-        plan: what to play.
-        train: trains a job; :func:`run_training` if not given.
+        plan: the parameters.
+        train: trains a job; by default :func:`run_training`.
 
     Raises:
-        InputError: when a case cannot be used.
+        InputError: if a case cannot be used.
     """
 
     def __init__(self, plan: Plan, train: Callable[[TrainingJob], TrainingResult] | None = None) -> None:
@@ -116,11 +116,11 @@ class Simulation:
         self._held_out = [_load(case, plan.preset) for case in plan.held_out]
 
     def play(self, strategy: str, seed: int, report: Report = lambda _: None) -> list[Round]:
-        """Play one strategy from no labels to the largest budget.
+        """Simulate one strategy from no labels to the largest budget.
 
         Args:
             strategy: one of ``selection.STRATEGIES``.
-            seed: of the selection, the first weights and the training.
+            seed: seed of the selection, the first weights and the training.
             report: called with a sentence at each step.
         """
         file = self.plan.folder / f"{strategy}-{seed}-{self.plan.fingerprint()}.json"
@@ -144,7 +144,7 @@ class Simulation:
     def _choose(
         self, strategy: str, seed: int, batches: Sequence[tuple[str, ...]], budget: int, report: Report
     ) -> tuple[str, ...]:
-        """The cases that the strategy adds. Without a model, those that need one draw at random."""
+        """The cases that the strategy adds. Without a model, strategies that need one draw at random."""
         labelled = [case for batch in batches for case in batch]
         wanted = budget - len(labelled)
         needs_model = (strategy in MEASURE_OF and strategy != "hybrid") or strategy == "random_foreground"
@@ -165,7 +165,7 @@ class Simulation:
         return tuple(pick.case_id for pick in select(strategy, pool, wanted, seed + 1000 * len(batches)))
 
     def _look(self, strategy: str, seed: int, batches: Sequence[tuple[str, ...]]) -> dict[str, CaseScores]:
-        """What the newest network makes of each case; random weights before there is one."""
+        """The scores of each case by the newest network, which has random weights at first."""
         segmenter = self._segmenter(self._weights(seed, batches) if batches else None, seed)
         network = cast(AnyUnetr, segmenter.network)
         where = Placement(self.plan.preset, self.plan.device, segmenter.dtype)
@@ -177,7 +177,7 @@ class Simulation:
         return {name: score_case(network, one.image, where, passes) for name, one in self._pool.items()}
 
     def _outcome(self, seed: int, batches: Sequence[tuple[str, ...]]) -> dict[str, float]:
-        """Train on what is labelled, and score on what is held out."""
+        """Train on the labelled cases, and score on the held-out ones."""
         file = self._round_file(seed, batches).with_suffix(".json")
         if file.is_file():
             kept: dict[str, float] = read_json(file)
@@ -192,7 +192,7 @@ class Simulation:
         return dice
 
     def _weights(self, seed: int, batches: Sequence[tuple[str, ...]]) -> StateDict:
-        """The weights after these rounds, trained if nobody has yet."""
+        """The weights after these rounds, trained if necessary."""
         file = self._round_file(seed, batches).with_suffix(".pt")
         if not file.is_file():
             weights = self._train(seed, batches, file.with_suffix(".run"))
@@ -233,12 +233,14 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Curve:
-    """A strategy's Dice against labels, over its seeds.
+    """The Dice of a strategy as a function of the number of labels, over its seeds.
 
     Attributes:
-        area: area under the curve over the logarithm of the labels, as a mean Dice; mean and deviation over seeds.
-        gain: area less that of random sampling, seed by seed; mean and deviation. None without random sampling.
-        labels_needed: labels at which the mean curve reaches the wanted Dice; None where it does not.
+        area: area under the curve over the logarithm of the labels, as a mean Dice; mean and standard deviation over
+            seeds.
+        gain: area minus that of random sampling for each seed; mean and standard deviation. None without random
+            sampling.
+        labels_needed: number of labels at which the mean curve reaches the target Dice; None if it does not.
     """
 
     strategy: str
@@ -252,13 +254,13 @@ class Curve:
 
 
 def summarise(rounds: Sequence[Round], strategies: Sequence[str], wanted_dice: float | None = None) -> list[Curve]:
-    """Curves of the strategies whose runs are complete for at least one seed.
+    """Curves of the strategies that are complete for at least one seed.
 
     Args:
-        rounds: of all runs.
-        strategies: in the order wanted.
-        wanted_dice: the Dice whose cost in labels is asked for; what random sampling reaches with all labels where
-            it is not given.
+        rounds: rounds of all runs.
+        strategies: strategies in the order of the result.
+        wanted_dice: the target Dice, for which the number of labels is computed; by default the Dice of random sampling
+            with all labels.
     """
     largest = max((one.budget for one in rounds), default=0)
     by_run: dict[str, dict[int, list[Round]]] = {}
@@ -301,7 +303,7 @@ def _curve(
 
 
 def labels_needed(budgets: npt.ArrayLike, dice: npt.ArrayLike, goal: float) -> float | None:
-    """Number of labels at which a curve first reaches a Dice; interpolated between budgets on a logarithmic scale.
+    """Number of labels at which a curve first reaches a Dice, interpolated between budgets on a logarithmic scale.
 
     >>> labels_needed([8, 32], [0.6, 0.8], 0.7)
     16.0

@@ -1,4 +1,4 @@
-"""A simulation's table and picture."""
+"""The table and the figure of a simulation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Draw the mean Dice against labels, with a band of one deviation over the seeds."""
+    """Plot the mean Dice against labels, with a band of one standard deviation over the seeds."""
     with drawn_figure(path, "labelled cases", "mean Dice on held-out subjects") as axes:
         for curve in curves:
             (line,) = axes.plot(curve.budgets, curve.mean, marker="o", label=curve.strategy)
