@@ -3,13 +3,17 @@
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder of images and labels> --cases 12
     python -m benchmarks.interaction --preset abdomen_ct --data <folder> --ids btcv_0001,btcv_0006 --each-label --empty
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways deepedit,editor --train-deepedit 30
-    python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways growth --server http://127.0.0.1:8000
+    python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --cases 45 --ways "" --server own
 
 Compared are clicks that follow the logit margins of the automatic mask (``margins``), growth without weights, the
 editor network, a ball painted at the click (of several radii, of which the best after ten clicks is named), the random
 walker of scikit-image in a crop around the click, and a DeepEdit-style UNETR that is trained for the minutes of
-``--train-deepedit`` on the cases that are not held out. With ``--server`` the clicks are sent to a server whose studies
-hold the cases under the names that they have here, as 3D Slicer sends them; what it makes of them is called ``served``.
+``--train-deepedit`` on the cases that are not held out. With ``--server`` the clicks are sent over REST as 3D Slicer
+sends them, and what Slicer then shows counts (``benchmarks/slicer_clicks.py``); that way is called ``served``. It
+begins with the mask that the server answers. ``--server own`` starts a server for it, of the same images (with
+``--changed-image`` the changed ones, with ``--empty`` without weights); an address is that of a running one, whose
+studies hold the cases under the names that they have here.
+With ``--each-label`` the whole automatic mask is corrected, and the label that is clicked counts alone.
 Without ``--ids`` the held-out cases of ``model/<preset>/split.json`` are used, or all cases of the folder where there
 are none, and the table says so.
 The annotator clicks into a wrong part that chance draws, the larger the likelier; with ``--largest`` into the largest.
@@ -22,22 +26,21 @@ import json
 import resource
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-import requests
 import torch
 from monai.data import MetaTensor
 from skimage.segmentation import random_walker
 
 from benchmarks.deepedit import DeepEdit
+from benchmarks.slicer_clicks import OWN, Slicer, own_server
 from lib.cases.labelled import Case, find_cases, read_case
 from lib.cases.split import shipped_split
 from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
-from lib.imagefiles.geometry import set_affine
 from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, prompts_of
@@ -48,7 +51,7 @@ from lib.interaction.training import change_image, read_material
 from lib.networks.checkpoint import read_checkpoint
 from lib.transforms.postprocess import restore_to_grid
 from lib.transforms.preprocess import preprocess_volume
-from lib.transforms.volume import Volume, read_volume
+from lib.transforms.volume import Volume
 
 GOALS = (0.90, 0.95)
 BALLS_MM = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -65,7 +68,7 @@ class Start:
         case: its files.
         volume: the image on its own grid.
         image: the same as the network sees it.
-        begin: the mask, on the image's own grid.
+        begin: the mask, on the image's own grid, with all its labels.
         indices: the labels that count, by name.
         empty: whether ``begin`` is no automatic mask.
         margins: how nearly the network of the automatic mask chose otherwise; None for an empty start.
@@ -78,6 +81,10 @@ class Start:
     indices: Mapping[str, int]
     empty: bool
     margins: LogitMargins | None = None
+
+    def counted(self, mask: np.ndarray) -> np.ndarray:
+        """The labels of a mask that count, and no others."""
+        return np.where(np.isin(mask, list(self.indices.values())), mask, 0).astype(np.uint8)
 
 
 def paint(labels: np.ndarray, click: Correction, radius_mm: float, spacing_mm: Sequence[float]) -> np.ndarray:
@@ -108,74 +115,56 @@ def walk(image: np.ndarray, labels: np.ndarray, click: Correction) -> np.ndarray
     return walked
 
 
-class Served:
-    """A server that clicks are sent to, with all clicks so far each time, as 3D Slicer sends them.
-
-    Args:
-        url: of the server.
-        preset: the task.
-    """
-
-    def __init__(self, url: str, preset: Preset) -> None:
-        self._url, self._preset, self._session = url.rstrip("/"), preset, requests.Session()
-
-    def edit(self, start: Start, clicks: Sequence[Correction]) -> np.ndarray:
-        """The whole mask that the server answers."""
-        names = {value: name for name, value in self._preset.label_indices.items()} | {0: "background"}
-        points: dict[str, list[list[int]]] = {}
-        for click in clicks:
-            points.setdefault(names[click.value], []).append(list(click.point))
-        sent = {**points, "all_labels": True, "result_extension": ".nii.gz", "client_id": "benchmark"}
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "mask.nii.gz"
-            files = None
-            if start.empty:
-                mask = nib.Nifti1Image(start.begin, start.volume.affine_ras)
-                set_affine(mask, start.volume.affine_ras)
-                nib.save(mask, file)
-                files = {"label": ("label.nii.gz", file.read_bytes())}
-            answer = self._session.post(
-                f"{self._url}/infer/{self._preset.name}_edit",
-                params={"image": start.case.case_id, "output": "image"},
-                data={"params": json.dumps(sent)},
-                files=files,
-                timeout=600,
-            )
-            answer.raise_for_status()
-            file.write_bytes(answer.content)
-            return np.rint(read_volume(file).voxels).astype(np.uint8)
-
-
 def ways_of(
-    start: Start, editor: Editor | None, deepedit: DeepEdit | None, served: Served | None, asked: argparse.Namespace
-) -> dict[str, Edit]:
-    """The ways of editing that are compared."""
+    start: Start, editor: Editor | None, deepedit: DeepEdit | None, slicer: Slicer | None, asked: argparse.Namespace
+) -> dict[str, tuple[np.ndarray, Edit]]:
+    """The ways of editing that are compared: the mask that each begins with, and what it makes of clicks."""
     volume, names = start.volume, asked.ways.split(",")
+    begin = start.counted(start.begin)
 
     def by(network: Editor | None, margins: LogitMargins | None = None) -> Edit:
-        return lambda _, clicks: (
+        return lambda _, clicks: start.counted(
             edit_clicks(
                 Scene(start.image, start.begin, volume.affine_ras, margins=margins), prompts_of(clicks), network
             ).labels
         )
 
-    ways: dict[str, Edit] = {}
-    if served is not None:
-        ways["served"] = lambda _, clicks: served.edit(start, clicks)
+    ways: dict[str, tuple[np.ndarray, Edit]] = {}
+    if slicer is not None:
+        ways["served"] = by_slicer(slicer, start)
     if editor is not None:
-        ways["editor"] = by(editor)
+        ways["editor"] = begin, by(editor)
     if "margins" in names and start.margins is not None:
-        ways["margins"] = by(None, start.margins)
+        ways["margins"] = begin, by(None, start.margins)
     if "growth" in names:
-        ways["growth"] = by(None)
+        ways["growth"] = begin, by(None)
     if deepedit is not None:
-        ways["DeepEdit style"] = lambda _, clicks: by_deepedit(deepedit, start, clicks)
+        drawn = by_deepedit(deepedit, start, [])
+        ways["DeepEdit style"] = drawn, lambda _, clicks: by_deepedit(deepedit, start, clicks)
     if "walker" in names:
-        ways["random walker"] = lambda mask, clicks: walk(volume.voxels, mask, clicks[-1])
+        ways["random walker"] = begin, lambda mask, clicks: walk(volume.voxels, mask, clicks[-1])
     if "ball" in names:
         for mm in asked.balls:
-            ways[f"{BALL}{mm:g} mm"] = lambda m, clicks, r=mm: paint(m, clicks[-1], r, volume.spacing_mm)  # type: ignore[misc]
+            ways[f"{BALL}{mm:g} mm"] = begin, by_ball(mm, volume.spacing_mm)
     return ways
+
+
+def by_ball(radius_mm: float, spacing_mm: Sequence[float]) -> Edit:
+    """Balls of one radius at the clicks."""
+    return lambda mask, clicks: paint(mask, clicks[-1], radius_mm, spacing_mm)
+
+
+def by_slicer(slicer: Slicer, start: Start) -> tuple[np.ndarray, Edit]:
+    """What 3D Slicer shows of a case before any click, and after clicks: the labels that count."""
+    case_id, empty = start.case.case_id, start.volume if start.empty else None
+    shown = np.zeros_like(start.begin) if start.empty else slicer.segment(case_id)
+    before = [shown]
+
+    def click(_: np.ndarray, clicks: Sequence[Correction]) -> np.ndarray:
+        before.append(slicer.click(case_id, before[-1], clicks, empty))
+        return start.counted(before[-1])
+
+    return start.counted(shown), click
 
 
 def by_deepedit(network: DeepEdit, start: Start, clicks: Sequence[Correction]) -> np.ndarray:
@@ -187,7 +176,7 @@ def by_deepedit(network: DeepEdit, start: Start, clicks: Sequence[Correction]) -
         placed.append(Correction(click.value, (x, y, z)))
     found = network.segment(scene.voxels, placed)
     labels = restore_to_grid(found, scene.affine_network, start.volume.voxels.shape, start.volume.affine_ras)
-    return np.where(np.isin(labels, list(start.indices.values())), labels, 0).astype(np.uint8)
+    return start.counted(labels)
 
 
 def best_ball(rows: Mapping[str, list[EditingScores]]) -> str:
@@ -239,7 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--balls", type=float, nargs="+", default=BALLS_MM, metavar="MM", help="radii that are tried")
     parser.add_argument("--editor", type=Path, default=MODEL / "editor" / "shipped.pt")
     parser.add_argument("--train-deepedit", type=float, default=30.0, metavar="MINUTES")
-    parser.add_argument("--server", default="", help="address of a server with these cases in its studies")
+    parser.add_argument("--server", default="", help="own, or the address of a server with these cases in its studies")
     parser.add_argument("--out", type=Path, help="beside this file by default")
     return parser.parse_args()
 
@@ -258,26 +247,29 @@ def choose_cases(asked: argparse.Namespace) -> tuple[list[Case], list[Case], boo
     return chosen, left, known
 
 
+def image_of(case: Case, preset: Preset, asked: argparse.Namespace, seed: int) -> tuple[Volume, Volume, np.ndarray]:
+    """A case's image, the same as the preset's network is to see it, and the reference."""
+    volume, truth = read_case(case, preset)
+    seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
+    return volume, seen, truth
+
+
 def starts_of(
     case: Case, preset: Preset, segmenter: Segmenter, asked: argparse.Namespace, seed: int
 ) -> list[tuple[Start, np.ndarray]]:
     """A case as often as labels are clicked by themselves, each with its reference."""
-    volume, truth = read_case(case, preset)
-    seen = change_image(volume, np.random.default_rng(seed)) if asked.changed_image else volume
-    found, margins = (
-        (np.zeros_like(truth), None) if asked.empty else segment_with_margins(segmenter, seen, case.case_id)
-    )
+    volume, seen, truth = image_of(case, preset, asked, seed)
+    found, margins = np.zeros_like(truth), None
+    if not asked.empty and asked.ways:
+        found, margins = segment_with_margins(segmenter, seen, case.case_id)
     image = preprocess_volume(volume, preset)
     names = asked.labels.split(",") if asked.labels else list(preset.label_indices)
     made = []
     for group in [[name] for name in names] if asked.each_label else [names]:
-        indices = {name: preset.label_indices[name] for name in group}
-        right, begin = (
-            np.where(np.isin(mask, list(indices.values())), mask, 0).astype(np.uint8) for mask in (truth, found)
-        )
+        start = Start(case, volume, image, found, {n: preset.label_indices[n] for n in group}, asked.empty, margins)
+        right = start.counted(truth)
         if right.any():
-            sent = asked.empty or asked.each_label
-            made.append((Start(case, volume, image, begin, indices, sent, margins), right))
+            made.append((start, right))
     return made
 
 
@@ -295,17 +287,24 @@ def main() -> None:
         deepedit = DeepEdit(preset, dict(checkpoint.model))
         steps = deepedit.train([read_material(case, preset, None) for case in trainable], asked.train_deepedit)
         print(f"DeepEdit style: {steps} steps in {asked.train_deepedit:g} minutes on {len(trainable)} cases")
-    served = Served(asked.server, preset) if asked.server else None
     rows: dict[str, list[EditingScores]] = {}
-    for seed, case in enumerate(cases):
-        for start, right in starts_of(case, preset, segmenter, asked, seed):
-            clicking = None if asked.largest else seed
-            for name, edit in ways_of(start, editor, deepedit, served, asked).items():
-                begin = edit(start.begin, []) if name == "DeepEdit style" else start.begin
-                made = simulate_editing(
-                    begin, right, start.volume.spacing_mm, start.indices, edit, clicking, surface=True
-                )
-                rows.setdefault(name, []).append(made)
+    with ExitStack() as opened:
+        url, slicer = asked.server, None
+        if url == OWN:
+            images = {case.case_id: image_of(case, preset, asked, seed)[1] for seed, case in enumerate(cases)}
+            url = opened.enter_context(own_server(preset, images, asked.empty))
+        if url:
+            slicer = Slicer(url, preset, Path(opened.enter_context(tempfile.TemporaryDirectory())))
+        for seed, case in enumerate(cases):
+            for start, right in starts_of(case, preset, segmenter, asked, seed):
+                clicking = None if asked.largest else seed
+                for name, (begin, edit) in ways_of(start, editor, deepedit, slicer, asked).items():
+                    made = simulate_editing(
+                        begin, right, start.volume.spacing_mm, start.indices, edit, clicking, surface=True
+                    )
+                    rows.setdefault(name, []).append(made)
+        if slicer is not None:
+            print(f"the server's clicks corrected: {', '.join(sorted(slicer.starts))}")
     kind, unit = "held-out" if held_out else "not held-out", "label" if asked.each_label else "case"
     begun = "an empty mask" if asked.empty else "the automatic mask" + " of a changed image" * asked.changed_image
     print(f"{preset.name}: mean Dice (worst {unit}) of {len(cases)} {kind} cases from {begun}, after clicks a {unit}")

@@ -26,7 +26,7 @@ from lib.interaction.growth import (
     is_drawn_nearby,
     reach_of,
 )
-from lib.interaction.margins.correction import Evidence, margin_claims
+from lib.interaction.margins.correction import Evidence, evidence_of, margin_claims
 from lib.interaction.merge import LabelClaim, Part, apply_claims, enclosing_part, enforce_prompts
 from lib.interaction.prompts import Prompts, Voxel
 from lib.interaction.regions.cut import part_of
@@ -122,7 +122,7 @@ class Scene:
         """The statement that one label is right at a voxel of the network's grid and the label drawn there is wrong."""
         x, y, z = (int(v) for v in seed)
         drawn = int(self.coarse[x, y, z])
-        return Evidence((x, y, z), value, drawn if drawn != value else 0)
+        return evidence_of(self.coarse, self.spacing_mm, (x, y, z), value, drawn if drawn != value else 0)
 
     def on_network(self, points: Sequence[Voxel]) -> Points:
         """Voxels of the image as distinct voxels of the network's grid, shape (n, 3)."""
@@ -170,6 +170,8 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
     for value, points in prompts.positive:
         seeds, mask = scene.on_network(points), scene.coarse == value
         near = np.array([is_drawn_nearby(seed.tolist(), mask, scene.spacing_mm) for seed in seeds], dtype=bool)
+        # If the network has drawn any of the structure, a click on a missing part is a correction at any distance.
+        near |= scene.margins is not None and mask.any()
         if scene.margins is not None:
             evidence += [scene.evidence_at(seed, value) for seed in seeds[near]]
         else:
@@ -183,7 +185,8 @@ def _grown_claims(scene: Scene, prompts: Prompts) -> list[LabelClaim]:
         # A negative click next to a structure still keeps the clicked labels away from its voxel.
         takes_from = (target,) if target else tuple(value for value, _ in prompts.positive)
         if scene.margins is not None:
-            evidence += [Evidence(scene.place_of(point), 0, value) for value in takes_from]
+            place = scene.place_of(point)
+            evidence += [evidence_of(scene.coarse, scene.spacing_mm, place, 0, value) for value in takes_from]
         elif target or corrected:
             claims.append(LabelClaim(0, takes_from, _negative_claim(scene, point, target)))
     if scene.margins is not None:
