@@ -1,1 +1,1 @@
-"""The FastAPI app around MONAI Label's own."""
+"""The FastAPI application around MONAI Label's own."""

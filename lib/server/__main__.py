@@ -1,4 +1,4 @@
-"""MONAI Label's command line, where a start that fails ends in a sentence: ``python -m lib.server start_server``."""
+"""MONAI Label's command line, with a one-sentence error if the start fails: ``python -m lib.server start_server``."""
 
 from __future__ import annotations
 

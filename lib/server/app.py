@@ -1,4 +1,4 @@
-"""The server: our routes around MONAI Label's app.
+"""The server: this project's routes around MONAI Label's app.
 
 python -m lib.server start_server --app apps/unetr_radiology --studies DIR --uvicorn_app lib.server.app:app
 """
@@ -87,7 +87,7 @@ ROUTERS = (
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """What belongs to the process, and the server inside it."""
+    """Start and stop the process-wide services and the server."""
     end_with_parent()
     uvicorn = serving_uvicorn()
     remove_log_configuration(uvicorn.config.log_config if uvicorn else None)
@@ -98,7 +98,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def running_server(app: FastAPI) -> AsyncIterator[None]:
-    """MONAI Label's own start and stop, with the server's parts made and ended inside it."""
+    """MONAI Label's own start and stop, with the server's services created and closed inside it."""
     async with running_stock_app() as instance:
         app.state.services = services = Services.of(instance)
         set_log_format(services.settings.log_format)
@@ -119,7 +119,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
             services.changes,
         )
         services.submissions.hooks.append(retrainer.on_label_saved)
-        # what was cut off goes on first, or the policy would see nothing run and begin another
+        # interrupted jobs resume first, or the retraining policy would see no running training and start another one
         services.jobs.recover(services.journal.take_over())
         retrainer.start()
         waiting = WaitingForRoom(services.jobs, services.journal.folder_of)
@@ -141,7 +141,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
 
 
 def limits_of(settings: Settings) -> Limits:
-    """The limits on connections that the settings name."""
+    """The configured limits on connections."""
     return Limits(
         settings.connection_limit,
         settings.client_connection_limit,
@@ -152,18 +152,19 @@ def limits_of(settings: Settings) -> Limits:
 
 
 def read_again_by_signal(tokens: WatchedTokens | None) -> AbstractContextManager[None]:
-    """While this lasts, SIGUSR1 has the token file read again."""
+    """Within the block, SIGUSR1 makes the server read the token file again."""
     return nullcontext() if tokens is None else called_by_signal("SIGUSR1", tokens.read_again)
 
 
 def spare_what_stays() -> None:
-    """Leave what is there after the start out of garbage collections.
+    """Exclude the objects that exist after the start from garbage collection.
 
-    With 10,000 cases it is over a million objects, and to walk over them stopped every answer for half a second.
+    With 10,000 cases these are over a million objects, whose traversal stopped every response for half a second.
     """
     gc.collect()
     gc.freeze()
-    # old garbage is looked for once it is a quarter of what was there the last time: of nothing, from now on
+    # a full collection runs when new objects exceed a quarter of those that survived the last one, which is none from
+    # now on
     gc.collect()
 
 
@@ -180,12 +181,12 @@ FILE_ROUTES = tuple(
 
 
 def takes_files(scope: Scope) -> bool:
-    """Whether a request goes to a route that takes files: into a temporary folder, not into memory."""
+    """Whether a route receives files, which go into a temporary folder and not into memory."""
     return any(route.matches(scope)[0] is Match.FULL for route in FILE_ROUTES)
 
 
 def create_app() -> FastAPI:
-    """Put the server together."""
+    """Build the application."""
     app = FastAPI(title="UNETR for MONAI Label", version="0.1.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for router in ROUTERS:
         app.include_router(router)
@@ -193,7 +194,7 @@ def create_app() -> FastAPI:
     app.mount("/docs/scripts", documentation.scripts)
     app.router.default = refuse_unknown
     app.add_middleware(Origins)
-    app.add_middleware(Surroundings, takes_files=takes_files)  # added later, so it is around the other
+    app.add_middleware(Surroundings, takes_files=takes_files)  # added later, so it wraps the other one
     app.add_middleware(Clients)
     register_error_handlers(app)
     return app

@@ -1,4 +1,4 @@
-"""Work in the background for as long as the server runs."""
+"""Background work for the lifetime of the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @asynccontextmanager
 async def in_background(name: str, *work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """While this lasts, the work is done beside everything else; at the end it is cancelled, and its end waited for."""
+    """Run the work concurrently within the block; at its end the work is cancelled and awaited."""
     tasks = [asyncio.create_task(one, name=name) for one in work]
     try:
         yield

@@ -1,8 +1,8 @@
-"""What routes ask for: single services of the running server, as FastAPI dependencies.
+"""FastAPI dependencies: each gives a route one service of the running server.
 
-A route names only what it uses. A test puts its own object in place of one with ``app.dependency_overrides``, and
-needs no server, app or studies for it. The dependencies are coroutines, since FastAPI would take a thread for each of
-them otherwise.
+A route names only the services that it uses. A test replaces one by its own object with ``app.dependency_overrides``,
+and needs neither a server nor an app nor studies. The dependencies are coroutines, since FastAPI would otherwise use a
+thread for each of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Service = TypeVar("Service")
 
 
 def _reading(read: Callable[[Services], Service]) -> Callable[[Services], Awaitable[Service]]:
-    """The dependency on one service."""
+    """The dependency that returns one service."""
 
     async def dependency(services: AllServices) -> Service:
         return read(services)
@@ -58,27 +58,27 @@ def _reading(read: Callable[[Services], Service]) -> Callable[[Services], Awaita
 
 
 get_images = _reading(lambda services: services.images)
-"""Finds images by the ids that clients name."""
+"""Finds images by their ids."""
 ImagesDep = Annotated[Images, Depends(get_images)]
 
 get_check_image = _reading(lambda services: services.images.check)
-"""The check of an image's id: gives the id by which the studies have it, or refuses it."""
+"""The check of an image's id, which returns the id in the studies or refuses the request."""
 CheckImageDep = Annotated[Callable[[str], str], Depends(get_check_image)]
 
 get_history = _reading(lambda services: services.store.history)
-"""Versions of labels, and the quarantine."""
+"""Label versions, and the quarantine."""
 HistoryDep = Annotated[LabelHistory, Depends(get_history)]
 
 get_leases = _reading(lambda services: services.store.leases)
-"""Who works on which case, and cases that are skipped."""
+"""Leases of cases to clients, and skipped cases."""
 LeasesDep = Annotated[Leases, Depends(get_leases)]
 
 get_segmentation_tasks = _reading(lambda services: services.segmentation_tasks)
-"""The models that segment by themselves."""
+"""The models for automatic segmentation."""
 SegmentationTasksDep = Annotated[TasksByName[UnetrInferTask], Depends(get_segmentation_tasks)]
 
 get_weights_loading = _reading(lambda services: services.loading)
-"""Loads the weights of those models, and says which of them are there."""
+"""Loads the weights of these models, and reports which are loaded."""
 WeightsLoadingDep = Annotated[WeightsLoading, Depends(get_weights_loading)]
 
 get_train_tasks = _reading(lambda services: services.train_tasks)
@@ -90,7 +90,7 @@ get_versioned_models = _reading(lambda services: services.versioned_models)
 VersionedModelsDep = Annotated[TasksByName[Versioned], Depends(get_versioned_models)]
 
 get_model_info = _reading(lambda services: services.instance.model_info)
-"""Checksum and figures of a model's weights, as MONAI Label gives them."""
+"""Checksum and figures of a model's weights, as MONAI Label reports them."""
 ModelInfoDep = Annotated[Callable[[str], dict[str, Any]], Depends(get_model_info)]
 
 get_changes = _reading(lambda services: services.changes)
@@ -98,27 +98,27 @@ get_changes = _reading(lambda services: services.changes)
 ChangesDep = Annotated[Changes, Depends(get_changes)]
 
 get_datastore = _reading(lambda services: services.datastore)
-"""Images and labels, as MONAI Label knows them."""
+"""Images and labels, by MONAI Label's datastore interface."""
 DatastoreDep = Annotated[Datastore, Depends(get_datastore)]
 
 get_jobs = _reading(lambda services: services.jobs)
-"""Trainings, batch inferences and scorings, each in a process of its own."""
+"""Training, batch inference and scoring jobs, each in its own process."""
 JobsDep = Annotated[Jobs, Depends(get_jobs)]
 
 get_journal = _reading(lambda services: services.journal)
-"""What is kept on disk of trainings and open batches, also those of other servers on the same studies."""
+"""Stored states of trainings and unfinished batches, including those of other servers on the same studies."""
 JournalDep = Annotated[Journal, Depends(get_journal)]
 
 get_pause = _reading(lambda services: services.pause)
-"""Whether trainings make way for inference."""
+"""Pauses trainings for inference."""
 PauseDep = Annotated[Pause, Depends(get_pause)]
 
 get_lanes = _reading(lambda services: services.inferences.lanes)
-"""The devices."""
+"""The computing devices."""
 LanesDep = Annotated[Lanes, Depends(get_lanes)]
 
 get_readers = _reading(lambda services: services.readers)
-"""The threads that read images or labels of a request, of which there are few, since each takes much memory."""
+"""The few threads that read images or labels of requests, each of which needs much memory."""
 ReadersDep = Annotated[Readers, Depends(get_readers)]
 
 get_scoring_methods = _reading(lambda services: services.instance.scoring_methods)
@@ -130,15 +130,15 @@ get_store = _reading(lambda services: services.store)
 StoreDep = Annotated[SeriesDatastore, Depends(get_store)]
 
 get_presets = _reading(lambda services: services.presets)
-"""The presets that are served, by name."""
+"""The served presets, by name."""
 PresetsDep = Annotated[Mapping[str, Preset], Depends(get_presets)]
 
 get_settings = _reading(lambda services: services.settings)
-"""What ``--conf`` says."""
+"""The ``--conf`` settings."""
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 get_sessions = _reading(lambda services: services.sessions)
-"""Images that are kept for a while; refused where sessions are switched off."""
+"""Temporarily stored images; refused if sessions are disabled."""
 SessionsDep = Annotated[Sessions, Depends(get_sessions)]
 
 get_image_file = _reading(lambda services: services.images.file)
@@ -146,23 +146,23 @@ get_image_file = _reading(lambda services: services.images.file)
 ImageFileDep = Annotated[Callable[[str], Path], Depends(get_image_file)]
 
 get_infer_tasks = _reading(lambda services: services.infer_tasks)
-"""All inference tasks, those that take clicks or scribbles among them."""
+"""All inference tasks, including those for clicks and scribbles."""
 InferTasksDep = Annotated[TasksByName[InferenceTask], Depends(get_infer_tasks)]
 
 get_inferences = _reading(lambda services: services.inferences)
-"""The queue in which inferences wait for a device."""
+"""The queue of inference requests."""
 InferencesDep = Annotated[InferenceQueue, Depends(get_inferences)]
 
 get_metrics = _reading(lambda services: services.metrics)
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]
 
 get_presented = _reading(lambda services: services.presented)
-"""NIfTI and NRRD files as the DICOM series that OHIF is shown."""
+"""NIfTI and NRRD files presented as DICOM series to OHIF."""
 PresentedDep = Annotated[PresentedCases, Depends(get_presented)]
 
 get_pool_knowledge = _reading(lambda services: services.pool_knowledge)
-"""What the scoring found of the images, by preset."""
+"""Stored scores of the images, by preset."""
 PoolKnowledgeDep = Annotated[Mapping[str, PoolKnowledge], Depends(get_pool_knowledge)]
 
 get_studies = _reading(lambda services: services.studies)
@@ -170,11 +170,11 @@ get_studies = _reading(lambda services: services.studies)
 StudiesDep = Annotated[str, Depends(get_studies)]
 
 get_image_inspector = _reading(lambda services: services.image_inspector)
-"""Which images cannot be segmented, and why."""
+"""Checks which images cannot be segmented, and why."""
 ImageInspectorDep = Annotated[ImageInspector, Depends(get_image_inspector)]
 
 get_app_info = _reading(lambda services: services.instance.info)
-"""What MONAI Label's app says of itself."""
+"""The description of MONAI Label's app."""
 AppInfoDep = Annotated[Callable[[], dict[str, Any]], Depends(get_app_info)]
 
 get_next_case = _reading(lambda services: services.next_case)
@@ -182,25 +182,25 @@ get_next_case = _reading(lambda services: services.next_case)
 NextCaseDep = Annotated[NextCase, Depends(get_next_case)]
 
 get_case_views = _reading(lambda services: services.case_views)
-"""Puts together what the pages of images show."""
+"""Composes the pages of images."""
 CaseViewsDep = Annotated[CaseViews, Depends(get_case_views)]
 
 get_pictures = _reading(lambda services: services.pictures)
-"""Reads and computes what the pictures of cases are drawn from."""
+"""Reads and computes the data of case pictures."""
 PicturesDep = Annotated[Pictures, Depends(get_pictures)]
 
 get_answers = _reading(lambda services: services.answers)
-"""Answers requests for a mask."""
+"""Answers mask requests."""
 AnswersDep = Annotated[Answers, Depends(get_answers)]
 
 get_find_sessions = _reading(lambda services: lambda: services.sessions)
-"""As :func:`get_sessions`, for requests of which only some are about a session."""
+"""Like :func:`get_sessions`, for routes of which only some requests use a session."""
 FindSessionsDep = Annotated[Callable[[], Sessions], Depends(get_find_sessions)]
 
 get_submissions = _reading(lambda services: services.submissions)
-"""Takes labels in."""
+"""Accepts labels."""
 SubmissionsDep = Annotated[Submissions, Depends(get_submissions)]
 
 get_segmentations = _reading(lambda services: services.segmentations)
-"""Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs."""
+"""Accepts DICOM SEGs as labels, and publishes labels as DICOM SEGs."""
 SegmentationsDep = Annotated[Segmentations, Depends(get_segmentations)]

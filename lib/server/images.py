@@ -1,4 +1,4 @@
-"""The images of the studies, found by the ids that clients name."""
+"""Finds the images of the studies by their ids."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Images:
     """Finds images; a file may also be named by the UIDs of the series that presents it.
 
     Args:
-        datastore: where they are.
+        datastore: the datastore.
         studies: the folder of the studies, or the address of a DICOMweb server.
-        roots: folders whose files may be named by their paths.
-        case_of: the case that a series or study presents, by its UID; None where it presents none.
+        roots: folders whose files may be named by path.
+        case_of: returns the case that a series or study UID presents; None if it presents none.
     """
 
     datastore: Datastore
@@ -29,15 +29,15 @@ class Images:
     case_of: Callable[[str], str | None]
 
     def check(self, image_id: str) -> str:
-        """The id by which the studies have an image.
+        """The id of an image in the studies.
 
         Raises:
-            NotFoundError: when there is none.
+            NotFoundError: if there is none.
         """
         return check_image_known(self.datastore, self.case_of(image_id) or image_id)
 
     def known_id(self, image_id: str) -> str:
-        """The same, and a path below ``roots`` as it is."""
+        """Like :meth:`check`; a path below ``roots`` is returned unchanged."""
         try:
             return self.check(image_id)
         except NotFoundError:
@@ -47,6 +47,6 @@ class Images:
         """The file or folder of an image.
 
         Raises:
-            NotFoundError, ForbiddenError: as :func:`lib.server.http.names.find_image`.
+            NotFoundError, ForbiddenError: see :func:`lib.server.http.names.find_image`.
         """
         return find_image(self.datastore, self.case_of(image_id) or image_id, self.studies, self.roots)

@@ -1,4 +1,4 @@
-"""Whether the served weights load, for whoever asks and does not wait for it."""
+"""Reports whether the live weights load, without making the caller wait."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Loadable(Protocol):
     """A model with weights."""
 
     def load(self) -> dict[str, str]:
-        """Load its newest weights, unless they are there, and say what they are; they stay loaded."""
+        """Load its current weights, unless they are loaded, and describe them; they stay loaded."""
 
 
 class WeightsLoading:
-    """Loads the newest weights of models in a thread of its own.
+    """Loads the current weights of models in a separate thread.
 
-    Weights of a new version take seconds to load, and a monitor asks every few seconds with little patience.
+    Loading new weights takes seconds, and a monitor with a short timeout asks every few seconds.
 
     Args:
-        models: by name.
-        seconds: that whoever asks waits for weights that are not there yet.
+        models: models by name.
+        seconds: how long a caller waits for weights that are not loaded yet.
     """
 
     def __init__(self, models: Mapping[str, Loadable], seconds: float = SECONDS_TO_WAIT) -> None:
@@ -36,9 +36,10 @@ class WeightsLoading:
         self._begun: dict[str, Future[dict[str, str]]] = {}
 
     def states(self) -> tuple[dict[str, str], list[str]]:
-        """The version of each model's weights, and a sentence for those with which nothing can be computed now.
+        """The version of each model's weights, and a sentence for each model that cannot compute now.
 
-        Weights that are not loaded yet are, from now on, in the background: the version is ``loading`` until they are.
+        Weights that are not loaded yet are loaded in the background from now on; their version is ``loading`` until
+        then.
         """
         with self._lock:
             asked = {name: self._begin(name) for name in self._models}
@@ -58,7 +59,7 @@ class WeightsLoading:
 
 
 def _state(loaded: Future[dict[str, str]]) -> tuple[str, str]:
-    """The version, and what is wrong."""
+    """The version, and its problem."""
     if not loaded.done():
         return "loading", "its weights are being loaded"
     try:

@@ -1,11 +1,11 @@
-"""Who a client is and what it may do.
+"""Authentication and authorisation of clients.
 
-Three ways, in this order: a token from the token file (``--conf tokens``), MONAI Label's own OpenID settings
-(``MONAI_LABEL_AUTH_ENABLE``), and, where neither is set up, everybody may do everything.
+There are three ways, in this order: a token from the token file (``--conf tokens``); MONAI Label's own OpenID settings
+(``MONAI_LABEL_AUTH_ENABLE``); and, if neither is configured, everybody has all permissions.
 
-3D Slicer asks for a user name and a password and fetches a token with them (``/auth/token``); with a token file the
-password is the token. A browser keeps its token in a cookie (``lib.server.pages.sign_in``); other sites' pages cannot
-send it, since the cookie is ``SameSite=Strict``, nor call this server at all (``lib.server.http.origins``).
+3D Slicer asks for a user name and a password and requests a token with them (``/auth/token``); with a token file, the
+password is the token. A browser keeps its token in a cookie (``lib.server.pages.sign_in``). Pages of other sites cannot
+send it, since the cookie is ``SameSite=Strict``, and cannot call this server at all (``lib.server.http.origins``).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lib.server.http.tokens import WatchedTokens
 logger = logging.getLogger("unetr.server")
 
 COOKIE = "unetr_token"
-# A key that signs must never be read as a shared secret, so the symmetric algorithms are not among these.
+# A public key must never be used as a shared secret, so symmetric algorithms are excluded.
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512")
 
-# Names the scheme in the API's description, so that /docs can send a token. It does not refuse by itself: without a
-# token file everybody may come in, and a browser's token is in a cookie.
+# Declares the scheme in the API's description, so that /docs can send a token. It does not refuse requests by itself:
+# without a token file everybody has access, and a browser's token is in a cookie.
 BEARER = HTTPBearer(
     scheme_name="token",
     description="A token of the token file, or of the OpenID provider. A server without either asks for none.",
@@ -42,7 +42,7 @@ BEARER = HTTPBearer(
 
 
 class Role(IntEnum):
-    """What a client may do; each role may do what the ones below it may."""
+    """The permissions of a client; each role includes those of the lower ones."""
 
     USER = 1
     ANNOTATOR = 2
@@ -52,12 +52,12 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class User:
-    """A client that has been let in.
+    """An authenticated client.
 
     Attributes:
-        name: who, by the token; the same for all where there are no tokens.
-        role: what the client may do.
-        address: where it is, where there are no tokens to tell clients apart by.
+        name: user name of the token; the same for all clients without tokens.
+        role: role of the user.
+        address: address of the client, which distinguishes clients without tokens.
     """
 
     name: str
@@ -65,10 +65,10 @@ class User:
     address: str = ""
 
     def client(self, client_id: Any) -> str:
-        """What this client is called where it matters which of several it is.
+        """The identity of this client among several.
 
-        Without tokens that is what it calls itself, at its address: all of 3D Slicer's clients have the same name at
-        first.
+        Without tokens, it is the client's own name together with its address, since all instances of 3D Slicer have the
+        same name by default.
         """
         return f"{str(client_id or 'anonymous')[:200]}@{self.address}" if self.address else self.name
 
@@ -77,12 +77,12 @@ EVERYBODY = User("admin", Role.ADMIN)
 
 
 class Authenticator:
-    """Tells who a request is from.
+    """Identifies the user of a request.
 
     Args:
         tokens: the token file; None for none.
-        openid: whether MONAI Label's OpenID settings are on.
-        public_key: fetches the provider's key, given its address.
+        openid: whether MONAI Label's OpenID settings are enabled.
+        public_key: downloads the provider's key from its address.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Authenticator:
 
     @property
     def enabled(self) -> bool:
-        """Whether clients need a token at all."""
+        """Whether clients need a token."""
         return self.tokens is not None or self.openid
 
     def identify(self, authorization: str | None) -> User:
-        """The user behind an ``Authorization`` header.
+        """The user of an ``Authorization`` header.
 
         Raises:
-            UnauthorizedError: when the header is missing or its token is not valid.
+            UnauthorizedError: if the header is missing or its token is invalid.
         """
         if not self.enabled:
             return EVERYBODY
@@ -111,10 +111,10 @@ class Authenticator:
         return self.identify_token(token.strip())
 
     def identify_token(self, token: str) -> User:
-        """The user behind a token.
+        """The user of a token.
 
         Raises:
-            UnauthorizedError: when it is not valid.
+            UnauthorizedError: if it is invalid.
         """
         entry = self.tokens.find(token) if self.tokens else None
         if entry is not None:
@@ -125,9 +125,9 @@ class Authenticator:
 
 
 def _user_of_openid(token: str, key: str) -> User:
-    """The user in a token that the OpenID provider signed with the private half of ``key``.
+    """The user of a token that the OpenID provider signed with the private key of ``key``.
 
-    MONAI Label's own check cannot succeed: it decodes without naming the algorithms.
+    MONAI Label's own check always fails, since it decodes without naming the algorithms.
     """
     try:
         payload = jwt.decode(token, key, algorithms=list(ALGORITHMS), options={"verify_aud": False})
@@ -158,16 +158,16 @@ def _highest_role(claimed: list[str], name: str) -> Role:
 
 
 async def get_authenticator(request: Request) -> Authenticator:
-    """The dependency of whatever lets clients in."""
+    """The authenticator, as a FastAPI dependency."""
     authenticator: Authenticator = request.app.state.services.authenticator
     return authenticator
 
 
 def current_user(request: Request, authenticator: Authenticator) -> User:
-    """The request's user, found once a request.
+    """The request's user, identified once for each request.
 
     Raises:
-        UnauthorizedError: when there is no valid token where one is needed.
+        UnauthorizedError: if a valid token is required and missing.
     """
     user: User | None = request.scope.get("unetr.user")
     if user is None:
@@ -180,10 +180,10 @@ def current_user(request: Request, authenticator: Authenticator) -> User:
 
 
 async def user_of(request: Request, authenticator: Authenticator) -> User:
-    """As :func:`current_user`, on the event loop; in a thread only where a provider may have to be asked for its key.
+    """Like :func:`current_user`, on the event loop; a thread is used only if a provider's key has to be downloaded.
 
-    A dependency that is no coroutine is given to a thread, and comes back from there, for each request: with busy
-    threads that takes longer than most requests do.
+    A dependency that is not a coroutine runs in a thread for each request, which with busy threads takes longer than
+    most requests.
     """
     if authenticator.openid:
         return await anyio.to_thread.run_sync(current_user, request, authenticator)
@@ -191,7 +191,7 @@ async def user_of(request: Request, authenticator: Authenticator) -> User:
 
 
 async def is_let_in(request: Request, authenticator: Authenticator) -> bool:
-    """Whether a request is from somebody who may use the server, for what strangers may ask too."""
+    """Whether a request has access to the server, for routes that are open to everybody."""
     try:
         await user_of(request, authenticator)
     except (UnauthorizedError, ForbiddenError):
@@ -204,7 +204,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
 
 
 async def known_to_us(request: Request, authenticator: AuthenticatorDep) -> bool:
-    """As :func:`is_let_in`, as a FastAPI dependency."""
+    """Like :func:`is_let_in`, as a FastAPI dependency."""
     return await is_let_in(request, authenticator)
 
 
@@ -212,7 +212,7 @@ IsLetIn = Annotated[bool, Depends(known_to_us)]
 
 
 def at_least(role: Role) -> Callable[..., Awaitable[User]]:
-    """A dependency that lets users of ``role`` and above in."""
+    """A dependency that requires ``role`` or a higher one."""
 
     async def check(request: Request, authenticator: AuthenticatorDep, _: Credentials) -> User:
         user = await user_of(request, authenticator)

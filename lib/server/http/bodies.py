@@ -1,6 +1,6 @@
-"""The JSON of requests, as a body or as the part ``params`` of a form, field by field: what ``/docs`` shows is checked.
+"""The JSON fields of requests, in a body or in the part ``params`` of a form, declared so that ``/docs`` shows them.
 
-Fields that stand in none of them are handed on to the task that they are for, which ignores what it does not know.
+Undeclared fields are passed to the task of the request, which ignores unknown ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Body(BaseModel):
 
 
 class BatchRequest(_Body):
-    """Segment many images: which ones, where, and under which tag the masks are kept."""
+    """A request to segment many images: which images, on which devices, and with which tag masks are saved."""
 
     images: Literal["all", "labeled", "unlabeled"] | Annotated[list[Name], Field(max_length=MOST_IMAGES)] = "all"
     label_tag: Annotated[str, Field(max_length=32)] = "original"
@@ -42,12 +42,12 @@ class BatchRequest(_Body):
     @field_validator("device", mode="before")
     @classmethod
     def _first_choice(cls, value: Any) -> Any:
-        """3D Slicer sends a list of choices back unchanged: the first is meant."""
+        """3D Slicer returns an unchanged list of choices: the first one is selected."""
         return value[0] if isinstance(value, list) and value else value
 
 
 class ScoringRequest(_Body):
-    """Score images: of which model (all unless given), for how many minutes at most; or pretraining's steps."""
+    """A request to score images: the model (by default all), a time limit in minutes; or the steps of a pretraining."""
 
     model: Name = ""
     minutes: Annotated[float, Field(ge=0, le=LONGEST_MINUTES)] = 0.0
@@ -61,7 +61,7 @@ class ClientRequest(_Body):
 
 
 class NextSampleRequest(ClientRequest):
-    """The next case to label: who asks, and what it is chosen by."""
+    """A request for the next case to label: the client, and the options of the strategy."""
 
     model: Name = ""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
@@ -69,21 +69,21 @@ class NextSampleRequest(ClientRequest):
 
 
 class SkipRequest(ClientRequest):
-    """Have a case not handed out any more: why, and who says so."""
+    """A request to exclude a case from being handed out: the reason and the client."""
 
     reason: Annotated[str, Field(max_length=LONGEST_REASON)] = ""
 
 
 _POINTS = {"items": {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}}
 Points = Annotated[list[Any], Field(max_length=MOST_POINTS, json_schema_extra=_POINTS)]
-# These are read by the rooms that know them, whose sentences say more; a label that they refuse is kept in quarantine.
+# The modules that use these fields validate them with better messages; a label that they refuse goes into quarantine.
 _NAMES = {"type": "object", "properties": {"name": {"type": "string"}, "idx": {"type": "integer"}}}
 LabelNames = Annotated[Any, Field(json_schema_extra={"type": "array", "items": _NAMES, "maxItems": MOST_NAMES})]
 Truth = Annotated[Any, Field(json_schema_extra={"type": "boolean"})]
 
 
 def _check_flag(value: Any, info: ValidationInfo) -> Any:
-    """Refuse what is neither true nor false, in the words of whoever reads it."""
+    """Refuse a value that is neither true nor false, with the message of the parser."""
     name = str(info.field_name)
     if value != "":  # as forms send what was left empty
         parse_boolean(name, {name: value}, None)
@@ -96,7 +96,7 @@ Count = Annotated[Any, Field(json_schema_extra={"type": "integer", "minimum": 0}
 
 
 class InferParams(ClientRequest):
-    """How to segment; beside these fields, points of each label under its name, for a model that takes clicks."""
+    """Parameters of a segmentation; in addition, points of each label under its name for a model that takes clicks."""
 
     image: Annotated[str, Field(max_length=LONGEST_IMAGE)] = ""
     device: Name | Annotated[list[Name], Field(max_length=100)] = ""
@@ -115,7 +115,7 @@ class InferParams(ClientRequest):
 
 
 class LabelParams(ClientRequest):
-    """What a label is: which task's, what its values mean, what it leaves open; other fields are kept beside it."""
+    """Description of a label: its model, the names of its values, its completeness; other fields are stored with it."""
 
     model: Name = ""
     preset: Name = ""
@@ -129,6 +129,6 @@ class LabelParams(ClientRequest):
 
 
 def described_by(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of a form's part that is a JSON object of a model's fields, each of which may be left out."""
+    """The OpenAPI schema of a form part that is a JSON object with a model's fields, all of which are optional."""
     schema = model.model_json_schema()
     return {name: value for name, value in schema.items() if name != "required"} | {"default": {}}

@@ -1,8 +1,8 @@
-"""Limits on connections: how many there may be, and how slowly a client may send or read.
+"""Limits on connections: their number, and how slowly a client may send or receive.
 
-Uvicorn keeps a connection with half a header for ever, and a few hundred of them take all that a process may open. Its
-protocol is extended here: a header has to be there within some seconds, a body has to come at a certain rate, an answer
-has to be taken, and where there are too many connections the oldest of those that ask for nothing make room.
+Uvicorn keeps a connection with an incomplete header for ever, and a few hundred of them exhaust the file descriptors of
+a process. Its protocol is extended here: a header must be complete within some seconds, a body must arrive at a minimum
+rate, and a response must be accepted. If there are too many connections, the oldest idle ones are closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger("unetr.server")
 CHECK_SECONDS = 1.0
 SECONDS_TO_READ_A_REFUSAL = 0.5
 BODY_BYTES_A_SECOND = 1024
-# Connections that the system accepts for the process before it has looked at one of them.
+# Connections that the operating system queues before the process accepts them.
 BACKLOG = 128
 TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
@@ -36,15 +36,15 @@ TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-Afte
 
 @dataclass(frozen=True)
 class Limits:
-    """What connections may take.
+    """Limits on connections.
 
     Attributes:
-        connections: most of them at a time.
-        per_client: most of one address at a time.
-        header_seconds: longest time until a request's header is complete.
-        body_seconds: longest time for a body, beside one second for each KiB that came; and longest time in which a
-            client takes nothing of its answer.
-        proxies: addresses and networks that speak for many clients, and have no limit of their own.
+        connections: largest number at a time.
+        per_client: largest number from one address at a time.
+        header_seconds: time limit until a request's header is complete.
+        body_seconds: time limit for a body, plus one second for each KiB received; also the time limit in which a
+            client must accept a part of its response.
+        proxies: addresses and networks that represent many clients, and have no limit of their own.
     """
 
     connections: int
@@ -55,11 +55,11 @@ class Limits:
 
 
 class LimitedProtocol(H11Protocol):
-    """Uvicorn's connection, which knows for how long it has been waiting for its client.
+    """Uvicorn's connection, with time limits.
 
     Args:
         crowd: all connections of the server.
-        config, server_state, app_state, _loop: as uvicorn's.
+        config, server_state, app_state, _loop: see uvicorn.
     """
 
     def __init__(
@@ -80,28 +80,28 @@ class LimitedProtocol(H11Protocol):
 
     @property
     def waits_for_header(self) -> bool:
-        """Whether no request is being read or answered."""
+        """Whether the connection is idle."""
         return self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As uvicorn's; a connection too many is refused."""
+        """See uvicorn; a connection beyond the limits is refused."""
         super().connection_made(transport)
         if not self._crowd.admit(self):
             self._refuse()
 
     def _refuse(self) -> None:
-        """Say that there are too many; the connection stays until that has been read, or its request would undo it."""
+        """Respond that there are too many connections; the connection stays open until the client has read this."""
         self._refused = True
         self.transport.write(TOO_MANY)
         self.loop.call_later(SECONDS_TO_READ_A_REFUSAL, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As uvicorn's."""
+        """See uvicorn."""
         self._crowd.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn's."""
+        """See uvicorn."""
         if self._refused:
             return
         self._received += len(data)
@@ -109,7 +109,7 @@ class LimitedProtocol(H11Protocol):
         self._look_at_phase()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's; the next header's time begins."""
+        """See uvicorn; the time limit of the next header starts."""
         super().on_response_complete()
         self._look_at_phase()
 
@@ -118,7 +118,7 @@ class LimitedProtocol(H11Protocol):
             self._phase, self._since, self._received = self.conn.their_state, time.monotonic(), 0
 
     def end_if_overdue(self, now: float, limits: Limits) -> None:
-        """Close the connection of a client that takes too long."""
+        """Close the connection if the client exceeds a time limit."""
         if self._stuck(now) > limits.body_seconds:
             logger.info("closed a connection of %s: it takes nothing of its answer", self.address)
             self.transport.abort()
@@ -127,14 +127,14 @@ class LimitedProtocol(H11Protocol):
                 self.close(TIMED_OUT if self._received else b"")
         elif self._phase is h11.SEND_BODY:
             if self.flow.read_paused or (self.cycle is not None and self.cycle.waiting_for_100_continue):
-                self._since += self._crowd.check_seconds  # the client waits for this server
+                self._since += self._crowd.check_seconds  # the server and not the client causes this delay
             elif now - self._since > limits.body_seconds + self._received / BODY_BYTES_A_SECOND:
                 logger.info("closed a connection of %s: its request comes too slowly", self.address)
                 answered = self.cycle is not None and self.cycle.response_started
                 self.close(b"" if answered else TIMED_OUT)
 
     def _stuck(self, now: float) -> float:
-        """For how many seconds the client has taken nothing of an answer that waits for it."""
+        """Seconds for which the client has accepted nothing of a response."""
         left = self.transport.get_write_buffer_size()
         if not left or left != self._unsent:
             self._unsent, self._unsent_since = left, now
@@ -142,7 +142,7 @@ class LimitedProtocol(H11Protocol):
 
     @property
     def address(self) -> str:
-        """The other end of the connection."""
+        """Address of the client."""
         return self.client[0] if self.client else "unknown"
 
     def close(self, farewell: bytes = b"") -> None:
@@ -153,33 +153,33 @@ class LimitedProtocol(H11Protocol):
 
 
 class Connection(Protocol):
-    """What is counted: a connection of HTTP, or one whose encryption is not agreed on yet."""
+    """A connection that counts for the limits: one of HTTP, or one in its TLS handshake."""
 
     loop: asyncio.AbstractEventLoop
     transport: Any
 
     @property
     def cycle(self) -> Any:
-        """The request that was read last; None before the first."""
+        """The latest request; None if there was none."""
 
     @property
     def waits_for_header(self) -> bool:
-        """Whether no request is being read or answered."""
+        """Whether the connection is idle."""
 
     @property
     def address(self) -> str:
-        """The other end."""
+        """Address of the client."""
 
     def end_if_overdue(self, now: float, limits: Limits) -> None:
-        """Close the connection of a client that takes too long."""
+        """Close the connection if the client exceeds a time limit."""
 
 
 class Crowd:
     """All connections of a server.
 
     Args:
-        limits: what they may take.
-        check_seconds: time between two checks of how long they have been waiting.
+        limits: the limits.
+        check_seconds: interval between two checks of the time limits.
     """
 
     def __init__(self, limits: Limits, check_seconds: float = CHECK_SECONDS) -> None:
@@ -193,15 +193,15 @@ class Crowd:
 
     @property
     def waiting(self) -> int:
-        """How many ask for nothing, or have not finished their header."""
+        """Number of idle connections, including those with an incomplete header."""
         return sum(connection.waits_for_header for connection in list(self._all))
 
     def make(self, **options: Any) -> LimitedProtocol:
-        """A connection, as uvicorn asks for one."""
+        """Create a connection; uvicorn's protocol factory."""
         return LimitedProtocol(self, **options)
 
     def admit(self, connection: Connection) -> bool:
-        """Take a connection in; False when there are too many and none that could make room."""
+        """Accept a connection; False if there are too many and no idle one can be closed."""
         address = connection.address
         own = self._of_client.get(address, {})
         too_many_of_one = len(own) >= self.limits.per_client and not is_among(address, self.limits.proxies)
@@ -218,7 +218,7 @@ class Crowd:
         return True
 
     def leave(self, connection: Connection) -> None:
-        """Forget a connection."""
+        """Remove a closed connection."""
         address = self._all.pop(connection, None)
         if address is not None:
             self._of_client[address].pop(connection)
@@ -226,7 +226,7 @@ class Crowd:
                 del self._of_client[address]
 
     def _make_room(self, among: Iterable[Connection]) -> bool:
-        """End the oldest connection that asks for nothing, first of those that never have."""
+        """Close the oldest idle connection; those without any request come first."""
         waiting = [connection for connection in among if connection.waits_for_header]
         oldest = next((c for c in waiting if c.cycle is None), next(iter(waiting), None))
         if oldest is None:
@@ -243,6 +243,6 @@ class Crowd:
 
 
 def serving_uvicorn() -> uvicorn.Server | None:
-    """The uvicorn that serves this app, found as what handles SIGTERM; None under another server."""
+    """The uvicorn instance that serves this app, found through its SIGTERM handler; None under another server."""
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None

@@ -1,4 +1,4 @@
-"""What each device does and how it is, for the page and for Prometheus."""
+"""State of each device, for the page and for Prometheus."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lib.infers.devices.lanes import Lanes
 
 @dataclass(frozen=True)
 class DeviceView:
-    """A lane as it is now.
+    """The current state of a lane.
 
     Attributes:
-        name: the lane's.
-        hardware: what it is, in words.
-        busy: whether somebody waits for what it computes.
-        ahead: whether it computes ahead.
-        waiting: requests that are meant for it.
-        done: inferences that it has finished.
-        failures: how often it fell out.
-        problem: why it is out; empty while it works.
-        retry_seconds: after how long it is tried again.
-        models: what is loaded.
-        free_bytes, total_bytes: its memory; the machine's for a CPU, 0 where a GPU does not say.
+        name: name of the lane.
+        hardware: description of the device.
+        busy: whether it computes for a waiting client.
+        ahead: whether it computes in the background.
+        waiting: number of requests reserved for it.
+        done: number of finished inferences.
+        failures: number of failures.
+        problem: why it is out of use; empty while it works.
+        retry_seconds: seconds until it is tested again.
+        models: loaded models.
+        free_bytes, total_bytes: its memory; for a CPU, that of the machine; 0 if a GPU does not report it.
     """
 
     name: str
@@ -72,13 +72,13 @@ def _view(lanes: Lanes, lane: Lane) -> DeviceView:
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Free and total bytes of a device's memory; of the machine's for a CPU; zeros where a GPU does not say."""
+    """Free and total memory of a device in bytes; for a CPU, that of the machine; zeros if a GPU does not report it."""
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         return memory.available, memory.total
     try:
         free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:  # it is broken, and has not been asked to compute since
+    except RuntimeError:  # it is broken, which no computation has shown yet
         return 0, 0
     return free, total
 
@@ -97,7 +97,7 @@ class DeviceFigures(Collector):
         self._lanes = lanes
 
     def collect(self) -> Iterable[Metric]:
-        """One family a figure."""
+        """One metric family for each figure."""
         views = device_views(self._lanes)
         gauges = {
             "unetr_device_busy": ("Whether somebody waits for what it computes", lambda view: view.busy),
@@ -123,5 +123,5 @@ class DeviceFigures(Collector):
             yield counter
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing, so that registering asks no device."""
+        """Nothing, so that registration does not query devices."""
         return ()

@@ -1,4 +1,4 @@
-"""TLS for uvicorn's limited connections: an unfinished handshake counts, and ends, like an unfinished header."""
+"""TLS for uvicorn with connection limits: an unfinished handshake is limited like an incomplete header."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger("unetr.server")
 
 
 def limit_connections(limits: Limits) -> Crowd | None:
-    """Have the uvicorn that is starting this app make connections that keep to limits.
+    """Make the starting uvicorn create connections with limits.
 
     MONAI Label's command line starts uvicorn and has no option for its protocol. Uvicorn opens its socket after the app
-    has started, and asks its configuration for the protocol then. Its own TLS is switched off, since its protocol hears
-    of a connection only when the handshake is done.
+    has started, and reads the protocol from its configuration then. Its own TLS is disabled, since its protocol
+    receives a connection only after the handshake.
 
     Returns:
         The connections; None under another server, which has to limit them itself.
@@ -42,11 +42,11 @@ def limit_connections(limits: Limits) -> Crowd | None:
 
 
 def protocol_factory(crowd: Crowd, context: ssl.SSLContext | None) -> Callable[..., asyncio.Protocol]:
-    """Makes connections, as uvicorn asks for them.
+    """A factory of connections, as uvicorn requires.
 
     Args:
-        crowd: that they belong to.
-        context: the certificate; None where they are not encrypted.
+        crowd: the connections of the server.
+        context: the certificate; None without encryption.
     """
     if context is None:
         return crowd.make
@@ -58,13 +58,13 @@ def protocol_factory(crowd: Crowd, context: ssl.SSLContext | None) -> Callable[.
 
 
 class Handshake(asyncio.Protocol):
-    """A connection that waits for its client to agree on the encryption, and is one of HTTP afterwards.
+    """A connection in its TLS handshake, which becomes an HTTP connection afterwards.
 
     Args:
         crowd: all connections of the server.
         context: the server's certificate.
-        make: makes the connection of HTTP.
-        loop: that it runs on.
+        make: creates the HTTP connection.
+        loop: event loop.
     """
 
     cycle: ClassVar[None] = None
@@ -85,11 +85,11 @@ class Handshake(asyncio.Protocol):
 
     @property
     def address(self) -> str:
-        """The other end of the connection."""
+        """Address of the client."""
         return self._client[0] if self._client else "unknown"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection in, or end it: where there are too many, no answer can be sent before TLS."""
+        """Accept or close the connection: beyond the limits, no response is possible before TLS."""
         self.transport = cast(asyncio.Transport, transport)
         self._client = get_remote_addr(self.transport)
         if not self._crowd.admit(self):
@@ -99,7 +99,7 @@ class Handshake(asyncio.Protocol):
         self._task = self.loop.create_task(self._encrypt())
 
     def end_if_overdue(self, now: float, limits: Limits) -> None:
-        """Close the connection of a client that takes too long."""
+        """Close the connection if the client exceeds a time limit."""
         if now - self._since > limits.header_seconds:
             self.transport.abort()
 
@@ -112,12 +112,12 @@ class Handshake(asyncio.Protocol):
             encrypted = await self.loop.start_tls(
                 self.transport, first, self._context, server_side=True, **cast(Any, times)
             )
-        except OSError as error:  # also what is no TLS at all
+        except OSError as error:  # includes data that is not TLS
             logger.debug("no TLS connection with %s: %s", self.address, error)
             return
         finally:
             self._crowd.leave(self)
-        if encrypted is None or encrypted.is_closing():  # asyncio's answer where the client has left meanwhile
+        if encrypted is None or encrypted.is_closing():  # asyncio returns this if the client has disconnected
             return
         protocol = self._make()
         encrypted.set_protocol(protocol)
@@ -126,7 +126,7 @@ class Handshake(asyncio.Protocol):
 
 
 class _First(asyncio.Protocol):
-    """Keeps what comes between the handshake's last bytes and the moment in which somebody listens."""
+    """Buffers data that arrive between the end of the handshake and the start of the HTTP protocol."""
 
     def __init__(self) -> None:
         self._data: list[bytes] = []
@@ -139,7 +139,7 @@ class _First(asyncio.Protocol):
         self._ended = True
 
     def hand_over(self, protocol: LimitedProtocol) -> None:
-        """Tell a protocol what has come."""
+        """Pass the buffered data to a protocol."""
         for data in self._data:
             protocol.data_received(data)
         if self._ended:

@@ -1,6 +1,7 @@
-"""Every refusal as JSON: ``{"detail": <sentence>, "error": <class>, "request_id": ...}`` with the right status.
+"""JSON responses for errors: ``{"detail": <sentence>, "error": <class>, "request_id": ...}`` with the right status.
 
-One table maps the project's exceptions to HTTP status codes; what is not in it is a defect: answered 500, and logged.
+One table maps the project's exceptions to HTTP status codes; any other exception is a defect, which is logged and
+answered with status 500.
 """
 
 from __future__ import annotations
@@ -45,23 +46,23 @@ LONGEST_SENTENCE = 2000
 
 
 class UnauthorizedError(UnetrError):
-    """A request without a valid token, where tokens are asked for."""
+    """A request without a valid token, although tokens are required."""
 
 
 class ForbiddenError(UnetrError):
-    """Something that this client's role, or this server's settings, do not allow."""
+    """An action that this client's role, or this server's settings, do not allow."""
 
 
 class TooLargeError(UnetrError):
-    """An upload that is larger than the server takes, as it is or once it is unpacked."""
+    """An upload that exceeds the size limit, as sent or after decompression."""
 
 
 class BusyError(UnetrError):
     """The queue is full.
 
     Args:
-        message: the sentence.
-        retry_after_seconds: when to come back.
+        message: the error message.
+        retry_after_seconds: time after which to retry.
     """
 
     def __init__(self, message: str, retry_after_seconds: int) -> None:
@@ -69,7 +70,7 @@ class BusyError(UnetrError):
         self.retry_after_seconds = retry_after_seconds
 
 
-# The first row that fits counts, so subclasses stand above their bases.
+# The first matching row applies, so subclasses precede their base classes.
 STATUS_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ParameterError, 400),
     (ConfigError, 400),
@@ -103,7 +104,7 @@ HTTP_ERRORS = {
 
 
 def status_of(error: Exception) -> int:
-    """HTTP status code for an exception; 500 for one that nobody expected."""
+    """HTTP status code for an exception; 500 for an unexpected one."""
     if isinstance(error, HTTPException) and _disk_problem(error):
         return 507
     if isinstance(error, HTTPException):
@@ -121,14 +122,14 @@ def status_of(error: Exception) -> int:
 
 
 def error_response(error: Exception) -> Response:
-    """The answer for an exception; the sentence of an unexpected one stays in the log."""
+    """The response for an exception; the message of an unexpected one appears in the log only."""
     status = status_of(error)
     body = {
         "detail": describe(error, status)[:LONGEST_SENTENCE],
         "error": _kind(error, status),
         "request_id": current_request_id(),
     }
-    # ASCII only: a client may have sent text that UTF-8 cannot hold (lone surrogates), and the sentence quotes it.
+    # ASCII only: the sentence may quote text of a client that UTF-8 cannot encode (lone surrogates).
     return Response(json.dumps(body), status, _headers(error), media_type="application/json")
 
 
@@ -149,7 +150,7 @@ def describe(error: Exception, status: int) -> str:
 
 
 def register_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that is raised on purpose; the rest is caught around the app (``middleware``)."""
+    """Register handlers for all expected exceptions; the middleware handles the others."""
     for kind in (UnetrError, MONAILabelException, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _handle)
 
@@ -172,7 +173,7 @@ async def _handle(request: Request, error: Exception) -> Response:
 
 
 def _disk_problem(error: BaseException) -> str:
-    """Why a disk did not take something, in words; FastAPI wraps what goes wrong while a body comes in."""
+    """Why a disk write failed, in words; FastAPI wraps such errors while a body arrives."""
     cause = error.__cause__ if isinstance(error, HTTPException) else error
     return "" if cause is None else storage_problem(cause)
 

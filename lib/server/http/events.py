@@ -1,7 +1,7 @@
 """Publish/subscribe for page updates.
 
-Routes and jobs mark a topic from any thread; each listener gets the topics that were marked since it last looked, so
-that a slow one misses nothing and a busy topic costs no more than a quiet one.
+Routes and jobs mark a topic from any thread. Each subscriber receives the topics that were marked since its last
+message, so that a slow one misses nothing and a busy topic costs no more than a quiet one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ TOPICS_OF_ADDRESSES = {
     "train": ("job",),
     "infer": ("next", "system"),
 }
-"""What a request that changes something changes, by the first part of its address."""
+"""Topics that a modifying request changes, by the first part of its path."""
 SECONDS_BETWEEN_TELLINGS = 0.5
-"""A training prints many lines; a page need not be drawn anew for each."""
+"""Shortest interval between messages, since a training prints many lines."""
 
 
 def topics_of(route: str) -> tuple[str, ...]:
-    """What a successful request to a route changes, if it is not only a reading one.
+    """The topics that a successful request to a route changes; none for a read-only route.
 
     >>> topics_of("/train/{model}")
     ('job',)
@@ -40,10 +40,10 @@ def topics_of(route: str) -> tuple[str, ...]:
 
 
 class Changes:
-    """The topics that change, and those who listen.
+    """The topics and their subscribers.
 
     Args:
-        seconds_between: shortest time between two messages to a listener.
+        seconds_between: shortest time between two messages to a subscriber.
     """
 
     def __init__(self, seconds_between: float = SECONDS_BETWEEN_TELLINGS) -> None:
@@ -53,10 +53,10 @@ class Changes:
         self._closed = False
 
     def mark(self, *topics: str) -> None:
-        """Say that topics have changed; from any thread.
+        """Mark topics as changed; may be called from any thread.
 
         Raises:
-            ValueError: for a topic that there is not.
+            ValueError: for an unknown topic.
         """
         unknown = set(topics) - set(TOPICS)
         if unknown:
@@ -67,7 +67,7 @@ class Changes:
             listener.tell(topics)
 
     def close(self) -> None:
-        """End all listening, so that open connections do not hold up the server's stop."""
+        """End all subscriptions, so that open connections do not delay the server's stop."""
         self._closed = True
         with self._lock:
             listeners = list(self._listeners)
@@ -75,7 +75,7 @@ class Changes:
             listener.tell(())
 
     async def listen(self) -> AsyncIterator[list[str]]:
-        """The topics that were marked, in the order of ``TOPICS``, whenever there are any; ends with the server."""
+        """The marked topics, in the order of ``TOPICS``, whenever there are any; ends with the server."""
         listener = _Listener(asyncio.get_running_loop())
         with self._lock:
             self._listeners.add(listener)
@@ -103,7 +103,7 @@ class _Listener:
     def tell(self, topics: tuple[str, ...]) -> None:
         try:
             self._loop.call_soon_threadsafe(self._wake, topics)
-        except RuntimeError:  # the loop has ended, and with it the connection
+        except RuntimeError:  # the event loop has ended, and the connection with it
             return
 
     def take(self) -> list[str]:
@@ -118,9 +118,9 @@ class _Listener:
 
 @contextmanager
 def closed_by_signals(changes: Changes) -> Iterator[None]:
-    """While this lasts, SIGTERM and SIGINT end the listening first and then do what they did.
+    """Within the block, SIGTERM and SIGINT first end the subscriptions and then have their usual effect.
 
-    uvicorn waits for open connections before it tells the app that it stops, and these never end by themselves.
+    uvicorn waits for open connections before it stops the app, and these never end by themselves.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,7 +143,7 @@ def closed_by_signals(changes: Changes) -> Iterator[None]:
 
 @contextmanager
 def called_by_signal(name: str, call: Callable[[], None]) -> Iterator[None]:
-    """While this lasts, a signal (``SIGUSR1``, say) calls ``call``; nothing where the platform has no such signal."""
+    """Within the block, a signal (such as ``SIGUSR1``) calls ``call``, if the platform has this signal."""
     number = getattr(signal, name, None)
     if number is None or threading.current_thread() is not threading.main_thread():
         yield

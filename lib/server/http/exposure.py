@@ -1,4 +1,4 @@
-"""A warning that cannot be missed when everybody on the network may do everything."""
+"""Warns if everybody on the network has all permissions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lib.server.http.proxies import is_loopback
 
 logger = logging.getLogger("unetr.server")
 
-# What `monailabel start_server` listens on without ``--host``.
+# Default address of `monailabel start_server` without ``--host``.
 STOCK_HOST = "0.0.0.0"
 
 
 def warn_if_exposed(arguments: Sequence[str], authenticated: bool) -> bool:
-    """Print the warning if the server listens beyond this machine and asks nobody for a token.
+    """Print a warning if the server is reachable from other machines and requires no token.
 
     Args:
-        arguments: the process's command line; an ASGI app can learn its address from nothing else when it starts.
+        arguments: the process's command line, which is the only source of the address when an ASGI app starts.
         authenticated: whether clients need a token.
 
     Returns:
-        Whether there was something to warn of.
+        Whether a warning was printed.
     """
     host = listening_host(arguments)
     if authenticated or host is None or is_loopback(host):
@@ -54,13 +54,13 @@ def listening_host(arguments: Sequence[str]) -> str | None:
 
 
 def warn_if_closed_to_all(users: int | None) -> bool:
-    """Say at the start that nobody may use the server, when its token file names no user.
+    """Print a warning at the start if the token file names no user, so that nobody has access.
 
     Args:
-        users: how many tokens there are; None without a token file.
+        users: number of tokens; None without a token file.
 
     Returns:
-        Whether there was something to warn of.
+        Whether a warning was printed.
     """
     if users != 0:
         return False

@@ -1,4 +1,4 @@
-"""The form of the log: every line with the request that it belongs to; as JSON where that is asked for."""
+"""The format of the log: every line with the id of its request; optionally as JSON."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lib.server.http.request_id import current_request_id
 
 LogFormat = Literal["text", "json"]
 ACCESS = "unetr.access"
-"""The logger of answered requests, one line each."""
-# MONAI Label's configuration gives these handlers of their own, and the root logger's do not see what they log.
-# C0, DEL and C1, the line ends of Unicode, and what turns the direction of writing.
+"""The logger of completed requests, with one line each."""
+# MONAI Label's configuration gives these loggers their own handlers, so that the root logger's handlers do not receive
+# their records. The pattern has C0, DEL and C1, the line ends of Unicode, and bidirectional control characters.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LOGGERS = ("", "uvicorn", "uvicorn.access")
-# What the processes of jobs print, which has the form of a log already.
+# The output of job processes, which already has the format of a log.
 TASK_LOGGERS = ("task_train", "task_scoring", "task_batch_infer")
 
 
 def escape_controls(text: str, kept: str = "") -> str:
-    """A text with its control characters and line ends as escapes.
+    """A text with control characters and line ends escaped.
 
     >>> escape_controls("a\\nb")
     'a\\\\nb'
@@ -37,18 +37,18 @@ class TextFormatter(logging.Formatter):
     """Lines for people."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As MONAI Label's, with the request's id."""
+        """MONAI Label's format with the request's id."""
         record.request_id = request_id_of(record)
         return escape_controls(super().format(record), kept="\n\t")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name is logging's)
-        """The message on one line: what clients send must not look like another line of the log."""
+        """The message on one line, so that text from clients cannot imitate another log line."""
         record.message = escape_controls(record.message)
         return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what is logged as a JSON object (an access) stays one."""
+    """One JSON object for each line; a record that is a JSON object itself (an access) is merged."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
@@ -66,7 +66,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_log_format(log_format: LogFormat) -> None:
-    """Give the handlers that MONAI Label's logging configuration made this form."""
+    """Set this format on the handlers of MONAI Label's logging configuration."""
     text = "[%(asctime)s] [%(process)s] [%(levelname)s] [%(request_id)s] (%(name)s:%(lineno)d) - %(message)s"
     formatter = JsonFormatter() if log_format == "json" else TextFormatter(text)
     tasks = JsonFormatter() if log_format == "json" else TextFormatter("%(message)s")
@@ -77,12 +77,12 @@ def set_log_format(log_format: LogFormat) -> None:
 
 
 def request_id_of(record: logging.LogRecord) -> str:
-    """The request that a record belongs to: the one in which it was made, or is being written."""
+    """The request of a record: the one in which it was created, or the current one."""
     return str(getattr(record, "request_id", None) or current_request_id())
 
 
 class _ToQueue(QueueHandler):
-    """Hands records on as they are, with the request in which they were made."""
+    """Puts records into a queue, with the request in which they were created."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record.request_id = current_request_id()
@@ -90,7 +90,7 @@ class _ToQueue(QueueHandler):
 
 
 class _ToRoot(logging.Handler):
-    """Hands records to the handlers that the root logger has by then."""
+    """Passes records to the current handlers of the root logger."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger().handle(record)
@@ -98,11 +98,11 @@ class _ToRoot(logging.Handler):
 
 @contextmanager
 def access_lines_aside() -> Iterator[None]:
-    """While this lasts, a thread of its own writes the lines of answered requests; the last of them at the end.
+    """Within the block, a separate thread writes the lines of completed requests; it finishes at the end.
 
-    They are logged on the event loop. The handlers of MONAI Label look twice at the log's file for each line, whether
-    it is full, and write it to two places. Each of these calls lets go of the interpreter lock, and then every other
-    client waits until the loop has got it back.
+    These lines are logged on the event loop. For each line, MONAI Label's handlers check the size of the log file twice
+    and write to two places. Each of these calls releases the interpreter lock, and all other clients would wait until
+    the event loop has acquired it again.
     """
     access, lines = logging.getLogger(ACCESS), SimpleQueue[logging.LogRecord]()
     handler, listener = _ToQueue(lines), QueueListener(lines, _ToRoot())

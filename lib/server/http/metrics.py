@@ -1,4 +1,4 @@
-"""Figures for Prometheus: requests, the queue, inferences, jobs, the studies and the disk."""
+"""Metrics for Prometheus: requests, the queue, inferences, jobs, the studies and the disk."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from prometheus_client.registry import Collector
 
 from lib.errors import UpstreamError
 
-disable_created_metrics()  # a second series for each, of when it was first counted, that nobody looks at
+disable_created_metrics()  # would add a creation time to each metric, which is not used
 
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 INFERENCE_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """One server's figures. Labels hold route templates, model names and kinds: nothing that a client can make up."""
+    """The metrics of one server. Labels are route templates, model names and kinds, and never text from clients."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,49 +64,49 @@ class Metrics:
         self._ahead = Counter("unetr_prefetches", "Masks computed ahead", ["model", "outcome"], registry=self.registry)
 
     def watch(self, name: str, description: str, value: Callable[[], float]) -> None:
-        """Have a figure read at each scrape."""
+        """Register a metric that is read at each scrape."""
         Gauge(name, description, registry=self.registry).set_function(value)
 
     def watch_studies(self, status: Callable[[], dict[str, Any]], folder: Path | None) -> None:
-        """Have the studies' counts, and the disk that they are on, read at each scrape."""
+        """Register counts of the studies and their free disk space, read at each scrape."""
         self.registry.register(_Studies(status, folder))
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A request has been answered."""
+        """Count a completed request."""
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
 
     def count_inference(self, model: str, latencies_ms: dict[str, float]) -> None:
-        """An image has been segmented."""
+        """Count a segmented image."""
         for stage, milliseconds in latencies_ms.items():
             self._inference.labels(model, stage).observe(milliseconds / 1000)
 
     def count_ready(self, model: str, hit: bool) -> None:
-        """An inference was answered from the result cache (``hit``), or had to be computed."""
+        """Count an inference that was answered from the result cache (``hit``), or computed."""
         self._ready.labels(model, "hit" if hit else "miss").inc()
 
     def count_prefetch(self, model: str, outcome: str) -> None:
-        """A mask has been computed ahead (``done``), or not: ``known``, ``interrupted`` or ``failed``."""
+        """Count a mask that was prefetched (``done``), or not: ``known``, ``interrupted`` or ``failed``."""
         self._ahead.labels(model, outcome).inc()
 
     def count_failure(self, model: str, error: Exception) -> None:
-        """An image could not be segmented."""
+        """Count an image that could not be segmented."""
         self._failures.labels(model, type(error).__name__).inc()
 
     def count_label(self, tag: str) -> None:
-        """A label has been saved; tags of clients' own count as one."""
+        """Count a saved label; custom tags are counted together."""
         self._labels.labels(tag if tag in ("final", "original") else "other").inc()
 
     def count_refused_label(self) -> None:
-        """A label has been refused."""
+        """Count a refused label."""
         self._refused.inc()
 
     def count_job(self, kind: str, status: str) -> None:
-        """A job has ended."""
+        """Count a finished job."""
         self._jobs.labels(kind, status).inc()
 
     def inference_means(self) -> tuple[int, dict[str, float]]:
-        """How many images have been segmented, and the mean milliseconds of each stage over all models."""
+        """The number of segmented images, and the mean duration of each stage in milliseconds over all models."""
         sums, counts = dict[str, float](), dict[str, float]()
         for sample in next(iter(self._inference.collect())).samples:
             if sample.name.endswith("_sum"):
@@ -117,30 +117,30 @@ class Metrics:
         return round(counts.get("total", 0)), means
 
     def cache_hits(self) -> int:
-        """How many inferences were answered with a mask that was ready."""
+        """The number of inferences that were answered from the cache."""
         samples = next(iter(self._ready.collect())).samples
         return round(sum(s.value for s in samples if s.name.endswith("_total") and s.labels["ready"] == "hit"))
 
     def render(self) -> bytes:
-        """Everything, in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class _Studies(Collector):
-    """Counts of images and labels, and free disk, read when they are asked for."""
+    """Counts of images and labels, and free disk space, read on demand."""
 
     def __init__(self, status: Callable[[], dict[str, Any]], folder: Path | None) -> None:
         self._status, self._folder = status, folder
 
     def collect(self) -> Iterable[Metric]:
-        """One family a figure."""
+        """One metric family for each figure."""
         yield from self._counts()
         if self._folder is not None:
             free = shutil.disk_usage(self._folder).free
             yield GaugeMetricFamily("unetr_disk_free_bytes", "Free disk where the studies are", value=free)
 
     def _counts(self) -> Iterable[Metric]:
-        """Counts of images; none where a PACS has never listed them."""
+        """Counts of images; none if a PACS has never listed them."""
         try:
             status = self._status()
         except UpstreamError:
@@ -155,5 +155,5 @@ class _Studies(Collector):
             yield GaugeMetricFamily("unetr_pacs_list_age_seconds", "Age of its list of series", value=age)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing, so that registering does not read the studies."""
+        """Nothing, so that registration does not read the studies."""
         return ()

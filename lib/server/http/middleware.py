@@ -1,4 +1,4 @@
-"""Around every request: an id, a size limit, one line in the log, and an answer even to a defect."""
+"""Wraps every request: a request id, a size limit, one log line, and a response even for a defect."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ logger = logging.getLogger("unetr.server")
 
 MIB = 2**20
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
-# Where no token is asked for, another page could show this server's in a frame and have its buttons pressed.
+# Without tokens, another page could embed this server's page in a frame and trick users into clicking its buttons.
 FOR_BROWSERS = (
     (b"content-security-policy", b"frame-ancestors 'self'"),
     (b"x-content-type-options", b"nosniff"),
 )
-# Bodies that are no files: parameters in JSON.
+# Bodies without files, which are parameters in JSON.
 SMALL_BODY_BYTES = MIB
-# How much of a refused upload is read and thrown away, so that the client hears why: one that is still sending when the
-# connection closes sees only that it closed.
+# Number of bytes of a refused upload that are read and discarded, so that the client receives the reason: a client that
+# is still sending when the connection closes only notices that it closed.
 DRAINED_BYTES = 256 * MIB
 DRAINING_SECONDS = 20
 
 
 @dataclass
 class _Exchange:
-    """What is known of a request and its answer."""
+    """The data of a request and its response for the log."""
 
     scope: Scope
     request_id: str
@@ -51,11 +51,11 @@ class _Exchange:
 
     @property
     def route(self) -> str:
-        """The route's template, the same for all ids and names in it."""
+        """The route template, without ids and names."""
         return str(getattr(self.scope.get("route"), "path", "other"))
 
     def finish(self) -> None:
-        """Count the request and log it as one JSON object, without anything secret: no headers, no query."""
+        """Count the request and log it as one JSON object, without headers and query, which may be secret."""
         seconds = time.perf_counter() - self.start
         services = getattr(self.scope["app"].state, "services", None)
         if services is not None:
@@ -82,9 +82,10 @@ class Surroundings:
     """ASGI middleware.
 
     Args:
-        app: what it surrounds.
-        takes_files: whether a request goes to a route that takes files; to the others go parameters, which are small.
-        default_limit_mib: largest upload until the settings are known.
+        app: the wrapped application.
+        takes_files: whether a request goes to a route that receives files; other routes receive parameters, which are
+            small.
+        default_limit_mib: size limit of uploads until the settings are known.
     """
 
     def __init__(self, app: ASGIApp, takes_files: Callable[[Scope], bool], default_limit_mib: int = 2048) -> None:
@@ -100,7 +101,7 @@ class Surroundings:
             await self._app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start and stop; whatever ends the start, it ends with a sentence instead of a stack trace."""
+        """Start and stop the application; a failed start ends with a sentence instead of a stack trace."""
         failed = False
 
         async def sending(message: Message) -> None:
@@ -152,13 +153,13 @@ class Surroundings:
             exchange.finish()
 
     async def _limit(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, HTTPException]:
-        """Most bytes that this request's body may have, and what is raised for more.
+        """Size limit of this request's body, and the error for a larger one.
 
-        A body is taken in before a route can ask who sends it, so files are taken in of those alone who are let in.
+        The body is received before a route can check the user, so files are received only from authenticated users.
         """
         services = getattr(scope["app"].state, "services", None)
         is_multipart = headers.get(b"content-type", b"").lower().startswith(b"multipart/")
-        if not is_multipart or not self._takes_files(scope):  # whatever a client calls it, it would come into memory
+        if not is_multipart or not self._takes_files(scope):  # whatever its content type, it would be kept in memory
             return SMALL_BODY_BYTES, _too_large(SMALL_BODY_BYTES)
         if services is not None and not await is_let_in(Request(scope), services.authenticator):
             return SMALL_BODY_BYTES, _stranger()
@@ -176,7 +177,7 @@ def _stranger() -> HTTPException:
 
 
 class _LimitedBody:
-    """Counts a request's body and stops it at a limit."""
+    """Counts the bytes of a request's body, and stops at a limit."""
 
     def __init__(self, receive: Receive, most_bytes: int, refusal: HTTPException, exchange: _Exchange) -> None:
         self._receive = receive
@@ -184,20 +185,20 @@ class _LimitedBody:
         self._exchange = exchange
 
     async def check_announced(self, content_length: bytes | None) -> None:
-        """Refuse a body that says itself that it is too large.
+        """Refuse a body whose announced size exceeds the limit.
 
         Raises:
-            HTTPException: 413, or 401 for a stranger's.
+            HTTPException: 413, or 401 for an unauthenticated client.
         """
         if content_length and content_length.isdigit() and int(content_length) > self._most:
             await self._drain()
             raise self._refusal
 
     async def receive(self) -> Message:
-        """As ASGI's; stops a body that turns out to be too large.
+        """See ASGI; stops a body that exceeds the limit.
 
         Raises:
-            HTTPException: 413, or 401 for a stranger's.
+            HTTPException: 413, or 401 for an unauthenticated client.
         """
         message = await self._receive()
         self._exchange.received += len(message.get("body", b""))

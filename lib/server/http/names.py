@@ -1,4 +1,4 @@
-"""Names that clients send: image ids, label tags and file names, none of which may lead out of the studies."""
+"""Validates names from clients: image ids, label tags and file names, none of which may lead out of the studies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LISTED_IDS = 5
 
 
 def check_new_id(text: str) -> str:
-    """An id for a new image.
+    """Validate the id of a new image.
 
     Raises:
-        ParameterError: unless it is a plain file name on every operating system.
+        ParameterError: unless it is a valid file name on every operating system.
     """
     reserved = text.split(".")[0].lower() in _DEVICE_NAMES
     if not _NEW_ID.fullmatch(text) or text.endswith(".") or reserved or _EXTENSIONS_INSIDE.search(text):
@@ -34,15 +34,15 @@ def check_new_id(text: str) -> str:
 
 
 def safe_new_id(text: str) -> str:
-    """An id for a new image from the name that a client has for it, such as 3D Slicer's of a DICOM series.
+    """An id for a new image from a client's name for it, such as 3D Slicer's name of a DICOM series.
 
-    Letters that a file's name cannot have everywhere become ``_``; a name that leads to another folder is refused.
+    Characters that are not valid in file names everywhere become ``_``; a name that leads to another folder is refused.
 
     >>> safe_new_id("3: AX T1 POST")
     '3_AX_T1_POST'
 
     Raises:
-        ParameterError: as :func:`check_new_id`.
+        ParameterError: see :func:`check_new_id`.
     """
     if re.search(r"[/\\]", text) or text.startswith(".") or not text.isprintable():
         return check_new_id(text)
@@ -50,10 +50,10 @@ def safe_new_id(text: str) -> str:
 
 
 def check_tag(text: str | None) -> str:
-    """A label's tag, ``final`` where none is given.
+    """Validate the tag of a label; ``final`` by default.
 
     Raises:
-        ParameterError: unless it is a plain folder name.
+        ParameterError: unless it is a valid folder name.
     """
     tag = text or DefaultLabelTag.FINAL.value
     if not _TAG.fullmatch(tag):
@@ -62,7 +62,7 @@ def check_tag(text: str | None) -> str:
 
 
 def safe_file_name(sent: str | None, otherwise: str) -> str:
-    """The last part of a file name as a client sends it (3D Slicer sends the full local path), made harmless.
+    """The last part of a file name from a client (3D Slicer sends the full local path), without unsafe characters.
 
     >>> safe_file_name("C:\\\\scans\\\\brain 1.nii.gz", "image.nii.gz")
     'brain_1.nii.gz'
@@ -73,7 +73,7 @@ def safe_file_name(sent: str | None, otherwise: str) -> str:
 
 
 def as_attachment(name: str) -> dict[str, str]:
-    """The header under which a client saves an answer; a file of the studies may have any name (RFC 6266, RFC 8187).
+    """The header with the file name of a download; a file may have any name (RFC 6266, RFC 8187).
 
     >>> as_attachment("liver.nii.gz")
     {'Content-Disposition': 'attachment; filename="liver.nii.gz"'}
@@ -84,17 +84,17 @@ def as_attachment(name: str) -> dict[str, str]:
 
 
 def check_image_known(datastore: Datastore, image_id: str) -> str:
-    """An id of an image that the datastore has.
+    """The id of an image that exists in the datastore.
 
-    A client that has uploaded ``3: AX T1 POST`` may go on with that name: 3D Slicer does.
+    A client that has uploaded ``3: AX T1 POST`` may continue to use that name, as 3D Slicer does.
 
     Returns:
-        The id under which the datastore has it.
+        The id in the datastore.
 
     Raises:
-        NotFoundError: when it has none of that name.
-        ParameterError: when it is a series that belongs to a case which another series stands for.
-        ForbiddenError: when its file is left out: a link out of the studies, no regular file.
+        NotFoundError: if there is no such image.
+        ParameterError: if it is a series of a case that another series represents.
+        ForbiddenError: if its file is not used because it is a link out of the studies or not a regular file.
     """
     if _has(datastore, image_id):
         return image_id
@@ -125,14 +125,14 @@ def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[P
     """The file or folder of an image.
 
     Args:
-        datastore: where it is.
-        image_id: its id; a path where an administrator allowed its folder.
+        datastore: the datastore.
+        image_id: its id; or a path, if an administrator allowed its folder.
         studies: the studies folder, or a server's address.
         roots: other folders that an administrator allowed.
 
     Raises:
-        NotFoundError: when there is none of that id, or its file is gone.
-        ForbiddenError: when it is a link that leads out of the studies.
+        NotFoundError: if there is none with this id, or if its file no longer exists.
+        ForbiddenError: if it is a link out of the studies.
     """
     allowed = [root.resolve() for root in roots]
     if allowed and _is_path_inside(image_id, allowed):
@@ -142,7 +142,7 @@ def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[P
     if not file.exists():
         raise NotFoundError("image file of", image_id)
     if isinstance(datastore, SeriesDatastore) and datastore.is_series(image_id):
-        return file  # made by this server, in a folder of its own
+        return file  # created by this server in its own folder
     if isinstance(datastore, SeriesDatastore) and image_id in datastore.channels:
         for one in datastore.channels.files(image_id):
             check_inside(one, [Path(studies).resolve(), *allowed], f"image {image_id!r}")
@@ -151,10 +151,10 @@ def find_image(datastore: Datastore, image_id: str, studies: str, roots: tuple[P
 
 
 def check_inside(file: Path, folders: list[Path], what: str) -> Path:
-    """Refuse a file that a link leads out of ``folders``.
+    """Refuse a file outside of ``folders``, to which a link leads.
 
     Raises:
-        ForbiddenError: naming it, but not where it leads.
+        ForbiddenError: naming the file, but not the target of the link.
     """
     if not any(file.resolve().is_relative_to(folder) for folder in folders):
         raise ForbiddenError(
@@ -167,14 +167,14 @@ def find_label(datastore: Datastore, label_id: str, tag: str) -> Path:
     """The file of an image's label.
 
     Raises:
-        NotFoundError: when there is none.
-        ForbiddenError: when it is a link that leads out of the studies.
+        NotFoundError: if there is none.
+        ForbiddenError: if it is a link out of the studies.
     """
     uri: Any = datastore.get_label_uri(label_id, tag) if tag in datastore.get_labels_by_image_id(label_id) else ""
     if not uri or not Path(uri).is_file():
         raise NotFoundError(f"label {tag!r} of image", label_id[:200])
     file = Path(uri)
-    # it may have become a link since the folders were looked at
+    # it may have become a link since the folders were scanned
     if isinstance(datastore, SeriesDatastore) and (why := datastore.refusal(file)) is not None:
         raise ForbiddenError(f"label {tag!r} of image {label_id[:200]!r} {why}")
     return file

@@ -1,9 +1,9 @@
-"""Which web pages may call the server from a browser: its own, and those that the administrator names.
+"""Restricts which web pages may call the server from a browser: its own, and those that the administrator names.
 
-A browser lets any page send simple requests (forms, also with files) to any server, and only keeps the answer from the
-page. So a request that changes something is refused when it comes from another page. Without tokens, a page could
-also point its own host name at 127.0.0.1 (DNS rebinding) and be taken for the server's own page: a server that listens
-on this machine only therefore answers no request whose Host header names another machine.
+A browser lets any page send simple requests (forms, also with files) to any server, and only hides the response from
+the page. A modifying request is therefore refused if it comes from another page. Without tokens, a page could also
+resolve its own host name to 127.0.0.1 (DNS rebinding) and pass as the server's own page: a server that listens on this
+machine only therefore refuses requests whose Host header names another machine.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OTHER_PAGES = ("cross-site", "same-site")
 
 
 class Origins:
-    """ASGI middleware; it reads the settings when the first request comes, since they are not known before.
+    """ASGI middleware; it reads the settings at the first request, since they are not known before.
 
     Args:
-        app: what it surrounds.
+        app: the wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -70,7 +70,7 @@ class Origins:
         )
 
     def _check_origin(self, method: str, origins: list[str], hosts: list[str], sites: list[str]) -> None:
-        """Every value counts, of a header that stands there twice too."""
+        """Check every value of the header, which may be repeated."""
         if method in SAFE_METHODS or (origins and all(origin in (self._allowed or ()) for origin in origins)):
             return
         for origin in origins:
@@ -97,12 +97,12 @@ class Origins:
 
 
 def _values(scope: Scope, header: bytes) -> list[str]:
-    """All values of a header, which may stand there several times."""
+    """All values of a header, which may be repeated."""
     return [value.decode("latin-1") for name, value in scope["headers"] if name == header]
 
 
 def split_address(address: str) -> SplitResult | None:
-    """The parts of an address; None for what is none, such as ``http://[`` and ``http://host:port``."""
+    """The parts of an address; None for an invalid one, such as ``http://[`` and ``http://host:port``."""
     try:
         parts = urlsplit(address)
         parts.port  # noqa: B018 (raises for what is no port)
@@ -112,7 +112,7 @@ def split_address(address: str) -> SplitResult | None:
 
 
 def _check_addresses(hosts: Iterable[str]) -> None:
-    """Refuse a Host that is no address, before anything makes an address of it.
+    """Refuse an invalid Host header before it is used in an address.
 
     Raises:
         ForbiddenError: quoting it.
@@ -123,6 +123,6 @@ def _check_addresses(hosts: Iterable[str]) -> None:
 
 
 def allowed_origins(ours: Iterable[str]) -> frozenset[str]:
-    """The origins of our setting and MONAI Label's, in the form that browsers send (without a slash at the end)."""
+    """The origins of this project's and MONAI Label's settings, in the form that browsers send (no trailing slash)."""
     stock = (str(origin) for origin in stock_settings.MONAI_LABEL_CORS_ORIGINS or ())
     return frozenset(origin.rstrip("/") for origin in (*ours, *stock))

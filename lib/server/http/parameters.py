@@ -1,4 +1,4 @@
-"""JSON that clients send: strictly parsed, and harmless to send back."""
+"""Parses JSON from clients strictly, so that it can be stored and sent on safely."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DEEPEST = 20
 LARGEST_INFO = 64 * 1024
 LARGEST_KNOWN = 4 * LARGEST_INFO
 KEPT_BY_SERVER = ("path", "name", "ts", "strategy")
-"""What the datastore and the strategies keep beside an image; a client's own value would break them."""
+"""Keys that the datastore and the strategies store with an image; values from clients would break them."""
 
 
 def json_body_of(model: type[BaseModel], hidden: Collection[str] = ()) -> dict[str, Any]:
-    """What OpenAPI says of a route whose body is a model's fields, each of which may be left out.
+    """The OpenAPI schema of a route whose body has a model's fields, all of which are optional.
 
     Args:
-        model: the fields.
-        hidden: fields that clients may not set.
+        model: the model of the fields.
+        hidden: fields that clients must not set.
     """
     schema = model.model_json_schema()
     schema.pop("required", None)
@@ -36,17 +36,19 @@ def json_body_of(model: type[BaseModel], hidden: Collection[str] = ()) -> dict[s
 
 
 def check_fields(model: type[_Model], params: Mapping[str, Any]) -> _Model:
-    """Check a JSON object against a model; each value must have its type, and null is as if it was left out.
+    """Validate a JSON object against a model; each value must have its type, and null counts as missing.
 
     Raises:
-        ParameterError: naming the first field that is not valid, its value and what would be.
+        ParameterError: naming the first invalid field, its value and the valid values.
     """
     try:
         return model.model_validate({key: value for key, value in params.items() if value is not None}, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         name = str(problems[0]["loc"][0])
-        valid = " or ".join(dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name))  # one for each choice
+        valid = " or ".join(
+            dict.fromkeys(p["msg"] for p in problems if p["loc"][0] == name)
+        )  # one message for each choice
         raise ParameterError(name, _shorten(str(params[name])), valid) from error
 
 
@@ -54,8 +56,8 @@ def parse_object(text: str, name: str = "params") -> dict[str, Any]:
     """Parse a JSON object; empty text is an empty object.
 
     Raises:
-        ParameterError: for anything else, for a key that stands twice, for NaN and infinities, for whole numbers of
-            more than 64 bits, and for text that UTF-8 cannot hold.
+        ParameterError: for other values, a repeated key, NaN, infinities, whole numbers of more than 64 bits, and text
+            that UTF-8 cannot encode.
     """
     if not text.strip():
         return {}
@@ -72,10 +74,10 @@ def parse_object(text: str, name: str = "params") -> dict[str, Any]:
 
 
 async def parse_aside(text: str, name: str = "params") -> dict[str, Any]:
-    """As :func:`parse_object`; a long text beside the event loop, where every other client would wait for it.
+    """Like :func:`parse_object`; a long text is parsed in a thread, so that the event loop stays responsive.
 
     Raises:
-        ParameterError: as there.
+        ParameterError: see :func:`parse_object`.
     """
     if len(text) > LARGEST_INFO:
         return await anyio.to_thread.run_sync(parse_object, text, name)
@@ -83,15 +85,15 @@ async def parse_aside(text: str, name: str = "params") -> dict[str, Any]:
 
 
 def parse_info(text: str, name: str = "info", kept: Collection[str] = KEPT_BY_SERVER) -> dict[str, Any]:
-    """Parse what a client wants kept beside an image or label.
+    """Parse information that a client wants to store with an image or label.
 
     Args:
         text: a JSON object.
-        name: of the parameter.
-        kept: names that the server itself keeps there.
+        name: name of the parameter.
+        kept: reserved keys of the server.
 
     Raises:
-        ParameterError: as :func:`parse_object`; for more than 64 KiB, and for names that the server itself keeps.
+        ParameterError: see :func:`parse_object`; also for more than 64 KiB, and for reserved keys.
     """
     if len(text) > LARGEST_INFO:
         raise ParameterError(name, _shorten(text), f"at most {LARGEST_INFO} characters")
@@ -103,7 +105,7 @@ def parse_info(text: str, name: str = "info", kept: Collection[str] = KEPT_BY_SE
 
 
 def check_room_for(info: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse what would make the information about an image or label grow without bound, one request after the other.
+    """Refuse additions that would let the information on an image or label grow without bound.
 
     Raises:
         ParameterError: naming the limit.
@@ -115,10 +117,10 @@ def check_room_for(info: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 
 
 async def json_body(request: Request) -> dict[str, Any]:
-    """The request's body as a JSON object; no body is an empty one.
+    """The request's body as a JSON object; a missing body is an empty object.
 
     Raises:
-        ParameterError: as :func:`parse_object`.
+        ParameterError: see :func:`parse_object`.
     """
     body = await request.body()
     try:
@@ -128,7 +130,7 @@ async def json_body(request: Request) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of which no key stands twice: readers differ in which of the two values counts."""
+    """A JSON object without repeated keys, for which parsers differ in the value that they use."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]

@@ -1,7 +1,7 @@
-"""Who a request comes from: the other end of the connection, or what a configured reverse proxy says of it.
+"""The client's address: the peer of the connection, or the address that a configured reverse proxy states.
 
-Anybody can send ``X-Forwarded-For``. Uvicorn by itself believes it of every program on this machine, and so a page in a
-browser here could say that it comes from elsewhere and pass the checks for this machine's own clients.
+Anybody can send ``X-Forwarded-For``. By default, uvicorn trusts it from every program on this machine, so that a page
+in a local browser could claim to come from elsewhere and evade the checks for local clients.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ LOOPBACK = "127.0.0.1"
 
 
 class Clients:
-    """ASGI middleware; it reads the settings when the first request comes, since they are not known before.
+    """ASGI middleware; it reads the settings at the first request, since they are not known before.
 
     Args:
-        app: what it surrounds.
+        app: the wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -39,9 +39,9 @@ class Clients:
 
 
 def peer_of(scope: Scope) -> tuple[str, int] | None:
-    """The other end of the connection.
+    """The peer of the connection.
 
-    What comes in at a loopback address comes from this machine, whatever a server in front of the app made of the
+    A connection to a loopback address comes from this machine, whatever a server in front of the app derived from the
     request's headers.
     """
     client: tuple[str, int] | None = scope.get("client")
@@ -52,7 +52,7 @@ def peer_of(scope: Scope) -> tuple[str, int] | None:
 
 
 def is_address(name: str) -> bool:
-    """Whether a host is an IP address rather than a name."""
+    """Whether a host is an IP address and not a name."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -61,7 +61,7 @@ def is_address(name: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address can only be reached from this machine."""
+    """Whether an address is reachable from this machine only."""
     if address == "localhost":
         return True
     if not is_address(address):
@@ -72,7 +72,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_among(address: str, networks: Sequence[str]) -> bool:
-    """Whether an IP address is one of the addresses, or lies in one of the networks (such as ``10.0.0.0/8``)."""
+    """Whether an IP address is one of the addresses, or in one of the networks (such as ``10.0.0.0/8``)."""
     if not networks or not is_address(address):
         return False
     return any(ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks)

@@ -1,4 +1,4 @@
-"""The id of the request that is being answered, wherever in the code one is."""
+"""The id of the current request, available everywhere in the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def current_request_id() -> str:
 
 
 def begin_request(proposed: str | None) -> str:
-    """Take the id that a client or proxy proposes, if it is one, or make a new one."""
+    """Use the id that a client or proxy proposes, if it is valid, or create a new one."""
     chosen = proposed if proposed and _VALID.fullmatch(proposed) else secrets.token_hex(8)
     _CURRENT.set(chosen)
     return chosen

@@ -53,15 +53,15 @@ class TokenFile(BaseModel):
     @field_validator("tokens", mode="before")
     @classmethod
     def _nobody(cls, value: Any) -> Any:
-        """``tokens:`` with nothing after it, as is left when all entries are taken out, is an empty list."""
+        """Treat ``tokens:`` without a value, which remains when all entries are removed, as an empty list."""
         return () if value is None else value
 
     @classmethod
     def read(cls, path: Path) -> TokenFile:
-        """Read and check a token file.
+        """Read and validate a token file.
 
         Raises:
-            ConfigError: when it cannot be read, is not YAML, or an entry is not valid; never quoting a hash.
+            ConfigError: if it cannot be read, is not YAML, or has an invalid entry; it never quotes a hash.
         """
         data = read_yaml(path, f"--conf tokens: {str(path)!r}")
         try:
@@ -72,22 +72,22 @@ class TokenFile(BaseModel):
             raise ConfigError(f"--conf tokens: {str(path)!r}: {where or 'file'}: {problem['msg']}") from error
 
     def find(self, token: str) -> TokenEntry | None:
-        """The entry of a token; every entry is compared, so that the time taken says nothing."""
+        """The entry of a token; every entry is compared, so that the duration reveals nothing."""
         digest = hash_token(token)
         entries = [entry for entry in self.tokens if hmac.compare_digest(entry.sha256, digest)]
         return entries[0] if entries else None
 
 
 class WatchedTokens:
-    """The token file of a running server: read again when it has changed, so that a removed token ends at once.
+    """The token file of a running server, read again after changes, so that a removed token is invalid at once.
 
-    A file that is gone or not valid lets nobody in, until it is valid again; the log says why.
+    With a missing or invalid file, all tokens are refused until it is valid again; the log states the reason.
 
     Args:
         path: the token file.
 
     Raises:
-        ConfigError: when it is not valid at the start.
+        ConfigError: if it is invalid at the start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,18 +98,18 @@ class WatchedTokens:
 
     @property
     def count(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return len(self._file.tokens)
 
     def find(self, token: str) -> TokenEntry | None:
-        """The entry of a token in the file as it is now."""
+        """The entry of a token in the current file."""
         with self._lock:
             if self._seen != (state := self._state()):
                 self._seen, self._file = state, self._read()
             return self._file.find(token)
 
     def read_again(self) -> None:
-        """Have the file read again, whether it looks changed or not (on a network drive, say)."""
+        """Read the file again, even if it looks unchanged (for example on a network drive)."""
         self._seen = None
 
     def _state(self) -> tuple[int, ...]:
@@ -135,10 +135,10 @@ def hash_token(token: str) -> str:
 
 
 def add_token(path: Path, user: str, role: RoleName) -> str:
-    """Make a token for a user and add its hash to the file, which is made if it is not there.
+    """Create a token for a user and add its hash to the file, which is created if necessary.
 
     Raises:
-        ConfigError: when the file is there but not valid.
+        ConfigError: if the file exists but is invalid.
     """
     token = secrets.token_urlsafe(32)
     before = TokenFile.read(path).tokens if path.exists() else ()

@@ -1,6 +1,6 @@
-"""Files that clients send: into a temporary folder that is always removed, and refused before they do harm.
+"""Receives files from clients into temporary folders that are always removed, and refuses dangerous files.
 
-A few kilobytes can unpack to gigabytes: the header says so before anything reads the voxels.
+A few kilobytes can expand to gigabytes, so the header is checked before any voxel is read.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ PREFIX = "unetr-"
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that is removed whatever happens."""
+    """A folder that is removed in any case."""
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @asynccontextmanager
 async def temporary_folder_beside_loop() -> AsyncIterator[Path]:
-    """The same for coroutines: it is made and removed in a thread, since removing large files takes a while."""
+    """A temporary folder for coroutines, created and removed in a thread, since removing large files takes time."""
     made = await anyio.to_thread.run_sync(lambda: tempfile.mkdtemp(prefix=PREFIX))
     try:
         yield Path(made)
     finally:
-        with anyio.CancelScope(shield=True):  # also when the client is gone
+        with anyio.CancelScope(shield=True):  # also if the client has disconnected
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
 
 
 def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -> Path:
-    """Copy an upload into ``folder`` under a harmless form of its name."""
+    """Copy an upload into ``folder``, with a safe form of its name."""
     path = folder / safe_file_name(upload.filename, otherwise)
     upload.file.seek(0)
     with path.open("wb") as file:
@@ -58,15 +58,15 @@ def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -
 
 
 def check_header(path: Path, unpacked_limit_mib: int) -> ImageHeader | None:
-    """Refuse a file whose header asks for too much, leads to another file, or is of a kind that is not read.
+    """Refuse a file whose header requires too much memory, refers to another file, or has an unsupported format.
 
     Returns:
-        The header; None for DICOM, which is left to its reader.
+        The header; None for DICOM, which its own reader checks.
 
     Raises:
-        FileKindError: for a format that is not read here.
-        ImageError: when the header is damaged or leads to another file.
-        TooLargeError: when the voxels take more than the limit.
+        FileKindError: for an unsupported format.
+        ImageError: if the header is damaged or refers to another file.
+        TooLargeError: if the voxels exceed the limit.
     """
     header = None if path.suffix.lower() == ".dcm" else find_header(path)
     if header is not None:
@@ -75,7 +75,7 @@ def check_header(path: Path, unpacked_limit_mib: int) -> ImageHeader | None:
 
 
 def check_unpacked_size(size_bytes: int, limit_mib: int, name: str) -> None:
-    """Refuse what is too large once it is unpacked.
+    """Refuse a file that is too large after decompression.
 
     Raises:
         TooLargeError: naming both sizes.
@@ -87,11 +87,11 @@ def check_unpacked_size(size_bytes: int, limit_mib: int, name: str) -> None:
 
 
 def unpack(archive: Path, folder: Path, unpacked_limit_mib: int) -> None:
-    """Unpack the files of a ZIP archive into ``folder``, side by side under numbers, as a DICOM series needs no names.
+    """Extract the files of a ZIP archive into one folder with numbers as names, since a DICOM series needs no names.
 
     Raises:
-        InputError: when it is not a ZIP archive, is damaged, or holds too many files.
-        TooLargeError: as soon as more than the limit has come out, whatever its directory says.
+        InputError: if it is not a ZIP archive, is damaged, or has too many files.
+        TooLargeError: as soon as the extracted size exceeds the limit, whatever the archive's directory states.
     """
     left = unpacked_limit_mib * MIB
     try:

@@ -1,1 +1,1 @@
-"""The one door for inference: requests are checked when they come, and answered in their turn on a device."""
+"""The only entry to inference: requests are validated on arrival, and wait in a queue for a device."""

@@ -1,4 +1,4 @@
-"""Answers to requests for a mask: recalled or computed, counted, remembered, and saved where that is asked for."""
+"""Responses to mask requests: from the cache or computed, counted, remembered, and saved on request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lib.transforms.volume import read_volume
 
 @dataclass(frozen=True)
 class Answer:
-    """A mask, as bytes, and the JSON that goes with it."""
+    """A mask as bytes, and its JSON."""
 
     name: str
     content: bytes
@@ -40,14 +40,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers requests.
+    """Answers mask requests.
 
     Args:
         images: finds the images of the studies.
-        store: the studies, with who was given which mask.
-        segmentations: DICOM SEGs, files as series, and the way by which labels are saved.
-        metrics: where inferences are counted.
-        unpacked_limit_mib: most MiB of an uploaded file once it is unpacked.
+        store: the studies, with the predictions that clients received.
+        segmentations: DICOM SEGs, presented files, and submissions of labels.
+        metrics: metrics that count inferences.
+        unpacked_limit_mib: size limit in MiB of an uploaded file after decompression.
     """
 
     images: Images
@@ -57,10 +57,10 @@ class Answers:
     unpacked_limit_mib: int
 
     def recall(self, asked: Asked, user: User) -> Answer | None:
-        """The answer, where it is ready: it takes no slot of a device.
+        """The cached response, if there is one; no device is needed.
 
         Raises:
-            NotFoundError, ForbiddenError: when the image is gone, or outside of what may be read.
+            NotFoundError, ForbiddenError: if the image no longer exists, or must not be read.
         """
         if asked.upload is not None or asked.label is not None:
             return None
@@ -68,33 +68,33 @@ class Answers:
         return None if kept is None else self.finish(asked, user, Path(kept[0]), kept[1])
 
     def start(self, asked: Asked, user: User, folder: Path) -> Inference:
-        """A request on its way.
+        """Start a request.
 
         Args:
-            asked: for what.
-            user: by whom.
-            folder: for its files; the caller removes it at the end, whatever happens.
+            asked: the validated request.
+            user: the user.
+            folder: folder of its files, which the caller removes at the end in any case.
         """
         return Inference(self, asked, user, folder)
 
     def located(self, asked: Asked, user: User) -> InferRequest:
-        """The request with the image's file as it is now, and the version that a correction starts from."""
+        """The request with the image's current file, and the label version from which a correction starts."""
         if asked.image_id is None:
             return asked.request
         saved = self._own_version(asked, user) if asked.task.takes_prompts and asked.label is None else None
         return replace(asked.request, image=self.images.file(asked.image_id), saved=saved)
 
     def _own_version(self, asked: Asked, user: User) -> LabelVersion | None:
-        """The newest version of the image, where this client saved it."""
+        """The newest version of the image's label, if this client saved it."""
         newest = self.store.history.latest(str(asked.image_id))
         own = newest is not None and newest.user == user.name and newest.client_id == asked.client_id
         if newest is None or not own or newest.preset not in ("", asked.task.preset.name):
             return None
-        self.store.history.mask(newest)  # raises where it is not what was saved
+        self.store.history.mask(newest)  # raises if the file has changed
         return newest
 
     def with_uploads(self, asked: Asked, request: InferRequest, folder: Path) -> InferRequest:
-        """The request with uploads copied into ``folder``."""
+        """The request with its uploads copied into ``folder``."""
         if asked.upload is not None:
             uploaded = receive(asked.upload, folder)
             check_header(uploaded, self.unpacked_limit_mib)
@@ -110,7 +110,7 @@ class Answers:
         return request
 
     def finish(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
-        """Count an answer, take it into memory, and remove its file."""
+        """Count a response, load it into memory, and remove its file."""
         hit = bool(params["cache"]["hit"])
         self.metrics.count_ready(asked.model, hit)
         if not hit:
@@ -121,12 +121,12 @@ class Answers:
             mask.unlink(missing_ok=True)
 
     def _keep(self, asked: Asked, user: User, mask: Path, params: dict[str, Any]) -> Answer:
-        """Take the mask into memory, remember who was given it, and save it as a label where that is asked for."""
+        """Load the mask into memory, remember the client that receives it, and save it as a label if requested."""
         content, preset = mask.read_bytes(), asked.task.preset
         if asked.image_id is not None:
             client, model = user.client(asked.client_id), params["model"]
             if asked.task.takes_prompts:
-                # what a label is held against stays the automatic mask
+                # a submitted label is compared with the automatic mask
                 self.store.effort.count_prompt(asked.image_id, client)
             else:
                 name, version, engine = model["preset"], model["version"], str(params["engine"])
@@ -140,7 +140,7 @@ class Answers:
         params = {**params, "warnings": [*warnings, *params.get("warnings", [])]}
         if asked.output is not Output.dicom_seg:
             return Answer(mask.name, self._as_shown(asked, mask) if asked.on_series else content, params)
-        # PyTorch and OpenVINO may differ in single voxels: the mask says which of them made it
+        # PyTorch and OpenVINO may differ in single voxels, so the engine is stored with the mask
         origin = Origin("AUTOMATIC", f"{params['model']['version']} ({params['engine']})")
         return Answer(f"{asked.image_id}.dcm", self._as_segmentation(asked, mask, preset, origin), params)
 
@@ -152,7 +152,7 @@ class Answers:
         return packed.getvalue()
 
     def _as_shown(self, asked: Asked, mask: Path) -> bytes:
-        """The mask on the grid of the series that presents its image, as a viewer orders its voxels."""
+        """The mask on the grid of the series that presents its image, in a viewer's order of voxels."""
         labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
         shown = self.segmentations.presented.on_series(str(asked.image_id), labels)
         suffix = max((end for end in EXTENSIONS if mask.name.endswith(end)), key=len)
@@ -166,13 +166,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Inference:
-    """One request on its way: read while it waits, computed on a device, and finished when that is free for the next.
+    """A running request: its image is read while it waits, and its response is completed off the device.
 
     Args:
-        answers: what makes the answer.
-        asked: for what.
-        user: by whom.
-        folder: for its files.
+        answers: answers the request.
+        asked: the validated request.
+        user: the user.
+        folder: folder of its files.
     """
 
     answers: Answers
@@ -181,7 +181,7 @@ class Inference:
     folder: Path
 
     def read_ahead(self) -> ReadImage | None:
-        """The image, where it is one that can be read before its turn; an error in it is reported then."""
+        """The image, if it can be read in advance; errors are reported later."""
         asked, task = self.asked, self.asked.task
         if asked.upload is not None or asked.label is not None or not isinstance(task, UnetrInferTask):
             return None
@@ -191,11 +191,11 @@ class Inference:
             return None
 
     def begin(self, ahead: ReadImage | None) -> StartedRequest | Answer:
-        """Compute, in the thread of the device.
+        """Compute in the thread of the device.
 
         Raises:
-            ImageError: when the image cannot be segmented.
-            ModelNotReadyError: when there are no weights, or none that can be used.
+            ImageError: if the image cannot be segmented.
+            ModelNotReadyError: if there are no usable weights.
         """
         asked, task, answers = self.asked, self.asked.task, self.answers
         request = answers.with_uploads(asked, answers.located(asked, self.user), self.folder)
@@ -206,10 +206,10 @@ class Inference:
         return answers.finish(asked, self.user, Path(mask), params)
 
     def complete(self, begun: StartedRequest | Answer) -> Answer:
-        """What is left to do for the answer, for which no device is needed.
+        """Do the rest of the request, which needs no device.
 
         Raises:
-            MemoryBudgetError: when memory runs out.
+            MemoryBudgetError: if memory runs out.
         """
         if isinstance(begun, Answer):
             return begun

@@ -1,4 +1,4 @@
-"""Requests for a mask, checked and parsed once, before they wait for a device."""
+"""Mask requests, parsed and validated once, before they wait for a device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lib.server.labels.submissions import tag_for_prediction
 from lib.server.presented.cases import PresentedCases
 from lib.server.tasks import InferenceTask, TasksByName
 
-# What a client may not set through ``params``: they say which file is read.
+# Keys that a client must not set through ``params``, since they determine which file is read.
 NOT_FROM_PARAMS = (
     "model", "image", "label", "session", "file", "description", "label_file", "label_name", "start_from"
 )  # fmt: skip
 
 
 class Output(str, Enum):
-    """Which parts of the answer the client wants."""
+    """The parts of the response that the client requests."""
 
     image = "image"
     json = "json"
@@ -38,20 +38,20 @@ class Output(str, Enum):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that has been checked.
+    """A validated request.
 
     Attributes:
-        model: which.
+        model: name of the model.
         task: its inference task.
-        request: its parameters. The file of an image of the studies is looked for again when its turn comes; that of an
-            upload is only a name until then.
-        image_id: the image of the studies; None for an uploaded one and a session's.
-        upload: an uploaded image, which is copied when its turn comes.
+        request: its parameters. The file of an image of the studies is looked up again when a device is free; the file
+            of an upload is only a name until then.
+        image_id: id in the studies; None for an uploaded image and for that of a session.
+        upload: an uploaded image, which is copied when a device is free.
         label: an uploaded mask.
-        client_id: by which the client names itself.
-        tag: under which the mask is to be kept as the image's label; "" where it is not.
-        output: what the client wants.
-        on_series: the image was named by the series that presents it, on whose grid the answer is to be.
+        client_id: name by which the client identifies itself.
+        tag: tag with which the mask is saved as the image's label; "" if it is not saved.
+        output: requested parts of the response.
+        on_series: whether the image was named by the series that presents it, whose grid the response has then.
     """
 
     model: str
@@ -68,14 +68,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class RequestChecks:
-    """Checks everything that can be checked without reading the image, so that bad requests do not wait.
+    """Validates everything that does not require reading the image, so that invalid requests do not wait.
 
     Args:
-        tasks: all inference tasks, those that take clicks or scribbles among them.
+        tasks: all inference tasks, including those for clicks and scribbles.
         images: finds the images of the studies.
         store: the studies.
         presented: files as series.
-        session_image: gives the file of a session's image.
+        session_image: returns the file of a session's image.
     """
 
     tasks: TasksByName[InferenceTask]
@@ -95,18 +95,18 @@ class RequestChecks:
         label: UploadFile | None,
         output: Output,
     ) -> Asked:
-        """Check and parse a request.
+        """Parse and validate a request.
 
         Raises:
-            NotFoundError: for a model, image or session that there is not.
-            ParameterError: for a parameter that is not valid, or when nothing says what to segment.
-            ForbiddenError: for what the user may not do.
+            NotFoundError: for an unknown model, image or session.
+            ParameterError: for an invalid parameter, or if no image is given.
+            ForbiddenError: without permission.
         """
         task = self.tasks.find(model)
         image_id, upload = None, None if session_id else upload
         if session_id:
             file = self.session_image(session_id)
-        elif upload is not None:  # its name stands in for the file, whose kind the default of result_extension follows
+        elif upload is not None:  # its name determines the default of result_extension
             file = Path(safe_file_name(upload.filename, "image.nii.gz"))
         else:
             image_id, file = self._choose_image(image, params)
@@ -121,7 +121,7 @@ class RequestChecks:
         if task.takes_prompts:
             kept["label_name"] = params.get("label")
             if saves:
-                kept["all_labels"] = True  # what is saved is a mask of all labels
+                kept["all_labels"] = True  # saved masks have all labels
         request = task.parse({**kept, "image": str(file)})
         tag = self._check_tag(user, str(image_id), params) if saves else ""
         if output is Output.dicom_seg:
@@ -130,7 +130,7 @@ class RequestChecks:
         return Asked(model, task, request, image_id, upload, label, client_id, tag, output, on_series)
 
     def _choose_image(self, image: str, params: Mapping[str, Any]) -> tuple[str, Path]:
-        """The image's id and file; one inside ``params`` counts too, as in MONAI Label, and must be an id as well."""
+        """The image's id and file; as in MONAI Label, the id may also be in ``params``, and is validated there too."""
         wanted = params.get("image") or image
         if not isinstance(wanted, str) or not wanted:
             raise ParameterError("image", wanted, "an image id, or else a session_id or an uploaded part 'file'")
@@ -138,7 +138,7 @@ class RequestChecks:
         return self.images.known_id(wanted), file
 
     def _check_tag(self, user: User, image_id: str, params: Mapping[str, Any]) -> str:
-        """The tag under which a user may have the mask kept."""
+        """The tag with which a user may save the mask."""
         if user.role < Role.ANNOTATOR:
             raise ForbiddenError("save_label needs the role annotator")
         tag = tag_for_prediction(user, params)
@@ -146,7 +146,7 @@ class RequestChecks:
         return tag
 
     def _check_dicom_seg(self, image_id: str | None) -> None:
-        """Refuse a DICOM SEG where there is no DICOM to refer to."""
+        """Refuse a DICOM SEG if there are no DICOM images to refer to."""
         shown = image_id is not None and bool(self.presented.attributes(image_id))
         if image_id is None or not (shown or self.store.is_series(image_id)):
             raise ParameterError("output", "dicom_seg", "image, json or all, since the image is no DICOM series")

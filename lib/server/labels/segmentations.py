@@ -1,4 +1,6 @@
-"""Between labels and DICOM SEG: a stored SEG is a submission, and a label of a series is shown as a SEG."""
+"""Conversion between labels and DICOM SEG: a stored SEG is a submission, and a label of a series is published as a
+SEG.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,18 @@ from lib.transforms.volume import read_volume
 logger = logging.getLogger("unetr.server")
 
 SOURCE = "dicom"
-"""How a label came that was a DICOM SEG."""
+"""Source of a label that was submitted as a DICOM SEG."""
 
 
 @dataclass(frozen=True)
 class Segmentations:
-    """Takes DICOM SEGs in as labels, and shows labels as DICOM SEGs.
+    """Accepts DICOM SEGs as labels, and publishes labels as DICOM SEGs.
 
     Args:
-        series: the datastore, which has the DICOM series.
+        series: the datastore with the DICOM series.
         presented: files as series.
-        presets: those that are served, by name.
-        submissions: takes labels in.
+        presets: the served presets, by name.
+        submissions: accepts labels.
     """
 
     series: SeriesDatastore
@@ -57,19 +59,19 @@ class Segmentations:
         number: int = 1,
         as_presented: bool = False,
     ) -> Dataset:
-        """A mask file of a series, or of an image that is presented as one, as a DICOM SEG.
+        """A mask of a series, or of an image presented as a series, as a DICOM SEG.
 
         Args:
-            image_id: of the mask.
-            mask: the file.
-            preset: of its labels.
-            origin: how it was made.
-            number: counts the segmentations of the series.
-            as_presented: refer to the regular series, where there is one beside the image's own.
+            image_id: id of the image.
+            mask: file of the mask.
+            preset: preset of its labels.
+            origin: how it was created.
+            number: number of this segmentation of the series.
+            as_presented: whether to refer to the regular series, if the image has one.
 
         Raises:
-            ParameterError: when the image is no DICOM series.
-            ImageError, LabelError: when the series or the mask does not allow it.
+            ParameterError: if the image is not a DICOM series.
+            ImageError, LabelError: if the series or the mask is not suitable.
         """
         if self.presented.attributes(image_id) or (as_presented and self.presented.regular.has(image_id)):
             labels = np.rint(read_volume(mask).voxels).astype(np.uint8)
@@ -84,12 +86,12 @@ class Segmentations:
             return write_segmentation(labels, series, preset, origin, number)
 
     def submit(self, user: User, seg: Dataset) -> None:
-        """Take a SEG as the final label of its series, and keep it where viewers find it.
+        """Accept a SEG as the final label of its series, and store it where viewers find it.
 
         Raises:
-            LabelError: when it is of no image here, or is no label of it.
-            StorageError: when the disk does not take it.
-            UpstreamError: when the PACS does not answer.
+            LabelError: if it belongs to no image here, or is not a valid label of it.
+            StorageError: if it cannot be stored.
+            UpstreamError: if the PACS does not respond.
         """
         case = self.presented.case_of(referenced_series(seg))
         if case is not None:
@@ -104,16 +106,16 @@ class Segmentations:
         self.series.source.keep_segmentation(seg, uid)
 
     def show(self, version: LabelVersion, of_regular: bool = False) -> None:
-        """Put a final label of a series beside it as a DICOM SEG, where it did not come as one.
+        """Publish a final label of a series as a DICOM SEG, unless it was submitted as one.
 
-        It is a SEG of the series' own slices, which any program can read; uneven ones have none.
+        The SEG refers to the series' own slices, which any program can read; a series with uneven slices gets none.
 
         Args:
-            version: the label.
-            of_regular: it came as a SEG, but of the regular series.
+            version: the label version.
+            of_regular: whether it was submitted as a SEG of the regular series.
 
         Raises:
-            InputError, UpstreamError: when it cannot be done; the label itself is safe.
+            InputError, UpstreamError: if this is not possible; the label itself has been saved.
         """
         came_as_one = version.source == SOURCE and not version.restored_from and not of_regular
         if version.tag != FINAL or came_as_one or not self.series.is_series(version.image_id):
@@ -127,10 +129,10 @@ class Segmentations:
 
 
 def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
-    """The image that a SEG segments: by the series or instances that it refers to, else by its position in space.
+    """The image that a SEG segments, by its referenced series or instances, otherwise by its position in space.
 
     Raises:
-        LabelError: when it is none of the images.
+        LabelError: if it is none of the images.
     """
     uid, study = referenced_series(seg), str(seg.get("StudyInstanceUID", ""))
     if isinstance(store.source, FolderSource):
@@ -149,10 +151,10 @@ def segmented_series(store: SeriesDatastore, seg: Dataset) -> str:
 
 
 def series_in_its_place(store: SeriesDatastore, seg: Dataset) -> str:
-    """The one image in the frame of reference of a SEG on whose voxels its frames lie.
+    """The only image in the frame of reference of a SEG whose voxels coincide with its frames.
 
     Raises:
-        LabelError: when there is none, or several.
+        LabelError: if there is none, or several.
     """
     frame = str(seg.get("FrameOfReferenceUID") or "")
     near = store.source.in_frame_of_reference(frame, str(seg.get("StudyInstanceUID", ""))) if frame else []
@@ -184,10 +186,10 @@ def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> t
     """A SEG as a mask file.
 
     Returns:
-        The image's id, the file in ``folder``, and its ``label_info``: name and value of every segment that has voxels.
+        The image's id, the file in ``folder``, and its ``label_info``: name and value of every segment with voxels.
 
     Raises:
-        LabelError: when it cannot be placed on its series.
+        LabelError: if its frames do not match its series.
     """
     uid = segmented_series(store, seg)
     fetched = folder / "series"
@@ -200,10 +202,10 @@ def unpack_segmentation(store: SeriesDatastore, seg: Dataset, folder: Path) -> t
 
 
 def label_info(volume: SegmentedVolume) -> list[dict[str, Any]]:
-    """Names and values as 3D Slicer sends them. An unnamed segment is named by its number, which nothing maps.
+    """Names and values in 3D Slicer's form. An unnamed segment is named by its number, which nothing maps.
 
-    Empty segments are listed too: the user left that structure empty, which is something else than missing. The
-    background is named, since that tells segment numbers from positions in 3D Slicer's list.
+    Empty segments are listed too, since the user declared them, so that they are not missing. The background is listed,
+    which distinguishes segment numbers from positions in 3D Slicer's list.
     """
     background = [{"name": "background", "idx": 0}]
     return background + [

@@ -1,6 +1,6 @@
-"""The one way by which a label enters, from whatever route: checked, mapped by name, kept as a version, announced.
+"""The only entry for labels, from any route: validated, mapped by name, stored as a version, and announced.
 
-What is wrong is refused with a sentence and kept in quarantine; the last good label stays as it is.
+An invalid label is refused with a sentence and stored in quarantine; the last valid label is unchanged.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ LONGEST_VALUE = 500
 
 @dataclass(frozen=True)
 class Submissions:
-    """Takes labels in.
+    """Accepts labels.
 
     Args:
-        store: keeps them, with all their versions.
-        presets: those that are served, by name.
-        image_file: gives the file or folder of an image's id.
-        metrics: where labels are counted.
-        unpacked_limit_mib: most MiB of a mask once it is unpacked.
-        models: the preset of each model that a client may name, those that take clicks and scribbles among them.
-        hooks: called with each label that has been saved, after it is safe; append to it to hear of them.
-        readers: of which one is taken while a label is read; not for as long as the disk takes to keep it.
+        store: stores them, with all their versions.
+        presets: the served presets, by name.
+        image_file: returns the file or folder of an image.
+        metrics: metrics that count labels.
+        unpacked_limit_mib: size limit in MiB of a mask after decompression.
+        models: the preset of each model that a client may name, including those for clicks and scribbles.
+        hooks: functions that are called with each label after it has been stored; append to it to be notified.
+        readers: limits concurrent reading; a place is held while a label is read, but not while it is written to disk.
     """
 
     store: VersionedDatastore
@@ -62,22 +62,23 @@ class Submissions:
     def submit(
         self, image_id: str, file: Path, tag: str, info: Mapping[str, Any], user: User, source: str
     ) -> LabelVersion:
-        """Check a label and keep it as the newest version of its image's.
+        """Validate a label and store it as the newest version for its image.
 
         Args:
-            image_id: an image that there is.
-            file: the mask as it came, which is left as it is.
-            tag: a checked tag.
-            info: what came with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``, more.
-            user: who sent it.
-            source: the way by which it came: ``rest``, ``dicom``; ``inference`` where a model made it elsewhere.
+            image_id: id of an existing image.
+            file: the mask as sent, which is not modified.
+            tag: a validated tag.
+            info: information sent with it: ``label_info``, ``model``, ``client_id``, ``complete``, ``missing_labels``,
+                and more.
+            user: the sender.
+            source: origin of the label: ``rest``, ``dicom``; ``inference`` if a model on another machine computed it.
 
         Raises:
-            LabelError: with the reason, when it does not belong to its image or to the preset; it is in quarantine.
-            ConflictError: when a model made it, and a person drew the label that there is.
-            FileKindError: when its file is of a format that is not read here; it is in quarantine then.
-            TooLargeError: when it unpacks to more than the limit; it is not kept.
-            StorageError: when the disk does not take it; then nothing has changed.
+            LabelError: if it does not match its image or the preset, with the reason; it is stored in quarantine.
+            ConflictError: if a model computed it, and the current label was drawn by a person.
+            FileKindError: if its file format is not supported; it is stored in quarantine.
+            TooLargeError: if it exceeds the size limit after decompression; it is not stored.
+            StorageError: if it cannot be stored; nothing has changed then.
         """
         client = user.client(info.get("client_id"))
         prediction = self.store.predictions.find(client, image_id)
@@ -104,10 +105,10 @@ class Submissions:
         prediction: Prediction | None,
         folder: Path,
     ) -> tuple[Path, Submission]:
-        """The file that is to be kept of a label, and what is to be known of it; its voxels are not needed any more.
+        """The file to store for a label, and its description; its voxels are not needed any more.
 
         Raises:
-            InputError: as :meth:`submit`.
+            InputError: see :meth:`submit`.
         """
         check_fields(LabelParams, info)
         names = names_in(file) if len(self.presets) > 1 else []
@@ -130,7 +131,7 @@ class Submissions:
             model_version=model_version,
             engine=engine,
             label_map=checked.mapped.label_map,
-            # what a model does not find is not there, by what it says
+            # a model's mask is complete: labels without voxels count as absent
             missing_labels=() if made else checked.mapped.missing,
             voxels_changed=self._voxels_changed(started_from, checked, folder),
             prompts_used=_prompts_used(info, effort),
@@ -143,11 +144,11 @@ class Submissions:
     def keep_prediction(
         self, image_id: str, mask: Path, tag: str, info: Mapping[str, Any], user: User, client_id: str
     ) -> LabelVersion:
-        """Keep a mask of the server's own making, which needs no checking.
+        """Store a mask that this server computed, which needs no validation.
 
         Raises:
-            ConflictError: when a person drew the label that there is.
-            StorageError: when the disk does not take it.
+            ConflictError: if the current label was drawn by a person.
+            StorageError: if it cannot be stored.
         """
         submission = submission_of(image_id, tag, {**info, "user": user.name, "client_id": client_id})
         with temporary_folder() as folder:
@@ -156,11 +157,11 @@ class Submissions:
         return version
 
     def restore(self, version_id: str, user: User, client_id: str) -> LabelVersion:
-        """Make an older version the newest one.
+        """Add a copy of an older version as the newest one.
 
         Raises:
-            NotFoundError: when there is none of that id.
-            StorageError: when it cannot be restored.
+            NotFoundError: if there is none with this id.
+            StorageError: if it cannot be restored.
         """
         version = self.store.restore_version(version_id, user.name, client_id)
         logger.info("version %s of %s restored by %s", version_id, version.image_id, user.name)
@@ -204,7 +205,7 @@ class Submissions:
         self.metrics.count_refused_label()
 
     def _tell(self, version: LabelVersion) -> None:
-        """Call the hooks; what goes wrong there does not undo the save."""
+        """Call the hooks; their errors do not undo the save."""
         for hook in self.hooks:
             try:
                 hook(version)
@@ -213,13 +214,13 @@ class Submissions:
 
 
 def tag_for_prediction(user: User, params: Mapping[str, Any]) -> str:
-    """The tag under which a model's mask is to be kept: ``label_tag``, or ``original``.
+    """The tag with which a model's mask is stored: ``label_tag``, or ``original``.
 
-    ``final``, which people draw and trainings learn from, is for reviewers.
+    ``final``, the tag of labels drawn by people and used for training, requires a reviewer.
 
     Raises:
-        ParameterError: unless it is a plain folder name.
-        ForbiddenError: naming the role that is needed.
+        ParameterError: unless it is a valid folder name.
+        ForbiddenError: naming the required role.
     """
     tag = check_tag(str(params.get("label_tag") or ORIGINAL))
     if tag == FINAL and user.role < Role.REVIEWER:
@@ -231,10 +232,10 @@ def tag_for_prediction(user: User, params: Mapping[str, Any]) -> str:
 
 
 def names_in(file: Path) -> list[str]:
-    """The names of labels that a mask's file has in its header.
+    """The label names in the header of a mask's file.
 
     Raises:
-        LabelError: when the header contradicts itself.
+        LabelError: if the header contradicts itself.
     """
     return [segment.name for segment in read_segments(file) if not is_no_label(segment.name)]
 
@@ -246,19 +247,19 @@ def choose_preset(
     names_in_file: Sequence[str] = (),
     models: Mapping[str, str] | None = None,
 ) -> Preset:
-    """The task that a label is for: the one that the client names, the only one, or the one that has its names.
+    """The preset of a label: the one that the client names, the only one, or the one that has the label's names.
 
-    A segment of a name that no task has decides nothing; the mask that the client was given then does.
+    If a name belongs to no preset, the prediction that the client received decides.
 
     Args:
-        presets: those that are served, by name.
-        info: what came with the label.
-        prediction: what the client was given for this image.
-        names_in_file: as from :func:`names_in`; they count more than ``label_info``.
-        models: the preset of each model that a client may name, those that take clicks and scribbles among them.
+        presets: the served presets, by name.
+        info: information sent with the label.
+        prediction: the prediction that the client received for this image.
+        names_in_file: result of :func:`names_in`, which takes precedence over ``label_info``.
+        models: the preset of each model that a client may name, including those for clicks and scribbles.
 
     Raises:
-        LabelError: when several are served and nothing says which.
+        LabelError: if several presets are served and nothing determines one.
     """
     named = next((info[key] for key in ("model", "preset") if isinstance(info.get(key), str) and info[key]), None)
     named = (models or {}).get(str(named), named)
@@ -279,6 +280,6 @@ def choose_preset(
 
 
 def _prompts_used(info: Mapping[str, Any], effort: Effort) -> int:
-    """As the client counts them itself, or else the server."""
+    """Number of prompts as counted by the client, or otherwise by the server."""
     counted = info.get("prompts_used")
     return counted if isinstance(counted, int) and not isinstance(counted, bool) and counted >= 0 else effort.prompts
