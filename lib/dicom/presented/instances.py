@@ -67,48 +67,62 @@ def describe_case(case_id: str, modality: str) -> Dataset:
     return described
 
 
-def make_header(
-    described: Dataset,
-    uid: str,
-    grid: SeriesGrid | UprightGrid,
-    number: int,
-    window: tuple[float, float],
-    scale: tuple[float, float],
-) -> FileDataset:
-    """An instance without its pixels.
+def describe_series(
+    described: Dataset, grid: SeriesGrid | UprightGrid, window: tuple[float, float], scale: tuple[float, float]
+) -> Dataset:
+    """What is the same in all instances of a series, known once its file has been opened.
 
     Args:
-        described: attributes that all instances of the series share.
-        uid: SOP Instance UID.
+        described: attributes that are known without the file.
         grid: grid of the series.
-        number: index of the slice, from 0.
         window: window centre and width.
         scale: rescale slope and intercept.
     """
-    header = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
-    header.update(described)
+    series = Dataset()
+    series.update(described)
     modality = str(described.Modality)
-    header.is_little_endian, header.is_implicit_VR = True, False
     spacing = np.linalg.norm(grid.affine_lps[:3, :3], axis=0)
     directions = grid.affine_lps[:3, :3] / spacing
+    series.ImageType = ["DERIVED", "SECONDARY", "AXIAL"] if modality == "CT" else ["DERIVED", "SECONDARY", "OTHER"]
+    series.Columns, series.Rows = grid.shape[0], grid.shape[1]
+    series.ImageOrientationPatient = _decimals(np.concatenate([directions[:, 0], directions[:, 1]]))
+    series.PixelSpacing = _decimals(spacing[[1, 0]])
+    series.SliceThickness = series.SpacingBetweenSlices = _decimals(spacing[2:])[0]
+    series.SamplesPerPixel, series.PhotometricInterpretation = 1, "MONOCHROME2"
+    series.BitsAllocated = series.BitsStored = 16
+    series.HighBit, series.PixelRepresentation = 15, 0
+    series.RescaleSlope, series.RescaleIntercept = _decimals(np.array(scale))
+    series.RescaleType = "HU" if modality == "CT" else "US"
+    series.WindowCenter, series.WindowWidth = _decimals(np.array([window[0], max(window[1], SHORTEST_WINDOW)]))
+    return series
+
+
+def make_header(series: Dataset, uid: str, grid: SeriesGrid | UprightGrid, number: int) -> FileDataset:
+    """An instance without its pixels. It holds the very elements of ``series``, which nobody may change therefore.
+
+    Args:
+        series: what is the same in all instances of the series, as from :func:`describe_series`.
+        uid: SOP Instance UID.
+        grid: grid of the series.
+        number: index of the slice, from 0.
+    """
+    header = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
+    header.update(series)
+    header.is_little_endian, header.is_implicit_VR = True, False
     header.SOPInstanceUID = uid
     header.InstanceNumber = number + 1
-    header.ImageType = ["DERIVED", "SECONDARY", "AXIAL"] if modality == "CT" else ["DERIVED", "SECONDARY", "OTHER"]
-    header.Columns, header.Rows = grid.shape[0], grid.shape[1]
     header.ImagePositionPatient = _decimals(grid.affine_lps[:3, :3] @ [0, 0, number] + grid.affine_lps[:3, 3])
-    header.ImageOrientationPatient = _decimals(np.concatenate([directions[:, 0], directions[:, 1]]))
-    header.PixelSpacing = _decimals(spacing[[1, 0]])
-    header.SliceThickness = header.SpacingBetweenSlices = _decimals(spacing[2:])[0]
-    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
-    header.BitsAllocated = header.BitsStored = 16
-    header.HighBit, header.PixelRepresentation = 15, 0
-    header.RescaleSlope, header.RescaleIntercept = _decimals(np.array(scale))
-    header.RescaleType = "HU" if modality == "CT" else "US"
-    header.WindowCenter, header.WindowWidth = _decimals(np.array([window[0], max(window[1], SHORTEST_WINDOW)]))
     header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
     header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
     header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return header
+
+
+def own_elements(header: Dataset, series: Dataset) -> Dataset:
+    """What an instance has beside what is the same in all of its series."""
+    own = Dataset()
+    own.update({tag: header[tag] for tag in header.keys() - series.keys()})
+    return own
 
 
 def as_series(headers: list[FileDataset], file: Path) -> Series:

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from monailabel.interfaces.datastore import Datastore
@@ -488,6 +489,11 @@ class Download(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        if scope["method"] == "GET" and "range" not in Headers(scope=scope):
+            announced = int(self.headers["content-length"])
+            if announced <= self.chunk_size:
+                await self._send_at_once(announced, send)
+                return
         left = 0
         head = scope["method"] == "HEAD"
 
@@ -504,6 +510,27 @@ class Download(FileResponse):
             await send(message)
 
         await super().__call__(scope, receive, sending)
+
+    async def _send_at_once(self, announced: int, send: Send) -> None:
+        """Send a small file, which takes one turn of a thread in place of three.
+
+        Raises:
+            ConflictError: when it has shrunk meanwhile, or is gone; nothing has been sent then.
+        """
+        content = await anyio.to_thread.run_sync(_begin_of, Path(self.path), announced)
+        if len(content) < announced:
+            raise ConflictError(f"{Path(self.path).name} was changed while it was sent")
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def _begin_of(path: Path, count: int) -> bytes:
+    """The first so many bytes of a file; none of one that is gone."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        return b""
 
 
 def read_and_remove(path: Path) -> Iterator[bytes]:

@@ -131,8 +131,9 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
     label = None if case is None else presented.labels.of_case(case)
     beside = [] if label is None else [presented.labels.instance(label)]
     if resource.view == "metadata":
-        instances = presented.metadata(resource.study, resource.series, resource.sop)
-        return Response(dump([*instances, *map(to_json, beside)]), media_type=DICOM_JSON)
+        texts = presented.metadata_texts(resource.study, resource.series, resource.sop)
+        texts += [dump(to_json(instance)).decode() for instance in beside]
+        return Response(f"[{', '.join(texts)}]", media_type=DICOM_JSON)
     if resource.view == "instances":
         files = itertools.chain((presented.file(header) for header in headers), map(whole_file, beside))
         return send_parts(files, accepted, "application/dicom")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib.dicom.presented.grid import SeriesGrid
-from lib.dicom.presented.instances import as_series, describe_case, make_header, rescale, store, uid_of
+from lib.dicom.presented.instances import as_series, describe_case, describe_series, make_header, rescale, store, uid_of
 from tests.tiny import axis_affine, oblique_affine
 
 SHAPE = (7, 6, 5)
@@ -66,10 +66,8 @@ def test_thick_slices_stay_slices_and_axial_ones_look_as_radiologists_see_them()
 
 def test_headers_say_the_grid_again_as_a_reader_finds_it() -> None:
     grid = SeriesGrid.of(SHAPE, AFFINES["oblique, left-handed"])
-    headers = [
-        make_header(describe_case("case", "MR"), uid_of("case", f"instance {n + 1}"), grid, n, (0.5, 1.0), (1.0, 0.0))
-        for n in range(grid.shape[2])
-    ]
+    alike = describe_series(describe_case("case", "MR"), grid, (0.5, 1.0), (1.0, 0.0))
+    headers = [make_header(alike, uid_of("case", f"instance {n + 1}"), grid, n) for n in range(grid.shape[2])]
     series = as_series(headers, Path("case.nii"))
     assert series.shape == grid.shape
     np.testing.assert_allclose(series.affine_lps, grid.affine_lps, atol=1e-9)

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import nibabel
 import numpy as np
 import pytest
+from fastapi import APIRouter
 
 from lib.configs.settings import Settings
 from lib.datastore.store import VersionedDatastore
@@ -28,7 +30,7 @@ from lib.server.dependencies import (
 )
 from lib.server.http.names import check_image_known
 from lib.server.readers import Readers
-from lib.server.routes.datastore import router
+from lib.server.routes.datastore import router, send_file
 from lib.server.work.image_checks import ImageInspector
 from tests.server.in_process import InProcess
 from tests.tiny import tiny_preset
@@ -167,3 +169,28 @@ def test_listing_is_written_beside_the_event_loop(output: str) -> None:
     answer = InProcess(router, {get_datastore: store}).request("GET", f"/datastore/?output={output}")
     assert answer.json() == dict(told)
     assert told.threads and threading.main_thread() not in told.threads
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10**6])
+def test_download_is_the_file_as_it_was_announced_or_none(tmp_path: Path, chunk_size: int) -> None:
+    """Whether it is small enough to be read at once, or is sent in pieces."""
+
+    def ask(changed: bytes | None, headers: dict[str, str] | None = None) -> httpx.Response:
+        file = tmp_path / "image.nii.gz"
+        file.write_bytes(b"0123456789")
+        download = send_file(file)
+        download.chunk_size = chunk_size
+        file.unlink() if changed is None else file.write_bytes(changed)
+        router = APIRouter()
+        router.add_api_route("/file", lambda: download)
+        return InProcess(router, {}).request("GET", "/file", headers=headers)
+
+    assert ask(b"0123456789").content == ask(b"0123456789 and more").content == b"0123456789"
+    assert ask(b"0123456789").headers["content-length"] == "10"
+    part = ask(b"0123456789", {"range": "bytes=2-4"})
+    assert (part.status_code, part.content) == (206, b"234")
+    if chunk_size > 10:
+        assert ask(b"01234").status_code == ask(None).status_code == 409
+    else:
+        with pytest.raises(RuntimeError, match="already started"):
+            ask(b"01234")
