@@ -227,8 +227,8 @@ class Training(Model):
     ``crop_balance`` states the centre of a foreground crop: any foreground voxel (``voxels``), or a voxel of a randomly
     drawn label (``labels``), so that an adrenal gland occurs as often as the liver. ``fine_tuning_learning_rate``
     replaces ``learning_rate`` if training starts from weights, since a learning rate for random weights would destroy
-    them in the first steps. ``activation_checkpointing`` always recomputes the transformer's activations; without it,
-    this is done only if memory requires it.
+    them in the first steps; ``fine_tuning_epochs`` then replaces ``max_epochs``. ``activation_checkpointing`` always
+    recomputes the transformer's activations; without it, this is done only if memory requires it.
     """
 
     max_epochs: PositiveInt = 50
@@ -238,6 +238,7 @@ class Training(Model):
     crop_balance: Literal["voxels", "labels"] = "voxels"
     learning_rate: PositiveFloat = 1e-4
     fine_tuning_learning_rate: PositiveFloat | None = None
+    fine_tuning_epochs: PositiveInt | None = None
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     warmup_fraction: Fraction = 0.04

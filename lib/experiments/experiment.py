@@ -43,6 +43,7 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
 from lib.storage.json_files import read_json, write_json
 from lib.trainers.judging.evaluate import evaluate
+from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.loop import run_training
 from lib.trainers.resume import remove_state
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -239,7 +240,7 @@ class _Run:
         cpu_seconds = time.process_time() - started
         network = self.build(self.preset, False)
         load_weights(network, result.weights)
-        scores = evaluate(Segmenter(network, self.preset, self.bench.device), self.bench.judged)
+        scores = evaluate(CaseMasks(Segmenter(network, self.preset, self.bench.device)), self.bench.judged)
         remove_state(run_dir)
         shutil.rmtree(run_dir, ignore_errors=True)
         return Outcome(

@@ -38,6 +38,7 @@ from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.files import sha256_of
 from lib.storage.json_files import read_json, without_nan, write_json
 from lib.trainers.judging.evaluate import Evaluation, evaluate
+from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.loop import run_training
 from lib.trainers.parallel import joined_processes, rank_and_world_size
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -248,7 +249,7 @@ def _label_values(path: Path | None, preset: Preset) -> dict[int, int] | None:
 
 def _score(weights: Path, preset: Preset, cases: Sequence[Case], options: argparse.Namespace) -> Evaluation:
     segmenter = Segmenter.from_checkpoint(read_checkpoint(weights), preset, resolve_device(options.device))
-    return evaluate(segmenter, cases)
+    return evaluate(CaseMasks(segmenter), cases)
 
 
 def _side_car(

@@ -8,19 +8,19 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 from pydantic import ValidationError
 
-from lib.cases.split import (
-    RUNS_FOLDER,
-    nothing_judges,
-)
+from lib.cases.labelled import Case
+from lib.cases.split import RUNS_FOLDER, nothing_judges
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
 from lib.errors import CheckpointError, ParameterError, UnetrError
 from lib.infers.costs import CostBook
+from lib.infers.memory import release_memory
 from lib.infers.plan import Planner
 from lib.models.versions import Version, VersionStore
 from lib.models.weights import WeightsLocator, preset_for
@@ -29,15 +29,16 @@ from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
 from lib.storage.json_files import write_json
+from lib.trainers.completion import COMPLETED_FOLDER, complete_labels
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.gathering import CaseGatherer
-from lib.trainers.judging.champion import read_served
+from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.publishing import STATS_FILE, Publisher, read_stats
 from lib.trainers.launch import launch
 from lib.trainers.material import EndedRun, FollowUp, divide
 from lib.trainers.pretraining.loop import ENCODER_FILE
 from lib.trainers.request import TrainRequest
-from lib.trainers.run.job import TrainingJob, TrainingResult
+from lib.trainers.run.job import CACHE_FOLDER, TrainingJob, TrainingResult
 from lib.trainers.submitted import SubmittedLabels, labels_nowhere
 
 logger = logging.getLogger("unetr.train")
@@ -90,7 +91,7 @@ class UnetrTrainTask(TrainTask):
             "name": "train_01",
             "pretrained": True,
             "device": device_list(),
-            "max_epochs": recipe.max_epochs,
+            "max_epochs": self._max_epochs(self._locator.is_known()),
             "early_stop_patience": recipe.early_stop_patience or -1,
             "val_split": 0.2,
             "train_batch_size": recipe.batch_size,
@@ -109,6 +110,10 @@ class UnetrTrainTask(TrainTask):
     def _learning_rate(self, from_weights: bool) -> float:
         recipe = self.preset.training
         return (from_weights and recipe.fine_tuning_learning_rate) or recipe.learning_rate
+
+    def _max_epochs(self, from_weights: bool) -> int:
+        recipe = self.preset.training
+        return (from_weights and recipe.fine_tuning_epochs) or recipe.max_epochs
 
     def info(self) -> dict[str, Any]:
         """Description, fields and labels."""
@@ -134,8 +139,10 @@ class UnetrTrainTask(TrainTask):
         """
         try:
             given = {key: value for key, value in request.items() if value is not None}
-            rate = {} if given.get("pretrained", True) else {"learning_rate": self._learning_rate(False)}
-            asked = TrainRequest.model_validate(self.config() | rate | given, strict=strict)
+            changes: dict[str, Any] = {}
+            if not given.get("pretrained", True):
+                changes = {"learning_rate": self._learning_rate(False), "max_epochs": self._max_epochs(False)}
+            asked = TrainRequest.model_validate(self.config() | changes | given, strict=strict)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in problem["loc"])
@@ -167,17 +174,21 @@ class UnetrTrainTask(TrainTask):
         champion = read_served(self._locator, self.preset)[0] if asked.pretrained else None
         # Weights are trained further in their own network, even if the preset has been given another one since.
         preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
+        device = resolve_device(asked.device or self._device)
+        train_cases = self._complete(material.train, champion, preset, device, run_dir)
+        # a completed label lies in the run's folder, and what is made of it goes with it
+        cache_dir = self.runs / CACHE_FOLDER if train_cases == material.train else None
         plan = TrainingJob(
             preset=preset.model_copy(update={"training": asked.recipe(self.preset)}),
-            train_cases=material.train,
+            train_cases=train_cases,
             validation_cases=material.validation,
             run_dir=run_dir,
-            device=resolve_device(asked.device or self._device),
+            device=device,
             start=champion.checkpoint.model if champion is not None else None,
             encoder=self._read_encoder() if champion is None else None,
             dataset=asked.dataset,
             dataloader=asked.dataloader,
-            cache_dir=self.runs / "cache",
+            cache_dir=cache_dir,
             max_steps=asked.max_steps,
             resume=asked.resume,
             pause_file=asked.pause_file,
@@ -197,6 +208,23 @@ class UnetrTrainTask(TrainTask):
         if self._follow_up is not None:
             self._follow(EndedRun(asked.run_id, material, run_dir, asked.pause_file))
         return self.stats()
+
+    def _complete(
+        self,
+        cases: tuple[Case, ...],
+        champion: ServedWeights | None,
+        preset: Preset,
+        device: torch.device,
+        run_dir: Path,
+    ) -> tuple[Case, ...]:
+        """The cases with what they lack taken from the weights that the training goes on from, where there are some."""
+        if champion is None or self._settings.pseudo_labels == "off" or not any(case.missing for case in cases):
+            return cases
+        masks = self._publisher.masks(champion.checkpoint, preset, device)
+        completed = complete_labels(cases, masks, champion.never_learnt, run_dir / COMPLETED_FOLDER)
+        del masks
+        release_memory(device)
+        return completed
 
     def _follow(self, run: EndedRun) -> None:
         """Run the follow-up of a training, and store its outcome with the figures of the run.

@@ -16,6 +16,7 @@ from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import read_checkpoint
 from lib.storage.files import sha256_of
 from lib.trainers.judging.evaluate import evaluate
+from lib.trainers.judging.masks import CaseMasks
 
 FOLDER = Path(__file__).resolve().parents[2] / "model" / "hippocampus_mr"
 SIDE_CAR = json.loads((FOLDER / "shipped.json").read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def test_shipped_weights_keep_their_promise_on_held_out_cases(shared_data: Path)
     checkpoint = read_checkpoint(file.path)
     preset = preset_for(checkpoint, load_preset("hippocampus_mr"))
     segmenter = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"))
-    found = evaluate(segmenter, cases).summary()["per_case"]
+    found = evaluate(CaseMasks(segmenter), cases).summary()["per_case"]
     assert isinstance(found, dict)
     assert found == pytest.approx({name: promised[name] for name in found}, abs=0.03)
     assert len(found) >= 8

@@ -66,6 +66,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = requests.Session()
+        self.seconds_to_answer = 120.0
         self.log = folder / "server.log"
         self._command = ["start_server", "--app", str(APP), "--studies", dicomweb or str(self.studies)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--uvicorn_app", uvicorn_app]
@@ -143,7 +144,7 @@ class Server:
         return self.request("DELETE", path, **options)
 
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
-        return self.http.request(method, self.url + path, timeout=120, **options)
+        return self.http.request(method, self.url + path, timeout=self.seconds_to_answer, **options)
 
     def infer(self, model: str, image: str = "", session: str = "", **params: Any) -> requests.Response:
         """As 3D Slicer's client asks for a segmentation."""

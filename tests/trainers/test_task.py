@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from lib.cases.labelled import Case
 from lib.cases.split import Split, read_split, write_split
+from lib.configs.retraining import Retraining
 from lib.errors import CheckpointError, ParameterError, TrainingError
 from lib.infers.model_cache import ModelCache
+from lib.infers.segmenter import Segmenter
 from lib.models.versions import VersionStore
 from lib.models.weights import WeightsLocator
 from lib.networks.checkpoint import Checkpoint, check_finite, read_checkpoint, write_checkpoint
@@ -28,6 +33,8 @@ from lib.networks.unetr import build_unetr
 from lib.storage.files import sha256_of
 from lib.storage.json_files import write_json
 from lib.trainers.judging.champion import read_served
+from lib.trainers.judging.evaluate import evaluate
+from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.launch import launch
 from lib.trainers.material import EndedRun
 from lib.trainers.pretraining.loop import ENCODER_FILE
@@ -548,6 +555,95 @@ def test_learning_rate_is_lower_where_training_goes_on_from_weights(locator: Wei
     assert task.validate_request({}).learning_rate == 2e-4
     assert task.validate_request({"pretrained": False}).learning_rate == 1e-3
     assert task.validate_request({"learning_rate": 5e-4}).learning_rate == 5e-4
+
+
+def test_training_that_goes_on_from_weights_has_epochs_of_its_own(locator: WeightsLocator) -> None:
+    task = UnetrTrainTask(tiny_preset(training=RECIPE | {"max_epochs": 40, "fine_tuning_epochs": 20}), locator, "cpu")
+    assert task.validate_request({}).max_epochs == 40
+    _publish_random(locator)
+    assert task.config()["max_epochs"] == 20
+    assert task.validate_request({}).max_epochs == 20
+    assert task.validate_request({"pretrained": False}).max_epochs == 40
+    assert task.validate_request({"max_epochs": 7}).max_epochs == 7
+    same = UnetrTrainTask(tiny_preset(training=RECIPE | {"max_epochs": 40}), locator, "cpu")
+    assert same.validate_request({}).max_epochs == 40
+
+
+def _without_core(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The cases as drawn by somebody who says nothing of the core."""
+    for case in cases:
+        label = np.asarray(nib.load(case.label).dataobj)
+        write_nifti(case.label, np.where(label == 2, 0, label).astype(np.uint8))
+    return cases
+
+
+def _core_dice(weights: Path, cases: tuple[Case, ...]) -> float:
+    segmenter = Segmenter.from_checkpoint(read_checkpoint(weights), tiny_preset(), CPU, "fp32")
+    return evaluate(CaseMasks(segmenter), cases).dice["core"]
+
+
+def test_correcting_one_structure_unteaches_less_of_the_other_with_pseudo_labels(
+    trained: dict[str, Any], task: UnetrTrainTask, locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    judged = make_cases(6, first=201)
+    before = _core_dice(_served(locator), judged)
+    corrected = FakeDatastore(_without_core(make_cases(6, first=301)))
+    gentle = THOROUGH | {"learning_rate": 2e-3}
+    with_pseudo_labels = task(gentle | {"name": "with"}, corrected)
+    settings = Retraining(pseudo_labels="off")
+    without = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu", settings)
+    task.versions.rollback("v0001")
+    without_pseudo_labels = without(gentle | {"name": "without"}, corrected)
+    kept, lost = (
+        _core_dice(task.versions.get(stats["version"]).weights, judged)
+        for stats in (with_pseudo_labels, without_pseudo_labels)
+    )
+    assert before - 0.1 < kept, "a part is lost: where the served weights took core for box, neither is drawn"
+    assert kept > lost + 0.05
+    partial = with_pseudo_labels["split"]["train"]
+    assert all(task.versions.get("v0002").details["missing_labels"][case] == ["core"] for case in partial)
+
+
+def test_run_whose_labels_lack_nothing_is_the_same_with_and_without_pseudo_labels(
+    trained: dict[str, Any], locator: WeightsLocator, make_cases: MakeCases, tmp_path: Path
+) -> None:
+    cases, jobs, weights = make_cases(6, first=301), list[TrainingJob](), []
+
+    def launcher(job: TrainingJob, multi_gpu: bool, gpus: str) -> TrainingResult:
+        jobs.append(job)
+        return launch(job, multi_gpu, gpus)
+
+    for name in ("on", "off"):
+        place = WeightsLocator(tmp_path / name / "tiny")
+        shutil.copytree(locator.folder, place.folder)
+        settings = Retraining.model_validate({"pseudo_labels": name})
+        task = UnetrTrainTask(tiny_preset(training=RECIPE), place, "cpu", settings, launcher=launcher)
+        stats = task(QUICK | {"max_steps": 4, "max_epochs": 4}, FakeDatastore(cases))
+        weights.append(read_checkpoint(task.versions.get(stats["version"]).weights).model)
+    assert jobs[0].train_cases == jobs[1].train_cases
+    assert [job.cache_dir for job in jobs] == [tmp_path / name / "tiny" / "runs" / "cache" for name in ("on", "off")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_gate_segments_each_case_once_with_each_model_and_the_next_one_remembers(
+    trained: dict[str, Any], task: UnetrTrainTask, make_cases: MakeCases, caplog: pytest.LogCaptureFixture
+) -> None:
+    corrected = FakeDatastore(_without_core(make_cases(6, first=301)))
+    slow = QUICK | {"learning_rate": 1e-9, "val_split": 0.3}
+
+    def segmented(name: str, seed: int) -> Counter[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "unetr.plan"):
+            assert task(slow | {"name": name, "seed": seed}, corrected)["status"] != "published"
+        lines = [record for record in caplog.records if record.name == "unetr.plan" and record.msg == "%s: %s"]
+        return Counter(str(record.args[0]) for record in lines if isinstance(record.args, tuple))
+
+    assert segmented("first", 1) == {f"case_{number}": 2 for number in range(301, 307)}
+    assert set(segmented("second", 2).values()) == {1}, "the served weights have segmented them in the run before"
+    assert len(list((task.runs / "cache" / "masks").iterdir())) == 2, "of the new and the served weights alone"
+    for run in ("first", "second"):
+        left = {path.name for path in (task.runs / run).iterdir()}
+        assert not left & {"completed", "cache"}, "what can be made again goes with the run"
 
 
 def test_what_follows_a_training_gets_its_cases_and_cannot_spoil_it(

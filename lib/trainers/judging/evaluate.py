@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lib.cases.labelled import Case, read_case
-from lib.cases.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label, without_missing
-from lib.infers.segmenter import Segmenter
-from lib.models.calibration import Calibration, fit, foreground_uncertainty
+from lib.cases.metrics import dice_per_label, mean_known, mean_per_label, surface_per_label
+from lib.models.calibration import Calibration, fit
+from lib.trainers.judging.masks import CaseMasks
 
 logger = logging.getLogger("unetr.evaluate")
 
@@ -73,24 +73,21 @@ class Evaluation:
         }
 
 
-def evaluate(segmenter: Segmenter, cases: Iterable[Case]) -> Evaluation:
-    """Segment and score each case, with a surface tolerance of the network's largest voxel edge.
+def evaluate(masks: CaseMasks, cases: Iterable[Case]) -> Evaluation:
+    """Score the mask of each case, with a surface tolerance of the network's largest voxel edge.
 
     Raises:
         InputError: if a case cannot be read.
     """
     scores = []
+    indices, tolerance_mm = masks.preset.label_indices, max(masks.preset.spacing_mm)
     for case in cases:
-        volume, reference = read_case(case, segmenter.preset)
-        segmentation = segmenter.segment(volume, name=case.case_id, entropy=True)
-        predicted = segmentation.labels
-        indices = segmenter.preset.label_indices
-        dice = dice_per_label(predicted, reference, indices)
-        hd95, nsd = surface_per_label(
-            predicted, reference, indices, volume.spacing_mm, max(segmenter.preset.spacing_mm)
-        )
-        dice, hd95, nsd = (without_missing(score, indices, case.missing) for score in (dice, hd95, nsd))
-        assert segmentation.entropy is not None
-        scores.append(CaseScore(case.case_id, dice, hd95, nsd, foreground_uncertainty(segmentation.entropy, predicted)))
+        volume, reference = read_case(case, masks.preset)
+        mask = masks.of(case, volume)
+        known = {name: index for name, index in indices.items() if index not in case.missing}
+        dice = dice_per_label(mask.labels, reference, known)
+        hd95, nsd = surface_per_label(mask.labels, reference, known, volume.spacing_mm, tolerance_mm)
+        dice, hd95, nsd = ({name: score.get(name, math.nan) for name in indices} for score in (dice, hd95, nsd))
+        scores.append(CaseScore(case.case_id, dice, hd95, nsd, mask.uncertainty))
         logger.info("%s dice %s", case.case_id, {k: round(v, 3) for k, v in dice.items()})
     return Evaluation(tuple(scores))

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lib.cases.labelled import Case, read_image
+from lib.cases.labelled import Case
 from lib.cases.metrics import dice_per_label, mean_per_label
-from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import Evaluation, evaluate
+from lib.trainers.judging.masks import CaseMasks
 
 MOST_LOOKED_AT = 8
 """Number of images whose masks are compared, and of training cases of both models that are scored."""
@@ -41,13 +41,13 @@ def unjudged_labels(challenger: Evaluation, champion: Evaluation) -> tuple[str, 
 
 
 def compare_masks(
-    challenger: Segmenter, champion: Segmenter, images: Iterable[Case], learnt_by_both: Sequence[Case]
+    challenger: CaseMasks, champion: CaseMasks, images: Iterable[Case], learnt_by_both: Sequence[Case]
 ) -> Likeness:
-    """Segment the same images with both models.
+    """Compare the masks of the same images by both models.
 
     Args:
-        challenger: the new weights.
-        champion: the live weights.
+        challenger: masks of the new weights.
+        champion: masks of the live weights.
         images: cases whose images are segmented, whatever their labels; the first eight are used.
         learnt_by_both: training cases with labels that both were trained on; the first eight are used.
 
@@ -56,8 +56,7 @@ def compare_masks(
     """
     rows = []
     for case in list({case.case_id: case for case in images}.values())[:MOST_LOOKED_AT]:
-        volume = read_image(case, challenger.preset)
-        new, old = (model.segment(volume, name=case.case_id).labels for model in (challenger, champion))
-        rows.append(dice_per_label(new, old, challenger.preset.label_indices))
+        new, old = challenger.of(case), champion.of(case)
+        rows.append(dice_per_label(new.labels, old.labels, challenger.preset.label_indices))
     known = list({case.case_id: case for case in learnt_by_both}.values())[:MOST_LOOKED_AT]
     return Likeness(mean_per_label(rows), len(rows), evaluate(champion, known), evaluate(challenger, known))

@@ -15,23 +15,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from lib.configs.preset import Preset
 from lib.configs.retraining import Retraining
 from lib.infers.plan import Planner
-from lib.infers.segmenter import Segmenter
 from lib.models.calibration import CALIBRATION_FILE
 from lib.models.provenance import code_version, trained_on
 from lib.models.versions import Files, VersionStore
 from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, check_finite
 from lib.storage.json_files import read_json, write_json
+from lib.trainers.completion import COMPLETED_FOLDER
 from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
 from lib.trainers.judging.likeness import compare_masks, unjudged_labels
+from lib.trainers.judging.masks import MASKS_FOLDER, CaseMasks, digest_of_weights, prune_masks
 from lib.trainers.material import Material, ids_of
 from lib.trainers.reporting.progress import format_seconds
 from lib.trainers.reporting.report import as_json, render_html, report_data, worst_cases
 from lib.trainers.reporting.runs import prune_runs
 from lib.trainers.resume import remove_state
-from lib.trainers.run.job import TrainingJob, TrainingResult
+from lib.trainers.run.job import CACHE_FOLDER, TrainingJob, TrainingResult
 from lib.trainers.submitted import missing_labels
 
 logger = logging.getLogger("unetr.train")
@@ -82,6 +83,7 @@ class Publisher:
         self._preset, self._locator, self._runs = preset, locator, runs
         self._settings, self._planner = settings, planner
         self._versions = VersionStore(locator.folder)
+        self._masks_folder = runs / CACHE_FOLDER / MASKS_FOLDER
 
     def conclude(
         self, job: TrainingJob, result: TrainingResult, material: Material, origin: dict[str, Any], started: float
@@ -97,7 +99,7 @@ class Publisher:
         """
         check_finite(result.weights)
         checkpoint = Checkpoint(result.weights, job.preset)
-        new = Segmenter.from_checkpoint(checkpoint, job.preset, job.device, planner=self._planner)
+        new = self.masks(checkpoint, job.preset, job.device)
         scores = evaluate(new, job.validation_cases)
         served, before, verdict = self._pass_gate(new, scores, job, material)
         logger.info("%s", verdict.reason)
@@ -133,17 +135,25 @@ class Publisher:
         version = self._versions.add(verdict.status, result.weights, job.preset, details, files)
         for name in ("report.html", "report.json"):
             shutil.copyfile(version.folder / name, job.run_dir / name)
+        compared = [result.weights, *([served.checkpoint.model] if served else [])]
+        prune_masks(self._masks_folder, [digest_of_weights(weights) for weights in compared])
         self._tidy(job, details | {"version": version.name}, _stock_stats(job, result, scores, started))
+
+    def masks(self, checkpoint: Checkpoint, preset: Preset, device: torch.device) -> CaseMasks:
+        """What weights make of cases: kept for whoever asks again, in this training or the next."""
+        return CaseMasks.of_weights(checkpoint, preset, device, self._planner, self._masks_folder)
 
     def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
         """Store the figures for clients, and remove old versions and runs."""
         write_json(self._runs / STATS_FILE, {"decision": figures["reason"]} | figures | stock)
         remove_state(job.run_dir)
+        shutil.rmtree(job.run_dir / CACHE_FOLDER, ignore_errors=True)
+        shutil.rmtree(job.run_dir / COMPLETED_FOLDER, ignore_errors=True)
         self._versions.prune(self._settings.keep_versions)
         prune_runs(self._runs, self._settings.keep_runs)
 
     def _pass_gate(
-        self, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
+        self, new: CaseMasks, scores: Evaluation, job: TrainingJob, material: Material
     ) -> tuple[ServedWeights | None, Evaluation | None, Verdict]:
         """Judge new weights against the current live ones, which may have changed during the training."""
         rules = Rules(self._settings.gate_margin, self._settings.gate_tolerance)
@@ -157,22 +167,22 @@ class Publisher:
                 return served, before, verdict
 
     def _score(
-        self, served: ServedWeights, new: Segmenter, scores: Evaluation, job: TrainingJob, material: Material
+        self, served: ServedWeights, new: CaseMasks, scores: Evaluation, job: TrainingJob, material: Material
     ) -> Champion:
         """Score the live weights on the validation cases and on new labels, and compare masks for the other labels."""
         preset = preset_for(served.checkpoint, self._preset)
-        segmenter = Segmenter.from_checkpoint(served.checkpoint, preset, job.device, planner=self._planner)
-        theirs = evaluate(segmenter, job.validation_cases)
+        masks = self.masks(served.checkpoint, preset, job.device)
+        theirs = evaluate(masks, job.validation_cases)
         unjudged = set(unjudged_labels(scores, theirs)) - served.never_learnt
         likeness = None
         if unjudged:
             images = (*job.validation_cases, *material.train)
-            likeness = compare_masks(new, segmenter, images, served.learnt_cases(material))
+            likeness = compare_masks(new, masks, images, served.learnt_cases(material))
         return Champion(
             theirs,
             served.previously_validated(material.labels),
             served.reported_dice,
-            evaluate(segmenter, served.new_cases(material)),
+            evaluate(masks, served.new_cases(material)),
             served.reported_by_label,
             sorted(unjudged),
             likeness,

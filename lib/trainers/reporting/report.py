@@ -11,9 +11,9 @@ from typing import Any
 from lib.cases.labelled import Case, read_case
 from lib.cases.metrics import mean_known
 from lib.drawing.charts import draw_curves
-from lib.infers.segmenter import Segmenter
 from lib.storage.json_files import without_nan
 from lib.trainers.judging.evaluate import CaseScore, Evaluation
+from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.reporting.picture import draw_slice
 from lib.trainers.reporting.progress import format_seconds
 from lib.trainers.run.job import TrainingResult
@@ -53,15 +53,15 @@ def report_data(
     return dict(details) | {"training": run, "curves": curves, "cases": cases}
 
 
-def worst_cases(segmenter: Segmenter, cases: Sequence[Case], scores: Evaluation) -> list[tuple[str, float, str]]:
+def worst_cases(masks: CaseMasks, cases: Sequence[Case], scores: Evaluation) -> list[tuple[str, float, str]]:
     """Id, mean Dice and picture of the cases with the lowest scores of the new weights."""
     by_id = {case.case_id: case for case in cases}
     known = [(mean_known(s.dice.values()), s.case_id) for s in scores.cases]
     drawn = []
     for dice, name in sorted(pair for pair in known if not math.isnan(pair[0]))[:WORST]:
-        volume, reference = read_case(by_id[name], segmenter.preset)
-        predicted = segmenter.segment(volume, name=name).labels
-        colors = {label.index: label.color for label in segmenter.preset.labels}
+        volume, reference = read_case(by_id[name], masks.preset)
+        predicted = masks.of(by_id[name], volume).labels
+        colors = {label.index: label.color for label in masks.preset.labels}
         drawn.append((name, dice, draw_slice(volume.voxels, reference, predicted, colors)))
     return drawn
 

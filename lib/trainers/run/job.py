@@ -16,6 +16,9 @@ from lib.networks.layouts import StateDict
 from lib.networks.unetr import Builder, build_unetr
 from lib.trainers.plan import StepPlan
 
+CACHE_FOLDER = "cache"
+"""Of a run, or of all of them: what can be made again."""
+
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -70,7 +73,7 @@ class TrainingJob:
     @property
     def case_folder(self) -> Path:
         """Folder of preprocessed cases."""
-        return self.cache_dir or self.run_dir / "cache"
+        return self.cache_dir or self.run_dir / CACHE_FOLDER
 
 
 @dataclass(frozen=True)

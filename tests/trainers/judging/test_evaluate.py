@@ -14,6 +14,7 @@ from lib.cases.labelled import Case
 from lib.errors import LabelError
 from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
+from lib.trainers.judging.masks import CaseMasks
 from tests.tiny import oblique_affine, tiny_preset, write_nifti
 
 
@@ -45,7 +46,7 @@ def test_scores_are_those_of_a_hand_calculation(segmenter: Segmenter, tmp_path: 
     cases = [_case(tmp_path, "a", first, second), _case(tmp_path, "b", first, first)]
     preset = segmenter.preset.model_copy(update={"spacing_mm": (1.0, 1.0, 2.0)})
     segmenter = Segmenter(Threshold(), preset, torch.device("cpu"), "fp32")
-    found = evaluate(segmenter, cases)
+    found = evaluate(CaseMasks(segmenter), cases)
     dice = 2 * 256 / (384 + 256)
     assert found.cases[0].dice == {"Left Box": dice, "core": 0.0}
     assert found.cases[0].hd95_mm["Left Box"] == pytest.approx(4.0, abs=1e-5)

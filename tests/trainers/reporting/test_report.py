@@ -22,6 +22,7 @@ from lib.drawing.contours import outline_path
 from lib.infers.segmenter import Segmenter
 from lib.trainers.judging.evaluate import CaseScore, Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, judge
+from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.reporting.picture import draw_slice
 from lib.trainers.reporting.report import as_json, render_html, report_data, thin, worst_cases
 from lib.trainers.run.job import TrainingResult, Validation
@@ -137,10 +138,10 @@ class Nothing(nn.Module):
 
 
 def test_worst_cases_are_the_three_of_lowest_dice(make_cases: MakeCases) -> None:
-    segmenter, cases = Segmenter(Nothing(), tiny_preset(), torch.device("cpu"), "fp32"), make_cases(5)
-    scored = evaluate(segmenter, cases).cases
+    masks, cases = CaseMasks(Segmenter(Nothing(), tiny_preset(), torch.device("cpu"), "fp32")), make_cases(5)
+    scored = evaluate(masks, cases).cases
     better = [CaseScore(c.case_id, {"core": 0.1 * n}, c.hd95_mm, c.nsd) for n, c in enumerate(scored)]
-    drawn = worst_cases(segmenter, cases, Evaluation(tuple(better[::-1])))
+    drawn = worst_cases(masks, cases, Evaluation(tuple(better[::-1])))
     assert [(name, round(dice, 3)) for name, dice, _ in drawn] == [
         ("case_001", 0),
         ("case_002", 0.1),
