@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lib.cases.labelled import Case
 from lib.configs.preset import Preset
 from lib.infers.memory import release_memory
 from lib.transforms.volume import Volume
+from tests.server_logs import LOGS
 from tests.tiny import boxes, oblique_affine, tiny_preset, write_cases
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -27,6 +28,20 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_logstart() -> None:
+    """What servers have written so far belongs to earlier tests."""
+    LOGS.begin_test()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the test's servers have logged."""
+    report = yield
+    if report.failed:
+        report.sections.extend(LOGS.sections())
+    return report
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -22,6 +22,7 @@ import requests
 from launcher.project import Project
 from lib.infers.costs import COSTS_FILE
 from tests.forks import REPOSITORY, ForkedProcess, server_environment, start_module, start_python
+from tests.server_logs import LOGS
 
 APP = Project(REPOSITORY).app
 MAIN = APP / "main.py"
@@ -87,6 +88,7 @@ class Server:
             self.process = start_module(self._module, self._command, self.folder, environment, self.log)
         else:
             self.process = start_python(["-m", self._module, *self._command], self.folder, environment, self.log)
+        LOGS.opened(self.log)
         return self.process
 
     def start(self) -> Server:
@@ -116,6 +118,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        finally:
+            LOGS.closed(self.log)
         self._keep_costs()
         return code
 
