@@ -77,8 +77,8 @@ def run_and_keep_last_line(
         variables: of its environment, where they are not set already.
     """
     last = ""
-    waiting = {"OMP_WAIT_POLICY": SERVER_ENVIRONMENT["OMP_WAIT_POLICY"]}
-    environment = {**waiting, **(variables or {}), **os.environ, "PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_WAIT_POLICY": SERVER_ENVIRONMENT["OMP_WAIT_POLICY"], "OMP_NUM_THREADS": "1"}
+    environment = {**threads, **(variables or {}), **os.environ, "PYTHONUNBUFFERED": "1"}
     with started(command, cwd=project.root, env=environment) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

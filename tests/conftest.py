@@ -1,24 +1,31 @@
-"""Fixtures for the tiny task of ``tests.tiny``, and the way to real data."""
+"""How pytest runs here: long files first, and a failure shows what servers have logged.
+
+The fixtures of all tests are in ``tests/fixtures.py``.
+"""
 
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Generator
 
 import pytest
-import torch
 
-from lib.cases.labelled import Case
-from lib.configs.preset import Preset
-from lib.infers.memory import release_memory
-from lib.transforms.volume import Volume
 from tests.server_logs import LOGS
-from tests.tiny import boxes, oblique_affine, tiny_preset, write_cases
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+LONG = frozenset({"browser", "cluster", "integration", "trainers"})
+"""Folders of tests that take most of the time."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import fixtures, and so the libraries, in processes that run tests: not in the one that hands tests out."""
+    if hasattr(config, "workerinput") or not config.getoption("tx", None) or config.option.collectonly:
+        config.pluginmanager.import_plugin("tests.fixtures")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, begin with long files: one that came last would leave the others idle."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONG.isdisjoint(item.path.parts))
 
 
 def pytest_collection_finish() -> None:
@@ -47,50 +54,3 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name content by its length: what a compressor writes holds the time, and workers must collect the same names."""
     return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) and len(val) > 16 else None
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Small tensors are slower on several threads, and sums differ in their last bits."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def preset() -> Preset:
-    """The tiny task."""
-    return tiny_preset()
-
-
-@pytest.fixture
-def volume() -> Volume:
-    """An image of the tiny task on an oblique grid, 20x18x16 voxels."""
-    return Volume(boxes()[0], oblique_affine())
-
-
-@pytest.fixture
-def make_cases(tmp_path: Path) -> Callable[..., tuple[Case, ...]]:
-    """Write cases of the tiny task as NIfTI: ``make_cases(count)``."""
-
-    return partial(write_cases, tmp_path)
-
-
-@pytest.fixture
-def limit_gpu() -> Iterator[Callable[[int], None]]:
-    """``limit_gpu(more)``: this process gets so many bytes of the GPU beyond what it holds, whatever is free."""
-
-    def limit(more_bytes: int) -> None:
-        release_memory(torch.device("cuda"))
-        _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more_bytes) / total)
-
-    yield limit
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real data that is not part of the project: ``UNETR_DATA``, or ``../shared/data``."""
-    folder = Path(os.environ.get("UNETR_DATA", REPOSITORY.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip("needs the real data: set UNETR_DATA to its folder")
-    return folder

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
-import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +21,11 @@ from launcher.project import SERVER_ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTER = REPOSITORY / "tests" / "integration" / "starter.py"
+FORKED_PYTHON = STARTER.with_name("forked_python.py")
 SECONDS_TO_START = 120
+STARTING = threading.Lock()
+STARTED: list[subprocess.Popen[bytes]] = []
+"""The starter of this process, if it has started one; the end of its input ends it."""
 
 
 def server_environment() -> dict[str, str]:
@@ -30,15 +34,22 @@ def server_environment() -> dict[str, str]:
 
 
 class ForkedProcess:
-    """A process that :class:`Starter` has started, used as a :class:`subprocess.Popen` is."""
+    """A process that the starter has started, used as a :class:`subprocess.Popen` is.
 
-    def __init__(self, pid: int) -> None:
-        self.pid, self.returncode = pid, None
+    Args:
+        link: to the starter, which has been asked; the process ends with it.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        self.pid, self.returncode = int(link.recv(64)), None
         self._ended = threading.Event()
+        threading.Thread(target=self._listen, args=(link,), daemon=True).start()
 
-    def end(self, code: int) -> None:
-        """Called when it has ended."""
-        self.returncode = code
+    def _listen(self, link: socket.socket) -> None:
+        with link:
+            link.settimeout(None)
+            # the starter may be gone, and can tell nothing
+            self.returncode = int(link.recv(64) or -signal.SIGKILL)
         self._ended.set()
 
     def poll(self) -> int | None:
@@ -59,56 +70,44 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-class Starter:
-    """The process of ``tests/integration/starter.py``; it ends with this one."""
+def start_starter() -> None:
+    """Start the process of ``tests/integration/starter.py`` for this one and its children, with which it ends.
 
-    def __init__(self) -> None:
-        self._place = Path(tempfile.mkdtemp(prefix="starter-"))
-        atexit.register(shutil.rmtree, self._place, ignore_errors=True)
-        socket_file = str(self._place / "socket")
-        command = [sys.executable, "-u", "-X", "utf8", str(STARTER), socket_file]
-        self._for_forks = {"TEST_STARTER": socket_file, "TEST_PYTHON": sys.executable}
-        self._process = subprocess.Popen(
-            command, env=server_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._servers: dict[int, ForkedProcess] = {}
-        self._started: queue.SimpleQueue[ForkedProcess] = queue.SimpleQueue()
-        self._asking = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def start(
-        self,
-        module: str,
-        arguments: Sequence[str],
-        folder: Path,
-        environment: Mapping[str, str],
-        log: Path,
-        code: str = "",
-    ) -> ForkedProcess:
-        """``python -m MODULE ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
-        assert self._process.stdin is not None
-        variables = {**environment, **self._for_forks}
-        asked = {"argv": list(arguments), "cwd": str(folder), "environment": variables, "log": str(log), "code": code}
-        asked |= {"module": module, "python": "" if code else str(STARTER.with_name("forked_python.py"))}
-        with self._asking:
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-            return self._started.get(timeout=SECONDS_TO_START)
-
-    def _listen(self) -> None:
-        for line in self._process.stdout or ():
-            pid, *code = map(int, line.split())
-            if code:
-                self._servers.pop(pid).end(code[0])
-            else:
-                self._servers[pid] = ForkedProcess(pid)
-                self._started.put(self._servers[pid])
+    The children find it by the variable ``TEST_STARTER``.
+    """
+    place = Path(tempfile.mkdtemp(prefix="starter-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    os.environ.update({"TEST_STARTER": str(place / "socket"), "TEST_PYTHON": sys.executable})
+    command = [sys.executable, "-u", "-X", "utf8", str(STARTER), os.environ["TEST_STARTER"]]
+    STARTED.append(subprocess.Popen(command, env=server_environment(), stdin=subprocess.PIPE))
 
 
-@functools.cache
-def the_starter() -> Starter:
-    """The one of this test run."""
-    return Starter()
+def fork(
+    module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, code: str = ""
+) -> ForkedProcess:
+    """``python -m MODULE ARGUMENTS``, or ``python -c CODE``, in a folder, with its output in a file."""
+    with STARTING:
+        if "TEST_STARTER" not in os.environ:
+            start_starter()
+    variables = {**environment, **{name: os.environ[name] for name in ("TEST_STARTER", "TEST_PYTHON")}}
+    asked = {"module": module, "argv": list(arguments), "cwd": str(folder), "environment": variables, "code": code}
+    asked["python"] = "" if code else str(FORKED_PYTHON)
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link.settimeout(SECONDS_TO_START)
+    deadline = time.monotonic() + SECONDS_TO_START
+    while True:
+        try:
+            link.connect(os.environ["TEST_STARTER"])
+            break
+        except (FileNotFoundError, ConnectionRefusedError):  # it does not listen yet
+            if time.monotonic() > deadline:
+                link.close()
+                raise
+            time.sleep(0.05)
+    with open(os.devnull, "rb") as nothing, log.open("wb") as output:
+        streams = [nothing.fileno(), output.fileno(), output.fileno()]
+        socket.send_fds(link, [json.dumps(asked).encode()], streams)
+    return ForkedProcess(link)
 
 
 def start_module(
@@ -124,7 +123,7 @@ def start_module(
         log: takes its output.
     """
     if sys.platform == "linux":
-        return the_starter().start(module, arguments, folder, environment, log)
+        return fork(module, arguments, folder, environment, log)
     return start_python(["-m", module, *arguments], folder, environment, log)
 
 
@@ -151,9 +150,7 @@ def run_code(code: str, folder: Path, seconds: float = 300) -> str:
     log = folder / "output.txt"
     environment = server_environment() | {"PYTHONUNBUFFERED": "1"}
     if sys.platform == "linux":
-        process: ForkedProcess | subprocess.Popen[bytes] = the_starter().start(
-            "", [], REPOSITORY, environment, log, code
-        )
+        process: ForkedProcess | subprocess.Popen[bytes] = fork("", [], REPOSITORY, environment, log, code)
     else:
         process = start_python(["-c", code], REPOSITORY, environment, log)
     try:

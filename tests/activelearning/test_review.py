@@ -17,7 +17,7 @@ from lib.activelearning.scoring_worker import LabelledCase
 from lib.cases.labelled import Case
 from lib.configs.catalogue import load_preset
 from lib.models.weights import WeightsLocator
-from tests.conftest import REPOSITORY
+from tests.forks import REPOSITORY
 from tests.tiny import write_nifti
 
 

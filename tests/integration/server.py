@@ -43,7 +43,7 @@ class Server:
         dicomweb: address of a DICOMweb server, in place of the studies folder.
         environment: variables of its process.
         options: more of MONAI Label's own, such as ``--root_path``.
-        forked: started by :class:`tests.forks.Starter`, as are its own processes; otherwise as a user starts it, for
+        forked: started by :func:`tests.forks.fork`, as are its own processes; otherwise as a user starts it, for
             tests about processes.
         module: its command line: MONAI Label's own, or that of ``run.py``.
     """
