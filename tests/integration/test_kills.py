@@ -114,7 +114,7 @@ def test_kills_leave_a_model_that_loads_every_label_and_a_loop_that_finishes(
     cases = {f"k{n:02d}-a": case for n, case in enumerate(draw_cases(BATCH * BATCHES, seed=5))}
     preset = tmp_path / "small.yaml"
     preset.write_text(yaml.safe_dump(small_preset()))
-    epochs = 100 if kills > 10 else 10
+    epochs = 100 if kills > 10 else 20
     conf = {"preset": str(preset), "retrain": "auto", "retrain_after": str(BATCH), "retrain_quiet_seconds": "0.2",
             "retrain_floor": "0", "retrain_recipe": f"max_epochs={epochs}", "subject_separator": "-"}  # fmt: skip
     # a hundred times as a user starts it; a few times as a fork, which is there in a second

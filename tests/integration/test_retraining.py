@@ -31,6 +31,7 @@ def small_preset() -> dict[str, Any]:
     """The hippocampus task with a network that trains in seconds."""
     data = load_preset("hippocampus_mr").model_dump(mode="json")
     data["name"] = "small"
+    data["roi_size"] = [24, 32, 24]
     data["network"] |= {"feature_size": 4, "hidden_size": 48, "mlp_dim": 64, "num_heads": 4}
     data["training"] |= {"batch_size": 2, "val_interval": 1000, "learning_rate": 4e-3, "precision": "fp32"}
     return data
