@@ -45,6 +45,7 @@ from tests.tiny import QUIET_AUGMENTATION, boxes, tiny_preset, write_cases, writ
 MakeCases = Callable[..., tuple[Case, ...]]
 CPU = torch.device("cpu")
 RECIPE = {"batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1, "augmentation": QUIET_AUGMENTATION}
+RECIPE |= {"val_interval": 5}
 QUICK = {"max_epochs": 1, "max_steps": 2, "multi_gpu": False, "precision": "fp32", "crops_per_case": 1}
 THOROUGH = QUICK | {"max_epochs": 15, "max_steps": None, "val_split": 0.3, "dataset": "CacheDataset"}
 
