@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from synthetic_hippocampus import SyntheticCase
 
+from lib.configs.catalogue import load_preset
+from lib.interaction.annotator import Correction
 from tests.integration.conftest import encode
 from tests.integration.hostile_prompts import NOT_BOXES, check_prompts
 from tests.integration.server import Server, parse_multipart, read_nrrd
@@ -153,3 +157,21 @@ def test_case_page_takes_clicks_shows_them_and_saves(server: Server, cases: dict
     for wrong in ({"clicks": []}, {"clicks": [clicks[0] | {"label": "spleen"}]}, {"clicks": clicks, "start": "none"}):
         assert 400 <= server.post("/case/case_0/clicks", json=wrong).status_code < 500
     assert server.get("/case/case_0/slice.png", params=picture | {"layers": "edit:none"}).status_code == 404
+
+
+# MONAI Label's client imports it, and leaves connections to the garbage collector.
+@pytest.mark.filterwarnings("ignore:'cgi' is deprecated:DeprecationWarning", "ignore:unclosed <socket:ResourceWarning")
+def test_benchmark_clicks_as_slicer_does_and_shows_what_comes_back(server: Server, tmp_path: Path) -> None:
+    from benchmarks.slicer_clicks import Slicer
+
+    slicer = Slicer(server.url, load_preset("hippocampus_mr"), tmp_path)
+    shown = slicer.segment("case_3")
+    other = tuple(int(v) for v in np.argwhere(shown == 2)[100])
+    point = (other[0], other[1], other[2])
+    once = slicer.click("case_3", shown, [Correction(1, point)], None)
+    assert once[point] == 1 and set(np.unique(once[once != shown])) == {1}
+    inside = tuple(int(v) for v in np.argwhere(once == 1)[0])
+    twice = slicer.click("case_3", once, [Correction(1, point), Correction(0, (inside[0], inside[1], inside[2]))], None)
+    assert twice[point] == 1 and twice[inside] == 0
+    assert slicer.starts == {"automatic"}
+    gc.collect()
