@@ -1,4 +1,4 @@
-"""How pytest runs here: long files first, and a failure shows what servers have logged.
+"""How pytest runs here: processes of pytest-xdist are forks, and a failure shows what servers have logged.
 
 The fixtures of all tests are in ``tests/fixtures.py``.
 """
@@ -6,10 +6,13 @@ The fixtures of all tests are in ``tests/fixtures.py``.
 from __future__ import annotations
 
 import gc
+import shlex
+import sys
 from collections.abc import Generator
 
 import pytest
 
+from tests.forks import FORKED_PYTHON, start_starter
 from tests.server_logs import LOGS
 
 LONG = frozenset({"browser", "cluster", "integration", "trainers"})
@@ -17,8 +20,12 @@ LONG = frozenset({"browser", "cluster", "integration", "trainers"})
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import fixtures, and so the libraries, in processes that run tests: not in the one that hands tests out."""
-    if hasattr(config, "workerinput") or not config.getoption("tx", None) or config.option.collectonly:
+    """Let pytest-xdist start its processes as forks, which have imported the libraries; only these import fixtures."""
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("tx", None) or config.option.collectonly
+    if not runs_tests and sys.platform == "linux":
+        start_starter()
+        config.option.tx = [f"popen//python={shlex.quote(str(FORKED_PYTHON))} --fork" for _ in config.option.tx]
+    if runs_tests:
         config.pluginmanager.import_plugin("tests.fixtures")
 
 

@@ -79,7 +79,9 @@ def start_starter() -> None:
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     os.environ.update({"TEST_STARTER": str(place / "socket"), "TEST_PYTHON": sys.executable})
     command = [sys.executable, "-u", "-X", "utf8", str(STARTER), os.environ["TEST_STARTER"]]
-    STARTED.append(subprocess.Popen(command, env=server_environment(), stdin=subprocess.PIPE))
+    # it would hold up whoever reads this process's output to its end
+    silent = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    STARTED.append(subprocess.Popen(command, env=server_environment(), **silent))
 
 
 def fork(
