@@ -1,4 +1,4 @@
-"""Who goes first where requests and inferences compete for the processor and for Python's interpreter lock."""
+"""Priorities between requests and inferences for the processor and for Python's interpreter lock."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NICER_THAN_REQUESTS = 4
-"""A little less than trainings are (``lib.server.work.job_process``), which stand still during an inference."""
+"""Niceness of inferences, slightly below that of trainings (``lib.server.work.job_process``), which pause meanwhile."""
 LEAST_PRIORITY = 19
 SECONDS_BETWEEN_SWITCHES = 0.001
 
 
 def give_requests_priority() -> None:
-    """Give this thread, and those that it starts, less than half the weight of those that answer requests.
+    """Give this thread, and those that it starts, less than half of the weight of threads that answer requests.
 
-    An inference takes all cores for as long as it lasts, and most requests a few milliseconds. Only Linux has a
-    priority for each thread.
+    An inference uses all cores until it ends, whereas most requests take a few milliseconds. Only Linux has priorities
+    of threads.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
@@ -28,10 +28,10 @@ def give_requests_priority() -> None:
 
 @contextmanager
 def switching_often(seconds: float = SECONDS_BETWEEN_SWITCHES) -> Iterator[None]:
-    """While this lasts, a thread that computes in Python lets others go on after so many seconds.
+    """Within the block, a thread that computes in Python yields to others after this number of seconds.
 
-    Each read, write or sync of a file lets go of the interpreter lock, and waits for it again afterwards: by default
-    5 ms for each thread that computes, tens of times a request.
+    Each read, write or sync of a file releases the interpreter lock and waits for it afterwards: by default 5 ms for
+        each computing thread, tens of times for each request.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(seconds)

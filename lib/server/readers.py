@@ -1,4 +1,4 @@
-"""Few requests at a time read images and labels, since each takes much memory; more of them may wait for the disk."""
+"""Limits how many requests read images and labels at a time, since each needs much memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WRITERS_AT_ONCE = 8
 
 
 class Readers:
-    """Runs what reads the files of requests in threads of its own, so that light requests find theirs free.
+    """Runs functions that read files of requests in separate threads, so that light requests find theirs free.
 
     Args:
-        at_once: how many read at the same time; each takes its image's size in memory.
-        threads: how many are at work at the same time, those that receive, write and wait for the disk among them.
+        at_once: number of concurrent readers; each needs the memory of its image.
+        threads: number of threads, including those that receive, write and wait for the disk.
     """
 
     def __init__(self, at_once: int = READERS_AT_ONCE, threads: int = WRITERS_AT_ONCE) -> None:
@@ -30,15 +30,15 @@ class Readers:
 
     @property
     def reading(self) -> AbstractContextManager[object]:
-        """Wait for a place among those that read, and keep it for the block; not to be entered twice by one thread."""
+        """Wait for a reader's place, and hold it within the block; one thread must not enter it twice."""
         return self._reading
 
     async def beside(self, work: Callable[[], Result]) -> Result:
-        """Run work in a thread, in which it may read for as long as it holds :attr:`reading`."""
+        """Run a function in a thread, in which it may read while it holds :attr:`reading`."""
         return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def read(self, work: Callable[[], Result]) -> Result:
-        """Run work in a thread that reads from its begin to its end."""
+        """Run a function in a thread that holds a reader's place all the time."""
 
         def reading() -> Result:
             with self._reading:

@@ -1,4 +1,4 @@
-"""What the routes work with: the app instance and the server's own parts, made once when the server starts."""
+"""The services of the running server, created once at its start."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ logger = logging.getLogger("unetr.server")
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of a running server."""
+    """The services of a running server."""
 
     instance: MONAILabelApp
     settings: Settings
@@ -96,10 +96,10 @@ class Services:
 
     @classmethod
     def of(cls, instance: MONAILabelApp) -> Services:
-        """Build the parts around an app instance that has ``settings``.
+        """Create the services for an app instance that has ``settings``.
 
         Raises:
-            ConfigError: when the token file is not valid.
+            ConfigError: if the token file is invalid.
         """
         settings: Settings = instance.settings
         presets, store, studies = instance.presets, instance.datastore(), str(instance.studies)
@@ -151,21 +151,21 @@ class Services:
 
     @property
     def datastore(self) -> Datastore:
-        """Where images and labels are."""
+        """The datastore, by MONAI Label's interface."""
         return self.instance.datastore()
 
     @property
     def store(self) -> SeriesDatastore:
-        """The same, as what has DICOM series and keeps a history of labels."""
+        """The same datastore, with DICOM series and label history."""
         store: SeriesDatastore = self.instance.datastore()
         return store
 
     @property
     def sessions(self) -> Sessions:
-        """Images that are kept for a while.
+        """Temporarily stored images.
 
         Raises:
-            ForbiddenError: when they are switched off.
+            ForbiddenError: if they are disabled.
         """
         sessions: Sessions | None = self.instance.sessions()
         if sessions is None:
@@ -174,7 +174,7 @@ class Services:
 
     @property
     def presets(self) -> Mapping[str, Preset]:
-        """The tasks that are served, by name."""
+        """The served presets, by name."""
         presets: Mapping[str, Preset] = self.instance.presets
         return presets
 
@@ -185,28 +185,28 @@ class Services:
 
     @property
     def pool_knowledge(self) -> Mapping[str, PoolKnowledge]:
-        """What the scoring found of the images, by preset."""
+        """Stored scores of the images, by preset."""
         knowledge: Mapping[str, PoolKnowledge] = self.instance.knowledge_by_preset
         return knowledge
 
 
 def place_of(studies: str) -> str:
-    """The studies as every server has them that serves them, by whatever path."""
+    """An identifier of the studies that is the same for all servers on them, whatever their paths."""
     return studies if studies.startswith(("http://", "https://")) else str(Path(studies).resolve())
 
 
 async def get_services(request: Request) -> Services:
-    """The parts of the running server, as a FastAPI dependency."""
+    """The services of the running server, as a FastAPI dependency."""
     services: Services = request.app.state.services
     return services
 
 
 def _jobs(instance: MONAILabelApp, journal: Journal, metrics: Metrics, changes: Changes) -> Jobs:
-    """Trainings, batch inferences and scorings, and who hears of them."""
+    """Training, batch inference and scoring jobs, with their notifications."""
 
     def on_end(job: Job) -> None:
         metrics.count_job(job.kind, job.status)
-        changes.mark(*TOPICS)  # a training publishes, a batch inference labels, a scoring reorders
+        changes.mark(*TOPICS)  # trainings publish, batch inferences add labels, scorings change the order
 
     def on_change(job: Job) -> None:
         journal.write(job)
@@ -227,7 +227,7 @@ def _jobs(instance: MONAILabelApp, journal: Journal, metrics: Metrics, changes: 
 def _presented(
     store: SeriesDatastore, find: Callable[[str], Path], presets: Mapping[str, Preset], settings: Settings
 ) -> PresentedCases:
-    """Files as DICOM series, where the studies are a folder; their modalities are kept beside converted series."""
+    """Files presented as DICOM series, if the studies are a folder; modalities are stored next to converted series."""
     index = store.source.index if isinstance(store.source, FolderSource) else None
     enabled, memory = settings.ohif_for_files and index is not None, store.volumes.folder.parent / "modalities.json"
     return PresentedCases(store, find, presets, MIB * settings.picture_cache_mib, enabled, index, memory)
@@ -244,7 +244,7 @@ def _see_new_labels(instance: MONAILabelApp, job: Job) -> None:
 
 
 def _share_devices(lanes: Lanes, jobs: Jobs) -> None:
-    """A scoring stands still while somebody computes on its device, or waits for it."""
+    """Pause a scoring while an inference runs or waits on its device."""
 
     def hold(in_use: frozenset[str]) -> None:
         scoring = jobs.current("scoring")
@@ -257,7 +257,7 @@ def _share_devices(lanes: Lanes, jobs: Jobs) -> None:
 def _watch(
     metrics: Metrics, instance: MONAILabelApp, inferences: InferenceQueue, jobs: Jobs, prefetcher: Prefetcher
 ) -> None:
-    """The figures that are read when they are asked for."""
+    """Register the metrics that are read on demand."""
     metrics.registry.register(DeviceFigures(instance.lanes))
     metrics.watch("unetr_prefetches_waiting", "Masks that are to be computed ahead", lambda: prefetcher.waiting)
     metrics.watch("unetr_result_cache_bytes", "Memory of masks that are ready", lambda: instance.results.size_bytes)

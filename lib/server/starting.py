@@ -1,4 +1,4 @@
-"""How a failed start is reported: one sentence for whoever started the server, the stack trace in the log's file."""
+"""Reports a failed start: one sentence for the user, and the stack trace in the log file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ logger = logging.getLogger("unetr.server")
 
 
 def tell_failure(error: BaseException) -> None:
-    """Say on the standard error why the server does not start.
+    """Print on standard error why the server does not start.
 
     Args:
-        error: what ended the start; the stack trace of one that nobody foresaw goes to the files of the log alone.
+        error: the error; the stack trace of an unexpected one goes to the log files only.
     """
     while len(getattr(error, "exceptions", ())) == 1:  # a group around one error
         error = error.exceptions[0]  # type: ignore[attr-defined]
@@ -24,7 +24,7 @@ def tell_failure(error: BaseException) -> None:
 
 
 def sentence_of(error: BaseException) -> str:
-    """What an error says, on one line.
+    """The message of an error on one line.
 
     >>> sentence_of(FileNotFoundError(2, "No such file or directory", "/certificates/key.pem"))
     "no such file or directory: '/certificates/key.pem'"
@@ -40,7 +40,7 @@ def sentence_of(error: BaseException) -> str:
 
 
 def _keep_trace(error: BaseException) -> bool:
-    """Write the stack trace to the log's files; False where there is none."""
+    """Write the stack trace to the log files; False if there are none."""
     files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
     trace = (type(error), error, error.__traceback__)
     record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the server does not start", (), trace)

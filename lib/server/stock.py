@@ -1,11 +1,11 @@
-"""MONAI Label's own server app: its start and stop."""
+"""Starts and stops MONAI Label's own server app."""
 
 from __future__ import annotations
 
 import os
 
-# MONAI Label forgets all modules called lib when it loads the app's main.py. Loaded twice, lib's exceptions would be
-# other classes here than in the tasks, and none of them would be recognised.
+# MONAI Label removes all modules called lib when it loads the app's main.py. If lib were loaded twice, its exceptions
+# here would be other classes than in the tasks, and would not be recognised.
 os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"
 
 from collections.abc import AsyncIterator
@@ -23,14 +23,14 @@ STATIC_FILES = Path(monailabel.__file__).parent / "endpoints" / "static"
 
 @asynccontextmanager
 async def running_stock_app() -> AsyncIterator[MONAILabelApp]:
-    """Start MONAI Label's app as it would itself, and give its instance."""
+    """Start MONAI Label's app as MONAI Label does, and return its instance."""
     stock = monailabel.app.app
     async with stock.router.lifespan_context(stock):
         yield app_instance()
 
 
 async def refuse_unknown(scope: Scope, receive: Receive, send: Send) -> None:
-    """What none of our routes answers does not exist: MONAI Label's own read any path and answer with stack traces.
+    """Refuse paths of no route of this project: MONAI Label's own routes read any path and return stack traces.
 
     Raises:
         HTTPException: 404.

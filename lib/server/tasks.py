@@ -20,26 +20,26 @@ Task = TypeVar("Task")
 
 
 class InferenceTask(Protocol):
-    """What the server asks of every inference task, of those that take clicks or scribbles too."""
+    """The interface of every inference task, including those for clicks and scribbles."""
 
     preset: Preset
     type: InferType
     takes_prompts: bool
 
     def is_valid(self) -> bool:
-        """Whether it can answer."""
+        """Whether it can segment."""
 
     def parse(self, request: Mapping[str, Any]) -> InferRequest:
-        """Cast and check a request's parameters; the other methods take the result."""
+        """Parse and validate a request's parameters; the other methods take the result."""
 
     def recall(self, request: InferRequest) -> tuple[str, dict[str, Any]] | None:
-        """The answer, where it is kept."""
+        """The cached response, if there is one."""
 
     def forecast(self, request: InferRequest) -> Forecast:
-        """What computing it needs."""
+        """The needs of a computation."""
 
     def segment(self, request: InferRequest) -> tuple[str, dict[str, Any]]:
-        """The mask's file, to be removed by the caller, and the answer's JSON."""
+        """The mask's file, which the caller removes, and the JSON of the response."""
 
 
 class TasksByName(Mapping[str, Task], Generic[Task]):
@@ -47,7 +47,7 @@ class TasksByName(Mapping[str, Task], Generic[Task]):
 
     Args:
         tasks: the tasks by name.
-        kind: what a task is called in the error.
+        kind: name of such a task in the error.
     """
 
     def __init__(self, tasks: Mapping[str, Task], kind: str) -> None:
@@ -63,10 +63,10 @@ class TasksByName(Mapping[str, Task], Generic[Task]):
         return len(self._tasks)
 
     def find(self, name: str) -> Task:
-        """The task of that name.
+        """The task with this name.
 
         Raises:
-            NotFoundError: with the known ones.
+            NotFoundError: naming the known ones.
         """
         if name not in self._tasks:
             raise NotFoundError(self._kind, name[:LONGEST_NAME_IN_ERRORS], list(self._tasks))
@@ -74,23 +74,23 @@ class TasksByName(Mapping[str, Task], Generic[Task]):
 
 
 class Versioned(Protocol):
-    """A model that is trained here: a preset, or the editor that its clicks are shown to."""
+    """A model that is trained on this server: a preset, or the editor for its clicks."""
 
     @property
     def versions(self) -> VersionStore:
         """All of its versions."""
 
     def serving(self) -> tuple[str, str]:
-        """The version that is served, empty for none; and why it is not the one that should be."""
+        """The version in use, empty for none; and the reason if it is not the configured one."""
 
 
 def infer_tasks(tasks: Mapping[str, Any]) -> TasksByName[InferenceTask]:
-    """All inference tasks, those that take clicks or scribbles among them."""
+    """All inference tasks, including those for clicks and scribbles."""
     return TasksByName(tasks, "model")
 
 
 def segmentation_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrInferTask]:
-    """Those that segment by themselves, with weights."""
+    """The tasks for automatic segmentation, with weights."""
     automatic = {name: task for name, task in tasks.items() if not getattr(task, "takes_prompts", False)}
     return TasksByName(automatic, "model")
 
@@ -101,6 +101,6 @@ def train_tasks(tasks: Mapping[str, Any]) -> TasksByName[UnetrTrainTask]:
 
 
 def versioned_models(trainers: Mapping[str, Any], models: Mapping[str, Any]) -> TasksByName[Versioned]:
-    """What has versions: the training task of each preset, and the models that take clicks, for their editors."""
+    """Models with versions: the training task of each preset, and the click tasks for their editors."""
     editors = {name: task for name, task in models.items() if getattr(task, "versions", None) is not None}
     return TasksByName({**trainers, **editors}, "model to train")

@@ -1,7 +1,8 @@
-"""Memory that requests have freed goes back to the system now and then.
+"""Returns memory that requests have freed to the system from time to time.
 
-Each of the threads that answer requests frees images, masks and pictures in a region of its own (an arena of glibc),
-which keeps them for what that thread asks for next: over hours, every region grows to the largest request it has seen.
+Each thread that answers requests frees images, masks and pictures in its own memory region (an arena of glibc), which
+glibc keeps for that thread's later allocations: over hours, every region grows to the largest request that its thread
+has processed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SECONDS_BETWEEN_TRIMS = 30.0
 
 @asynccontextmanager
 async def trimming(seconds: float = SECONDS_BETWEEN_TRIMS) -> AsyncIterator[None]:
-    """While this lasts, freed memory is given back every so many seconds."""
+    """Within the block, freed memory is returned at this interval."""
     async with in_background("trimming", _trim(seconds)):
         yield
 

@@ -16,9 +16,9 @@ from lib.server.http.request_id import current_request_id
 LogFormat = Literal["text", "json"]
 ACCESS = "unetr.access"
 """The logger of completed requests, with one line each."""
-# MONAI Label's configuration gives these loggers their own handlers, so that the root logger's handlers do not receive
-# their records. The pattern has C0, DEL and C1, the line ends of Unicode, and bidirectional control characters.
+# C0, DEL and C1, the line ends of Unicode, and bidirectional control characters.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# MONAI Label's configuration gives these loggers their own handlers, so the root logger's handlers miss their records.
 LOGGERS = ("", "uvicorn", "uvicorn.access")
 # The output of job processes, which already has the format of a log.
 TASK_LOGGERS = ("task_train", "task_scoring", "task_batch_infer")

@@ -1,1 +1,1 @@
-"""The pages of the app: server-rendered, every asset local."""
+"""The pages of the server, rendered on the server with local assets only."""

@@ -1,4 +1,6 @@
-"""``/docs``: the API's own documentation, with its scripts from this server, so that it is there without internet."""
+"""``/docs``: the documentation of the API, with its scripts from this server, so that it works without internet
+access.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +33,5 @@ def documentation(request: Request) -> HTMLResponse:
 
 @router.get("/favicon.ico")
 def icon() -> FileResponse:
-    """For browsers that look for one where they always did."""
+    """The favicon at the path that browsers request by default."""
     return FileResponse(ASSETS / "icon.svg", media_type="image/svg+xml")

@@ -1,4 +1,4 @@
-"""Jinja2's environment for the pages, and answers that a browser runs nothing foreign in."""
+"""The Jinja2 environment of the pages, and responses with a content security policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADERS = {
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The templates, all compiled; a value that is missing is a defect and not an empty place."""
+    """The compiled templates; a missing value is a defect and not rendered as empty text."""
     made = Environment(loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, undefined=StrictUndefined)
     made.filters["moment"] = moment
     for template in made.list_templates():
@@ -36,7 +36,7 @@ def environment() -> Environment:
 
 
 def moment(text: str) -> str:
-    """A time in ISO 8601 as people read it, in UTC.
+    """A time in ISO 8601 in readable form, in UTC.
 
     >>> moment("2026-11-25T15:00:34.408+00:00")
     '2026-11-25 15:00 UTC'
@@ -46,13 +46,13 @@ def moment(text: str) -> str:
 
 
 def draw(request: Request, template: str, user: User | None, **values: Any) -> HTMLResponse:
-    """A page, or a part of one, in the language that the browser asks for.
+    """A page, or a part of one, in the browser's preferred language.
 
     Args:
-        request: the browser's.
-        template: a file of ``templates/``.
-        user: who asks; None before the sign-in.
-        values: what the template shows.
+        request: the request.
+        template: name of a file in ``templates/``.
+        user: the user; None before the sign-in.
+        values: values of the template.
     """
     text = (
         environment()
@@ -72,5 +72,5 @@ def draw(request: Request, template: str, user: User | None, **values: Any) -> H
 
 
 def base_of(request: Request) -> str:
-    """What stands before every path of the server (``--root_path``), without a slash at its end."""
+    """The prefix of every path of the server (``--root_path``), without a trailing slash."""
     return str(request.scope.get("root_path", "")).rstrip("/")

@@ -1,4 +1,4 @@
-"""What the page says of the effort that labels take: over time, and by the version of the model before them."""
+"""Annotation effort on the page: over time, and by model version of the initial mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lib.server.pages.language import Language
 
 @dataclass(frozen=True)
 class EffortRow:
-    """The labels that started from one version of a model; medians, None where no label says it."""
+    """The labels that started from one model version; medians, None if no label states the value."""
 
     model: str
     version: str
@@ -25,13 +25,13 @@ class EffortRow:
 
 @dataclass(frozen=True)
 class EffortView:
-    """Labels that people submitted, the oldest first, and what they took by version of the model."""
+    """Labels that people submitted, oldest first, and their effort by model version."""
 
     labels: tuple[LabelVersion, ...]
     rows: tuple[EffortRow, ...]
 
     def charts(self, t: Language) -> str:
-        """Seconds, prompts and changed voxels of each label, in the order in which they came."""
+        """Seconds, prompts and changed voxels of each label, in order of time."""
         measures = (
             ("effort.seconds", seconds_of),
             ("effort.prompts", prompts_of),
@@ -45,10 +45,10 @@ class EffortView:
 
 
 def effort_view(versions: Iterable[LabelVersion]) -> EffortView:
-    """What labels took that people submitted.
+    """The effort of labels that people submitted.
 
     Args:
-        versions: the oldest first; predictions, copies and labels of unknown effort are passed by.
+        versions: oldest first; predictions, copies and labels of unknown effort are ignored.
     """
     labels = tuple(version for version in versions if version.tag == FINAL and _is_known(version))
     groups: dict[tuple[str, str], list[LabelVersion]] = {}
@@ -65,17 +65,17 @@ def effort_view(versions: Iterable[LabelVersion]) -> EffortView:
 
 
 def seconds_of(label: LabelVersion) -> float | None:
-    """From hand-out to submission."""
+    """Seconds from hand-out to submission."""
     return label.seconds_spent
 
 
 def prompts_of(label: LabelVersion) -> float | None:
-    """Requests to interactive models."""
+    """Number of requests to interactive models."""
     return label.prompts_used
 
 
 def voxels_of(label: LabelVersion) -> float | None:
-    """That differ from the automatic mask."""
+    """Number of voxels that differ from the automatic mask."""
     return label.voxels_changed
 
 

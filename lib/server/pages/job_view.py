@@ -1,4 +1,4 @@
-"""What the page says of the training: the run that goes on, or how the last one ended."""
+"""The training on the page: the current run, or the result of the last one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lib.trainers.task import UnetrTrainTask
 
 @dataclass(frozen=True)
 class JobView:
-    """A training; without ``state``, there has been none since the server was started.
+    """A training; without ``state``, there has been none since the start of the server.
 
-    ``outcome`` is why it ended in an error, or what became of its weights.
+    ``outcome`` is the reason of a failure, or the result for the weights.
     """
 
     models: tuple[str, ...]
@@ -41,12 +41,12 @@ class JobView:
 
     @property
     def eta(self) -> str:
-        """The time that is left, in words."""
+        """The remaining time, in words."""
         seconds = self.progress.get("eta_seconds")
         return format_seconds(math.inf) if seconds is None else format_seconds(float(seconds))
 
     def __getattr__(self, name: str) -> Any:
-        """The figures of the progress; 0 for counts and None for others that are not known yet."""
+        """The figures of the progress; 0 for counts and None for others that are unknown."""
         if name in ("epoch", "max_epochs", "step", "total_steps"):
             return self.progress.get(name, 0)
         if name in ("loss", "dice"):
@@ -54,7 +54,7 @@ class JobView:
         raise AttributeError(name)
 
     def chart(self, t: Language) -> str:
-        """The loss by step."""
+        """The loss over the steps."""
         points = [Point(step, loss) for step, loss in self.curve]
         return line_chart(points, t("job.curve"), t("job.step"), t("job.loss"))
 
@@ -62,13 +62,13 @@ class JobView:
 def job_view(
     jobs: Jobs, trainers: TasksByName[UnetrTrainTask], policy: Mapping[str, str], notices: Mapping[str, str]
 ) -> JobView:
-    """The training that runs, or else the last one.
+    """The current training, or otherwise the last one.
 
     Args:
-        jobs: the server's.
+        jobs: the server's jobs.
         trainers: the training task of each model.
-        policy: what the retrain policy thinks of each model, in words.
-        notices: what whoever presses Train should know, by model.
+        policy: the decision of the retraining policy for each model, in words.
+        notices: notes for users before they start a training, by model.
     """
     models = tuple(sorted(trainers))
     trainings = jobs.of("train")
@@ -92,12 +92,12 @@ def job_view(
 
 
 def run_folder(trainers: TasksByName[UnetrTrainTask], job: Job) -> Path | None:
-    """Where a training writes how far it is."""
+    """The folder in which a training reports its progress."""
     model = str(job.request.get("model", ""))
     return trainers[model].runs / job.id if model in trainers else None
 
 
 def outcome_of(job: Job) -> str:
-    """Why a training ended in an error, or what became of its weights; empty while it runs."""
+    """The reason of a failed training, or the result for its weights; empty while it runs."""
     decision = job.result.get("decision") if isinstance(job.result, dict) else ""
     return job.reason or str(decision or "")

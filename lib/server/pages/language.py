@@ -18,12 +18,12 @@ import yaml
 FOLDER = Path(__file__).parent / "languages"
 DEFAULT = "en"
 MOST_RANGES = 20
-"""Of an Accept-Language header that are looked at."""
+"""Number of entries of an Accept-Language header that are considered."""
 
 
 @dataclass(frozen=True)
 class Language:
-    """The texts of one language by key; each is called with the values that stand in it."""
+    """The texts of one language by key; calling it with a key and values returns the text."""
 
     code: str
     texts: Mapping[str, str]
@@ -38,12 +38,12 @@ class Language:
 
 
 def language_for(accepted: str | None) -> Language:
-    """The language that a browser's ``Accept-Language`` header prefers among ours; English where there is none."""
+    """The available language that a browser's ``Accept-Language`` header prefers; English by default."""
     return read_language(next((code for code in preferred(accepted or "") if code in codes()), DEFAULT))
 
 
 def preferred(accepted: str) -> list[str]:
-    """Language codes of an ``Accept-Language`` header (RFC 9110, 12.5.4) without regions, the most wanted first.
+    """Language codes of an ``Accept-Language`` header (RFC 9110, 12.5.4) without regions, most preferred first.
 
     >>> preferred("de;q=0.5, zh-TW, *;q=0.1")
     ['zh', 'de', '*']
@@ -62,7 +62,7 @@ def preferred(accepted: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def codes() -> frozenset[str]:
-    """The languages that there are."""
+    """The available languages."""
     return frozenset(path.stem for path in FOLDER.glob("*.yaml"))
 
 

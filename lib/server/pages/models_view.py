@@ -1,4 +1,4 @@
-"""What the page says of the models: their versions, and a chart of how they have become better."""
+"""The models on the page: their versions, and a chart of their scores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lib.server.pages.language import Language
 from lib.server.tasks import Versioned
 
 MOST_VERSIONS = 30
-"""The newest ones are shown."""
+"""Number of newest versions that are displayed."""
 
 
 @dataclass(frozen=True)
 class VersionView:
-    """One version as a line of the table.
+    """One version as a row of the table.
 
     Attributes:
         state: live, published, rejected, unproven, damaged or shipped.
-        mean_dice: on the cases that it was judged on, ``judged_on``.
-        before: mean Dice of the weights that were served before it, on the same cases.
+        mean_dice: on the cases on which it was judged, ``judged_on``.
+        before: mean Dice of the previously live weights on the same cases.
     """
 
     model: str
@@ -40,23 +40,23 @@ class VersionView:
     report_path: str | None = None
 
     def in_words(self, t: Language) -> str:
-        """Its mean Dice, and on the same cases that of the weights before it."""
+        """Its mean Dice, and that of the previous weights on the same cases."""
         dice = f"{self.name}: {self.mean_dice:.3f}"
         return dice if self.before is None else f"{dice} ({t('models.before', dice=f'{self.before:.3f}')})"
 
     @property
     def can_serve(self) -> bool:
-        """Whether a version may be served in place of the one that is."""
+        """Whether a version can be made live."""
         return self.state in ("published", "shipped", "unproven")
 
     @property
     def needs_reviewer(self) -> bool:
-        """Whether a reviewer may serve it; the others are an administrator's to serve."""
+        """Whether a reviewer can make it live; other versions require an administrator."""
         return self.state == "unproven"
 
     @property
     def serve_path(self) -> str:
-        """Where to send the wish to serve it."""
+        """The path of the request to make it live."""
         if self.needs_reviewer:
             return f"/model/versions/{quote(self.model)}/{quote(self.name)}/serve"
         return f"/model/rollback/{quote(self.model)}?version={quote(self.name)}"
@@ -64,16 +64,17 @@ class VersionView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A model and its versions, the newest first; ``problem`` says why the live one is not served."""
+    """A model and its versions, newest first; ``problem`` states why the live version is not in use."""
 
     name: str
     versions: tuple[VersionView, ...] = field(default=())
     problem: str = ""
 
     def chart(self, t: Language) -> str:
-        """Mean Dice by version: a filled circle for the one that is served, crosses for those that were not.
+        """Mean Dice by version: a filled circle for the live version, crosses for versions that were not published.
 
-        Only versions that were scored on the same cases are joined: a mean over other cases is another figure.
+        Only versions that were scored on the same cases are connected, since means over different cases are not
+        comparable.
         """
         points, cases_before = [], None
         for version in reversed(self.versions):
@@ -87,10 +88,10 @@ class ModelView:
 
 
 def models_view(trainers: Mapping[str, Versioned], trained: Mapping[str, Versioned]) -> list[ModelView]:
-    """Every preset that is served or can be trained, and the editors of which there are versions.
+    """Every preset that is served or can be trained, and the editors with versions.
 
     Args:
-        trainers: presets.
+        trainers: training tasks of the presets.
         trained: presets and editors.
     """
     shown = [name for name in sorted(trained) if name in trainers or trained[name].versions.list()]

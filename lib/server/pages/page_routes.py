@@ -1,4 +1,4 @@
-"""``/``: the whole loop on one page, its parts, and the events that say which of them have changed."""
+"""``/``: the page with all parts of the learning loop, and the events for their updates."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ router = APIRouter(include_in_schema=False)
 
 @dataclass(frozen=True)
 class Overview:
-    """The parts of the page, each made anew from what it shows."""
+    """The parts of the page, each computed on request."""
 
     store: VersionedDatastore
     studies: str
@@ -64,10 +64,10 @@ class Overview:
     inferences: InferenceQueue
 
     def part(self, section: str, user: User) -> Any:
-        """What a part of the page shows a user.
+        """The content of a part of the page for a user.
 
         Raises:
-            NotFoundError: when there is no such part.
+            NotFoundError: if there is no such part.
         """
         if section not in SECTIONS:
             raise NotFoundError("part of the page", section[:200], list(SECTIONS))
@@ -106,9 +106,9 @@ OverviewDep = Annotated[Overview, Depends(get_overview)]
 
 
 def prepare(pool_knowledge: Mapping[str, PoolKnowledge]) -> None:
-    """Load what the first visit would wait for: the templates, and what the models made of the cases.
+    """Load what the first visit needs: the templates, and the stored scores of the cases.
 
-    The studies are not asked: a PACS that is down must not keep the server from starting.
+    The studies are not read, so that an unavailable PACS does not delay the start of the server.
     """
     environment()
     for knowledge in pool_knowledge.values():
@@ -117,13 +117,13 @@ def prepare(pool_knowledge: Mapping[str, PoolKnowledge]) -> None:
 
 @router.get("/")
 def overview(request: Request, page: OverviewDep, user: PageUser) -> HTMLResponse:
-    """The page as it is now."""
+    """The current page."""
     return draw(request, "overview.html", user, **{name: page.part(name, user) for name in SECTIONS})
 
 
 @router.get("/page/events", response_class=EventSourceResponse)
 async def events(changes: ChangesDep, user: PageUser) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events ``changed``, each a list of the parts that have."""
+    """Server-sent events ``changed``, each with a list of the changed parts."""
     yield ServerSentEvent(comment="listening")
     async for topics in changes.listen():
         yield ServerSentEvent(raw_data=json.dumps(topics), event="changed")

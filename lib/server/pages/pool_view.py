@@ -1,4 +1,4 @@
-"""What the page says of the cases: how many are in which state, which come next, and what happened lately."""
+"""The cases on the page: their number by state, the next ones, and recent activity."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = ("labelled", "leased", "open", "skipped", "broken", "quarantined")
 
 @dataclass(frozen=True)
 class Share:
-    """A kind's part of the bar, in percent."""
+    """Share of a state in the bar, in percent."""
 
     kind: str
     start: float
@@ -44,10 +44,9 @@ class Share:
 
 @dataclass(frozen=True)
 class PoolView:
-    """How many cases are in which state. Refused labels count beside the cases, as do files
-    that are no labels.
+    """The number of cases in each state. Refused labels are counted separately, as are files that cannot be used.
 
-    ``problem`` says why the list of cases may not be that of now, or cannot be had.
+    ``problem`` states why the list of cases may be outdated or is unavailable.
     """
 
     total: int
@@ -66,7 +65,7 @@ class PoolView:
 
     @property
     def shares(self) -> Iterator[Share]:
-        """The bar, from left to right."""
+        """The parts of the bar, from left to right."""
         start = 0.0
         for kind in KINDS[:5]:
             width = 100 * getattr(self, kind) / max(1, self.total)
@@ -76,7 +75,7 @@ class PoolView:
 
 @dataclass(frozen=True)
 class NextRow:
-    """A case that will be handed out soon. ``stamp`` changes with the model, so that its picture is drawn anew."""
+    """A case that will be handed out soon. ``stamp`` changes with the model, so that its picture is updated."""
 
     id: str
     title: Title
@@ -87,7 +86,7 @@ class NextRow:
 
 @dataclass(frozen=True)
 class NextView:
-    """The next cases, as the default strategy would choose them now."""
+    """The next cases by the default strategy."""
 
     strategy: str
     cases: tuple[NextRow, ...]
@@ -95,7 +94,7 @@ class NextView:
 
 @dataclass(frozen=True)
 class LeaseView:
-    """A case in a client's hands."""
+    """A leased case."""
 
     image_id: str
     client: str
@@ -104,13 +103,13 @@ class LeaseView:
 
     @property
     def release_path(self) -> str:
-        """Where to send the wish to end it."""
+        """The path of the request to end the lease."""
         return f"/leases/?image={quote(self.image_id, safe='')}"
 
 
 @dataclass(frozen=True)
 class ActivityView:
-    """What happened lately, the newest first."""
+    """Recent activity, newest first."""
 
     labels: tuple[LabelVersion, ...]
     leases: tuple[LeaseView, ...]
@@ -121,13 +120,13 @@ class ActivityView:
 
 
 def pool_view(store: VersionedDatastore, inspector: ImageInspector, user: User) -> PoolView:
-    """Count the cases, and name what is no case or left out."""
+    """Count the cases, and list the files that cannot be used."""
     outside = (f"{sentence}." for sentence in left_out_warnings(store))
     problem = " ".join([*source_problems(store), *store_problems(store), *outside])
     try:
         images = set(store.list_images())
         unlabelled = set(store.get_unlabeled_images())
-    except UpstreamError as error:  # the rest of the page does not need the PACS
+    except UpstreamError as error:  # the rest of the page works without the PACS
         images, unlabelled, problem = set(), set(), str(error)
     leased = store.leases.active().keys() & unlabelled
     skipped = (store.leases.skipped().keys() & unlabelled) - leased
@@ -153,7 +152,7 @@ def pool_view(store: VersionedDatastore, inspector: ImageInspector, user: User) 
 def next_view(
     cases: NextCase, strategy: str, presented: PresentedCases, trainers: TasksByName[UnetrTrainTask]
 ) -> NextView:
-    """Ask the default strategy, without handing anything out."""
+    """Ask the default strategy, without handing out a case."""
     try:
         chosen = cases.preview(strategy)
     except UnetrError as error:
@@ -170,7 +169,7 @@ def next_view(
 
 
 def activity_view(store: VersionedDatastore, user: User) -> ActivityView:
-    """What happened lately; refused labels are for reviewers."""
+    """Recent activity; refused labels are visible to reviewers only."""
     history, leases = store.history, store.leases
     own = user.client("")
     held = sorted(leases.active().values(), key=lambda lease: -lease.since)[:MOST_SHOWN]
@@ -197,7 +196,7 @@ def activity_view(store: VersionedDatastore, user: User) -> ActivityView:
 
 
 def ohif_path(store: VersionedDatastore, presented: PresentedCases, image: str) -> str | None:
-    """Where OHIF shows an image; None for one that is no DICOM."""
+    """The path of an image in OHIF; None for an image that is not DICOM."""
     known = (store.get_image_info(image) or {}) | presented.attributes(image)
     study, regular = known.get("StudyInstanceUID"), presented.regular.uid(image)
     named = f"&SeriesInstanceUIDs={quote(regular)}" if regular else ""
@@ -205,7 +204,7 @@ def ohif_path(store: VersionedDatastore, presented: PresentedCases, image: str) 
 
 
 def clock(seconds: float) -> str:
-    """A time as the server's clock shows it."""
+    """A time in the server's time zone."""
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 

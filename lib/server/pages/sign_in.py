@@ -1,4 +1,4 @@
-"""Signing in with a browser: the token goes into a cookie, which no script can read and no other site can send."""
+"""Sign-in with a browser: the token is kept in a cookie, which no script can read and no other site can send."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_TOKEN = 4096
 
 @router.get("/login")
 def login_page(request: Request) -> HTMLResponse:
-    """Where the token is asked for."""
+    """The sign-in page, which asks for the token."""
     return draw(request, "login.html", None, refused=False)
 
 
@@ -28,7 +28,7 @@ def login_page(request: Request) -> HTMLResponse:
 def login(
     request: Request, authenticator: AuthenticatorDep, token: Annotated[str, Form(max_length=LONGEST_TOKEN)]
 ) -> Response:
-    """Keep a valid token in a cookie and go to the first page."""
+    """Keep a valid token in a cookie and redirect to the first page."""
     try:
         authenticator.identify_token(token.strip())
     except UnauthorizedError:
@@ -45,14 +45,14 @@ def login(
 
 @router.get("/logout")
 def logout(request: Request) -> RedirectResponse:
-    """Forget the token."""
+    """Delete the cookie."""
     answer = RedirectResponse(f"{base_of(request)}/page/login", 303)
     answer.delete_cookie(COOKIE, path="/")
     return answer
 
 
 async def page_user(request: Request, authenticator: AuthenticatorDep) -> User:
-    """Who looks at a page; whoever is not known is sent to the sign-in.
+    """The user of a page; an unknown one is redirected to the sign-in.
 
     Raises:
         HTTPException: 303, to the sign-in.

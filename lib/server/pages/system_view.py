@@ -1,4 +1,4 @@
-"""What the page says of the server: its devices, memory, disk, and how long segmentations take."""
+"""The server on the page: its devices, memory, disk, and the duration of segmentations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class SystemView:
-    """The server's figures; ``stages`` are mean milliseconds over all segmentations."""
+    """The figures of the server; ``stages`` are mean milliseconds over all segmentations."""
 
     devices: Sequence[DeviceView]
     disk_free_gib: float | None
@@ -28,12 +28,12 @@ class SystemView:
 
 
 def system_view(studies: str, metrics: Metrics, inferences: InferenceQueue) -> SystemView:
-    """The figures as they are now.
+    """The current figures.
 
     Args:
         studies: a folder, or the address of a DICOMweb server.
         metrics: counts and durations of inferences.
-        inferences: the queue in which they wait, with the devices.
+        inferences: the queue of inference requests, with the devices.
     """
     folder = None if studies.startswith(("http://", "https://")) else Path(studies)
     count, means = metrics.inference_means()

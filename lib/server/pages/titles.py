@@ -1,4 +1,4 @@
-"""What a case is called on the pages: patient, study and series in place of a bare UID."""
+"""Titles of cases on the pages: patient, study and series instead of a bare UID."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lib.errors import UpstreamError
 
 @dataclass(frozen=True)
 class Title:
-    """A case's name, and its id beside it where that is another one."""
+    """A case's title, and its id if that differs."""
 
     name: str
     small: str = ""
 
 
 def title_of(image: str, info: SeriesInfo | None) -> Title:
-    """The title of an image; of a series its patient, study, date and description, as far as it has them.
+    """The title of an image; for a series, its patient, study, date and description, as far as known.
 
-    Whoever sees a page may see the studies by DICOMweb too, patients' names included.
+    Users with access to the pages also have access to the studies by DICOMweb, including patients' names.
     """
     if info is None:
         return Title(image)
@@ -35,16 +35,16 @@ def title_of(image: str, info: SeriesInfo | None) -> Title:
 
 
 def titles_of(datastore: Datastore, images: Iterable[str]) -> Mapping[str, Title]:
-    """The titles of images, of those that are gone too."""
+    """The titles of images, including images that no longer exist."""
     try:
         series = datastore.series() if isinstance(datastore, SeriesDatastore) else {}
-    except UpstreamError:  # a PACS that has never answered
+    except UpstreamError:  # a PACS that has never responded
         series = {}
     return {image: title_of(image, series.get(image)) for image in images}
 
 
 def person(name: str) -> str:
-    """A person's name (PS3.5, 6.2) as people write it.
+    """A person's name (PS3.5, 6.2) in readable form.
 
     >>> person("Yamada^Tarou^^Dr")
     'Yamada, Dr Tarou'
@@ -55,7 +55,7 @@ def person(name: str) -> str:
 
 
 def day(date: str) -> str:
-    """A date of DICOM as people read it; what is none as it is.
+    """A DICOM date in readable form; an invalid one is returned unchanged.
 
     >>> day("20260131")
     '2026-01-31'

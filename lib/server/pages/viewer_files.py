@@ -1,7 +1,8 @@
-"""The viewer's files as this server hands them out: for the path that it is served under, and without other servers.
+"""Serves the files of the OHIF viewer, adapted to the server's path and without references to other servers.
 
-The build in MONAI Label's package is made for ``/ohif/`` at the root of a host, names icons that it does not have, and
-takes a font and a service worker's library from other servers, which a hospital's network has not and need not see.
+The build in MONAI Label's package is made for ``/ohif/`` at the root of a host, refers to icons that it does not
+contain, and loads a font and the library of a service worker from other servers, which are unreachable in a hospital's
+network and must not be contacted.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ ADAPTED = (".html", ".js", ".css")
 
 @lru_cache(maxsize=64)
 def adapted(file: Path, base: str) -> bytes | None:
-    """A file's content for a server below ``base``; None for a file that is handed out as it is.
+    """A file's content for a server with the prefix ``base``; None for a file that is sent unchanged.
 
     Args:
-        file: of the viewer.
-        base: what stands before every path of the server (``--root_path``), without a slash at its end.
+        file: file of the viewer.
+        base: prefix of every path of the server (``--root_path``), without a trailing slash.
     """
     if file.name == "index.html":
         return index_page(file.read_text(), base).encode()
@@ -49,5 +50,5 @@ def index_page(text: str, base: str) -> str:
 
 
 def _literal(address: str) -> bytes:
-    """An address as it stands inside quotes, and in a pattern's replacement."""
+    """An address, escaped for use inside quotes and in a pattern's replacement."""
     return json.dumps(address)[1:-1].replace("'", "%27").replace("\\", "\\\\").encode()

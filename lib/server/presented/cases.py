@@ -1,7 +1,7 @@
-"""Cases that viewers cannot show as they are, as DICOM series: made when a viewer asks, and never written to disk.
+"""Presents cases that viewers cannot show as DICOM series, which are generated on demand and never written to disk.
 
-A series is made from a NIfTI or NRRD file; beside a tilted, uneven or mixed DICOM series, from the volume that it is
-segmented as.
+A series is generated from a NIfTI or NRRD file. A tilted, uneven or mixed DICOM series is supplemented by a series of
+the volume in which it is segmented.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ logger = logging.getLogger("unetr.server")
 SOFT_TISSUE_HU = (40.0, 400.0)
 SHOWN_PERCENTILES = (1.0, 99.0)
 BYTES_A_HEADER = 10 * 2**10
-"""Of a header and the same as DICOM JSON, about (measured: 8.1 kB; the elements that all have alike are kept once)."""
+"""Approximate memory of a header and its DICOM JSON (measured: 8.1 kB, since shared elements are stored once)."""
 BY_CASE = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID", "StudyDescription")
 
 
@@ -66,11 +66,11 @@ class OpenedCase:
     """A case whose file has been read.
 
     Attributes:
-        grid: of its series.
-        affine_ras: of the file.
-        described: what all headers have alike.
-        headers: of its instances, in the order of the slices; they hold the elements of ``described``.
-        stored: columns, rows, slices, as they stand in Pixel Data.
+        grid: grid of its series.
+        affine_ras: affine of the file.
+        described: the elements that all headers share.
+        headers: headers of its instances, in the order of the slices; they refer to the elements of ``described``.
+        stored: stored values (columns, rows, slices), as in Pixel Data.
     """
 
     grid: SeriesGrid | UprightGrid
@@ -88,22 +88,22 @@ class OpenedCase:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes, about; of small slices, most of it is that of the headers."""
+        """Approximate memory; for small slices, most of it is that of the headers."""
         return self.stored.nbytes + BYTES_A_HEADER * len(self.headers)
 
 
 class PresentedCases:
-    """The cases of a studies folder that are files, and the DICOM series that viewers cannot show, as series.
+    """Presents the file cases of a studies folder, and DICOM series that viewers cannot show, as series.
 
     Args:
         store: the studies.
-        file_of: gives the file of a case, checked to lie inside the studies.
-        presets: the served ones, by name. A case has the first modality of theirs that its intensities fit, once it
-            has been opened; the first of all until then.
-        most_bytes: of opened cases that are kept; the one in use is kept whatever its size.
-        enabled: whether there are any.
-        index: of the DICOM files of the folder.
-        memory: file that keeps the modalities once determined, for the next start; None for none.
+        file_of: returns the file of a case, after a check that it lies inside the studies.
+        presets: the served presets, by name. A case gets the first of their modalities that matches its intensities
+            when it is opened, and the first of all before that.
+        most_bytes: memory limit of opened cases; the case in use is kept whatever its size.
+        enabled: whether cases are presented.
+        index: index of the DICOM files of the folder.
+        memory: file that stores the determined modalities for the next start; None for none.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PresentedCases:
     # ----------------------------------------------------------------------------------------------- which there are
 
     def entries(self) -> list[SeriesEntry]:
-        """The series of all cases that are presented; none of them is opened."""
+        """The series of all presented cases; none of them is opened."""
         if not self._enabled:
             return []
         cases = [image for image in self._store.list_images() if not self._store.is_series(image)]
@@ -148,9 +148,9 @@ class PresentedCases:
             return [*(self._listed[case] for case in cases), *self.regular.entries()]
 
     def case_of(self, uid: str) -> str | None:
-        """The case whose study or series has that UID; None where none has.
+        """The case whose study or series has this UID; None if there is none.
 
-        The study of a regular series is that of its source, which is none of those here.
+        The study of a regular series is that of its source, which is not one of these studies.
         """
         if not self._enabled or not uid.startswith("2.25."):
             return None
@@ -163,24 +163,24 @@ class PresentedCases:
         return case if case is not None and self._store.has_image(case) else None
 
     def attributes(self, image_id: str) -> dict[str, str]:
-        """DICOM attributes of a case that clients get beside its id; nothing for one that is a DICOM series itself."""
+        """DICOM attributes of a case for clients; empty for a DICOM series."""
         if not self._enabled or not self._store.has_image(image_id) or self._store.is_series(image_id):
             return {}
         uids = {"StudyInstanceUID": uid_of(image_id, "study"), "SeriesInstanceUID": uid_of(image_id, "series")}
         return uids | {"PatientID": image_id, "Modality": self._modality(image_id)}
 
     def describe(self, case: str) -> Dataset:
-        """What is the same in all instances of a case's series, known without opening its file.
+        """The attributes that all instances of a case's series share, determined without opening its file.
 
         Raises:
-            NotFoundError: when it is a DICOM series that is shown as it is.
+            NotFoundError: if it is a DICOM series that viewers can show.
         """
         if self._store.is_series(case):
             return self.regular.describe(case)
         return describe_case(case, self._modality(case))
 
     def is_presented(self, image_id: str) -> bool:
-        """Whether a series is made of an image."""
+        """Whether a series is generated from an image."""
         return self.regular.has(image_id) or bool(self.attributes(image_id))
 
     def _entry(self, case: str) -> SeriesEntry:
@@ -195,19 +195,19 @@ class PresentedCases:
     # ----------------------------------------------------------------------------------------------- what is in them
 
     def metadata(self, study: str = "", series: str = "", sop: str = "", summary: bool = False) -> list[Json]:
-        """DICOM JSON of the instances; ``summary`` is that and no less.
+        """DICOM JSON of the instances; ``summary`` is accepted and has no effect.
 
         Raises:
-            NotFoundError: when there is none.
-            ImageError: when the file cannot be read.
+            NotFoundError: if there is none.
+            ImageError: if the file cannot be read.
         """
         return [json.loads(text) for text in self.metadata_texts(study, series, sop)]
 
     def metadata_texts(self, study: str = "", series: str = "", sop: str = "") -> list[str]:
-        """The same as it is kept, as JSON.
+        """The cached JSON text of the instances' metadata.
 
         Raises:
-            NotFoundError, ImageError: as :meth:`metadata`.
+            NotFoundError, ImageError: see :meth:`metadata`.
         """
         headers = self.headers(study, series, sop)
         texts = self.open(str(self.case_of(series or study))).metadata_texts
@@ -217,7 +217,7 @@ class PresentedCases:
         """DICOM JSON of a study or a series for a query, made without opening its file.
 
         Raises:
-            NotFoundError, ImageError: as :meth:`metadata`, for one instance.
+            NotFoundError, ImageError: see :meth:`metadata`, for one instance.
         """
         case = self.case_of(series or study)
         if sop or case is None:
@@ -225,9 +225,9 @@ class PresentedCases:
         return to_json(self.describe(case))
 
     def beside(self, study: str) -> list[FileDataset]:
-        """The instances of the regular series of a study, without pixels, and the labels on them.
+        """The instances of a study's regular series, without pixels, and the labels on them.
 
-        One that cannot be made (its source is damaged) is left out: what is asked for is the study, which has the rest.
+        A series whose source is damaged is left out, so that the rest of the study can be sent.
         """
         instances: list[FileDataset] = []
         for case in self.regular.sources(study):
@@ -242,7 +242,7 @@ class PresentedCases:
         """The instances that an address names, without pixels.
 
         Raises:
-            NotFoundError, ImageError: as :meth:`metadata`.
+            NotFoundError, ImageError: see :meth:`metadata`.
         """
         case = self.case_of(series or study)
         if case is None or study not in ("", str(self.describe(case).StudyInstanceUID)):
@@ -253,10 +253,10 @@ class PresentedCases:
         return named
 
     def open(self, case: str) -> OpenedCase:
-        """Read a case, unless it was read lately.
+        """Open a case, unless it is cached.
 
         Raises:
-            NotFoundError, ForbiddenError, ImageError: when it cannot be.
+            NotFoundError, ForbiddenError, ImageError: if this is not possible.
         """
         key = case, self._store.stamp(case)
         return self._opened.get(key, lambda: self._read(case), lambda opened: opened.size_bytes)
@@ -289,7 +289,7 @@ class PresentedCases:
         return known if is_known else self._modalities[0]
 
     def _learn_modality(self, case: str, sample: npt.NDArray[np.float32]) -> None:
-        """The first served modality that a case's intensities fit; it is listed with that from now on."""
+        """Determine the first served modality that matches a case's intensities, and use it from then on."""
         fitting = (modality for modality in self._modalities if not range_warning(sample, modality))
         modality = next(fitting, self._modalities[0])
         learnt = modality, self._store.stamp(case)
@@ -309,15 +309,15 @@ class PresentedCases:
         return float(low + high) / 2, float(high - low)
 
     def pixels(self, header: FileDataset) -> bytes:
-        """Pixel Data of an instance: its rows, in little-endian order."""
+        """Pixel Data of an instance: its rows, as little-endian numbers."""
         opened = self.open(str(self.case_of(str(header.SeriesInstanceUID))))
         return opened.stored[:, :, int(header.InstanceNumber) - 1].T.astype("<u2").tobytes()
 
     def frame(self, header: FileDataset, numbers: tuple[int, ...]) -> list[Part]:
-        """The frames of an instance, which has one.
+        """The only frame of an instance.
 
         Raises:
-            ParameterError: for another one.
+            ParameterError: for another frame number.
         """
         wrong = [number for number in numbers if number != 1]
         if wrong:
@@ -326,8 +326,8 @@ class PresentedCases:
         return [Part(kind, self.pixels(header)) for _ in numbers]
 
     def with_pixels(self, header: FileDataset) -> FileDataset:
-        """A whole instance."""
-        # made of the header itself, it would be one with it, and every header would keep its pixels
+        """A complete instance."""
+        # a data set made from the header would share its elements, and every header would keep its pixels
         whole = FileDataset("", {}, file_meta=header.file_meta, preamble=header.preamble)
         whole.update(header)
         whole.is_little_endian, whole.is_implicit_VR = True, False
@@ -337,7 +337,7 @@ class PresentedCases:
         return whole
 
     def file(self, header: FileDataset) -> Part:
-        """An instance as PS3.10 has it."""
+        """An instance as a PS3.10 file."""
         if "PixelData" in header:
             return whole_file(header)
         buffer = io.BytesIO()
@@ -350,7 +350,7 @@ class PresentedCases:
         """A SEG of a presented series as a mask file on the case's own grid.
 
         Raises:
-            LabelError: when it cannot be placed on the series.
+            LabelError: if its frames do not match the series.
         """
         opened = self.open(case)
         volume = read_segmentation(seg, as_series(opened.headers, self._file_of(case)))
@@ -359,22 +359,22 @@ class PresentedCases:
         return file, volume
 
     def submitted_on_file(self, case: str, file: Path, folder: Path) -> Path:
-        """A submitted mask of the series of a case, as a file that :meth:`Submissions.submit` can place.
+        """A mask submitted for a case's series, as a file for :meth:`Submissions.submit`.
 
-        Where the axes of the case's file are at right angles, the series lies where the file does, and the mask is
-        left as it came, with the names in its header.
+        If the axes of the case's file are orthogonal, series and file coincide, and the mask is returned unchanged,
+        with the names in its header.
 
         Raises:
-            ImageError, LabelError: as :meth:`label_on_file`.
+            ImageError, LabelError: see :meth:`label_on_file`.
         """
         opened = self.open(case)
         return file if opened.grid.lies_on_file(opened.affine_ras) else self.label_on_file(case, file, folder)
 
     def label_on_file(self, case: str, file: Path, folder: Path) -> Path:
-        """A mask that lies on the series of a case, voxel for voxel on the grid of the case's file.
+        """A mask on the grid of a case's series, transferred voxel by voxel to the grid of the case's file.
 
         Raises:
-            ImageError, LabelError: when the case or the mask cannot be read, or the mask lies elsewhere.
+            ImageError, LabelError: if the case or the mask cannot be read, or if the mask has another grid.
         """
         opened = self.open(case)
         label = read_label(file)
@@ -386,10 +386,10 @@ class PresentedCases:
         return folder / "on-file.nii.gz"
 
     def on_file(self, case: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters with points, which a viewer gives as (column, row, slice), in the file's own indices.
+        """Parameters with points converted from a viewer's (column, row, slice) to indices of the file.
 
-        A value is points where it is a list of triples of numbers; ``roi`` is three pairs. What is none is left as it
-        is, for whoever reads it to refuse.
+        A list of triples of numbers is a list of points; ``roi`` has three pairs. Other values are unchanged, and are
+        validated when they are parsed.
         """
         changed = dict(params)
         places = {name: value for name, value in params.items() if _is_place(name, value)}
@@ -408,19 +408,19 @@ class PresentedCases:
         """A mask on the case's own grid as a SEG of the series that presents it.
 
         Raises:
-            ImageError, LabelError: as :func:`write_segmentation`.
+            ImageError, LabelError: see :func:`write_segmentation`.
         """
         series = as_series(self.open(case).headers, self._file_of(case))
         return write_segmentation(self.on_series(case, labels).voxels, series, preset, origin)
 
     def on_series(self, case: str, labels: npt.NDArray[Any]) -> Volume:
-        """A mask on the case's own grid as it lies on its series."""
+        """A mask on the case's own grid, on the grid of its series."""
         opened = self.open(case)
         return Volume(np.ascontiguousarray(opened.grid.to_series(labels)), opened.grid.affine_ras)
 
 
 def _remembered(memory: Path | None) -> dict[str, tuple[str, str]]:
-    """Modality and stamp of the cases that have been opened before; none where the file is damaged."""
+    """Stored modality and stamp of the cases; empty if the file is damaged."""
     try:
         kept = read_json(memory) if memory is not None else {}
         return {str(case): (str(modality), str(stamp)) for case, (modality, stamp) in kept.items()}
@@ -432,7 +432,7 @@ def _remembered(memory: Path | None) -> dict[str, tuple[str, str]]:
 
 
 def _remember(memory: Path, modalities: Mapping[str, tuple[str, str]]) -> None:
-    """Keep them for the next start; they are determined again where the disk does not take it."""
+    """Store the modalities for the next start; if this fails, they are determined again."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, dict(modalities))
@@ -442,13 +442,13 @@ def _remember(memory: Path, modalities: Mapping[str, tuple[str, str]]) -> None:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What is seen of a file's values before they are stored.
+    """Statistics of a file's values, which are computed before they are stored.
 
     Attributes:
-        lowest: of all.
-        highest: of all.
-        whole: all are whole numbers.
-        sample: values evenly drawn from the file.
+        lowest: smallest value.
+        highest: largest value.
+        whole: whether all values are whole numbers.
+        sample: evenly spaced values of the file.
     """
 
     lowest: float
@@ -470,10 +470,10 @@ def _survey(file: Path, shape: tuple[int, int, int]) -> _Survey:
 
 
 def _planes(file: Path, shape: tuple[int, int, int]) -> Iterator[npt.NDArray[np.float32]]:
-    """The planes of a file of which the header has been read, without NaN and infinity.
+    """The planes of a file whose header has been read, without NaN and infinity.
 
     Raises:
-        ImageError: when the file cannot be read, or has become another one.
+        ImageError: if the file cannot be read, or was replaced.
     """
     count = 0
     for plane in read_planes(file):
@@ -486,7 +486,7 @@ def _planes(file: Path, shape: tuple[int, int, int]) -> Iterator[npt.NDArray[np.
 
 
 def _is_place(name: str, value: Any) -> bool:
-    """Whether a parameter is a box, or points."""
+    """Whether a parameter is a box or a list of points."""
     if name == "roi":
         return _are_numbers(value, 6)
     return isinstance(value, list) and bool(value) and all(_are_numbers(point, 3) for point in value)
@@ -498,11 +498,11 @@ def _are_numbers(value: Any, count: int) -> bool:
 
 
 class Searched:
-    """Two places to search as one: an index of files, and what is presented.
+    """Searches an index of files and the presented series as one.
 
     Args:
-        index: of DICOM files.
-        presented: of other files.
+        index: index of DICOM files.
+        presented: presented files.
     """
 
     def __init__(self, index: Any, presented: PresentedCases) -> None:

@@ -1,4 +1,4 @@
-"""Final labels of cases as DICOM SEG beside the series that present the cases; never written to disk."""
+"""Final labels of presented cases as DICOM SEGs next to the cases' series; they are never written to disk."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lib.transforms.volume import read_volume
 
 
 class Cases(Protocol):
-    """What is needed of the cases that are presented."""
+    """The part of the presented cases' interface that this module uses."""
 
     def case_of(self, uid: str) -> str | None:
-        """The case whose study or series has that UID; None where none has."""
+        """The case whose study or series has this UID; None if there is none."""
 
     def is_presented(self, image_id: str) -> bool:
-        """Whether a series is made of an image."""
+        """Whether a series is generated from an image."""
 
     def describe(self, case: str) -> Dataset:
-        """What is the same in all instances of its series."""
+        """The attributes that all instances of its series share."""
 
     def as_segmentation(self, case: str, labels: npt.NDArray[Any], preset: Preset, origin: Origin) -> Dataset:
         """A mask on the case's own grid as a SEG of its series."""
@@ -46,15 +46,15 @@ class PresentedLabels:
 
     Args:
         presented: the cases.
-        store: the studies, with the history of their labels.
-        presets: the served ones, by name; labels of others are not shown.
+        store: the studies, with the label history.
+        presets: the served presets, by name; labels of other presets are not presented.
     """
 
     def __init__(self, presented: Cases, store: SeriesDatastore, presets: Mapping[str, Preset]) -> None:
         self._presented, self._store, self._presets = presented, store, presets
         self._lock = threading.Lock()
-        self._entries: dict[str, tuple[LabelVersion, SeriesEntry]] = {}  # by case, of the newest that was asked for
-        self._versions: dict[str, LabelVersion] = {}  # by series, of the same
+        self._entries: dict[str, tuple[LabelVersion, SeriesEntry]] = {}  # by case, for the newest requested version
+        self._versions: dict[str, LabelVersion] = {}  # by series, for the same versions
         self._made: tuple[str, FileDataset] | None = None
 
     def entries(self) -> list[SeriesEntry]:
@@ -66,17 +66,17 @@ class PresentedLabels:
         return [self._entry(version) for version in shown]
 
     def of_case(self, case: str) -> LabelVersion | None:
-        """The label of a case that is shown; None where there is none."""
+        """The presented label of a case; None if there is none."""
         version = self._store.history.latest(case)
         return version if version is not None and self._is_shown(version) else None
 
     def find(self, series: str) -> LabelVersion | None:
-        """The label whose series has that UID; None where none has, or a newer one has taken its place."""
+        """The label whose series has this UID; None if there is none, or if there is a newer label."""
         if not series.startswith("2.25."):
             return None
         if series not in self._versions:
             if self._presented.case_of(series) is not None:
-                return None  # each frame that a viewer loads comes here: the labels of all cases are not looked at
+                return None  # called for each frame that a viewer loads, so the labels of all cases are not searched
             self.entries()
         version = self._versions.get(series)
         newest = None if version is None else self.of_case(version.image_id)
@@ -85,15 +85,15 @@ class PresentedLabels:
         )
 
     def first(self, version: LabelVersion) -> Json:
-        """DICOM JSON of it for a query, without making it."""
+        """DICOM JSON of a label for a query, without generating the SEG."""
         return self._entry(version).summary
 
     def instance(self, version: LabelVersion, study: str = "", sop: str = "") -> FileDataset:
         """The label as a DICOM SEG.
 
         Raises:
-            NotFoundError: when the study or the instance of the address is another one, or the mask is gone.
-            ImageError, LabelError: when the case or the mask does not allow it.
+            NotFoundError: if the address names another study or instance, or if the mask no longer exists.
+            ImageError, LabelError: if the case or the mask is not suitable.
         """
         seg = self._make(version)
         if study not in ("", str(seg.StudyInstanceUID)) or sop not in ("", str(seg.SOPInstanceUID)):
@@ -132,7 +132,7 @@ class PresentedLabels:
             return entry
 
     def _forget(self, case: str) -> None:
-        """Keep nothing of a case's label: there is a newer one, or none any more."""
+        """Remove a case's label from the cache, after it was replaced or removed."""
         known = self._entries.pop(case, None)
         if known is not None:
             self._versions.pop(known[1].series, None)
@@ -143,7 +143,7 @@ def _uid(version: LabelVersion, what: str) -> str:
 
 
 def origin_of(version: LabelVersion) -> Origin:
-    """How a label was made, as a DICOM SEG says it: by a network alone where nothing was changed in its mask."""
+    """How a label was created, for a DICOM SEG: by a network alone if its mask was not changed."""
     if not version.model_version:
         return Origin("MANUAL", "", version.user)
     made_by = f"{version.model_version} ({version.engine})" if version.engine else version.model_version

@@ -1,4 +1,4 @@
-"""Regular series beside those that viewers cannot show: which there are, and their attributes."""
+"""Regular series for series that viewers cannot show: their list and their attributes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lib.errors import NotFoundError
 
 
 class RegularSeries:
-    """For each tilted, unevenly spaced or mixed series that can be segmented, the one that viewers can show.
+    """For each tilted, uneven or mixed series that can be segmented, the series that viewers can show.
 
     Args:
         store: the studies.
-        index: of their DICOM files; None where there are none of them, or where nothing is presented.
+        index: index of their DICOM files; None if there are none, or if presentation is disabled.
     """
 
     def __init__(self, store: SeriesDatastore, index: DicomIndex | None) -> None:
@@ -28,26 +28,26 @@ class RegularSeries:
         self._by_uid: tuple[Mapping[str, Regular], dict[str, str]] = ({}, {})
 
     def sources(self, study: str = "") -> list[str]:
-        """The images that have one, of all studies or of one."""
+        """The images with a regular series, of all studies or of one."""
         if self._index is None or not (regular := self._index.regular()):
             return []
         images = self._store.series()
         return [uid for uid in regular if uid in images and study in ("", images[uid].study)]
 
     def has(self, image_id: str) -> bool:
-        """Whether an image has one."""
+        """Whether an image has a regular series."""
         return self._index is not None and image_id in self._index.regular() and image_id in self._store.series()
 
     def uid(self, image_id: str) -> str:
-        """The Series Instance UID of an image's regular series; "" where it has none."""
+        """The Series Instance UID of an image's regular series; "" if it has none."""
         return uid_of(image_id, "regular series") if self.has(image_id) else ""
 
     def source_of(self, uid: str) -> str | None:
-        """The image whose regular series has that UID; None where none has."""
+        """The image whose regular series has this UID; None if there is none."""
         if self._index is None:
             return None
         regular, by_uid = self._index.regular(), self._by_uid
-        if by_uid[0] is not regular:  # the index makes another dictionary when anything has changed
+        if by_uid[0] is not regular:  # the index returns a new dictionary after any change
             self._by_uid = by_uid = (regular, {uid_of(image, "regular series"): image for image in regular})
         source = by_uid[1].get(uid)
         return source if source is not None and self.has(source) else None
@@ -61,10 +61,10 @@ class RegularSeries:
         return entries
 
     def describe(self, image_id: str) -> Dataset:
-        """What is the same in all instances of an image's regular series.
+        """The attributes that all instances of an image's regular series share.
 
         Raises:
-            NotFoundError: when it has none any more.
+            NotFoundError: if it no longer has one.
         """
         return self._describe(image_id)[0]
 
@@ -74,10 +74,10 @@ class RegularSeries:
         return SeriesEntry(str(header.StudyInstanceUID), str(header.SeriesInstanceUID), to_json(header), slices, slices)
 
     def _describe(self, image_id: str) -> tuple[Dataset, int]:
-        """What is the same in all instances of an image's regular series, and the number of its slices.
+        """The attributes that all instances of an image's regular series share, and the number of its slices.
 
         Raises:
-            NotFoundError: when it has none any more.
+            NotFoundError: if it no longer has one.
         """
         entry = self._index.series().get(image_id) if self._index is not None else None
         regular = self._index.regular().get(image_id) if self._index is not None else None

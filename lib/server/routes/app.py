@@ -1,4 +1,4 @@
-"""What the app says of itself, the next case to label, and calls that are not taken."""
+"""The description of the app, the next case to label, and calls that are not supported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger("unetr.server")
 router = APIRouter(tags=["App"])
 
 NOT_TRAINED = {"epoch": 0, "total_epochs": 1, "total_time": "0:00:00"}
-"""Clients show a model without figures as in its last epoch (100 %), and one that has a total time as not running."""
+"""Statistics of a model without any, for which clients would show 100 %, or a finished training."""
 NEXT_BODY = json_body_of(NextSampleRequest)
 
 
@@ -61,14 +61,15 @@ def info(
 ) -> dict[str, Any]:
     """The app's description, which clients request first: models, trainers, strategies, labels, statistics."""
     payload = description()
-    running = running_training(jobs, trainers)  # first: clients show the first one
+    running = running_training(jobs, trainers)  # comes first, since clients show the first one
     ended = {model: stats or NOT_TRAINED for model, stats in payload["train_stats"].items() if model not in running}
     payload["train_stats"] = {**running, **ended}
     hidden = not_offered_in_viewer(request, store, presets, presented)
     payload["models"] = {
         name: model for name, model in payload["models"].items() if tasks.find(name).preset.name not in hidden
     }
-    # Both viewers number labels by this list: the one that only clicks have must not stand between two presets'.
+    # Both viewers number labels by this list: the label that only clicks have must not come between those of two
+    # presets.
     payload["labels"] = sorted(payload["labels"], key=lambda name: name == BACKGROUND)
     return payload
 
@@ -76,7 +77,7 @@ def info(
 def not_offered_in_viewer(
     request: Request, store: SeriesDatastore, presets: Mapping[str, Preset], presented: PresentedCases
 ) -> Set[str]:
-    """The models that OHIF does not offer for the study that it shows; none for other clients."""
+    """The models that OHIF does not offer for the displayed study; none for other clients."""
     page = split_address(request.headers.get("referer", ""))
     if page is None or not is_viewer(request):
         return frozenset()
@@ -88,9 +89,9 @@ def not_offered_in_viewer(
 
 
 def running_training(jobs: Jobs, trainers: TasksByName[UnetrTrainTask]) -> dict[str, dict[str, float]]:
-    """Epochs of the training that runs or waits, by its model, as OHIF's panel and 3D Slicer show them.
+    """Epochs of the running or waiting training, by its model, as OHIF's panel and 3D Slicer show them.
 
-    3D Slicer divides by ``total_epochs``, also before any progress is reported: then the request's number is sent.
+    3D Slicer divides by ``total_epochs``, even before any progress is reported, so the request's number is sent then.
     """
     job = jobs.current("train")
     if job is None:
@@ -114,7 +115,7 @@ def next_sample_by_default(
     user: AsUser,
     params: Annotated[dict[str, Any], Depends(json_body)],
 ) -> dict[str, Any]:
-    """As with a strategy's name, for clients that name none: ``--conf strategy`` says which."""
+    """Like the route with a strategy's name, with the strategy of ``--conf strategy``."""
     return next_sample(request, cases, store, presented, user, settings.strategy, params)
 
 
@@ -128,7 +129,7 @@ def next_sample(
     strategy: str,
     params: Annotated[dict[str, Any], Depends(json_body)],
 ) -> dict[str, Any]:
-    """The chosen image and what is known of it; an empty object when everything is labelled."""
+    """The chosen image and information on it; an empty object if everything is labelled."""
     check_fields(NextSampleRequest, params)
     known = list(cases.strategies)
     if strategy not in known:
@@ -145,7 +146,7 @@ def next_sample(
             return {}
         try:
             handed_out = note_handed_out(store, chosen["id"], strategy, params.get("client_id", user.name), client)
-        except ImageNotFoundException:  # it was deleted since it was chosen
+        except ImageNotFoundException:  # it was deleted after it was chosen
             store.leases.release(chosen["id"])
             continue
         cases.compute_ahead(chosen)
@@ -153,17 +154,17 @@ def next_sample(
 
 
 def note_handed_out(store: SeriesDatastore, image: str, strategy: str, named: str | int, client: str) -> dict[str, Any]:
-    """Remember who was handed a case and by which strategy; returns what is known of it.
+    """Record the hand-out of a case and its strategy; returns information on the image.
 
     Args:
         store: the studies.
-        image: the case's id.
-        strategy: which chose it.
-        named: the client as it names itself.
-        client: the client by whom its effort is counted.
+        image: id of the case.
+        strategy: the strategy that chose it.
+        named: the client's own name.
+        client: the client to which the effort is attributed.
 
     Raises:
-        ImageNotFoundException: when there is no such case any more.
+        ImageNotFoundException: if the case no longer exists.
     """
     known: dict[str, Any] = store.get_image_info(image)
     handed_out = {**known.get("strategy", {}), strategy: {"ts": time.time(), "client_id": named}}
@@ -173,7 +174,7 @@ def note_handed_out(store: SeriesDatastore, image: str, strategy: str, named: st
 
 
 def not_shown_by(request: Request, store: SeriesDatastore, presented: PresentedCases) -> Set[str]:
-    """Images that a client cannot show: OHIF, which names itself as the page that asks, shows DICOM only."""
+    """Images that a client cannot show: OHIF shows DICOM only."""
     if not is_viewer(request):
         return frozenset()
     shown = {image for image in store.list_images() if presented.attributes(image)}
@@ -181,7 +182,7 @@ def not_shown_by(request: Request, store: SeriesDatastore, presented: PresentedC
 
 
 def is_viewer(request: Request) -> bool:
-    """Whether OHIF asks, which names itself as the page that asks."""
+    """Whether OHIF sends the request, which its referring page shows."""
     base = str(request.scope.get("root_path", "")).rstrip("/")
     page = split_address(request.headers.get("referer", ""))
     return page is not None and page.path.startswith(f"{base}/ohif/")
@@ -189,7 +190,7 @@ def is_viewer(request: Request) -> bool:
 
 @router.post("/reload", include_in_schema=False)
 def reload(user: AsAdmin) -> None:
-    """Refuse MONAI Label's reload, which builds a second app beside this one and then deadlocks.
+    """Refuse MONAI Label's reload, which creates a second app in the same process and then deadlocks.
 
     Raises:
         ForbiddenError: always.

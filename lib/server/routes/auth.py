@@ -1,4 +1,4 @@
-"""``/auth/``: how 3D Slicer finds out that it needs a token, and gets one for a user name and a password."""
+"""``/auth/``: lets 3D Slicer find out that it needs a token, and get one for a user name and a password."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/auth", tags=["Auth"])
 
 @router.get("/", summary="Whether clients need a token")
 def enabled(authenticator: AuthenticatorDep) -> dict[str, Any]:
-    """Open to everybody: it is what clients ask before they have a token."""
+    """Open to everybody, since clients ask before they have a token."""
     return {
         "enabled": authenticator.enabled,
         "client_id": stock_settings.MONAI_LABEL_AUTH_CLIENT_ID,
@@ -56,7 +56,7 @@ def ask_provider(username: str, password: str) -> dict[str, Any]:
     """A token from the OpenID provider.
 
     Raises:
-        UnauthorizedError: when it refuses, or cannot be reached.
+        UnauthorizedError: if it refuses, or cannot be reached.
     """
     form = {
         "client_id": stock_settings.MONAI_LABEL_AUTH_CLIENT_ID,

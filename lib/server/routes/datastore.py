@@ -52,9 +52,9 @@ from lib.transforms.inputs import sources_of
 logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
 
-# What a folder of studies holds; other kinds would be stored and never be seen again.
+# Formats that a folder of studies lists; files of other formats would be stored and never found again.
 STORED_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
-# Two uploads of one id at the same time: the second must see the first.
+# Serialises concurrent uploads, so that the second one with an id finds the first.
 ADDING = threading.Lock()
 CHECKSUMS = ("SHA256", "SHA512", "MD5")
 ANSWERED_OF_LABELS = (
@@ -69,13 +69,13 @@ ANSWERED_OF_LABELS = (
     "notes",
     "saved_at",
 )
-"""What the answer to a submission tells of the version that was kept."""
+"""Fields of the stored version in the response to a submission."""
 KEPT_OF_LABELS = (*KEPT_BY_SERVER, *LabelVersion.__dataclass_fields__, "changed_by")
-"""What is known of a label's version; a client's own value would pass for it, and hide the versions after it."""
+"""Reserved keys of a label's information; values from clients would hide those of the version."""
 
 
 class Listing(str, Enum):
-    """What ``GET /datastore/`` tells."""
+    """The response of ``GET /datastore/``."""
 
     train = "train"
     stats = "stats"
@@ -84,9 +84,9 @@ class Listing(str, Enum):
 
 @router.get("/", summary="Figures of the studies, or all images and labels", response_model=None)
 def list_datastore(store: DatastoreDep, user: AsUser, output: Listing = Listing.stats) -> JSONResponse:
-    """Counts; with ``all`` everything that is known, with ``train`` the pairs for training."""
+    """Counts; with ``all`` all information, with ``train`` the pairs for training."""
     listing = store.json() if output is Listing.all else store.datalist() if output is Listing.train else store.status()
-    # written here, in a thread: FastAPI would do it on the event loop, for seconds where there are ten thousand images
+    # serialised here, in a thread: FastAPI would do it on the event loop, which takes seconds for ten thousand images
     return JSONResponse(listing)
 
 
@@ -102,9 +102,9 @@ async def add_image(
     image: str = "",
     params: Annotated[str, Form()] = "{}",
 ) -> dict[str, Any]:
-    """Add an image that is not there yet, under the id given or its file's name, made safe; the answer tells the id.
+    """Add a new image with the given id or its file's name, made safe; the response states the id.
 
-    Several parts ``file`` are the sequences of one case, each named by its channel; they need an id.
+    Several parts ``file`` are the sequences of one case, each named by its channel; they require an id.
     """
     info = parse_info(params, "params") | {"user": user.name}
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
@@ -130,7 +130,7 @@ def remove_image(datastore: DatastoreDep, check_image: CheckImageDep, user: AsAd
 def has_image(
     check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, check_sum: str = ""
 ) -> Response:
-    """200 if it is there (and, with ``check_sum`` as ``SHA256:<digest>``, is that file), 404 if not."""
+    """200 if it exists (and, with ``check_sum`` as ``SHA256:<digest>``, is that file), otherwise 404."""
     path = single_file(image_file(check_image(image)), image)
     if check_sum and not matches(path, check_sum):
         raise NotFoundError("image with that checksum", image)
@@ -141,7 +141,7 @@ def has_image(
 def get_image(
     check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, model: str = "", channel: str = ""
 ) -> FileResponse:
-    """Download an image; with ``model`` and ``channel`` that sequence's file, of a case of several."""
+    """Download an image; with ``model`` and ``channel``, the file of that sequence of a case of several."""
     file = single_file(image_file(check_image(image)), image)
     if not channel:
         return send_file(file)
@@ -155,7 +155,7 @@ def get_image(
 def list_channels(
     store: StoreDep, check_image: CheckImageDep, image_file: ImageFileDep, user: AsUser, image: str, model: str
 ) -> dict[str, Any]:
-    """The files of a case of several sequences, as a model takes them, and what is missing or wrong."""
+    """The files of a case of several sequences for a model, missing channels, and problems."""
     image = check_image(image)
     stamp, file = store.stamp(image), single_file(image_file(image), image)
     sources = channels_of(file, image, model)
@@ -172,10 +172,10 @@ def list_channels(
 
 
 def channels_of(file: Path, image: str, model: str) -> ChannelSources:
-    """The sequences of the case that a file stands for.
+    """The sequences of the case that a file represents.
 
     Raises:
-        NotFoundError: when it stands for none of that model's.
+        NotFoundError: if it represents none for that model.
     """
     kept = read_sources(file)
     if model not in kept:
@@ -185,7 +185,7 @@ def channels_of(file: Path, image: str, model: str) -> ChannelSources:
 
 @router.get("/problems", summary="Files that are no cases, images that are left out, and images that look odd")
 def list_problems(store: StoreDep, inspector: ImageInspectorDep, presets: PresetsDep, user: AsUser) -> dict[str, Any]:
-    """``files`` of the folder; ``left_out`` of Next Sample, by model; ``odd``: intensities that do not fit."""
+    """``files`` of the folder; ``left_out`` of Next Sample, by model; ``odd``: unusual intensities."""
     return {
         "files": [{"name": problem.name, "reason": problem.reason} for problem in store.problems],
         "left_out": {
@@ -199,7 +199,7 @@ def list_problems(store: StoreDep, inspector: ImageInspectorDep, presets: Preset
 def check_again(
     check_image: CheckImageDep, inspector: ImageInspectorDep, presets: PresetsDep, user: AsAnnotator, image: str
 ) -> dict[str, Any]:
-    """What each model makes of it now: an empty ``problem`` brings it back into the pool."""
+    """Check the image again for each model: an empty ``problem`` returns it to the pool."""
     image = check_image(image)
     inspector.forget(image)
     checks = [inspector.check(image, preset) for preset in presets.values()]
@@ -210,7 +210,7 @@ def check_again(
 def get_image_info(
     datastore: DatastoreDep, check_image: CheckImageDep, presets: PresetsDep, user: AsUser, image: str
 ) -> dict[str, Any]:
-    """An image's information, and the models that are meant for it."""
+    """Information on an image, and the models that are suitable for it."""
     info: dict[str, Any] = datastore.get_image_info(check_image(image))
     return {**info, "models": models_for(presets, [modality_of(datastore, image)])}
 
@@ -223,7 +223,7 @@ def put_image_info(
     image: str,
     info: Annotated[str, Form()] = "{}",
 ) -> None:
-    """Add to an image's information."""
+    """Add information on an image."""
     added, image = parse_info(info) | {"user": user.name}, check_image(image)
     check_room_for(added, datastore.get_image_info(image))
     datastore.update_image_info(image, added)
@@ -242,13 +242,14 @@ async def save_label(
     params: Annotated[str, Form(json_schema_extra=described_by(LabelParams))] = "{}",
     tag: str = "",
 ) -> dict[str, Any]:
-    """Submit a label for an image, as ``final`` where no tag is given.
+    """Submit a label for an image, with the tag ``final`` by default.
 
-    The answer says what was kept: its version, what its values mean, which labels it does not speak of.
+    The response describes what was stored: the version, the names of its values, and the labels that it does not
+        annotate.
     """
     info, tag = await parse_aside(params), check_tag(tag)
     made = info.get("source") == INFERENCE
-    if made:  # by a model, elsewhere: as if the server had made it
+    if made:  # a model computed it on another machine: treated like the server's own
         tag = tag_for_prediction(user, {"label_tag": tag or FINAL})
 
     def keep() -> dict[str, Any]:
@@ -279,7 +280,7 @@ def remove_label(datastore: DatastoreDep, user: AsAdmin, id: str, tag: str) -> d
 
 @router.head("/label", summary="Whether a label is there")
 def check_label(datastore: DatastoreDep, user: AsUser, image: str, tag: str = "") -> Response:
-    """200 if it is there, 404 if not."""
+    """200 if it exists, otherwise 404."""
     find_label(datastore, image, check_tag(tag))
     return Response()
 
@@ -292,7 +293,7 @@ def get_label(datastore: DatastoreDep, user: AsUser, label: str, tag: str = "") 
 
 @router.get("/label/info", summary="What is known of a label")
 def get_label_info(datastore: DatastoreDep, user: AsUser, label: str, tag: str = "") -> dict[str, Any]:
-    """A label's information."""
+    """Information on a label."""
     find_label(datastore, label, check_tag(tag))
     info: dict[str, Any] = datastore.get_label_info(label, check_tag(tag))
     return info
@@ -302,7 +303,7 @@ def get_label_info(datastore: DatastoreDep, user: AsUser, label: str, tag: str =
 def put_label_info(
     datastore: DatastoreDep, user: AsAnnotator, label: str, tag: str = "", info: Annotated[str, Form()] = "{}"
 ) -> None:
-    """Add to a label's information."""
+    """Add information on a label."""
     add_label_info(datastore, user, label, tag, info)
 
 
@@ -310,7 +311,7 @@ def put_label_info(
 def put_label_info_as_before(
     datastore: DatastoreDep, user: AsAnnotator, label: str, tag: str = "", params: Annotated[str, Form()] = "{}"
 ) -> None:
-    """The same under the address of older clients."""
+    """The same at the path of older clients."""
     add_label_info(datastore, user, label, tag, params)
 
 
@@ -318,7 +319,7 @@ def put_label_info_as_before(
     "/dataset", summary="All labelled images and their labels as a ZIP archive", response_class=StreamingResponse
 )
 def get_dataset(datastore: DatastoreDep, user: AsAnnotator, limit_cases: int | None = None) -> StreamingResponse:
-    """Download the labelled cases."""
+    """Download the labelled cases as a ZIP archive."""
     if not datastore.datalist():
         raise HTTPException(404, "there is no labelled case yet")
     archive = Path(datastore.get_dataset_archive(limit_cases))
@@ -335,21 +336,21 @@ def store_image(
     presets: Collection[Preset],
     reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
-    """Add an uploaded image once it turns out to be one.
+    """Add an uploaded image, if it is a valid one.
 
     Args:
         datastore: the studies.
-        image_id: its id; that of its file's name where it is empty.
-        upload: as it came.
-        info: what is kept of it.
-        limit_mib: to how much it may unpack.
-        presets: those of which one must be able to segment it.
-        reading: held while it is read.
+        image_id: id of the image; if empty, it is derived from the file's name.
+        upload: the upload.
+        info: information on the image.
+        limit_mib: size limit after decompression, in MiB.
+        presets: presets of which at least one must be able to segment it.
+        reading: lock that is held while it is read.
 
     Raises:
-        ParameterError: for an id that is no plain name.
-        ConflictError: when there is an image of that id.
-        ImageError: when it cannot be read, or no served model could segment it.
+        ParameterError: for an id that is not a valid name.
+        ConflictError: if there is an image with this id.
+        ImageError: if it cannot be read, or if no served model can segment it.
     """
     name = safe_file_name(upload.filename, "image")
     suffix = next((end for end in STORED_SUFFIXES if name.lower().endswith(end)), None)
@@ -363,7 +364,7 @@ def store_image(
         header = check_header(file, limit_mib)
         if header is None:
             raise FileKindError(f"image {name!r} is DICOM; valid here: NIfTI, NRRD")
-        file = file.rename(folder / f"image{header.kind.suffix}")  # other programs go by the name
+        file = file.rename(folder / f"image{header.kind.suffix}")  # other programs detect the format by the name
         with reading:
             warnings = inspect_for_any(file, list(presets))
         with ADDING:
@@ -383,21 +384,21 @@ def store_case(
     presets: Collection[Preset],
     reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
-    """Add the uploaded sequences of a case once a served model can segment them.
+    """Add the uploaded sequences of a case, if a served model can segment them.
 
     Args:
         datastore: the studies.
-        image_id: its id.
+        image_id: id of the case.
         uploads: a file for each channel.
-        info: what is known of it.
-        limit_mib: most MiB of a file once it is unpacked.
-        presets: the served ones.
-        reading: held while they are read.
+        info: information on the case.
+        limit_mib: size limit of a file after decompression, in MiB.
+        presets: the served presets.
+        reading: lock that is held while they are read.
 
     Raises:
-        ParameterError: for an id that is no plain name, or when no served model takes several sequences.
-        ConflictError: when there is an image of that id.
-        ImageError: when a file cannot be read or is no channel, or one is missing or there twice.
+        ParameterError: for an id that is not a valid name, or if no served model takes several sequences.
+        ConflictError: if there is an image with this id.
+        ImageError: if a file cannot be read or is not a channel, or if a channel is missing or repeated.
     """
     taking = [preset for preset in presets if preset.channels]
     if not taking or not isinstance(datastore, VersionedDatastore):
@@ -418,10 +419,10 @@ def store_case(
 
 
 def channels_sent(folder: Path, presets: Sequence[Preset]) -> ChannelSources:
-    """Which uploaded file is which channel of the first preset that has them all.
+    """The uploaded file of each channel, for the first preset that has all of these channels.
 
     Raises:
-        ImageError: when none has.
+        ImageError: if there is no such preset.
     """
     problems = []
     for preset in presets:
@@ -437,11 +438,10 @@ def channels_sent(folder: Path, presets: Sequence[Preset]) -> ChannelSources:
 
 
 def add_label_info(datastore: Datastore, user: User, label: str, tag: str, info: str) -> None:
-    """Add to a label's information.
+    """Add information on a label.
 
     Raises:
-        NotFoundError, ParameterError: for a label that there is not, what is no JSON object, and names under which the
-            label's version is known.
+        NotFoundError, ParameterError: for a label that does not exist, invalid JSON, and reserved keys.
     """
     find_label(datastore, label, check_tag(tag))
     added = parse_info(info, kept=KEPT_OF_LABELS)
@@ -450,10 +450,10 @@ def add_label_info(datastore: Datastore, user: User, label: str, tag: str, info:
 
 
 def single_file(path: Path, image: str) -> Path:
-    """The file of an image that is one file.
+    """The file of an image that is a single file.
 
     Raises:
-        NotFoundError: when it is a folder.
+        NotFoundError: if it is a folder.
     """
     if not path.is_file():
         raise NotFoundError("single file of image", image)
@@ -464,7 +464,7 @@ def matches(path: Path, check_sum: str) -> bool:
     """Whether a file has a checksum, given as ``ALGORITHM:digest`` or a SHA-256 alone.
 
     Raises:
-        ParameterError: for an algorithm that there is not.
+        ParameterError: for an unknown algorithm.
     """
     algorithm, _, digest = check_sum.rpartition(":")
     algorithm = algorithm or "SHA256"
@@ -479,10 +479,10 @@ def send_file(path: Path) -> FileResponse:
 
 
 class Download(FileResponse):
-    """A file in few pieces: each is read by a thread, whose turn a busy server's answer waits for.
+    """A file in few blocks, since a busy server waits for a thread for each block.
 
-    Of a file that grows while it is sent, as many bytes are sent as were announced. Of one that shrinks the answer
-    breaks off, so that no client takes it for whole.
+    If the file grows while it is sent, only the announced number of bytes is sent. If it shrinks, the response is
+    aborted, so that no client takes it for complete.
     """
 
     chunk_size = 8 * MIB
@@ -534,7 +534,7 @@ def _begin_of(path: Path, count: int) -> bytes:
 
 
 def read_and_remove(path: Path) -> Iterator[bytes]:
-    """A file's blocks; the file is gone when they are, or when the client is."""
+    """The blocks of a file, which is removed at the end, or when the client disconnects."""
     try:
         with path.open("rb") as file:
             while block := file.read(MIB):

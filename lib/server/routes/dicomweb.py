@@ -1,6 +1,7 @@
-"""DICOMweb: the studies folder, or the PACS behind this server and nothing else of that PACS.
+"""DICOMweb: the studies folder, or the parts of a PACS that this server uses.
 
-``/dicom-web/...`` is its root. ``/proxy/dicom/{qido,wado,stow}/...``, where MONAI Label's OHIF looks, are the same.
+Its root is ``/dicom-web/...``. The routes ``/proxy/dicom/{qido,wado,stow}/...``, which MONAI Label's OHIF uses, are
+equivalent.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ DICOM_JSON = "application/dicom+json"
 async def read(
     request: Request, store: StoreDep, studies: StudiesDep, presented: PresentedDep, user: AsUser, path: str
 ) -> Response:
-    """Studies, series, instances, metadata, frames and pictures."""
+    """Studies, series, instances, metadata, frames and rendered images."""
     resource = parse_path(path)
     return await anyio.to_thread.run_sync(lambda: respond(request, store.source, studies, presented, resource, path))
 
@@ -77,14 +78,14 @@ async def read_by_service(
     service: Service,
     path: str,
 ) -> Response:
-    """The same where OHIF looks."""
+    """The same at the paths that OHIF uses."""
     resource = parse_path(path)
     return await anyio.to_thread.run_sync(lambda: respond(request, store.source, studies, presented, resource, path))
 
 
 @router.post("/dicom-web/{path:path}", summary="Store instances (STOW-RS)")
 async def write(request: Request, segmentations: SegmentationsDep, user: AsAnnotator, path: str) -> Response:
-    """Store what is sent; a DICOM SEG of a series is a submission of that series' label."""
+    """Store instances; a DICOM SEG of a series is a submission of that series' label."""
     return await store_instances(request, segmentations, user, path)
 
 
@@ -92,20 +93,20 @@ async def write(request: Request, segmentations: SegmentationsDep, user: AsAnnot
 async def write_by_service(
     request: Request, segmentations: SegmentationsDep, user: AsAnnotator, service: Service, path: str
 ) -> Response:
-    """The same where OHIF looks."""
+    """The same at the paths that OHIF uses."""
     return await store_instances(request, segmentations, user, path)
 
 
 STREAMED = (write, write_by_service)
-"""Their body is written to files as it comes; FastAPI does not see it."""
+"""Routes whose body is written to files as it arrives, without FastAPI."""
 
 
 def respond(
     request: Request, source: SeriesSource, studies: str, presented: PresentedCases, resource: Resource, path: str
 ) -> Response:
-    """Answer from the index of the folder, or let the PACS answer."""
+    """Answer from the index of the folder, or forward to the PACS."""
     if isinstance(source, FolderSource):
-        if resource.series in source.index.series():  # each frame that a viewer loads comes here
+        if resource.series in source.index.series():  # called for each frame that a viewer loads
             return answer_from(source.index, request, resource, presented)
         label = presented.labels.find(resource.series)
         if label is not None and resource.view != "query":
@@ -122,8 +123,8 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
     """Answer for a file that is presented as a series.
 
     Raises:
-        NotFoundError: when there is nothing of that address.
-        ImageError: when the file cannot be read.
+        NotFoundError: if the address does not exist.
+        ImageError: if the file cannot be read.
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     headers = presented.headers(resource.study, resource.series, resource.sop)
@@ -143,11 +144,11 @@ def answer_presented(presented: PresentedCases, request: Request, resource: Reso
 
 
 def answer_made(request: Request, resource: Resource, made: Sequence[FileDataset]) -> Response:
-    """Answer a DICOMweb request with instances that are no files of the studies: made of a NIfTI case or of a label.
+    """Answer with generated instances, which are not files of the studies.
 
     Raises:
-        ParameterError: for a frame that there is not.
-        HTTPException: 406 when the client accepts none of the media types that they can be sent in.
+        ParameterError: for a frame that does not exist.
+        HTTPException: 406 if the client accepts none of the possible media types.
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "metadata":
@@ -164,11 +165,11 @@ def answer_made(request: Request, resource: Resource, made: Sequence[FileDataset
 
 
 def answer_from(index: DicomIndex, request: Request, resource: Resource, presented: PresentedCases) -> Response:
-    """Answer from an index; a whole study with the regular series in it.
+    """Answer from an index; a whole study includes its regular series.
 
     Raises:
-        NotFoundError: when there is nothing of that address.
-        HTTPException: 406 when the client accepts no form that it can be sent in.
+        NotFoundError: if the address does not exist.
+        HTTPException: 406 if the client accepts none of the possible media types.
     """
     accepted = parse_accept(request.query_params.get("accept") or request.headers.get("accept"))
     if resource.view == "query":
@@ -181,7 +182,9 @@ def answer_from(index: DicomIndex, request: Request, resource: Resource, present
             texts = index.metadata_texts(resource.study, resource.series, resource.sop)
             beside = [] if resource.series else presented.beside(resource.study)
             texts += [dump(to_json(instance)).decode() for instance in beside]
-            return Response(f"[{', '.join(texts)}]", media_type=DICOM_JSON)  # not read, to be written again as it is
+            return Response(
+                f"[{', '.join(texts)}]", media_type=DICOM_JSON
+            )  # the text is not parsed, since it is sent unchanged
         if resource.view == "instances":
             beside = [] if resource.series else presented.beside(resource.study)
             files = itertools.chain(instance_parts(instances, accepted), map(presented.file, beside))
@@ -198,7 +201,7 @@ def named_instances(index: DicomIndex, resource: Resource) -> list[Instance]:
     """The instances that an address names.
 
     Raises:
-        NotFoundError: when there are none.
+        NotFoundError: if there are none.
     """
     if resource.sop:
         instance = index.instance(resource.sop, resource.study, resource.series)
@@ -212,9 +215,9 @@ def named_instances(index: DicomIndex, resource: Resource) -> list[Instance]:
 
 
 def send_parts(parts: Iterator[Part], accepted: Sequence[MediaType], related: str) -> Response:
-    """Parts as ``multipart/related``; one alone as it is for a client that accepts just that.
+    """Parts as ``multipart/related``; a single part without it for a client that accepts only that.
 
-    The first is made before the answer begins, so that what cannot be read has its right status.
+    The first part is made before the response begins, so that an error has the right status.
     """
     first = next(parts)
     alone = next((entry for entry in accepted if not entry.multipart), None)
@@ -228,7 +231,7 @@ def send_parts(parts: Iterator[Part], accepted: Sequence[MediaType], related: st
 
 
 def in_blocks(pieces: Iterator[bytes], least_bytes: int = MIB) -> Iterator[bytes]:
-    """The same bytes in fewer pieces: each is fetched from a thread, whose turn a busy server's answer waits for."""
+    """The same bytes in fewer blocks, since each is fetched from a thread, for which a busy server has to wait."""
     block = bytearray()
     for piece in pieces:
         block += piece
@@ -245,12 +248,12 @@ def root_of(request: Request) -> str:
 
 
 def forward(request: Request, source: RemoteSource, address: str, resource: Resource, path: str) -> Response:
-    """Ask the PACS at ``address``, with the query as the client sent it; its answer is passed on as it comes.
+    """Send the request to the PACS at ``address``, with the client's query; the response is streamed.
 
     Raises:
-        UpstreamError: when the PACS does not answer.
+        UpstreamError: if the PACS does not respond.
     """
-    # by what is asked, not by where: OHIF asks for metadata where it queries
+    # by the view and not by the path: OHIF requests metadata at the path of queries
     qido, wado = stock_settings.MONAI_LABEL_QIDO_PREFIX, stock_settings.MONAI_LABEL_WADO_PREFIX
     prefix = qido if resource.view == "query" else wado
     user, password = stock_settings.MONAI_LABEL_DICOMWEB_USERNAME, stock_settings.MONAI_LABEL_DICOMWEB_PASSWORD
@@ -270,7 +273,7 @@ def forward(request: Request, source: RemoteSource, address: str, resource: Reso
 
 
 def seconds_for(resource: Resource) -> float:
-    """How long the PACS may be silent: the answer to a query begins soon or never. A stock setting caps both."""
+    """Timeout of the PACS: the response to a query begins soon or never. A setting of MONAI Label limits both."""
     seconds = QUERY_SECONDS if resource.view == "query" else TRANSFER_SECONDS
     return min(seconds, float(stock_settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT))
 
@@ -281,10 +284,10 @@ def _blocks(response: requests.Response) -> Iterator[bytes]:
 
 
 async def store_instances(request: Request, segmentations: Segmentations, user: User, path: str) -> Response:
-    """Store the instances of a request, each by itself; the body is never in memory as a whole.
+    """Store the instances of a request one by one; the body is never in memory as a whole.
 
     Raises:
-        ParameterError: when the request is no STOW.
+        ParameterError: if the request is not valid STOW-RS.
     """
     resource = parse_path(path)
     is_study = resource.view == "instances" and not resource.series
@@ -296,12 +299,12 @@ async def store_instances(request: Request, segmentations: Segmentations, user: 
 
 
 async def receive_parts(request: Request, folder: Path) -> list[Path]:
-    """Write the parts of a body to files while it arrives; what follows a fault is read and thrown away.
+    """Write the parts of a body to files while it arrives; after an error, the rest is read and discarded.
 
-    A client that is still sending when its connection closes would not hear what was wrong.
+    A client that is still sending when its connection closes would not receive the error.
 
     Raises:
-        ParameterError: when the body is no ``multipart/related``, or is cut off.
+        ParameterError: if the body is not ``multipart/related``, or is cut off.
     """
     stream = request.stream()
     try:
@@ -319,7 +322,7 @@ async def receive_parts(request: Request, folder: Path) -> list[Path]:
 
 
 async def _joined(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The blocks of a body joined to larger ones, so that fewer of them are handed to a thread."""
+    """The blocks of a body joined to larger ones, so that fewer are passed to a thread."""
     joined = bytearray()
     async for block in stream:
         joined += block
@@ -332,10 +335,10 @@ async def _joined(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def store_files(
     request: Request, segmentations: Segmentations, user: User, study: str, files: Sequence[Path]
 ) -> Response:
-    """Store instances, each read when its turn comes.
+    """Store instances, which are read one after the other.
 
     Raises:
-        ParameterError: when one of them is no DICOM.
+        ParameterError: if one of them is not DICOM.
     """
     outcomes = [store_one(segmentations, user, read_part(file), study, root_of(request)) for file in files]
     status, payload = answer(outcomes)
@@ -343,7 +346,7 @@ def store_files(
 
 
 def store_one(segmentations: Segmentations, user: User, instance: FileDataset, study: str, root: str) -> Outcome:
-    """Store an instance; an error is reported in its outcome, and the others go on."""
+    """Store an instance; an error is reported in its outcome and does not affect the others."""
     names = str(instance.SOPClassUID), str(instance.SOPInstanceUID)
     if study and str(instance.StudyInstanceUID) != study:
         return Outcome(*names, failure=OTHER_STUDY, sentence=f"instance is of study {instance.StudyInstanceUID}")

@@ -1,4 +1,4 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``: for whoever watches over the server."""
+"""``/healthz``, ``/readyz`` and ``/metrics``: routes for monitoring."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ router = APIRouter(tags=["Health"])
 
 @router.get("/healthz", summary="Whether the server runs")
 async def healthz() -> dict[str, str]:
-    """Always ok, as long as there is somebody to say so, also while every thread is busy."""
+    """Always ok while the server responds, even if every thread is busy."""
     return {"status": "ok"}
 
 
@@ -48,14 +48,14 @@ def readyz(
     let_in: IsLetIn,
     response: Response,
 ) -> dict[str, Any]:
-    """Whether weights load, the studies can be read and written to, and disk is left; 503 if not, with what is wrong.
+    """Whether weights load, the studies are readable and writable, and disk space is left; otherwise 503 with reasons.
 
-    Weights that are not there yet are loaded in the background, by this request where by none before, and the server
-    is not ready until they are. A model that nobody has trained yet is no failure: labelling for it is how it gets
-    trained. Nor is a damaged live version, as long as the one before it is served, or a device that fell out beside
-    others; ``warnings`` says so.
+    Weights that are not loaded yet are loaded in the background, if necessary by this request, and the server is not
+    ready until they are loaded. An untrained model is not a failure, since it is trained by labelling. A damaged live
+    version is not a failure as long as its predecessor is in use, nor is a failed device next to working ones;
+    ``warnings`` lists them.
 
-    Names of files, which may be patients', are shown only to users who may see the studies.
+    File names, which may contain patients' names, are shown only to users with access to the studies.
     """
     loaded, problems = loading.states()
     problems += device_problems(lanes)
@@ -69,5 +69,5 @@ def readyz(
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
 def metrics(metrics: MetricsDep, user: AsUser) -> Response:
-    """Requests, queue, inferences, jobs, studies, disk, process."""
+    """Metrics of requests, queue, inferences, jobs, studies, disk and process."""
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

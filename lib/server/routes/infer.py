@@ -38,13 +38,13 @@ logger = logging.getLogger("unetr.server")
 router = APIRouter(prefix="/infer", tags=["Infer"])
 
 WARNINGS_HEADER = "X-Warnings"
-"""Percent-encoded, for clients that ask for the mask alone; others find ``warnings`` in ``params``."""
+"""Percent-encoded warnings for clients that request the mask alone; others find ``warnings`` in ``params``."""
 
 
 async def get_request_checks(
     tasks: InferTasksDep, images: ImagesDep, store: StoreDep, presented: PresentedDep, find_sessions: FindSessionsDep
 ) -> RequestChecks:
-    """The checks of requests, as a FastAPI dependency."""
+    """The validation of requests, as a FastAPI dependency."""
     return RequestChecks(tasks, images, store, presented, lambda session: session_image(find_sessions(), session))
 
 
@@ -66,13 +66,13 @@ async def infer(
     """Answer with ``multipart/form-data`` of ``params`` (JSON) and ``image`` (the mask), or only one of them."""
     given = await parse_aside(params)
     check_fields(InferParams, given)
-    # in a thread: a series may have to be fetched from a PACS, and nobody else waits for that
+    # in a thread, since a series may have to be downloaded from a PACS
     asked = await anyio.to_thread.run_sync(checks.check, user, model, image, session_id, given, file, label, output)
     ready = await anyio.to_thread.run_sync(answers.recall, asked, user)
     if ready is not None:
         return respond(ready, output)
     what = PrefetchKey(asked.model, asked.image_id or str(asked.request.image))
-    forecast = None  # an upload has not been copied yet
+    forecast = None  # the upload has not been copied yet
     if asked.upload is None:
         forecast = await anyio.to_thread.run_sync(inferences.forecast, asked.task, asked.request)
     async with AsyncExitStack() as stack:
@@ -88,7 +88,7 @@ async def infer(
 
 
 def respond(answer: Answer, output: Output) -> Response:
-    """The answer in the form that MONAI Label's clients read."""
+    """The response in the form that MONAI Label's clients read."""
     warnings = answer.params["warnings"]
     headers = {WARNINGS_HEADER: quote("; ".join(warnings))} if warnings else {}
     if output is Output.json:

@@ -1,4 +1,4 @@
-"""Versions of labels and the quarantine: list, fetch, restore."""
+"""Label versions and the quarantine: list, download, restore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/datastore", tags=["Datastore"])
 def list_versions(
     check_image: CheckImageDep, history: HistoryDep, user: AsUser, image: str, tag: str = ""
 ) -> list[dict[str, Any]]:
-    """Who saved what when, from which prediction; the newest first."""
+    """The author, time and initial prediction of each version, newest first."""
     image = check_image(image)
     return [version.describe() for version in reversed(history.versions(image, check_tag(tag)))]
 
@@ -34,13 +34,13 @@ def get_version(history: HistoryDep, user: AsUser, version: str) -> FileResponse
 
 @router.get("/label/versions/{version}/sent", summary="A version's file as it was sent", response_class=FileResponse)
 def get_sent_file(history: HistoryDep, user: AsUser, version: str) -> FileResponse:
-    """Download what the client sent, before it was mapped, turned or packed anew."""
+    """Download the file as sent by the client, before mapping, reorientation and compression."""
     return send_file(history.sent(history.get(version)))
 
 
 @router.get("/label/versions/{version}/info", summary="What is known of a version")
 def get_version_info(history: HistoryDep, user: AsUser, version: str) -> dict[str, Any]:
-    """Its record."""
+    """The record of the version."""
     return history.get(version).describe()
 
 
@@ -52,18 +52,18 @@ def get_version_info(history: HistoryDep, user: AsUser, version: str) -> dict[st
 def restore_version(
     submissions: SubmissionsDep, user: AsReviewer, version: str, params: Annotated[dict[str, Any], Depends(json_body)]
 ) -> dict[str, Any]:
-    """A copy of it becomes the newest version; nothing in between is lost."""
+    """Add a copy of the version as the newest one; all versions are kept."""
     return submissions.restore(version, user, str(check_fields(ClientRequest, params).client_id)).describe()
 
 
 @router.get("/quarantine", summary="Labels that were refused, with the reasons")
 def list_quarantine(history: HistoryDep, user: AsReviewer) -> list[dict[str, Any]]:
-    """The newest first."""
+    """The refused labels, newest first."""
     return [refused.describe() for refused in history.quarantine.all()]
 
 
 @router.get("/quarantine/{name}", summary="A refused label's file", response_class=FileResponse)
 def get_quarantined(history: HistoryDep, user: AsReviewer, name: str) -> FileResponse:
-    """Its bytes, as they came."""
+    """The refused file as sent."""
     file = history.quarantine.content(name)
     return FileResponse(file, media_type="application/octet-stream", filename=file.name)

@@ -1,4 +1,4 @@
-"""``/leases/``: who works on which case, and cases that are not handed out."""
+"""``/leases/``: leases of cases to clients, and skipped cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/leases", tags=["ActiveLearning"])
 
 @router.get("/", summary="Cases in clients' hands, and cases that are skipped")
 def list_leases(leases: LeasesDep, user: AsUser) -> dict[str, Any]:
-    """By image; times in seconds since 1970."""
+    """The current leases by image; times are in seconds since 1970."""
     active, skipped = leases.active(), leases.skipped()
     return {
         "leases": {image: lease.describe() for image, lease in active.items()},
@@ -28,7 +28,7 @@ def list_leases(leases: LeasesDep, user: AsUser) -> dict[str, Any]:
 
 @router.delete("/", summary="Give a case back")
 def give_back(leases: LeasesDep, user: AsAnnotator, image: str, client_id: str = "") -> dict[str, Any]:
-    """End a lease: one's own; a reviewer anybody's."""
+    """End the client's own lease; a reviewer may end any lease."""
     lease = leases.active().get(image)
     if lease is None:
         raise NotFoundError("lease of image", image[:200])
@@ -46,7 +46,7 @@ def skip(
     image: str,
     params: Annotated[dict[str, Any], Depends(json_body)],
 ) -> dict[str, Any]:
-    """Skip a case, with a ``reason`` for whoever looks at it next; its lease ends."""
+    """Skip a case, with a ``reason`` for other users; its lease ends."""
     image = check_image(image)
     asked = check_fields(SkipRequest, params)
     if not asked.reason.strip():
@@ -56,6 +56,6 @@ def skip(
 
 @router.delete("/skipped", summary="Have a skipped case handed out again")
 def unskip(leases: LeasesDep, user: AsAnnotator, image: str) -> dict[str, Any]:
-    """Take a skip back."""
+    """Undo the skipping of a case."""
     leases.unskip(image)
     return {}

@@ -23,7 +23,7 @@ SECONDS_FOR_NVIDIA_SMI = 20
 
 @router.get("/", summary="The end of the server's log", response_class=PlainTextResponse)
 def logs(user: AsAdmin, lines: Annotated[int, Query(ge=1, le=100_000)] = 300) -> str:
-    """The last lines, as text (MONAI Label's page around them needs the internet)."""
+    """The last lines as text (MONAI Label's own log page needs internet access)."""
     path = Path(stock_settings.MONAI_LABEL_APP_DIR) / "logs" / "app.log"
     if not path.is_file():
         raise NotFoundError("log file", path.name)

@@ -1,4 +1,4 @@
-"""``/model/``: weights, down and up, and the versions of each model."""
+"""``/model/``: download and upload of weights, and the versions of each model."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ router = APIRouter(prefix="/model", tags=["Model"])
 
 @router.get("/{model}", summary="Download the weights in use", response_class=FileResponse)
 def download(models: SegmentationTasksDep, user: AsAdmin, model: str) -> FileResponse:
-    """The weights that are served now."""
+    """The live weights."""
     path = current_weights(models, model)
     return FileResponse(path, media_type="application/octet-stream", filename=f"{model}{path.suffix}")
 
 
 @router.get("/info/{model}", summary="Checksum and figures of the weights in use")
 def describe(models: SegmentationTasksDep, model_info: ModelInfoDep, user: AsAdmin, model: str) -> dict[str, Any]:
-    """SHA-256, time of change, figures of the last training."""
+    """SHA-256, time of the last change, and figures of the last training."""
     current_weights(models, model)
     return model_info(model)
 
 
 @router.get("/versions/{model}", summary="All versions, and which one is live")
 def versions(trained: VersionedModelsDep, user: AsUser, model: str) -> dict[str, Any]:
-    """Name, status, time, parent, reason and scores of each version, the oldest first.
+    """Name, status, time, parent, reason and scores of each version, oldest first.
 
-    ``live`` is the version that was published or chosen last, ``serving`` what is served: another one where the live
-    one is damaged, which ``problem`` says.
+    ``live`` is the version that was published or chosen last; ``serving`` is the version in use, which differs if the
+    live one is damaged, as ``problem`` states.
     """
     task = trained.find(model)
     serving, problem = task.serving()
@@ -75,7 +75,7 @@ def versions(trained: VersionedModelsDep, user: AsUser, model: str) -> dict[str,
 
 @router.get("/versions/{model}/{version}", summary="All that is known of a version")
 def version_details(trained: VersionedModelsDep, user: AsUser, model: str, version: str) -> dict[str, Any]:
-    """Preset, recipe, split, the labels that it was trained on, scores, comparison, parent, SHA-256."""
+    """Preset, recipe, split, training labels, scores, comparison, parent, SHA-256."""
     stored = trained.find(model).versions.get(version)
     damaged = {"reason": stored.damage} if stored.damage else {}
     return {"version": stored.name} | dict(stored.details) | {"status": stored.status} | damaged
@@ -94,10 +94,10 @@ def version_report(trained: VersionedModelsDep, user: AsUser, model: str, versio
 def rollback(
     trained: VersionedModelsDep, user: AsAdmin, model: str, version: str = "", rejected: bool = False
 ) -> dict[str, Any]:
-    """Serve the version that is named, or else the one that was served before the live one.
+    """Make the named version live, or by default the predecessor of the live one.
 
-    The next inference takes it; nothing is removed. With ``rejected``, also one that the gate rejected: whoever asks
-    answers for it.
+    The next inference uses it; no version is removed. With ``rejected``, a version that the gate rejected is allowed
+    too, on the user's responsibility.
     """
     store = trained.find(model).versions
     live = store.rollback(version, rejected, user.name).name if version else store.withdraw()
@@ -108,10 +108,10 @@ def rollback(
 
 @router.post("/versions/{model}/{version}/serve", summary="Serve a version that nothing has judged")
 def serve_unproven(trained: VersionedModelsDep, user: AsReviewer, model: str, version: str) -> dict[str, Any]:
-    """Serve an ``unproven`` version from the next inference on: a reviewer answers for it in the gate's place.
+    """Make an ``unproven`` version live, on a reviewer's responsibility instead of the gate's.
 
     Raises:
-        TrainingError: for a version of another status, which is an administrator's to serve.
+        TrainingError: for a version of another status, which requires an administrator.
     """
     store = trained.find(model).versions
     status = store.get(version).status
@@ -136,7 +136,7 @@ async def upload(
     model: str,
     file: Annotated[UploadFile, File()],
 ) -> dict[str, Any]:
-    """Publish uploaded weights, if they fit; those that come with the project stay as they are."""
+    """Publish uploaded weights if they match the model; the shipped weights are kept."""
     task, trainer = models.find(model), trainers.find(model)
     return await readers.read(
         lambda: publish_upload(task, trainer, cases_to_try(datastore, image_file, task.preset), file, user.name)
@@ -145,10 +145,10 @@ async def upload(
 
 @router.delete("/{model}", summary="Take the published weights out of use")
 def withdraw(models: SegmentationTasksDep, trainers: TrainTasksDep, user: AsAdmin, model: str) -> dict[str, Any]:
-    """Serve again what was served before the live version, which is kept.
+    """Make the predecessor of the live version live again; the withdrawn version is kept.
 
     Raises:
-        ForbiddenError: when the weights in use come with the project.
+        ForbiddenError: if the shipped weights are in use.
     """
     current_weights(models, model)
     try:
@@ -160,7 +160,7 @@ def withdraw(models: SegmentationTasksDep, trainers: TrainTasksDep, user: AsAdmi
 
 
 def live_name(store: VersionStore) -> str | None:
-    """The version that the live pointer names; None where it names none, or is damaged."""
+    """The live version; None if there is none, or if the pointer is damaged."""
     try:
         return read_live(store.folder)
     except CheckpointError as error:
@@ -169,7 +169,7 @@ def live_name(store: VersionStore) -> str | None:
 
 
 def summarize(version: Version) -> dict[str, Any]:
-    """A line of the list of versions."""
+    """A row of the list of versions."""
     kept = ("created", "reason", "uploaded_by", "sha256")
     details = {name: version.details[name] for name in kept if name in version.details}
     dice = (version.details.get("held_out") or {}).get("mean_dice")
@@ -179,10 +179,10 @@ def summarize(version: Version) -> dict[str, Any]:
 
 
 def current_weights(models: TasksByName[UnetrInferTask], model: str) -> Path:
-    """The file of weights that is served now.
+    """The live weights file.
 
     Raises:
-        NotFoundError: when there is no such model, or it has none.
+        NotFoundError: if there is no such model, or if it has no weights.
     """
     path = models.find(model).get_path()
     if path is None:
@@ -197,16 +197,16 @@ def publish_upload(
     upload: UploadFile,
     user: str,
 ) -> dict[str, Any]:
-    """Publish an uploaded checkpoint that the model's network takes, and that segments something in one of the cases.
+    """Publish an uploaded checkpoint that matches the model's network and segments something in one of the cases.
 
     Raises:
-        CheckpointError: when it cannot be read, holds code, does not fit, is not finite, or segments nothing.
+        CheckpointError: if it cannot be read, contains code, does not match, is not finite, or segments nothing.
     """
     with temporary_folder() as folder:
         checkpoint = read_checkpoint(receive(upload, folder, "weights.pt"))
         check_finite(checkpoint.model)
         preset = preset_for(checkpoint, task.preset)
-        with torch.device("meta"):  # a network of the size that their preset says may be larger than memory
+        with torch.device("meta"):  # a network of the size in the file's preset may exceed the memory
             network = build_unetr(preset)
         fitting(checkpoint.model, network)
         fitted = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"), "fp32")
@@ -232,7 +232,7 @@ def publish_upload(
 def cases_to_try(
     datastore: Datastore, image_file: Callable[[str], Path], preset: Preset
 ) -> Iterator[tuple[str, Volume]]:
-    """A few readable images of the studies, labelled ones first, since those certainly show a structure."""
+    """A few readable images of the studies, labelled ones first, since they contain a structure."""
     labelled, all_images = datastore.get_labeled_images(), datastore.list_images()
     tried = 0
     for image in [*labelled, *(name for name in all_images if name not in set(labelled))][:MOST_IMAGES_OPENED]:
@@ -248,14 +248,13 @@ def cases_to_try(
 
 
 def try_on_a_case(segmenter: Segmenter, cases: Iterable[tuple[str, Volume]]) -> str:
-    """Segment cases until one has a mask of more than one value.
+    """Segment cases until one has a mask with more than one value.
 
     Returns:
-        The id of that case; empty where there is none to try on.
+        The id of that case; empty if there is no case to segment.
 
     Raises:
-        CheckpointError: when probabilities are not finite, no mask tells one voxel from another, or no case can be
-            segmented.
+        CheckpointError: if probabilities are not finite, all masks are uniform, or no case can be segmented.
     """
     without = dict[str, str]()
     for image, volume in cases:

@@ -1,4 +1,4 @@
-"""``/ohif/``: the OHIF viewer inside MONAI Label's package."""
+"""``/ohif/``: the OHIF viewer in MONAI Label's package."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def configuration() -> FileResponse:
 
 @router.get("/series", include_in_schema=False)
 def named_series(store: StoreDep, presented: PresentedDep, user: AsUser, study: str) -> dict[str, Any]:
-    """The series of a study that is to be opened: the one that a strategy handed out last, or "" where none was.
+    """The series of a study to open: the one that a strategy handed out last, or "" if there is none.
 
-    OHIF's panel opens the study of the next sample, and of a study of several series any may come first. In place of
-    one that OHIF cannot show, its regular series is named, also where that is of the only image of the study;
-    ``regular`` has the descriptions of the regular series by the UIDs of their sources.
+    OHIF's panel opens the study of the next sample, in which any of several series may come first. If OHIF cannot show
+    the series, its regular series is named, even if the study has only one image; ``regular`` has the descriptions of
+    the regular series by the UIDs of their sources.
     """
     regular = presented.regular
     handed_out = {uid: last_handed_out(store, uid) for uid, info in store.series().items() if info.study == study}
@@ -50,17 +50,17 @@ def named_series(store: StoreDep, presented: PresentedDep, user: AsUser, study: 
 
 
 def last_handed_out(store: SeriesDatastore, image: str) -> float:
-    """When a strategy named an image last, in seconds since 1970 with their fraction; 0 for never."""
+    """Time at which a strategy last chose an image, in seconds since 1970; 0 for never."""
     strategies = store.get_image_info(image).get("strategy", {})
     return max((float(entry.get("ts", 0)) for entry in strategies.values()), default=0)
 
 
 @router.get("/{path:path}", include_in_schema=False)
 async def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -> Response:
-    """A file of the viewer; its own addresses, which are no files, all begin with its first page.
+    """A file of the viewer; the viewer's own routes, which are not files, return its first page.
 
-    Whoever is not known is sent from there to the sign-in: the viewer itself asks for no token, and its requests carry
-    the cookie.
+    An unknown user is redirected to the sign-in, since the viewer itself asks for no token, and its requests carry the
+    cookie.
     """
     file = await anyio.to_thread.run_sync(viewer_file, path)
     if file.name == "index.html":
@@ -69,10 +69,10 @@ async def viewer(request: Request, authenticator: AuthenticatorDep, path: str) -
 
 
 def viewer_file(path: str) -> Path:
-    """The file that an address of the viewer means.
+    """The file of the viewer for an address.
 
     Raises:
-        NotFoundError: when the viewer is not installed.
+        NotFoundError: if the viewer is not installed.
     """
     file = FOLDER / "index.html"
     if path and "\0" not in path:
@@ -84,7 +84,7 @@ def viewer_file(path: str) -> Path:
 
 
 def send(file: Path, base: str) -> Response:
-    """A file of the viewer, adapted to this server where it has to be."""
+    """A file of the viewer, adapted to this server if necessary."""
     content = adapted(file, base)
     if content is None:
         return FileResponse(file, media_type=get_mime_type(str(file)))

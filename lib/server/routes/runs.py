@@ -1,4 +1,4 @@
-"""``/runs/`` and ``/retrain/``: what trainings are doing and have done, and what the policy thinks."""
+"""``/runs/`` and ``/retrain/``: the progress and results of trainings, and the decisions of the retraining policy."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ runs_router = APIRouter(prefix="/runs", tags=["Train"])
 retrain_router = APIRouter(prefix="/retrain", tags=["Train"])
 
 SECONDS_BETWEEN_LOOKS = 0.5
-# A stream ends after a while and its client comes again, as the standard has it: a server that is asked to stop waits
-# for its open answers.
+# A stream ends after a while and its client reconnects, as the standard defines, since a stopping server waits for its
+# open responses.
 LONGEST_STREAM_SECONDS = 10.0
 MILLISECONDS_TO_COME_AGAIN = 500
 
 
 async def get_retrainer(request: Request) -> Retrainer:
-    """The dependency of routes that ask the policy."""
+    """The retraining policy, as a FastAPI dependency."""
     retrainer: Retrainer = request.app.state.retrainer
     return retrainer
 
@@ -43,7 +43,7 @@ Policy = Annotated[Retrainer, Depends(get_retrainer)]
 
 
 def get_run(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> Path:
-    """The dependency of a stream on a run: once it has begun to answer, it cannot refuse any more."""
+    """The run of a stream, as a dependency: once the response has begun, it cannot be refused any more."""
     return find_run(trainers, model, run)
 
 
@@ -52,32 +52,32 @@ KnownRun = Annotated[Path, Depends(get_run)]
 
 @retrain_router.get("/", summary="What the retrain policy has decided, and why")
 def retraining(policy: Policy, user: AsUser) -> dict[str, Any]:
-    """For each model: whether the policy would start a training now, why, how many labels are new, its settings."""
+    """For each model: whether the policy would train now, the reason, the number of new labels, its settings."""
     return policy.describe()
 
 
 @retrain_router.post("/{model}", summary="Retrain now")
 def retrain(trainers: TrainTasksDep, policy: Policy, user: AsReviewer, model: str) -> dict[str, Any]:
-    """Start a run of the policy's recipe now; 409 when a training runs already."""
+    """Start a run with the policy's recipe now; 409 if a training is running."""
     trainers.find(model)
     return policy.train_now(model, user.name)
 
 
 @runs_router.get("/{model}", summary="All runs of a model that are kept")
 def runs(trainers: TrainTasksDep, user: AsUser, model: str) -> list[dict[str, Any]]:
-    """Each run's state, the oldest first."""
+    """The state of each run, oldest first."""
     return [describe(run) for run in list_runs(trainers.find(model).runs)]
 
 
 @runs_router.get("/{model}/{run}", summary="A run's state and progress")
 def run_state(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> dict[str, Any]:
-    """Status, reason, epoch, step, loss, Dice by label so far, seconds left, memory, and the version that it made."""
+    """Status, reason, epoch, step, loss, Dice by label so far, remaining seconds, memory, and the resulting version."""
     return describe(find_run(trainers, model, run))
 
 
 @runs_router.get("/{model}/{run}/events", summary="A run's progress as it happens", response_class=EventSourceResponse)
 async def run_events(folder: KnownRun, user: AsUser) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events: ``progress`` whenever something has changed, ``end`` when the run has ended."""
+    """Server-sent events: ``progress`` after each change, ``end`` when the run has ended."""
     last, stop = "", time.monotonic() + LONGEST_STREAM_SECONDS
     while True:
         state = await anyio.to_thread.run_sync(describe, folder)
@@ -104,10 +104,10 @@ def report_json(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> 
 
 
 def find_run(trainers: TasksByName[UnetrTrainTask], model: str, run: str) -> Path:
-    """A run's folder.
+    """The folder of a run.
 
     Raises:
-        NotFoundError: when there is no such model or run.
+        NotFoundError: if there is no such model or run.
     """
     known = {folder.name: folder for folder in list_runs(trainers.find(model).runs)}
     if run not in known:
@@ -119,7 +119,7 @@ def report_file(trainers: TasksByName[UnetrTrainTask], model: str, run: str, nam
     """A file of a run's report.
 
     Raises:
-        NotFoundError: when it has none, or none yet.
+        NotFoundError: if there is none, or none yet.
     """
     file = find_run(trainers, model, run) / name
     if not file.is_file():
@@ -128,7 +128,7 @@ def report_file(trainers: TasksByName[UnetrTrainTask], model: str, run: str, nam
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """A run's state in plain data."""
+    """The state of a run as JSON data."""
     job, made = read_job(folder / JOB_FILE), read_object(folder / "report.json")
     request = job.get("request") or {}
     return {

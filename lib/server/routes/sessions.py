@@ -1,4 +1,4 @@
-"""``/session/``: images that are not part of the studies, kept for an hour."""
+"""``/session/``: images that are not part of the studies, stored for an hour."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ async def create_session(
     uncompress: bool = False,
     expiry: int = 0,
 ) -> dict[str, Any]:
-    """Keep one image, or the files of one DICOM series or of one case of several sequences.
+    """Store one image, or the files of one DICOM series or of one case of several sequences.
 
-    Several come as files, or as a ZIP archive with ``uncompress``; sequences are named as in a folder of the studies,
-    or are DICOM series that fit the channels of a served model.
+    Several files are sent as such, or as a ZIP archive with ``uncompress``; sequences are named as in a folder of the
+    studies, or are DICOM series that match the channels of a served model.
     """
     limit_mib, served = settings.unpacked_limit_mib, list(presets.values())
     return await readers.beside(lambda: store(sessions, files, uncompress, expiry, limit_mib, served, readers.reading))
@@ -72,19 +72,19 @@ def remove_session(user: AsUser, sessions: SessionsDep, session_id: str) -> dict
 
 
 def session_image(sessions: Sessions, session_id: str) -> Path:
-    """A session's image; asking for it keeps the session alive.
+    """A session's image; each request extends the session.
 
     Raises:
-        NotFoundError: when there is no such session.
+        NotFoundError: if there is no such session.
     """
     return Path(find_session(sessions, session_id, update=True).image)
 
 
 def find_session(sessions: Sessions, session_id: str, update: bool = False) -> SessionInfo:
-    """A session that has not ended.
+    """A current session.
 
     Raises:
-        NotFoundError: when there is none of that id.
+        NotFoundError: if there is none with this id.
     """
     session = sessions.get_session(session_id, update_ts=False) if _SESSION_ID.fullmatch(session_id) else None
     if session is not None and has_ended(session, time.time()):
@@ -96,14 +96,14 @@ def find_session(sessions: Sessions, session_id: str, update: bool = False) -> S
 
 
 def has_ended(session: SessionInfo, now: float) -> bool:
-    """Whether a session's time is up: so many seconds after it was last asked for, as its file's time says.
+    """Whether a session has expired: the given number of seconds after its last use, by its file's time.
 
-    The times inside are whole seconds, with which a session of two seconds would last one or two.
+    The times inside of the file are whole seconds, with which a session of two seconds would last one or two.
     """
     try:
         file = Path(session.path) / "meta.info"
         last = file.stat().st_mtime
-        if last > now:  # the clock was turned back since
+        if last > now:  # the clock was set back since
             os.utime(file, (now, now))
     except FileNotFoundError:
         return True
@@ -119,20 +119,20 @@ def store(
     presets: Collection[Preset],
     reading: AbstractContextManager[object],
 ) -> dict[str, Any]:
-    """Keep uploaded files as a session, once they turn out to be an image.
+    """Store uploaded files as a session, if they are an image.
 
     Args:
-        sessions: where they are kept.
-        files: as they came.
+        sessions: the store of sessions.
+        files: the uploaded files.
         uncompress: whether the one file is a ZIP archive.
-        expiry: seconds after which the session ends; the server's own at the most.
-        limit_mib: to how much a file or an archive may unpack.
-        presets: those of which one must be able to segment the image.
+        expiry: seconds after which the session expires; at most the server's own limit.
+        limit_mib: size limit of a file or an archive after decompression, in MiB.
+        presets: presets of which at least one must be able to segment the image.
         reading: held while images are read.
 
     Raises:
-        ImageError: when they are not one.
-        ParameterError, TooLargeError, InputError: for what cannot be unpacked.
+        ImageError: if they are not an image.
+        ParameterError, TooLargeError, InputError: if they cannot be decompressed.
     """
     with temporary_folder() as folder:
         received = _gather(files, folder, uncompress, limit_mib)
@@ -151,7 +151,7 @@ def describe(session: SessionInfo) -> dict[str, Any]:
 
 
 def _gather(files: Sequence[UploadFile], folder: Path, uncompress: bool, limit_mib: int) -> Path:
-    """One file as it is, several as a folder, an archive as the folder of what is in it."""
+    """One file as it is, several files as a folder, an archive as the folder of its content."""
     series = folder / "series"
     series.mkdir()
     if uncompress:
@@ -169,7 +169,7 @@ def _gather(files: Sequence[UploadFile], folder: Path, uncompress: bool, limit_m
             one = receive(file, place, "file.dcm")
             one.rename(series / f"{number:05d}-{one.name}")
         received = series
-    # of other files in a folder only DICOM is read
+    # in a folder, only DICOM files are read
     for path in [received] if received.is_file() else received.iterdir():
         if received.is_file() or path.name.lower().endswith(ENDINGS):
             check_header(path, limit_mib)

@@ -1,4 +1,4 @@
-"""``/train/``, ``/batch/infer`` and ``/scoring/``: long work in processes of its own, started, watched and stopped."""
+"""``/train/``, ``/batch/infer`` and ``/scoring/``: start, observe and stop long work in separate processes."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ async def get_trainings(
 
 
 def add_status_and_stop(router: APIRouter, path: str, kind: Kind, noun: str, may_stop: Role) -> None:
-    """Give a kind of job its two routes: ``GET`` for its status, ``DELETE`` to stop it.
+    """Add two routes for a kind of job: ``GET`` for its status, ``DELETE`` to stop it.
 
     Args:
-        router: of the kind.
-        path: below the router's prefix.
-        kind: of the jobs.
-        noun: what a job of the kind is called in the API's documentation.
-        may_stop: the lowest role that may stop it; any user may see its status.
+        router: router of the kind.
+        path: path below the router's prefix.
+        kind: kind of the jobs.
+        noun: name of such a job in the API's documentation.
+        may_stop: lowest role that may stop it; any user may see its status.
     """
 
     lines = "with the last 20 lines that it printed; 404 where there is none (or none runs)"
@@ -109,9 +109,9 @@ TrainingsDep = Annotated[Trainings, Depends(get_trainings)]
 
 @train_router.post("/", summary="Train all models, one after the other", openapi_extra=TRAIN_BODY)
 async def train_all(trainings: TrainingsDep, user: AsReviewer, params: Body, run_sync: bool = False) -> dict[str, Any]:
-    """Train every model that has labels; settings for all of them, or for each under its name.
+    """Train every model that has labels, with common settings or with settings under each model's name.
 
-    Where no model has any, all are tried, and the training says so.
+    If no model has labels, all are started, and each training reports this.
     """
     models = list(trainings.trainers)
     shared = {key: value for key, value in params.items() if key not in models}
@@ -137,9 +137,9 @@ async def train(
     run_sync: bool = False,
     enqueue: bool = False,
 ) -> Any:
-    """Start a training; 409 when one runs already, unless ``enqueue`` lets it wait.
+    """Start a training; 409 if one is running, unless ``enqueue`` lets it wait.
 
-    The answer's ``notice`` says when nothing will judge the result.
+    ``notice`` in the response warns if no held-out case will judge the result.
     """
     trainings.check(model, params)
     words = await trainings.notice(model, params)
@@ -160,14 +160,15 @@ async def batch_infer(
 ) -> Any:
     """Segment all, the labelled or the unlabelled images; the masks are saved as labels of the tag ``original``.
 
-    Another tag is the request's ``label_tag``; ``final`` needs a reviewer. Labels that a person drew are not replaced.
+    The request's ``label_tag`` sets another tag; ``final`` requires a reviewer. Labels drawn by a person are not
+    replaced.
     """
     # each device computes one image at a time; one more worker reads the next image meanwhile
     workers = 1 + sum(lane.pooled for lane in lanes)
     request = {"images": images.value, "max_workers": workers} | own(params, model)
     check_batch(models, datastore, model, request)
     request["label_tag"] = tag_for_prediction(user, request)
-    # by which a server that is restarted knows what the batch has done
+    # by which a restarted server finds the images that are done
     request["begun_at"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     return await answer(jobs.submit("batch_infer", request), run_sync)
 
@@ -195,10 +196,10 @@ async def score(
 
 
 def status(jobs: Jobs, kind: Kind, everything: bool, only_open: bool) -> Status:
-    """A kind's jobs as MONAI Label tells of them.
+    """The jobs of a kind, in MONAI Label's form.
 
     Raises:
-        HTTPException: 404 when there is none.
+        HTTPException: 404 if there is none.
     """
     kept = jobs.of(kind)
     current = jobs.current(kind)
@@ -212,16 +213,16 @@ def status(jobs: Jobs, kind: Kind, everything: bool, only_open: bool) -> Status:
 
 
 def stop(jobs: Jobs, kind: Kind) -> dict[str, Any] | None:
-    """Stop a kind's jobs; None when none runs or waits."""
+    """Stop the jobs of a kind; None if none is running or waiting."""
     job = jobs.stop(kind)
     return job.describe() if job else None
 
 
 async def answer(job: Job, run_sync: bool) -> Any:
-    """The job as it stands now; with ``run_sync``, its result once it has ended.
+    """The current job; with ``run_sync``, its result after it has ended.
 
     Raises:
-        TrainingError: when it did not end well, with the last line that it printed.
+        TrainingError: if it failed, with the last line that it printed.
     """
     if not run_sync:
         return job.describe()
@@ -241,11 +242,11 @@ def _noting(answer: Any, words: str) -> Any:
 def check_batch(
     models: TasksByName[UnetrInferTask], datastore: Datastore, model: str, request: Mapping[str, Any]
 ) -> None:
-    """Refuse a batch inference before its process starts.
+    """Validate a batch inference before its process starts.
 
     Raises:
-        NotFoundError: for a model or an image that there is not.
-        ParameterError: for a field that is not valid.
+        NotFoundError: for an unknown model or image.
+        ParameterError: for an invalid field.
     """
     models.find(model).parse({**request, "image": "image.nii.gz"})
     images = check_fields(BatchRequest, request).images

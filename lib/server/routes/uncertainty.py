@@ -1,4 +1,4 @@
-"""``GET /uncertainty/{model}``: where the model does not know. ``GET /review/{model}``: which labels it doubts."""
+"""``GET /uncertainty/{model}``: a map of the model's uncertainty. ``GET /review/{model}``: labels to review."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ async def uncertainty(
 
 
 def compute(task: UnetrInferTask, asked: InferRequest) -> bytes:
-    """The file's bytes.
+    """The content of the file.
 
     Raises:
-        ImageError: when the image cannot be segmented.
-        ModelNotReadyError: when there are no weights, or none that can be used.
+        ImageError: if the image cannot be segmented.
+        ModelNotReadyError: if there are no usable weights.
     """
     try:
         file = task.map_uncertainty(asked)
@@ -73,7 +73,7 @@ def review(
     model: str,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> dict[str, Any]:
-    """Labelled cases where the served version disagrees most with the label, compared in the background."""
+    """Labelled cases with the largest disagreement between live version and label, compared in the background."""
     if model not in knowledge_by_preset:
         raise NotFoundError("model", model[:200], list(knowledge_by_preset))
     knowledge = knowledge_by_preset[model]
@@ -91,7 +91,7 @@ def review(
 def current_disagreements(
     datastore: Datastore, knowledge_by_preset: Mapping[str, PoolKnowledge], knowledge: PoolKnowledge, version: str
 ) -> list[LabelDisagreement]:
-    """A version's doubts about labels that are still those that it was compared with."""
+    """A version's disagreements with labels that have not changed since the comparison."""
     known = knowledge.store.disagreements(version)
     return [
         disagreement
@@ -101,6 +101,6 @@ def current_disagreements(
 
 
 def describe(disagreement: LabelDisagreement, rank: int) -> dict[str, Any]:
-    """A doubt as plain data."""
+    """A disagreement as JSON data."""
     dice = {name: round(value, 3) for name, value in disagreement.dice.items()}
     return {"rank": rank, "image": disagreement.image_id, "suspicion": round(disagreement.suspicion, 3), "dice": dice}

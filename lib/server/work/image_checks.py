@@ -1,4 +1,4 @@
-"""Which images are left out of the pool since they cannot be segmented, and why."""
+"""Determines which images are excluded from the pool because they cannot be segmented, and why."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger("unetr.server")
 
 @dataclass(frozen=True)
 class ImageInspector:
-    """Reads images as an inference would, and remembers what is wrong with them.
+    """Reads images like an inference does, and stores their problems.
 
     Args:
-        store: the studies, with the checks that were made.
-        presets: those that are served, by name.
-        pool_knowledge: what the scoring found of the images, by preset.
-        image_file: gives the file or folder of an image's id, or raises ``NotFoundError`` or ``UpstreamError``.
+        store: the studies, with the stored checks.
+        presets: the served presets, by name.
+        pool_knowledge: stored scores of the images, by preset.
+        image_file: returns the file or folder of an image, or raises ``NotFoundError`` or ``UpstreamError``.
     """
 
     store: VersionedDatastore
@@ -37,10 +37,10 @@ class ImageInspector:
     image_file: Callable[[str], Path]
 
     def check(self, image_id: str, preset: Preset) -> ImageCheck:
-        """What is wrong with an image, read now unless that was done since it changed.
+        """The problem of an image, which is read now unless this was done since its last change.
 
         Raises:
-            NotFoundError, UpstreamError: when it cannot be had.
+            NotFoundError, UpstreamError: if it is unavailable.
         """
         stamp = self.store.stamp(image_id)
         known = self.store.checks.find(image_id, preset.name, stamp)
@@ -49,7 +49,7 @@ class ImageInspector:
         problem, warning, elsewhere = "", "", False
         try:
             warning = inspect(self.image_file(image_id), preset, [other.modality for other in self.presets.values()])
-        except MemoryBudgetError as error:  # not kept: there may be more memory the next time
+        except MemoryBudgetError as error:  # not stored, since there may be more memory the next time
             logger.warning("image %s is not taken for %s: %s", image_id, preset.name, error)
             return ImageCheck(image_id, preset.name, stamp, str(error))
         except ImageError as error:
@@ -60,9 +60,9 @@ class ImageInspector:
         return check
 
     def left_out(self, model: str) -> dict[str, ImageCheck]:
-        """The images that a model's network cannot segment, as far as they have been read, also by the scoring.
+        """The images that a model's network cannot segment, as far as they have been read, including by the scoring.
 
-        An image that has changed since is in the pool again, and is read anew.
+        An image that has changed since is in the pool again, and is read again.
         """
         knowledge = self.pool_knowledge.get(model)
         if knowledge is not None:
@@ -79,23 +79,23 @@ class ImageInspector:
         return checks
 
     def broken(self) -> dict[str, ImageCheck]:
-        """The images that are left out of a pool for what is wrong with them, and not for their modality."""
+        """The images that are excluded because of a problem, and not because of their modality."""
         checks = (check for model in self.presets for check in self.left_out(model).values())
         return {check.image_id: check for check in checks if not check.elsewhere}
 
     def warned(self) -> list[ImageCheck]:
-        """The images that look odd, but can be segmented."""
+        """The images with unusual intensities that can be segmented."""
         checks = self.store.checks.remarkable()
         return [check for check in checks if not check.problem and self.store.has_image(check.image_id)]
 
     def forget(self, image_id: str) -> None:
-        """Have an image read anew by the next check."""
+        """Delete the checks of an image, so that it is read again by the next check."""
         self.store.checks.forget(image_id)
         for knowledge in self.pool_knowledge.values():
             knowledge.store.forget(image_id)
 
     def _take_over(self, image_id: str, model: str, record: CaseScoreRecord) -> None:
-        """Remember what the scoring found, unless the server has read the image itself."""
+        """Store the problem that the scoring found, unless the server has read the image itself."""
         known = [check for check in self.store.checks.of_image(image_id) if check.preset == model]
         if not known:
             stamp = self.store.stamp(image_id)
@@ -103,10 +103,10 @@ class ImageInspector:
 
 
 def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> str:
-    """Read an image as an inference would; returns what is odd about its intensities.
+    """Read an image like an inference does; returns a warning on its intensities.
 
     Raises:
-        ImageError: when a preset's network cannot segment it, or a preset of another modality fits it better.
+        ImageError: if a preset's network cannot segment it, or if a preset of another modality fits it better.
     """
     volume = read_input(path, preset)
     check_segmentable(volume, preset, path.name)
@@ -115,10 +115,10 @@ def inspect(path: Path, preset: Preset, served_modalities: Collection[str]) -> s
 
 
 def inspect_for_any(path: Path, presets: list[Preset]) -> list[str]:
-    """Read an image that is sent; returns what is odd about it, for the presets that can segment it.
+    """Read an uploaded image; returns a warning, for the presets that can segment it.
 
     Raises:
-        ImageError: when none of them can.
+        ImageError: if none of them can segment it.
     """
     problems, warnings, readings = [], [], []
     plain = None

@@ -2,9 +2,9 @@
 
 ``python -m lib.server.work.job_process train RESULT_FILE``
 
-The first line of standard input is the request. After it the input stays open for as long as the server lives; its
-end means that the server is gone, by whatever signal, and then this process ends too. Until then it may hold the work
-("-") while somebody waits for an inference, and let it go on ("+"); scoring listens to that, window by window.
+The first line of standard input is the request. Then the input stays open as long as the server runs; its end means
+that the server has ended, for any reason, and this process ends too. Until then, the server may pause ("-") and resume
+("+") the work while inference requests wait; scoring checks this before each window.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = "false"  # lib is loaded once, or its exceptions would not be its exceptions
+os.environ["MONAI_LABEL_RELOAD_APP_LIB"] = (
+    "false"  # lib must be loaded only once, or its exception classes would differ
+)
 
 import psutil
 import torch
@@ -57,7 +59,7 @@ def main(kind: Kind, result_file: Path) -> int:
 
 
 def run(kind: str, request: dict[str, Any]) -> Any:
-    """Do the job in the app that MONAI Label's settings (environment variables) name."""
+    """Run the job in the app of MONAI Label's settings (environment variables)."""
     instance = app_instance()
     if kind == "train":
         yield_to_inference()
@@ -69,7 +71,7 @@ def run(kind: str, request: dict[str, Any]) -> Any:
 
 
 def yield_to_inference() -> None:
-    """Let the server go first: a third of its weight when both want to compute, and on a CPU half of the threads."""
+    """Lower this process's priority: a third of the server's weight, and on a CPU half of the threads."""
     own = psutil.Process()
     nicer = min(LOWEST_PRIORITY, own.nice() + NICER_THAN_THE_SERVER)
     own.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nicer)
@@ -77,14 +79,14 @@ def yield_to_inference() -> None:
 
 
 def _step_back() -> None:
-    """Take only what nobody else wants of the CPU."""
+    """Use only CPU time that no other process needs."""
     own = psutil.Process()
     own.nice(psutil.IDLE_PRIORITY_CLASS if sys.platform == "win32" else LOWEST_PRIORITY)
     torch.set_num_threads(1)
 
 
 def _read_line() -> bytes:
-    """One line from standard input. Unbuffered: a reader's lock held by a thread here would hang forked children."""
+    """One line of standard input, unbuffered: the lock of a buffered reader in a thread would block forked children."""
     line = bytearray()
     while (letter := os.read(STANDARD_INPUT, 1)) not in (b"\n", b""):
         line += letter
@@ -108,5 +110,5 @@ def _end_with_server() -> None:
 if __name__ == "__main__":
     code = main(next(kind for kind in KINDS if kind == sys.argv[1]), Path(sys.argv[2]))
     if code == EXIT_NO_ROOM:
-        os._exit(code)  # what TensorBoard writes at the end does not fit either, and its trace would be the last word
+        os._exit(code)  # TensorBoard's final write would fail too, and its stack trace would hide the reason
     sys.exit(code)

@@ -1,10 +1,10 @@
-"""Long work (training, batch inference, scoring) in processes of its own, one at a time of each kind.
+"""Runs long work (training, batch inference, scoring) in separate processes, one at a time of each kind.
 
-It answers as MONAI Label's own runner does, whose gaps are the reason for this one: there, a job that waits cannot be
-stopped, the last lines of output can be lost, and a training outlives the server and goes on publishing. Here a job's
-process ends when the server does, however the server ends: it reads a pipe that only the server holds open
-(``job_process``). A training that is cut off goes on from its state: here when its process alone was killed, after the
-next start when the server was.
+Its interface is that of MONAI Label's own runner, which has gaps: there, a waiting job cannot be stopped, the last
+lines of output can be lost, and a training continues after the server has ended, and publishes. Here, the process of a
+job ends with the server, for whatever reason the server ends: it reads a pipe that only the server holds open
+(``job_process``). An interrupted training resumes from its state: at once if only its process was killed, and after the
+next start if the server was.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ SECONDS_TO_END = 5.0
 DEATHS_WITHOUT_PROGRESS = 5
 COULD_NOT_RUN = "the server could not run this to its end; its log has the reason"
 EXIT_NO_ROOM = 4
-"""A job's process ends with this where the disk does not take what it writes."""
+"""Exit code of a job's process if the disk is full."""
 REPOSITORY = Path(__file__).resolve().parents[3]
-# What a job reads from its standard input after the request.
+# Commands to a job on its standard input after the request.
 HOLD, GO_ON = "-", "+"
 
 
 @dataclass
 class Job:
-    """One piece of long work.
+    """A job.
 
     Attributes:
-        deaths: how often its process was killed since it last came further.
-        step: how far it had come when its process was last started.
-        reason: why it ended in an error.
-        waits_for_room: whether a full disk has ended it, and it goes on when there is room.
+        deaths: how often its process was killed since its last progress.
+        step: its progress when its process was last started.
+        reason: why it failed.
+        waits_for_room: whether a full disk has stopped it, so that it resumes when there is space.
     """
 
     kind: Kind
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def is_open(self) -> bool:
-        """Whether it runs or will."""
+        """Whether it is running or waiting."""
         return self.status in ("SUBMITTED", "RUNNING")
 
     def describe(self) -> dict[str, Any]:
@@ -98,11 +98,11 @@ class Jobs:
     """All jobs of one server.
 
     Args:
-        on_end: called with each job that ended, in the thread that ran it.
+        on_end: called with each finished job, in the thread that ran it.
         on_output: called with each job that printed a line.
-        before_end: the same, before anybody learns that it has ended.
+        before_end: the same, before the end of the job is visible to others.
         on_change: called with each job whose status has changed.
-        steps_of: how far a training has come.
+        steps_of: the progress of a training.
         start: starts a job's process, which writes its result to a file.
     """
 
@@ -130,7 +130,7 @@ class Jobs:
         """Start a job, or let it wait for those before it.
 
         Raises:
-            TrainingError: when one runs already and ``enqueue`` is not given.
+            TrainingError: if one is running and ``enqueue`` is not given.
         """
         with self._lock:
             jobs = self._jobs.setdefault(kind, deque(maxlen=KEPT_JOBS))
@@ -140,16 +140,16 @@ class Jobs:
             jobs.append(job)
         for waiting in self.waiting_for_room():
             if waiting.request.get("model") == job.request.get("model"):
-                self._wait_no_longer(waiting)  # this one is trained on all that there is
+                self._wait_no_longer(waiting)  # the new job trains on all labels
         self._start(job)
         return job
 
     def waiting_for_room(self) -> list[Job]:
-        """The trainings that a full disk has ended, and that go on when there is room."""
+        """The trainings that a full disk has stopped, and that resume when there is space."""
         return [job for job in self.of("train") if job.waits_for_room]
 
     def go_on(self, job: Job) -> None:
-        """Start a training again that waits for room on the disk; it goes on from its state."""
+        """Restart a training that waits for disk space; it resumes from its state."""
         with self._lock:
             if self._closing or not job.waits_for_room:
                 return
@@ -164,7 +164,7 @@ class Jobs:
         self._on_change(job)
 
     def recover(self, jobs: Iterable[Job]) -> None:
-        """Let jobs go on that an earlier server has left."""
+        """Resume the jobs that an earlier server left unfinished."""
         for job in jobs:
             with self._lock:
                 self._jobs.setdefault(job.kind, deque(maxlen=KEPT_JOBS)).append(job)
@@ -178,31 +178,31 @@ class Jobs:
         thread.submit(self._run, job)
 
     def of(self, kind: Kind) -> list[Job]:
-        """All jobs of a kind that are remembered, the oldest first."""
+        """All remembered jobs of a kind, oldest first."""
         with self._lock:
             return list(self._jobs.get(kind, ()))
 
     def open(self, kind: Kind) -> int:
-        """How many of a kind run or wait."""
+        """Number of running and waiting jobs of a kind."""
         return sum(job.is_open for job in self.of(kind))
 
     def current(self, kind: Kind) -> Job | None:
-        """The job that runs, or else the first that waits."""
+        """The running job, or otherwise the first waiting one."""
         is_open = [job for job in self.of(kind) if job.is_open]
         return next((job for job in is_open if job.status == "RUNNING"), is_open[0] if is_open else None)
 
     def stop(self, kind: Kind) -> Job | None:
-        """Stop the job that runs and all that wait; returns the first of them, None when there is none."""
+        """Stop the running job and all waiting ones; returns the first of them, None if there is none."""
         waiting = [job for job in self.of(kind) if job.waits_for_room]
         current = self.current(kind) or next(iter(waiting), None)
-        for job in reversed(self.of(kind)):  # the waiting ones first, or the next would start
+        for job in reversed(self.of(kind)):  # waiting jobs first, or the next one would start
             self._stop(job)
         for job in waiting if not self._closing else ():
             self._wait_no_longer(job)
         return current
 
     def hold(self, kind: Kind, held: bool) -> None:
-        """Have the job of a kind that runs wait, or go on; only jobs that ask now and then do (see ``job_process``)."""
+        """Pause or resume the running job of a kind; this affects only jobs that check for it (see ``job_process``)."""
         with self._lock:
             (self._held.add if held else self._held.discard)(kind)
         job = self.current(kind)
@@ -210,7 +210,7 @@ class Jobs:
             _tell(job.process, HOLD if held else GO_ON)
 
     def shut_down(self) -> None:
-        """Stop everything and let nothing start again; what is on disk of a training stays as it is, to go on later."""
+        """Stop all jobs and start no others; the stored state of a training is kept, so that it can resume later."""
         with self._lock:
             self._closing = True
             threads = list(self._threads.values())
@@ -278,7 +278,7 @@ class Jobs:
         return code
 
     def _goes_on(self, job: Job, code: int) -> bool:
-        """Whether a training whose process was killed is started again; one that fails on its own is not."""
+        """Whether a training whose process was killed is restarted; one that failed by itself is not."""
         if job.kind != "train" or code >= 0 or not job.is_open or self._closing:
             return False
         steps = self._steps_of(job)
@@ -308,18 +308,18 @@ class Jobs:
 
 
 def sentence_of(kind: Kind, problem: str) -> str:
-    """The message for a job whose files could not be written to a disk.
+    """The message for a job whose files could not be written.
 
     Args:
-        kind: the job's.
-        problem: why, as :func:`lib.storage.full_disk.storage_problem` says it.
+        kind: kind of the job.
+        problem: the reason, from :func:`lib.storage.full_disk.storage_problem`.
     """
     cause = f"{problem}, and the {_words(kind)} ended"
     return f"{cause}; it goes on from its state when there is room" if kind == "train" else f"{cause}; make room for it"
 
 
 def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
-    """Start a job's process and hand it the request; its standard input stays open for as long as this server lives."""
+    """Start a job's process and send it the request; its standard input stays open as long as this server runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "lib.server.work.job_process", job.kind, str(result)],
         stdin=subprocess.PIPE,
@@ -337,7 +337,7 @@ def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
     try:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-    except OSError:  # it ended at once; its output says why
+    except OSError:  # it ended at once; its output states the reason
         logger.warning("%s %s did not read its request", _words(job.kind), job.id)
     return process
 
@@ -352,7 +352,7 @@ def _tell(process: subprocess.Popen[str], word: str) -> None:
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:
-    """Ask a process and all that it started to end, and kill what is left after five seconds."""
+    """Terminate a process and its descendants, and kill those that are left after five seconds."""
     try:
         parent = psutil.Process(process.pid)
         tree = [parent, *parent.children(recursive=True)]

@@ -1,4 +1,4 @@
-"""Trainings and batches on disk, so that one that was cut off goes on when the server is there again."""
+"""Stored states of trainings and batches, by which interrupted ones resume after a restart of the server."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ LOCK_FILE = "deciding.lock"
 TAKING_LOCK = "taking-over.lock"
 SECONDS_OF_SILENCE = 900.0
 BATCHES = "batches"
-"""Folder beside a model's runs: a file for each batch inference that has not ended."""
+"""Folder next to a model's runs: a file for each unfinished batch inference."""
 
 
 class Journal:
-    """Writes each training's state beside what the training itself writes, and which batch inferences are open.
+    """Stores each training's state in its run folder, and which batch inferences are unfinished.
 
     Args:
         folders: ``model/<preset>/runs`` by model.
-        studies: what the server serves; another server with other studies leaves these runs alone.
+        studies: identifier of the studies; servers with other studies ignore these runs.
     """
 
     def __init__(self, folders: dict[str, Path], studies: str) -> None:
@@ -40,7 +40,7 @@ class Journal:
         self._owner = {"pid": own.pid, "started": own.create_time(), "host": socket.gethostname()}
 
     def write(self, job: Job) -> None:
-        """Keep a training's state, or an open batch; a full disk is logged, and the job goes on."""
+        """Store a training's state, or an unfinished batch; a full disk is logged, and the job continues."""
         if job.kind == "batch_infer":
             self._write_batch(job)
         if job.kind != "train":
@@ -65,12 +65,12 @@ class Journal:
             logger.error("the state of batch inference %s cannot be kept: %s", job.id, error)
 
     def unfinished(self) -> list[Job]:
-        """Trainings and batches that a server which is gone has left, the oldest first."""
+        """Trainings and batches that a server which no longer runs has left, oldest first."""
         jobs = [_as_job(data) for runs in self._folders.values() for _, data in self._left(runs)]
         return sorted(jobs, key=lambda job: job.id)
 
     def take_over(self) -> list[Job]:
-        """The same, which are this server's from now on: of several that start at once, one goes on with each."""
+        """Claim unfinished jobs for this server: of several servers that start at once, one gets each."""
         taken = []
         for runs in self._folders.values():
             if not self._left(runs):
@@ -82,7 +82,7 @@ class Journal:
         return sorted(taken, key=lambda job: job.id)
 
     def _left(self, runs: Path) -> list[tuple[Path, dict[str, Any]]]:
-        """The files of what a server that is gone has left, and what they say."""
+        """The files of jobs whose server no longer runs, and their content."""
         files = [run / JOB_FILE for run in list_runs(runs)] + sorted((runs.parent / BATCHES).glob("*.json"))
         records = [(file, data) for file in files if {"id", "request", "start_ts"} <= (data := read_job(file)).keys()]
         return [(file, data) for file, data in records if is_unfinished(data) and self._is_orphan(data)]
@@ -100,7 +100,7 @@ class Journal:
     def others_running(self, model: str) -> bool:
         """Whether another server trains this model on the same studies.
 
-        Of a server on another machine only its files tell: a run of its that has written none for a while is over.
+        For a server on another machine, only its files show this: a run that has written no file for a while has ended.
         """
         for run in list_runs(self._folders[model]):
             data = read_job(run / JOB_FILE)
@@ -118,7 +118,7 @@ class Journal:
         """Refuse a training while another server trains the model on the same studies.
 
         Raises:
-            TrainingError: saying so.
+            TrainingError: if another server trains it.
         """
         if self.others_running(model):
             raise TrainingError(
@@ -127,12 +127,12 @@ class Journal:
             )
 
     def lock(self, model: str) -> FileLock:
-        """Held by the server that decides on a training of this model, so that two do not decide alike."""
+        """A lock for the decision on a training of this model, which serialises servers."""
         self._folders[model].mkdir(parents=True, exist_ok=True)
         return FileLock(self._folders[model] / LOCK_FILE)
 
     def failures(self, model: str, since: float) -> list[float]:
-        """When trainings of a model have failed since a time."""
+        """Times of failed trainings of a model since a time."""
         runs = [run / JOB_FILE for run in list_runs(self._folders[model])]
         records = [(path, read_job(path)) for path in runs]
         ended = [
@@ -141,11 +141,11 @@ class Journal:
         return sorted(when for when in ended if when > since)
 
     def folder_of(self, job: Job) -> Path:
-        """The run's folder."""
+        """The folder of the run."""
         return self._folders[job.request["model"]] / job.id
 
     def steps(self, job: Job) -> int:
-        """How far a training has come."""
+        """The progress of a training."""
         return steps_done(self.folder_of(job))
 
 
@@ -167,7 +167,7 @@ def _seconds_since_written(run: Path) -> float:
 
 
 def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the server that wrote this is still there, and is not another process of the same number."""
+    """Whether the server that wrote the record still runs, and its process id was not reused."""
     try:
         return bool(owner["pid"] != os.getpid() and abs(_started(owner["pid"]) - owner["started"]) < 1)
     except (psutil.NoSuchProcess, KeyError):

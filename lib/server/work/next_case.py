@@ -1,4 +1,4 @@
-"""The next case to label: chosen by a strategy among those that nobody works on, and leased to who asked."""
+"""The next case to label: chosen by a strategy among the free cases, and leased to the client."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lib.server.work.modality import modality_of, models_for
 from lib.server.work.prefetch import Prefetcher, PrefetchKey
 
 MOST_UNFIT_IN_A_ROW = 20
-"""Images that one request reads and finds unfit for a preset, before the next preset's cases are offered."""
+"""Number of unsuitable images that one request reads before it tries the next preset."""
 
 
 @dataclass(frozen=True)
 class NextCase:
-    """Chooses cases, and has their masks computed ahead.
+    """Chooses cases, and has their masks prefetched.
 
     Args:
-        strategies: ways to choose, by name.
-        store: the studies, with who works on which case.
-        presets: those that are served, by name.
-        inspector: knows which images cannot be segmented.
-        tasks: the models that segment by themselves.
-        prefetcher: computes masks ahead.
+        strategies: strategies by name.
+        store: the studies, with the leases.
+        presets: the served presets, by name.
+        inspector: knows the images that cannot be segmented.
+        tasks: the models for automatic segmentation.
+        prefetcher: prefetches masks.
     """
 
     strategies: Mapping[str, Strategy]
@@ -45,7 +45,7 @@ class NextCase:
     prefetcher: Prefetcher
 
     def preview(self, strategy: str) -> dict[str, Any] | None:
-        """What a strategy would choose now for the first preset; nothing is handed out."""
+        """The current choice of a strategy for the first preset; no case is handed out."""
         open_cases = self._open_cases(next(iter(self.presets)))
         chosen: dict[str, Any] | None = self.strategies[strategy]({"strategy": strategy}, open_cases)
         return chosen
@@ -53,17 +53,17 @@ class NextCase:
     def choose(
         self, request: dict[str, Any], client: str, hidden: Set[str]
     ) -> tuple[dict[str, Any] | None, Lease | None]:
-        """Have a strategy choose among cases that are neither leased nor skipped, and lease its choice to the client.
+        """Let a strategy choose among cases that are neither leased nor skipped, and lease its choice to the client.
 
-        A client that names no model is given a case of the first preset that has any left.
+        A client that names no model gets a case of the first preset that has any left.
 
         Args:
-            request: ``strategy``, ``model`` and what else the strategy reads.
-            client: who asks.
+            request: ``strategy``, ``model`` and the fields that the strategy reads.
+            client: the client.
             hidden: images that the client cannot show.
 
         Returns:
-            The choice and its lease; one that the client has already when no other is left, None without any.
+            The choice and its lease; if no other case is left, one that the client has already; None without any.
         """
         models = [str(request["model"])] if request.get("model") else list(self.presets)
         for model in models:
@@ -74,7 +74,7 @@ class NextCase:
         return self._own_case(client, hidden | unfit)
 
     def compute_ahead(self, chosen: Mapping[str, Any]) -> None:
-        """Have the masks of the case that is handed out, and of those that will probably be next, computed ahead."""
+        """Prefetch the masks of the case that is handed out and of the likely next ones."""
         offered = models_for(self.presets, [modality_of(self.store, chosen["id"])])
         model = chosen.get("model") or next(iter(offered), "")
         if model in offered and self.tasks.find(model).is_valid():
@@ -83,13 +83,13 @@ class NextCase:
     def _choose_for(
         self, request: dict[str, Any], client: str, hidden: Set[str], several: bool
     ) -> tuple[dict[str, Any], Lease] | None:
-        """Have a strategy choose a case for one model, and lease it.
+        """Let a strategy choose a case for one model, and lease it.
 
-        One that turns out to be damaged or unfit for the model is left out with the reason, and another one chosen.
-        Where several models share the pool, only so many images are read before the next model is asked.
+        A case that is damaged or unsuitable for the model is excluded with the reason, and another one is chosen. If
+        several models share the pool, only a limited number of images is read before the next model is tried.
 
         Returns:
-            The choice and its lease; None when no case is left for this model.
+            The choice and its lease; None if no case is left for this model.
         """
         strategy, leases, model = self.strategies[request["strategy"]], self.store.leases, request["model"]
         taken: set[str] = set()
@@ -106,21 +106,21 @@ class NextCase:
                         return chosen | {"path": self.store.get_image_uri(chosen["id"])}, lease
                     leases.release(chosen["id"])
                     unfit += 1
-                except (NotFoundError, ImageNotFoundException):  # one that has just been deleted
+                except (NotFoundError, ImageNotFoundException):  # it has just been deleted
                     leases.release(chosen["id"])
-                except Exception:  # nobody was given the case
+                except Exception:  # the case was not handed out
                     leases.release(chosen["id"])
                     raise
-            taken.add(chosen["id"])  # by somebody who asked at the same time
+            taken.add(chosen["id"])  # by a concurrent request
         return None
 
     def _open_cases(self, model: str, others: Set[str] = frozenset()) -> OpenCases:
-        """The studies without the cases that are leased, skipped, left out for a model, or among ``others``."""
+        """The studies without cases that are leased, skipped, excluded for a model, or among ``others``."""
         leases, left_out = self.store.leases, self.inspector.left_out(model)
         return OpenCases(self.store, leases.active().keys() | leases.skipped().keys() | left_out.keys() | others)
 
     def _own_case(self, client: str, hidden: Set[str]) -> tuple[dict[str, Any] | None, Lease | None]:
-        """The case that a client has had longest and not labelled yet."""
+        """The client's longest leased case that is not labelled yet."""
         unlabelled = set(self.store.get_unlabeled_images()) - hidden
         own = [lease for lease in self.store.leases.active().values() if lease.client == client]
         held = sorted((lease for lease in own if lease.image_id in unlabelled), key=lambda lease: lease.since)

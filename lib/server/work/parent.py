@@ -1,4 +1,4 @@
-"""Ending with the process that started the server, however that one ends."""
+"""Ends the server together with the process that started it, however that one ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import time
 logger = logging.getLogger("unetr.server")
 
 ENDS_WITH_INPUT = "UNETR_ENDS_WITH_INPUT"
-"""Set by ``run.py``, which holds the other end of standard input open for as long as it lives."""
+"""Set by ``run.py``, which holds the other end of standard input open as long as it runs."""
 STANDARD_INPUT = 0
 SECONDS_TO_STOP = 15.0
 EXIT_PARENT_GONE = 3
 
 
 def end_with_parent() -> threading.Thread | None:
-    """Stop this process when its standard input ends, if the one that started it has asked for that."""
+    """Stop this process at the end of its standard input, if its parent process requested this."""
     if os.environ.pop(ENDS_WITH_INPUT, "") != "1":
         return None
     thread = threading.Thread(target=_wait, daemon=True, name="parent")

@@ -1,4 +1,4 @@
-"""Asking a training that computes on the same GPU to stand still while requests are answered on it."""
+"""Asks a training on the same GPU to pause while requests are answered on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_TOUCHES = 1.0
 
 
 class Pause:
-    """Keeps a file's time up to date while requests need a GPU, so that trainings wait (``lib.trainers.pause``)."""
+    """Keeps the timestamp of a file current while requests need a GPU, so that trainings pause."""
 
     def __init__(self) -> None:
         self.file = Path(tempfile.gettempdir()) / f"unetr-pause-{os.getpid()}"
@@ -26,7 +26,7 @@ class Pause:
         self._nobody.set()
 
     def file_for(self, devices: frozenset[str]) -> Path:
-        """The file for a training on these GPUs; ``file`` is for one that may be on any."""
+        """The file for a training on these GPUs; ``file`` is for a training that may use any."""
         indices = "-".join(sorted(device.removeprefix("cuda:") for device in devices))
         path = self.file.with_name(f"{self.file.name}-{indices}")
         with self._lock:
@@ -35,7 +35,7 @@ class Pause:
 
     @contextmanager
     def asked(self, device: str) -> Iterator[None]:
-        """Ask for the device while the block runs; on a CPU priorities do that."""
+        """Claim the device within the block; on a CPU, process priorities do this."""
         if not device.startswith("cuda"):
             yield
             return
@@ -66,7 +66,7 @@ class Pause:
         self._fresh = wanted
 
     def _keep_fresh(self) -> None:
-        """Touch the files as long as an inference takes, however long."""
+        """Touch the files for the whole duration of an inference."""
         while not self._nobody.wait(SECONDS_BETWEEN_TOUCHES):
             with self._lock:
                 self._touch()

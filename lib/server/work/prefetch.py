@@ -1,4 +1,4 @@
-"""Segmenting ahead: the case that was handed out and the next likely ones, while nobody else needs the device."""
+"""Prefetching of masks: for the case that was handed out and the likely next ones, while the device is idle."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ logger = logging.getLogger("unetr.server")
 MOST_WANTED = 16
 MOST_AT_ONCE = 4
 TRIES = 3
-"""Starts of one prefetch: a server that is never quiet does not finish any."""
+"""Number of starts of one prefetch, since a server that is never idle finishes none."""
 
 
 @dataclass(frozen=True)
 class PrefetchKey:
-    """A mask that somebody will probably ask for: a model's of an image, by its id."""
+    """A mask that is likely to be requested: of an image by its id, by a model."""
 
     model: str
     image: str
 
 
 class Prefetcher:
-    """Computes masks ahead, one at a time on each device, into the result cache.
+    """Computes masks in advance into the result cache, one at a time on each device.
 
     Args:
-        task_of: gives the inference task of a model.
-        file_of: gives the file of an image.
-        inferences: where it waits for idle turns.
-        metrics: where it counts.
-        enabled: whether anything is computed ahead.
+        task_of: returns the inference task of a model.
+        file_of: returns the file of an image.
+        inferences: the queue, whose idle slots it uses.
+        metrics: metrics that count prefetches.
+        enabled: whether anything is prefetched.
     """
 
     def __init__(
@@ -64,21 +64,21 @@ class Prefetcher:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Work in the background for as long as this is open."""
+        """Work in the background within the block."""
         self._loop = asyncio.get_running_loop()
-        # one more than there are devices: it reads the next image while they compute
+        # one more than there are devices, which reads the next image while they compute
         count = 1 + min(MOST_AT_ONCE, sum(lane.pooled for lane in self._inferences.lanes))
         async with in_background("prefetch", *(self._work() for _ in range(count))):
             yield
 
     def want(self, wanted: Sequence[PrefetchKey]) -> None:
-        """Have these computed next, the first of them first; may be called from any thread."""
+        """Prefetch these next, in this order; may be called from any thread."""
         if self._enabled and self._loop is not None:
             self._loop.call_soon_threadsafe(self._add, list(wanted))
 
     @property
     def waiting(self) -> int:
-        """How many are wanted and not computed yet."""
+        """Number of masks that are queued and not computed yet."""
         return len(self._wanted)
 
     def _add(self, wanted: Sequence[PrefetchKey]) -> None:
@@ -109,10 +109,11 @@ class Prefetcher:
             self._metrics.count_prefetch(one.model, outcome)
 
     async def _try(self, one: PrefetchKey) -> str:
-        """``done``, ``known``, ``interrupted`` or ``failed``."""
+        """Prefetch a mask; returns ``done``, ``known``, ``interrupted`` or ``failed``."""
         try:
             task = self._task_of(one.model)
-            # fetched and read before it takes its slot: neither a device nor a request waits for a PACS or a disk
+            # downloaded and read before it takes a slot, so that neither a device nor a request waits for a PACS or a
+            # disk
             image = await anyio.to_thread.run_sync(self._file_of, one.image)
             request = task.parse({"image": str(image)})
             read = await anyio.to_thread.run_sync(task.read_ahead, request)

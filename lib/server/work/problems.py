@@ -1,4 +1,4 @@
-"""What is wrong with a running server, in sentences for whoever watches over it."""
+"""The problems of a running server as sentences, for monitoring."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lib.trainers.task import UnetrTrainTask
 
 
 def device_problems(lanes: Lanes) -> list[str]:
-    """A sentence for each device that is out, where no other is left."""
+    """A sentence for each failed device, if no device works."""
     return [] if lanes.any_works else lanes.problems()
 
 
 def device_warnings(lanes: Lanes) -> list[str]:
-    """A sentence for each device that is out beside others that work."""
+    """A sentence for each failed device, if others work."""
     return lanes.problems() if lanes.any_works else []
 
 
 def weights_warnings(trainers: TasksByName[UnetrTrainTask]) -> list[str]:
-    """A sentence for each model that is served by another version than its live one."""
+    """A sentence for each model that uses another version than its live one."""
     states = {name: task.serving() for name, task in trainers.items()}
     return [f"model {name!r}: {problem}" for name, (serving, problem) in states.items() if serving and problem]
 
 
 def left_out_warnings(store: VersionedDatastore, named: bool = True) -> list[str]:
-    """A sentence for each of the first files of the studies that are not taken in, and how many more there are.
+    """A sentence for each of the first unused files of the studies, and the number of further ones.
 
     Args:
         store: the studies.
-        named: whether the files are named.
+        named: whether to include file names.
     """
     left_out = store.left_out()
     if left_out and not named:
@@ -48,7 +48,7 @@ def left_out_warnings(store: VersionedDatastore, named: bool = True) -> list[str
 
 
 def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:
-    """What is wrong with the studies folder, on whose disk so much is to be free; nothing where there is no folder."""
+    """The problems of the studies folder, on whose disk this much space must be free; none without a folder."""
     if folder is None:
         return []
     try:
@@ -62,7 +62,7 @@ def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:
 
 
 def store_problems(store: VersionedDatastore) -> list[str]:
-    """What cannot be served since the studies folder cannot be written to."""
+    """What is unavailable because the studies folder is not writable."""
     if not store.history.read_only:
         return []
     return [
@@ -72,11 +72,11 @@ def store_problems(store: VersionedDatastore) -> list[str]:
 
 
 def source_problems(store: Datastore) -> list[str]:
-    """What is wrong with where the series come from: a PACS that does not answer, an index that stands still."""
+    """The problems of the source of series: a PACS that does not respond, or an index that makes no progress."""
     problem = store.source.problem() if isinstance(store, SeriesDatastore) else ""
     return [problem] if problem else []
 
 
 def studies_folder(studies: str) -> Path | None:
-    """The studies folder; None where the studies are a server."""
+    """The studies folder; None if the studies are on a server."""
     return None if studies.startswith(("http://", "https://")) else Path(studies)

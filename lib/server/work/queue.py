@@ -1,7 +1,7 @@
-"""Requests wait for a device without holding a thread; a bounded number wait, the rest get 503 and Retry-After.
+"""The inference queue: requests wait for a device without a thread; if too many wait, others get 503 and Retry-After.
 
-Who gets which device is decided in ``lib.infers.devices.schedule``. What is computed ahead takes the devices that
-nobody wants, and gives them back as soon as somebody does.
+``lib.infers.devices.schedule`` assigns the devices. Background work uses devices without foreground work, and releases
+them as soon as there is some.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Result = TypeVar("Result")
 
 
 class InferenceQueue:
-    """Runs blocking work off the event loop, one piece at a time on each lane, first come first served.
+    """Runs blocking work outside of the event loop, one item at a time on each lane, first come first served.
 
     Args:
-        size: how many may wait besides those that run.
+        size: number of requests that may wait, besides the running ones.
         lanes: the devices.
-        pause: asks trainings on the same device to stand still meanwhile.
+        pause: asks trainings on the same device to pause meanwhile.
     """
 
     def __init__(self, size: int, lanes: Lanes, pause: Pause | None = None) -> None:
@@ -45,23 +45,23 @@ class InferenceQueue:
         self._size = size
         self._pause = pause or Pause()
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        # an image for each device is read before its turn, and one behind it is finished
+        # for each device, one image is read in advance and another one is completed afterwards
         self._ahead = asyncio.Semaphore(sum(1 for _ in lanes))
         self._places_to_finish: dict[str, asyncio.Semaphore] = {}
         self._finishing: dict[Hashable, asyncio.Event] = {}
 
     @property
     def waiting(self) -> int:
-        """How many wait now, on all devices."""
+        """Number of waiting requests, for all devices."""
         return self.lanes.waiting()
 
     @property
     def busy(self) -> bool:
-        """Whether anybody computes or waits; what is computed ahead does not count."""
+        """Whether any foreground work runs or waits."""
         return any(not self.lanes.is_idle(str(lane.device)) for lane in self.lanes)
 
     def forecast(self, task: InferenceTask, request: InferRequest) -> Forecast:
-        """What a request needs, where there are several devices to choose from."""
+        """The needs of a request, if there are several devices to choose from."""
         return task.forecast(request) if self.lanes.several else Forecast()
 
     @asynccontextmanager
@@ -72,19 +72,19 @@ class InferenceQueue:
         forecast: Forecast | None = None,
         read: Callable[[], Any] | None = None,
     ) -> AsyncIterator[DeviceSlot]:
-        """Wait for a device; what runs inside has it alone.
+        """Wait for a device, which is held exclusively within the block.
 
         Args:
-            device: which; None: the one that will have finished first.
-            what: what is to be computed. Where the same is being computed, also ahead, that is waited for; anything
-                else that is computed ahead gives way.
-            forecast: what it needs.
-            read: runs in another thread while the device is waited for, where it comes to that; what it returns is the
+            device: None for the one that is expected to finish first.
+            what: identity of the result. If the same result is being computed, including in the background, its end is
+                awaited; other background work yields.
+            forecast: needs of the request.
+            read: runs in another thread while the device is awaited, if there is a place for it; its result is the
                 slot's ``ahead``.
 
         Raises:
-            BusyError: at once, when too many wait already.
-            DeviceError: when no device that may compute it works.
+            BusyError: at once, if too many requests wait.
+            DeviceError: if no suitable device works.
         """
         known = forecast or Forecast()
         work = self.lanes.work(device, what, known.weights, known.seconds)
@@ -101,15 +101,15 @@ class InferenceQueue:
     async def idle_slot(
         self, device: torch.device | None, what: Hashable, forecast: Forecast | None = None
     ) -> AsyncIterator[DeviceSlot]:
-        """Wait until nobody wants a device, and take it until somebody does.
+        """Wait until a device is idle, and hold it until foreground work needs it.
 
         Args:
-            device: which; None: any.
-            what: what is computed ahead; see :meth:`slot`.
-            forecast: what it needs.
+            device: None for any.
+            what: identity of the result; see :meth:`slot`.
+            forecast: needs of the work.
 
         Raises:
-            InterruptedWork: from inside, before the next window, when somebody else wants the device.
+            InterruptedWork: inside of the block, before the next window, if foreground work needs the device.
         """
         known = forecast or Forecast()
         work = self.lanes.work(device, what, known.weights, known.seconds, ahead=True)
@@ -133,14 +133,14 @@ class InferenceQueue:
         """Run ``work`` in an idle slot of a device, and wait for its result; for threads other than the event loop's.
 
         Args:
-            loop: the event loop that the queue is used on.
-            device: which; None: any.
-            what: what is computed ahead; see :meth:`slot`.
-            work: what runs in the device's own thread.
-            patience_seconds: how long to wait for a device that others use.
+            loop: the event loop of the queue.
+            device: None for any.
+            what: identity of the result; see :meth:`slot`.
+            work: function that runs in the device's own thread.
+            patience_seconds: time limit for waiting for an idle device.
 
         Raises:
-            InterruptedWork: when the device is not idle in time, somebody else wants it meanwhile, or the server stops.
+            InterruptedWork: if the device is not idle in time, foreground work needs it meanwhile, or the server stops.
         """
         task = asyncio.run_coroutine_threadsafe(self._run_when_idle(device, what, work, patience_seconds), loop)
         try:
@@ -175,11 +175,11 @@ class InferenceQueue:
 
     @asynccontextmanager
     async def finishing(self, lane: Lane, what: Hashable) -> AsyncIterator[Finish]:
-        """A place to finish what a lane has computed, once the one before it is finished.
+        """Wait for a place to complete what a lane has computed, after the previous item.
 
         Args:
-            lane: which; it may be let go as soon as the place is there.
-            what: as of :meth:`slot`; whoever computes the same waits for its end.
+            lane: the lane, which may be released as soon as the place is available.
+            what: see :meth:`slot`; requests for the same result wait for its end.
         """
         place = self._places_to_finish.setdefault(lane.name, asyncio.Semaphore(1))
         ended = asyncio.Event()
@@ -194,7 +194,7 @@ class InferenceQueue:
                     del self._finishing[what]
 
     async def others_finish(self, what: Hashable) -> None:
-        """Wait for the end of what was computed of the same, so that its result is found."""
+        """Wait until other requests for the same result have been completed, so that it is cached."""
         if what in self._finishing:
             await self._finishing[what].wait()
 
@@ -206,10 +206,10 @@ class InferenceQueue:
         return self._threads[name]
 
     async def compute(self, lane: Lane, work: Work, compute: Callable[[], Result]) -> Result:
-        """Run ``compute`` in the lane's own thread, with trainings on its device standing still.
+        """Run ``compute`` in the lane's own thread, while trainings on its device pause.
 
-        Neither waiting nor computing takes a thread from other requests. It is always the same one, since each thread
-        that computes keeps buffers of its own: spread over a pool of forty, that is a gigabyte.
+        Neither waiting nor computing uses a thread of other requests. A lane always uses the same thread, since each
+        computing thread keeps its own buffers, which in a pool of forty threads take a gigabyte.
         """
         thread = self._thread("inference", lane)
         context = contextvars.copy_context()
@@ -224,11 +224,11 @@ class InferenceQueue:
 
 
 class DeviceSlot:
-    """The right to compute on a device; where that one fails, on another.
+    """The right to compute on a device; if the device fails, on another one.
 
     Attributes:
-        finished: whether the work was done to its end.
-        ahead: what was read while the device was waited for; None where nothing was.
+        finished: whether the work was completed.
+        ahead: the input that was read while the device was awaited; None if nothing was read.
     """
 
     def __init__(self, queue: InferenceQueue, work: Work) -> None:
@@ -242,17 +242,17 @@ class DeviceSlot:
         self._lane = await asyncio.wrap_future(granted)
 
     async def run(self, compute: Callable[[], Result]) -> Result:
-        """Run ``compute`` in the device's own thread; once more on another device, where this one fails.
+        """Run ``compute`` in the device's own thread; repeat it on another device if this one fails.
 
         Raises:
-            DeviceError: when no device that may compute it works.
+            DeviceError: if no suitable device works.
         """
         await self._queue.others_finish(self._work.what)
         while True:
             assert self._lane is not None
             try:
                 result = await self._queue.compute(self._lane, self._work, compute)
-                self.finished, self.ahead = True, None  # an image that nobody needs any more
+                self.finished, self.ahead = True, None  # releases the image
                 return result
             except Exception as error:
                 elsewhere = self._queue.lanes.retry_elsewhere(self._work, error)
@@ -261,13 +261,13 @@ class DeviceSlot:
             await self.wait(elsewhere)
 
     def finishing(self) -> AbstractAsyncContextManager[Finish]:
-        """A place to finish what was computed, after the device is let go: see :meth:`InferenceQueue.finishing`."""
+        """Wait for a place to complete the result off the device: see :meth:`InferenceQueue.finishing`."""
         assert self._lane is not None
         return self._queue.finishing(self._lane, self._work.what)
 
 
 class Finish:
-    """Runs what is left of a piece of work in a thread for that."""
+    """Runs the rest of a work item in its own thread."""
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread

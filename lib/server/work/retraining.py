@@ -1,4 +1,4 @@
-"""Runs the retrain policy in the background: collects labels and past runs, decides, and submits trainings."""
+"""Runs the retraining policy in the background: collects labels and past runs, decides, and submits trainings."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ logger = logging.getLogger("unetr.retrain")
 
 SECONDS_BETWEEN_LOOKS = 5.0
 SHARE_OF_TIME = 1 / 20
-"""Of one processor, which the thread that looks may take from requests: it reads what is known of all labels."""
+"""Largest share of one processor for the policy's thread, which reads the records of all labels."""
 RUN_NAME = "retrain"
-# How long the trial of served weights waits for an idle device; afterwards the policy goes on, and tries later.
+# Time limit of a trial of the live weights for an idle device; afterwards the policy continues, and tries later.
 PATIENCE_SECONDS = 1.0
 
 
 class Retrainer:
-    """Decides for each model, in a thread of its own, whenever a label has come in and every few seconds.
+    """Decides for each model in a separate thread, after each new label and at short intervals.
 
     Args:
-        settings: the policy, and the recipe of its runs.
+        settings: settings of the policy, and the recipe of its runs.
         trainers: the training task of each model.
         datastore: images and labels.
-        jobs, journal: trainings.
-        inferences: where the trials of served weights wait for an idle device.
-        pause: makes trainings way for inference.
-        models: those that segment by themselves.
+        jobs, journal: jobs and stored states of trainings.
+        inferences: the queue in which trials of the live weights wait for an idle device.
+        pause: pauses trainings for inference.
+        models: the tasks for automatic segmentation.
         changes: notified when a decision changes.
 
     Raises:
-        ConfigError: when the recipe of these runs is not one.
+        ConfigError: if the recipe of these runs is invalid.
     """
 
     def __init__(
@@ -96,44 +96,44 @@ class Retrainer:
                 raise ConfigError(f"--conf retrain_recipe: {error}") from error
 
     def start(self) -> None:
-        """Begin to look; called on the event loop, where the trials of served weights wait for an idle device."""
+        """Start the thread; called on the event loop, on which trials of the live weights wait for an idle device."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def on_label_saved(self, _version: LabelVersion) -> None:
-        """Look again soon; of many labels in a row, with those that come meanwhile."""
+        """Decide again soon; labels that arrive in a row are considered together."""
         self._news.set()
 
     def stop(self) -> None:
-        """End; a training that runs is none of its business."""
+        """Stop the thread; a running training is not affected."""
         self._closing.set()
         self._news.set()
         self._thread.join(SECONDS_BETWEEN_LOOKS)
 
     def describe(self) -> dict[str, Any]:
-        """Each model's decision as of now, and what it comes from."""
+        """The current decision for each model, and the data from which it follows."""
         return {model: self._describe(model) for model in self._trainers}
 
     def words(self) -> dict[str, str]:
-        """Each model's last decision in words, without deciding anew."""
+        """The last decision for each model in words, without deciding again."""
         return dict(self._reasons)
 
     def notices(self) -> dict[str, str]:
-        """For each model with so few labels that nothing judges a training, that sentence."""
+        """A note for each model with so few labels that no held-out case judges a training."""
         return dict(self._notices)
 
     def train_now(self, model: str, user: str) -> dict[str, Any]:
-        """Submit a run of the policy's recipe, whatever it would decide.
+        """Submit a run with the policy's recipe, whatever it would decide.
 
         Raises:
-            TrainingError: when a training runs already, here or in another server on the same studies.
+            TrainingError: if a training is running, here or on another server on the same studies.
         """
         self._journal.check_alone(model)
         job = self._jobs.submit("train", self.request(model, f"by hand, by {user}", False))
         return job.describe()
 
     def request(self, model: str, why: str, from_nothing: bool) -> dict[str, Any]:
-        """The Train request of a run."""
+        """The train request of a run."""
         recipe = dict(self._settings.retrain_recipe)
         start = {"pretrained": False} if from_nothing else {}
         place = idle_place(self._inferences.lanes)
@@ -142,11 +142,11 @@ class Retrainer:
         return asked | {"pause_file": str(pause_file(self._pause, self._inferences.lanes, asked))}
 
     def look(self, model: str, review: bool = False) -> tuple[History, Decision]:
-        """What is known of a model's labels and runs, and what follows.
+        """The history of a model's labels and runs, and the decision.
 
         Args:
-            model: which.
-            review: whether the served model may be tried on new labels, where a floor is set.
+            model: name of the model.
+            review: whether the live model may be scored on new labels, if a floor is set.
         """
         task, settings = self._trainers.find(model), self._settings
         cases = task.submitted(self._datastore).cases
@@ -203,14 +203,14 @@ class Retrainer:
                 except Exception:
                     logger.exception("%s: the retrain policy failed", model)
             pause = (time.thread_time() - began) * (1 / SHARE_OF_TIME - 1)
-            self._closing.wait(pause)  # labels that are saved meanwhile are looked at together
+            self._closing.wait(pause)  # labels that are saved meanwhile are considered together
             self._news.wait(max(wait - pause, 0.1))
             self._news.clear()
 
     def _act(self, model: str) -> float:
-        """Decide for a model, and do it; returns the seconds after which to look again.
+        """Decide for a model, and carry out the decision; returns the seconds until the next decision.
 
-        Of several servers on the same folders one decides at a time: the next sees that a training runs.
+        Of several servers on the same folders, one decides at a time, so that the next one sees the running training.
         """
         try:
             with self._journal.lock(model).acquire(timeout=0):
@@ -221,22 +221,24 @@ class Retrainer:
     def _decide_and_submit(self, model: str) -> float:
         _, decision = self.look(model, review=True)
         self._say(model, decision.reason if decision.train else decision.reason.split("; waits until")[0])
-        if decision.train and not self._journal.others_running(model):  # it takes a while to decide
+        if decision.train and not self._journal.others_running(
+            model
+        ):  # another server may have started one during the decision
             try:
                 self._jobs.submit("train", self.request(model, decision.reason, decision.from_nothing))
-            except TrainingError as error:  # somebody pressed Train in this moment
+            except TrainingError as error:  # a user has started a training at the same moment
                 logger.info("%s: %s", model, error)
         return SECONDS_BETWEEN_LOOKS if decision.wait_seconds is None else decision.wait_seconds
 
     def _say(self, model: str, reason: str) -> None:
-        """Log a decision when it is another one."""
+        """Log a decision if it has changed."""
         if self._reasons.get(model) != reason:
             logger.info("%s: %s", model, reason)
             self._reasons[model] = reason
             self._changes.mark("job")
 
     def _with_review(self, history: History, model: str, new: Sequence[Case], review: bool) -> History:
-        """Add the served model's mean Dice on the new labels to the history; only with a floor and few new labels."""
+        """Add the live model's mean Dice on the new labels to the history; only with a floor and few new labels."""
         settings, served = self._settings, self._trainers.find(model).serving()[0]
         if not served or not settings.retrain_floor or len(new) >= settings.retrain_after or not new:
             return history
@@ -244,21 +246,21 @@ class Retrainer:
         for case in new:
             trial = Trial(model, served, case.case_id, history.labels[case.case_id].digest)
             if review and not history.running:
-                review = self._trials.run(trial, case)  # where somebody uses the device, the next look goes on here
+                review = self._trials.run(trial, case)  # if the device is in use, the next decision continues here
             dice.append(self._trials.known(trial))
         mean = mean_known(dice)
         return replace(history, dice_on_new=None if math.isnan(mean) else mean)
 
     def _try_on(self, model: str, case: Case, begin: Callable[[], None]) -> float:
-        """Mean Dice of the served model on a label; NaN where it cannot be computed.
+        """Mean Dice of the live model on a label; NaN if it cannot be computed.
 
         Args:
-            model: which.
-            case: the label's.
-            begin: called when it begins to compute.
+            model: name of the model.
+            case: the case of the label.
+            begin: called when the computation starts.
 
         Raises:
-            InterruptedWork: when somebody else uses the device, or wants it meanwhile.
+            InterruptedWork: if foreground work uses the device, or needs it meanwhile.
         """
         preset = self._trainers.find(model).preset
         try:
@@ -276,7 +278,7 @@ class Retrainer:
         return mean_known(without_missing(dice, preset.label_indices, missing).values())
 
     def _segment_when_idle(self, model: str, case: Case, begin: Callable[[], None]) -> Path:
-        """The served model's mask of a case, computed in an idle slot of the device, as prefetched masks are."""
+        """The live model's mask of a case, computed in an idle slot of the device, like prefetched masks."""
         if self._loop is None:
             raise InterruptedWork
         task = self._models.find(model)

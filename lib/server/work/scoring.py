@@ -1,4 +1,4 @@
-"""Background scoring: started when the served versions have not scored all images and nothing else runs."""
+"""Background scoring, which starts if the live version has not scored all images and nothing else runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LONGEST_REST_SECONDS = 600.0
 class BackgroundScoring:
     """Starts scoring jobs after a new model, a new image or a new label.
 
-    A job is a process of low priority that waits whenever somebody infers, and ends after its time; the next one goes
-    on where it was. A job that ends without having got anywhere is not started again at once.
+    A job is a low-priority process that pauses during inference requests and ends after its time limit; the next job
+    continues there. A job that ends without progress is not restarted at once.
 
     Args:
         instance: the app with its ``knowledge_by_preset``.
-        jobs: where jobs run; nothing is started while a training or another scoring does.
-        inferences: nothing is started while somebody infers on the device that it would take.
-        minutes: longest time of a job; 0: none is started.
+        jobs: the jobs; nothing is started during a training or another scoring.
+        inferences: the queue; nothing is started during inference on the device that the job would use.
+        minutes: time limit of a job; 0 disables scoring.
     """
 
     def __init__(self, instance: MONAILabelApp, jobs: Jobs, inferences: InferenceQueue, minutes: float) -> None:
@@ -45,7 +45,7 @@ class BackgroundScoring:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch for as long as this is open."""
+        """Watch within the block."""
         if self._minutes == 0:
             yield
             return
@@ -61,7 +61,7 @@ class BackgroundScoring:
                 logger.exception("the background scoring could not be started")
 
     def start_if_wanted(self) -> bool:
-        """Start a scoring job if images or labels are not scored yet and a device for it is idle."""
+        """Start a scoring job if there are unscored images or labels and a suitable device is idle."""
         if any(self._jobs.open(kind) for kind in ("batch_infer", "scoring")):
             return False
         lanes = self._inferences.lanes
@@ -73,7 +73,7 @@ class BackgroundScoring:
         if not any(wanted.values()):
             self._rest, self._started_with = SECONDS_BETWEEN_LOOKS, {}
             return False
-        # what is still wanted after a job that was to do it will hardly be done by the next
+        # images that one job could not score are unlikely to be scored by the next one
         again = wanted == self._started_with
         self._rest = min(2 * self._rest, LONGEST_REST_SECONDS) if again else SECONDS_BETWEEN_LOOKS
         self._started_with = wanted
@@ -82,7 +82,7 @@ class BackgroundScoring:
         return True
 
     def left(self, knowledge: PoolKnowledge) -> int:
-        """How many images and labels the served version has not scored or compared."""
+        """Number of images and labels that the live version has not scored or compared."""
         datastore = self._instance.datastore()
         version = knowledge.version()
         records = knowledge.store.score_records(version)

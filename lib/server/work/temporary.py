@@ -1,4 +1,4 @@
-"""The server's temporary files: in a folder of its own, which the next start removes when a kill has left it."""
+"""A separate folder for the server's temporary files, which the next start removes after a kill."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LOG_CONFIGURATION = re.compile(r"tmp\w{8}\.json")
 
 @contextmanager
 def own_temporary_folder() -> Iterator[Path]:
-    """While this lasts, temporary files of this process and of those that it starts go into a folder of its own.
+    """Within the block, temporary files of this process and its child processes go into a separate folder.
 
     Raises:
-        ConfigError: when there is no folder for temporary files that can be written to.
+        ConfigError: if no folder for temporary files is writable.
     """
     base = Path(tempfile.gettempdir())
     remove_left_behind(base)
@@ -60,10 +60,10 @@ def _make(base: Path) -> tuple[Path, BaseFileLock]:
 
 
 def remove_left_behind(base: Path) -> list[Path]:
-    """Remove the folders of servers that are gone: the system has let go of their locks.
+    """Remove the folders of servers that no longer run, whose locks the operating system has released.
 
     Returns:
-        What was removed.
+        The removed folders.
     """
     left = [folder for folder in base.glob(f"{PREFIX}*") if folder.is_dir() and not _is_held(folder)]
     for folder in left:
@@ -73,9 +73,9 @@ def remove_left_behind(base: Path) -> list[Path]:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a server uses a folder, or somebody else's does, which this one may not look at."""
+    """Whether a server uses a folder, or another user's server does, whose lock is not accessible."""
     try:
-        if not (folder / LOCK).exists():  # just made, or half removed
+        if not (folder / LOCK).exists():  # just created, or partly removed
             return time.time() - folder.stat().st_mtime < SECONDS_TO_BE_LOCKED
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
@@ -86,14 +86,14 @@ def _is_held(folder: Path) -> bool:
 
 
 def remove_log_configuration(log_config: object, arguments: Sequence[str] = tuple(sys.argv)) -> bool:
-    """Remove the file that MONAI Label made for its logging configuration, once that has been read.
+    """Remove the file that MONAI Label created for its logging configuration, after it has been read.
 
     Args:
-        log_config: what uvicorn was given.
-        arguments: the process's command line; a file that it names is its user's.
+        log_config: the logging configuration passed to uvicorn.
+        arguments: the process's command line; a file named there belongs to the user.
 
     Returns:
-        Whether there was one.
+        Whether there was such a file.
     """
     path = Path(log_config) if isinstance(log_config, str) else Path()
     named = any(argument.startswith(("-l", "--log_config")) for argument in arguments)

@@ -1,4 +1,4 @@
-"""Trainings as somebody starts them by hand: checked before their process starts."""
+"""Trainings that users start: validated before their process starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lib.server.work.places import pause_file
 from lib.trainers.request import SERVER_FIELDS
 from lib.trainers.task import UnetrTrainTask
 
-# What a client may not set: they say what runs, and where it reads.
+# Fields that a client must not set, since they determine what runs and what it reads.
 NOT_FROM_CLIENTS = ("model", "local_rank", "bundle_path", "begun_at", *SERVER_FIELDS)
 
 
@@ -28,8 +28,8 @@ class Trainings:
 
     Args:
         trainers: the training task of each model.
-        jobs: where they run.
-        pause: makes them stand still while their devices answer requests.
+        jobs: the jobs.
+        pause: pauses them while their devices answer requests.
         lanes: the devices.
         datastore: images and labels.
         readers: threads that read labels.
@@ -45,27 +45,27 @@ class Trainings:
     check_alone: Callable[[str], None]
 
     def check(self, model: str, params: Mapping[str, Any]) -> None:
-        """Refuse a training before its process starts.
+        """Validate a training before its process starts.
 
         Raises:
-            NotFoundError: for a model that there is not.
-            ParameterError: for a field that is not valid.
+            NotFoundError: for an unknown model.
+            ParameterError: for an invalid field.
         """
         self.trainers.find(model).validate_request(own(params, model), strict=True)
 
     async def notice(self, model: str, params: Mapping[str, Any]) -> str:
-        """What whoever starts a training should know of its result; empty where it will be judged as usual."""
+        """A note on the result for the user who starts a training; empty if it will be judged as usual."""
         return await self.readers.read(lambda: self.trainers[model].forecast(params, self.datastore))
 
     async def labelled(self) -> list[str]:
-        """The models that there are labels to train on."""
+        """The models with labels."""
         return [model for model, task in self.trainers.items() if await self._has_labels(task)]
 
     async def start(self, model: str, params: Mapping[str, Any], enqueue: bool) -> Job:
-        """Start a training, or let it wait for the one that runs.
+        """Start a training, or let it wait for the running one.
 
         Raises:
-            TrainingError: when one runs already, unless ``enqueue`` is set; when one runs in another server.
+            TrainingError: if one is running and ``enqueue`` is not set, or if one is running on another server.
         """
         await anyio.to_thread.run_sync(self.check_alone, model)
         asked = own(params, model)
@@ -77,5 +77,5 @@ class Trainings:
 
 
 def own(params: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """A request for ``model``, without what clients may not set."""
+    """A request for ``model``, without fields that clients must not set."""
     return {key: value for key, value in params.items() if key not in NOT_FROM_CLIENTS} | {"model": model}

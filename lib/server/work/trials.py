@@ -1,4 +1,4 @@
-"""Trials of the served weights on new labels, each of which others may interrupt, and which are given up in the end."""
+"""Trials of the live weights on new labels, which can be interrupted, and are given up after several attempts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lib.infers.interruption import InterruptedWork
 logger = logging.getLogger("unetr.retrain")
 
 MOST_INTERRUPTIONS = 5
-"""Trials of one label that are begun and interrupted before it is given up: each costs what it had computed by then."""
+"""Number of interrupted trials of one label after which it is given up, since each wastes computing time."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried: the weights of a version on one content of a case's label."""
+    """A trial: the version of the weights, and the content of a case's label."""
 
     model: str
     version: str
@@ -28,11 +28,11 @@ class Trial:
 
 
 class Trials:
-    """Remembers each trial's Dice, and how often it was interrupted.
+    """Stores each trial's Dice, and how often it was interrupted.
 
     Args:
-        try_on: a model's mean Dice on a case, NaN where it cannot be computed; calls its last argument when it begins
-            to compute, and raises :class:`InterruptedWork` where somebody else uses the device.
+        try_on: a model's mean Dice on a case, NaN if it cannot be computed; it calls its last argument when the
+            computation starts, and raises :class:`InterruptedWork` if foreground work uses the device.
     """
 
     def __init__(self, try_on: Callable[[str, Case, Callable[[], None]], float]) -> None:
@@ -41,14 +41,14 @@ class Trials:
         self._begun: Counter[Trial] = Counter()
 
     def known(self, trial: Trial) -> float:
-        """The Dice, NaN where it has not been tried, cannot be, or was given up."""
+        """The Dice; NaN if it was not computed, cannot be computed, or was given up."""
         return self._dice.get(trial, math.nan)
 
     def run(self, trial: Trial, case: Case) -> bool:
-        """Try a case, unless it has been tried already or was given up.
+        """Run a trial, unless it was done already or given up.
 
         Returns:
-            False where somebody else uses the device, so that nothing else should be tried now.
+            False if foreground work uses the device, so that no other trial should start now.
         """
         if trial in self._dice:
             return True

@@ -1,4 +1,4 @@
-"""Trainings that a full disk has ended go on by themselves once there is room again."""
+"""Resumes trainings that a full disk has stopped, once there is space again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ SECONDS_BETWEEN_LOOKS = 10.0
 LONGEST_SECONDS_BETWEEN_LOOKS = 600.0
 LEAST_ROOM_BYTES = 32 * MIB
 TIMES_THE_LARGEST = 3
-"""A run writes its state, which holds the best weights too, and a version."""
+"""Space factor, since a run writes its state, which includes the best weights, and a version."""
 
 
 class WaitingForRoom:
-    """Looks now and then whether trainings that wait have room to go on.
+    """Checks at intervals whether stopped trainings have space to resume.
 
     Args:
-        jobs: of the server.
-        folder_of: a training's folder, ``model/<preset>/runs/<run>``.
-        seconds: between two looks; twice as long each time that a training goes on, since it may be too little again.
+        jobs: jobs of the server.
+        folder_of: returns a training's folder, ``model/<preset>/runs/<run>``.
+        seconds: interval between two checks, doubled each time that a training resumes, since the space may again be
+            too small.
     """
 
     def __init__(self, jobs: Jobs, folder_of: Callable[[Job], Path], seconds: float = SECONDS_BETWEEN_LOOKS) -> None:
@@ -34,15 +35,15 @@ class WaitingForRoom:
         self._thread = threading.Thread(target=self._work, name="waiting-for-room", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start checking."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; what waits does so until the next start."""
+        """Stop checking; stopped trainings wait until the next start."""
         self._closing.set()
 
     def look(self) -> None:
-        """Let trainings go on that have room."""
+        """Resume the trainings for which there is space."""
         for job in self._jobs.waiting_for_room():
             model = self._folder_of(job).parents[1]
             if has_room(model, room_for(model)):
@@ -58,7 +59,7 @@ class WaitingForRoom:
 
 
 def room_for(folder: Path) -> int:
-    """Bytes that a training of a model writes at least, by the weights that there are.
+    """Smallest number of bytes that a training of a model writes, by its existing weights.
 
     Args:
         folder: ``model/<preset>``.

@@ -1,1 +1,1 @@
-"""The page of a case: its slices, its versions, and clicks on them."""
+"""The page of a case: its slices, its label versions, and corrections by clicks."""

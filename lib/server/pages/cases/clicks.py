@@ -1,4 +1,6 @@
-"""Clicks on the slices of a case page: they correct its mask, which is shown and can be saved as a version."""
+"""Clicks on the slices of a case page, which correct its mask; the result is displayed and can be saved as a
+version.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,13 @@ MOST_CLICKS = 200
 
 
 class Click(BaseModel):
-    """A click on a picture.
+    """A click on a slice image.
 
     Attributes:
         plane, index: the slice.
-        across, down: where on the picture, from 0 (left, top) to 1.
-        label: whose voxels it is about.
-        kind: whether the place belongs to the label or not.
+        across, down: position in the image, from 0 (left, top) to 1.
+        label: label of the click.
+        kind: whether the position belongs to the label.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,7 +55,7 @@ class Click(BaseModel):
 
 
 class Clicks(BaseModel):
-    """All clicks so far, and the version that they correct; without one, the automatic mask, or nothing."""
+    """All clicks so far, and the version that they correct; without a version, the automatic mask or an empty one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +65,7 @@ class Clicks(BaseModel):
 
 @router.post("/{image}/clicks")
 async def click(pictures: PicturesDep, user: PageUser, image: str, asked: Clicks) -> dict[str, str]:
-    """Correct the mask by clicks; the answer's ``layer`` names the pictures that show the result."""
+    """Correct the mask by clicks; ``layer`` of the response names the images that show the result."""
     name = f"edit:{hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:24]}"
     file, _ = await corrected(pictures, image, asked)
     mask = await anyio.to_thread.run_sync(take_turned, file)
@@ -75,7 +77,7 @@ async def click(pictures: PicturesDep, user: PageUser, image: str, asked: Clicks
 async def save(
     pictures: PicturesDep, submissions: SubmissionsDep, user: AsAnnotator, image: str, asked: Clicks
 ) -> dict[str, Any]:
-    """Keep the corrected mask as the newest version of the case's label."""
+    """Save the corrected mask as the newest version of the case's label."""
     file, preset = await corrected(pictures, image, asked)
     info = {"model": preset.name, "client_id": CLIENT, "prompts_used": len(asked.clicks), "start": asked.start}
     info |= {"label_info": [{"name": n, "idx": v} for n, v in preset.label_indices.items()]}
@@ -90,7 +92,7 @@ async def save(
 
 
 async def corrected(pictures: Pictures, image: str, asked: Clicks) -> tuple[Path, Preset]:
-    """The corrected mask as a file, to be removed by the caller, and its preset."""
+    """The corrected mask as a file, which the caller removes, and its preset."""
     models, inferences = pictures.models, pictures.inferences
     path = await anyio.to_thread.run_sync(lambda: models.images.file(models.images.check(image)))
     name = models.for_clicks(image, pictures.history.latest(image))
@@ -114,22 +116,22 @@ async def corrected(pictures: Pictures, image: str, asked: Clicks) -> tuple[Path
 
 
 def version_of(history: LabelHistory, image: str, version_id: str) -> LabelVersion | None:
-    """The version of an image's label that a correction starts from; None where it names none.
+    """The version of an image's label from which a correction starts; None if none is named.
 
     Raises:
-        NotFoundError, ParameterError: when there is none of that id, or it is another image's.
+        NotFoundError, ParameterError: if there is none with this id, or if it belongs to another image.
     """
     if not version_id:
         return None
     version = history.get(version_id)
     if version.image_id != image:
         raise ParameterError("start", version_id, f"a version of {image}")
-    history.mask(version)  # raises where it is not what was saved
+    history.mask(version)  # raises if the file has changed
     return version
 
 
 def prompts_of(clicks: Sequence[Click], shape: Sequence[int], grid: Grid, preset: Preset) -> dict[str, list[list[int]]]:
-    """The clicks as points of each label; those that remove are about the background."""
+    """The clicks as points of each label; clicks that remove voxels are points of the background."""
     points: dict[str, list[list[int]]] = {"background": []}
     for one in clicks:
         label = preset.find_label(one.label)
@@ -141,11 +143,11 @@ def prompts_of(clicks: Sequence[Click], shape: Sequence[int], grid: Grid, preset
 
 
 def voxel_of(one: Click, shape: Sequence[int], grid: Grid) -> list[int]:
-    """The voxel of the image's own grid that a click on a picture means.
+    """The voxel of the image's own grid for a click on a slice image.
 
     Args:
-        shape: of the image with its axes to right, anterior and superior, as pictures are cut from it.
-        grid: the image's own.
+        shape: shape of the image with its axes to right, anterior and superior, from which slices are taken.
+        grid: the image's own grid.
     """
     axis = AXES[one.plane]
     first, second = (other for other in range(3) if other != axis)

@@ -1,4 +1,4 @@
-"""Which models can segment an image, or correct its mask."""
+"""Chooses the models that can segment an image, or correct its mask."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lib.transforms.inputs import sources_of
 
 @dataclass(frozen=True)
 class CaseModels:
-    """Chooses the model of an image's page.
+    """Chooses the models of an image's page.
 
     Args:
-        presets: those that are served, by name.
-        tasks: all inference tasks, those that take clicks among them.
-        automatic: those that segment by themselves.
+        presets: the served presets, by name.
+        tasks: all inference tasks, including those for clicks.
+        automatic: the tasks for automatic segmentation.
         datastore: knows the modality of a series.
         images: finds the images.
     """
@@ -38,22 +38,22 @@ class CaseModels:
     images: Images
 
     def offered(self, image: str) -> list[str]:
-        """The presets that are meant for an image and can take it."""
+        """The presets that are suitable for an image."""
         path = self.images.file(image)
         meant = models_for(self.presets, [modality_of(self.datastore, image)])
         return [name for name in meant if takes(self.presets[name], path)]
 
     def for_prediction(self, image: str, version: LabelVersion | None) -> str:
-        """The model whose prediction is shown: the label's own, or else the first with weights; empty for none.
+        """The model whose prediction is displayed: the label's own, otherwise the first with weights; empty for none.
 
-        Models for images of another modality are not offered, nor those that need sequences which the image lacks.
+        Models for another modality, and models that need missing sequences, are not offered.
         """
         ready = [name for name in self.offered(image) if name in self.automatic and self.automatic[name].is_valid()]
         wanted = version.preset if version is not None else ""
         return wanted if wanted in ready else next(iter(sorted(ready)), "")
 
     def for_clicks(self, image: str, version: LabelVersion | None) -> str:
-        """The preset whose labels can be clicked: as :meth:`for_prediction`, but also without weights; "" for none."""
+        """The preset for clicks: like :meth:`for_prediction`, but also without weights; "" for none."""
         offered = self.offered(image)
         if version is not None and version.preset in offered:
             return version.preset
@@ -63,7 +63,7 @@ class CaseModels:
         """The model that corrects a preset's masks by clicks.
 
         Raises:
-            NotFoundError: with the known presets.
+            NotFoundError: naming the known presets.
         """
         models = {task.preset.name: name for name, task in self.tasks.items() if task.type == InferType.DEEPEDIT}
         if preset not in models:
@@ -72,7 +72,7 @@ class CaseModels:
 
 
 def channels_of(path: Path, presets: Iterable[Preset]) -> tuple[Preset | None, tuple[str, ...]]:
-    """The channels that can be shown of an image, the one that stands for it first; none of a single image."""
+    """The channels of an image that can be displayed, the display channel first; empty for a single image."""
     for preset in presets:
         if takes(preset, path) and preset.channels:
             names = [channel.name for channel in preset.channels if channel.name in sources_of(path, preset).files]
@@ -82,7 +82,7 @@ def channels_of(path: Path, presets: Iterable[Preset]) -> tuple[Preset | None, t
 
 
 def takes(preset: Preset, path: Path) -> bool:
-    """Whether an image has the sequences that a preset's network needs; nothing but records is read."""
+    """Whether an image has the sequences that a preset's network needs, by its records only."""
     try:
         if preset.channels:
             sources_of(path, preset).check()

@@ -1,4 +1,4 @@
-"""What the pictures of a case are drawn from: its image, masks and uncertainty, read or computed once."""
+"""The data of case pictures: image, masks and uncertainty, each read or computed once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LINES: Mapping[str, Line] = {"edit": "solid", "prediction": "solid", "label": "d
 
 @dataclass(frozen=True)
 class Subject:
-    """The image that is drawn."""
+    """The image to draw."""
 
     image: str
     path: Path
@@ -42,18 +42,18 @@ class Subject:
 
 
 class Pictures:
-    """Reads and computes what is drawn. One prediction is computed at a time: three planes ask for it at once.
+    """Reads and computes the data of pictures. Predictions are computed one at a time, since three planes request one.
 
     Args:
-        history: versions of labels.
+        history: label versions.
         models: chooses the model of an image, and finds the image.
-        trainers: the training task of each model, which knows the served version.
-        inferences: the queue in which predictions wait for a device.
-        most_bytes: memory that volumes and masks may take.
+        trainers: the training task of each model, which knows the live version.
+        inferences: the queue of inference requests.
+        most_bytes: memory limit of volumes and masks.
 
     Attributes:
-        volumes: images, labels and predictions that were drawn lately.
-        edits: masks that clicks have made, each of which is looked at for a moment and never again.
+        volumes: cache of images, labels and predictions.
+        edits: cache of masks corrected by clicks, which are displayed only briefly.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Pictures:
         """Read an image of the studies, or a channel of it.
 
         Raises:
-            NotFoundError, ForbiddenError: when it is not one.
-            ImageError: when it cannot be read.
-            ParameterError: when it has no such channel.
+            NotFoundError, ForbiddenError: if there is no such image.
+            ImageError: if it cannot be read.
+            ParameterError: if it has no such channel.
         """
         image = self.models.images.check(image)
         path = self.models.images.file(image)
@@ -86,7 +86,7 @@ class Pictures:
         """A slice of an image of the studies, or of a channel of it, as a PNG without layers.
 
         Raises:
-            NotFoundError, ForbiddenError, ImageError, ParameterError: as :meth:`subject`.
+            NotFoundError, ForbiddenError, ImageError, ParameterError: see :meth:`subject`.
         """
         return draw_slice(self._stack(self.models.images.file(self.models.images.check(image)), channel), plane, index)
 
@@ -100,11 +100,11 @@ class Pictures:
         return Contour(mask, colors, LINES[layer])
 
     def label_outline(self, subject: Subject, layer: str) -> Contour:
-        """The contour of a version of the image's label, as ``label:<version>`` or ``compared:<version>`` names it.
+        """The contour of a version of the image's label, named ``label:<version>`` or ``compared:<version>``.
 
         Raises:
             ParameterError: for another name.
-            NotFoundError: for a version that there is not.
+            NotFoundError: for an unknown version.
         """
         kind, _, version_id = layer.partition(":")
         if kind not in ("label", "compared") or not version_id:
@@ -117,10 +117,10 @@ class Pictures:
         return Contour(mask, colors, LINES[kind])
 
     def edited(self, image: str, name: str) -> npt.NDArray[np.uint8]:
-        """The mask that clicks have made.
+        """The mask corrected by clicks.
 
         Raises:
-            NotFoundError: when it is not kept any more.
+            NotFoundError: if it is no longer cached.
         """
         mask: npt.NDArray[np.uint8] | None = self.edits.peek((name, image))
         if mask is None:
@@ -128,17 +128,17 @@ class Pictures:
         return mask
 
     def kept_prediction(self, subject: Subject) -> npt.NDArray[np.uint8] | None:
-        """The served model's mask where it is ready, reoriented as the image is."""
+        """The live model's cached mask, reoriented like the image; None if there is none."""
         task = self.models.automatic.find(subject.model)
         kept = task.kept(task.parse(fields_for(subject)))
         return None if kept is None else reorient(kept.labels, kept.affine_ras)
 
     async def computed(self, subject: Subject, kind: str) -> Any:
-        """A prediction or its uncertainty, computed when the device is free unless it is kept.
+        """A prediction or its uncertainty, from the cache, or computed when the device is free.
 
         Raises:
-            ParameterError: when there is no model for the image.
-            ModelNotReadyError, CheckpointError, ImageError: as an inference does.
+            ParameterError: if there is no model for the image.
+            ModelNotReadyError, CheckpointError, ImageError: see an inference.
         """
         if not subject.model:
             raise ParameterError("layers", kind, "label:<version>, since no model has weights")
@@ -165,12 +165,12 @@ def compute(task: UnetrInferTask, request: InferRequest, kind: str) -> Any:
 
 
 def fields_for(subject: Subject) -> dict[str, Any]:
-    """What an inference is asked for the pictures; the same as 3D Slicer's, so that one answer serves both."""
+    """The fields of the inference request for pictures, equal to those of 3D Slicer, so that both share the cache."""
     return {"image": str(subject.path), "result_extension": ".nii"}
 
 
 def take_turned(file: Path, dtype: type = np.uint8) -> Any:
-    """Read an answer's file, remove it, and reorient it as pictures are."""
+    """Read the file of a response, remove it, and reorient the mask like the pictures."""
     try:
         values, affine_ras = as_mask(file, dtype)
     finally:

@@ -1,4 +1,4 @@
-"""``/case/{image}``: an image's page and the pictures on it."""
+"""``/case/{image}``: the page of an image, and its pictures."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ async def slice_picture(
     layers: Annotated[str, Query(max_length=1000)] = "",
     channel: Annotated[str, Query(max_length=100)] = "",
 ) -> Response:
-    """One slice, with the layers that are asked for: ``prediction``, ``uncertainty``, ``label:<version>`` ...
+    """One slice, with the requested layers: ``prediction``, ``uncertainty``, ``label:<version>`` ...
 
-    ``channel`` is the sequence that is drawn below them, of a case that has several.
+    ``channel`` is the sequence to draw below the layers, for a case with several sequences.
     """
     names = [name for name in layers.split(",") if name]
-    if not names:  # one turn of a thread, as a busy server's answers wait for each
+    if not names:  # in one thread call, since a busy server's responses wait for each
         content = await anyio.to_thread.run_sync(pictures.plain_slice, image, channel, plane, index)
         return Response(content, media_type="image/png", headers=PNG_HEADERS)
     subject = await anyio.to_thread.run_sync(pictures.subject, image, channel)
@@ -66,7 +66,7 @@ async def slice_picture(
 
 @router.get("/{image}/thumbnail.png")
 def thumbnail(pictures: PicturesDep, user: PageUser, image: str) -> Response:
-    """The middle slice, with the predicted contour where the prediction is ready; nothing is computed for it."""
+    """The middle slice, with the predicted contour if the prediction is cached; nothing is computed."""
     subject = pictures.subject(image)
     mask = pictures.kept_prediction(subject) if subject.model else None
     stack = subject.stack

@@ -1,6 +1,6 @@
-"""Slices of volumes as PNG pictures, drawn on the server: the image, masks as contours, uncertainty as an overlay.
+"""Draws slices of volumes as PNG images on the server: the image, masks as contours, uncertainty as an overlay.
 
-A mask's contour is solid, dashed or dotted, so that it can be recognized without its colour.
+Contours are solid, dashed or dotted, so that masks can be distinguished without colour.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Plane = Literal["axial", "coronal", "sagittal"]
 
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
 AXES: dict[Plane, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""The array axis that a plane looks along, once axes run to right, anterior, superior."""
+"""The array axis perpendicular to each plane, for axes to right, anterior, superior."""
 WINDOW_PERCENTILES = (0.5, 99.5)
 OVERLAY_RGB = (240, 228, 66)
-"""Yellow of Okabe and Ito's palette, which colour-blind readers can tell from the grey below it."""
+"""Yellow of Okabe and Ito's palette, which colour-blind readers can distinguish from the grey image."""
 LEAST_SHOWN = 0.05
-"""Uncertainty below this is not drawn."""
+"""Lower uncertainty is not drawn."""
 
 
 @dataclass(frozen=True)
 class Contour:
-    """A mask to outline: values, shape (X, Y, Z), the colour of each value, and how the line is drawn."""
+    """A mask to outline: values, shape (X, Y, Z), the colour of each value, and the line style."""
 
     mask: npt.NDArray[np.uint8]
     colors: Mapping[int, tuple[int, ...]]
@@ -41,12 +41,12 @@ class Contour:
 
 @dataclass(frozen=True)
 class Stack:
-    """A volume turned so that its axes run to right, anterior and superior, as far as whole turns can do that.
+    """A volume with its axes permuted and flipped to right, anterior and superior, without resampling.
 
     Attributes:
         voxels: intensities, shape (R, A, S).
-        spacing_mm: of these axes.
-        window: intensities that are drawn black and white.
+        spacing_mm: voxel size along these axes.
+        window: intensities of black and white.
     """
 
     voxels: npt.NDArray[np.float32]
@@ -55,7 +55,7 @@ class Stack:
 
     @classmethod
     def of(cls, voxels: npt.NDArray[np.float32], affine_ras: npt.NDArray[np.float64]) -> Stack:
-        """Make one of a volume of shape (X, Y, Z) with its 4x4 affine."""
+        """A stack from a volume of shape (X, Y, Z) with its 4x4 affine."""
         turned = reorient(voxels, affine_ras)
         axes = nib.io_orientation(affine_ras)[:, 0].astype(int)
         sizes = np.linalg.norm(affine_ras[:3, :3], axis=0)
@@ -64,12 +64,12 @@ class Stack:
         return cls(turned, (spacing[0], spacing[1], spacing[2]), (low, high if high > low else low + 1))
 
     def count(self, plane: Plane) -> int:
-        """How many slices a plane has."""
+        """Number of slices of a plane."""
         return int(self.voxels.shape[AXES[plane]])
 
 
 def reorient(volume: npt.NDArray[Voxel], affine_ras: npt.NDArray[np.float64]) -> npt.NDArray[Voxel]:
-    """A volume of shape (X, Y, Z) with its axes running to right, anterior and superior."""
+    """A volume of shape (X, Y, Z) with its axes permuted and flipped to right, anterior and superior."""
     turned: npt.NDArray[Voxel] = nib.orientations.apply_orientation(volume, nib.io_orientation(affine_ras))
     return turned
 
@@ -82,15 +82,15 @@ def draw_slice(
     uncertainty: npt.NDArray[np.float32] | None = None,
     height: int = 384,
 ) -> bytes:
-    """One slice as a PNG, seen as radiologists do: the patient's right on the left, anterior or superior on top.
+    """One slice as a PNG in radiological orientation: the patient's right on the left, anterior or superior on top.
 
     Args:
         stack: the image.
-        plane: which way it is cut.
-        index: of the slice, 0 to ``stack.count(plane) - 1``; clipped to that.
-        contours: masks on the same axes as ``stack.voxels``.
-        uncertainty: 0 to 1, on the same axes.
-        height: of the picture in pixels; its width follows from the spacing.
+        plane: orientation of the slice.
+        index: index of the slice, clipped to 0 to ``stack.count(plane) - 1``.
+        contours: masks with the same axes as ``stack.voxels``.
+        uncertainty: values from 0 to 1, with the same axes.
+        height: height in pixels; the width depends on the spacing.
     """
     axis = AXES[plane]
     at = int(np.clip(index, 0, stack.count(plane) - 1))
@@ -99,7 +99,7 @@ def draw_slice(
     size = _size(grey.shape, stack.spacing_mm, axis, height)
     shown = Image.fromarray(grey).resize(size, Image.Resampling.BICUBIC)
     if not contours and uncertainty is None:
-        return _as_png(shown)  # in grey, which is a third of the bytes to pack
+        return _as_png(shown)  # as a greyscale image, which has a third of the bytes
     picture = np.asarray(shown.convert("RGB")).astype(np.float32)
     if uncertainty is not None:
         _lay_over(picture, _cut(uncertainty, axis, at), size)
@@ -109,7 +109,7 @@ def draw_slice(
 
 
 def middle_of(mask: npt.NDArray[np.uint8], plane: Plane) -> int | None:
-    """The slice on which most of a mask is seen; None for an empty one."""
+    """The slice with the largest part of a mask; None for an empty mask."""
     others = tuple(axis for axis in range(3) if axis != AXES[plane])
     seen = np.count_nonzero(mask, axis=others)
     return int(seen.argmax()) if seen.any() else None
@@ -122,7 +122,7 @@ def _cut(volume: npt.NDArray[Voxel], axis: int, index: int) -> npt.NDArray[Voxel
 
 
 def _size(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], axis: int, height: int) -> tuple[int, int]:
-    """Width and height in pixels such that a millimetre is as long in both directions."""
+    """Width and height in pixels, with equal scale in both directions."""
     across, down = (spacing for i, spacing in enumerate(spacing_mm) if i != axis)
     width = shape[1] * across / (shape[0] * down) * height
     return max(1, round(min(width, 4 * height))), height

@@ -1,4 +1,6 @@
-"""The case page: an image's slices with prediction, labels and uncertainty, and who did what to its label."""
+"""The content of the case page: an image's slices with prediction, labels and uncertainty, and the history of its
+label.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,12 @@ from lib.transforms.volume import Volume, least_apart_mm, read_grid, read_volume
 
 BYTES_OF_A_FIGURE = 500  # with its key
 MOST_AGREEMENTS = 20
-"""Of the newest versions: each is a mask to be read."""
+"""Number of newest versions whose agreement is computed, each of which requires reading a mask."""
 
 
 @dataclass(frozen=True)
 class PlaneView:
-    """A plane of the case: how many slices, and on which one to begin."""
+    """A plane of the case: number of slices, and the first one to display."""
 
     name: Plane
     count: int
@@ -50,7 +52,7 @@ class PlaneView:
 
 @dataclass(frozen=True)
 class VersionRow:
-    """A version of the label. ``agreement`` is its mean Dice against the version before it."""
+    """A label version. ``agreement`` is its mean Dice with the version before it."""
 
     version: LabelVersion
     agreement: float | None
@@ -60,13 +62,13 @@ class VersionRow:
 
     @property
     def restore_path(self) -> str:
-        """Where to send the wish to make it the newest again."""
+        """The path of the request to make it the newest version again."""
         return f"/datastore/label/versions/{quote(self.version.version_id, safe='')}/restore"
 
 
 @dataclass(frozen=True)
 class CaseView:
-    """All that the page shows beside the pictures."""
+    """Everything on the page besides the pictures."""
 
     id: str
     title: Title
@@ -84,17 +86,17 @@ class CaseView:
 
 
 def stack_of(volumes: BoundedCache, path: Path, presets: Iterable[Preset] = (), channel: str = "") -> Stack:
-    """Read an image, unless it is kept.
+    """Read an image, unless it is cached.
 
     Args:
-        volumes: what is kept.
+        volumes: the cache.
         path: its file or folder.
-        presets: the served ones.
-        channel: of a case of several sequences, the one that is wanted; the one that is shown if not given.
+        presets: the served presets.
+        channel: for a case of several sequences, the requested channel; by default the display channel.
 
     Raises:
-        ImageError: when it cannot be read.
-        ParameterError: when the case has no such channel.
+        ImageError: if it cannot be read.
+        ParameterError: if the case has no such channel.
     """
 
     def read() -> Stack:
@@ -105,11 +107,11 @@ def stack_of(volumes: BoundedCache, path: Path, presets: Iterable[Preset] = (), 
 
 
 def read_channel(path: Path, presets: Iterable[Preset], channel: str) -> Volume:
-    """One channel of a case, on the grid of the one that is shown.
+    """One channel of a case, on the grid of the display channel.
 
     Raises:
-        ImageError: when the case cannot be read.
-        ParameterError: when it has no such channel.
+        ImageError: if the case cannot be read.
+        ParameterError: if it has no such channel.
     """
     preset, names = channels_of(path, presets)
     if preset is None or channel not in names:
@@ -120,10 +122,10 @@ def read_channel(path: Path, presets: Iterable[Preset], channel: str) -> Volume:
 
 
 def mask_of(volumes: BoundedCache, path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Read a mask and reorient it as its image is, whose file or folder is ``image``; ``shape`` is that of the result.
+    """Read a mask and reorient it like its image, whose path is ``image``; ``shape`` is that of the result.
 
     Raises:
-        InputError: when it is not on its image's grid.
+        InputError: if it does not have its image's grid.
     """
 
     key = ("mask", path, stamp_of(path), image, stamp_of(image))
@@ -131,7 +133,7 @@ def mask_of(volumes: BoundedCache, path: Path, image: Path, shape: tuple[int, ..
 
 
 def read_mask(path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """As :func:`mask_of`, and not kept."""
+    """Like :func:`mask_of`, without the cache."""
     volume = read_volume(path)
     turned = reorient(volume.voxels.astype(np.uint8), _shown_affine(volume, image)).astype(np.uint8)
     if turned.shape != shape:
@@ -140,7 +142,7 @@ def read_mask(path: Path, image: Path, shape: tuple[int, ...]) -> npt.NDArray[np
 
 
 def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
-    """The affine by which a mask is turned: its image's, where it lies on that as ITK or as nibabel reads it."""
+    """The affine by which a mask is reoriented: its image's, if both match as ITK or as nibabel reads them."""
     if image.is_dir():
         return mask.affine_ras
     grid = read_grid(image)
@@ -149,18 +151,18 @@ def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
 
 
 def stamp_of(path: Path) -> tuple[tuple[int, int], ...]:
-    """Changes when the file does, or another one of its case."""
+    """A value that changes with the file, or with another file of its case."""
     return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files_of(path)))
 
 
 @dataclass(frozen=True)
 class CaseViews:
-    """Puts together what the pages of images show.
+    """Composes the content of the pages of images.
 
     Args:
         store: images, and labels with all their versions.
         models: chooses the model of an image.
-        trainers: the training task of each model, which knows the served version.
+        trainers: the training task of each model, which knows the live version.
         presented: files as series.
     """
 
@@ -170,7 +172,7 @@ class CaseViews:
     presented: PresentedCases
 
     def of(self, image: str, volumes: BoundedCache) -> CaseView:
-        """What the page of an image shows; its volumes are kept in ``volumes``."""
+        """The content of an image's page; its volumes are cached in ``volumes``."""
         path, presets = self.models.images.file(image), self.models.presets
         versions = list(reversed(self.store.history.versions(image)))
         newest = versions[0] if versions else None
@@ -202,7 +204,7 @@ class CaseViews:
 
 
 def estimate_of(task: UnetrInferTask, path: Path) -> Mapping[str, float] | None:
-    """The prediction's probable Dice and its error, where the prediction is ready and its weights are calibrated."""
+    """The prediction's expected Dice and its error, if the prediction is cached and its weights are calibrated."""
     answer = task.kept(task.parse({"image": str(path)}))
     return None if answer is None else answer.payload.get("quality")
 
@@ -215,9 +217,9 @@ def _plane(stack: Stack, plane: Plane, mask: npt.NDArray[np.uint8] | None) -> Pl
 def _agreements(
     volumes: BoundedCache, versions: Sequence[LabelVersion], image: Path, shape: tuple[int, ...]
 ) -> list[float | None]:
-    """Mean Dice of each version but the last against the one after it, the newest first.
+    """Mean Dice between each version and the next one, newest first.
 
-    The figures are kept, and the masks are not: a case of many versions would fill the memory that is for pictures.
+    The scores are cached, but the masks are not, since a case with many versions would fill the cache of pictures.
     """
     read = lru_cache(maxsize=2)(lambda file: _or_none(lambda: read_mask(file, image, shape)))
 
@@ -239,7 +241,7 @@ def _agreements(
 
 
 def _or_none(read: Callable[[], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8] | None:
-    """A version's mask; None where its file is gone or damaged, which the page's other parts need not suffer from."""
+    """A version's mask; None if its file is missing or damaged, so that the rest of the page can be displayed."""
     try:
         return read()
     except (UnetrError, OSError):
@@ -247,6 +249,6 @@ def _or_none(read: Callable[[], npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]
 
 
 def as_mask(path: Path, dtype: type = np.uint8) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]:
-    """Voxels and affine of a NIfTI file that our own server has just written."""
+    """Voxels and affine of a NIfTI file that this server has just written."""
     image = nib.load(path)
     return np.asarray(image.dataobj).astype(dtype), image.affine
