@@ -1,4 +1,4 @@
-"""What ``run.py`` does: install, start, test and check.
+"""Implementation of ``run.py``: installation, start, tests and checks.
 
-Standard library only, because it runs before anything is installed.
+It uses the standard library only, because it runs before anything is installed.
 """

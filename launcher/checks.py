@@ -16,22 +16,22 @@ from launcher.processes import started
 from launcher.project import SERVER_ENVIRONMENT, Project
 
 SHARED_MEMORY = Path("/dev/shm")
-# Free there, from which on the files of the tests are put there.
+# Free memory from which on the tests' files are put there.
 BYTES_FOR_FILES = 8 * 2**30
 MOST_TEST_PROCESSES = 4
 
 
 def count_test_processes(cores: int) -> int:
-    """How many processes run tests: three for two cores, since tests wait for servers and browsers half of the time."""
+    """Number of test processes: three for two cores, since tests wait for servers and browsers half of the time."""
     return max(1, min(MOST_TEST_PROCESSES, 3 * cores // 2))
 
 
-# A test computes on one thread. Files in their own order: by default those of a few long tests would come last.
+# A test computes on one thread. Test files keep their order: by default, files with a few long tests would come last.
 TEST_PROCESSES = ["-n", str(count_test_processes(os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def run_tests(project: Project, options: argparse.Namespace) -> int:
-    """``run.py test``: every check runs, whatever the ones before it said."""
+    """``run.py test``: run every check, whatever the results of the others."""
     python = str(set_up(project, dev=True))
     color = ["--color=yes"] if sys.stdout.isatty() else []
     checks = {
@@ -55,9 +55,9 @@ def run_tests(project: Project, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def files_in_memory(folder: Path = SHARED_MEMORY, needed: int = BYTES_FOR_FILES) -> Iterator[dict[str, str]]:
-    """Variables with which pytest puts the files of tests into memory, where Linux has room there.
+    """Environment variables that make pytest use files in memory, if Linux has enough of it.
 
-    The tests write thousands of files that are synced, each of which a disk takes about 20 ms for.
+    The tests write thousands of synced files, each of which takes about 20 ms on a disk.
     """
     if not folder.is_dir() or shutil.disk_usage(folder).free < needed:
         yield {}
@@ -69,12 +69,12 @@ def files_in_memory(folder: Path = SHARED_MEMORY, needed: int = BYTES_FOR_FILES)
 def run_and_keep_last_line(
     project: Project, command: Sequence[str], variables: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Run a check from the project's folder, showing what it prints; returns its exit code and its last line.
+    """Run a check in the project's folder and print its output; returns its exit code and its last line.
 
     Args:
         project: its folder.
         command: the check.
-        variables: of its environment, where they are not set already.
+        variables: environment variables of the check, unless they are set already.
     """
     last = ""
     threads = {"OMP_WAIT_POLICY": SERVER_ENVIRONMENT["OMP_WAIT_POLICY"], "OMP_NUM_THREADS": "1"}

@@ -39,12 +39,12 @@ def main(project: Project, arguments: Sequence[str] | None = None) -> int:
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Let SIGTERM end this program as Ctrl-C does, so that what it started ends too."""
+    """Let SIGTERM end this program like Ctrl-C, so that its child processes end too."""
     raise KeyboardInterrupt
 
 
 def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; ``serve`` is the command where none is named, and what follows ``--`` is kept."""
+    """Parse the command line; ``serve`` is the default command, and arguments after ``--`` are kept."""
     own, extra = split_at_double_dash(given)
     if not own or (own[0] not in COMMANDS and own[0] not in ("-h", "--help")):
         own = ["serve", *own]
@@ -56,7 +56,7 @@ def parse_arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def split_at_double_dash(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first ``--`` and what stands after it."""
+    """The arguments before the first ``--``, and those after it."""
     if "--" not in given:
         return list(given), []
     at = list(given).index("--")

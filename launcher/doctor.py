@@ -1,4 +1,4 @@
-"""What works on this machine, as far as it can be seen from outside the virtual environment."""
+"""Checks of this machine that do not need the virtual environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.pythons import SUPPORTED_PYTHONS, python_version
 
 
 def run_doctor(project: Project, options: argparse.Namespace) -> int:
-    """``run.py doctor``: what can be seen from outside, then what the installed environment says of itself."""
+    """``run.py doctor``: the checks of this module, then those inside the virtual environment."""
     python = project.python
     version = python_version([str(python)])
     findings = [doctor_python(), doctor_venv(project, version), doctor_port(options.host, options.port)]
@@ -34,12 +34,12 @@ def run_doctor(project: Project, options: argparse.Namespace) -> int:
 
 
 def doctor_python() -> tuple[str, str]:
-    """This Python."""
+    """The Python version of this program."""
     return "ok", f"Python {sys.version.split()[0]} ({sys.executable})"
 
 
 def doctor_venv(project: Project, version: tuple[int, int] | None) -> tuple[str, str]:
-    """Whether the virtual environment is there and holds what the requirements ask for today."""
+    """Whether the virtual environment exists and matches the current requirements."""
     if version is None:
         free_gb = shutil.disk_usage(project.root).free / 1e9
         return "warn", f"no virtual environment yet; {free_gb:.0f} GB free: python3 run.py makes it"

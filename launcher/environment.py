@@ -1,4 +1,4 @@
-"""The virtual environment: made, kept up to date."""
+"""Creates the virtual environment, and keeps it up to date."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def run_setup(project: Project, options: argparse.Namespace) -> int:
 
 
 def set_up(project: Project, dev: bool, cluster: bool = False) -> Path:
-    """Make ``.venv`` and install what is missing; returns its Python. Does nothing when all is in place.
+    """Create ``.venv`` and install what is missing; returns its Python. It does nothing if all is up to date.
 
     Raises:
-        RunError: when it cannot be made or the install fails.
+        RunError: if it cannot be created or if the installation fails.
     """
     python = project.python
     version = python_version([str(python)])
@@ -42,16 +42,16 @@ def set_up(project: Project, dev: bool, cluster: bool = False) -> Path:
     if before.get(kind) == requirements_digest(project, kind, version):
         return python
     if subprocess.run([str(python), "-c", "import pip"], capture_output=True).returncode != 0:
-        make_venv(project)  # the making of this one was interrupted
+        make_venv(project)  # the creation of this one was interrupted
     install(project, requirements_files(project, kind)[-1])
-    # An install with more is an install without it too, and takes nothing away of another. Written last: no stamp, no
-    # finished install.
+    # A larger installation includes the smaller ones, and removes nothing. The stamp is written last: without it, the
+    # installation is unfinished.
     write_stamp(project, before | {name: requirements_digest(project, name, version) for name in {"base", kind}})
     return python
 
 
 def make_venv(project: Project) -> None:
-    """Make the virtual environment anew."""
+    """Create the virtual environment, replacing an existing one."""
     print(f"making a virtual environment with Python {sys.version.split()[0]} in {project.venv}", flush=True)
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(project.venv)], capture_output=True, text=True)
     if made.returncode != 0:
@@ -62,27 +62,27 @@ def make_venv(project: Project) -> None:
 
 
 def requirements_files(project: Project, kind: str) -> list[Path]:
-    """The files that decide what is installed; pip is given the last of them.
+    """The files that determine what is installed; the last of them is passed to pip.
 
     Args:
         project: the checkout.
-        kind: ``base``, ``dev`` (with the test tools) or ``cluster`` (with the engine for many machines).
+        kind: ``base``, ``dev`` (with the test tools) or ``cluster`` (with Ray, for many machines).
     """
     names = ["constraints.txt", "requirements.txt"] + ([] if kind == "base" else [f"requirements-{kind}.txt"])
     return [project.root / name for name in names]
 
 
 def requirements_digest(project: Project, kind: str, version: tuple[int, int] | None) -> str:
-    """SHA-256 over what is to be installed and the Python that it is installed for."""
+    """SHA-256 of the requirements and of the Python version for which they are installed."""
     digest = hashlib.sha256(repr(version).encode())
     for path in requirements_files(project, kind):
-        # line ends differ by how git checked the file out, which is no reason to install anew
+        # line ends depend on git's settings, and must not cause a new installation
         digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return digest.hexdigest()
 
 
 def read_stamp(project: Project) -> dict[str, str]:
-    """What the last finished install installed; empty when none has finished."""
+    """The requirements of the last finished installation; empty if there is none."""
     try:
         data = json.loads(project.stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def read_stamp(project: Project) -> dict[str, str]:
 
 
 def write_stamp(project: Project, digests: Mapping[str, str]) -> None:
-    """Record a finished install, at once or not at all."""
+    """Record a finished installation atomically."""
     partial = project.stamp.with_suffix(".partial")
     partial.write_text(json.dumps(dict(digests)), encoding="utf-8")
     os.replace(partial, project.stamp)

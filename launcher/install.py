@@ -1,4 +1,4 @@
-"""Installing the requirements with pip, and what its failures mean."""
+"""Installs the requirements with pip, and explains its failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from launcher.progress import InstallProgress, duration
 from launcher.project import Project
 
 NEEDED_DISK_GB = 12 if sys.platform == "linux" else 6
-"""On Linux the published torch is a CUDA build of several GB, and pip keeps what it downloads too."""
+"""Disk space for the installation: on Linux the published torch is a CUDA build of several GB, which pip also
+caches.
+"""
 
 FAILURES: tuple[tuple[str, str], ...] = (
     (
@@ -49,14 +51,14 @@ FAILURES: tuple[tuple[str, str], ...] = (
         "a package could not be built: install a C++ compiler and Python's headers, and start again",
     ),
 )
-"""What pip prints, and the sentence that it comes to; the first that fits is used."""
+"""Patterns in pip's output, and the explanation of each; the first match is used."""
 
 
 def install(project: Project, requirements: Path) -> None:
-    """Install a file of requirements into the virtual environment, showing progress.
+    """Install a requirements file into the virtual environment, with a progress display.
 
     Raises:
-        RunError: with a sentence that says what to do.
+        RunError: with a sentence that states what to do.
     """
     unfinished = project.venv / "installing"
     if unfinished.exists():
@@ -66,8 +68,8 @@ def install(project: Project, requirements: Path) -> None:
     warn_if_disk_is_short(project)
     started = time.monotonic()
     constraints = str(project.root / "constraints.txt")
-    # sam2 is published as source, and a build in a clean room would download torch a second time: so torch comes
-    # first, and sam2 is built beside it.
+    # sam2 is published as source only, and an isolated build would download torch a second time, so torch is installed
+    # first and sam2 is built without isolation.
     for title, arguments in (
         ("1/3 PyTorch", ["setuptools", "torch", "numpy"]),
         ("2/3 SAM 2, from source", ["--no-build-isolation", "--no-deps", "sam2"]),
@@ -79,17 +81,17 @@ def install(project: Project, requirements: Path) -> None:
 
 
 def warn_if_disk_is_short(project: Project) -> None:
-    """Say so before an install that will probably fill the disk."""
+    """Print a warning before an installation that will probably fill the disk."""
     free_gb = shutil.disk_usage(project.venv).free / 1e9
     if free_gb < NEEDED_DISK_GB:
         print(f"warning: {free_gb:.1f} GB are free here; the install needs up to {NEEDED_DISK_GB} GB", flush=True)
 
 
 def pip_install(project: Project, title: str, arguments: Sequence[str]) -> None:
-    """Run one ``pip install``: its words go to the log, its progress to the terminal.
+    """Run one ``pip install``: its output goes to the log, its progress to the terminal.
 
     Raises:
-        RunError: when pip fails.
+        RunError: if pip fails.
     """
     command = [str(project.python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", *arguments]
@@ -109,7 +111,7 @@ def pip_install(project: Project, title: str, arguments: Sequence[str]) -> None:
 
 
 def explain_failure(log: str) -> str:
-    """The sentence for what pip printed."""
+    """The explanation of a failure in pip's output."""
     for pattern, sentence in FAILURES:
         if re.search(pattern, log, re.IGNORECASE):
             return sentence

@@ -1,4 +1,4 @@
-"""Ports that a server may listen on."""
+"""Checks whether a port is free for a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from launcher.processes import WINDOWS
 
 
 def check_port_is_free(host: str, port: int) -> None:
-    """Refuse a port that something listens on already.
+    """Refuse a port that is in use.
 
     Raises:
         RunError: naming the port.
@@ -23,11 +23,13 @@ def check_port_is_free(host: str, port: int) -> None:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
+    """Whether a server can listen on the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            if not WINDOWS:  # there it would allow a second listener; here it only skips the wait after a stop
+            if (
+                not WINDOWS
+            ):  # on Windows it would allow a second listener; elsewhere it only skips the wait after a stop
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, OverflowError):

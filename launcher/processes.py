@@ -1,4 +1,4 @@
-"""Processes that end when they are asked to, with all that they started."""
+"""Starts processes, and ends them together with their child processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WINDOWS = os.name == "nt"
 
 @contextlib.contextmanager
 def started(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process whose output can be read line by line; it does not outlive this program's interruption."""
+    """A process whose output can be read line by line; it ends if this program is interrupted."""
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -39,7 +39,7 @@ def started(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = N
 
 
 def own_process_group() -> dict[str, Any]:
-    """Arguments of Popen that put the server and its children where one signal reaches them all."""
+    """Arguments of Popen that put the server and its child processes into one group for signals."""
     if WINDOWS:
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
@@ -47,9 +47,9 @@ def own_process_group() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_requests_set(stopped: threading.Event) -> Iterator[None]:
-    """While this lasts, Ctrl-C and SIGTERM set ``stopped`` in place of what they usually do."""
+    """Within the block, Ctrl-C and SIGTERM set ``stopped`` instead of their usual effect."""
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-    if not WINDOWS and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored by nohup, which means it
+    if not WINDOWS and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores this signal on purpose
         signals.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in signals}
     try:
@@ -60,7 +60,7 @@ def stop_requests_set(stopped: threading.Event) -> Iterator[None]:
 
 
 def stop_tree(server: subprocess.Popen[bytes]) -> int:
-    """End the server and every process that it started (a training too); returns the server's exit code."""
+    """End the server and all of its child processes (including a training); returns the server's exit code."""
     if WINDOWS:
         return _stop_tree_on_windows(server)
     _signal_group(server.pid, signal.SIGTERM)
@@ -77,7 +77,7 @@ def stop_tree(server: subprocess.Popen[bytes]) -> int:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Signal a process group; False when nobody is left in it."""
+    """Signal a process group; False if it is empty."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):
@@ -95,5 +95,5 @@ def _stop_tree_on_windows(server: subprocess.Popen[bytes]) -> int:
 
 
 def as_exit_code(code: int) -> int:
-    """A process's return code as a shell would show it: death by signal N is 128 + N."""
+    """A process's return code in a shell's form: death by signal N is 128 + N."""
     return 128 - code if code < 0 else code

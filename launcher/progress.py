@@ -1,4 +1,4 @@
-"""How far an install is."""
+"""Progress of an installation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 class InstallProgress:
-    """One line that says how far an install is: what it works on, how many packages, how long.
+    """One line with the progress of an installation: current step, number of packages, elapsed time.
 
-    On a terminal the line is rewritten every second; elsewhere (a log file) a new one comes every ten seconds.
+    On a terminal the line is rewritten every second; otherwise (in a log file) a new line is printed every ten seconds.
     """
 
     def __init__(self, title: str, venv: Path) -> None:
@@ -21,7 +21,7 @@ class InstallProgress:
         self._venv = venv
         self._found = 0
         self._doing = "starting"
-        self._unpacking: tuple[int, int] | None = None  # how many lay there before, how many are to come
+        self._unpacking: tuple[int, int] | None = None  # packages before, packages to install
         self._started = time.monotonic()
         self._seconds_between = 1.0 if sys.stdout.isatty() else 10.0
         self._finished = threading.Event()
@@ -40,7 +40,7 @@ class InstallProgress:
             print(flush=True)
 
     def read(self, line: str) -> None:
-        """Take in one line of pip's."""
+        """Process one line of pip's output."""
         words = line.split()
         if line.startswith(("Collecting ", "Processing ")):
             self._found += 1
@@ -76,12 +76,12 @@ class InstallProgress:
 
 
 def short_name(requirement: str) -> str:
-    """Name in a requirement or a file: ``scipy==1.17.1`` is ``scipy``, ``/wheels/torch-2.13.0.whl`` is ``torch``."""
+    """The name in a requirement or a file: ``scipy`` for ``scipy==1.17.1``, ``torch`` for ``/w/torch-2.13.0.whl``."""
     return re.split(r"[^A-Za-z0-9._-]|-[0-9]", re.split(r"[/\\]", requirement)[-1], maxsplit=1)[0]
 
 
 def count_installed(venv: Path) -> int:
-    """How many packages are installed in a virtual environment."""
+    """Number of installed packages in a virtual environment."""
     folders = ("lib/python*/site-packages", "Lib/site-packages")
     return max(sum(1 for _ in venv.glob(f"{folder}/*.dist-info")) for folder in folders)
 

@@ -1,4 +1,4 @@
-"""Where things lie in the project's folder, and the environment of its programs."""
+"""Paths in the project's folder, and the environment of its programs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from launcher.processes import WINDOWS
 
 SERVER_ENVIRONMENT = {
-    # MLflow no longer takes the file store that MONAI Label writes to: every training would end in an error
+    # MLflow no longer supports the file store of MONAI Label, with which every training would fail
     "MONAI_LABEL_TRACKING_ENABLED": "false",
-    # it starts a process that scores all images at each start, next sample and training
+    # MONAI Label would score all images at each start, next sample and training
     "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
     "MONAI_LABEL_DATASTORE_FILE_EXT": '["*.nii.gz","*.nii","*.nrrd"]',
-    # threads that wait for each other let go of the core; where another program computes too, each of a network's
-    # hundreds of operations would otherwise wait for a scheduler's turn
+    # waiting threads release the core; otherwise, if another program computes too, each of a network's hundreds of
+    # operations would wait for the scheduler
     "OMP_WAIT_POLICY": "passive",
-    # glibc makes eight regions of memory a core, and each keeps the most that a request has taken in it
+    # glibc creates eight memory regions for each core, each of which keeps its peak size
     "MALLOC_ARENA_MAX": "4",
 }
 
@@ -40,7 +40,7 @@ class Project:
 
     @property
     def stamp(self) -> Path:
-        """The file that says what the last finished install installed."""
+        """The file that records the last finished installation."""
         return self.venv / "installed.json"
 
     @property
@@ -55,7 +55,7 @@ class Project:
 
 
 def server_environment(project: Project) -> dict[str, str]:
-    """This process's environment, with what the server needs where the user has not set it."""
+    """This process's environment, with defaults for the server where the user has set nothing."""
     environment = {**SERVER_ENVIRONMENT, **os.environ}
     path = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([str(project.root), *([path] if path else [])])

@@ -1,4 +1,4 @@
-"""Which Python runs the project."""
+"""Selects the Python that runs the project."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from launcher.processes import WINDOWS
 from launcher.project import Project
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 10))
-"""In the order in which they are looked for."""
+"""Supported versions in the order of the search."""
 
 
 def run_with_supported_python(project: Project, given: Sequence[str]) -> int | None:
-    """Start over with a supported Python when this one is not; None when this one is.
+    """Restart with a supported Python if this one is not supported; None if it is.
 
     Raises:
-        RunError: when there is no supported Python on this machine.
+        RunError: if there is no supported Python on this machine.
     """
     if sys.version_info[:2] in SUPPORTED_PYTHONS:
         return None
@@ -36,7 +36,7 @@ def run_with_supported_python(project: Project, given: Sequence[str]) -> int | N
 
 
 def become(command: Sequence[str]) -> int:
-    """Go on as another program; returns its exit code where a process cannot be replaced."""
+    """Replace this program by another one; where that is not possible, run it and return its exit code."""
     if not WINDOWS:
         os.execvp(command[0], list(command))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other one cleans up
@@ -44,7 +44,7 @@ def become(command: Sequence[str]) -> int:
 
 
 def candidate_pythons() -> Iterator[list[str]]:
-    """Commands that may start a supported Python, the best first."""
+    """Commands that may start a supported Python, preferred ones first."""
     for major, minor in SUPPORTED_PYTHONS:
         found = shutil.which(f"python{major}.{minor}")
         if found:
@@ -55,7 +55,7 @@ def candidate_pythons() -> Iterator[list[str]]:
 
 
 def python_version(command: Sequence[str]) -> tuple[int, int] | None:
-    """Version of the Python that a command starts; None when it starts none, as a version manager's stub."""
+    """The Python version that a command starts; None if it starts none, as a version manager's stub."""
     try:
         answer = subprocess.run(
             [*command, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, timeout=30

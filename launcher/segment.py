@@ -17,7 +17,7 @@ OPTIONS = (
 
 
 def add_segment(commands: Any) -> None:
-    """Add the command; what its values may be is checked by ``lib.cluster.cli``."""
+    """Add the command; ``lib.cluster.cli`` validates its values."""
     segment = commands.add_parser("segment", help="segment many images, without or beside a server")
     segment.add_argument(
         "--studies",
@@ -38,7 +38,7 @@ def add_segment(commands: Any) -> None:
 
 
 def run_segment(project: Project, options: argparse.Namespace) -> int:
-    """``run.py segment``; 0 when every case has its mask, 1 when some have not, 2 when the input was wrong."""
+    """``run.py segment``; 0 if every case has a mask, 1 if some have none, 2 if the input was wrong."""
     python = set_up(project, dev=False, cluster=bool(options.ray))
     given = {name: getattr(options, name) for name in OPTIONS}
     arguments = [part for name, value in given.items() if value for part in (f"--{name.replace('_', '-')}", value)]

@@ -1,4 +1,4 @@
-"""Installing and starting the server."""
+"""Installs and starts the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.project import Project, server_environment
 from launcher.supervise import supervise
 
 SAMPLE_COUNTS = {"hippocampus": 8, "abdomen": 2}
-"""Synthetic studies of each kind, as NIfTI files and as DICOM series."""
+"""Number of synthetic studies of each kind, as NIfTI files and as DICOM series."""
 
 DEFAULT_MODELS = "hippocampus_mr,abdomen_ct"
 
@@ -25,7 +25,7 @@ FILE_OPTIONS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "log_config")
 
 
 def run_serve(project: Project, options: argparse.Namespace) -> int:
-    """``run.py serve``: install, make samples, start the server, stay until it ends; returns its exit code."""
+    """``run.py serve``: install, create samples, start the server and wait for its end; returns its exit code."""
     check_files(options)
     check_port_is_free(options.host, options.port)
     python = set_up(project, dev=False)
@@ -42,7 +42,7 @@ def run_serve(project: Project, options: argparse.Namespace) -> int:
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Name a file of the command line that is not there; the server itself only says that one is missing.
+    """Refuse a missing file of the command line by name, which the server itself would not state.
 
     Raises:
         RunError: naming the option.
@@ -54,10 +54,10 @@ def check_files(options: argparse.Namespace) -> None:
 
 
 def make_sample_studies(project: Project, python: Path) -> None:
-    """Draw the synthetic sample cases, unless they are there.
+    """Generate the synthetic sample cases, unless they exist.
 
     Raises:
-        RunError: when the generator fails.
+        RunError: if the generator fails.
     """
     if all(
         len(list(project.sample_studies.glob(kind))) >= sum(SAMPLE_COUNTS.values()) for kind in ("*.nii.gz", "dicom/*")
@@ -72,8 +72,8 @@ def make_sample_studies(project: Project, python: Path) -> None:
 
 
 def server_command(project: Project, options: argparse.Namespace) -> list[str]:
-    """The command that starts MONAI Label's server with this project's app around it; all paths absolute."""
-    # not the `monailabel` script: that is a shell script that runs whichever Python is first on the PATH
+    """The command that starts MONAI Label's server with this project's app; all paths are absolute."""
+    # not the `monailabel` script, which is a shell script that runs the first Python on the PATH
     command = [str(project.python), "-m", "lib.server", "start_server", "--app", str(project.app)]
     command += [
         "--studies",
@@ -94,7 +94,7 @@ def server_command(project: Project, options: argparse.Namespace) -> list[str]:
 
 
 def absolute_studies(project: Project, studies: str | None) -> str:
-    """The studies as the server is told: a URL as it is, a folder by its full path."""
+    """The studies for the server: a URL unchanged, a folder as an absolute path."""
     if studies is None:
         return str(project.sample_studies)
     if studies.startswith(("http://", "https://")):
@@ -103,11 +103,11 @@ def absolute_studies(project: Project, studies: str | None) -> str:
 
 
 def app_settings(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The ``--conf`` pairs; ``--models`` stands before a ``--conf models``, and the default behind both."""
+    """The ``--conf`` pairs; ``--models`` overrides ``--conf models``, which overrides the default."""
     pairs = [(key, value) for key, value in options.conf if not (key == "models" and options.models)]
     if options.models:
         return [("models", options.models), *pairs]
-    # a preset of the user's own is what shall be served, unless told otherwise
+    # by default, a user's own preset is served alone
     if {"models", "preset"} & {key for key, _ in pairs}:
         return pairs
     return [("models", DEFAULT_MODELS), *pairs]

@@ -1,4 +1,4 @@
-"""Watching over the server while it runs."""
+"""Supervises the running server."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from launcher.processes import WINDOWS, as_exit_code, own_process_group, stop_re
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], options: argparse.Namespace) -> int:
-    """Run the server until it ends or this process is told to stop; returns the exit code."""
-    # the server stops when its standard input ends: when this program is gone, by whatever signal
+    """Run the server until it ends or this process is asked to stop; returns the exit code."""
+    # the server stops at the end of its standard input, and so when this program ends for any reason
     watched = {**environment, "UNETR_ENDS_WITH_INPUT": "1"}
     server = subprocess.Popen(command, env=watched, stdin=subprocess.PIPE, **own_process_group())
     stopped = threading.Event()
@@ -37,7 +37,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], options: a
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], options: argparse.Namespace, stopped: threading.Event) -> bool:
-    """Wait until the server answers; False when it ends first or this process is told to stop."""
+    """Wait until the server responds; False if it ends first or this process is asked to stop."""
     started = time.monotonic()
     reported = 0
     while server.poll() is None and not stopped.is_set():
@@ -54,9 +54,9 @@ def wait_until_ready(server: subprocess.Popen[bytes], options: argparse.Namespac
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers there, in whatever way."""
+    """Whether a server responds at the URL, with any status."""
     context = ssl.create_default_context()
-    context.check_hostname = False  # it is this machine's own server, most often with a self-signed certificate
+    context.check_hostname = False  # this is the local server, usually with a self-signed certificate
     context.verify_mode = ssl.CERT_NONE
     handlers = [urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)]
     try:
@@ -69,14 +69,14 @@ def answers(url: str) -> bool:
 
 
 def server_url(options: argparse.Namespace) -> str:
-    """Where a client on this machine reaches the server."""
+    """The URL of the server for clients on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     scheme = "https" if options.ssl_keyfile else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
 def next_steps(options: argparse.Namespace) -> str:
-    """Five lines: what to do now in 3D Slicer and in OHIF."""
+    """Five lines with the next steps in 3D Slicer and in OHIF."""
     url = server_url(options)
     return "\n".join(
         (

@@ -1,4 +1,4 @@
-"""The MONAI Label app: reads ``--conf`` once, builds the tasks, hands them to MONAI Label."""
+"""The MONAI Label app: it reads ``--conf`` once, builds the tasks and passes them to MONAI Label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-# MONAI Label imports this file by path and takes the app's folder off sys.path again afterwards.
+# MONAI Label imports this file by path, and removes the app's folder from sys.path afterwards.
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 if REPOSITORY not in sys.path:
     sys.path.insert(0, REPOSITORY)
@@ -75,7 +75,7 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     @property
     def models(self) -> Mapping[str, InferTask]:
-        """Inference tasks by name, those that take clicks among them."""
+        """Inference tasks by name, including those for clicks."""
         tasks: Mapping[str, InferTask] = self._infers
         return tasks
 
@@ -87,18 +87,18 @@ class UnetrRadiologyApp(MONAILabelApp):
 
     @property
     def strategies(self) -> Mapping[str, Strategy]:
-        """Ways to choose the next case, by name."""
+        """Strategies for the next case, by name."""
         strategies: Mapping[str, Strategy] = self._strategies
         return strategies
 
     @property
     def scoring_methods(self) -> Mapping[str, ScoringMethod]:
-        """What is computed of all images in the background, by name."""
+        """Computations over all images in the background, by name."""
         methods: Mapping[str, ScoringMethod] = self._scoring_methods
         return methods
 
     def init_datastore(self) -> Datastore:
-        """Files and DICOM series side by side, of a folder or a DICOMweb server, with a history of their labels."""
+        """The datastore of files and DICOM series, of a folder or a DICOMweb server, with a label history."""
         presets, roots = list(self.presets.values()), self.settings.image_roots
         store = open_datastore(self._studies, {preset.modality for preset in presets}, presets, roots)
         store.configure(
@@ -108,7 +108,7 @@ class UnetrRadiologyApp(MONAILabelApp):
         return store
 
     def init_infers(self) -> dict[str, InferTask]:
-        """For each preset the inference task, and then those that take clicks and scribbles."""
+        """The inference task of each preset, followed by those for clicks and scribbles."""
         settings, book = self.settings, CostBook(self.settings.model_dir / COSTS_FILE)
         planner = Planner(settings.memory_budget, book, settings.cuda_graphs)
         compiles = settings.engine == "auto"
@@ -121,7 +121,7 @@ class UnetrRadiologyApp(MONAILabelApp):
         return {**automatic, **make_interactive_tasks(automatic, images, results, device, self.editors, planner)}
 
     def init_batch_infer(self) -> DrawnLabelsStay:
-        """Segments many images, and never replaces what a person drew."""
+        """Batch inference, which never replaces labels drawn by a person."""
         settings = self.settings
         if not settings.cluster:
             return DrawnLabelsStay(interruptible=interruptible_by)
@@ -130,7 +130,7 @@ class UnetrRadiologyApp(MONAILabelApp):
         return DrawnLabelsStay(elsewhere=ClusterBatch(RayEngine(settings.cluster), models))
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        """One training task a preset."""
+        """One training task for each preset."""
         settings, costs = self.settings, self.settings.model_dir / COSTS_FILE
         budget, names, device = settings.memory_budget, list(self.presets), str(self.lanes.first.device)
         followed = settings.editor_training == "on"
@@ -143,11 +143,11 @@ class UnetrRadiologyApp(MONAILabelApp):
         }  # fmt: skip
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """Ways to choose the next case; the one of ``--conf strategy`` first, where clients find their default."""
+        """Strategies for the next case; that of ``--conf strategy`` comes first, as the clients' default."""
         return make_strategies(self.knowledge_by_preset, self.settings.cold_start_labels, self.settings.strategy)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        """What the strategies choose by, and what learns from all images without labels."""
+        """Scores for the strategies, and pretraining on all images."""
         settings, device = self.settings, str(self.lanes.first.device)
         check_passes(settings.passes, self.presets)
         pretraining = {

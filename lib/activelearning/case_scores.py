@@ -151,11 +151,11 @@ class _Tile:
         self.start, self._roi, self.skip = start, roi, [0, 0, 0]
 
     def own(self, leading: int) -> tuple[slice, ...]:
-        """The counted part within the window, after this number of leading axes."""
+        """The voxels of the window that no other window counts, as slices after ``leading`` axes, such as channels."""
         return (slice(None),) * leading + tuple(slice(skipped, None) for skipped in self.skip)
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """The counted part within the volume."""
+        """The same voxels, as slices of the volume."""
         axes = zip(self.start, self.skip, self._roi, strict=True)
         return tuple(slice(first + skipped, first + edge) for first, skipped, edge in axes)

@@ -34,7 +34,7 @@ def mutual_information(passes: torch.Tensor) -> torch.Tensor:
     """Mutual information between prediction and model (BALD, Houlsby 2011, arXiv 1112.5745).
 
     It is the entropy of the mean prediction minus the mean entropy of the passes: high where the passes are confident
-        of different classes, near 0 where all passes are equally uncertain, as along a blurred edge.
+    of different classes, near 0 where all passes are equally uncertain, as along a blurred edge.
 
     Args:
         passes: probabilities, shape (passes, classes, ...).

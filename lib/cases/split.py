@@ -102,7 +102,7 @@ def extend_split(
     choice hardly depends on the other subjects. From fifty cases on, subjects are also assigned to the test set.
 
     A case changes its set in one situation only: if all labelled cases are held out, some are moved to the training
-        set.
+    set.
 
     Args:
         known: the current split of this server.

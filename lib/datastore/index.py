@@ -138,7 +138,7 @@ class VersionIndex:
         return {(row["image_id"], row["tag"]): json.loads(row["info"]) for row in rows}
 
     def info(self, image_id: str, tag: str) -> dict[str, Any]:
-        """The information added to an image or a label; empty for none."""
+        """Information that clients added to an image or a label; empty if there is none."""
         rows = self._execute("SELECT info FROM infos WHERE image_id = ? AND tag = ?", image_id, tag)
         added: dict[str, Any] = json.loads(rows[0]["info"]) if rows else {}
         return added

@@ -106,7 +106,7 @@ def to_grid(label: Volume, image: Grid) -> tuple[Volume, str]:
     """Reorder the axes of a mask to its image's grid, if only their order or direction differs, without resampling.
 
     If ITK and nibabel read one of the two files differently, the mask may lie on either grid: ITK's grid is tried
-        first, and a grid that needs no reordering is preferred.
+    first, and a grid that needs no reordering is preferred.
 
     Returns:
         The mask, and a sentence on the change; empty if there was none.

@@ -49,7 +49,7 @@ def reading(what: str, kind: type[UnetrError] = ImageError) -> Iterator[None]:
     """Convert any exception of pydicom and its decoders for a damaged file into an error of this project.
 
     Their interfaces do not define which exception a damaged file raises: ValueError, struct.error, zlib.error,
-        pydicom's BytesLengthException and Pillow's DecompressionBombError have occurred.
+    pydicom's BytesLengthException and Pillow's DecompressionBombError have occurred.
 
     Args:
         what: begin of the sentence: the file or instance, and what failed.

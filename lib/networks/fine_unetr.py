@@ -19,10 +19,10 @@ class FineUNETR(nn.Module):
     """The UNETR (Hatamizadeh et al. 2021, arXiv 2103.10504) for small structures.
 
     As in the paper, the decoder receives layers 3, 6, 9 and 12 of the ViT and the image itself. From a patch of 8
-        voxels to full resolution it needs three upsampling steps instead of four: layer 3 joins at 1/2 and layer 6 at
-        1/4 of the resolution, and the decoder starts from layers 9 and 12 together at 1/8. Unlike in the paper, the
-        convolved image also joins at 1/2, next to layer 3, because a border is recognised from a few voxels and not
-        from tokens. Modules are named as in MONAI's UNETR.
+    voxels to full resolution it needs three upsampling steps instead of four: layer 3 joins at 1/2 and layer 6 at 1/4
+    of the resolution, and the decoder starts from layers 9 and 12 together at 1/8. Unlike in the paper, the convolved
+    image also joins at 1/2, next to layer 3, because a border is recognised from a few voxels and not from tokens.
+    Modules are named as in MONAI's UNETR.
 
     Args:
         in_channels, out_channels: channels of the image and of the logits.

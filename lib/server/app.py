@@ -152,7 +152,7 @@ def limits_of(settings: Settings) -> Limits:
 
 
 def read_again_by_signal(tokens: WatchedTokens | None) -> AbstractContextManager[None]:
-    """Within the block, SIGUSR1 makes the server read the token file again."""
+    """Let SIGUSR1 make the server read the token file again, until the block ends."""
     return nullcontext() if tokens is None else called_by_signal("SIGUSR1", tokens.read_again)
 
 

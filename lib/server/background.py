@@ -10,7 +10,7 @@ from typing import Any
 
 @asynccontextmanager
 async def in_background(name: str, *work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run the work concurrently within the block; at its end the work is cancelled and awaited."""
+    """Run the work concurrently until the block ends; it is then cancelled and awaited."""
     tasks = [asyncio.create_task(one, name=name) for one in work]
     try:
         yield

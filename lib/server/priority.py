@@ -31,7 +31,7 @@ def switching_often(seconds: float = SECONDS_BETWEEN_SWITCHES) -> Iterator[None]
     """Within the block, a thread that computes in Python yields to others after this number of seconds.
 
     Each read, write or sync of a file releases the interpreter lock and waits for it afterwards: by default 5 ms for
-        each computing thread, tens of times for each request.
+    each computing thread, tens of times for each request.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(seconds)

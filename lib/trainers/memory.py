@@ -54,7 +54,7 @@ def measure_step(where: Placement, crops: int, checkpointing: bool) -> WindowCos
     """Bytes besides the weights, and seconds, of a forward and backward pass with random weights.
 
     Only the first pass shows its memory in measurements from outside the process: later ones reuse memory that the
-        process has kept.
+    process has kept.
 
     Raises:
         RuntimeError, MemoryError: if it does not fit.

@@ -310,7 +310,7 @@ def _without_outside(
     """Set voxels outside of the given volume, whose axes are numbered by ``axes``, to 0.
 
     The exact position decides and not the rounded index: at twice the spacing, the last voxel lies exactly half a voxel
-        outside.
+    outside.
     """
     reach = 0.5 + EDGE_TOLERANCE_VOXELS
     for place, (axis, position) in enumerate(zip(axes, positions, strict=True)):

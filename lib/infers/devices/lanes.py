@@ -246,7 +246,7 @@ class Lanes:
             self.leave(work, finished)
 
     def foreground_count(self, device: torch.device | None) -> int:
-        """Number of foreground work items that run or wait on the lanes of a device."""
+        """Number of work items with a waiting client that run or wait on the lanes of a device."""
         names = {lane.name for lane in self if lane.serves(device)}
         with self._lock:
             return sum(bool(names & set(work.lanes)) for work in self._schedule.foreground())

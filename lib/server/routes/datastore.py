@@ -245,7 +245,7 @@ async def save_label(
     """Submit a label for an image, with the tag ``final`` by default.
 
     The response describes what was stored: the version, the names of its values, and the labels that it does not
-        annotate.
+    annotate.
     """
     info, tag = await parse_aside(params), check_tag(tag)
     made = info.get("source") == INFERENCE

@@ -64,7 +64,7 @@ class Prefetcher:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Work in the background within the block."""
+        """Prefetch masks in the background until the block ends."""
         self._loop = asyncio.get_running_loop()
         # one more than there are devices, which reads the next image while they compute
         count = 1 + min(MOST_AT_ONCE, sum(lane.pooled for lane in self._inferences.lanes))

@@ -45,7 +45,7 @@ class BackgroundScoring:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch within the block."""
+        """Watch for unscored images and labels until the block ends."""
         if self._minutes == 0:
             yield
             return
