@@ -45,6 +45,8 @@ router = APIRouter(tags=["App"])
 NOT_TRAINED = {"epoch": 0, "total_epochs": 1, "total_time": "0:00:00"}
 """Statistics of a model without any, for which clients would show 100 %, or a finished training."""
 NEXT_BODY = json_body_of(NextSampleRequest)
+MOST_DELETED_MEANWHILE = 20
+"""Images that are deleted during one request for the next case; after so many it fails."""
 
 
 @router.get("/info/", summary="Models, trainers, labels, strategies")
@@ -140,17 +142,22 @@ def next_sample(
     store.leases.renew(client)
     asked = {"user": user.name, **params, "strategy": strategy}
     hidden = not_shown_by(request, store, presented)
+    deleted = 0
     while True:
-        chosen, lease = cases.choose(asked, client, hidden)
-        if chosen is None or lease is None:
-            return {}
+        chosen = None
         try:
+            chosen, lease = cases.choose(asked, client, hidden)
+            if chosen is None or lease is None:
+                return {}
             handed_out = note_handed_out(store, chosen["id"], strategy, params.get("client_id", user.name), client)
-        except ImageNotFoundException:  # it was deleted after it was chosen
-            store.leases.release(chosen["id"])
-            continue
-        cases.compute_ahead(chosen)
-        return chosen | handed_out | presented.attributes(chosen["id"]) | {"lease": lease.describe()}
+            cases.compute_ahead(chosen)
+            return chosen | handed_out | presented.attributes(chosen["id"]) | {"lease": lease.describe()}
+        except ImageNotFoundException:  # an image was deleted while the strategy looked at it, or since it was chosen
+            if chosen is not None:
+                store.leases.release(chosen["id"])
+            deleted += 1
+            if deleted == MOST_DELETED_MEANWHILE:
+                raise
 
 
 def note_handed_out(store: SeriesDatastore, image: str, strategy: str, named: str | int, client: str) -> dict[str, Any]:

@@ -67,31 +67,44 @@ def test_viewer_is_known_by_the_page_that_asks_whatever_stands_there(referer: by
 
 
 class _Deleting:
-    """Chooses the cases of a folder in turn; the first is deleted by somebody before its choice is answered."""
+    """Chooses the cases of a folder in turn; the first is deleted by somebody before its choice is answered.
 
-    def __init__(self, store: VersionedDatastore) -> None:
-        self._store, self._left = store, ["case_1", "case_2"]
+    Args:
+        store: the studies.
+        moment: when it is deleted: while a strategy looks at the images, once it is chosen, or while its mask is asked
+            for.
+    """
+
+    def __init__(self, store: VersionedDatastore, moment: str) -> None:
+        self._store, self._left, self._moment = store, ["case_1", "case_2"], moment
         self.strategies = {"first": None}
 
     def choose(self, request: dict[str, Any], client: str, hidden: frozenset[str]) -> tuple[dict[str, Any], Lease]:
         image = self._left.pop(0)
+        if self._left and self._moment == "while a strategy chooses":
+            self._store.remove_image(image)
+            self._store.stamp(image)
         lease = self._store.leases.take(image, client)
         assert lease is not None
-        if self._left:
+        if self._left and self._moment == "once it is chosen":
             self._store.remove_image(image)
         return {"id": image, "next": []}, lease
 
     def compute_ahead(self, chosen: dict[str, Any]) -> None:
+        if self._moment == "while it is computed ahead" and chosen["id"] == "case_1":
+            self._store.remove_image(chosen["id"])
+            self._store.stamp(chosen["id"])
         assert chosen["id"] == "case_2"
 
 
-def test_case_that_is_deleted_while_it_is_handed_out_gives_way_to_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["while a strategy chooses", "once it is chosen", "while it is computed ahead"])
+def test_case_that_is_deleted_while_it_is_handed_out_gives_way_to_the_next(tmp_path: Path, moment: str) -> None:
     """It was a 404 that named a case for which nobody had asked, and a lease of what there is no more."""
     for name in ("case_1", "case_2"):
         write_nifti(tmp_path / f"{name}.nii.gz", boxes()[0])
     store = VersionedDatastore(str(tmp_path))
     presented = SimpleNamespace(attributes=lambda _: {})
-    api = InProcess(router, {get_store: store, get_next_case: _Deleting(store), get_presented: presented})
+    api = InProcess(router, {get_store: store, get_next_case: _Deleting(store, moment), get_presented: presented})
     answer = api.request("POST", "/activelearning/first", json={"client_id": "anna"})
     assert answer.status_code == 200, answer.text
     assert answer.json()["id"] == "case_2"
