@@ -246,7 +246,10 @@ def label_stamps(datastore: Datastore, preset: Preset, served: Collection[str]) 
     for image in datastore.get_labeled_images():
         info = datastore.get_label_info(image, FINAL) or {}
         if not why_not_for(preset, info.get("preset") or "", info.get("label_map") or {}, served):
-            status = Path(datastore.get_label_uri(image, FINAL)).stat()
+            try:
+                status = Path(datastore.get_label_uri(image, FINAL)).stat()
+            except FileNotFoundError:  # it has been removed meanwhile
+                continue
             stamps[image] = f"{status.st_size}-{status.st_mtime_ns}"
     return stamps
 

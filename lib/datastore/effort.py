@@ -78,6 +78,10 @@ class EffortCounter:
         """Record that the client has submitted a label; later work on this case is counted anew."""
         self._execute("DELETE FROM work WHERE image_id = ? AND client = ?", image_id, client)
 
+    def forget(self, image_id: str) -> None:
+        """An image is removed; what was spent on it is not spent on the next of its id."""
+        self._execute("DELETE FROM work WHERE image_id = ?", image_id)
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

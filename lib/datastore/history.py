@@ -18,7 +18,7 @@ import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -43,7 +43,7 @@ from lib.datastore.records import (
 )
 from lib.datastore.repair import repair, shorten
 from lib.errors import ConflictError, NotFoundError, StorageError
-from lib.storage.admission import is_what_was_kept
+from lib.storage.admission import Admission, is_what_was_kept
 from lib.storage.files import (
     PARTIAL,
     Staged,
@@ -74,12 +74,14 @@ class LabelHistory:
         labels: folder of the copies of the newest versions, with one subfolder for each tag.
         adopts: whether files that replaced a published label are taken in as versions; False if the caller checks them
             first.
+        admission: judges folders; without it, links out of the folder that holds the history are refused.
     """
 
-    def __init__(self, folder: Path, labels: Path, adopts: bool = True) -> None:
+    def __init__(self, folder: Path, labels: Path, adopts: bool = True, admission: Admission | None = None) -> None:
         self._adopts = adopts
+        self.admission = admission or Admission(folder.parent)
         self.folder, self.versions_folder, self.sent_folder = folder, folder / "versions", folder / SENT_FOLDER
-        self.quarantine = Quarantine(folder / "quarantine")
+        self.quarantine = Quarantine(folder / "quarantine", admission=self.admission)
         self.repairs: list[str] = []
         self._lately: deque[LabelVersion] = deque()
         self._lately_until, self._reading_lately = 0, threading.Lock()
@@ -177,7 +179,7 @@ class LabelHistory:
             StorageError: if it cannot be stored; nothing has changed then.
         """
         with self._explained(f"label of {submission.image_id!r}"):
-            self._check_writable()
+            self._check_writable(submission.tag)
             staged = stage(read_blocks(file), self.versions_folder)
             try:
                 with self._alone():
@@ -221,7 +223,7 @@ class LabelHistory:
             StorageError: if the removal cannot be stored.
         """
         with self._explained(f"removal of the label of {image_id!r}"):
-            self._check_writable()
+            self._check_writable(tag)
             with self._alone():
                 self._remove(Submission(image_id=image_id, tag=tag, user=user, source="removal"))
 
@@ -250,6 +252,8 @@ class LabelHistory:
             StorageError: if they cannot be stored.
         """
         with self._explained(f"{len(labels)} labels of the folder"), self._alone():
+            for tag in {submission.tag for _, submission in labels}:
+                self._check_writable(tag)
             new = [(f, s) for f, s in labels if not self.published.is_ours(s.image_id, s.tag, f)]  # by another process
             if not new:
                 return []
@@ -309,6 +313,16 @@ class LabelHistory:
         with self._explained(f"information about {image_id!r}"):
             self.index.keep_info(image_id, tag, info)
 
+    def forget_infos(self, image_id: str, tags: Iterable[str]) -> None:
+        """Forget what :meth:`keep_info` kept of an image that is removed, and of its labels.
+
+        Raises:
+            StorageError: when that cannot be written.
+        """
+        with self._explained(f"removal of image {image_id!r}"):
+            for tag in ("", *tags):
+                self.index.forget_info(image_id, tag)
+
     def close(self) -> None:
         """Close the index."""
         self.index.close()
@@ -356,6 +370,7 @@ class LabelHistory:
     def _keep_sent(self, sent: Path, stem: Path) -> tuple[Path, str]:
         """Store a file as sent under its version's name; returns its path and its SHA-256."""
         folder = self.sent_folder / stem.parent.name
+        self.admission.check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         staged = stage(read_blocks(sent), folder)
         path = folder / f"{stem.name}{suffix_of(sent)}"
@@ -398,6 +413,7 @@ class LabelHistory:
 
     def _stem(self, sequence: int, submission: Submission) -> Path:
         folder = self.shard(sequence)
+        self.admission.check_folder(folder)
         if not folder.is_dir():
             folder.mkdir()
             sync_folder(folder.parent)
@@ -420,12 +436,16 @@ class LabelHistory:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise StorageError(f"the {what} was not kept: {reason.lower()}") from error
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, tag: str) -> None:
         if self.read_only:
             raise StorageError(f"the folder {self.folder.name!r} of the label store cannot be written to")
+        self.published.check_folder(tag)
+        for folder in (self.versions_folder, self.sent_folder):
+            self.admission.check_folder(folder)
 
     def _make_folders(self) -> bool:
         try:
+            self.admission.check_folder(self.versions_folder)
             self.versions_folder.mkdir(parents=True, exist_ok=True)
             probe = stage((b"",), self.versions_folder)
             probe.path.unlink()
@@ -436,8 +456,10 @@ class LabelHistory:
 
     def _open(self, index: Path, labels: Path) -> None:
         self.index = VersionIndex(index)
-        self.published = PublishedLabels(labels, self.index)
+        self.published = PublishedLabels(labels, self.index, self.admission)
         self.repairs += [self.index.opened_with] if self.index.opened_with else []
+        if self.admission.refusal_of_folder(self.versions_folder) is not None:
+            return  # what lies elsewhere is no version
         self.repairs += repair(self.versions_folder, labels, self.index, self.quarantine, self.read_only)
         if not self.read_only:
             self.repairs += self.put_right()

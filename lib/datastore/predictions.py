@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from lib.datastore.validation import MaskArray
 from lib.errors import UnetrError
 from lib.imagefiles.compression import BROKEN_GZIP, pack_gzip
+from lib.storage.admission import Admission
 from lib.storage.disk import MIB, make_room
 from lib.storage.files import replacing
 from lib.storage.json_files import read_json
@@ -65,10 +66,12 @@ class Predictions:
     Args:
         folder: folder, which is created with the first prediction.
         limit_mib: size limit; beyond it, the oldest predictions are removed.
+        admission: judges the folder, which may have become a link.
     """
 
-    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
+    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB, admission: Admission | None = None) -> None:
         self.folder = folder
+        self._admission = admission or Admission(folder.parent)
         self.limit_mib = limit_mib
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="predictions")
         self._latest: Future[None] | None = None
@@ -125,6 +128,11 @@ class Predictions:
     def _write(self, prediction: Prediction, mask: bytes) -> None:
         side_car, packed = self._side_car(prediction.client, prediction.image_id), self._mask(prediction)
         content = mask if prediction.extension == ".nii.gz" else pack_gzip(mask)
+        try:
+            self._admission.check_folder(self.folder)
+        except OSError as error:
+            logger.warning("a prediction for %r was not remembered: %s", prediction.image_id, error.strerror)
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path, data in ((packed, content), (side_car, json.dumps(asdict(prediction)).encode())):

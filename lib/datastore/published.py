@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lib.datastore.index import VersionIndex
 from lib.datastore.records import LABEL_SUFFIXES, LabelVersion, suffix_of
+from lib.storage.admission import Admission
 from lib.storage.files import read_blocks, sha256_of, stage
 
 
@@ -16,14 +17,24 @@ class PublishedLabels:
     Args:
         folder: folder with a subfolder for each tag.
         index: records the copies.
+        admission: judges folders: nothing is written, removed or compared behind a link out of the studies.
     """
 
-    def __init__(self, folder: Path, index: VersionIndex) -> None:
+    def __init__(self, folder: Path, index: VersionIndex, admission: Admission) -> None:
         self.folder = folder
-        self._index = index
+        self._index, self._admission = index, admission
+
+    def check_folder(self, tag: str) -> None:
+        """Refuse a tag whose folder is a link out of the studies.
+
+        Raises:
+            PermissionError: whose ``strerror`` says why.
+        """
+        self._admission.check_folder(self.folder / tag)
 
     def stage(self, version: LabelVersion, content: Path) -> Path:
         """Write a copy with a temporary name, so that a full disk is noticed before anything changes."""
+        self.check_folder(version.tag)
         folder = self.folder / version.tag
         folder.mkdir(parents=True, exist_ok=True)
         # The version itself is durable: a copy that a power failure damages is repaired at the next start.
@@ -75,10 +86,12 @@ class PublishedLabels:
     def astray(self) -> list[tuple[str, str]]:
         """Image and tag of the newest versions whose copies are missing or changed."""
         rows = self._index.newest_and_published()
+        tags = {tag for tag in self._index.tags() if self._admission.refusal_of_folder(self.folder / tag) is None}
         return [
             (row["image_id"], row["tag"])
             for row in rows
-            if row["published"] != row["sequence"] or not self._lies_there(row["image_id"], row["tag"], row)
+            if row["tag"] in tags
+            and (row["published"] != row["sequence"] or not self._lies_there(row["image_id"], row["tag"], row))
         ]
 
     def _lies_there(self, image_id: str, tag: str, row: object) -> bool:

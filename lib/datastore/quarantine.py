@@ -16,7 +16,7 @@ from typing import Any
 
 from lib.datastore.records import suffix_of
 from lib.errors import NotFoundError
-from lib.storage.admission import is_what_was_kept
+from lib.storage.admission import Admission, is_what_was_kept
 from lib.storage.disk import MIB, make_room
 from lib.storage.files import read_blocks, stage, sync_folder, write_durably
 from lib.storage.json_files import as_json, read_json
@@ -46,7 +46,10 @@ class Quarantined:
 
     def describe(self) -> dict[str, Any]:
         """The record as JSON data for a client."""
-        size = self.file.stat().st_size if self.file.is_file() else 0
+        try:
+            size = self.file.stat().st_size
+        except FileNotFoundError:  # removed, perhaps just now, to make room
+            size = 0
         return self.details | {"name": self.name, "file": self.file.name, "size": size, "reason": self.reason}
 
 
@@ -56,10 +59,12 @@ class Quarantine:
     Args:
         folder: folder, which is created with the first file.
         limit_mib: size limit; beyond it, the oldest files are removed.
+        admission: judges the folder, which may have become a link.
     """
 
-    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB) -> None:
+    def __init__(self, folder: Path, limit_mib: int = DEFAULT_LIMIT_MIB, admission: Admission | None = None) -> None:
         self.folder = folder
+        self._admission = admission or Admission(folder.parent)
         self.limit_mib = limit_mib
         self._lock = threading.Lock()
 
@@ -69,6 +74,7 @@ class Quarantine:
         Raises:
             OSError: if it cannot be written.
         """
+        self._admission.check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(timezone.utc)
         name = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:8]}"
@@ -101,7 +107,8 @@ class Quarantine:
             NotFoundError: if there is none with this name.
         """
         path = self.folder / f"{name}.json"
-        record = self._read(path) if _NAME.fullmatch(name) and path.is_file() else None
+        is_named = _NAME.fullmatch(name) and self._admission.refusal_of_folder(self.folder) is None
+        record = self._read(path) if is_named and path.is_file() else None
         if record is None:
             raise NotFoundError("quarantined label", name[:200])
         return record
@@ -123,7 +130,9 @@ class Quarantine:
 
     def _names(self) -> list[str]:
         """Names of the side-cars."""
-        return [name for name in os.listdir(self.folder) if name.endswith(".json")] if self.folder.is_dir() else []
+        if not self.folder.is_dir() or self._admission.refusal_of_folder(self.folder) is not None:
+            return []
+        return [name for name in os.listdir(self.folder) if name.endswith(".json")]
 
     def _read(self, side_car: Path) -> Quarantined | None:
         try:

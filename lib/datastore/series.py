@@ -31,6 +31,8 @@ from lib.storage.admission import Admission
 from lib.transforms.channels import ChannelSources, read_stamp, record_of, write_sources
 
 logger = logging.getLogger("unetr.datastore")
+KEPT = ("volumes", "channels")
+"""Folders of what is made of images, beside the index."""
 
 
 class SeriesDatastore(VersionedDatastore):
@@ -253,9 +255,11 @@ def open_datastore(
         source: SeriesSource = RemoteSource(connect(studies, user, password, prefixes), modalities)
     else:
         folder = Path(studies)
-        place = folder / HIDDEN if can_write_below(folder) else _cache_folder() / _key(str(folder.resolve()))
-        index = DicomIndex(folder, place / "index.sqlite", NOT_SCANNED, Admission(folder, image_roots))
-        source = FolderSource(index, modalities)
+        admission = Admission(folder, image_roots)
+        inside = can_write_below(folder, admission)
+        place = folder / HIDDEN if inside else _cache_folder() / _key(str(folder.resolve()))
+        index = DicomIndex(folder, place / "index.sqlite", NOT_SCANNED, admission)
+        source = FolderSource(index, modalities, admission)
     return SeriesDatastore(
         folder,
         source,
@@ -268,9 +272,11 @@ def open_datastore(
     )
 
 
-def can_write_below(folder: Path) -> bool:
-    """Whether the index and converted series can be stored in a folder of studies."""
+def can_write_below(folder: Path, admission: Admission) -> bool:
+    """Whether the index and converted series can be stored in a folder of studies, not behind a link out of it."""
     try:
+        for place in (folder / HIDDEN, *(folder / HIDDEN / name for name in KEPT)):
+            admission.check_folder(place)
         (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / HIDDEN):
             return True

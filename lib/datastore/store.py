@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ from lib.transforms.channels import files_of, stem_of
 logger = logging.getLogger("unetr.datastore")
 
 MOST_PROBLEMS = 100
+COPIED_BYTES = 2**20
 HISTORY_FOLDER = "history"
 ORIGINAL = "original"
 SECONDS_BEFORE_EXPORT = 2.0
@@ -105,18 +107,19 @@ class VersionedDatastore(LocalDatastore):
         self._export = Deferred(self._write_export, SECONDS_BEFORE_EXPORT, "datastore-export")
         self._look_again = Deferred(self.refresh, SECONDS_BEFORE_REFRESH, "datastore-refresh")
         self._follow = Deferred(self.follow_history, SECONDS_BEFORE_REFRESH, "datastore-history")
-        self.history = LabelHistory(folder / HISTORY_FOLDER, folder / "labels", adopts=not presets)
-        self.final = LabelFolder(self.history, folder / "labels" / FINAL, presets)
+        labels, adopts = folder / "labels", not presets
+        self.history = LabelHistory(folder / HISTORY_FOLDER, labels, adopts, self._admission)
+        self.final = LabelFolder(self.history, labels / FINAL, presets)
         read_only = self.history.read_only
         self.leases = Leases(IN_MEMORY if read_only else self.history.folder / "leases.sqlite")
         self.effort = EffortCounter(IN_MEMORY if read_only else self.history.folder / "effort.sqlite")
         self.checks = ImageChecks(IN_MEMORY if read_only else self.history.folder / "checks.sqlite")
         self.problems: tuple[FolderProblem, ...] = ()
-        self.predictions = Predictions(self.history.folder / "predictions")
+        self.predictions = Predictions(self.history.folder / "predictions", admission=self._admission)
         if self.leases.repaired:
             logger.warning("label store: %s", self.leases.repaired)
-        if read_only:
-            options = options | {"labels_dir": self._labels_elsewhere(folder / "labels")}
+        if read_only or self._admission.refusal_of_folder(labels) is not None:
+            options = options | {"labels_dir": self._labels_elsewhere(labels)}
         try:
             super().__init__(datastore_path=datastore_path, **options)
         except OSError as error:
@@ -152,11 +155,15 @@ class VersionedDatastore(LocalDatastore):
         self.predictions.limit_mib = predictions_limit_mib
 
     def _labels_elsewhere(self, labels: Path) -> str:
-        """A folder of labels that MONAI Label may change: the existing one, or one with links to its files."""
-        if all((labels / tag).is_dir() for tag in (FINAL, ORIGINAL)):
+        """A folder of labels that MONAI Label may change: the existing one, or one with links to its files.
+
+        It is empty if ``labels`` is a link out of the studies.
+        """
+        is_own = self._admission.refusal_of_folder(labels) is None
+        if is_own and all((labels / tag).is_dir() for tag in (FINAL, ORIGINAL)):
             return str(labels)
         self._temporary = tempfile.TemporaryDirectory(prefix="unetr-labels-", ignore_cleanup_errors=True)
-        for tag in labels.iterdir() if labels.is_dir() else ():
+        for tag in labels.iterdir() if is_own and labels.is_dir() else ():
             (Path(self._temporary.name) / tag.name).symlink_to(tag.absolute(), target_is_directory=True)
         return self._temporary.name
 
@@ -179,6 +186,15 @@ class VersionedDatastore(LocalDatastore):
         """Files that are not used, and the reasons: ends of sentences by their path relative to the studies."""
         with self._objects_lock:
             return {self._shown(path): why for path, why in self._left_out.items()}
+
+    def folders_left_out(self) -> dict[str, str]:
+        """Folders of labels and of their history that are links out of the studies: why, by their path below these."""
+        studies = Path(self._datastore_path)
+        labels, history = studies / "labels", self.history
+        tags = [labels / tag for tag in {FINAL, ORIGINAL, *history.index.tags()}]
+        own = [labels, *tags, history.folder, history.versions_folder, history.sent_folder, history.quarantine.folder]
+        reasons = {os.path.relpath(f, studies): self._admission.refusal_of_folder(f) for f in own}
+        return {name: why for name, why in reasons.items() if why is not None}
 
     def why_left_out(self, image_id: str) -> str | None:
         """Why the file of an id is not used, if there is such a file."""
@@ -237,6 +253,7 @@ class VersionedDatastore(LocalDatastore):
         if target.exists():
             raise ConflictError(f"there is a folder {image_id!r} already; choose another id")
         try:
+            self._admission.check_folder(incoming)
             incoming.mkdir(exist_ok=True)
             for channel, file in files.items():
                 staged = stage(read_blocks(file), incoming)
@@ -261,7 +278,8 @@ class VersionedDatastore(LocalDatastore):
             ImageNotFoundException: if there is none with this id.
         """
         entry = self._entry(image_id)
-        for tag in list(entry.labels):
+        tags = list(entry.labels)
+        for tag in tags:
             self.remove_label(image_id, tag)
         with writing(f"the removal of image {image_id!r}"):
             for file in self._own_files(image_id):
@@ -272,7 +290,11 @@ class VersionedDatastore(LocalDatastore):
                 self.channels.forget(image_id)
         with self._objects_lock:
             self._datastore.objects.pop(image_id, None)
+        self.history.forget_infos(image_id, tags)
         self.leases.release(image_id)
+        self.effort.forget(image_id)
+        if image_id in self.leases.skipped():
+            self.leases.unskip(image_id)  # another image may get its id
         self._export.ask()
 
     def stamp(self, image_id: str) -> str:
@@ -436,10 +458,13 @@ class VersionedDatastore(LocalDatastore):
             try:
                 with zipfile.ZipFile(file, "w") as archive:
                     for pair in pairs[:limit_cases] if limit_cases and limit_cases > 0 else pairs:
-                        for kind, path in pair.items():
-                            archive.write(path, f"{kind}/{os.path.basename(path)}")
+                        members = {path: f"{kind}/{os.path.basename(path)}" for kind, path in pair.items()}
                         for path in files_of(Path(pair["image"]))[1:]:  # the other sequences of the case
-                            archive.write(path, f"channels/{stem_of(Path(pair['image']))}/{path.name}")
+                            members[str(path)] = f"channels/{stem_of(Path(pair['image']))}/{path.name}"
+                        try:
+                            _add_to_archive(archive, members)
+                        except FileNotFoundError as error:
+                            logger.info("a case is left out of the archive, since it was removed meanwhile: %s", error)
                     archive.writestr("metadata.json", known)
             except BaseException:
                 os.unlink(file.name)
@@ -573,7 +598,7 @@ class VersionedDatastore(LocalDatastore):
 
     def _find_labels(self) -> int:
         """Take in label files that were copied into ``labels/``."""
-        if self.history.read_only:
+        if self.history.read_only or self._admission.refusal_of_folder(self.final.folder.parent) is not None:
             return 0
         for sentence in self.history.put_right() if self._seen is not None else ():
             logger.warning("label store: %s", sentence)
@@ -593,7 +618,8 @@ class VersionedDatastore(LocalDatastore):
         return taken
 
     def _label_folders(self) -> list[Path]:
-        return sorted(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir())
+        tags = Path(self._datastore.label_path(None)).iterdir()
+        return sorted(path for path in tags if path.is_dir() and self._admission.refusal_of_folder(path) is None)
 
     def _candidate(self, file: Path) -> Candidate | None:
         """A file in ``labels/final`` that this store did not write, for an existing image."""
@@ -619,9 +645,13 @@ class VersionedDatastore(LocalDatastore):
 
     def _strange_label(self, file: Path, image_id: str, tag: str) -> Submission | None:
         entry = self._datastore.objects.get(image_id)
-        if entry is None or self.history.published.is_ours(image_id, tag, file) or self.refusal(file) is not None:
+        try:
+            if entry is None or self.history.published.is_ours(image_id, tag, file) or self.refusal(file) is not None:
+                return None
+            written = file.stat().st_mtime
+        except FileNotFoundError:  # it has been removed meanwhile
             return None
-        if self._seen is not None and abs(time.time() - file.stat().st_mtime) < SECONDS_TO_SETTLE:
+        if self._seen is not None and abs(time.time() - written) < SECONDS_TO_SETTLE:
             self._look_again.ask()
             return None
         known = entry.labels.get(tag)
@@ -711,6 +741,33 @@ class VersionedDatastore(LocalDatastore):
         if entry is None:
             raise ImageNotFoundException(f"Image {image_id} not found")
         return entry
+
+
+def _add_to_archive(archive: zipfile.ZipFile, members: Mapping[str, str]) -> None:
+    """Add all of some files to a ZIP archive, or none: they are opened before the first is added.
+
+    Args:
+        archive: open for writing.
+        members: the names in it by the paths of the files.
+
+    Raises:
+        FileNotFoundError: when one is gone.
+    """
+    with ExitStack() as opened:
+        files = [(name, opened.enter_context(Path(path).open("rb"))) for path, name in members.items()]
+        for name, file in files:
+            status = os.fstat(file.fileno())
+            member = zipfile.ZipInfo(name, _zip_time(status.st_mtime))
+            member.file_size, member.external_attr = status.st_size, (status.st_mode & 0xFFFF) << 16
+            with archive.open(member, "w") as out:
+                shutil.copyfileobj(file, out, COPIED_BYTES)
+
+
+def _zip_time(seconds: float) -> tuple[int, int, int, int, int, int]:
+    """A time as ZIP can hold it: from 1980 to 2107, whatever a file says of itself."""
+    at = time.localtime(min(max(seconds, 0.0), 2**32 - 1))
+    year = min(max(at.tm_year, 1980), 2107)
+    return year, at.tm_mon, at.tm_mday, at.tm_hour, at.tm_min, at.tm_sec
 
 
 def submission_of(image_id: str, tag: str, info: Mapping[str, Any]) -> Submission:

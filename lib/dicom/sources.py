@@ -13,7 +13,8 @@ from pydicom.dataset import Dataset
 from lib.dicom.attributes import SEQUENCE_KEYWORDS, Json, all_values, first_value
 from lib.dicom.files import read_instance
 from lib.dicom.index import DicomIndex, SeriesEntry
-from lib.errors import NotFoundError, ParameterError
+from lib.errors import NotFoundError, ParameterError, StorageError
+from lib.storage.admission import Admission
 from lib.storage.files import replacing
 
 INFO_KEYWORDS = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID", "StudyDate", "StudyTime", "Modality")
@@ -90,10 +91,12 @@ class FolderSource:
     Args:
         index: index of the folder.
         modalities: modalities that can be segmented.
+        admission: judges folders: nothing is stored behind a link out of the index's folder.
     """
 
-    def __init__(self, index: DicomIndex, modalities: Collection[str]) -> None:
+    def __init__(self, index: DicomIndex, modalities: Collection[str], admission: Admission | None = None) -> None:
         self.index = index
+        self._admission = admission or Admission(index.folder)
         self._modalities = frozenset(modalities)
         self._scanning = threading.Lock()
         self._listed: tuple[dict[str, SeriesEntry], dict[str, SeriesInfo]] = ({}, {})
@@ -148,7 +151,7 @@ class FolderSource:
     def keep_segmentation(self, seg: Dataset, series_uid: str) -> None:
         """See :class:`SeriesSource`: one file for each series, replaced atomically."""
         file = self.index.folder / SEGMENTATIONS / f"{series_uid}.dcm"
-        _write(seg, file)
+        self._write(seg, file)
         self.index.add(file)
 
     def keep_instance(self, instance: Dataset) -> None:
@@ -156,6 +159,7 @@ class FolderSource:
 
         Raises:
             ParameterError: if there is another instance with this UID.
+            StorageError: if it cannot be written; nothing has changed then.
         """
         uids = [str(instance.get(k)) for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
         file = self.index.folder.joinpath(STORED, *uids[:2], f"{uids[2]}.dcm")
@@ -164,8 +168,18 @@ class FolderSource:
             if _pixels_and_uids(read_instance(known.file)) != _pixels_and_uids(instance):
                 raise ParameterError("SOPInstanceUID", uids[2], "the UID of a new instance: another one has it already")
             return
-        _write(instance, file)
+        self._write(instance, file)
         self.index.add(file)
+
+    def _write(self, instance: Dataset, file: Path) -> None:
+        """Write an instance atomically."""
+        try:
+            self._admission.check_folder(file.parent)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as content:
+                instance.save_as(content, write_like_original=False)
+        except OSError as error:
+            raise StorageError(f"the instance was not kept: {error.strerror or error}") from error
 
     def status(self) -> dict[str, Any]:
         """Numbers of files found and indexed, and files that could not be read."""
@@ -181,13 +195,6 @@ class FolderSource:
     def problem(self) -> str:
         """See :class:`SeriesSource`."""
         return self.index.failure()
-
-
-def _write(instance: Dataset, file: Path) -> None:
-    """Write an instance atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as content:
-        instance.save_as(content, write_like_original=False)
 
 
 def _pixels_and_uids(instance: Dataset) -> tuple[Any, ...]:

@@ -18,8 +18,8 @@ from lib.imagefiles.kinds import Kind
 from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
 
 _SECOND_VERSION_BYTES = 540
-# Header extensions precede the voxels.
-_FARTHEST_VOXELS = 2**40
+# Header extensions precede the voxels; a compressed file has to be unpacked up to there.
+_FARTHEST_VOXELS = 256 * 2**20
 
 
 def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:

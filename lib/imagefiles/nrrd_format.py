@@ -20,6 +20,8 @@ from lib.imagefiles.kinds import Kind
 from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
 
 MOST_HEADER_BYTES = 4 * 2**20
+LONGEST_NUMBER = 400
+_TEXT_BLOCK_BYTES = 64 * 1024
 _ENCODINGS = {
     "raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2",
     "ascii": "text", "ASCII": "text", "text": "text", "txt": "text",
@@ -178,13 +180,18 @@ def _dtype_of(fields: Mapping[str, Any], encoding: str, name: str) -> np.dtype[A
         raise ImageError(f"image {name!r} has voxels of type {fields['type']!r}; valid: one real number each")
     if code.endswith("1") or encoding == "text":
         return np.dtype(code)
-    return np.dtype({"little": "<", "big": ">"}[str(fields["endian"])] + code)
+    order = {"little": "<", "big": ">"}.get(str(fields["endian"]))
+    if order is None:
+        raise ImageError(f"image {name!r} has the endian {fields['endian']!r:.80}; valid: little, big")
+    return np.dtype(order + code)
 
 
 def _layer_axes(fields: Mapping[str, Any], kinds: list[str], axes: int) -> list[int]:
     """The axes that are not spatial: colours, vectors, or Slicer's layers."""
     directions = fields.get("space directions")
     if directions is not None:
+        if len(directions) != axes:
+            raise ValueError(f"it has {len(directions)} space directions; valid: {axes}, one for each axis")
         return [axis for axis in range(axes) if np.isnan(directions[axis]).any()]
     return [axis for axis in range(axes) if kinds and kinds[axis].lower() not in _SPATIAL_KINDS]
 
@@ -200,7 +207,10 @@ def _affine_ras(fields: Mapping[str, Any], spatial: list[int]) -> Affine:
             raise ValueError(f"its space has {directions.shape[-1]} dimensions; valid: 3")
         flips = np.diag(_TO_LPS.get(str(fields.get("space", "")).lower(), (1, 1, 1)))
         affine[:3, :3] = flips @ directions.T
-        affine[:3, 3] = flips @ np.asarray(fields.get("space origin", (0, 0, 0)), dtype=np.float64)
+        origin = np.asarray(fields.get("space origin", (0, 0, 0)), dtype=np.float64)
+        if origin.shape != (3,):
+            raise ValueError(f"its space origin has {origin.size} numbers; valid: 3")
+        affine[:3, 3] = flips @ origin
     elif fields.get("spacings") is not None:
         spacings = np.asarray(fields["spacings"], dtype=np.float64)[spatial]
         spacings = np.where(np.isfinite(spacings), spacings, 1.0)
@@ -222,12 +232,37 @@ def _first_centers(fields: Mapping[str, Any], spatial: list[int], spacings: Affi
 def _read_text(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[Any]:
     # at least a digit and a blank for each number
     check_promise(2 * header.voxel_count - 1, size - header.offset, "raw", name)
-    words = file.read().split(maxsplit=header.voxel_count)
-    if len(words) != header.voxel_count:
-        raise ImageError(f"image {name!r} is damaged: it holds {len(words)} of {header.voxel_count} numbers")
-    if header.dtype.kind == "f":
-        return np.array(words).astype(header.dtype)
-    numbers, bounds = np.array(words).astype(np.int64), np.iinfo(header.dtype.name)
-    if numbers.min() < bounds.min or numbers.max() > bounds.max:  # NumPy would let them overflow
-        raise ImageError(f"image {name!r} is damaged: it holds numbers that are none of type {header.dtype.name}")
-    return numbers.astype(header.dtype)
+    numbers: npt.NDArray[Any] = np.empty(header.voxel_count, dtype=header.dtype)
+    done = 0
+    rest: bytes | None = b""
+    while rest is not None:  # a block at a time: words take many times the memory of what they say
+        words, rest = _next_words(file, rest, name)
+        if done + len(words) > header.voxel_count:
+            raise ImageError(f"image {name!r} is damaged: it holds more than its {header.voxel_count} numbers")
+        numbers[done : done + len(words)] = _numbers_of(words, header.dtype, name)
+        done += len(words)
+    if done != header.voxel_count:
+        raise ImageError(f"image {name!r} is damaged: it holds {done} of {header.voxel_count} numbers")
+    return numbers
+
+
+def _next_words(file: BinaryIO, rest: bytes, name: str) -> tuple[list[bytes], bytes | None]:
+    """The words of the next block of a text, and the beginning of one that goes on after it; None at the end."""
+    block = file.read(_TEXT_BLOCK_BYTES)
+    words = (rest + block).split()
+    goes_on = bool(words) and bool(block) and not block[-1:].isspace()
+    last = words.pop() if goes_on else b""
+    if max(map(len, (*words, last)), default=0) > LONGEST_NUMBER:
+        raise ImageError(f"image {name!r} is damaged: it holds a number of more than {LONGEST_NUMBER} characters")
+    return words, last if block else None
+
+
+def _numbers_of(words: list[bytes], dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
+    if not words:
+        return np.empty(0, dtype=dtype)
+    if dtype.kind == "f":
+        return np.array(words).astype(dtype)
+    numbers, bounds = np.array(words).astype(np.int64), np.iinfo(dtype.name)
+    if numbers.min() < bounds.min or numbers.max() > bounds.max:  # NumPy would wrap them round
+        raise ImageError(f"image {name!r} is damaged: it holds numbers that are none of type {dtype.name}")
+    return numbers.astype(dtype)

@@ -31,6 +31,7 @@ from lib.server.http.middleware import Surroundings
 from lib.server.http.origins import Origins
 from lib.server.http.proxies import Clients
 from lib.server.http.tokens import WatchedTokens
+from lib.server.http.uploads import spool_little
 from lib.server.pages import documentation, page_routes, sign_in
 from lib.server.pages.cases import clicks as click_routes
 from lib.server.pages.cases import routes as case_routes
@@ -187,6 +188,7 @@ def takes_files(scope: Scope) -> bool:
 
 def create_app() -> FastAPI:
     """Build the application."""
+    spool_little()
     app = FastAPI(title="UNETR for MONAI Label", version="0.1.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for router in ROUTERS:
         app.include_router(router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -53,6 +54,25 @@ class Admission:
             return f"is a hard link to a file that lies outside the studies folder too; {ALLOW}"
         return None
 
+    def refusal_of_folder(self, folder: Path) -> str | None:
+        """Why nothing is read from a folder or written into it, as the end of a sentence that begins with its name."""
+        try:
+            real = folder.resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            return f"cannot be used ({getattr(error, 'strerror', None) or error})"
+        if any(real.is_relative_to(own) for own in self._folders):
+            return None
+        return f"is a link out of the studies folder, and nothing is written there; {ALLOW}"
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse to write into a folder that a link leads to from elsewhere.
+
+        Raises:
+            PermissionError: whose ``strerror`` says why.
+        """
+        if (why := self.refusal_of_folder(folder)) is not None:
+            raise PermissionError(errno.EACCES, f"the folder {folder.name!r} {why}", str(folder))
+
     def _real(self, file: Path) -> Path:
         """The real path of a file; folders are resolved once, until they change."""
         if file.is_symlink():
@@ -89,7 +109,8 @@ def is_what_was_kept(file: Path, folder: Path, sha256: str) -> bool:
         real, status = file.resolve(strict=True), file.stat()
         if not stat.S_ISREG(status.st_mode):
             return False
-        is_plain = real == folder.resolve() / file.relative_to(folder) and status.st_nlink == 1
+        own = folder.parent.resolve() / folder.name  # the folder itself may be a link
+        is_plain = real == own / file.relative_to(folder) and status.st_nlink == 1
         return is_plain or sha256_of(file) == sha256
     except (OSError, RuntimeError):  # missing, or a circular link
         return False

@@ -10,6 +10,7 @@ from lib.datastore.records import Submission
 from lib.datastore.series import can_write_below
 from lib.datastore.store import VersionedDatastore
 from lib.errors import StorageError
+from lib.storage.admission import Admission
 from tests.tiny import boxes, write_nifti
 
 
@@ -37,5 +38,5 @@ def test_images_are_served_and_labels_refused(studies: Path) -> None:
 
 
 def test_index_finds_another_place(studies: Path, tmp_path: Path) -> None:
-    assert not can_write_below(studies)
-    assert can_write_below(tmp_path)
+    assert not can_write_below(studies, Admission(studies))
+    assert can_write_below(tmp_path, Admission(tmp_path))

@@ -46,6 +46,31 @@ def reopen(tmp_path: Path) -> Iterator[Open]:
         store.close()
 
 
+def test_archive_holds_files_of_any_time_and_leaves_out_what_is_gone(reopen: Open, tmp_path: Path) -> None:
+    """ZIP knows the years 1980 to 2107, and a label may be removed while the archive is written."""
+    store = reopen()
+    for number, seconds in enumerate((0, 2**33, 1_700_000_000)):
+        store.save_label(f"case_{number}", str(label(tmp_path)), "final", {})
+        os.utime(tmp_path / "studies" / f"case_{number}.nii.gz", (seconds, seconds))
+    gone = store.get_label_uri("case_2", "final")
+    listed = store.datalist
+
+    def listed_before(full_path: bool = True) -> list[dict[str, Any]]:
+        pairs = listed(full_path)
+        Path(gone).unlink()
+        return pairs
+
+    store.datalist = listed_before  # type: ignore[method-assign]
+    archive = store.get_dataset_archive(None)
+    with zipfile.ZipFile(archive) as content:
+        assert {name for name in content.namelist() if name.startswith("label/")} == {
+            "label/case_0.nii.gz", "label/case_1.nii.gz"
+        }  # fmt: skip
+        assert "image/case_2.nii.gz" not in content.namelist()
+        assert content.testzip() is None and content.getinfo("image/case_0.nii.gz").date_time[0] == 1980
+    os.unlink(archive)
+
+
 def label(folder: Path, value: int = 1) -> Path:
     return write_nifti(folder / f"label_{value}.nii.gz", np.full((4, 4, 4), value, np.uint8))
 

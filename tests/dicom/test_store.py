@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 import warnings
@@ -16,8 +17,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from lib.dicom.files import MOST_LEVELS, MOST_UNPACKED, is_uid, read_instance
 from lib.dicom.index import DicomIndex
+from lib.dicom.sources import SEGMENTATIONS, STORED, FolderSource
 from lib.dicom.store import MOST_PARTS, PartWriter, read_part
-from lib.errors import ParameterError
+from lib.errors import ParameterError, StorageError
+from lib.storage.admission import Admission
 from tests.dicom.conftest import edit
 
 TYPE = 'multipart/related; type="application/dicom"; boundary=limit'
@@ -141,3 +144,26 @@ def test_sequences_that_are_nested_too_deeply_are_refused(
         return
     with pytest.raises(ParameterError, match=f"nested more than {MOST_LEVELS} levels deep|recursion"):
         read_part(file)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
+@pytest.mark.parametrize("deep", [False, True])
+def test_instance_is_not_stored_behind_a_link(
+    make_series: Callable[..., list[Path]], tmp_path: Path, deep: bool
+) -> None:
+    instance = read_instance(make_series()[0])
+    (tmp_path / "outside").mkdir()
+    studies = tmp_path / "studies"
+    place = studies / STORED / (str(instance.StudyInstanceUID) if deep else "")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(tmp_path / "outside")
+    (studies / SEGMENTATIONS).symlink_to(tmp_path / "outside")
+    index = DicomIndex(studies, tmp_path / "index.sqlite")
+    source = FolderSource(index, ["CT"])
+    with pytest.raises(StorageError, match="is a link out of the studies folder"):
+        source.keep_instance(instance)
+    with pytest.raises(StorageError, match="is a link out of the studies folder"):
+        source.keep_segmentation(instance, "1.2.3")
+    assert not list((tmp_path / "outside").rglob("*"))
+    FolderSource(index, ["CT"], Admission(studies, [tmp_path / "outside"])).keep_instance(instance)
+    assert len(list((tmp_path / "outside").rglob("*.dcm"))) == 1

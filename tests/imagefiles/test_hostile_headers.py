@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 import struct
+import tracemalloc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,59 @@ def test_geometry_beyond_all_bounds_is_refused(tmp_path: Path, fields: dict[str,
             warnings.simplefilter("error")
             with pytest.raises(ImageError, match=r"affine|axes"):
                 read(tmp_path / "a.nrrd")
+
+
+def as_text(content: bytes) -> bytes:
+    return NRRD.replace(b"encoding: raw", b"encoding: ascii") + content
+
+
+def test_long_words_of_a_text_take_no_memory(tmp_path: Path) -> None:
+    """One word of 100,000 digits among 512 would make an array of 51 MB, and among a million one of 100 GB."""
+    (tmp_path / "a.nrrd").write_bytes(as_text(b"1 " * 511 + b"0" * 100_000))
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="a number of more than 400 characters"):
+        read_voxels(tmp_path / "a.nrrd")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+
+
+@pytest.mark.parametrize("blank", [b" ", b"\n", b" " * 100_000, b"\t\r\n"], ids=["blank", "line", "many", "tab"])
+def test_text_is_read_block_by_block(tmp_path: Path, blank: bytes) -> None:
+    numbers = np.arange(512) % 256
+    text = blank.join(str(number).encode() for number in numbers)
+    (tmp_path / "a.nrrd").write_bytes(as_text(blank + text))
+    np.testing.assert_array_equal(read_voxels(tmp_path / "a.nrrd")[1].ravel(order="F"), numbers)
+    (tmp_path / "a.nrrd").write_bytes(as_text(text + blank + b"7"))
+    with pytest.raises(ImageError, match="more than its 512 numbers"):
+        read_voxels(tmp_path / "a.nrrd")
+    (tmp_path / "a.nrrd").write_bytes(as_text(blank.join(text.split()[:-1])))
+    with pytest.raises(ImageError, match=r"511 of 512 numbers|promises"):
+        read_voxels(tmp_path / "a.nrrd")
+
+
+def test_voxels_that_lie_far_behind_are_not_unpacked_for(tmp_path: Path) -> None:
+    """Zeros pack a thousandfold: a file of some MB would be unpacked for minutes."""
+    content = _nifti_header(False)
+    content[108:112] = struct.pack("<f", 2.0**29)  # vox_offset
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(ImageError, match="voxels from byte 536870912 on"):
+        read_header(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        (b"endian: little", b"endian: middle", "has the endian 'middle'; valid: little, big"),
+        (b"(1,0,0) (0,1,0) (0,0,1)", b"(1,0,0) (0,1,0)", "2 space directions; valid: 3"),
+        (b"origin: (0,0,0)", b"origin: (0,0)", "space origin has 2 numbers; valid: 3"),
+    ],
+)
+def test_sentence_says_which_field_is_wrong(tmp_path: Path, field: bytes, value: bytes, sentence: str) -> None:
+    header = NRRD.replace(b"type: uint8", b"type: uint16").replace(field, value)
+    (tmp_path / "a.nrrd").write_bytes(header + bytes(1024))
+    with pytest.raises(ImageError, match=sentence):
+        read_voxels(tmp_path / "a.nrrd")
 
 
 @pytest.mark.parametrize("word", ["99999999999999999999", "-1", "256", "1e999", "nan", "rm", "0x1", "1.5"])

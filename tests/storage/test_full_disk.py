@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 
 from lib.errors import StorageError
 from lib.networks.checkpoint import Checkpoint, write_checkpoint
-from lib.server.http.errors import describe, status_of
+from lib.server.http.errors import describe, error_response, status_of
 from lib.storage.disk import has_room
-from lib.storage.full_disk import storage_problem, writing
+from lib.storage.full_disk import access_problem, storage_problem, writing
 from tests.small_disk import mounted
 from tests.tiny import tiny_preset
 
@@ -35,7 +35,36 @@ def test_disk_that_takes_nothing_is_507_with_a_sentence(error: Exception) -> Non
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), sqlite3.OperationalError("locked"), RuntimeError("x")])
+ACCESS: list[Exception] = [
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EPERM, "Operation not permitted"),
+    OSError(errno.EIO, "Input/output error"),
+    sqlite3.OperationalError("unable to open database file"),
+    sqlite3.OperationalError("disk I/O error"),
+]
+
+
+@pytest.mark.parametrize("error", [*ACCESS, sqlite3.DatabaseError("database disk image is malformed")], ids=repr)
+def test_file_that_cannot_be_used_is_507_with_a_sentence(error: Exception) -> None:
+    assert status_of(error) == 507 and not storage_problem(error), "a training would wait for room"
+    assert access_problem(error) in describe(error, 507) and "nothing was kept" not in describe(error, 507)
+
+
+@pytest.mark.parametrize("error", ACCESS, ids=repr)
+def test_write_without_permission_is_told_without_asking_for_room(error: Exception) -> None:
+    with pytest.raises(StorageError, match=f"the state was not kept: {access_problem(error)}$"), writing("the state"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), OSError(errno.EMFILE, "many")])
+def test_what_is_in_use_is_503_with_a_time_to_come_back(error: Exception) -> None:
+    answer = error_response(error)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5" and b"BusyError" in answer.body
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOENT, "x"), sqlite3.OperationalError("no such table"), RuntimeError("x")]
+)
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert status_of(error) == 500
     with pytest.raises(type(error)), writing("the state"):

@@ -64,8 +64,12 @@ def label_id(name: str) -> str | None:
 
 def label_files(folder: Path) -> list[Path]:
     """The labels in a folder, oldest first, so that of two labels for one image the newer one is used."""
-    files = [path for path in _files(folder) if label_id(path.name) is not None]
-    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    aged = [
+        (age, path.name, path)
+        for path in _files(folder)
+        if label_id(path.name) is not None and (age := _time_of(path)) is not None
+    ]
+    return [path for _, _, path in sorted(aged)]
 
 
 def stray_files(folder: Path, images: Mapping[str, object] | set[str]) -> list[Problem]:
@@ -152,6 +156,14 @@ def find_problems(studies: Path, presets: Sequence[Preset], folder: Path) -> Ite
             yield Problem(f"{FOLDER}/{file.name}", f"it cannot be held against its image: {error}")
         except LabelError as error:
             yield Problem(f"{FOLDER}/{file.name}", str(error))
+
+
+def _time_of(path: Path) -> int | None:
+    """When a file was written; None for one that has been removed meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _files(folder: Path) -> list[Path]:

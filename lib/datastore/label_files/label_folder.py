@@ -64,7 +64,7 @@ class LabelFolder:
 
     def files(self) -> list[Path]:
         """The labels in the folder, oldest first."""
-        return label_files(self.folder)
+        return label_files(self.folder) if self._is_own() else []
 
     def examine(self, candidates: Iterable[Candidate], folder: Path) -> tuple[list[FoundLabel], bool]:
         """Check labels that are new or changed; invalid ones are also copied to the quarantine.
@@ -81,7 +81,10 @@ class LabelFolder:
         labels, deadline = dict[str, FoundLabel](), time.monotonic() + SECONDS_A_LOOK
         refused = self.history.index.refused()
         for number, candidate in enumerate(reversed(list(candidates))):
-            stamp, image = self._stamp(candidate), candidate.known.image_id
+            try:
+                stamp, image = self._stamp(candidate), candidate.known.image_id
+            except FileNotFoundError:  # somebody has removed it meanwhile
+                continue
             if refused.get(candidate.file.name, ("", ""))[0] == stamp:
                 continue
             if time.monotonic() > deadline:
@@ -110,12 +113,17 @@ class LabelFolder:
 
     def problems(self, images: Mapping[str, object]) -> list[Problem]:
         """The refused files in the folder, with their reasons."""
+        if not self._is_own():
+            return []
         refused = self.history.index.refused()
         there = {file.name for file in self.files()}
         reasons = {name: reason for name, (_, reason) in sorted(refused.items()) if name in there}
         return [Problem(f"{FOLDER}/{name}", reason) for name, reason in reasons.items()] + stray_files(
             self.folder, images
         )
+
+    def _is_own(self) -> bool:
+        return self.history.admission.refusal_of_folder(self.folder) is None
 
     def _check(self, candidate: Candidate, stamp: str, folder: Path) -> FoundLabel | None:
         file = candidate.file
@@ -138,8 +146,12 @@ class LabelFolder:
         """Refuse a label: its case stays unlabelled. A version that it had replaced is published again."""
         name, known = candidate.file.name, candidate.known
         details = {"image_id": known.image_id, "tag": known.tag, "source": "folder", "file_name": name}
-        kept = self.history.quarantine.keep(candidate.file, reason, details)
         self.history.index.keep_refused(name, stamp, reason)
+        try:
+            kept = self.history.quarantine.keep(candidate.file, reason, details)
+        except OSError as error:  # it stays where it is: nobody's work is overwritten
+            logger.error("label store: %s/%s is left out: %s; it is not in quarantine: %s", FOLDER, name, reason, error)
+            return
         logger.warning("label store: %s/%s is left out (in quarantine as %s): %s", FOLDER, name, kept.name, reason)
         version = self.history.latest(known.image_id, known.tag)
         if version is not None and name == f"{known.image_id}{version.suffix}":

@@ -38,11 +38,12 @@ from lib.errors import (
     UpstreamError,
 )
 from lib.server.http.request_id import current_request_id
-from lib.storage.full_disk import storage_problem
+from lib.storage.full_disk import access_problem, is_passing, storage_problem
 
 logger = logging.getLogger("unetr.server")
 
 LONGEST_SENTENCE = 2000
+SECONDS_TO_PASS = 5
 
 
 class UnauthorizedError(UnetrError):
@@ -111,8 +112,10 @@ def status_of(error: Exception) -> int:
         return error.status_code
     if isinstance(error, RequestValidationError):
         return 400
-    if not isinstance(error, UnetrError) and _disk_problem(error):
+    if not isinstance(error, UnetrError) and (_disk_problem(error) or access_problem(error)):
         return 507
+    if is_passing(error):
+        return 503
     for kind, code in STATUS_CODES:
         if isinstance(error, kind):
             return code
@@ -136,7 +139,11 @@ def error_response(error: Exception) -> Response:
 def describe(error: Exception, status: int) -> str:
     """One sentence for the client."""
     if status == 507 and not isinstance(error, UnetrError):
-        return f"nothing was kept: on the server, {_disk_problem(error)}"
+        if problem := _disk_problem(error):
+            return f"nothing was kept: on the server, {problem}"
+        return f"the server cannot use one of its files: {access_problem(error)}; its log says which"
+    if is_passing(error):
+        return "too much is in use on the server at the moment; come back in some seconds"
     if isinstance(error, RequestValidationError):
         return _describe_validation(error.errors())
     if isinstance(error, HTTPException):
@@ -183,12 +190,16 @@ def _kind(error: Exception, status: int) -> str:
         return StorageError.__name__
     if isinstance(error, HTTPException | RequestValidationError):
         return HTTP_ERRORS.get(status, "HTTPError")
+    if is_passing(error):
+        return BusyError.__name__
     return "InternalError" if status >= 500 and not isinstance(error, UnetrError) else type(error).__name__
 
 
 def _headers(error: Exception) -> Mapping[str, str] | None:
     if isinstance(error, BusyError | DeviceError):
         return {"Retry-After": str(error.retry_after_seconds)}
+    if is_passing(error):
+        return {"Retry-After": str(SECONDS_TO_PASS)}
     if isinstance(error, UnauthorizedError):
         return {"WWW-Authenticate": "Bearer"}
     return error.headers if isinstance(error, HTTPException) else None

@@ -31,6 +31,10 @@ FOR_BROWSERS = (
     (b"content-security-policy", b"frame-ancestors 'self'"),
     (b"x-content-type-options", b"nosniff"),
 )
+# A response is for the client that sent the request: a shared cache in between could give it to another user. The
+# viewer's own files are the same for everybody.
+NOT_SHARED = ((b"cache-control", b"private, no-cache"),)
+SHARED_ROUTES = ("/ohif/{path:path}",)
 # Bodies without files, which are parameters in JSON.
 SMALL_BODY_BYTES = MIB
 # Number of bytes of a refused upload that are read and discarded, so that the client receives the reason: a client that
@@ -127,9 +131,8 @@ class Surroundings:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 given = message.get("headers", [])
-                more = [
-                    (name, value) for name, value in FOR_BROWSERS if name not in {name.lower() for name, _ in given}
-                ]
+                wanted = FOR_BROWSERS if exchange.route in SHARED_ROUTES else (*FOR_BROWSERS, *NOT_SHARED)
+                more = [(name, value) for name, value in wanted if name not in {name.lower() for name, _ in given}]
                 message["headers"] = [*given, *more, (HEADER.encode(), request_id.encode())]
             await send(message)
 
@@ -146,7 +149,7 @@ class Surroundings:
             if status_of(error) == 500:
                 logger.exception("%s failed", asked)
             else:
-                logger.warning("%s: %s", asked, describe(error, status_of(error)))
+                logger.warning("%s: %s (%s)", asked, describe(error, status_of(error)), error)
             if not exchange.status:
                 await error_response(error)(scope, receive, sending)
         finally:

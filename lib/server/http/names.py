@@ -56,8 +56,9 @@ def check_tag(text: str | None) -> str:
         ParameterError: unless it is a valid folder name.
     """
     tag = text or DefaultLabelTag.FINAL.value
-    if not _TAG.fullmatch(tag):
-        raise ParameterError("tag", tag[:200], "final, original, or 1 to 32 lower-case letters, digits, '_' or '-'")
+    if not _TAG.fullmatch(tag) or tag in _DEVICE_NAMES:
+        valid = "final, original, or 1 to 32 lower-case letters, digits, '_' or '-', and no name of a device"
+        raise ParameterError("tag", tag[:200], valid)
     return tag
 
 

@@ -18,6 +18,7 @@ from typing import IO
 import anyio
 import anyio.to_thread
 from fastapi import UploadFile
+from starlette.formparsers import MultiPartParser
 
 from lib.errors import InputError
 from lib.imagefiles.header import ImageHeader
@@ -26,6 +27,8 @@ from lib.server.http.errors import TooLargeError
 from lib.server.http.names import safe_file_name
 
 MIB = 2**20
+# Of each uploaded file so much is kept in memory before it goes to the disk; a request may have a thousand.
+SPOOLED_BYTES = 64 * 1024
 MOST_FILES = 20_000
 PREFIX = "unetr-"
 
@@ -46,6 +49,11 @@ async def temporary_folder_beside_loop() -> AsyncIterator[Path]:
     finally:
         with anyio.CancelScope(shield=True):  # also if the client has disconnected
             await anyio.to_thread.run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
+
+
+def spool_little() -> None:
+    """Have uploads go to temporary files early, for all of this process: Starlette keeps a mebibyte of each file."""
+    MultiPartParser.spool_max_size = SPOOLED_BYTES
 
 
 def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -> Path:

@@ -10,14 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, File, Form, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from monailabel.interfaces.datastore import Datastore
-from monailabel.utils.others.generic import file_checksum, get_mime_type
-from starlette.datastructures import Headers
+from monailabel.utils.others.generic import file_checksum
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
 
 from lib.configs.preset import Preset
 from lib.datastore.images.folder import ending_of
@@ -37,6 +34,7 @@ from lib.server.dependencies import (
     StoreDep,
     SubmissionsDep,
 )
+from lib.server.downloads import send_file
 from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.bodies import LabelParams, described_by
 from lib.server.http.names import as_attachment, check_tag, find_label, safe_file_name, safe_new_id
@@ -471,66 +469,6 @@ def matches(path: Path, check_sum: str) -> bool:
     if algorithm not in CHECKSUMS:
         raise ParameterError("check_sum", check_sum[:200], f"ALGORITHM:digest, with one of {', '.join(CHECKSUMS)}")
     return bool(file_checksum(str(path), algo=algorithm) == f"{algorithm}:{digest}")
-
-
-def send_file(path: Path) -> FileResponse:
-    """A file as a download under its own name."""
-    return Download(path, media_type=get_mime_type(str(path)), filename=path.name, stat_result=path.stat())
-
-
-class Download(FileResponse):
-    """A file in few blocks, since a busy server waits for a thread for each block.
-
-    If the file grows while it is sent, only the announced number of bytes is sent. If it shrinks, the response is
-    aborted, so that no client takes it for complete.
-    """
-
-    chunk_size = 8 * MIB
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        if scope["method"] == "GET" and "range" not in Headers(scope=scope):
-            announced = int(self.headers["content-length"])
-            if announced <= self.chunk_size:
-                await self._send_at_once(announced, send)
-                return
-        left = 0
-        head = scope["method"] == "HEAD"
-
-        async def sending(message: Message) -> None:
-            nonlocal left
-            if message["type"] == "http.response.start":
-                left = 0 if head else int(Headers(raw=message["headers"])["content-length"])
-            else:
-                body = message.get("body", b"")[:left]
-                left -= len(body)
-                if left and not message.get("more_body", False):
-                    raise ConflictError(f"{Path(self.path).name} was changed while it was sent")
-                message = {**message, "body": body}
-            await send(message)
-
-        await super().__call__(scope, receive, sending)
-
-    async def _send_at_once(self, announced: int, send: Send) -> None:
-        """Send a small file, which takes one turn of a thread in place of three.
-
-        Raises:
-            ConflictError: when it has shrunk meanwhile, or is gone; nothing has been sent then.
-        """
-        content = await anyio.to_thread.run_sync(_begin_of, Path(self.path), announced)
-        if len(content) < announced:
-            raise ConflictError(f"{Path(self.path).name} was changed while it was sent")
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": content})
-
-
-def _begin_of(path: Path, count: int) -> bytes:
-    """The first so many bytes of a file; none of one that is gone."""
-    try:
-        with path.open("rb") as file:
-            return file.read(count)
-    except FileNotFoundError:
-        return b""
 
 
 def read_and_remove(path: Path) -> Iterator[bytes]:

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse
 
 from lib.server.dependencies import CheckImageDep, HistoryDep, SubmissionsDep
+from lib.server.downloads import send_file
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.http.bodies import ClientRequest
 from lib.server.http.names import check_tag
 from lib.server.http.parameters import check_fields, json_body, json_body_of
-from lib.server.routes.datastore import send_file
 
 router = APIRouter(prefix="/datastore", tags=["Datastore"])
 
@@ -66,4 +66,4 @@ def list_quarantine(history: HistoryDep, user: AsReviewer) -> list[dict[str, Any
 def get_quarantined(history: HistoryDep, user: AsReviewer, name: str) -> FileResponse:
     """The refused file as sent."""
     file = history.quarantine.content(name)
-    return FileResponse(file, media_type="application/octet-stream", filename=file.name)
+    return send_file(file, "application/octet-stream")

@@ -31,6 +31,7 @@ from lib.server.dependencies import (
     TrainTasksDep,
     VersionedModelsDep,
 )
+from lib.server.downloads import send_file, show_file
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
 from lib.server.http.uploads import receive, temporary_folder
@@ -50,7 +51,7 @@ router = APIRouter(prefix="/model", tags=["Model"])
 def download(models: SegmentationTasksDep, user: AsAdmin, model: str) -> FileResponse:
     """The live weights."""
     path = current_weights(models, model)
-    return FileResponse(path, media_type="application/octet-stream", filename=f"{model}{path.suffix}")
+    return send_file(path, "application/octet-stream", f"{model}{path.suffix}")
 
 
 @router.get("/info/{model}", summary="Checksum and figures of the weights in use")
@@ -87,7 +88,7 @@ def version_report(trained: VersionedModelsDep, user: AsUser, model: str, versio
     file = trained.find(model).versions.get(version).report
     if file is None:
         raise NotFoundError("report of version", version[:200])
-    return FileResponse(file, media_type="text/html")
+    return show_file(file, "text/html")
 
 
 @router.post("/rollback/{model}", summary="Serve another version again")

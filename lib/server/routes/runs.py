@@ -15,6 +15,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from lib.errors import NotFoundError
 from lib.server.dependencies import TrainTasksDep
+from lib.server.downloads import show_file
 from lib.server.http.auth import AsReviewer, AsUser
 from lib.server.tasks import TasksByName
 from lib.server.work.retraining import Retrainer
@@ -94,13 +95,13 @@ async def run_events(folder: KnownRun, user: AsUser) -> AsyncIterator[ServerSent
 @runs_router.get("/{model}/{run}/report", summary="A run's report", response_class=FileResponse)
 def report(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> FileResponse:
     """One HTML page: curves, scores, comparison, worst cases, data."""
-    return FileResponse(report_file(trainers, model, run, "report.html"), media_type="text/html")
+    return show_file(report_file(trainers, model, run, "report.html"), "text/html")
 
 
 @runs_router.get("/{model}/{run}/report.json", summary="A run's report as JSON", response_class=FileResponse)
 def report_json(trainers: TrainTasksDep, user: AsUser, model: str, run: str) -> FileResponse:
     """The same as JSON."""
-    return FileResponse(report_file(trainers, model, run, "report.json"), media_type="application/json")
+    return show_file(report_file(trainers, model, run, "report.json"), "application/json")
 
 
 def find_run(trainers: TasksByName[UnetrTrainTask], model: str, run: str) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,13 +21,17 @@ from lib.configs.preset import Preset
 from lib.datastore.images.sent_series import unite_series
 from lib.errors import NotFoundError, ParameterError
 from lib.server.dependencies import PresetsDep, ReadersDep, SessionsDep, SettingsDep
+from lib.server.downloads import send_file
 from lib.server.http.auth import AsUser
 from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
-from lib.server.routes.datastore import send_file
 from lib.server.work.image_checks import inspect_for_any
 from lib.transforms.channel_search import ENDINGS
 
 router = APIRouter(prefix="/session", tags=["Session"])
+
+logger = logging.getLogger("unetr.server")
+ONE_AT_A_TIME = threading.RLock()
+"""MONAI Label's sessions are a dictionary beside files: one that another thread removes is half there meanwhile."""
 
 _SESSION_ID = re.compile(r"[0-9a-f-]{36}")
 
@@ -66,8 +73,9 @@ def get_session(
 @router.delete("/{session_id}", summary="Forget a session")
 def remove_session(user: AsUser, sessions: SessionsDep, session_id: str) -> dict[str, Any]:
     """Remove a session and its files."""
-    session = find_session(sessions, session_id)
-    sessions.remove_session(session_id)
+    with ONE_AT_A_TIME:
+        session = find_session(sessions, session_id)
+        sessions.remove_session(session_id)
     return describe(session)
 
 
@@ -86,13 +94,20 @@ def find_session(sessions: Sessions, session_id: str, update: bool = False) -> S
     Raises:
         NotFoundError: if there is none with this id.
     """
-    session = sessions.get_session(session_id, update_ts=False) if _SESSION_ID.fullmatch(session_id) else None
-    if session is not None and has_ended(session, time.time()):
-        sessions.remove_session(session_id)
-        session = None
-    if session is None:
+    if not _SESSION_ID.fullmatch(session_id):
         raise NotFoundError("session", session_id[:200])
-    return sessions.get_session(session_id, update_ts=True) if update else session
+    with ONE_AT_A_TIME:
+        try:
+            session = sessions.get_session(session_id, update_ts=False)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            logger.warning("the session %s is damaged: %s", session_id, error)
+            session = None
+        if session is not None and has_ended(session, time.time()):
+            sessions.remove_session(session_id)
+            session = None
+        if session is None:
+            raise NotFoundError("session", session_id)
+        return sessions.get_session(session_id, update_ts=True) if update else session
 
 
 def has_ended(session: SessionInfo, now: float) -> bool:
@@ -139,7 +154,10 @@ def store(
         with reading:
             image, notes = unite_series(received, folder / "case", presets)
             inspect_for_any(image, list(presets))
-        session_id, session = sessions.add_session(str(image), max(0, min(expiry, sessions.expiry)))
+        # MONAI Label's own ids tell the time and the machine, and so another session's can be guessed
+        session_id, session = sessions.add_session(
+            str(image), max(0, min(expiry, sessions.expiry)), session_id=str(uuid.uuid4())
+        )
     payload = {"session_id": session_id, "session_info": describe(session)}
     return payload | ({"warnings": list(notes)} if notes else {})
 

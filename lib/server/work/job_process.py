@@ -2,9 +2,9 @@
 
 ``python -m lib.server.work.job_process train RESULT_FILE``
 
-The first line of standard input is the request. Then the input stays open as long as the server runs; its end means
-that the server has ended, for any reason, and this process ends too. Until then, the server may pause ("-") and resume
-("+") the work while inference requests wait; scoring checks this before each window.
+The request is in a file beside the file of the result. Standard input stays open as long as the server runs; its end
+means that the server has ended, for any reason, and this process ends too. Until then, the server may pause ("-") and
+resume ("+") the work while inference requests wait; scoring checks this before each window.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from monailabel.interfaces.utils.app import app_instance
 
 from lib.activelearning.pool_scoring import MAY_COMPUTE
 from lib.errors import UnetrError
-from lib.server.work.jobs import EXIT_NO_ROOM, KINDS, Kind, sentence_of
+from lib.server.work.jobs import EXIT_NO_ROOM, KINDS, REQUEST_FILE, Kind, sentence_of
 from lib.storage.full_disk import storage_problem
 
 STANDARD_INPUT = 0
@@ -42,7 +42,7 @@ def main(kind: Kind, result_file: Path) -> int:
     """Run one job; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    request = json.loads(_read_line())
+    request = json.loads(result_file.with_name(REQUEST_FILE).read_bytes())
     threading.Thread(target=_end_with_server, daemon=True).start()
     try:
         result = run(kind, request)
@@ -85,15 +85,8 @@ def _step_back() -> None:
     torch.set_num_threads(1)
 
 
-def _read_line() -> bytes:
-    """One line of standard input, unbuffered: the lock of a buffered reader in a thread would block forked children."""
-    line = bytearray()
-    while (letter := os.read(STANDARD_INPUT, 1)) not in (b"\n", b""):
-        line += letter
-    return bytes(line)
-
-
 def _end_with_server() -> None:
+    # unbuffered: the lock of a buffered reader in a thread would block forked children
     while words := os.read(STANDARD_INPUT, 4096):
         if words.rstrip().endswith(b"+"):
             MAY_COMPUTE.set()

@@ -38,6 +38,7 @@ KINDS: tuple[Kind, ...] = ("train", "batch_infer", "scoring")
 Status = Literal["SUBMITTED", "RUNNING", "DONE", "ERROR", "STOPPED"]
 KEPT_LINES = 20
 KEPT_JOBS = 100
+MOST_WAITING = 20
 LONGEST_LINE = 1000
 SECONDS_TO_END = 5.0
 DEATHS_WITHOUT_PROGRESS = 5
@@ -45,7 +46,8 @@ COULD_NOT_RUN = "the server could not run this to its end; its log has the reaso
 EXIT_NO_ROOM = 4
 """Exit code of a job's process if the disk is full."""
 REPOSITORY = Path(__file__).resolve().parents[3]
-# Commands to a job on its standard input after the request.
+REQUEST_FILE = "request.json"
+# Commands to a job on its standard input.
 HOLD, GO_ON = "-", "+"
 
 
@@ -130,12 +132,17 @@ class Jobs:
         """Start a job, or let it wait for those before it.
 
         Raises:
-            TrainingError: if one is running and ``enqueue`` is not given.
+            TrainingError: if one is running and ``enqueue`` is not given, or if too many wait.
         """
         with self._lock:
             jobs = self._jobs.setdefault(kind, deque(maxlen=KEPT_JOBS))
-            if any(job.is_open for job in jobs) and not enqueue:
+            inside = sum(job.is_open for job in jobs)
+            if inside and not enqueue:
                 raise TrainingError(f"a {_words(kind)} runs already; stop it, wait for it, or send enqueue=true")
+            if inside > MOST_WAITING:
+                raise TrainingError(
+                    f"{inside} jobs of the kind {_words(kind)} run or wait, the most; stop them or wait"
+                )
             job = Job(kind, dict(request))
             jobs.append(job)
         for waiting in self.waiting_for_room():
@@ -319,8 +326,19 @@ def sentence_of(kind: Kind, problem: str) -> str:
 
 
 def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
-    """Start a job's process and send it the request; its standard input stays open as long as this server runs."""
-    process = subprocess.Popen(
+    """Start a job's process; its standard input stays open as long as this server runs.
+
+    The request is written to a file beside that of the result: a pipe takes 64 KiB, and for a larger request the server
+    would wait until the process has imported its libraries.
+
+    Raises:
+        OSError: if the request cannot be written.
+    """
+    # CUDA_VISIBLE_DEVICES has chosen the GPUs already, and counts them from 0 again.
+    request = job.request | ({"gpus": "all"} if "gpus" in job.request else {})
+    request |= {"run": job.id} if job.kind == "train" else {}
+    result.with_name(REQUEST_FILE).write_text(json.dumps(request), encoding="utf-8")
+    return subprocess.Popen(
         [sys.executable, "-m", "lib.server.work.job_process", job.kind, str(result)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -330,16 +348,6 @@ def start_process(job: Job, result: Path) -> subprocess.Popen[str]:
         errors="replace",
         env=_environment(job),
     )
-    assert process.stdin is not None
-    # CUDA_VISIBLE_DEVICES has chosen the GPUs already, and counts them from 0 again.
-    request = job.request | ({"gpus": "all"} if "gpus" in job.request else {})
-    request |= {"run": job.id} if job.kind == "train" else {}
-    try:
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-    except OSError:  # it ended at once; its output states the reason
-        logger.warning("%s %s did not read its request", _words(job.kind), job.id)
-    return process
 
 
 def _tell(process: subprocess.Popen[str], word: str) -> None:

@@ -35,16 +35,18 @@ def weights_warnings(trainers: TasksByName[UnetrTrainTask]) -> list[str]:
 
 
 def left_out_warnings(store: VersionedDatastore, named: bool = True) -> list[str]:
-    """A sentence for each of the first unused files of the studies, and the number of further ones.
+    """A sentence for each unused folder and for each of the first unused files, and the number of further ones.
 
     Args:
         store: the studies.
         named: whether to include file names.
     """
+    folders = shorten([f"{name!r} {why}" for name, why in sorted(store.folders_left_out().items())])
     left_out = store.left_out()
     if left_out and not named:
-        return [f"{len(left_out)} files of the studies are left out; their names are for those who may see the studies"]
-    return shorten([f"{name!r} is left out: it {why}" for name, why in sorted(left_out.items())])
+        names = "their names are for those who may see the studies"
+        return [*folders, f"{len(left_out)} files of the studies are left out; {names}"]
+    return folders + shorten([f"{name!r} is left out: it {why}" for name, why in sorted(left_out.items())])
 
 
 def disk_problems(folder: Path | None, wanted_mib: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.datastore.label_files.found_labels import find_problems, label_id
+from lib.datastore.label_files.found_labels import find_problems, label_files, label_id
 from lib.datastore.label_files.segment_header import Segment
 from lib.datastore.store import VersionedDatastore
 from tests.segment_files import AFFINE, write_segments
@@ -198,3 +199,24 @@ def test_label_id_takes_the_longest_suffix() -> None:
         None,
         None,
     ]
+
+
+def test_labels_that_come_and_go_while_they_are_listed_are_left_out(tmp_path: Path) -> None:
+    """Each page lists them; one that was removed between its name and its time made it answer 500."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"{number}.nii.gz").write_bytes(b"label")
+            for number in range(20):
+                (tmp_path / f"{number}.nii.gz").unlink()
+
+    writing = threading.Thread(target=come_and_go)
+    writing.start()
+    try:
+        for _ in range(2000):
+            assert all(path.suffix == ".gz" for path in label_files(tmp_path))
+    finally:
+        ended.set()
+        writing.join()

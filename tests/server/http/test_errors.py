@@ -34,7 +34,8 @@ from lib.server.http.errors import STATUS_CODES, BusyError, error_response, stat
         (HTTPException(418, "x"), 418),
         (ValueError("x"), 500),
         (OSError(28, "No space left on device"), 507),
-        (OSError(13, "Permission denied"), 500),
+        (OSError(13, "Permission denied"), 507),
+        (OSError(2, "No such file or directory"), 500),
     ],
 )
 def test_status_code(error: Exception, status: int) -> None:

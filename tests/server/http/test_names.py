@@ -49,7 +49,7 @@ def test_name_that_leads_elsewhere_or_is_reserved_is_no_safe_id(text: str) -> No
         safe_new_id(text)
 
 
-@pytest.mark.parametrize("text", [*HOSTILE[1:], "Final", "a.b", "t" * 33])
+@pytest.mark.parametrize("text", [*HOSTILE[1:], "Final", "a.b", "t" * 33, "con", "lpt1"])
 def test_tag_that_is_no_plain_name_is_refused(text: str) -> None:
     with pytest.raises(ParameterError, match="'tag'"):
         check_tag(text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import FileResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.types import Scope
 
-from lib.server.app import takes_files
+from lib.server.app import create_app, takes_files
 from lib.server.http.auth import Authenticator
 from lib.server.http.errors import register_error_handlers
 from lib.server.http.middleware import SMALL_BODY_BYTES, Surroundings
@@ -129,3 +132,49 @@ def test_no_answer_is_shown_in_another_page_or_taken_for_another_kind(given: dic
     headers = asyncio.run(ask()).headers
     assert headers.get_list("content-security-policy") == [policy]
     assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("path", "control"),
+    [("/label", "private, no-cache"), ("/own", "no-store"), ("/nowhere", "private, no-cache"), ("/ohif/app.js", None)],
+)
+def test_no_cache_gives_an_answer_of_one_user_to_another(path: str, control: str | None, tmp_path: Path) -> None:
+    """A file has an age, by which a shared cache would keep it where it came for a cookie."""
+    (tmp_path / "label").write_bytes(b"of a patient")
+    routes = [
+        Route("/label", lambda _: FileResponse(tmp_path / "label")),
+        Route("/own", lambda _: PlainTextResponse("page", headers={"Cache-Control": "no-store"})),
+    ]
+    app = FastAPI(routes=routes)
+    app.get("/ohif/{path:path}")(lambda path: PlainTextResponse("the same for everybody"))
+    app.add_middleware(Surroundings, takes_files=lambda _: False)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get(path)
+
+    assert asyncio.run(ask()).headers.get("cache-control") == control
+
+
+def test_files_of_a_form_do_not_come_into_memory() -> None:
+    """A thousand files of a mebibyte each, as many as a form may have, took a gibibyte."""
+    files = 100
+    part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + bytes(900_000) + b"\r\n"
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        for _ in range(files):
+            yield part
+        yield b"--b--\r\n"
+
+    async def peak() -> int:
+        tracemalloc.start()
+        try:
+            form = await MultiPartParser(Headers({"content-type": MULTIPART}), body()).parse()
+            assert len(form.getlist("file")) == files
+            await form.close()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    create_app()
+    assert asyncio.run(peak()) < 20 * 2**20

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,16 @@ import psutil
 import pytest
 from filelock import Timeout
 
-from lib.server.work.jobs import DEATHS_WITHOUT_PROGRESS, EXIT_NO_ROOM, Job, Jobs
+from lib.errors import TrainingError
+from lib.server.work.jobs import (
+    DEATHS_WITHOUT_PROGRESS,
+    EXIT_NO_ROOM,
+    MOST_WAITING,
+    REQUEST_FILE,
+    Job,
+    Jobs,
+    start_process,
+)
 from lib.server.work.journal import Journal
 from lib.server.work.pause import Pause
 from lib.server.work.waiting_for_room import WaitingForRoom
@@ -248,3 +258,36 @@ def test_two_servers_do_not_decide_at_the_same_time(journal: Journal, tmp_path: 
         other.lock(MODEL).acquire(timeout=0)
     with other.lock(MODEL).acquire(timeout=0):
         pass
+
+
+def test_request_that_no_pipe_takes_at_once_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process imports its libraries for seconds before it reads, and all of the server waited for it meanwhile."""
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    request = {"images": [f"case_{number}" for number in range(50_000)]}
+    started: list[subprocess.Popen[str]] = []
+    starting = threading.Thread(
+        target=lambda: started.append(start_process(Job("batch_infer", request), tmp_path / "result.json")), daemon=True
+    )
+    starting.start()
+    starting.join(30)
+    assert started, "it waits for the process to read"
+    for process in started:
+        process.kill()
+        process.communicate()
+    assert json.loads((tmp_path / REQUEST_FILE).read_text()) == request
+
+
+def test_only_so_many_jobs_wait(tmp_path: Path) -> None:
+    """Beyond a hundred, the one that runs was forgotten and could not be stopped any more."""
+    jobs = Jobs(start=Processes("import time; time.sleep(60)").start)
+    try:
+        first, *_ = [jobs.submit("scoring", {}, enqueue=True) for _ in range(MOST_WAITING + 1)]
+        with pytest.raises(TrainingError, match="21 jobs of the kind scoring run or wait, the most"):
+            jobs.submit("scoring", {}, enqueue=True)
+        jobs.submit("batch_infer", {})
+        assert jobs.stop("scoring") is first and jobs.open("scoring") == 0
+    finally:
+        jobs.shut_down()

@@ -21,7 +21,7 @@ from lib.configs.preset import Preset
 from lib.datastore.records import LabelVersion
 from lib.datastore.store import VersionedDatastore
 from lib.drawing.contours import hex_color
-from lib.errors import InputError, ParameterError, UnetrError
+from lib.errors import InputError, NotFoundError, ParameterError, UnetrError
 from lib.infers.task import UnetrInferTask
 from lib.server.pages.cases.models import CaseModels, channels_of
 from lib.server.pages.cases.slices import PLANES, Plane, Stack, middle_of, reorient
@@ -151,8 +151,15 @@ def _shown_affine(mask: Volume, image: Path) -> npt.NDArray[np.float64]:
 
 
 def stamp_of(path: Path) -> tuple[tuple[int, int], ...]:
-    """A value that changes with the file, or with another file of its case."""
-    return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files_of(path)))
+    """A value that changes with the file, or with another file of its case.
+
+    Raises:
+        NotFoundError: if one of them is gone, such as that of an image that is being removed.
+    """
+    try:
+        return tuple((status.st_mtime_ns, status.st_size) for status in map(Path.stat, files_of(path)))
+    except FileNotFoundError as error:
+        raise NotFoundError("file of the image", path.name) from error
 
 
 @dataclass(frozen=True)
