@@ -278,7 +278,7 @@ class SharedEditor:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the weights' file, as of when it was read.
+        """SHA-256 of the weights' file, computed when the file was read.
 
         Raises:
             CheckpointError: when the file is damaged, or holds no editor.

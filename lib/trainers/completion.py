@@ -1,9 +1,9 @@
-"""Labels that a case lacks, taken from the live model, so that what it has learnt is not forgotten.
+"""Completes labels that lack structures with predictions of the live model, so that training does not unlearn them.
 
-A person who corrects the spleen says nothing of the liver. A network that goes on learning from such cases alone drifts
-away from what it knew of the other organs; the old network's answers on the new images hold it there (learning without
-forgetting, Li and Hoiem 2016, arXiv 1606.09282; as pseudo-labels in the background of a segmentation: PLOP, Douillard
-et al. 2021, arXiv 2011.11390).
+A person who corrects the spleen does not annotate the liver. A network that is trained on such cases alone loses its
+skill on the other organs; predictions of the old network on the new images preserve it (learning without forgetting, Li
+and Hoiem 2016, arXiv 1606.09282; as pseudo-labels in the background of a segmentation: PLOP, Douillard et al. 2021,
+arXiv 2011.11390).
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ COMPLETED_FOLDER = "completed"
 def complete_labels(
     cases: Iterable[Case], masks: CaseMasks, never_learnt: Collection[str], folder: Path
 ) -> tuple[Case, ...]:
-    """Fill in what the cases' labels do not speak of with what a model draws there.
+    """Fill the structures that the cases' labels do not annotate with a model's prediction.
 
-    What a person has drawn stays, also around it: only background of the label becomes a missing structure. A structure
-    that the model has not learnt, or of which it draws no voxel, stays missing, so that the loss says nothing of it.
+    Voxels that a person has labelled are not changed: only background of the label becomes a missing structure. A
+        structure that the model has not learnt, or of which it predicts no voxel, stays missing and is excluded from
+        the loss.
 
     Args:
-        cases: one that is oversampled is in them several times.
-        masks: of the model.
-        never_learnt: names of labels that the model has not learnt.
-        folder: where completed labels are written. One that is there already is not made again, so that a run that
-            is resumed goes on with the labels that it began with, whatever model is live by then.
+        cases: the cases; an oversampled case occurs several times.
+        masks: masks of the model.
+        never_learnt: names of labels on which the model was not trained.
+        folder: folder of the completed labels. Existing ones are reused, so that a resumed run keeps the labels with
+            which it began, whichever model is live by then.
 
     Returns:
-        The cases in their order; those that lack nothing as they are.
+        The cases in their order; complete ones are unchanged.
 
     Raises:
-        InputError: when a case cannot be read.
-        StorageError: when the disk does not take a completed label.
+        InputError: if a case cannot be read.
+        StorageError: if a completed label cannot be written.
     """
     unknown = {index for name, index in masks.preset.label_indices.items() if name in never_learnt}
     completed: dict[str, Case] = {}
@@ -63,7 +64,7 @@ def complete_labels(
 
 
 def _complete(case: Case, masks: CaseMasks, wanted: list[int], folder: Path) -> Case:
-    """The case with a label of its own that has the wanted structures too, as far as the model draws them."""
+    """The case with a separate label that also has the wanted structures, as far as the model predicts them."""
     volume, label = read_case(case, masks.preset)
     whole = replace(case, label=folder / f"{case.case_id}.nii.gz", values=None)
     if not whole.label.is_file():

@@ -98,10 +98,10 @@ def describe_series(
 
 
 def make_header(series: Dataset, uid: str, grid: SeriesGrid | UprightGrid, number: int) -> FileDataset:
-    """An instance without its pixels. It holds the very elements of ``series``, which nobody may change therefore.
+    """An instance without its pixels. It refers to the elements of ``series``, which must not be modified.
 
     Args:
-        series: what is the same in all instances of the series, as from :func:`describe_series`.
+        series: attributes that all instances of the series share, from :func:`describe_series`.
         uid: SOP Instance UID.
         grid: grid of the series.
         number: index of the slice, from 0.

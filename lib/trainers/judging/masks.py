@@ -1,4 +1,4 @@
-"""What a model makes of cases, each of which is segmented once, whoever asks: a training, the gate, the report."""
+"""A model's masks of cases, each computed once and shared by training, gate and report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MASKS_FOLDER = "masks"
 
 @dataclass(frozen=True)
 class CaseMask:
-    """Labels on the image's own grid, shape (X, Y, Z), and how unsure the model was of them (0 to 1)."""
+    """Labels on the image's own grid, shape (X, Y, Z), and the model's uncertainty (0 to 1)."""
 
     labels: LabelArray
     uncertainty: float = math.nan
@@ -45,7 +45,7 @@ class CaseMasks:
 
     Args:
         segmenter: the model.
-        folder: where masks are kept; without one, each is computed whenever it is asked for.
+        folder: folder of the stored masks; without one, each mask is computed on every request.
     """
 
     def __init__(self, segmenter: Segmenter, folder: Path | None = None) -> None:
@@ -55,17 +55,17 @@ class CaseMasks:
     def of_weights(
         cls, checkpoint: Checkpoint, preset: Preset, device: torch.device, planner: Planner, folder: Path
     ) -> CaseMasks:
-        """The masks of weights, which are kept in a folder of their own within ``folder``.
+        """The masks of these weights, stored in a separate folder within ``folder``.
 
         Raises:
-            CheckpointError: when the weights do not fit.
+            CheckpointError: if the weights do not match.
         """
         segmenter = Segmenter.from_checkpoint(checkpoint, preset, device, planner=planner)
         return cls(segmenter, folder / digest_of_weights(checkpoint.model))
 
     @property
     def preset(self) -> Preset:
-        """The task."""
+        """The preset."""
         return self._segmenter.preset
 
     def of(self, case: Case, volume: Volume | None = None) -> CaseMask:
@@ -73,10 +73,10 @@ class CaseMasks:
 
         Args:
             case: the case.
-            volume: its image, where that has been read already.
+            volume: its image, if it has been read already.
 
         Raises:
-            InputError: when the image cannot be read or segmented.
+            InputError: if the image cannot be read or segmented.
         """
         file = None if self.folder is None else self.folder / f"{self._key(case)}.npz"
         kept = None if file is None else _read(file)
@@ -91,7 +91,7 @@ class CaseMasks:
         return mask
 
     def _key(self, case: Case) -> str:
-        """Changes with the image's files and with how it is segmented; the label does not matter."""
+        """A value that changes with the image's files and with the segmentation settings; the label has no effect."""
         files = [*files_of(case.image), *case.channels.values()]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         where = self._segmenter.device.type, str(self._segmenter.dtype)
@@ -109,11 +109,11 @@ def digest_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def prune_masks(folder: Path, keep: Collection[str]) -> None:
-    """Remove the masks of all weights but some.
+    """Remove stored masks, except those of some weights.
 
     Args:
-        folder: which holds a folder for each weights.
-        keep: digests of the weights whose masks stay.
+        folder: folder with one subfolder for each set of weights.
+        keep: digests of the weights whose masks are kept.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in keep:
@@ -121,7 +121,7 @@ def prune_masks(folder: Path, keep: Collection[str]) -> None:
 
 
 def _read(file: Path) -> CaseMask | None:
-    """A kept mask; None where there is none, or a damaged one, which the log says."""
+    """A stored mask; None if there is none, or if it is damaged, which is logged."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             return CaseMask(kept["labels"], float(kept["uncertainty"]))
@@ -133,7 +133,7 @@ def _read(file: Path) -> CaseMask | None:
 
 
 def _write(file: Path, mask: CaseMask) -> None:
-    """Keep a mask; a run is worth more than that, so a full disk only costs the time to compute it again."""
+    """Store a mask; on a full disk it is not stored, and has to be computed again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:

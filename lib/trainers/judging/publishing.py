@@ -140,7 +140,7 @@ class Publisher:
         self._tidy(job, details | {"version": version.name}, _stock_stats(job, result, scores, started))
 
     def masks(self, checkpoint: Checkpoint, preset: Preset, device: torch.device) -> CaseMasks:
-        """What weights make of cases: kept for whoever asks again, in this training or the next."""
+        """A model's masks of cases, stored for later use in this training or the next one."""
         return CaseMasks.of_weights(checkpoint, preset, device, self._planner, self._masks_folder)
 
     def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
