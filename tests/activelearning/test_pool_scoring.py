@@ -40,7 +40,7 @@ def test_work_waits_before_its_next_window_while_it_is_held() -> None:
 
     def work(one: str) -> None:
         for _ in range(3):
-            interruption._ask(None, None)  # as a network does before each window
+            interruption._run_check(None, None)  # as a network does before each window
             windows.append(time.monotonic())
             if len(windows) == 2:
                 MAY_COMPUTE.clear()
@@ -67,7 +67,7 @@ def test_work_in_the_middle_of_a_case_ends_when_its_time_is_up() -> None:
     def work(one: str) -> None:
         while one == "endless":
             time.sleep(0.01)
-            interruption._ask(None, None)
+            interruption._run_check(None, None)
         done.append(one)
 
     assert pool_scoring._each(["a", "endless", "c"], time.monotonic() + 0.3, "test", work) == 1

@@ -10,7 +10,7 @@ import torch
 
 from lib.infers.devices.lane import Lane
 from lib.infers.devices.lanes import Lanes
-from lib.infers.interruption import InterruptedWork, _ask
+from lib.infers.interruption import InterruptedWork, _run_check
 from lib.server.http.errors import BusyError
 from lib.server.http.request_id import begin_request, current_request_id
 from lib.server.work.queue import InferenceQueue
@@ -120,7 +120,7 @@ def test_ahead_waits_until_nobody_is_there_and_gives_way_to_whoever_comes() -> N
             begun.set()
             while True:  # window after window
                 time.sleep(0.01)
-                _ask(None, None)
+                _run_check(None, None)
 
         async def compute_ahead() -> str:
             try:
@@ -161,7 +161,7 @@ def test_who_asks_for_what_is_computed_ahead_waits_for_it() -> None:
             begun.set()
             for _ in range(10):
                 time.sleep(0.01)
-                _ask(None, None)
+                _run_check(None, None)
             order.append("ahead")
 
         async def compute_ahead() -> None:
@@ -239,7 +239,7 @@ def test_idle_work_of_a_thread_ends_when_a_request_comes() -> None:
         def windows() -> None:
             loop.call_soon_threadsafe(running.set)
             while True:
-                _ask(None, None)  # type: ignore[arg-type]
+                _run_check(None, None)  # type: ignore[arg-type]
 
         trial = asyncio.create_task(asyncio.to_thread(lambda: queue.run_when_idle(loop, CPU, "trial", windows, 5.0)))
         await running.wait()
