@@ -23,6 +23,7 @@ REFUSED = 0x0110
 OTHER_STUDY = 0x0119
 """Failure reasons (PS3.18, table I.2-2)."""
 MOST_PARTS = 20_000
+LONGEST_BOUNDARY = 70  # RFC 2046, 5.1.1
 LONGEST_PREAMBLE = 64 * 1024
 
 
@@ -58,7 +59,8 @@ class PartWriter:
 
     def __init__(self, content_type: str, folder: Path) -> None:
         match = re.search(r'boundary=(?:"([^"]+)"|([^;\s]+))', content_type, re.IGNORECASE)
-        if not content_type.lower().startswith("multipart/related") or match is None:
+        is_related = content_type.lower().startswith("multipart/related")
+        if not is_related or match is None or len(match[1] or match[2]) > LONGEST_BOUNDARY:
             raise ParameterError(
                 "Content-Type", content_type[:200], 'multipart/related; type="application/dicom"; boundary=...'
             )

@@ -60,7 +60,16 @@ def test_body_that_is_no_parts_is_refused(tmp_path: Path, body: bytes) -> None:
         write(body, tmp_path)
 
 
-@pytest.mark.parametrize("content_type", ["", "application/json", "multipart/related", "multipart/related; boundary="])
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "",
+        "application/json",
+        "multipart/related",
+        "multipart/related; boundary=",
+        f"multipart/related; boundary={5000 * 'x'}",
+    ],
+)
 def test_other_content_type_is_refused(tmp_path: Path, content_type: str) -> None:
     with pytest.raises(ParameterError, match="multipart/related"):
         PartWriter(content_type, tmp_path)
