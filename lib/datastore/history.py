@@ -83,6 +83,7 @@ class LabelHistory:
         self.folder, self.versions_folder, self.sent_folder = folder, folder / "versions", folder / SENT_FOLDER
         self.quarantine = Quarantine(folder / "quarantine", admission=self.admission)
         self.repairs: list[str] = []
+        self._publication_failures: frozenset[str] = frozenset()
         self._lately: deque[LabelVersion] = deque()
         self._lately_until, self._reading_lately = 0, threading.Lock()
         self._threads = threading.RLock()
@@ -285,10 +286,12 @@ class LabelHistory:
     def put_right(self) -> list[str]:
         """Take in files in ``labels/<tag>`` that differ from the newest version; replace them if they are not new.
 
+        A label that cannot be written there does not hold up the others; its versions are not changed.
+
         Returns:
-            A sentence for each change.
+            A sentence for each change, and for each label that cannot be written, once.
         """
-        done = []
+        done, failures = [], []
         for image_id, tag in self.published.astray():
             version = self.latest(image_id, tag)
             if version is None or self.published.note_if_right(version):
@@ -300,9 +303,15 @@ class LabelHistory:
             if taken:
                 done.append(f"{tag}/{taken[-1].name} was changed by somebody else, and taken in as a new version")
             else:
-                self.publish_again(image_id, tag)
-                done.append(f"{tag}/{image_id}{version.suffix} was not the newest version, and was written again")
-        return shorten(done)
+                try:
+                    self.publish_again(image_id, tag)
+                except StorageError as error:
+                    failures.append(f"{tag}/{image_id}{version.suffix} is not the newest version: {error}")
+                else:
+                    done.append(f"{tag}/{image_id}{version.suffix} was not the newest version, and was written again")
+        new_failures = [sentence for sentence in failures if sentence not in self._publication_failures]
+        self._publication_failures = frozenset(failures)
+        return shorten(done + new_failures)
 
     def keep_info(self, image_id: str, tag: str, info: Mapping[str, Any]) -> None:
         """Store additional information on an image (``tag`` empty) or on a label.

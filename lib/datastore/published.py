@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -33,9 +34,15 @@ class PublishedLabels:
         self._admission.check_folder(self.folder / tag)
 
     def stage(self, version: LabelVersion, content: Path) -> Path:
-        """Write a copy with a temporary name, so that a full disk is noticed before anything changes."""
+        """Write a copy with a temporary name, so that a full disk is noticed before anything changes.
+
+        Raises:
+            OSError: whose ``strerror`` says why it cannot be written, or cannot get its final name.
+        """
         self.check_folder(version.tag)
-        folder = self.folder / version.tag
+        folder, target = self.folder / version.tag, self._target(version)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"a folder lies where its file {target.name!r} belongs; remove it")
         folder.mkdir(parents=True, exist_ok=True)
         # The version itself is durable: a copy that a power failure damages is repaired at the next start.
         return stage(read_blocks(content), folder, durable=False).path
@@ -49,7 +56,7 @@ class PublishedLabels:
 
     def put(self, version: LabelVersion, staged: Path) -> None:
         """Rename the copy to its final name, and remove copies with other extensions."""
-        target = self.folder / version.tag / f"{version.image_id}{version.suffix}"
+        target = self._target(version)
         os.replace(staged, target)
         for other in self.files(version.image_id, version.tag):
             if other != target:
@@ -93,6 +100,9 @@ class PublishedLabels:
             if row["tag"] in tags
             and (row["published"] != row["sequence"] or not self._lies_there(row["image_id"], row["tag"], row))
         ]
+
+    def _target(self, version: LabelVersion) -> Path:
+        return self.folder / version.tag / f"{version.image_id}{version.suffix}"
 
     def _lies_there(self, image_id: str, tag: str, row: object) -> bool:
         suffix, size, mtime_ns = (row[name] for name in ("suffix", "size", "mtime_ns"))  # type: ignore[index]

@@ -349,6 +349,29 @@ def test_link_in_the_place_of_a_version_is_not_read(
     assert not (history.published.folder / "final/a.nii.gz").exists()
 
 
+def test_folder_in_the_place_of_a_label_holds_up_neither_the_start_nor_other_labels(reopen: Open) -> None:
+    """It ended every refresh of the studies in a traceback, and kept the server from starting."""
+    history = reopen()
+    save(history, "a", b"one")
+    save(history, "b", b"two")
+    folder = history.published.folder / "final"
+    for image in ("a", "b"):
+        (folder / f"{image}.nii.gz").unlink()
+    (folder / "a.nii.gz").mkdir()
+    history = reopen()
+    assert published(history, "b") == b"two"
+    assert history.mask(history.versions("a")[0]).read_bytes() == b"one"
+    (sentence,) = [sentence for sentence in history.repairs if "a.nii.gz" in sentence]
+    assert "a folder lies where its file 'a.nii.gz' belongs" in sentence
+    assert history.put_right() == [], "it is said once"
+    with pytest.raises(StorageError, match="a folder lies where its file"):
+        save(history, "a", b"three")
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    (folder / "a.nii.gz").rmdir()
+    assert len(history.put_right()) == 1
+    assert published(history, "a") == b"one"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs links of POSIX")
 def test_link_to_the_content_that_was_kept_is_read(reopen: Open, tmp_path: Path) -> None:
     """As a backup by hard links makes them, or files that were moved to another disk."""
