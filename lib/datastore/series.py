@@ -219,14 +219,9 @@ class SeriesDatastore(VersionedDatastore):
         self.series()
         return super()._entry(image_id)
 
-    def _find_images(self) -> int:
-        """Handle image files that were added or removed. Series stay listed, since their files are made on demand."""
-        objects = self._datastore.objects
-        series = {image: objects.pop(image) for image, entry in list(objects.items()) if not entry.image.ext}
-        try:
-            return super()._find_images()
-        finally:
-            objects.update(series)
+    def _is_file(self, entry: ImageLabelModel) -> bool:
+        """Series stay listed, since their files are made on demand."""
+        return bool(entry.image.ext)
 
     def _filename(self, id: str, ext: str) -> str:
         """A series id has no extension: its file is the converted one."""

@@ -528,7 +528,7 @@ class VersionedDatastore(LocalDatastore):
         self._tell((*listing.problems, *incomplete, *doubled), refused)
         files |= cases
         known = self._datastore.objects
-        gone = [key for key, entry in known.items() if files.get(key) != entry.image.ext]
+        gone = [k for k, entry in known.items() if self._is_file(entry) and files.get(k) != entry.image.ext]
         for image_id in gone:
             logger.info("image %s is no longer there", image_id)
             del known[image_id]
@@ -537,6 +537,10 @@ class VersionedDatastore(LocalDatastore):
             info = {"ts": int(time.time()), "name": self._filename(image_id, files[image_id])}
             known[image_id] = ImageLabelModel(image=DataModel(info=info, ext=files[image_id]))
         return len(gone) + len(new)
+
+    def _is_file(self, entry: ImageLabelModel) -> bool:
+        """Whether an image is a file or folder of the studies, and is gone when that is."""
+        return True
 
     def _find_channel_cases(self, folder: Path) -> tuple[frozenset[Path], list[FolderProblem]]:
         return self.channels.update(folder, self.refusal) if self.channels.presets else (frozenset(), [])

@@ -107,6 +107,29 @@ def test_label_of_a_series_is_there_after_a_restart(
     assert again.get_labeled_images() == [series.uid], "a look at the folder takes nothing away"
 
 
+class _Watched(SeriesDatastore):
+    """Notes which labels of a series a client would see at each file that a look at the folder comes to."""
+
+    seen: list[dict[str, object]]
+
+    def refusal(self, file: Path) -> str | None:
+        for uid in self.source.series() if hasattr(self, "seen") else ():
+            self.seen.append(self.get_labels_by_image_id(uid))
+        return super().refusal(file)
+
+
+def test_label_of_a_series_is_there_while_the_folder_is_looked_through(
+    opened: Callable[..., SeriesDatastore], series: Series, tmp_path: Path
+) -> None:
+    """A label that had just been saved was answered with 404 for that long."""
+    store = _Watched(tmp_path / "studies", opened().source, auto_reload=False)
+    save(store, series.uid, tmp_path)
+    store.seen = []
+    store.refresh()
+    store.close()
+    assert store.seen and all("final" in labels for labels in store.seen)
+
+
 def test_series_that_is_gone_is_no_image_and_its_label_is_kept(
     opened: Callable[..., SeriesDatastore], series: Series, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,7 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # a library has asked for it, and this process's environment may name another
     sys.executable, sys.path[0] = request.get("python") or sys.executable, str(Path.cwd())
     if code := request.get("code"):
         sys.argv, sys.modules["__main__"] = ["-c"], types.ModuleType("__main__")
