@@ -10,6 +10,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 
+from lib.dicom.remote import RemoteSource
+
 from lib.server.stock import refuse_unknown, running_stock_app  # isort: skip  (sets how MONAI Label loads lib)
 
 import anyio.to_thread
@@ -36,7 +38,7 @@ from lib.server.pages import documentation, page_routes, sign_in
 from lib.server.pages.cases import clicks as click_routes
 from lib.server.pages.cases import routes as case_routes
 from lib.server.pages.drawing import ASSETS
-from lib.server.priority import switching_often
+from lib.server.priority import limit_threads, switching_often
 from lib.server.routes import app as app_routes
 from lib.server.routes import auth as auth_routes
 from lib.server.routes import datastore as datastore_routes
@@ -126,6 +128,7 @@ async def running_server(app: FastAPI) -> AsyncIterator[None]:
         waiting = WaitingForRoom(services.jobs, services.journal.folder_of)
         waiting.start()
         source = services.store.source
+        limit_threads(waits_for_pacs=isinstance(source, RemoteSource))
         source.start()
         try:
             async with services.prefetcher.running(), services.scoring.running(), trimming():

@@ -13,7 +13,7 @@ import anyio.to_thread
 Result = TypeVar("Result")
 
 READERS_AT_ONCE = 2
-WRITERS_AT_ONCE = 8
+WRITERS_AT_ONCE = 3
 
 
 class Readers:
