@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib.errors import ImageError
-
-# Opening a FIFO without a writer would block for ever.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+from lib.storage.files import open_at_once
 
 
 @contextmanager
@@ -27,7 +25,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """
     check_regular(path)
     try:
-        file = os.fdopen(os.open(path, _FLAGS), "rb")
+        file = open_at_once(path)
     except OSError as error:
         raise ImageError(f"image {path.name!r} cannot be opened: {error.strerror}") from error
     with file:

@@ -17,9 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from lib.errors import ConflictError, NotFoundError
 from lib.server.http.uploads import MIB
-
-# A FIFO that nobody writes to would hold up whoever opens it.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+from lib.storage.files import open_at_once
 
 
 def send_file(path: Path, media_type: str = "", name: str = "") -> FileResponse:
@@ -112,10 +110,12 @@ class Download(FileResponse):
 
 def _open(path: Path) -> BinaryIO:
     try:
-        opened = os.open(path, _FLAGS)
+        opened = open_at_once(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError("file", path.name) from error
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
+    except IsADirectoryError as error:
+        raise NotFoundError("regular file", path.name) from error
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
         raise NotFoundError("regular file", path.name)
-    return os.fdopen(opened, "rb")
+    return opened

@@ -22,6 +22,7 @@ BLOCK_BYTES = 2**20
 PARTIAL = ".part"
 # A partial file of an unknown process is removed only after a while, since the process may run in another container.
 SECONDS_BEFORE_LEFT_OVER = 60.0
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,22 @@ class Staged:
     path: Path
     size: int
     sha256: str
+
+
+def open_at_once(path: Path) -> BinaryIO:
+    """Open a file for reading without waiting: opening a FIFO without a writer would block for ever.
+
+    The caller checks the kind of the opened file.
+
+    Raises:
+        OSError: if it cannot be opened, or is a folder.
+    """
+    opened = os.open(path, _FLAGS)
+    try:
+        return os.fdopen(opened, "rb")
+    except OSError:  # a folder
+        os.close(opened)
+        raise
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:

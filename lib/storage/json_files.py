@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.storage.files import replacing
+from lib.storage.files import open_at_once, replacing
 
 MOST_BYTES = 64 * 2**20
 DEEPEST = 40
 """Largest nesting depth of a file; it exceeds that of client data, which are stored inside of other objects."""
 LARGEST_NUMBER = 2**63
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def read_json(path: Path) -> Any:
@@ -28,7 +27,7 @@ def read_json(path: Path) -> Any:
         ValueError: if it is not JSON in UTF-8, is larger than ``MOST_BYTES``, is nested too deeply, or holds values
             that cannot be used: see :func:`find_odd`.
     """
-    with os.fdopen(os.open(path, _FLAGS), "rb") as file:
+    with open_at_once(path) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         content = file.read(MOST_BYTES + 1)

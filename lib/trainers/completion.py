@@ -33,8 +33,8 @@ def complete_labels(
     """Fill the structures that the cases' labels do not annotate with a model's prediction.
 
     Voxels that a person has labelled are not changed: only background of the label becomes a missing structure. A
-        structure that the model has not learnt, or of which it predicts no voxel, stays missing and is excluded from
-        the loss.
+    structure that the model has not learnt, or of which it predicts no voxel, stays missing and is excluded from the
+    loss.
 
     Args:
         cases: the cases; an oversampled case occurs several times.

@@ -21,7 +21,7 @@ from lib.infers.plan import Planner
 from lib.infers.segmenter import Segmenter
 from lib.models.calibration import foreground_uncertainty
 from lib.networks.checkpoint import Checkpoint
-from lib.storage.files import replacing
+from lib.storage.files import replacing, sha256_of_blocks
 from lib.transforms.channels import files_of
 from lib.transforms.volume import Volume
 
@@ -101,11 +101,14 @@ class CaseMasks:
 
 def digest_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of names and values, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_of_blocks(
+        block
+        for name, value in sorted(weights.items())
+        for block in (
+            f"{name} {value.dtype} {tuple(value.shape)} ".encode(),
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+    )
 
 
 def prune_masks(folder: Path, keep: Collection[str]) -> None:
