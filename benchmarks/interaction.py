@@ -3,6 +3,7 @@
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder of images and labels> --cases 12
     python -m benchmarks.interaction --preset abdomen_ct --data <folder> --ids btcv_0001,btcv_0006 --each-label --empty
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --ways deepedit,editor --train-deepedit 30
+    python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --each-label --scribbles
     python -m benchmarks.interaction --preset hippocampus_mr --data <folder> --cases 45 --ways "" --server own
 
 Compared are clicks that follow the logit margins of the automatic mask (``margins``), growth without weights, the
@@ -15,8 +16,9 @@ begins with the mask that the server answers. ``--server own`` starts a server f
 studies hold the cases under the names that they have here.
 With ``--each-label`` the whole automatic mask is corrected, and the label that is clicked counts alone.
 Without ``--ids`` the held-out cases of ``model/<preset>/split.json`` are used, or all cases of the folder where there
-are none, and the table says so.
+are none, and the table says so. ``--weights`` and ``--split`` name other weights and the split they were trained on.
 The annotator clicks into a wrong part that chance draws, the larger the likelier; with ``--largest`` into the largest.
+With ``--scribbles`` the annotator scribbles instead, and the only way of editing is that of the scribbles of 3D Slicer.
 """
 
 from __future__ import annotations
@@ -38,15 +40,16 @@ from skimage.segmentation import random_walker
 from benchmarks.deepedit import DeepEdit
 from benchmarks.slicer_clicks import OWN, Slicer, own_server
 from lib.cases.labelled import Case, find_cases, read_case
-from lib.cases.split import shipped_split
+from lib.cases.split import read_split, shipped_split
 from lib.configs.catalogue import load_preset
 from lib.configs.preset import Preset
 from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
 from lib.interaction.annotator import Correction, prompts_of
-from lib.interaction.editing import Scene, edit_clicks
+from lib.interaction.editing import Scene, edit_clicks, edit_scribbles
 from lib.interaction.editor import Editor
 from lib.interaction.evaluation import STOPS, Edit, EditingScores, segment_with_margins, simulate_editing
+from lib.interaction.prompts import Prompts
 from lib.interaction.training import change_image, read_material
 from lib.networks.checkpoint import read_checkpoint
 from lib.transforms.postprocess import restore_to_grid
@@ -121,6 +124,8 @@ def ways_of(
     """The ways of editing that are compared: the mask that each begins with, and what it makes of clicks."""
     volume, names = start.volume, asked.ways.split(",")
     begin = start.counted(start.begin)
+    if asked.scribbles:
+        return {"scribbles": (begin, by_scribbles(start))}
 
     def by(network: Editor | None, margins: LogitMargins | None = None) -> Edit:
         return lambda _, clicks: start.counted(
@@ -152,6 +157,22 @@ def ways_of(
 def by_ball(radius_mm: float, spacing_mm: Sequence[float]) -> Edit:
     """Balls of one radius at the clicks."""
     return lambda mask, clicks: paint(mask, clicks[-1], radius_mm, spacing_mm)
+
+
+def by_scribbles(start: Start) -> Edit:
+    """Scribbles on one label, as 3D Slicer sends them: the mask as it is shown, and all scribbles so far."""
+    (value,) = start.indices.values()
+
+    def edit(labels: np.ndarray, scribbled: Sequence[Correction]) -> np.ndarray:
+        structure = (labels == value).astype(np.uint8)
+        scene = Scene(start.image, structure, start.volume.affine_ras)
+        drawn, erased = (
+            np.array([s.point for s in scribbled if (s.value == value) is inside], dtype=np.int64).reshape(-1, 3)
+            for inside in (True, False)
+        )
+        return edit_scribbles(scene, drawn, erased, Prompts()) * np.uint8(value)
+
+    return edit
 
 
 def by_slicer(slicer: Slicer, start: Start) -> tuple[np.ndarray, Edit]:
@@ -224,18 +245,25 @@ def parse() -> argparse.Namespace:
         help="start from the mask of the blurred image with noise, for cases that the preset's weights have seen",
     )
     parser.add_argument("--largest", action="store_true", help="click into the largest wrong part each time")
+    parser.add_argument("--scribbles", action="store_true", help="scribble instead of clicking; with --each-label")
     parser.add_argument("--ways", default="margins,growth,walker,ball", help="what is compared; also: editor, deepedit")
     parser.add_argument("--balls", type=float, nargs="+", default=BALLS_MM, metavar="MM", help="radii that are tried")
+    parser.add_argument("--weights", type=Path, help="of the automatic masks; the preset's shipped ones by default")
+    parser.add_argument("--split", type=Path, help="of the cases, where the weights are not the shipped ones")
     parser.add_argument("--editor", type=Path, default=MODEL / "editor" / "shipped.pt")
     parser.add_argument("--train-deepedit", type=float, default=30.0, metavar="MINUTES")
     parser.add_argument("--server", default="", help="own, or the address of a server with these cases in its studies")
     parser.add_argument("--out", type=Path, help="beside this file by default")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.scribbles and not asked.each_label:
+        parser.error("scribbles belong to one label: add --each-label")
+    return asked
 
 
 def choose_cases(asked: argparse.Namespace) -> tuple[list[Case], list[Case], bool]:
     """The cases to click on, those that may be trained on, and whether the former were held out."""
-    cases, split = find_cases(asked.data / "images", asked.data / "labels"), shipped_split(MODEL / asked.preset)
+    cases = find_cases(asked.data / "images", asked.data / "labels")
+    split = read_split(asked.split) if asked.split else shipped_split(MODEL / asked.preset)
     held_out = set(split.validation) | set(split.test) if split is not None else set()
     if asked.ids:
         chosen = [case for case in cases if case.case_id in asked.ids.split(",")]
@@ -277,7 +305,7 @@ def main() -> None:
     """Print the table, and write it as JSON."""
     asked = parse()
     names = asked.ways.split(",")
-    checkpoint = read_checkpoint(MODEL / asked.preset / "shipped.pt")
+    checkpoint = read_checkpoint(asked.weights or MODEL / asked.preset / "shipped.pt")
     preset = checkpoint.preset or load_preset(asked.preset)
     segmenter = Segmenter.from_checkpoint(checkpoint, preset, torch.device("cpu"))
     editor = Editor.from_file(asked.editor, torch.device("cpu")) if "editor" in names else None
@@ -300,14 +328,17 @@ def main() -> None:
                 clicking = None if asked.largest else seed
                 for name, (begin, edit) in ways_of(start, editor, deepedit, slicer, asked).items():
                     made = simulate_editing(
-                        begin, right, start.volume.spacing_mm, start.indices, edit, clicking, surface=True
+                        begin, right, start.volume.spacing_mm, start.indices, edit, clicking, True, asked.scribbles
                     )
                     rows.setdefault(name, []).append(made)
         if slicer is not None:
             print(f"the server's clicks corrected: {', '.join(sorted(slicer.starts))}")
+    prompts = "scribbles" if asked.scribbles else "clicks"
     kind, unit = "held-out" if held_out else "not held-out", "label" if asked.each_label else "case"
     begun = "an empty mask" if asked.empty else "the automatic mask" + " of a changed image" * asked.changed_image
-    print(f"{preset.name}: mean Dice (worst {unit}) of {len(cases)} {kind} cases from {begun}, after clicks a {unit}")
+    print(
+        f"{preset.name}: mean Dice (worst {unit}) of {len(cases)} {kind} cases from {begun}, after {prompts} a {unit}"
+    )
     best = best_ball(rows)
     show({name: found for name, found in rows.items() if not name.startswith(BALL) or name == best})
     if best:

@@ -1,24 +1,31 @@
-"""A simulated annotator, who knows the reference mask and clicks where the current mask differs from it.
+"""A simulated annotator, who knows the reference mask and clicks or scribbles where the current mask differs from it.
 
-The functions are pure and seeded, so that training, evaluation and tests use the same clicks. The annotator chooses a
-connected wrong component with a probability that grows with its size, and clicks near the voxel that lies deepest in
-it, because no human hits that voxel exactly.
+The functions are pure and seeded, so that training, evaluation and tests use the same clicks and scribbles. The
+annotator chooses a connected wrong component with a probability that grows with its size, and clicks near the voxel
+that lies deepest in it, because no human hits that voxel exactly. A scribble is a line along the middle of the
+component around that voxel, in one plane, as people paint in a slice view.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import dijkstra
 
 from lib.interaction.prompts import Prompts, Voxel, make_prompts
 
 LabelArray = npt.NDArray[np.uint8]
 SHALLOWEST = 0.7
 """Smallest depth of a jittered click, as a share of the greatest depth in the component."""
+MOST_SCRIBBLED, SCRIBBLE_DEPTH = 15, 0.5
+"""Largest distance in voxels of a scribble from the voxel that was chosen, and the smallest depth of a scribbled voxel
+as a share of that one's."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +58,29 @@ def next_click(
             component is clicked.
         taken: voxels that have been clicked already.
     """
-    parts = _wrong_parts(labels, truth)
-    if not parts:
-        return None
-    sizes = np.array([part.size for part in parts], dtype=float)
-    chosen = parts[int(sizes.argmax()) if random is None else int(random.choice(len(parts), p=sizes / sizes.sum()))]
-    value, mask = chosen.value, chosen.mask()
-    start = [part.start + first for part, first in zip(chosen.box, chosen.start, strict=True)]
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
-    for point in taken:
-        inside = tuple(v - first for v, first in zip(point, start, strict=True))
-        if all(0 <= v < size for v, size in zip(inside, mask.shape, strict=True)):
-            depth[inside] = 0
-    if not depth.any():
-        return None
-    deep = np.argwhere(depth >= (depth.max() if random is None else SHALLOWEST * depth.max()))
-    place = deep[0] if random is None else deep[int(random.integers(len(deep)))]
-    x, y, z = (int(v) + first for v, first in zip(place, start, strict=True))
-    return Correction(value, (x, y, z))
+    place = _choose_place(labels, truth, spacing_mm, random, taken)
+    return None if place is None else place.correction(place.at)
+
+
+def next_scribble(
+    labels: LabelArray,
+    truth: LabelArray,
+    spacing_mm: Sequence[float],
+    random: np.random.Generator | None = None,
+    taken: Sequence[Voxel] = (),
+) -> tuple[Correction, ...]:
+    """Choose the next corrective scribble: voxels of one label in one plane; empty when the mask equals the reference.
+
+    Args:
+        labels, truth, spacing_mm, taken: as of :func:`next_click`.
+        random: as of :func:`next_click`; it also draws the plane. Without one, it is the plane with the longest line.
+    """
+    place = _choose_place(labels, truth, spacing_mm, random, taken)
+    if place is None:
+        return ()
+    axes = range(3) if random is None else [int(random.integers(3))]
+    lines = [_line_in_plane(place.depth, place.at, axis) for axis in axes]
+    return tuple(place.correction(point) for point in max(lines, key=len))
 
 
 def prompts_of(clicks: Sequence[Correction]) -> Prompts:
@@ -102,6 +114,92 @@ class _Part:
         """The voxels of the box that belong to this component."""
         inside: npt.NDArray[np.bool_] = self.components[self.box] == self.number
         return inside
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The voxel of a wrong component that the annotator chooses.
+
+    Attributes:
+        value: the label that the reference has there.
+        start: the first voxel of the component's box in the volume.
+        depth: distance of each voxel of the box from the outside of the component, 0 for clicked voxels.
+        at: index of the voxel in the box.
+    """
+
+    value: int
+    start: Voxel
+    depth: npt.NDArray[np.float64]
+    at: Voxel
+
+    def correction(self, point: Voxel) -> Correction:
+        """The correction at a voxel of the box."""
+        x, y, z = (first + v for first, v in zip(self.start, point, strict=True))
+        return Correction(self.value, (x, y, z))
+
+
+def _choose_place(
+    labels: LabelArray,
+    truth: LabelArray,
+    spacing_mm: Sequence[float],
+    random: np.random.Generator | None,
+    taken: Sequence[Voxel],
+) -> _Place | None:
+    """A wrong component and a voxel deep in it; the arguments are those of :func:`next_click`."""
+    parts = _wrong_parts(labels, truth)
+    if not parts:
+        return None
+    sizes = np.array([part.size for part in parts], dtype=float)
+    chosen = parts[int(sizes.argmax()) if random is None else int(random.choice(len(parts), p=sizes / sizes.sum()))]
+    mask = chosen.mask()
+    x, y, z = (part.start + first for part, first in zip(chosen.box, chosen.start, strict=True))
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1]
+    for point in taken:
+        inside = tuple(v - first for v, first in zip(point, (x, y, z), strict=True))
+        if all(0 <= v < size for v, size in zip(inside, mask.shape, strict=True)):
+            depth[inside] = 0
+    if not depth.any():
+        return None
+    deep = np.argwhere(depth >= (depth.max() if random is None else SHALLOWEST * depth.max()))
+    i, j, k = (int(v) for v in (deep[0] if random is None else deep[int(random.integers(len(deep)))]))
+    return _Place(chosen.value, (x, y, z), depth, (i, j, k))
+
+
+def _line_in_plane(depth: npt.NDArray[np.float64], at: Voxel, axis: int) -> list[Voxel]:
+    """The longest line along the deepest voxels of the part around ``at``, in the plane across ``axis``."""
+    section = np.take(depth, at[axis], axis=axis)
+    components, _ = ndimage.label(section >= SCRIBBLE_DEPTH * depth[at], structure=np.ones((3, 3)))
+    here = tuple(np.delete(at, axis))
+    pixels = np.argwhere(components == components[here])
+    pixels = pixels[np.abs(pixels - here).max(axis=1) <= MOST_SCRIBBLED]
+    costs = _costs_between(pixels, section)
+    # The pixel that is furthest from any one is an end of the longest line, and the one furthest from there the other.
+    first = int(_finite(dijkstra(costs, indices=int((pixels == here).all(axis=1).argmax()))).argmax())
+    distances, before = dijkstra(costs, indices=first, return_predecessors=True)
+    line = [int(_finite(distances).argmax())]
+    while line[-1] != first:
+        line.append(int(before[line[-1]]))
+    x, y, z = np.insert(pixels[line], axis, at[axis], axis=1).T.tolist()
+    return list(zip(x, y, z, strict=True))
+
+
+def _costs_between(pixels: npt.NDArray[np.int64], section: npt.NDArray[np.float64]) -> coo_array:
+    """The costs of the steps between neighbours, which are low where the section is deep."""
+    number = np.full(np.add(section.shape, 2), -1)
+    number[tuple(pixels.T + 1)] = np.arange(len(pixels))
+    starts, ends, costs = [], [], []
+    for step in itertools.product((-1, 0, 1), repeat=2):
+        to = number[tuple((pixels + 1 + step).T)]
+        known = np.flatnonzero(to >= 0) if any(step) else np.zeros(0, dtype=int)
+        starts.append(known)
+        ends.append(to[known])
+        costs.append(np.linalg.norm(step) / section[tuple(pixels[to[known]].T)])
+    size = (len(pixels), len(pixels))
+    return coo_array((np.concatenate(costs), (np.concatenate(starts), np.concatenate(ends))), shape=size)
+
+
+def _finite(distances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.where(np.isfinite(distances), distances, -1.0)
 
 
 def _wrong_parts(labels: LabelArray, truth: LabelArray) -> list[_Part]:

@@ -1,4 +1,4 @@
-"""Measures how masks improve with clicks: a simulated annotator corrects cases whose reference masks are known."""
+"""Measures how masks improve with clicks and scribbles of a simulated annotator, who knows the reference masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
 from lib.configs.preset import Preset
 from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
-from lib.interaction.annotator import Correction, next_click, prompts_of
+from lib.interaction.annotator import Correction, next_click, next_scribble, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
 from lib.transforms.postprocess import restore_to_grid
@@ -26,9 +26,9 @@ from lib.transforms.volume import Affine, Volume
 
 LabelArray = npt.NDArray[np.uint8]
 STOPS = (0, 1, 3, 5, 10)
-"""Numbers of clicks after which masks are scored."""
+"""Numbers of clicks or scribbles after which masks are scored."""
 Edit = Callable[[LabelArray, Sequence[Correction]], LabelArray]
-"""The mask after clicks, from the mask of before the last one, and all clicks so far."""
+"""The mask after prompts, from the mask of before the last one, and the voxels of all prompts so far."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class EditingScores:
     """Scores of one editing method on one mask.
 
     Attributes:
-        dice: mean over the labels after 0, 1, 2 ... clicks.
+        dice: mean over the labels after 0, 1, 2 ... clicks or scribbles.
         surface: mean surface Dice at each of the stops; empty if it was not asked for.
-        seconds: duration of each click.
+        seconds: duration of each click or scribble.
     """
 
     dice: list[float] = field(default_factory=list)
@@ -54,8 +54,9 @@ def simulate_editing(
     edit: Edit,
     seed: int | None,
     surface: bool = False,
+    scribbles: bool = False,
 ) -> EditingScores:
-    """Correct a mask by simulated clicks up to the last stop, and score it.
+    """Correct a mask by simulated clicks or scribbles up to the last stop, and score it.
 
     Args:
         start, truth: the mask to correct and the reference mask, shape (X, Y, Z).
@@ -65,15 +66,23 @@ def simulate_editing(
         seed: seed of the simulated annotator, who makes the same clicks for the same masks; None for one who always
             clicks the largest wrong component.
         surface: whether the surface Dice is computed at the stops, with the largest voxel edge as tolerance.
+        scribbles: whether the annotator scribbles instead of clicking; the editing method gets the voxels of all
+            scribbles so far.
     """
-    labels, clicks, followed = start, list[Correction](), EditingScores()
+    labels, corrected, followed = start, list[Correction](), EditingScores()
     random = None if seed is None else np.random.default_rng(seed)
     for count in range(STOPS[-1] + 1):
-        click = next_click(labels, truth, spacing_mm, random, [c.point for c in clicks]) if count else None
-        if click is not None:
-            clicks.append(click)
+        prompt: tuple[Correction, ...] = ()
+        if count:
+            taken = [voxel.point for voxel in corrected]
+            if scribbles:
+                prompt = next_scribble(labels, truth, spacing_mm, random, taken)
+            elif (click := next_click(labels, truth, spacing_mm, random, taken)) is not None:
+                prompt = (click,)
+        if prompt:
+            corrected.extend(prompt)
             began = time.perf_counter()
-            labels = edit(labels, clicks)
+            labels = edit(labels, corrected)
             followed.seconds.append(time.perf_counter() - began)
         followed.dice.append(mean_known(dice_per_label(labels, truth, indices).values()))
         if surface and count in STOPS:

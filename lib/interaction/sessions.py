@@ -1,4 +1,4 @@
-"""Training examples of the editor: structures in windows, corrected click by click by a simulated annotator."""
+"""Training examples of the editor: structures in windows, corrected click by click or scribble by scribble."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from lib.interaction.annotator import Correction, next_click, perturb_mask
+from lib.interaction.annotator import Correction, next_click, next_scribble, perturb_mask
 from lib.interaction.editor import Points, Window, stack_input
 from lib.transforms.volume import FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
 MaskArray = npt.NDArray[np.bool_]
 
-MOST_CLICKS = 10
+MOST_PROMPTS = 10
+SCRIBBLE_SHARE = 0.2
+"""Share of the prompts of a session that are scribbles; the others are clicks."""
 NETWORK_MASK, SPOILED, EMPTY = "network", "spoiled", "empty"
 STARTS = {NETWORK_MASK: 0.5, SPOILED: 0.2, EMPTY: 0.3}
 """Probabilities of the initial mask of a session: a network's mask, a perturbed reference, an empty mask."""
@@ -48,13 +50,13 @@ class Material:
 
 @dataclass
 class Session:
-    """One structure in a window, and the clicks of the annotator so far.
+    """One structure in a window, and the prompts of the annotator so far.
 
     Attributes:
-        image, truth, mask: shape of the window; ``mask`` is the initial mask, which all clicks correct.
+        image, truth, mask: shape of the window; ``mask`` is the initial mask, which all prompts correct.
         current: the corrected mask that the annotator sees.
-        planned: total number of clicks.
-        clicks: clicks made so far.
+        planned: total number of clicks and scribbles.
+        made: clicks and scribbles made so far; a click is one voxel.
         redundant: redundant clicks, on voxels that were right before.
     """
 
@@ -63,18 +65,28 @@ class Session:
     mask: MaskArray
     current: MaskArray
     planned: int
-    clicks: list[Correction] = field(default_factory=list)
+    made: list[tuple[Correction, ...]] = field(default_factory=list)
     redundant: list[Correction] = field(default_factory=list)
 
-    def click(self, random: np.random.Generator) -> bool:
-        """Add one click; False if the session is over."""
-        if len(self.clicks) >= self.planned:
+    @property
+    def corrected(self) -> list[Correction]:
+        """Voxels of all clicks and scribbles so far."""
+        return [voxel for prompt in self.made for voxel in prompt]
+
+    def prompt(self, random: np.random.Generator) -> bool:
+        """Add one click or scribble; False if the session is over."""
+        if len(self.made) >= self.planned:
             return False
-        taken = [click.point for click in self.clicks]
-        made = next_click(self.current.astype(np.uint8), self.truth.astype(np.uint8), (1, 1, 1), random, taken)
-        if made is None:
+        current, truth = self.current.astype(np.uint8), self.truth.astype(np.uint8)
+        taken = [voxel.point for voxel in self.corrected]
+        if random.random() < SCRIBBLE_SHARE:
+            prompt = next_scribble(current, truth, (1, 1, 1), random, taken)
+        else:
+            click = next_click(current, truth, (1, 1, 1), random, taken)
+            prompt = () if click is None else (click,)
+        if not prompt:
             return False
-        self.clicks.append(made)
+        self.made.append(prompt)
         return True
 
     def input(self) -> FloatArray:
@@ -82,7 +94,7 @@ class Session:
         return stack_input(self.image, self.mask, self._points(1), self._points(0))
 
     def _points(self, value: int) -> Points:
-        points = [c.point for c in (*self.clicks, *self.redundant) if c.value == value]
+        points = [c.point for c in (*self.corrected, *self.redundant) if c.value == value]
         return np.array(points, dtype=np.int64).reshape(-1, 3)
 
 
@@ -102,7 +114,7 @@ def begin_session(material: Material, window: Window, random: np.random.Generato
     widest = max((part.stop - part.start for part in _box(truth)), default=0)
     coarse = widest > max(window) and random.random() < COARSE_SHARE
     image, right, drawn = _cut(material.image, truth, mask, centre, window, 2 if coarse else 1, random)
-    session = Session(_change(image, random), right, drawn, drawn, int(random.integers(1, MOST_CLICKS + 1)))
+    session = Session(_change(image, random), right, drawn, drawn, int(random.integers(1, MOST_PROMPTS + 1)))
     if random.random() < IDLE_SHARE:
         session.redundant = _redundant_clicks(right, drawn, random)
     return session

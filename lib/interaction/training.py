@@ -110,9 +110,9 @@ def edit_loss(logit: torch.Tensor, given: torch.Tensor, truth: torch.Tensor) -> 
 class EditorTraining:
     """A resumable training of the editor network.
 
-    Each step trains on several sessions of each preset. A session has one more click than at the step before, placed
-    where the network's prediction of that step was wrong, and is replaced by a new one when all its clicks have been
-    made. Every forward pass thus contributes to training, whatever its number of clicks.
+    Each step trains on several sessions of each preset. A session has one more click or scribble than at the step
+    before, placed where the network's prediction of that step was wrong, and is replaced by a new one when all its
+    prompts have been made. Every forward pass thus contributes to training, whatever its number of prompts.
 
     Args:
         design: architecture of the network.
@@ -205,13 +205,13 @@ class EditorTraining:
         return float(np.mean(losses))
 
     def _next(self, number: int, place: int, window: Window) -> Session:
-        """The session at an index with one more click, or a new session if it is over."""
+        """The session at an index with one more prompt, or a new session if it is over."""
         session, tries = self._sessions[number][place], 0
-        while session is None or not session.click(self._random):
+        while session is None or not session.prompt(self._random):
             cases = self._material[number]
             session = begin_session(cases[int(self._random.integers(len(cases)))], window, self._random)
-            if (tries := tries + 1) > 20 and not session.click(self._random):
-                break  # no case has an error that could be clicked
+            if (tries := tries + 1) > 20 and not session.prompt(self._random):
+                break  # no case has an error that could be corrected
         self._sessions[number][place] = session
         return session
 

@@ -149,18 +149,24 @@ def test_trained_editor_follows_a_click_into_a_box_that_it_was_not_told_of(tmp_p
     assert 2 * (found & core).sum() / (found.sum() + core.sum()) > 0.5
 
 
-def test_sessions_click_on_what_is_wrong_until_they_are_over() -> None:
+def test_sessions_correct_what_is_wrong_until_they_are_over() -> None:
     image, truth = boxes((30, 28, 26))
-    random = np.random.default_rng(0)
+    random, sizes = np.random.default_rng(0), list[int]()
     for _ in range(10):
         session = begin_session(Material(image, truth), (24, 32, 24), random)
         assert session.image.shape == session.truth.shape == session.mask.shape == (24, 32, 24)
-        while session.click(random):
-            assert session.truth[session.clicks[-1].point] == session.clicks[-1].value
-            session.current = session.mask | session.truth if len(session.clicks) == 3 else session.current
-        assert 0 < len(session.clicks) <= session.planned
+        while session.prompt(random):
+            wrong = session.current != session.truth
+            assert all(wrong[v.point] and session.truth[v.point] == v.value for v in session.made[-1])
+            sizes.append(len(session.made[-1]))
+            session.current = session.mask | session.truth if len(session.made) == 3 else session.current
+        assert 0 < len(session.made) <= session.planned
         assert all(session.truth[c.point] == session.mask[c.point] == c.value for c in session.redundant)
-        assert session.input().shape == (4, 24, 32, 24)
+        given = session.input()
+        assert given.shape == (4, 24, 32, 24)
+        assert all(given[2 if v.value else 3][v.point] == given[2:].max() for v in session.corrected)
+    # about one prompt of five is a scribble, which has several voxels
+    assert 0.05 < np.mean([size > 1 for size in sizes]) < 0.4
 
 
 def test_regions_of_like_intensities_stay_in_one_part_of_the_image() -> None:
