@@ -7,6 +7,7 @@ Other cases are segmented before and after, with the new weights whatever the ga
 training and a table of Dice per label; writes JSON. The shipped weights were trained on all cases of the data set,
 so that the table says what the training changed, not how good the weights are. With ``--grow-mm`` the organ is drawn
 larger than the reference has it, in the cases that are submitted and in those that are judged: something to learn.
+With ``--weights`` other weights are served first, such as those of a fold that saw none of the cases.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def main() -> int:
     parser.add_argument("--organ", default="spleen", help="the label that is corrected")
     parser.add_argument("--corrected", default=",".join(CORRECTED), help="cases whose label is submitted")
     parser.add_argument("--judged", default=",".join(JUDGED), help="cases that are segmented before and after")
+    parser.add_argument(
+        "--weights", type=Path, help="served first, with their JSON side-car; the shipped ones by default"
+    )
     parser.add_argument("--grow-mm", type=float, default=0.0, help="how far the organ grows into what is unlabelled")
     parser.add_argument("--conf", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="of the server")
     parser.add_argument("--request", default="{}", help="body of the training request, JSON")
@@ -64,6 +68,9 @@ def main() -> int:
         # a copy, since versions are written beside the weights that come with the project
         models = Path(name) / "models"
         shutil.copytree(REPOSITORY / "model" / PRESET, models / PRESET)
+        if options.weights:
+            for suffix in (".pt", ".json"):
+                shutil.copy(options.weights.with_suffix(suffix), models / PRESET / f"shipped{suffix}")
         conf = {"models": PRESET, "model_dir": str(models)} | dict(options.conf)
         server = Server(Path(name), conf, forked=False)
         server.seconds_to_answer = SECONDS_TO_ANSWER

@@ -392,6 +392,16 @@ def test_endless_upload_is_cut_off(guarded: Server, tokens: dict[str, str]) -> N
     assert answer.status_code == 413, answer.text
 
 
+def test_form_of_many_text_fields_is_refused(guarded: Server, tokens: dict[str, str]) -> None:
+    """Each may hold a mebibyte, and all of them are kept in memory."""
+    header = {"Authorization": f"Bearer {tokens['admin']}"}
+    for count, refusal in ((20, "no image"), (21, "Too many fields")):
+        fields = [(f"field{number}", (None, "a")) for number in range(count)]
+        files = [*fields, ("label", ("label.nii.gz", b"nothing"))]
+        answer = guarded.put("/datastore/label?image=nobody", files=files, headers=header)
+        assert 400 <= answer.status_code < 500 and refusal in answer.text, answer.text
+
+
 def test_broken_http_gets_a_400(guarded: Server) -> None:
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=20) as connection:
         connection.sendall(b"GET /\x00\x01 HTTP/9.9\r\nnonsense\r\n\r\n")
