@@ -19,13 +19,15 @@ from lib.configs.preset import Preset
 from lib.interaction.annotator import Correction, next_click
 from lib.interaction.sessions import Material
 from lib.networks.fine_unetr import FineUNETR
+from lib.networks.precision import autocast, place_for_training, resolve_precision
 from lib.networks.unetr import NORMS
-from lib.trainers.optimization import build_loss, build_optimizer, build_schedule
+from lib.trainers.optimization import build_loss, build_optimizer, half_cosine
 
 SIGMA_VOXELS = 3.0
 CLICKED_SHARE = 0.4
 MOST_CLICKS = 10
-EXPECTED_STEPS_A_MINUTE = 30
+WARM_UP = 0.04
+CPU = torch.device("cpu")
 
 
 class DeepEdit:
@@ -51,6 +53,8 @@ class DeepEdit:
                 own[name] = torch.zeros_like(own[name])
                 own[name][:, : value.shape[1]] = value
         self.network.load_state_dict(own)
+        self._dtype = resolve_precision("auto", CPU)
+        place_for_training(self.network, CPU)
 
     def train(self, cases: Sequence[Material], minutes: float, say: Callable[[str], object] = print) -> int:
         """Train for so many minutes; returns the number of steps."""
@@ -59,20 +63,21 @@ class DeepEdit:
         rate = recipe.fine_tuning_learning_rate or recipe.learning_rate
         recipe = recipe.model_copy(update={"learning_rate": rate})
         loss_of, optimizer = build_loss(recipe), build_optimizer(self.network, recipe)
-        schedule = build_schedule(optimizer, recipe, max(10, round(EXPECTED_STEPS_A_MINUTE * minutes)))
-        while time.perf_counter() - began < 60 * minutes:
+        while (part := (time.perf_counter() - began) / (60 * minutes)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min((part + 0.002) / WARM_UP, half_cosine(part))
             case = cases[int(random.integers(len(cases)))]
             image, truth = self._squeeze(case.image), self._squeeze_mask(case.truth)
             image = image * float(random.uniform(0.9, 1.1)) + float(random.uniform(-0.1, 0.1))
             clicks = self._simulate(image, truth, random) if random.random() < CLICKED_SHARE else []
             self.network.train()
-            logits = self.network(self._input(image, clicks))
-            loss = loss_of(logits, torch.from_numpy(truth.astype(np.float32))[None, None])
+            with autocast(CPU, self._dtype):
+                logits = self.network(self._input(image, clicks))
+            loss = loss_of(logits.float(), torch.from_numpy(truth.astype(np.float32))[None, None])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 2.0)
             optimizer.step()
-            schedule.step()
             steps += 1
             if steps % 25 == 0:
                 say(f"DeepEdit: step {steps}, {time.perf_counter() - began:.0f} s, loss {float(loss.detach()):.3f}")
@@ -89,15 +94,15 @@ class DeepEdit:
         scale = [(w - 1) / max(1, n - 1) for w, n in zip(self.window, image.shape, strict=True)]
         placed = [Correction(c.value, _scaled(c.point, scale)) for c in clicks]
         self.network.eval()
-        with torch.inference_mode():
-            logits = self.network(self._input(self._squeeze(image), placed))
+        with torch.inference_mode(), autocast(CPU, self._dtype):
+            logits = self.network(self._input(self._squeeze(image), placed)).float()
             logits = nn.functional.interpolate(logits, size=image.shape, mode="trilinear", align_corners=True)
         return logits[0].argmax(dim=0).numpy().astype(np.uint8)
 
     def _simulate(self, image: torch.Tensor, truth: np.ndarray, random: np.random.Generator) -> list[Correction]:
         """Clicks on what the network gets wrong without any."""
         self.network.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(CPU, self._dtype):
             found = self.network(self._input(image, []))[0].argmax(dim=0).numpy().astype(np.uint8)
         made: list[Correction] = []
         for _ in range(int(random.integers(1, MOST_CLICKS + 1))):
@@ -116,7 +121,7 @@ class DeepEdit:
             ]
             ball = parts[0][:, None, None] * parts[1][:, None] * parts[2]
             maps[click.value] = torch.maximum(maps[click.value], ball)
-        return torch.cat([image[None], maps])[None]
+        return torch.cat([image[None], maps])[None].contiguous(memory_format=torch.channels_last_3d)
 
     def _squeeze(self, image: np.ndarray) -> torch.Tensor:
         given = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
