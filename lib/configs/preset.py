@@ -285,8 +285,8 @@ class Inference(Model):
             a component's voxels; a component above it is removed, since it is rarely the structure.
         skip_air: whether windows that contain only air become background without computation. Air is the lowest value
             after clipping; set it to false if a label can lie in air.
-        restore: how labels are resampled to the image's grid: ``nearest``, or ``linear``, which interpolates each label
-            and gives smooth borders if the network's voxels are larger than the image's.
+        restore: how labels are resampled to the image's grid: ``nearest``, or ``linear``, which interpolates the
+            weights of each voxel's two most likely labels, so that borders lie between the network's voxels.
     """
 
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25

@@ -26,7 +26,9 @@ from lib.networks.placement import Placement
 from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.transforms.postprocess import (
+    FULL_WEIGHT,
     LabelArray,
+    SecondLabels,
     drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
@@ -132,6 +134,11 @@ class Segmenter:
         return cls(ready, preset, device, precision, planner)
 
     @property
+    def _smooth(self) -> bool:
+        """Whether borders are placed between the voxels of the network's grid."""
+        return self.preset.inference.restore == "linear"
+
+    @property
     def placement(self) -> Placement:
         """The preset, the current device and the number format of the network."""
         return Placement(self.preset, self.device, self.dtype)
@@ -221,8 +228,10 @@ class Segmenter:
             with clock.stage("postprocess"):
                 seen = self._clean(prediction, computed.largest_component)
             with clock.stage("restore"):
-                smooth = self.preset.inference.restore == "linear"
-                labels = (restore_by_interpolation if smooth else restore_to_grid)(seen, *computed.grid)
+                if self._smooth:
+                    labels = restore_by_interpolation(seen, *computed.grid, _second_labels(prediction, seen))
+                else:
+                    labels = restore_to_grid(seen, *computed.grid)
                 wanted = prediction.entropy if computed.entropy else None
                 uncertainty = None if wanted is None else interpolate_to_grid(wanted, *computed.grid)
         logger.info("%s: %s", computed.name, computed.plan.explain())
@@ -260,7 +269,7 @@ class Segmenter:
         while True:
             try:
                 stitching = plan.stitching
-                wanted = {"entropy": entropy or judged, "of_labels": not entropy, "margins": margins}
+                wanted = {"entropy": entropy or judged, "of_labels": not entropy, "margins": margins or self._smooth}
                 return predict(self.network, image, self.placement, stitching, **wanted), plan
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -315,6 +324,15 @@ class Segmenter:
             if not is_out_of_memory(error):
                 raise
             self._move(*away)
+
+
+def _second_labels(prediction: Prediction, seen: LabelArray) -> SecondLabels | None:
+    """The second most likely labels; none where a component was removed, which is certain background then."""
+    margins = prediction.margins
+    if margins is None:
+        return None
+    second = np.where(seen == prediction.labels, margins.second, 0).astype(np.uint8)
+    return SecondLabels(second, margins.shares(FULL_WEIGHT))
 
 
 @contextmanager

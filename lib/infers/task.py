@@ -314,7 +314,7 @@ class UnetrInferTask(InferTask):
             unsure, keep = model.calibration is not None, self._keeper(request, model, checksum)
             margins = keep is not None
             computed = model.segmenter.compute(volume, largest_component, request.image.name, unsure, keep, margins)
-            self._keep_margins(request, model, checksum, computed.prediction.margins)
+            self._keep_margins(request, model, checksum, computed.prediction.margins if margins else None)
             return _ModelResult(model, computed, began, loaded)
 
         return self._on_a_lane(request, compute)

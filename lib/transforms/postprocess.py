@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,22 @@ from lib.transforms.volume import Affine, FloatArray
 LabelArray = npt.NDArray[np.uint8]
 
 EDGE_TOLERANCE_VOXELS = 1e-3
-# weight of a voxel that lies entirely in one label, when indicators are interpolated in eight bits
+# weight of a voxel that lies entirely in one label, when weights are interpolated in eight bits
 FULL_WEIGHT = 255
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+
+
+@dataclass(frozen=True)
+class SecondLabels:
+    """The second most likely label of each voxel, from which borders are placed between voxels.
+
+    Attributes:
+        labels: shape (X, Y, Z); 0 also where no second label is to count.
+        shares: what the most likely label has of :data:`FULL_WEIGHT`, more than half; the second one has the rest.
+    """
+
+    labels: LabelArray
+    shares: LabelArray
 
 
 def restore_to_grid(
@@ -59,12 +73,14 @@ def restore_by_interpolation(
     affine_labels: Affine,
     shape: tuple[int, ...],
     affine_image: Affine,
+    second: SecondLabels | None = None,
     chunk_numbers: int = CHUNK_NUMBERS,
 ) -> LabelArray:
     """Resample a label volume to a finer grid with smooth borders.
 
-    Each label's indicator (1 inside, 0 outside) is interpolated linearly, and a voxel takes the label of the largest
-    value, background included. Where the grids coincide, the result is that of :func:`restore_to_grid`. It is computed
+    Each label's weight (by default 1 inside, 0 outside) is interpolated linearly, and a voxel takes the label of the
+    largest one, background included. With second labels, the border between two voxels lies nearer to the one that is
+    less certain. Where the grids coincide, the result is that of :func:`restore_to_grid`. It is computed
     slab by slab, each label only inside of its bounding box, so that only some tens of megabytes are needed in addition
     to the result. On a sheared grid it falls back to the nearest neighbour.
 
@@ -73,6 +89,7 @@ def restore_by_interpolation(
         affine_labels: 4x4, from voxel indices of the labels to millimetres in RAS.
         shape: shape of the target grid.
         affine_image: 4x4, from voxel indices of the target grid to millimetres in RAS.
+        second: on the grid of the labels.
         chunk_numbers: number of voxels of a slab.
 
     Returns:
@@ -84,6 +101,7 @@ def restore_by_interpolation(
         return _resample(labels, image_to_labels, shape)
     axes, positions = _positions(image_to_labels, source_axes, shape)
     given = _turned(labels, axes)
+    others = None if second is None else (_turned(second.labels, axes), _turned(second.shares, axes))
     boxes = [(index, box) for index, box in enumerate(ndimage.find_objects(given.numpy()), start=1) if box is not None]
     restored = torch.zeros([len(position) for position in positions], dtype=torch.uint8)
     planes = max(1, chunk_numbers // max(1, restored[:1].numel()))
@@ -92,19 +110,20 @@ def restore_by_interpolation(
         in_slab = [positions[0][first : first + planes], *positions[1:]]
         best, total = torch.zeros_like(slab), torch.zeros_like(slab)
         for index, box in boxes:
-            _add_indicator(given, index, box, in_slab, (slab, best, total))
+            _add_weight(given, others, index, box, in_slab, (slab, best, total))
         slab[best <= FULL_WEIGHT - total] = 0
     return _without_outside(restored.numpy(), axes, positions, labels.shape).T
 
 
-def _add_indicator(
+def _add_weight(
     given: torch.Tensor,
+    others: tuple[torch.Tensor, torch.Tensor] | None,
     index: int,
     box: tuple[slice, ...],
     positions: list[npt.NDArray[np.float64]],
     slab: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
-    """Interpolate one label's indicator, and assign the label where its weight is largest; total sums all weights."""
+    """Interpolate one label's weight, and assign the label where its weight is largest; total sums all weights."""
     near = [
         np.flatnonzero((position > part.start - 1) & (position < part.stop))
         for part, position in zip(box, positions, strict=True)
@@ -112,8 +131,12 @@ def _add_indicator(
     if not all(map(len, near)):
         return
     lower = [max(0, part.start - 1) for part in box]
-    crop = given[tuple(slice(start, part.stop + 1) for start, part in zip(lower, box, strict=True))]
-    weight = (crop == index).float().mul_(FULL_WEIGHT)
+    around = tuple(slice(start, part.stop + 1) for start, part in zip(lower, box, strict=True))
+    if others is None:
+        weight = (given[around] == index).float().mul_(FULL_WEIGHT)
+    else:
+        seconds, shares = (volume[around] for volume in others)
+        weight = torch.where(given[around] == index, shares, (FULL_WEIGHT - shares) * (seconds == index)).float()
     for place, (places, start) in enumerate(zip(near, lower, strict=True)):
         weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][places] - start))
     # Weights are truncated and not rounded, so that their sum over all labels fits into eight bits.

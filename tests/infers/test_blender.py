@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.infers.blender import SlabBlender, normalized_entropy
-from lib.infers.logit_margins import MOST_STEPS
+from lib.infers.logit_margins import MOST_STEPS, LogitMargins
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,14 @@ def test_second_label_and_its_margin_are_those_of_the_averaged_windows() -> None
     np.testing.assert_array_equal(margins.labels, labels)
     assert margins.second[[0, 5], 0, 0].tolist() == [2, 2] and margins.margin[[0, 5], 0, 0].tolist() == [6, 4]
     assert margins.margin[3, 0, 0] == 0 and {int(labels[3, 0, 0]), int(margins.second[3, 0, 0])} == {0, 2}
+
+
+def test_share_grows_with_the_margin_from_half_to_all() -> None:
+    steps = np.arange(MOST_STEPS + 1, dtype=np.uint8).reshape(16, 4, 4)
+    shares = LogitMargins(np.ones_like(steps), np.zeros_like(steps), steps).shares(255).ravel().astype(int)
+    assert (np.diff(shares) >= 0).all() and shares[[0, -1]].tolist() == [130, 255]
+    # a margin of 2 at a temperature of 2: odds of e to 1
+    assert shares[20] / (255 - shares[20]) == pytest.approx(np.e, rel=0.02)
 
 
 def test_margin_is_largest_where_no_window_was() -> None:

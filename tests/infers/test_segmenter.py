@@ -54,6 +54,40 @@ def test_mask_of_an_anisotropic_oblique_image_overlaps_what_is_there() -> None:
         assert overlap > 0.85
 
 
+class Steep(Threshold):
+    """Ten times as sure."""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        return 10 * super().forward(windows)
+
+
+@pytest.mark.parametrize("level_mm", [26.0, 27.0, 28.0])
+def test_border_lies_between_voxels_where_the_network_is_undecided(level_mm: float) -> None:
+    """Intensities rise by 5 a millimetre, and label 1 begins at 50; the network's voxels are 3 mm wide."""
+    ramp = np.clip(5 * (np.arange(64.0) - level_mm) + 50, 0, 80)
+    volume = Volume(np.broadcast_to(ramp[:, None, None], (64, 48, 48)).astype(np.float32), np.eye(4))
+    found = {}
+    for restore in ("nearest", "linear"):
+        preset = tiny_preset(intensity=HALVES, spacing_mm=[3.0, 3.0, 3.0], inference={"restore": restore})
+        labels = Segmenter(Steep(), preset, CPU, "fp32").segment(volume).labels
+        assert set(np.unique(labels)) == {0, 1}
+        found[restore] = np.argmax(labels[:, 24, 24] == 1)
+    assert found["linear"] in (level_mm, level_mm + 1)
+    # the middle between two voxels of the network, wherever the border is
+    assert found["nearest"] % 3 == 2
+
+
+def test_removed_component_lends_no_weight_to_its_second_label() -> None:
+    image = np.zeros((60, 48, 48), dtype=np.float32)
+    image[6:30, 12:36, 12:36], image[42:48, 24:30, 24:30] = 100, 104
+    volume = Volume(image, np.eye(4))
+    preset = tiny_preset(
+        intensity=HALVES, spacing_mm=[3.0] * 3, inference={"restore": "linear", "largest_component": True}
+    )
+    labels = Segmenter(Steep(), preset, CPU, "fp32").segment(volume).labels
+    assert labels[18, 24, 24] == 1 and not labels[36:].any()
+
+
 def test_largest_component_is_the_presets_choice_unless_asked() -> None:
     image = np.zeros((30, 20, 20), dtype=np.float32)
     image[2:10, 5:15, 5:15], image[25, 5, 5] = 100, 100

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from lib.transforms.postprocess import (
+    FULL_WEIGHT,
+    SecondLabels,
     drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
@@ -263,10 +265,46 @@ def test_interpolated_labels_are_those_of_the_nearest_neighbour_on_the_same_grid
     expected = restore_to_grid(labels, affine, shape, turned)
     assert (expected > 0).any()
     np.testing.assert_array_equal(restore_by_interpolation(labels, affine, shape, turned), expected)
+    second = _any_second(labels.shape)
+    np.testing.assert_array_equal(restore_by_interpolation(labels, affine, shape, turned, second), expected)
 
 
-def test_interpolation_in_slabs_gives_what_one_slab_gives() -> None:
+def _any_second(shape: tuple[int, ...]) -> SecondLabels:
+    random = np.random.default_rng(2)
+    labels, shares = random.integers(0, 4, shape), random.integers(FULL_WEIGHT // 2 + 3, FULL_WEIGHT + 1, shape)
+    return SecondLabels(labels.astype(np.uint8), shares.astype(np.uint8))
+
+
+@pytest.mark.parametrize("with_second", [False, True])
+def test_interpolation_in_slabs_gives_what_one_slab_gives(with_second: bool) -> None:
     labels = np.random.default_rng(1).integers(0, 3, (6, 7, 8)).astype(np.uint8)
-    arguments = (labels, np.diag([3.0, 3, 3, 1]), (17, 20, 23), np.diag([1.0, 1, 1, 1]))
+    second = _any_second(labels.shape) if with_second else None
+    arguments = (labels, np.diag([3.0, 3, 3, 1]), (17, 20, 23), np.diag([1.0, 1, 1, 1]), second)
     whole = restore_by_interpolation(*arguments)
     np.testing.assert_array_equal(restore_by_interpolation(*arguments, chunk_numbers=700), whole)
+
+
+def test_second_labels_place_borders_nearer_to_the_structure() -> None:
+    """Two balls of which each voxel of 3 mm knows what part of it lies inside."""
+    coarse, fine = np.diag([3.0, 3.0, 3.0, 1]), np.diag([0.75, 0.75, 0.75, 1])
+    coarse[:3, 3], fine[:3, 3] = 1.5, 0.375  # their first corners coincide
+    truth = _two_balls((112, 80, 80), fine)
+    parts = np.stack([(truth == i).reshape(28, 4, 20, 4, 20, 4).mean(axis=(1, 3, 5)) for i in range(3)])
+    labels = parts.argmax(axis=0).astype(np.uint8)
+    others = np.sort(parts, axis=0)
+    shares = np.clip(FULL_WEIGHT * others[2] / (others[2] + others[1]), FULL_WEIGHT // 2 + 3, FULL_WEIGHT)
+    second = SecondLabels(np.argsort(parts, axis=0)[1].astype(np.uint8), shares.astype(np.uint8))
+    wrong = [
+        float((restore_by_interpolation(labels, coarse, truth.shape, fine, given) != truth).mean())
+        for given in (None, second)
+    ]
+    assert wrong[1] < 0.6 * wrong[0]
+
+
+def test_second_label_far_from_its_structure_is_never_drawn() -> None:
+    labels = np.zeros((12, 12, 12), np.uint8)
+    labels[2:5, 2:5, 2:5] = 1
+    second = SecondLabels(np.ones_like(labels), np.full_like(labels, FULL_WEIGHT // 2 + 3))
+    fine = np.diag([0.5, 0.5, 0.5, 1])
+    found = restore_by_interpolation(labels, np.eye(4), (24, 24, 24), fine, second)
+    assert not found[10:].any() and found[4:9, 4:9, 4:9].all()

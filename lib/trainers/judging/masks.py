@@ -30,6 +30,8 @@ logger = logging.getLogger("unetr.evaluate")
 LabelArray = npt.NDArray[np.uint8]
 
 MASKS_FOLDER = "masks"
+SEGMENTATION = 2
+"""Raised with each change of how the same network's masks come about, so that masks of before are computed again."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class CaseMasks:
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         where = self._segmenter.device.type, str(self._segmenter.dtype)
         task = self.preset.model_dump_json(exclude={"training"})
-        return hashlib.sha256(repr((case.case_id, stamps, where, task)).encode()).hexdigest()
+        return hashlib.sha256(repr((SEGMENTATION, case.case_id, stamps, where, task)).encode()).hexdigest()
 
 
 def digest_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
