@@ -320,7 +320,7 @@ def main() -> None:
         url, slicer = asked.server, None
         if url == OWN:
             images = {case.case_id: image_of(case, preset, asked, seed)[1] for seed, case in enumerate(cases)}
-            url = opened.enter_context(own_server(preset, images, asked.empty))
+            url = opened.enter_context(own_server(preset, images, asked.empty, asked.weights))
         if url:
             slicer = Slicer(url, preset, Path(opened.enter_context(tempfile.TemporaryDirectory())))
         for seed, case in enumerate(cases):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, a worker in its own process, medians and a table."""
+"""What the benchmarks share: the machine in words, a worker in its own process, a model folder, medians and a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,3 +92,17 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def write_json(file: Path, result: Mapping[str, Any]) -> None:
     """Keep a benchmark's result with the machine that it was taken on."""
     file.write_text(json.dumps({"machine": describe_machine(), **result}, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_model(preset: str, folder: Path, weights: Path | None = None) -> None:
+    """Copy what the project ships of a preset into a server's ``model_dir``, so that nothing is written beside it.
+
+    Args:
+        preset: its name.
+        folder: the ``model_dir``.
+        weights: served instead of the shipped ones, with their JSON side-car.
+    """
+    shutil.copytree(REPOSITORY / "model" / preset, folder / preset)
+    if weights is not None:
+        for suffix in (".pt", ".json"):
+            shutil.copy(weights.with_suffix(suffix), folder / preset / f"shipped{suffix}")

@@ -32,7 +32,7 @@ from scipy import ndimage
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / folder) for folder in (".", "benchmarks", "tests/integration")]
 
-from measuring import describe_machine  # noqa: E402
+from measuring import copy_model, describe_machine  # noqa: E402
 from server import Server, parse_multipart  # noqa: E402
 
 from lib.cases.labelled import Case, find_cases  # noqa: E402
@@ -67,10 +67,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         # a copy, since versions are written beside the weights that come with the project
         models = Path(name) / "models"
-        shutil.copytree(REPOSITORY / "model" / PRESET, models / PRESET)
-        if options.weights:
-            for suffix in (".pt", ".json"):
-                shutil.copy(options.weights.with_suffix(suffix), models / PRESET / f"shipped{suffix}")
+        copy_model(PRESET, models, options.weights)
         conf = {"models": PRESET, "model_dir": str(models)} | dict(options.conf)
         server = Server(Path(name), conf, forked=False)
         server.seconds_to_answer = SECONDS_TO_ANSWER

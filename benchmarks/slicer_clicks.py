@@ -6,7 +6,6 @@ segments that come back replace those of the same name and take their voxels fro
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from monailabel.client import MONAILabelClient
 
+from benchmarks.measuring import copy_model
 from lib.configs.preset import Preset
 from lib.imagefiles.geometry import set_affine
 from lib.interaction.annotator import Correction
@@ -30,7 +30,6 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "integration"))
 from server import Server, wait_until  # noqa: E402
 
 LabelArray = npt.NDArray[np.uint8]
-MODEL = REPOSITORY / "model"
 OWN = "own"
 SECONDS_TO_START = 600
 
@@ -94,19 +93,22 @@ class Slicer:
 
 
 @contextmanager
-def own_server(preset: Preset, images: Mapping[str, Volume], without_weights: bool) -> Iterator[str]:
+def own_server(
+    preset: Preset, images: Mapping[str, Volume], without_weights: bool, weights: Path | None = None
+) -> Iterator[str]:
     """The address of a server of the benchmark's own, whose studies are these images under their names.
 
     Args:
         preset: the task that it serves.
         images: by the names of their cases.
         without_weights: whether it has no weights, so that clicks draw from nothing.
+        weights: of the preset; the shipped ones by default.
     """
     with tempfile.TemporaryDirectory() as name:
         models = Path(name) / "models"
         models.mkdir()
         if not without_weights:
-            shutil.copytree(MODEL / preset.name, models / preset.name)
+            copy_model(preset.name, models, weights)
         server = Server(Path(name), {"models": preset.name, "model_dir": str(models)}, forked=False)
         for case_id, volume in images.items():
             image = nib.Nifti1Image(volume.voxels, volume.affine_ras)
