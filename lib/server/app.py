@@ -61,9 +61,6 @@ from lib.server.work.retraining import Retrainer
 from lib.server.work.temporary import own_temporary_folder, remove_log_configuration
 from lib.server.work.waiting_for_room import WaitingForRoom
 
-MOST_TEXT_FIELDS = 20
-"""Text fields of one form, each of up to a mebibyte and kept in memory; no route has more than three."""
-
 ROUTERS = (
     health.router,
     app_routes.router,
@@ -195,10 +192,7 @@ def takes_files(scope: Scope) -> bool:
 def create_app() -> FastAPI:
     """Build the application."""
     spool_little()
-    app = FastAPI(
-        title="UNETR for MONAI Label", version="0.1.0", docs_url=None, redoc_url=None, lifespan=lifespan,
-        form_limits={"max_fields": MOST_TEXT_FIELDS},  # FastAPI for Python 3.10 does not know it, and takes 1,000
-    )  # fmt: skip
+    app = FastAPI(title="UNETR for MONAI Label", version="0.1.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for router in ROUTERS:
         app.include_router(router)
     app.mount("/page/assets", StaticFiles(directory=ASSETS))

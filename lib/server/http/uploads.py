@@ -10,15 +10,18 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import anyio
 import anyio.to_thread
 from fastapi import UploadFile
+from fastapi.routing import APIRoute
 from starlette.formparsers import MultiPartParser
+from starlette.requests import Request
+from starlette.responses import Response
 
 from lib.errors import InputError
 from lib.imagefiles.header import ImageHeader
@@ -30,6 +33,8 @@ MIB = 2**20
 # Of each uploaded file so much is kept in memory before it goes to the disk; a request may have a thousand.
 SPOOLED_BYTES = 64 * 1024
 MOST_FILES = 20_000
+MOST_TEXT_FIELDS = 20
+"""Text fields of one form, each of up to a mebibyte and kept in memory; no route has more than three."""
 PREFIX = "unetr-"
 
 
@@ -54,6 +59,28 @@ async def temporary_folder_beside_loop() -> AsyncIterator[Path]:
 def spool_little() -> None:
     """Have uploads go to temporary files early, for all of this process: Starlette keeps a mebibyte of each file."""
     MultiPartParser.spool_max_size = SPOOLED_BYTES
+
+
+class FormRoute(APIRoute):
+    """A route whose forms have at most :data:`MOST_TEXT_FIELDS` text fields, where Starlette takes 1,000.
+
+    FastAPI's own ``form_limits`` needs Python 3.11.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI; the handler receives a request with the limit."""
+        handle = super().get_route_handler()
+
+        async def handle_limited(request: Request) -> Response:
+            return await handle(_FormRequest(request.scope, request.receive))
+
+        return handle_limited
+
+
+class _FormRequest(Request):
+    def form(self, *, max_fields: float = MOST_TEXT_FIELDS, **limits: Any) -> Any:
+        """See Starlette."""
+        return super().form(max_fields=max_fields, **limits)
 
 
 def receive(upload: UploadFile, folder: Path, otherwise: str = "image.nii.gz") -> Path:

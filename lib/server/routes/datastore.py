@@ -39,7 +39,7 @@ from lib.server.http.auth import AsAdmin, AsAnnotator, AsUser, User
 from lib.server.http.bodies import LabelParams, described_by
 from lib.server.http.names import as_attachment, check_tag, find_label, safe_file_name, safe_new_id
 from lib.server.http.parameters import KEPT_BY_SERVER, check_room_for, parse_aside, parse_info
-from lib.server.http.uploads import MIB, check_header, receive, temporary_folder
+from lib.server.http.uploads import MIB, FormRoute, check_header, receive, temporary_folder
 from lib.server.labels.submissions import tag_for_prediction
 from lib.server.work.image_checks import inspect_for_any
 from lib.server.work.modality import modality_of, models_for
@@ -48,7 +48,7 @@ from lib.transforms.channels import ChannelSources, read_sources
 from lib.transforms.inputs import sources_of
 
 logger = logging.getLogger("unetr.server")
-router = APIRouter(prefix="/datastore", tags=["Datastore"])
+router = APIRouter(prefix="/datastore", tags=["Datastore"], route_class=FormRoute)
 
 # Formats that a folder of studies lists; files of other formats would be stored and never found again.
 STORED_SUFFIXES = (".nii.gz", ".nii", ".nrrd")

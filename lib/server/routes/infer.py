@@ -28,14 +28,14 @@ from lib.server.http.auth import AsUser
 from lib.server.http.bodies import InferParams, described_by
 from lib.server.http.names import as_attachment
 from lib.server.http.parameters import check_fields, parse_aside
-from lib.server.http.uploads import temporary_folder
+from lib.server.http.uploads import FormRoute, temporary_folder
 from lib.server.inference.answers import Answer
 from lib.server.inference.requests import Output, RequestChecks
 from lib.server.routes.sessions import session_image
 from lib.server.work.prefetch import PrefetchKey
 
 logger = logging.getLogger("unetr.server")
-router = APIRouter(prefix="/infer", tags=["Infer"])
+router = APIRouter(prefix="/infer", tags=["Infer"], route_class=FormRoute)
 
 WARNINGS_HEADER = "X-Warnings"
 """Percent-encoded warnings for clients that request the mask alone; others find ``warnings`` in ``params``."""

@@ -34,7 +34,7 @@ from lib.server.dependencies import (
 from lib.server.downloads import send_file, show_file
 from lib.server.http.auth import AsAdmin, AsReviewer, AsUser
 from lib.server.http.errors import ForbiddenError
-from lib.server.http.uploads import receive, temporary_folder
+from lib.server.http.uploads import FormRoute, receive, temporary_folder
 from lib.server.tasks import TasksByName
 from lib.trainers.task import UnetrTrainTask
 from lib.transforms.inputs import read_input
@@ -44,7 +44,7 @@ logger = logging.getLogger("unetr.server")
 
 CASES_TRIED = 3
 MOST_IMAGES_OPENED = 20
-router = APIRouter(prefix="/model", tags=["Model"])
+router = APIRouter(prefix="/model", tags=["Model"], route_class=FormRoute)
 
 
 @router.get("/{model}", summary="Download the weights in use", response_class=FileResponse)

@@ -23,11 +23,11 @@ from lib.errors import NotFoundError, ParameterError
 from lib.server.dependencies import PresetsDep, ReadersDep, SessionsDep, SettingsDep
 from lib.server.downloads import send_file
 from lib.server.http.auth import AsUser
-from lib.server.http.uploads import check_header, receive, temporary_folder, unpack
+from lib.server.http.uploads import FormRoute, check_header, receive, temporary_folder, unpack
 from lib.server.work.image_checks import inspect_for_any
 from lib.transforms.channel_search import ENDINGS
 
-router = APIRouter(prefix="/session", tags=["Session"])
+router = APIRouter(prefix="/session", tags=["Session"], route_class=FormRoute)
 
 logger = logging.getLogger("unetr.server")
 ONE_AT_A_TIME = threading.RLock()
