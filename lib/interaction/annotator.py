@@ -83,6 +83,21 @@ def next_scribble(
     return tuple(place.correction(point) for point in max(lines, key=len))
 
 
+def next_prompt(
+    labels: LabelArray,
+    truth: LabelArray,
+    spacing_mm: Sequence[float],
+    random: np.random.Generator | None,
+    taken: Sequence[Voxel],
+    scribble: bool,
+) -> tuple[Correction, ...]:
+    """The voxels of the next scribble, or the one of the next click; the arguments are those of :func:`next_click`."""
+    if scribble:
+        return next_scribble(labels, truth, spacing_mm, random, taken)
+    click = next_click(labels, truth, spacing_mm, random, taken)
+    return () if click is None else (click,)
+
+
 def prompts_of(clicks: Sequence[Correction]) -> Prompts:
     """The clicks as prompts, in the form in which a viewer sends them."""
     positive: dict[int, list[Voxel]] = {}

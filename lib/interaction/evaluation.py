@@ -17,7 +17,7 @@ from lib.cases.metrics import dice_per_label, mean_known, surface_per_label
 from lib.configs.preset import Preset
 from lib.infers.logit_margins import LogitMargins
 from lib.infers.segmenter import Segmenter
-from lib.interaction.annotator import Correction, next_click, next_scribble, prompts_of
+from lib.interaction.annotator import Correction, next_prompt, prompts_of
 from lib.interaction.editing import Scene, edit_clicks
 from lib.interaction.editor import Editor
 from lib.transforms.postprocess import restore_to_grid
@@ -72,13 +72,8 @@ def simulate_editing(
     labels, corrected, followed = start, list[Correction](), EditingScores()
     random = None if seed is None else np.random.default_rng(seed)
     for count in range(STOPS[-1] + 1):
-        prompt: tuple[Correction, ...] = ()
-        if count:
-            taken = [voxel.point for voxel in corrected]
-            if scribbles:
-                prompt = next_scribble(labels, truth, spacing_mm, random, taken)
-            elif (click := next_click(labels, truth, spacing_mm, random, taken)) is not None:
-                prompt = (click,)
+        taken = [voxel.point for voxel in corrected]
+        prompt = next_prompt(labels, truth, spacing_mm, random, taken, scribbles) if count else ()
         if prompt:
             corrected.extend(prompt)
             began = time.perf_counter()

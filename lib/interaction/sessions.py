@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from lib.interaction.annotator import Correction, next_click, next_scribble, perturb_mask
+from lib.interaction.annotator import Correction, next_click, next_prompt, perturb_mask
 from lib.interaction.editor import Points, Window, stack_input
 from lib.transforms.volume import FloatArray
 
@@ -79,11 +79,8 @@ class Session:
             return False
         current, truth = self.current.astype(np.uint8), self.truth.astype(np.uint8)
         taken = [voxel.point for voxel in self.corrected]
-        if random.random() < SCRIBBLE_SHARE:
-            prompt = next_scribble(current, truth, (1, 1, 1), random, taken)
-        else:
-            click = next_click(current, truth, (1, 1, 1), random, taken)
-            prompt = () if click is None else (click,)
+        scribble = random.random() < SCRIBBLE_SHARE
+        prompt = next_prompt(current, truth, (1, 1, 1), random, taken, scribble)
         if not prompt:
             return False
         self.made.append(prompt)
