@@ -24,6 +24,7 @@ from lib.transforms.volume import NIFTI_SUFFIXES, NRRD_SUFFIXES, Volume, check_s
 logger = logging.getLogger(__name__)
 
 MISSING = "missing"
+PREDICTED = "predicted"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Case:
         channels: channel name to file, for a case of several sequences without a source record next to ``image``;
             ``image`` is the file of the display channel.
         missing: values of preset labels that the mask does not annotate: their voxels may be background in the mask.
+        predicted: values of preset labels whose voxels in the mask are a model's prediction, and not a person's.
     """
 
     case_id: str
@@ -47,6 +49,7 @@ class Case:
     values: Mapping[int, int] | None = None
     missing: tuple[int, ...] = ()
     channels: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    predicted: tuple[int, ...] = ()
 
     def as_item(self) -> dict[str, Any]:
         """Plain data for a MONAI dataset. It includes the files' sizes and times, so that caches notice a new label."""
@@ -57,7 +60,8 @@ class Case:
         paths = {"image": str(self.image), "label": str(self.label)}
         missing = list(self.missing)
         item = {"id": self.case_id, "stamps": stamps, "values": values, "missing": missing, **paths}
-        return {"case": item | ({"channels": channels} if channels else {})}
+        predicted = {PREDICTED: list(self.predicted)} if self.predicted else {}
+        return {"case": item | ({"channels": channels} if channels else {}) | predicted}
 
 
 CaseReader = Callable[[Case, Preset], tuple[Volume, npt.NDArray[np.uint8]]]
@@ -192,7 +196,8 @@ def to_preset_values(
 class ReadCased(Transform):
     """Reads the plain data of :meth:`Case.as_item` into MetaTensors ``image`` and ``label`` of shape (1, X, Y, Z).
 
-    The entry ``missing``, of shape (classes,), is true for classes that the label does not annotate.
+    The entries ``missing`` and ``predicted``, of shape (classes,), are true for classes that the label does not
+    annotate, and for those that a model has predicted.
 
     Args:
         preset: the preset.
@@ -208,10 +213,12 @@ class ReadCased(Transform):
         channels = {name: Path(path) for name, path in item.get("channels", {}).items()}
         case = Case(item["id"], Path(item["image"]), Path(item["label"]), values, channels=channels)
         volume, label = self._read(case, self._preset)
-        missing = torch.zeros(self._preset.out_channels, dtype=torch.bool)
-        missing[item["missing"]] = True
+        missing, predicted = torch.zeros(2, self._preset.out_channels, dtype=torch.bool)
+        missing[item[MISSING]] = True
+        predicted[item.get(PREDICTED, [])] = True
         return {
             MISSING: missing,
+            PREDICTED: predicted,
             "case": item["id"],
             IMAGE: volume_tensor(volume),
             LABEL: as_meta_tensor(label, volume.affine_ras),

@@ -27,8 +27,8 @@ class Retraining(Model):
         retrain_from_nothing: after how many runs one starts from random weights instead of the live ones; 0 for never.
         oversample: how often a corrected case occurs in an epoch, whereas others occur once.
         replay: folder with ``images`` and ``labels`` of the cases on which the shipped weights were trained.
-        pseudo_labels: whether structures that a label lacks are taken from the live weights, if training starts with
-            them.
+        pseudo_labels: whether the live weights' probabilities are the targets for structures that a label lacks, if
+            training starts with them.
         subject_separator: the part of an image's id before it names the subject; empty: each image is one subject.
         test_share: share of new subjects in the test set, from fifty cases on.
         gate_margin: by how much the mean Dice of new weights must exceed that of the live ones for publication.

@@ -2,8 +2,8 @@
 
 A person who corrects the spleen does not annotate the liver. A network that is trained on such cases alone loses its
 skill on the other organs; predictions of the old network on the new images preserve it (learning without forgetting, Li
-and Hoiem 2016, arXiv 1606.09282; as pseudo-labels in the background of a segmentation: PLOP, Douillard et al. 2021,
-arXiv 2011.11390).
+and Hoiem 2016, arXiv 1606.09282). The completed label shows where crops are drawn; the targets there are the model's
+probabilities (:mod:`lib.trainers.distillation`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from lib.cases.labelled import Case, read_case
 from lib.imagefiles.compression import pack_gzip
+from lib.networks.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from lib.storage.files import replacing
 from lib.storage.full_disk import writing
 from lib.trainers.judging.masks import CaseMasks
@@ -25,6 +26,7 @@ from lib.trainers.judging.masks import CaseMasks
 logger = logging.getLogger("unetr.train")
 
 COMPLETED_FOLDER = "completed"
+TEACHER_FILE = "teacher.pt"
 
 
 def complete_labels(
@@ -44,7 +46,8 @@ def complete_labels(
             which it began, whichever model is live by then.
 
     Returns:
-        The cases in their order; complete ones are unchanged.
+        The cases in their order; complete ones are unchanged. ``predicted`` names what is the model's alone: not a
+        structure that a person has begun to draw.
 
     Raises:
         InputError: if a case cannot be read.
@@ -75,5 +78,20 @@ def _complete(case: Case, masks: CaseMasks, wanted: list[int], folder: Path) -> 
         with writing(f"the completed label of {case.case_id!r}"), replacing(whole.label) as stream:
             stream.write(content)
     completed = read_case(whole, masks.preset)[1]
-    filled = set(np.unique(completed[label == 0]).tolist())
-    return replace(whole, missing=tuple(index for index in case.missing if index not in filled))
+    filled, begun = (set(np.unique(values).tolist()) for values in (completed[label == 0], label))
+    missing = tuple(index for index in case.missing if index not in filled)
+    return replace(whole, missing=missing, predicted=tuple(index for index in wanted if index in filled - begun))
+
+
+def keep_teacher(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The model that completed the labels in ``folder``, which a resumed run keeps, whichever model is live by then.
+
+    Raises:
+        StorageError: if the weights cannot be written.
+        CheckpointError: if the stored weights are damaged.
+    """
+    file = folder / TEACHER_FILE
+    if not file.is_file():
+        write_checkpoint(file, checkpoint)
+        return checkpoint
+    return read_checkpoint(file)

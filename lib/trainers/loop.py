@@ -30,7 +30,7 @@ from lib.trainers.reporting.tracking import Tracking
 from lib.trainers.run.data import TrainingData, build_validation_loader
 from lib.trainers.run.job import TrainingJob, TrainingResult, Validation
 from lib.trainers.run.state import RunState, StateKeeper
-from lib.trainers.run.step import Forward, LossBuilder, StepTrainer, build_network
+from lib.trainers.run.step import Forward, LossBuilder, StepTrainer, build_network, build_teacher
 from lib.trainers.run.validation import Validator
 
 logger = logging.getLogger("unetr.train")
@@ -106,20 +106,21 @@ class _Run:
         beside = job.pause_file is not None
         planner = StepPlanner(job.memory_budget, CostBook(job.costs), functions.memory, beside_server=beside)
         alone = self.world_size == 1
-        plan = planner.plan(self.preset, len(job.train_cases), job.device, whole=not alone)
+        with_teacher = job.teacher is not None
+        plan = planner.plan(self.preset, len(job.train_cases), job.device, whole=not alone, with_teacher=with_teacher)
         logger.info("%s", plan.explain())
         self.device = torch.device(plan.device)
         if plan.keeps_freed_memory:
             functions.keep_freed_memory()
         dtype = resolve_precision(self.recipe.precision, self.device)
-        network = build_network(job, self.device, plan.checkpointing)
+        network, teacher = build_network(job, self.device, plan.checkpointing), build_teacher(job, self.device)
         ladder = StepLadder(plan, planner, self.preset, network, may_shrink=alone)
         self.data = TrainingData(job, self.device, self.world_size, plan.cache_bytes)
         self.validate = self._build_validation(dtype, functions)
         steps = self.recipe.max_epochs * len(self.data.loader)
         self.total_steps = min(steps, job.max_steps or steps)
         self.trainer = StepTrainer(
-            network, ladder, self.recipe, self.total_steps, dtype, functions.build_loss, functions.forward
+            network, ladder, self.recipe, self.total_steps, dtype, functions.build_loss, functions.forward, teacher
         )
         self.reporter = self._build_reporter() if self.rank == 0 else None
         self.state = RunState()
@@ -149,10 +150,10 @@ class _Run:
     def _train_epoch(self, on_step: Callable[[int], None] | None) -> None:
         self.trainer.begin_epoch()
         self.data.begin_epoch(self.state.epoch, self.state.step_of_epoch)
-        for crops, missing, prepare in self.data.batches(self.device):
+        for crops, missing, predicted, prepare in self.data.batches(self.device):
             self._wait(self.job.pause_file)
             # the next step's crops are augmented while the GPU computes this step's gradients
-            self.state.losses.append(self.trainer.take(self.state, *crops, missing, meanwhile=prepare))
+            self.state.losses.append(self.trainer.take(self.state, *crops, missing, predicted, prepare))
             self.state.step, self.state.step_of_epoch = self.state.step + 1, self.state.step_of_epoch + 1
             if self.reporter is not None:
                 self.reporter.step(self._progress())

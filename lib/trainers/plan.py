@@ -134,7 +134,13 @@ class StepPlanner:
         self._memory, self._measure_step = memory or MemoryProbe(), measure
 
     def plan(
-        self, preset: Preset, cases: int, device: torch.device, whole: bool = False, always_measure: bool = False
+        self,
+        preset: Preset,
+        cases: int,
+        device: torch.device,
+        whole: bool = False,
+        always_measure: bool = False,
+        with_teacher: bool = False,
     ) -> StepPlan:
         """The fastest plan that fits: all crops at once, recomputed transformer blocks, smaller parts, or the CPU.
 
@@ -145,11 +151,12 @@ class StepPlanner:
             whole: whether the step must neither be split nor moved to another device, since other processes would have
                 to do the same.
             always_measure: whether to measure even if there is only one choice.
+            with_teacher: whether a second network, which is not trained, gives the targets.
 
         Raises:
             TrainingError: if no plan fits, with the required and the available memory.
         """
-        plan = self._on(preset, cases, device, whole, always_measure)
+        plan = self._on(preset, cases, device, whole, always_measure, with_teacher)
         if plan.fits or whole:
             return plan
         if device.type == "cpu":
@@ -158,10 +165,13 @@ class StepPlanner:
                 f"a time) needs {plan.needed_bytes / GIB:.2f} GiB of memory; there are {plan.free_bytes / GIB:.2f}; "
                 "valid: a preset with a smaller roi_size or network, or a larger --conf memory_budget"
             )
-        on_cpu = self.plan(preset, cases, torch.device("cpu"), always_measure=always_measure)
+        cpu = torch.device("cpu")
+        on_cpu = self.plan(preset, cases, cpu, always_measure=always_measure, with_teacher=with_teacher)
         return replace(on_cpu, fallbacks=(f"{device} ({plan.needed_bytes / GIB:.2f} GiB)", *on_cpu.fallbacks))
 
-    def _on(self, preset: Preset, cases: int, device: torch.device, whole: bool, always_measure: bool) -> StepPlan:
+    def _on(
+        self, preset: Preset, cases: int, device: torch.device, whole: bool, always_measure: bool, with_teacher: bool
+    ) -> StepPlan:
         """The fastest plan on one device that fits, or otherwise the smallest plan."""
         recipe, where = preset.training, placement_for(preset, device)
         crops = min(recipe.batch_size, cases) * recipe.crops_per_case
@@ -172,7 +182,7 @@ class StepPlanner:
         ways = _ways(crops, recipe.activation_checkpointing or limits.recompute, limits.window_batch or crops, whole)
         plan: StepPlan | None = None
         for at_once, recompute in ways:
-            needs = _Needs(preset, crops, recompute, where.dtype)
+            needs = _Needs(preset, crops, recompute, where.dtype, with_teacher)
             costs = self._costs(needs, where, at_once, free, always_measure)
             needed = needs.bytes(at_once, costs)
             left = max(0, host - needed) if device.type == "cpu" else host
@@ -289,20 +299,24 @@ class StepLadder:
 
 
 class _Needs:
-    """Bytes and seconds of steps of one network."""
+    """Bytes and seconds of steps of one network, with or without a teacher."""
 
-    def __init__(self, preset: Preset, crops: int, recompute: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, preset: Preset, crops: int, recompute: bool, dtype: torch.dtype, with_teacher: bool = False
+    ) -> None:
         self.recompute = recompute
         self._crops, self._half = crops, dtype is not torch.float32
         self._kept, self._weights = count_kept_bytes(preset, recompute)
         if recompute:  # during the backward pass, the activations of only one block exist at a time
             self._kept += (count_kept_bytes(preset, False)[0] - self._kept) // TRANSFORMER_BLOCKS
         self._logits = COPIES_OF_LOGITS * FLOAT_BYTES * preset.out_channels * math.prod(preset.roi_size)
+        # its forward pass is over before the trained network's begins; its logits become the targets
+        self._teacher = with_teacher * (self._weights + crops * self._logits)
 
     def bytes(self, at_once: int, costs: Sequence[WindowCost]) -> int:
         """Bytes of weights, optimiser and a step: measured if available, otherwise computed from shapes."""
         waiting = (self._crops - at_once) * self._logits
-        return COPIES_OF_WEIGHTS * self._weights + self._passes(at_once, costs) + waiting
+        return COPIES_OF_WEIGHTS * self._weights + self._teacher + self._passes(at_once, costs) + waiting
 
     def seconds(self, at_once: int, costs: Sequence[WindowCost]) -> float:
         """Seconds of a step; a recomputed part has a second forward pass, half as long as a backward pass."""

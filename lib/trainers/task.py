@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lib.networks.layouts import StateDict
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, load_encoder
 from lib.storage.json_files import write_json
-from lib.trainers.completion import COMPLETED_FOLDER, complete_labels
+from lib.trainers.completion import COMPLETED_FOLDER, complete_labels, keep_teacher
 from lib.trainers.datasets import DATASET_KINDS, LOADER_KINDS
 from lib.trainers.gathering import CaseGatherer
 from lib.trainers.judging.champion import ServedWeights, read_served
@@ -175,7 +176,7 @@ class UnetrTrainTask(TrainTask):
         # Weights are trained further in their own network, even if the preset has been given another one since.
         preset = preset_for(champion.checkpoint, self.preset) if champion is not None else self.preset
         device = resolve_device(asked.device or self._device)
-        train_cases = self._complete(material.train, champion, preset, device, run_dir)
+        train_cases, teacher = self._complete(material.train, champion, preset, device, run_dir)
         # a completed label lies in the run's folder, and what is made of it goes with it
         cache_dir = self.runs / CACHE_FOLDER if train_cases == material.train else None
         plan = TrainingJob(
@@ -186,6 +187,7 @@ class UnetrTrainTask(TrainTask):
             device=device,
             start=champion.checkpoint.model if champion is not None else None,
             encoder=self._read_encoder() if champion is None else None,
+            teacher=teacher,
             dataset=asked.dataset,
             dataloader=asked.dataloader,
             cache_dir=cache_dir,
@@ -216,15 +218,21 @@ class UnetrTrainTask(TrainTask):
         preset: Preset,
         device: torch.device,
         run_dir: Path,
-    ) -> tuple[Case, ...]:
-        """The cases with what they lack taken from the weights that the training goes on from, where there are some."""
+    ) -> tuple[tuple[Case, ...], StateDict | None]:
+        """The cases with what they lack taken from the weights that the training goes on from, where there are some.
+
+        Returns:
+            The cases, and those weights; None if nothing has been taken from them.
+        """
         if champion is None or self._settings.pseudo_labels == "off" or not any(case.missing for case in cases):
-            return cases
-        masks = self._publisher.masks(champion.checkpoint, preset, device)
-        completed = complete_labels(cases, masks, champion.never_learnt, run_dir / COMPLETED_FOLDER)
+            return cases, None
+        folder = run_dir / COMPLETED_FOLDER
+        teacher = keep_teacher(replace(champion.checkpoint, preset=preset), folder)
+        masks = self._publisher.masks(teacher, preset, device)
+        completed = complete_labels(cases, masks, champion.never_learnt, folder)
         del masks
         release_memory(device)
-        return completed
+        return completed, teacher.model if any(case.predicted for case in completed) else None
 
     def _follow(self, run: EndedRun) -> None:
         """Run the follow-up of a training, and store its outcome with the figures of the run.

@@ -14,7 +14,8 @@ from torch import nn
 
 from lib.cases.labelled import Case, read_case
 from lib.infers.segmenter import Segmenter
-from lib.trainers.completion import complete_labels
+from lib.networks.checkpoint import Checkpoint
+from lib.trainers.completion import complete_labels, keep_teacher
 from lib.trainers.judging.masks import CaseMasks
 from tests.tiny import boxes, tiny_preset, write_nifti
 
@@ -59,7 +60,7 @@ def partial(full: Case, tmp_path: Path) -> Case:
 
 def test_missing_structure_is_the_models_and_what_was_drawn_stays(full: Case, partial: Case, tmp_path: Path) -> None:
     (case,) = complete_labels([partial], masks_of(Bright()), (), tmp_path / "completed")
-    assert (case.missing, case.case_id, case.image) == ((), full.case_id, full.image)
+    assert (case.missing, case.predicted, case.case_id, case.image) == ((), (2,), full.case_id, full.image)
     drawn, completed = voxels_of(partial), read_case(case, PRESET)[1]
     np.testing.assert_array_equal(completed[drawn == 1], 1)
     core = (voxels_of(full) == 2) & (drawn == 0)
@@ -77,7 +78,7 @@ def test_label_that_lacks_nothing_is_the_same_case(full: Case, partial: Case, tm
 def test_what_the_model_does_not_know_stays_missing(network: Bright, partial: Case, tmp_path: Path) -> None:
     never_learnt = ("core",) if network.core else ()
     (case,) = complete_labels([partial], masks_of(network), never_learnt, tmp_path / "completed")
-    assert case.missing == (2,)
+    assert (case.missing, case.predicted) == ((2,), ())
     np.testing.assert_array_equal(read_case(case, PRESET)[1], voxels_of(partial))
 
 
@@ -88,8 +89,11 @@ def test_structure_drawn_in_part_of_which_the_model_draws_nothing_stays_missing(
     label[tuple(np.argwhere(voxels_of(full) == 2)[-1])] = 2
     begun = replace(partial, label=write_nifti(tmp_path / "begun.nii.gz", label))
     (case,) = complete_labels([begun], masks_of(Bright(core=False)), (), tmp_path / "completed")
-    assert case.missing == (2,)
+    assert (case.missing, case.predicted) == ((2,), ())
     assert (read_case(case, PRESET)[1] == 2).sum() == 1, "what a person has drawn stays"
+    (case,) = complete_labels([begun], masks_of(Bright()), (), tmp_path / "by another model")
+    assert (case.missing, case.predicted) == ((), ()), "the model's part is learnt as the person's is"
+    assert (read_case(case, PRESET)[1] == 2).sum() > 1
 
 
 def test_values_of_another_numbering_become_the_presets(partial: Case, tmp_path: Path) -> None:
@@ -107,6 +111,13 @@ def test_resumed_run_keeps_its_completed_labels_whatever_is_served_by_then(parti
     content = before.label.read_bytes()
     (after,) = complete_labels([partial], masks_of(Bright(core=False)), (), tmp_path / "completed")
     assert after == before and after.label.read_bytes() == content
+
+
+def test_resumed_run_keeps_its_teacher_whatever_is_served_by_then(tmp_path: Path) -> None:
+    begun_with, served_now = (Checkpoint({"w": torch.full((2,), value)}, PRESET) for value in (1.0, 2.0))
+    assert keep_teacher(begun_with, tmp_path / "completed") is begun_with
+    kept = keep_teacher(served_now, tmp_path / "completed").model
+    torch.testing.assert_close(kept, begun_with.model, rtol=0, atol=0)
 
 
 def test_boxes_are_as_bright_as_the_test_thinks() -> None:

@@ -543,10 +543,10 @@ def test_step_reads_no_single_number_of_what_it_computes() -> None:
     ladder = StepLadder(planner.plan(preset, 2, CPU), planner, preset, network)
     trainer, state = StepTrainer(network, ladder, preset.training, 4, torch.float32), RunState()
     crops = torch.rand(2, 1, *preset.roi_size), torch.zeros(2, 1, *preset.roi_size)
-    missing, before = torch.zeros(2, preset.out_channels, dtype=torch.bool), list[list[torch.dtype]]()
-    trainer.take(state, *crops, missing)
+    nothing, before = torch.zeros(2, preset.out_channels, dtype=torch.bool), list[list[torch.dtype]]()
+    trainer.take(state, *crops, nothing, nothing)
     with _ReadValues() as reads:
-        loss = trainer.take(state, *crops, missing, meanwhile=lambda: before.append(list(reads.read)))
+        loss = trainer.take(state, *crops, nothing, nothing, lambda: before.append(list(reads.read)))
     assert math.isfinite(loss)
     assert before == [[torch.bool]], "the next batch is prepared before anything of the step is waited for"
     assert reads.read.count(torch.bool) == 3 and reads.read.count(torch.int64) == 1 and len(reads.read) == 4
@@ -558,7 +558,7 @@ def test_next_batch_is_prepared_once_whenever_that_is_asked_for(make_plan: Calla
     def draw(early: bool) -> list[torch.Tensor]:
         data.begin_epoch(1, 0)
         images = []
-        for (image, _), _, prepare in data.batches(CPU):
+        for (image, _), *_, prepare in data.batches(CPU):
             for _ in range(2 * early):
                 prepare()
             images.append(image)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.cases.labelled import MISSING, Case, ReadCased
+from lib.cases.labelled import MISSING, PREDICTED, Case, ReadCased
 from lib.cases.metrics import without_missing
 from lib.configs.preset import Training
 from lib.datastore.records import LabelVersion
@@ -56,8 +56,10 @@ def test_loss_does_not_depend_on_how_background_and_missing_share() -> None:
 
 
 def test_missing_classes_travel_with_the_case(make_cases: Callable[..., tuple[Case, ...]]) -> None:
-    case = replace(make_cases(1)[0], missing=(2,))
-    assert ReadCased(tiny_preset())(case.as_item())[MISSING].tolist() == [False, False, True]
+    case = replace(make_cases(1)[0], missing=(2,), predicted=(1,))
+    item = ReadCased(tiny_preset())(case.as_item())
+    assert item[MISSING].tolist() == [False, False, True]
+    assert item[PREDICTED].tolist() == [False, True, False]
 
 
 def test_missing_labels_have_no_score() -> None:

@@ -152,6 +152,18 @@ def test_count_grows_with_crops_and_falls_with_checkpointing() -> None:
     assert count_step_bytes(preset, 2, False, torch.bfloat16) / GIB == pytest.approx(1.38 + 1.6 * 1.31 + 0.46, abs=0.1)
 
 
+def test_teacher_takes_its_weights_and_the_targets(book: CostBook) -> None:
+    alone, taught = (
+        planner_with(64, book).plan(_base(), 10, CPU, with_teacher=with_teacher).needed_bytes / GIB
+        for with_teacher in (False, True)
+    )
+    assert taught - alone == pytest.approx(WEIGHTS_GIB / 4 + 4 * LOGITS_GIB, abs=0.01)
+    crowded = planner_with(alone + 0.5, book)
+    assert crowded.plan(_base(), 10, CPU).at_once == 4
+    shared = crowded.plan(_base(), 10, CPU, with_teacher=True)
+    assert shared.fits and (shared.at_once < 4 or shared.checkpointing)
+
+
 def test_costs_are_measured_once_and_kept(tmp_path: Path) -> None:
     measured = []
 

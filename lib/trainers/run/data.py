@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from monai.data import DataLoader, SmartCacheDataset
 
-from lib.cases.labelled import MISSING
+from lib.cases.labelled import MISSING, PREDICTED
 from lib.trainers.datasets import build_crops, build_dataset, build_loader
 from lib.trainers.loader import pin
 from lib.trainers.parallel import ResumableSampler
@@ -21,10 +21,11 @@ MOST_LOADING_THREADS = 8
 
 
 class Batch(NamedTuple):
-    """Images and labels on the device, the missing labels, and a function that prepares the next batch."""
+    """Images and labels on the device, the missing and the predicted labels, and what prepares the next batch."""
 
     crops: tuple[torch.Tensor, torch.Tensor]
     missing: torch.Tensor
+    predicted: torch.Tensor
     prepare_next: Callable[[], None]
 
 
@@ -78,12 +79,12 @@ class TrainingData:
 
         def prepare() -> None:
             if not ready and (batch := next(source, None)) is not None:
-                ready.append((self.crops.change(batch, device), batch[MISSING]))
+                ready.append((self.crops.change(batch, device), batch[MISSING], batch[PREDICTED]))
 
         prepare()
         while ready:
-            crops, missing = ready.popleft()
-            yield Batch(crops, missing, prepare)
+            crops, missing, predicted = ready.popleft()
+            yield Batch(crops, missing, predicted, prepare)
             prepare()
 
     def end_epoch(self) -> None:

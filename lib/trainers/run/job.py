@@ -32,6 +32,8 @@ class TrainingJob:
         device: training device.
         start: initial weights; None for random ones.
         encoder: initial weights of the encoder only, from pretraining.
+        teacher: weights whose predictions are the targets for what a label lacks (:attr:`Case.predicted`); None if no
+            label of a training case has been completed.
         build: builds the network; by default the preset's UNETR, for which memory is planned in any case.
         dataset: one of ``datasets.DATASET_KINDS``.
         dataloader: one of ``datasets.LOADER_KINDS``.
@@ -54,6 +56,7 @@ class TrainingJob:
     device: torch.device
     start: Mapping[str, torch.Tensor] | None = None
     encoder: Mapping[str, torch.Tensor] | None = None
+    teacher: Mapping[str, torch.Tensor] | None = None
     build: Builder = build_unetr
     dataset: str = "PersistentDataset"
     dataloader: str = "ThreadDataLoader"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from lib.networks.checkpoint import load_weights
 from lib.networks.layouts import StateDict, strip_wrappers
 from lib.networks.precision import autocast, place_for_training
 from lib.networks.unetr import load_encoder
+from lib.trainers.distillation import DistillationLoss, distilled_targets, one_hot
 from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
 from lib.trainers.parallel import gather, loss_scale, rank_and_world_size
@@ -31,6 +33,15 @@ Forward = Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
 LossBuilder = Callable[[Training], nn.Module]
 
 
+class Given(NamedTuple):
+    """The crops of a step: images, labels, and the classes that are missing in each label or predicted by a model."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    missing: torch.Tensor
+    predicted: torch.Tensor
+
+
 class StepTrainer:
     """Takes optimisation steps.
 
@@ -42,6 +53,7 @@ class StepTrainer:
         dtype: number format of the forward pass.
         build_loss: builds the loss of a recipe.
         forward: computes the logits of all crops, a given number at a time.
+        teacher: network whose predictions are the targets for structures that labels lack; None if they lack none.
     """
 
     def __init__(
@@ -53,11 +65,13 @@ class StepTrainer:
         dtype: torch.dtype,
         build_loss: LossBuilder = build_loss,
         forward: Forward = forward_in_parts,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.network, self.ladder = network, ladder
         self._device, self._dtype, self._recipe = torch.device(ladder.plan.device), dtype, recipe
         self._trained = _distribute(network, self._device)
         self._loss, self._forward = build_loss(recipe), forward
+        self._teacher, self._distillation_loss = teacher, DistillationLoss(recipe)
         self._optimizer = build_optimizer(network, recipe)
         self._schedule = build_schedule(self._optimizer, recipe, total_steps)
         self._average = build_average(network, recipe)
@@ -99,6 +113,7 @@ class StepTrainer:
         image: torch.Tensor,
         label: torch.Tensor,
         missing: torch.Tensor,
+        predicted: torch.Tensor,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> float:
         """Compute one step; returns its loss.
@@ -109,7 +124,8 @@ class StepTrainer:
             state: counts steps whose gradients are not finite.
             image: shape (crops, channels, X, Y, Z).
             label: shape (crops, 1, X, Y, Z), values of the preset.
-            missing: shape (crops, labels), true where a label is unknown.
+            missing: shape (crops, classes), true where a label is unknown; on the CPU.
+            predicted: shape (crops, classes), true where a label is a model's prediction; on the CPU.
             meanwhile: called after the kernels of the gradients have been launched, before the host waits for them.
 
         Raises:
@@ -118,12 +134,13 @@ class StepTrainer:
         rank = rank_and_world_size()[0]
         torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # makes dropout reproducible too
         image = image.to(memory_format=torch.channels_last_3d)
-        begun = self._compute_gradients(image, label, missing, self._dtype)
+        given = Given(image, label, missing, predicted)
+        begun = self._compute_gradients(given, self._dtype)
         meanwhile()
         loss, norm = _read(*begun)
         if self._dtype is torch.bfloat16 and not math.isfinite(norm):
             logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", state.step + 1)
-            loss, norm = _read(*self._compute_gradients(image, label, missing, torch.float32))
+            loss, norm = _read(*self._compute_gradients(given, torch.float32))
         # The norm decides and not the loss, because a finite loss can have infinite gradients, and because all
         # processes have the same norm and so decide alike.
         if math.isfinite(norm):
@@ -136,25 +153,39 @@ class StepTrainer:
         self._scaler.update()
         return loss
 
-    def _compute_gradients(
-        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_gradients(self, given: Given, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute and clip the gradients of a step; returns its loss and the norm before clipping."""
-        loss = self.ladder.run(lambda at_once: self._backward(image, label, missing, at_once, dtype))
+        loss = self.ladder.run(lambda at_once: self._backward(given, at_once, dtype))
         self._scaler.unscale_(self._optimizer)
         return loss, nn.utils.clip_grad_norm_(self.network.parameters(), self._recipe.gradient_clip_norm)
 
-    def _backward(
-        self, image: torch.Tensor, label: torch.Tensor, missing: torch.Tensor, at_once: int, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _backward(self, given: Given, at_once: int, dtype: torch.dtype) -> torch.Tensor:
         """Compute the gradients of the loss over all crops, of which ``at_once`` are in the network at a time."""
         self._optimizer.zero_grad(set_to_none=True)
+        guessed = self._ask_teacher(given, at_once, dtype)
         with autocast(self._device, dtype):
-            logits = self._forward(self._trained, image, at_once)
-        shown, target = leave_out_missing(logits.float(), label.float(), missing)
-        loss: torch.Tensor = self._loss(gather(shown), gather(target))
+            logits = self._forward(self._trained, given.image, at_once)
+        shown, label = leave_out_missing(logits.float(), given.label.float(), given.missing)
+        loss: torch.Tensor
+        if self._teacher is None:
+            loss = self._loss(gather(shown), gather(label))
+        else:  # all processes have a teacher, or none has, so that they gather the same tensors
+            predicted = given.predicted.to(self._device, torch.uint8)  # Gloo gathers no bool
+            targets = one_hot(label, shown.shape[1])
+            if guessed is not None:
+                targets = distilled_targets(guessed, label, predicted.bool())
+            loss = self._distillation_loss(gather(shown), gather(targets), gather(predicted).bool())
         self._scaler.scale(loss * loss_scale()).backward()
         return loss
+
+    @torch.no_grad()
+    def _ask_teacher(self, given: Given, at_once: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The teacher's logits of all crops, without missing classes; None if no label has a predicted class."""
+        if self._teacher is None or not given.predicted.any():
+            return None
+        with autocast(self._device, dtype):
+            logits = torch.cat([self._teacher(part) for part in given.image.split(at_once)])
+        return leave_out_missing(logits.float(), given.label.float(), given.missing)[0]
 
     def _count_bad_step(self, state: RunState) -> None:
         """Count a step with gradients that are not finite, which changes no weights; too many in a row end the run."""
@@ -181,6 +212,16 @@ def build_network(job: TrainingJob, device: torch.device, checkpointing: bool) -
         load_weights(network, job.start)
     place_for_training(network, device)
     return network
+
+
+def build_teacher(job: TrainingJob, device: torch.device) -> nn.Module | None:
+    """The job's teacher on the device, whose weights stay as they are; None if the job has none."""
+    if job.teacher is None:
+        return None
+    network = job.build(job.preset, False)
+    load_weights(network, job.teacher)
+    place_for_training(network, device)
+    return network.eval().requires_grad_(False)
 
 
 def _distribute(network: nn.Module, device: torch.device) -> nn.Module:
