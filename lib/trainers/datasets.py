@@ -32,6 +32,8 @@ DATASET_KINDS = ("PersistentDataset", "CacheDataset", "SmartCacheDataset", "Data
 LOADER_KINDS = ("ThreadDataLoader", "DataLoader")
 DISK_SHARE_FOR_CACHE = 0.5
 SEED = "seed"
+ITEM_FORMAT = 2
+"""Raised with each change of the entries of a preprocessed case, so that caches of before are not read."""
 
 
 class BoundedPersistentDataset(PersistentDataset):
@@ -226,7 +228,7 @@ def _cases_that_fit(item: dict[str, Any], fixed: Sequence[Any], cache_bytes: int
 
 
 def preprocessing_digest(preset: Preset) -> str:
-    """Name of a preset's cache, which changes with the spacing, the intensity window and other preprocessing."""
+    """Name of a preset's cache, which changes with its preprocessing and the format of cases."""
     keys = {"axcodes", "spacing_mm", "roi_size", "intensity", "padding", "labels"}
     relevant = preset.model_dump_json(include=keys | {"channels"} if preset.channels else keys)
-    return hashlib.sha256(relevant.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{ITEM_FORMAT} {relevant}".encode()).hexdigest()[:16]

@@ -136,6 +136,19 @@ def test_cache_dataset_keeps_as_many_cases_as_fit(make_cases: MakeCases, tmp_pat
     assert read.ids == ["case_003", "case_004"], "the two that are kept are not read again"
 
 
+def test_cache_of_another_format_is_not_read(
+    make_cases: MakeCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cases lack entries that a batch needs."""
+    read, cases = CountingReader(), make_cases(1)
+    with monkeypatch.context() as before:
+        before.setattr(datasets, "ITEM_FORMAT", datasets.ITEM_FORMAT - 1)
+        build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path, read=read)[0]
+    for _ in range(2):
+        build_dataset(cases, tiny_preset(), "PersistentDataset", tmp_path, read=read)[0]
+    assert read.ids == ["case_001"] * 2
+
+
 @pytest.mark.parametrize("kind", ["CacheDataset", "PersistentDataset"])
 def test_case_in_the_cache_stays_as_it_is_whatever_is_drawn_from_it(
     make_cases: MakeCases, tmp_path: Path, kind: str
