@@ -3,7 +3,7 @@
 A person who corrects the spleen does not annotate the liver. A network that is trained on such cases alone loses its
 skill on the other organs; predictions of the old network on the new images preserve it (learning without forgetting, Li
 and Hoiem 2016, arXiv 1606.09282). The completed label shows where crops are drawn; the targets there are the model's
-probabilities (:mod:`lib.trainers.distillation`).
+probabilities (:mod:`lib.trainers.run.distillation`).
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
 from lib.trainers.completion import complete_labels
 from lib.trainers.datasets import build_dataset
-from lib.trainers.distillation import DistillationLoss, distilled_targets, one_hot
 from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.loop import run_training
 from lib.trainers.optimization import build_loss, leave_out_missing
+from lib.trainers.run.distillation import DistillationLoss, distilled_targets, one_hot
 from lib.trainers.run.job import TrainingJob
 from lib.transforms.preprocess import IMAGE
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_cases, write_nifti

@@ -17,11 +17,11 @@ from lib.networks.checkpoint import load_weights
 from lib.networks.layouts import StateDict, strip_wrappers
 from lib.networks.precision import autocast, place_for_training
 from lib.networks.unetr import load_encoder
-from lib.trainers.distillation import DistillationLoss, distilled_targets, one_hot
 from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
 from lib.trainers.parallel import gather, loss_scale, rank_and_world_size
 from lib.trainers.plan import StepLadder
+from lib.trainers.run.distillation import DistillationLoss, distilled_targets, one_hot
 from lib.trainers.run.job import TrainingJob
 from lib.trainers.run.state import RunState, Stateful
 
