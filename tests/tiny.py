@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,11 @@ def oblique_affine(
     affine[:3, :3] = rotation(degrees) @ affine[:3, :3]
     affine[:3, 3] = origin
     return affine
+
+
+def without_core(case: Case, folder: Path) -> Case:
+    """The case as drawn by somebody who drew the box around the core and not the core."""
+    image = nib.load(case.label)
+    voxels = np.asarray(image.dataobj)
+    label = write_nifti(folder / f"partial_{case.case_id}.nii.gz", np.where(voxels == 2, 0, voxels).astype(np.uint8))
+    return replace(case, label=label, missing=(2,))

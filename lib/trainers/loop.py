@@ -150,10 +150,10 @@ class _Run:
     def _train_epoch(self, on_step: Callable[[int], None] | None) -> None:
         self.trainer.begin_epoch()
         self.data.begin_epoch(self.state.epoch, self.state.step_of_epoch)
-        for crops, missing, predicted, prepare in self.data.batches(self.device):
+        for batch, prepare in self.data.batches(self.device):
             self._wait(self.job.pause_file)
             # the next step's crops are augmented while the GPU computes this step's gradients
-            self.state.losses.append(self.trainer.take(self.state, *crops, missing, predicted, prepare))
+            self.state.losses.append(self.trainer.take(self.state, batch, prepare))
             self.state.step, self.state.step_of_epoch = self.state.step + 1, self.state.step_of_epoch + 1
             if self.reporter is not None:
                 self.reporter.step(self._progress())

@@ -13,6 +13,7 @@ import torch
 from lib.cases.labelled import Case
 from lib.errors import ParameterError, TrainingError
 from lib.networks.checkpoint import read_checkpoint
+from lib.networks.unetr import build_unetr
 from lib.trainers.launch import launch, launch_processes
 from lib.trainers.loop import BEST_FILE, run_training
 from lib.trainers.run.job import TrainingJob, TrainingResult
@@ -100,6 +101,26 @@ def test_two_processes_follow_the_curve_of_one_with_the_same_global_batch(plan: 
     assert apart.mean() < 2.5e-3
     torch.testing.assert_close(read_checkpoint(plan.run_dir / BEST_FILE).model, several.weights, rtol=0, atol=0)
     assert not any(key.startswith("module.") for key in several.weights)
+
+
+def test_two_processes_learn_from_a_teacher_as_one_does(plan: TrainingJob) -> None:
+    """One of them has crops of which a model has drawn something, and the other, in some steps, has not."""
+    torch.manual_seed(7)
+    teacher = build_unetr(plan.preset).state_dict()
+    first, second, *others = plan.train_cases
+    cases = (replace(first, predicted=(1, 2)), replace(second, predicted=(2,)), *others)
+    taught = replace(plan, train_cases=cases, teacher=teacher, validation_cases=())
+    several = launch_processes(taught, [CPU, CPU], "forkserver")
+    recipe = plan.preset.training.model_copy(update={"batch_size": 2})
+    whole = plan.preset.model_copy(update={"training": recipe})
+    alone = run_training(replace(taught, preset=whole, run_dir=plan.run_dir / "alone"))
+    untaught = run_training(replace(plan, preset=whole, validation_cases=(), run_dir=plan.run_dir / "untaught"))
+    # the bounds of the test above
+    assert several.losses[0] == pytest.approx(alone.losses[0], abs=1e-5)
+    assert several.losses[:4] == pytest.approx(alone.losses[:4], abs=5e-4)
+    assert several.losses == pytest.approx(alone.losses, abs=4e-3)
+    apart = [abs(a - b) for a, b in zip(alone.losses, untaught.losses, strict=True)]
+    assert max(apart) > 0.02, "the teacher matters more than the bounds"
 
 
 def test_process_that_fails_ends_the_others_and_says_why(plan: TrainingJob) -> None:

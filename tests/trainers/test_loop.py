@@ -31,7 +31,7 @@ from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_loss
 from lib.trainers.pause import is_paused, wait_while_paused
 from lib.trainers.plan import CACHE_SHARE, KEEPING_FACTOR, StepLadder, StepPlanner
-from lib.trainers.run.data import TrainingData, count_loading_threads
+from lib.trainers.run.data import Batch, TrainingData, count_loading_threads
 from lib.trainers.run.job import TrainingJob
 from lib.trainers.run.state import RunState
 from lib.trainers.run.step import StepTrainer
@@ -544,9 +544,10 @@ def test_step_reads_no_single_number_of_what_it_computes() -> None:
     trainer, state = StepTrainer(network, ladder, preset.training, 4, torch.float32), RunState()
     crops = torch.rand(2, 1, *preset.roi_size), torch.zeros(2, 1, *preset.roi_size)
     nothing, before = torch.zeros(2, preset.out_channels, dtype=torch.bool), list[list[torch.dtype]]()
-    trainer.take(state, *crops, nothing, nothing)
+    batch = Batch(*crops, missing=nothing, predicted=nothing)
+    trainer.take(state, batch)
     with _ReadValues() as reads:
-        loss = trainer.take(state, *crops, nothing, nothing, lambda: before.append(list(reads.read)))
+        loss = trainer.take(state, batch, lambda: before.append(list(reads.read)))
     assert math.isfinite(loss)
     assert before == [[torch.bool]], "the next batch is prepared before anything of the step is waited for"
     assert reads.read.count(torch.bool) == 3 and reads.read.count(torch.int64) == 1 and len(reads.read) == 4
@@ -558,10 +559,10 @@ def test_next_batch_is_prepared_once_whenever_that_is_asked_for(make_plan: Calla
     def draw(early: bool) -> list[torch.Tensor]:
         data.begin_epoch(1, 0)
         images = []
-        for (image, _), *_, prepare in data.batches(CPU):
+        for batch, prepare in data.batches(CPU):
             for _ in range(2 * early):
                 prepare()
-            images.append(image)
+            images.append(batch.image)
         return images
 
     late, early = draw(False), draw(True)

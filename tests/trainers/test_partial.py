@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 
@@ -20,7 +18,7 @@ from lib.trainers.loop import run_training
 from lib.trainers.optimization import build_loss, leave_out_missing
 from lib.trainers.run.job import TrainingJob, TrainingResult
 from lib.trainers.submitted import case_of_version
-from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_nifti
+from tests.tiny import QUIET_AUGMENTATION, tiny_preset, without_core
 
 LOGITS = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
 LABEL = torch.tensor([0.0, 1, 2, 0, 1, 2, 0, 0]).reshape(1, 1, 2, 2, 2).repeat(2, 1, 1, 1, 1)
@@ -83,14 +81,6 @@ def test_case_of_a_version_maps_by_name() -> None:
     assert case_of_version(version(), Path("a"), tiny_preset()).values is None
     empty = version(missing_labels=("Left Box", "core"))
     assert case_of_version(empty, Path("a"), tiny_preset()).missing == (1, 2)
-
-
-def without_core(case: Case, folder: Path) -> Case:
-    """The case as drawn by somebody who drew the box around the core and not the core."""
-    image = nib.load(case.label)
-    voxels = np.asarray(image.dataobj)
-    label = write_nifti(folder / f"partial_{case.case_id}.nii.gz", np.where(voxels == 2, 0, voxels).astype(np.uint8))
-    return replace(case, label=label, missing=(2,))
 
 
 @pytest.fixture

@@ -575,19 +575,25 @@ def _without_core(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     return cases
 
 
+def recorded(jobs: list[TrainingJob]) -> Callable[[TrainingJob, bool, str], TrainingResult]:
+    """Trains a job, and appends it to a list."""
+
+    def launcher(job: TrainingJob, multi_gpu: bool, gpus: str) -> TrainingResult:
+        jobs.append(job)
+        return launch(job, multi_gpu, gpus)
+
+    return launcher
+
+
 def test_what_labels_lack_is_taken_from_the_served_weights(
     trained: dict[str, Any], locator: WeightsLocator, make_cases: MakeCases
 ) -> None:
     corrected, served = FakeDatastore(_without_core(make_cases(6, first=301))), read_checkpoint(_served(locator)).model
     jobs = list[TrainingJob]()
 
-    def launcher(job: TrainingJob, multi_gpu: bool, gpus: str) -> TrainingResult:
-        jobs.append(job)
-        return launch(job, multi_gpu, gpus)
-
     for name in ("on", "off"):
         settings = Retraining.model_validate({"pseudo_labels": name})
-        task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu", settings, launcher=launcher)
+        task = UnetrTrainTask(tiny_preset(training=RECIPE), locator, "cpu", settings, launcher=recorded(jobs))
         partial = task(QUICK | {"name": name, "val_split": 0.3}, corrected)["split"]["train"]
         assert all(task.versions.list()[-1].details["missing_labels"][case] == ["core"] for case in partial)
         task.versions.rollback("v0001")
@@ -603,15 +609,11 @@ def test_run_whose_labels_lack_nothing_is_the_same_with_and_without_pseudo_label
 ) -> None:
     cases, jobs, weights = make_cases(6, first=301), list[TrainingJob](), []
 
-    def launcher(job: TrainingJob, multi_gpu: bool, gpus: str) -> TrainingResult:
-        jobs.append(job)
-        return launch(job, multi_gpu, gpus)
-
     for name in ("on", "off"):
         place = WeightsLocator(tmp_path / name / "tiny")
         shutil.copytree(locator.folder, place.folder)
         settings = Retraining.model_validate({"pseudo_labels": name})
-        task = UnetrTrainTask(tiny_preset(training=RECIPE), place, "cpu", settings, launcher=launcher)
+        task = UnetrTrainTask(tiny_preset(training=RECIPE), place, "cpu", settings, launcher=recorded(jobs))
         stats = task(QUICK | {"max_steps": 4, "max_epochs": 4}, FakeDatastore(cases))
         weights.append(read_checkpoint(task.versions.get(stats["version"]).weights).model)
     assert jobs[0].train_cases == jobs[1].train_cases

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from monai.data import DataLoader, SmartCacheDataset
@@ -21,12 +21,19 @@ MOST_LOADING_THREADS = 8
 
 
 class Batch(NamedTuple):
-    """Images and labels on the device, the missing and the predicted labels, and what prepares the next batch."""
+    """The crops of a step.
 
-    crops: tuple[torch.Tensor, torch.Tensor]
+    Attributes:
+        image: shape (crops, channels, X, Y, Z), on the training device.
+        label: shape (crops, 1, X, Y, Z), values of the preset, on the training device.
+        missing: shape (crops, classes), true where a label is unknown; on the CPU.
+        predicted: shape (crops, classes), true where a label is a model's prediction; on the CPU.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
     missing: torch.Tensor
     predicted: torch.Tensor
-    prepare_next: Callable[[], None]
 
 
 class TrainingData:
@@ -69,22 +76,21 @@ class TrainingData:
         self.crops.epoch = epoch
         self._sampler.begin(epoch, step * int(self.loader.batch_size or 1))
 
-    def batches(self, device: torch.device) -> Iterator[Batch]:
+    def batches(self, device: torch.device) -> Iterator[tuple[Batch, Callable[[], None]]]:
         """The epoch's batches on ``device``, with augmented crops.
 
-        Each batch has a function that prepares the next one. If it is called early, preparation overlaps with the
-        computation on a GPU; otherwise the next batch is prepared when it is requested.
+        With each batch comes a function that prepares the next one. If it is called early, preparation overlaps with
+        the computation on a GPU; otherwise the next batch is prepared when it is requested.
         """
-        source, ready = iter(self.loader), deque[Any]()
+        source, ready = iter(self.loader), deque[Batch]()
 
         def prepare() -> None:
             if not ready and (batch := next(source, None)) is not None:
-                ready.append((self.crops.change(batch, device), batch[MISSING], batch[PREDICTED]))
+                ready.append(Batch(*self.crops.change(batch, device), batch[MISSING], batch[PREDICTED]))
 
         prepare()
         while ready:
-            crops, missing, predicted = ready.popleft()
-            yield Batch(crops, missing, predicted, prepare)
+            yield ready.popleft(), prepare
             prepare()
 
     def end_epoch(self) -> None:

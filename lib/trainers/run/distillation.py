@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
+from monai.networks.utils import one_hot
 from torch import nn
 
 from lib.configs.preset import Training
@@ -43,11 +44,6 @@ class DistillationLoss(nn.Module):
         dice: torch.Tensor = self._dice(logits.softmax(dim=1) * drawn, targets * drawn)
         cross_entropy = F.cross_entropy(logits, targets)
         return self._recipe.dice_weight * dice + self._recipe.cross_entropy_weight * cross_entropy
-
-
-def one_hot(label: torch.Tensor, classes: int) -> torch.Tensor:
-    """Label values of shape (batch, 1, X, Y, Z) as probabilities of shape (batch, classes, X, Y, Z)."""
-    return F.one_hot(label.squeeze(1).long(), classes).movedim(-1, 1).float()
 
 
 def distilled_targets(logits: torch.Tensor, label: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
+from monai.networks.utils import one_hot
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +22,8 @@ from lib.trainers.memory import forward_in_parts
 from lib.trainers.optimization import build_average, build_loss, build_optimizer, build_schedule, leave_out_missing
 from lib.trainers.parallel import gather, loss_scale, rank_and_world_size
 from lib.trainers.plan import StepLadder
-from lib.trainers.run.distillation import DistillationLoss, distilled_targets, one_hot
+from lib.trainers.run.data import Batch
+from lib.trainers.run.distillation import DistillationLoss, distilled_targets
 from lib.trainers.run.job import TrainingJob
 from lib.trainers.run.state import RunState, Stateful
 
@@ -31,15 +33,6 @@ MAX_STEPS_WITHOUT_FINITE_GRADIENT = 20
 
 Forward = Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
 LossBuilder = Callable[[Training], nn.Module]
-
-
-class Given(NamedTuple):
-    """The crops of a step: images, labels, and the classes that are missing in each label or predicted by a model."""
-
-    image: torch.Tensor
-    label: torch.Tensor
-    missing: torch.Tensor
-    predicted: torch.Tensor
 
 
 class StepTrainer:
@@ -107,25 +100,14 @@ class StepTrainer:
         """Put the network into training mode."""
         self._trained.train()
 
-    def take(
-        self,
-        state: RunState,
-        image: torch.Tensor,
-        label: torch.Tensor,
-        missing: torch.Tensor,
-        predicted: torch.Tensor,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> float:
+    def take(self, state: RunState, batch: Batch, meanwhile: Callable[[], None] = lambda: None) -> float:
         """Compute one step; returns its loss.
 
         The host synchronises with a GPU once, for loss and norm together; the optimiser's kernels run asynchronously.
 
         Args:
             state: counts steps whose gradients are not finite.
-            image: shape (crops, channels, X, Y, Z).
-            label: shape (crops, 1, X, Y, Z), values of the preset.
-            missing: shape (crops, classes), true where a label is unknown; on the CPU.
-            predicted: shape (crops, classes), true where a label is a model's prediction; on the CPU.
+            batch: the crops.
             meanwhile: called after the kernels of the gradients have been launched, before the host waits for them.
 
         Raises:
@@ -133,14 +115,13 @@ class StepTrainer:
         """
         rank = rank_and_world_size()[0]
         torch.manual_seed(hash((self._recipe.seed, state.step, rank)) % 2**63)  # makes dropout reproducible too
-        image = image.to(memory_format=torch.channels_last_3d)
-        given = Given(image, label, missing, predicted)
-        begun = self._compute_gradients(given, self._dtype)
+        batch = batch._replace(image=batch.image.to(memory_format=torch.channels_last_3d))
+        begun = self._compute_gradients(batch, self._dtype)
         meanwhile()
         loss, norm = _read(*begun)
         if self._dtype is torch.bfloat16 and not math.isfinite(norm):
             logger.info("step %d: gradients in bf16 are not finite; computed again in fp32", state.step + 1)
-            loss, norm = _read(*self._compute_gradients(given, torch.float32))
+            loss, norm = _read(*self._compute_gradients(batch, torch.float32))
         # The norm decides and not the loss, because a finite loss can have infinite gradients, and because all
         # processes have the same norm and so decide alike.
         if math.isfinite(norm):
@@ -153,39 +134,40 @@ class StepTrainer:
         self._scaler.update()
         return loss
 
-    def _compute_gradients(self, given: Given, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_gradients(self, batch: Batch, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute and clip the gradients of a step; returns its loss and the norm before clipping."""
-        loss = self.ladder.run(lambda at_once: self._backward(given, at_once, dtype))
+        loss = self.ladder.run(lambda at_once: self._backward(batch, at_once, dtype))
         self._scaler.unscale_(self._optimizer)
         return loss, nn.utils.clip_grad_norm_(self.network.parameters(), self._recipe.gradient_clip_norm)
 
-    def _backward(self, given: Given, at_once: int, dtype: torch.dtype) -> torch.Tensor:
+    def _backward(self, batch: Batch, at_once: int, dtype: torch.dtype) -> torch.Tensor:
         """Compute the gradients of the loss over all crops, of which ``at_once`` are in the network at a time."""
         self._optimizer.zero_grad(set_to_none=True)
-        guessed = self._ask_teacher(given, at_once, dtype)
+        guessed = self._ask_teacher(batch, at_once, dtype)
         with autocast(self._device, dtype):
-            logits = self._forward(self._trained, given.image, at_once)
-        shown, label = leave_out_missing(logits.float(), given.label.float(), given.missing)
+            logits = self._forward(self._trained, batch.image, at_once)
+        shown, label = leave_out_missing(logits.float(), batch.label.float(), batch.missing)
         loss: torch.Tensor
         if self._teacher is None:
             loss = self._loss(gather(shown), gather(label))
         else:  # all processes have a teacher, or none has, so that they gather the same tensors
-            predicted = given.predicted.to(self._device, torch.uint8)  # Gloo gathers no bool
-            targets = one_hot(label, shown.shape[1])
-            if guessed is not None:
+            predicted = batch.predicted.to(self._device, torch.uint8)  # Gloo gathers no bool
+            if guessed is None:
+                targets = one_hot(label, shown.shape[1])
+            else:
                 targets = distilled_targets(guessed, label, predicted.bool())
             loss = self._distillation_loss(gather(shown), gather(targets), gather(predicted).bool())
         self._scaler.scale(loss * loss_scale()).backward()
         return loss
 
     @torch.no_grad()
-    def _ask_teacher(self, given: Given, at_once: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _ask_teacher(self, batch: Batch, at_once: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The teacher's logits of all crops, without missing classes; None if no label has a predicted class."""
-        if self._teacher is None or not given.predicted.any():
+        if self._teacher is None or not batch.predicted.any():
             return None
         with autocast(self._device, dtype):
-            logits = torch.cat([self._teacher(part) for part in given.image.split(at_once)])
-        return leave_out_missing(logits.float(), given.label.float(), given.missing)[0]
+            logits = torch.cat([self._teacher(part) for part in batch.image.split(at_once)])
+        return leave_out_missing(logits.float(), batch.label.float(), batch.missing)[0]
 
     def _count_bad_step(self, state: RunState) -> None:
         """Count a step with gradients that are not finite, which changes no weights; too many in a row end the run."""
@@ -218,9 +200,7 @@ def build_teacher(job: TrainingJob, device: torch.device) -> nn.Module | None:
     """The job's teacher on the device, whose weights stay as they are; None if the job has none."""
     if job.teacher is None:
         return None
-    network = job.build(job.preset, False)
-    load_weights(network, job.teacher)
-    place_for_training(network, device)
+    network = build_network(replace(job, start=job.teacher, encoder=None), device, False)
     return network.eval().requires_grad_(False)
 
 
