@@ -192,11 +192,17 @@ class Network(Model):
         return self
 
 
+DRAWING = ("phantom_probability", "arm_probability")
+"""Augmentations that draw body parts without any label."""
+
+
 class Augmentation(Model):
     """Random augmentations of a training crop; each is disabled by 0. Angles in degrees, shifts in voxels.
 
     ``slab_probability`` is the probability of keeping only ``slab_planes`` (smallest and largest number) planes of the
-    third axis, as in a scan with few slices; the rest becomes 0, like padding.
+    third axis, as in a scan with few slices; the rest becomes 0, like padding. ``phantom_probability`` is the
+    probability of drawing a limb, a head or a chest in place of the crop, with nothing labelled; ``arm_probability``
+    that of drawing arms into the air beside the body. Both for CT only.
     """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
@@ -213,6 +219,8 @@ class Augmentation(Model):
     intensity_probability: Fraction = 0.5
     slab_probability: Fraction = 0.0
     slab_planes: tuple[PositiveInt, PositiveInt] = (12, 32)
+    phantom_probability: Fraction = 0.0
+    arm_probability: Fraction = 0.0
 
     @model_validator(mode="after")
     def _check_slab(self) -> Augmentation:
@@ -354,6 +362,17 @@ class Preset(Model):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_phantoms(self) -> Preset:
+        change = self.training.augmentation
+        drawn = [name for name in DRAWING if getattr(change, name)]
+        if drawn and (self.modality != "CT" or not isinstance(self.intensity, Window) or self.channels):
+            raise ValueError(
+                f"{' and '.join(drawn)} above 0 draw in HU; valid: 0, or modality CT with intensity kind window and no "
+                "channels"
+            )
+        return self
+
     @field_validator("axcodes")
     @classmethod
     def _check_axcodes(cls, axcodes: str) -> str:
@@ -465,7 +484,18 @@ class Preset(Model):
             inference["largest_component"] = sorted(left & set(self.inference.largest_component))
         inference["component_entropy"] = [pair for pair in self.inference.component_entropy if pair[0] in left]
         changes = {"labels": labels, "mirror_axes": (), "inference": inference}
+        if not all(self.find_label(name) for name in names):
+            changes["training"] = without_drawing(self.training.model_dump())
         return parse_preset(self.model_dump() | changes, source=f"labels {names}")
+
+
+def without_drawing(training: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without drawn limbs, heads and chests, in which other labels might lie.
+
+    Args:
+        training: plain data of :class:`Training`.
+    """
+    return {**training, "augmentation": {**training.get("augmentation", {}), **dict.fromkeys(DRAWING, 0.0)}}
 
 
 def parse_preset(data: Mapping[str, Any], source: str) -> Preset:

@@ -17,7 +17,7 @@ from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset, Sma
 from monai.transforms import Compose, EnsureTyped
 from torch.utils.data import Dataset as TorchDataset
 
-from lib.cases.labelled import Case, CaseReader, ReadCased
+from lib.cases.labelled import MISSING, PREDICTED, Case, CaseReader, ReadCased
 from lib.configs.preset import Preset
 from lib.errors import ParameterError
 from lib.infers.memory import is_out_of_memory, release_memory
@@ -187,7 +187,7 @@ def build_crops(
         ParameterError: for an unknown kind.
     """
     items = build_dataset(cases, preset, kind, cache_dir, cache_bytes)
-    cropping, changes = build_cropping(preset, crops_per_case), build_changes(preset)
+    cropping, changes = build_cropping(preset, crops_per_case, (MISSING, PREDICTED)), build_changes(preset)
     return SeededItems(items, cropping, changes, preset.training.seed, changed_later)
 
 

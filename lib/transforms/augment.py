@@ -24,8 +24,9 @@ from monai.transforms import (
     Transform,
 )
 
-from lib.configs.preset import Augmentation, Preset
+from lib.configs.preset import Augmentation, Preset, Window
 from lib.transforms.deform import RandDeformd
+from lib.transforms.phantom import RandArmd, RandPhantomd
 from lib.transforms.preprocess import IMAGE, LABEL
 
 # Voxels that are sampled to find the centre of a crop, and the smallest number of foreground or background voxels among
@@ -155,12 +156,14 @@ class RandNoised(MapTransform, Randomizable):
         return changed
 
 
-def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
+def build_cropping(preset: Preset, crops_per_case: int, doubts: Sequence[str] = ()) -> Compose:
     """Build the transform that draws random crops, balanced between foreground and background.
 
     Args:
         preset: the preset.
         crops_per_case: number of crops from each case.
+        doubts: dictionary keys of tensors that say which classes of a label are not known from a person. They become
+            false for a drawn crop (``phantom_probability``), of which all is known.
 
     Returns:
         A transform from a dictionary with ``image`` and ``label`` of shape (1, X, Y, Z) to a list of
@@ -176,7 +179,19 @@ def build_cropping(preset: Preset, crops_per_case: int) -> Compose:
         neg=1.0,
         num_samples=crops_per_case,
     )
-    return Compose([crop, EnsureTyped(both, track_meta=False), DeleteItemsd("case")])
+    return Compose([crop, *_phantoms(preset, doubts), EnsureTyped(both, track_meta=False), DeleteItemsd("case")])
+
+
+def _phantoms(preset: Preset, doubts: Sequence[str]) -> list[Transform]:
+    change, window = preset.training.augmentation, preset.intensity
+    if not isinstance(window, Window):  # and no probability
+        return []
+    limits, chain = (window.lower, window.upper), list[Transform]()
+    if change.arm_probability:
+        chain.append(RandArmd(IMAGE, change.arm_probability, preset.spacing_mm, limits))
+    if change.phantom_probability:
+        chain.append(RandPhantomd(IMAGE, (LABEL, *doubts), change.phantom_probability, preset.spacing_mm, limits))
+    return chain
 
 
 def build_changes(preset: Preset) -> Compose:
