@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--preset", required=True, help=f"{', '.join(shipped_preset_names())}, or a YAML file")
     train.add_argument("--out", type=Path, required=True, help="weights file; a JSON side-car is written beside it")
     train.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="recipe override")
-    train.add_argument("--start", type=Path, help="weights to start from; random if not given")
+    # torchrun takes --start for an abbreviation of options of its own
+    train.add_argument("--start", "--start-weights", type=Path, help="weights to start from; random if not given")
     train.add_argument(
         "--encoder", type=Path, help="pretrained encoder to start from (python -m lib.trainers.pretraining)"
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from lib.cases.labelled import Case
 from lib.cases.split import read_split
 from lib.networks.checkpoint import read_checkpoint
 from lib.storage.files import sha256_of
-from lib.trainers.cli import main
+from lib.trainers.cli import build_parser, main
 from tests.tiny import QUIET_AUGMENTATION, preset_data
 
 MakeCases = Callable[..., tuple[Case, ...]]
@@ -136,6 +137,19 @@ def test_split_by_what_stands_before_a_separator(data: list[str], tmp_path: Path
     assert main(["split", *data, "--out", str(out), "--subject-separator", "_", "--validation-share", "0.9"]) == 0
     split = read_split(out)
     assert (len(split.train), len(split.validation)) == (6, 0), "case_001 to case_006 are one subject"
+
+
+def test_torchrun_takes_no_option_of_a_training_for_its_own() -> None:
+    """It looks for abbreviations of its options in those of the program that it starts, too."""
+    training = ["train", "--images", "a", "--labels", "b", "--preset", "c", "--out", "d", "--start-weights", "e"]
+    training += ["--split", "f", "--device", "cpu", "--threads", "1", "--label-values", "g", "--encoder", "h"]
+    training += ["--set", "max_epochs", "2", "--run-dir", "i", "--dataset", "Dataset", "--max-steps", "3", "--resume"]
+    training += ["--state-seconds", "30", "--data-name", "j", "--data-licence", "k"]
+    started = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "lib.trainers.cli", *training])
+    assert started.training_script_args == training
+    own = {option for option in training if option.startswith("--")}
+    offered = build_parser().parse_args(training)
+    assert len(own) == len(vars(offered)) - 1, "every option is tried; run is not one"
 
 
 def test_unknown_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
