@@ -202,7 +202,7 @@ class Augmentation(Model):
     ``slab_probability`` is the probability of keeping only ``slab_planes`` (smallest and largest number) planes of the
     third axis, as in a scan with few slices; the rest becomes 0, like padding. ``phantom_probability`` is the
     probability of drawing a limb, a head or a chest in place of the crop, with nothing labelled; ``arm_probability``
-    that of drawing arms into the air beside the body. Both for CT only.
+    that of laying drawn arms beside the body of a case. Both for CT only.
     """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0

@@ -26,7 +26,7 @@ from monai.transforms import (
 
 from lib.configs.preset import Augmentation, Preset, Window
 from lib.transforms.deform import RandDeformd
-from lib.transforms.phantom import RandArmd, RandPhantomd
+from lib.transforms.phantom import RandArmsd, RandPhantomd
 from lib.transforms.preprocess import IMAGE, LABEL
 
 # Voxels that are sampled to find the centre of a crop, and the smallest number of foreground or background voxels among
@@ -179,19 +179,24 @@ def build_cropping(preset: Preset, crops_per_case: int, doubts: Sequence[str] = 
         neg=1.0,
         num_samples=crops_per_case,
     )
-    return Compose([crop, *_phantoms(preset, doubts), EnsureTyped(both, track_meta=False), DeleteItemsd("case")])
+    typed = EnsureTyped(both, track_meta=False)
+    return Compose([*_arms(preset), crop, *_phantoms(preset, doubts), typed, DeleteItemsd("case")])
+
+
+def _arms(preset: Preset) -> list[Transform]:
+    probability, window = preset.training.augmentation.arm_probability, preset.intensity
+    if not probability or not isinstance(window, Window):  # a preset without a window has no probability either
+        return []
+    limits, width = (window.lower, window.upper), preset.roi_size[0]
+    return [RandArmsd(IMAGE, LABEL, probability, preset.spacing_mm, limits, width)]
 
 
 def _phantoms(preset: Preset, doubts: Sequence[str]) -> list[Transform]:
-    change, window = preset.training.augmentation, preset.intensity
-    if not isinstance(window, Window):  # and no probability
+    probability, window = preset.training.augmentation.phantom_probability, preset.intensity
+    if not probability or not isinstance(window, Window):
         return []
-    limits, chain = (window.lower, window.upper), list[Transform]()
-    if change.arm_probability:
-        chain.append(RandArmd(IMAGE, change.arm_probability, preset.spacing_mm, limits))
-    if change.phantom_probability:
-        chain.append(RandPhantomd(IMAGE, (LABEL, *doubts), change.phantom_probability, preset.spacing_mm, limits))
-    return chain
+    limits = (window.lower, window.upper)
+    return [RandPhantomd(IMAGE, (LABEL, *doubts), probability, preset.spacing_mm, limits)]
 
 
 def build_changes(preset: Preset) -> Compose:

@@ -11,6 +11,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 from scipy import ndimage
+from torch.nn import functional
 
 from lib.transforms.intensity import Windowed
 
@@ -19,10 +20,8 @@ Mask = npt.NDArray[np.bool_]
 Random = np.random.RandomState
 
 AIR_HU, FAT_HU = -1000.0, -100.0
-PLACES_TRIED = 30
-MOST_ARMS = 2
-ROOM_FOR_AN_ARM = 0.85
-"""Share of an arm that must lie in air; the rest of it is hidden by the body."""
+ARM_SPACE_MM = 100.0
+"""What a case becomes wider by on each side, for an arm."""
 
 
 class RandPhantomd(MapTransform, Randomizable):
@@ -61,49 +60,64 @@ class RandPhantomd(MapTransform, Randomizable):
         return changed
 
 
-class RandArmd(MapTransform, Randomizable):
-    """Draws arms into the air beside the body of a crop, with a given probability; labels stay as they are.
+class RandArmsd(MapTransform, Randomizable):
+    """Lays drawn arms on both sides of the body of a case, with a given probability.
 
     In training images arms are often raised out of the picture. A network that knows them from phantoms alone takes
-    them for a sign that no organ is near.
+    them for a sign that no organ is near. Half of the cases are then cut to what a window at one of the sides shows,
+    since crops around organs rarely lie there.
 
     Args:
-        image: dictionary key of the image of a crop, a tensor of shape (1, X, Y, Z) whose lowest value, 0, is air.
+        image, label: dictionary keys of the case, tensors of shape (1, X, Y, Z) with X from right to left or back; the
+            lowest value of the image, 0, is air.
         probability: probability of a change.
         spacing_mm: edges of a voxel.
         window: lowest and highest HU of the network's intensities.
+        side_voxels: voxels along X of a case that is cut to one side.
     """
 
     def __init__(
-        self, image: str, probability: float, spacing_mm: Sequence[float], window: tuple[float, float]
+        self,
+        image: str,
+        label: str,
+        probability: float,
+        spacing_mm: Sequence[float],
+        window: tuple[float, float],
+        side_voxels: int,
     ) -> None:
-        MapTransform.__init__(self, (image,))
-        self.image, self.probability = image, probability
+        MapTransform.__init__(self, (image, label))
+        self.image, self.label, self.probability, self.side_voxels = image, label, probability, side_voxels
         self.spacing_mm, self.scale = tuple(spacing_mm), Windowed((image,), *window)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Draw one or two arms where there is room for them, or change nothing."""
+        """Add arms in what the case becomes wider by, or change nothing."""
         changed = dict(data)
         if self.R.random() >= self.probability:
             return changed
-        image = torch.as_tensor(changed[self.image])
-        air = image[0].numpy() <= 0
-        grid = _tilted_grid(air.shape, self.spacing_mm, self.R)
-        hu: Volume = np.full(air.shape, AIR_HU, dtype=np.float32)
-        reach = np.array(air.shape[:2]) * np.array(self.spacing_mm[:2]) / 2
-        arms = 0
-        for _ in range(PLACES_TRIED):
-            radii = self.R.uniform(20, 50) * self.R.uniform(0.85, 1.15, size=2)
-            middle = np.array([*(self.R.uniform(-1, 1, size=2) * (reach + radii / 2)), 0])
-            arm = _tube(grid, middle, radii)
-            if arm.any() and air[arm].mean() > ROOM_FOR_AN_ARM and (hu[arm] == AIR_HU).all():
-                _draw_limb(hu, grid, middle, radii, self.R)
-                arms += 1
-            if arms == MOST_ARMS:
-                break
+        width = round(ARM_SPACE_MM / self.spacing_mm[0])
+        image, label = (
+            functional.pad(torch.as_tensor(changed[key]).as_subclass(torch.Tensor), (0, 0, 0, 0, width, width))
+            for key in (self.image, self.label)
+        )
+        for side in (slice(0, 2 * width), slice(image.shape[1] - 2 * width, None)):
+            image[:, side] = self._with_arm(image[:, side])
+        if self.R.random() < 0.5:
+            least = min(self.side_voxels, image.shape[1])
+            start = int(self.R.randint(0, max(1, width // 2)))
+            start = start if self.R.random() < 0.5 else max(0, image.shape[1] - least - start)
+            image, label = (tensor[:, start : start + least].contiguous() for tensor in (image, label))
+        return {**changed, self.image: MetaTensor(image), self.label: MetaTensor(label)}
+
+    def _with_arm(self, part: torch.Tensor) -> torch.Tensor:
+        """An arm about the middle of what is free on this side, hidden by the body where that is in its way."""
+        shape = tuple(part.shape[1:])
+        reach = np.array(shape[:2]) * np.array(self.spacing_mm[:2]) / 2
+        middle = np.array([*(self.R.uniform(-0.6, 0.6, size=2) * reach), 0])
+        hu: Volume = np.full(shape, AIR_HU, dtype=np.float32)
+        radii = self.R.uniform(25, 50) * self.R.uniform(0.85, 1.15, size=2)
+        _draw_limb(hu, _tilted_grid(shape, self.spacing_mm, self.R), middle, radii, self.R)
         drawn = self.scale({self.image: MetaTensor(torch.from_numpy(_as_scanned(hu, self.R))[None])})[self.image]
-        changed[self.image] = torch.where(torch.from_numpy(air), drawn.as_subclass(torch.Tensor), image)
-        return changed
+        return torch.where(part <= 0, drawn.as_subclass(torch.Tensor), part)
 
 
 def draw_phantom(shape: Sequence[int], spacing_mm: Sequence[float], random: Random) -> Volume:

@@ -11,7 +11,7 @@ import torch
 from lib.configs.preset import Preset
 from lib.errors import ConfigError
 from lib.transforms.augment import build_cropping
-from lib.transforms.phantom import draw_phantom
+from lib.transforms.phantom import RandArmsd, draw_phantom
 from lib.transforms.preprocess import IMAGE, LABEL
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset
 
@@ -86,31 +86,55 @@ def test_phantom_is_as_large_in_mm_on_a_finer_grid() -> None:
     assert shares[1] == pytest.approx(shares[0], abs=0.1)
 
 
-def _crops_with_arms(probability: float, body: slice, count: int) -> list[dict[str, torch.Tensor]]:
-    """Crops of a body in air, all of which is labelled."""
-    image, label = torch.zeros((1, 16, 16, 16)), torch.zeros((1, 16, 16, 16), dtype=torch.uint8)
-    image[:, body], label[:, body] = 0.5, 1
-    preset = _preset(probability, "arm_probability", spacing_mm=[9, 9, 9])
-    item = {"case": "x", IMAGE: image, LABEL: label}
-    crops: list[dict[str, torch.Tensor]] = build_cropping(preset, count).set_random_state(0)(item)
-    return crops
+BODY = slice(4, 28)
 
 
-def test_arms_lie_in_the_air_and_leave_body_and_label_as_they_are() -> None:
-    body = slice(0, 8)
-    crops = _crops_with_arms(1, body, 20)
-    for crop in crops:
-        assert bool((crop[IMAGE][:, body] == 0.5).all())
-        assert bool((crop[LABEL][:, body] == 1).all()) and not crop[LABEL][:, 8:].any()
-        assert crop[IMAGE].dtype == torch.float32
-    flesh = [float((crop[IMAGE][:, 8:] > 0.3).float().mean()) for crop in crops]
-    assert sum(share > 0.02 for share in flesh) >= 15
-    assert max(flesh) < 0.6
+def _case() -> dict[str, torch.Tensor]:
+    """A body of 240 mm that fills the case but for 40 mm of air on both sides, all of it labelled."""
+    image, label = torch.zeros((1, 32, 24, 16)), torch.zeros((1, 32, 24, 16), dtype=torch.uint8)
+    image[:, BODY], label[:, BODY] = 0.5, 1
+    return {IMAGE: image, LABEL: label}
 
 
-def test_no_arm_is_drawn_where_there_is_no_room_or_no_probability() -> None:
-    for crop in [*_crops_with_arms(1, slice(0, 16), 3), *_crops_with_arms(0, slice(0, 8), 3)]:
-        assert set(crop[IMAGE].unique().tolist()) <= {0.0, 0.5}
+def _with_arms(probability: float, count: int) -> list[dict[str, torch.Tensor]]:
+    lay = RandArmsd(IMAGE, LABEL, probability, (10.0, 10.0, 10.0), (-125, 275), 16).set_random_state(0)
+    return [lay(_case()) for _ in range(count)]
+
+
+def test_arms_lie_on_both_sides_of_a_body_that_stays_as_it_is() -> None:
+    whole = [case for case in _with_arms(1, 40) if case[IMAGE].shape[1] > 16]
+    assert 10 <= len(whole) <= 30, "the others are cut to one side"
+    body, shares = slice(BODY.start + 10, BODY.stop + 10), list[float]()
+    for case in whole:
+        image, label = case[IMAGE], case[LABEL]
+        assert image.shape == label.shape == (1, 52, 24, 16), "100 mm more on each side"
+        assert (image.dtype, label.dtype) == (torch.float32, torch.uint8)
+        assert bool((image[:, body] == 0.5).all()) and bool((label[:, body] == 1).all())
+        assert not label[:, : body.start].any() and not label[:, body.stop :].any()
+        shares += [float((side > 0.2).float().mean()) for side in (image[:, : body.start], image[:, body.stop :])]
+    assert max(shares) < 0.7, "there is air too"
+    assert np.mean(np.array(shares) > 0.02) > 0.7, "few arms are hidden by the body"
+
+
+def test_half_of_the_cases_show_one_side_alone() -> None:
+    cut = [case for case in _with_arms(1, 60) if case[IMAGE].shape[1] == 16]
+    assert 15 <= len(cut) <= 45
+    places = [case[LABEL][0, :, 0, 0].nonzero().ravel() for case in cut]
+    assert all(case[IMAGE].shape == case[LABEL].shape == (1, 16, 24, 16) for case in cut)
+    at_the_end, at_the_start = ([p for p in places if len(p) and 15 in p], [p for p in places if len(p) and 0 in p])
+    assert len(at_the_end) > 3 and len(at_the_start) > 3, "both sides come"
+
+
+def test_no_arms_without_probability() -> None:
+    for case in _with_arms(0, 5):
+        assert torch.equal(case[IMAGE], _case()[IMAGE]) and torch.equal(case[LABEL], _case()[LABEL])
+
+
+def test_crops_of_a_case_with_arms_have_the_size_of_the_window() -> None:
+    preset = _preset(1, "arm_probability", spacing_mm=[10, 10, 10])
+    crops = build_cropping(preset, 30).set_random_state(0)({"case": "x", **_case()})
+    assert {crop[IMAGE].shape for crop in crops} == {crop[LABEL].shape for crop in crops} == {(1, 16, 16, 16)}
+    assert any(((crop[IMAGE] > 0) & (crop[IMAGE] != 0.5)).any() for crop in crops), "an arm is in one of them"
 
 
 @pytest.mark.parametrize("kind", ["phantom_probability", "arm_probability"])
