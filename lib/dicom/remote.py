@@ -267,14 +267,30 @@ class RemoteSource:
 
 
 class _Session(requests.Session):
-    """An HTTP session with timeouts; without them, the client would wait for ever for a hanging server."""
+    """An HTTP session with timeouts; without them, the client would wait for ever for a hanging server.
 
-    def request(self, *arguments: Any, **options: Any) -> requests.Response:
+    A server may close a kept connection at the moment of the next request, which then says nothing about the server: a
+    GET is sent again, once, on another connection.
+    """
+
+    def request(self, method: str, *arguments: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         query = "json" in str((options.get("headers") or {}).get("Accept", ""))
         posted = options.get("data") is not None
         seconds = QUERY_SECONDS if query and not posted else TRANSFER_SECONDS
         options.setdefault("timeout", (CONNECT_SECONDS, seconds))
-        return super().request(*arguments, **options)
+        try:
+            return super().request(method, *arguments, **options)
+        except requests.ConnectionError as error:
+            if method.upper() != "GET" or not _was_closed(error):
+                raise
+            logger.info("a connection was closed before the response (%s); the request is sent again", error)
+        return super().request(method, *arguments, **options)
+
+
+def _was_closed(error: requests.ConnectionError) -> bool:
+    """Whether a connection that had been made was closed before any response."""
+    cause = error.args[0] if error.args else None
+    return isinstance(cause, urllib3.exceptions.ProtocolError) and isinstance(cause.args[-1], ConnectionError)
 
 
 def connect(

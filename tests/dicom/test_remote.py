@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import requests
 
 from lib.dicom.attributes import element
 from lib.dicom.circuit import SECONDS_OPEN, Circuit
-from lib.dicom.remote import SECONDS_A_LIST_IS_KEPT, RemoteSource
+from lib.dicom.remote import SECONDS_A_LIST_IS_KEPT, RemoteSource, _Session, connect
 from lib.errors import ImageError, NotFoundError, UpstreamError
 
 
@@ -184,3 +186,82 @@ def test_series_of_one_uid_in_two_studies_is_refused_and_told_and_the_others_go_
     pacs.second_study = []
     clock.now += SECONDS_A_LIST_IS_KEPT + 1
     assert source.stamp("1.2") and "problems" not in source.status()
+
+
+class ClosingServer:
+    """An HTTP server that answers some requests of a connection, and closes it at the next without a response.
+
+    Args:
+        answered: number of requests that are answered on the first connection, the second, and so on.
+    """
+
+    def __init__(self, *answered: int) -> None:
+        self._answered, self.requests = answered, list[str]()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.settimeout(30)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        for count in self._answered:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # the test has ended
+                return
+            with connection:
+                connection.settimeout(2)
+                for number in range(count + 1):
+                    try:
+                        asked = connection.recv(65536)  # a request of these tests comes in one piece
+                    except TimeoutError:  # the client has no more requests
+                        return
+                    if not asked:
+                        break
+                    self.requests.append(asked.split()[0].decode())
+                    if number < count:
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # where nobody waits for a connection
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(30)
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[..., ClosingServer]]:
+    servers: list[ClosingServer] = []
+
+    def start(*answered: int) -> ClosingServer:
+        servers.append(ClosingServer(*answered))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_query_on_a_connection_that_the_server_has_just_closed_is_sent_again(
+    closing: Callable[..., ClosingServer],
+) -> None:
+    server = closing(1, 1)
+    client = connect(server.url, None, None, {})
+    assert [client.search_for_series(), client.search_for_series()] == [[], []]
+    assert server.requests == ["GET", "GET", "GET"], "the second of them got no response"
+
+
+def test_server_that_closes_every_connection_is_asked_twice_and_not_again(
+    closing: Callable[..., ClosingServer],
+) -> None:
+    server = closing(0, 0, 0)
+    with pytest.raises(requests.ConnectionError, match="Connection aborted"):
+        connect(server.url, None, None, {}).search_for_series()
+    assert server.requests == ["GET", "GET"]
+
+
+def test_what_changes_a_server_is_not_sent_again(closing: Callable[..., ClosingServer]) -> None:
+    server = closing(0, 0)
+    with pytest.raises(requests.ConnectionError, match="Connection aborted"):
+        _Session().post(server.url)
+    assert server.requests == ["POST"]
