@@ -473,18 +473,18 @@ class Preset(Model):
         The result has no trained weights of its own, and flipping is disabled, since the new labels may distinguish
         sides.
         """
-        labels = []
-        for index, name in enumerate(names, start=1):
-            known = self.find_label(name)
-            fields = known.model_dump() | {"index": index} if known else {"index": index, "name": name}
-            labels.append(fields)
+        known = [self.find_label(name) for name in names]
+        labels = [
+            (label.model_dump() if label else {"name": name}) | {"index": index}
+            for index, (name, label) in enumerate(zip(names, known, strict=True), start=1)
+        ]
         inference = self.inference.model_dump()
         left = {field["name"] for field in labels}
         if not isinstance(self.inference.largest_component, bool):
             inference["largest_component"] = sorted(left & set(self.inference.largest_component))
         inference["component_entropy"] = [pair for pair in self.inference.component_entropy if pair[0] in left]
         changes = {"labels": labels, "mirror_axes": (), "inference": inference}
-        if not all(self.find_label(name) for name in names):
+        if None in known:
             changes["training"] = without_drawing(self.training.model_dump())
         return parse_preset(self.model_dump() | changes, source=f"labels {names}")
 

@@ -180,23 +180,19 @@ def build_cropping(preset: Preset, crops_per_case: int, doubts: Sequence[str] = 
         num_samples=crops_per_case,
     )
     typed = EnsureTyped(both, track_meta=False)
-    return Compose([*_arms(preset), crop, *_phantoms(preset, doubts), typed, DeleteItemsd("case")])
+    arms, phantoms = _drawing(preset, doubts)
+    return Compose([*arms, crop, *phantoms, typed, DeleteItemsd("case")])
 
 
-def _arms(preset: Preset) -> list[Transform]:
-    probability, window = preset.training.augmentation.arm_probability, preset.intensity
-    if not probability or not isinstance(window, Window):  # a preset without a window has no probability either
-        return []
-    limits, width = (window.lower, window.upper), preset.roi_size[0]
-    return [RandArmsd(IMAGE, LABEL, probability, preset.spacing_mm, limits, width)]
-
-
-def _phantoms(preset: Preset, doubts: Sequence[str]) -> list[Transform]:
-    probability, window = preset.training.augmentation.phantom_probability, preset.intensity
-    if not probability or not isinstance(window, Window):
-        return []
-    limits = (window.lower, window.upper)
-    return [RandPhantomd(IMAGE, (LABEL, *doubts), probability, preset.spacing_mm, limits)]
+def _drawing(preset: Preset, doubts: Sequence[str]) -> tuple[list[Transform], list[Transform]]:
+    """What draws body parts: into a whole case, and in place of a crop."""
+    change, window = preset.training.augmentation, preset.intensity
+    if not isinstance(window, Window):  # such a preset has no probability of either
+        return [], []
+    where = preset.spacing_mm, (window.lower, window.upper)
+    arms: list[Transform] = [RandArmsd(IMAGE, LABEL, change.arm_probability, *where, preset.roi_size[0])]
+    phantoms: list[Transform] = [RandPhantomd(IMAGE, (LABEL, *doubts), change.phantom_probability, *where)]
+    return arms if change.arm_probability else [], phantoms if change.phantom_probability else []
 
 
 def build_changes(preset: Preset) -> Compose:

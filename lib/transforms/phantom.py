@@ -47,7 +47,7 @@ class RandPhantomd(MapTransform, Randomizable):
     ) -> None:
         MapTransform.__init__(self, (image, *cleared))
         self.image, self.cleared, self.probability = image, tuple(cleared), probability
-        self.spacing_mm, self.scale = tuple(spacing_mm), Windowed((image,), *window)
+        self.spacing_mm, self.window = tuple(spacing_mm), window
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Draw an image of the same shape, or change nothing."""
@@ -55,7 +55,7 @@ class RandPhantomd(MapTransform, Randomizable):
         if self.R.random() >= self.probability:
             return changed
         drawn = draw_phantom(changed[self.image].shape[1:], self.spacing_mm, self.R)
-        changed |= self.scale({self.image: MetaTensor(torch.from_numpy(drawn)[None])})
+        changed[self.image] = _as_image(drawn, self.window)
         changed |= {key: torch.zeros_like(torch.as_tensor(changed[key])) for key in self.cleared}
         return changed
 
@@ -87,7 +87,7 @@ class RandArmsd(MapTransform, Randomizable):
     ) -> None:
         MapTransform.__init__(self, (image, label))
         self.image, self.label, self.probability, self.side_voxels = image, label, probability, side_voxels
-        self.spacing_mm, self.scale = tuple(spacing_mm), Windowed((image,), *window)
+        self.spacing_mm, self.window = tuple(spacing_mm), window
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add arms in what the case becomes wider by, or change nothing."""
@@ -106,7 +106,7 @@ class RandArmsd(MapTransform, Randomizable):
             start = int(self.R.randint(0, max(1, width // 2)))
             start = start if self.R.random() < 0.5 else max(0, image.shape[1] - least - start)
             image, label = (tensor[:, start : start + least].contiguous() for tensor in (image, label))
-        return {**changed, self.image: MetaTensor(image), self.label: MetaTensor(label)}
+        return {**changed, self.image: image, self.label: label}
 
     def _with_arm(self, part: torch.Tensor) -> torch.Tensor:
         """An arm about the middle of what is free on this side, hidden by the body where that is in its way."""
@@ -116,8 +116,7 @@ class RandArmsd(MapTransform, Randomizable):
         hu: Volume = np.full(shape, AIR_HU, dtype=np.float32)
         radii = self.R.uniform(25, 50) * self.R.uniform(0.85, 1.15, size=2)
         _draw_limb(hu, _tilted_grid(shape, self.spacing_mm, self.R), middle, radii, self.R)
-        drawn = self.scale({self.image: MetaTensor(torch.from_numpy(_as_scanned(hu, self.R))[None])})[self.image]
-        return torch.where(part <= 0, drawn.as_subclass(torch.Tensor), part)
+        return torch.where(part <= 0, _as_image(_as_scanned(hu, self.R), self.window), part)
 
 
 def draw_phantom(shape: Sequence[int], spacing_mm: Sequence[float], random: Random) -> Volume:
@@ -145,6 +144,13 @@ def _as_scanned(hu: Volume, random: Random) -> Volume:
     hu += texture * np.float32(random.uniform(0, 15) / max(float(texture.std()), 1e-6))
     hu += random.standard_normal(hu.shape).astype(np.float32) * np.float32(random.uniform(0, 12))
     return hu
+
+
+def _as_image(hu: Volume, window: tuple[float, float]) -> torch.Tensor:
+    """The network's intensities, shape (1, X, Y, Z)."""
+    image = MetaTensor(torch.from_numpy(hu)[None])
+    scaled: MetaTensor = Windowed(("image",), *window)({"image": image})["image"]
+    return scaled.as_subclass(torch.Tensor)
 
 
 def _tilted_grid(shape: Sequence[int], spacing_mm: Sequence[float], random: Random) -> Volume:
@@ -237,13 +243,12 @@ def _draw_chest(hu: Volume, grid: Volume, random: Random) -> None:
 
 
 def _soft_part(
-    hu: Volume, grid: Volume, middle: npt.NDArray[np.float64], radii: Any, random: Random, within: Mask | None = None
+    hu: Volume, grid: Volume, middle: npt.NDArray[np.float64], radii: Any, random: Random, within: Mask | bool = True
 ) -> None:
     """A part of the body along the third axis: fat below the skin, then muscles of several densities."""
-    inside = np.ones(hu.shape, dtype=np.bool_) if within is None else within
-    hu[_tube(grid, middle[:2], radii) & inside] = FAT_HU + random.uniform(-20, 20)
+    hu[_tube(grid, middle[:2], radii) & within] = FAT_HU + random.uniform(-20, 20)
     muscle = np.maximum(np.asarray(radii) - random.uniform(2, 30), 5)
-    flesh = _tube(grid, middle[:2], muscle) & inside
+    flesh = _tube(grid, middle[:2], muscle) & within
     density = random.uniform(25, 95)
     hu[flesh] = density
     for _ in range(random.randint(0, 10)):
@@ -258,12 +263,11 @@ def _soft_part(
         hu[flesh & (np.abs(distance) < random.uniform(0.5, 3))] = FAT_HU + random.uniform(-10, 60)
 
 
-def _bone(hu: Volume, grid: Volume, place: Any, radius: float, random: Random, within: Mask | None = None) -> None:
+def _bone(hu: Volume, grid: Volume, place: Any, radius: float, random: Random, within: Mask | bool = True) -> None:
     """A bone along the third axis, with marrow."""
-    inside = np.ones(hu.shape, dtype=np.bool_) if within is None else within
     radii = radius * random.uniform(0.8, 1.2, size=2)
-    hu[_tube(grid, place, radii) & inside] = random.uniform(300, 1200)
-    hu[_tube(grid, place, radii * random.uniform(0.4, 0.85)) & inside] = random.uniform(-60, 250)
+    hu[_tube(grid, place, radii) & within] = random.uniform(300, 1200)
+    hu[_tube(grid, place, radii * random.uniform(0.4, 0.85)) & within] = random.uniform(-60, 250)
 
 
 def _ribs(hu: Volume, grid: Volume, middle: npt.NDArray[np.float64], radii: Any, random: Random) -> None:
