@@ -15,7 +15,7 @@ from lib.errors import ImageError
 from lib.imagefiles.geometry import itk_affine_ras, nibabel_affine_ras
 from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import Kind
-from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_exactly
+from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_blocks, read_exactly
 
 _SECOND_VERSION_BYTES = 540
 # Header extensions precede the voxels; a compressed file has to be unpacked up to there.
@@ -72,13 +72,12 @@ def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str)
     try:
         stream = open_stream(file, header.encoding)
         stream.seek(header.offset)
-        content = read_exactly(stream, header.size_bytes, name)
+        voxels = _read_scaled(stream, header, name)
         if header.encoding != "raw":
             check_end(stream, name)
     except (OSError, *BROKEN_STREAM) as error:
         raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
-    numbers = content.view(header.dtype).reshape(header.sizes, order="F")
-    return _scale(numbers, header.slope, header.intercept)
+    return voxels.reshape(header.sizes, order="F")
 
 
 def read_nifti_planes(file: BinaryIO, size: int, header: ImageHeader, name: str) -> Iterator[npt.NDArray[np.float32]]:
@@ -110,6 +109,17 @@ def _parse(block: bytes, mend: bool = True) -> Any:
     kinds = (nib.Nifti2Header, nib.Nifti1Header)
     kind = next(k for k in kinds if k.sizeof_hdr == _SECOND_VERSION_BYTES) if block[4:8] == b"n+2\0" else kinds[1]
     return kind(block[: kind.sizeof_hdr], check=mend)
+
+
+def _read_scaled(stream: BinaryIO, header: ImageHeader, name: str) -> npt.NDArray[np.float32]:
+    """All scaled voxels, in the file's order; as they are stored, only a block of them is in memory."""
+    voxels = np.empty(header.voxel_count, dtype=np.float32)
+    done = 0
+    for block in read_blocks(stream, header.size_bytes, name):
+        numbers = _scale(block.view(header.dtype), header.slope, header.intercept)
+        voxels[done : done + len(numbers)] = numbers
+        done += len(numbers)
+    return voxels
 
 
 def _scale(numbers: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -61,13 +62,31 @@ def read_exactly(stream: BinaryIO, size: int, name: str) -> Bytes:
     """
     content: Bytes = np.empty(size, dtype=np.uint8)
     done = 0
-    while done < size:
-        block = stream.read(min(BLOCK_BYTES, size - done))
-        if not block:
-            raise ImageError(f"image {name!r} is damaged: it ends after {done} of {size} bytes of voxels")
-        content[done : done + len(block)] = np.frombuffer(block, dtype=np.uint8)
+    for block in read_blocks(stream, size, name):
+        content[done : done + len(block)] = block
         done += len(block)
     return content
+
+
+def read_blocks(stream: BinaryIO, size: int, name: str) -> Iterator[Bytes]:
+    """The next ``size`` bytes in blocks of :data:`BLOCK_BYTES`, of which the last may be smaller.
+
+    A block is overwritten by the next one.
+
+    Raises:
+        ImageError: if there are fewer.
+    """
+    buffer: Bytes = np.empty(min(size, BLOCK_BYTES), dtype=np.uint8)
+    for first in range(0, size, BLOCK_BYTES):
+        block = buffer[: size - first]
+        done = 0
+        while done < len(block):
+            arrived = stream.read(len(block) - done)
+            if not arrived:
+                raise ImageError(f"image {name!r} is damaged: it ends after {first + done} of {size} bytes of voxels")
+            block[done : done + len(arrived)] = np.frombuffer(arrived, dtype=np.uint8)
+            done += len(arrived)
+        yield block
 
 
 def check_end(stream: BinaryIO, name: str) -> None:

@@ -92,7 +92,7 @@ def read_planes(path: Path) -> Iterator[npt.NDArray[np.float32]]:
 
 def _voxels_of(file: BinaryIO, name: str, kind: Kind) -> tuple[ImageHeader, npt.NDArray[Any]]:
     header = _header_of(file, name, kind)
-    check_memory(header.sizes, header.dtype.itemsize, name)
+    check_memory(header.sizes, header.dtype.itemsize if kind is Kind.NRRD else 0, name)
     size = os.fstat(file.fileno()).st_size
     try:
         if header.kind is Kind.NRRD:
@@ -129,7 +129,7 @@ def check_memory(sizes: Sequence[int], itemsize: int, name: str) -> None:
 
     Args:
         sizes: voxels along each axis.
-        itemsize: bytes of a stored voxel, which are needed in addition to its float32 value.
+        itemsize: bytes of a stored voxel, if all stored voxels are in memory beside their float32 values; otherwise 0.
         name: name of the image.
 
     Raises:

@@ -327,7 +327,7 @@ class _Need:
         )
 
     def _preprocessing_bytes(self) -> int:
-        """Bytes of the reoriented image, its contiguous copy if needed, interpolation by axis, and scaling."""
+        """Bytes of the image, its contiguous copy if nothing is interpolated, interpolation by axis, and scaling."""
         between = max(self._image, self._seen)
         return FLOAT_BYTES * self._channels * (2 * self._image + between + self._seen)
 

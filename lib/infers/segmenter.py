@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -27,8 +27,10 @@ from lib.networks.precision import place, resolve_fallback, resolve_precision
 from lib.networks.unetr import build_unetr
 from lib.transforms.postprocess import (
     FULL_WEIGHT,
+    Box,
     LabelArray,
     SecondLabels,
+    boxes_after_restoring,
     drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
@@ -51,12 +53,15 @@ class Segmentation:
             if it was not requested.
         latencies_ms: milliseconds of each stage.
         plan: how it was computed, and the plans that did not fit.
+        boxes: for each label value from 1 on, a box that holds all of its voxels, None for one without voxels; None if
+            they are not known.
     """
 
     labels: npt.NDArray[np.uint8]
     plan: Plan
     entropy: FloatArray | None = None
     latencies_ms: dict[str, float] = field(default_factory=dict)
+    boxes: Sequence[Box | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -232,10 +237,11 @@ class Segmenter:
                     labels = restore_by_interpolation(seen, *computed.grid, _second_labels(prediction, seen))
                 else:
                     labels = restore_to_grid(seen, *computed.grid)
+                boxes = boxes_after_restoring(seen, *computed.grid, self.preset.out_channels - 1)
                 wanted = prediction.entropy if computed.entropy else None
                 uncertainty = None if wanted is None else interpolate_to_grid(wanted, *computed.grid)
         logger.info("%s: %s", computed.name, computed.plan.explain())
-        return Segmentation(labels, computed.plan, uncertainty, clock.milliseconds)
+        return Segmentation(labels, computed.plan, uncertainty, clock.milliseconds, boxes)
 
     def _clean(self, prediction: Prediction, largest_component: bool | None) -> LabelArray:
         """Remove uncertain components, and for the requested labels all but the largest component."""

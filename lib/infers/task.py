@@ -438,7 +438,7 @@ def describe_result(
     ``label_names`` and ``centroids`` have the form that MONAI Label's clients read.
     """
     preset = model.preset
-    measures = measure_labels(result.labels, affine_ras, preset)
+    measures = measure_labels(result.labels, affine_ras, preset, result.boxes)
     centroids: dict[str, list[float]] = {name: m["centroid_voxels"] for name, m in measures.items()}  # type: ignore[misc]
     return {
         "label_names": preset.label_indices,

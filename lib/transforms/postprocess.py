@@ -16,6 +16,7 @@ from lib.transforms.resample import CHUNK_NUMBERS, interpolate_axis
 from lib.transforms.volume import Affine, FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
+Box = tuple[slice, ...]
 
 EDGE_TOLERANCE_VOXELS = 1e-3
 # weight of a voxel that lies entirely in one label, when weights are interpolated in eight bits
@@ -119,16 +120,13 @@ def _add_weight(
     given: torch.Tensor,
     others: tuple[torch.Tensor, torch.Tensor] | None,
     index: int,
-    box: tuple[slice, ...],
+    box: Box,
     positions: list[npt.NDArray[np.float64]],
     slab: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """Interpolate one label's weight, and assign the label where its weight is largest; total sums all weights."""
-    near = [
-        np.flatnonzero((position > part.start - 1) & (position < part.stop))
-        for part, position in zip(box, positions, strict=True)
-    ]
-    if not all(map(len, near)):
+    near = _near(box, positions)
+    if near is None:
         return
     lower = [max(0, part.start - 1) for part in box]
     around = tuple(slice(start, part.stop + 1) for start, part in zip(lower, box, strict=True))
@@ -137,15 +135,51 @@ def _add_weight(
     else:
         seconds, shares = (volume[around] for volume in others)
         weight = torch.where(given[around] == index, shares, (FULL_WEIGHT - shares) * (seconds == index)).float()
-    for place, (places, start) in enumerate(zip(near, lower, strict=True)):
-        weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][places] - start))
+    for place, (part, start) in enumerate(zip(near, lower, strict=True)):
+        weight = interpolate_axis(weight, place, torch.from_numpy(positions[place][part] - start))
     # Weights are truncated and not rounded, so that their sum over all labels fits into eight bits.
     share = weight.to(torch.uint8)
-    winners, best, total = (part[tuple(slice(places[0], places[-1] + 1) for places in near)] for part in slab)
+    winners, best, total = (part[near] for part in slab)
     wins = share > best
     winners.masked_fill_(wins, index)
     torch.maximum(best, share, out=best)
     total.add_(share)
+
+
+def boxes_after_restoring(
+    labels: LabelArray, affine_labels: Affine, shape: tuple[int, ...], affine_image: Affine, most: int
+) -> list[Box | None] | None:
+    """Boxes that hold all voxels of each label once the labels have been restored to another grid.
+
+    They are found on the network's grid, which has far fewer voxels than the image.
+
+    Args:
+        labels: shape (I, J, K).
+        affine_labels: 4x4, from voxel indices of the labels to millimetres in RAS.
+        shape: shape of the target grid.
+        affine_image: 4x4, from voxel indices of the target grid to millimetres in RAS.
+        most: the highest label value.
+
+    Returns:
+        One entry for each value from 1 to ``most``, None for one without voxels; None for a sheared grid.
+    """
+    image_to_labels = np.linalg.inv(affine_labels) @ affine_image
+    source_axes = _source_axes(image_to_labels)
+    if source_axes is None:
+        return None
+    axes, positions = _positions(image_to_labels, source_axes, shape)
+    boxes = ndimage.find_objects(_turned(labels, axes).numpy(), most)
+    near = [box and _near(box, positions) for box in boxes]
+    return [box and box[::-1] for box in near]  # the restored array is transposed at the end
+
+
+def _near(box: Box, positions: Sequence[npt.NDArray[np.float64]]) -> Box | None:
+    """The part of a grid at less than a voxel from a box, by the grid's positions along each axis; None if empty."""
+    near = [
+        np.flatnonzero((position > part.start - 1) & (position < part.stop))
+        for part, position in zip(box, positions, strict=True)
+    ]
+    return tuple(slice(int(places[0]), int(places[-1]) + 1) for places in near) if all(map(len, near)) else None
 
 
 def interpolate_to_grid(
@@ -237,7 +271,7 @@ def measure_labels(
     labels: LabelArray,
     affine_ras: Affine,
     preset: Preset,
-    boxes: Sequence[tuple[slice, ...] | None] | None = None,
+    boxes: Sequence[Box | None] | None = None,
 ) -> dict[str, dict[str, object]]:
     """Voxel count, volume in millilitres and centroid (voxel indices, and millimetres in RAS) of each label present.
 
@@ -286,11 +320,11 @@ def _count_and_centre(labels: LabelArray, index: int) -> tuple[int, npt.NDArray[
     return int(voxels), np.array(places) / voxels
 
 
-def find_boxes(labels: LabelArray, most: int = 0) -> list[tuple[slice, ...] | None]:
+def find_boxes(labels: LabelArray, most: int = 0) -> list[Box | None]:
     """The bounding box of each label from 1 on, up to the highest or to ``most``; voxels are read in memory order."""
     if labels.flags.f_contiguous:
         return [box and box[::-1] for box in ndimage.find_objects(labels.T, most)]
-    boxes: list[tuple[slice, ...] | None] = ndimage.find_objects(labels, most)
+    boxes: list[Box | None] = ndimage.find_objects(labels, most)
     return boxes
 
 

@@ -13,7 +13,6 @@ from monai.transforms import (
     Compose,
     EnsureTyped,
     NormalizeIntensityd,
-    Orientationd,
     SpatialPadd,
     Transform,
 )
@@ -28,7 +27,11 @@ LABEL = "label"
 
 
 def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compose:
-    """Build the deterministic chain: orientation, clipping, spacing, intensity, padding to the window.
+    """Build the deterministic chain: clipping, axes and spacing, intensity, padding to the window.
+
+    Intensities are clipped to the window before voxels are interpolated. A CT with the full range of Hounsfield units
+    and the same CT stored with clipped values then give the same input: if voxels were interpolated first, the border
+    between air and skin would move.
 
     Args:
         preset: the preset.
@@ -42,9 +45,8 @@ def build_preprocessing(preset: Preset, keys: Sequence[str] = (IMAGE,)) -> Compo
     padding = ["edge" if preset.padding == "edge" and key == IMAGE else "constant" for key in keys]
     return Compose(
         [
-            Orientationd(keys=keys, axcodes=preset.axcodes, labels=(("L", "R"), ("P", "A"), ("I", "S"))),
-            *_clipping(preset),
-            Resampled(keys, preset.spacing_mm, modes),
+            *_clipping_of_channels(preset),
+            Resampled(keys, preset.axcodes, preset.spacing_mm, modes, _bounds(preset)),
             *_intensity(preset),
             SpatialPadd(keys=keys, spatial_size=preset.roi_size, mode=padding),
             EnsureTyped(keys=IMAGE, dtype=torch.float32),
@@ -103,27 +105,25 @@ def network_shape(shape: Sequence[int], affine_ras: Affine, preset: Preset) -> t
     return x, y, z
 
 
-def _clipping(preset: Preset) -> list[Transform]:
-    """Clip to the intensity window before voxels are interpolated.
+def _bounds(preset: Preset) -> tuple[float, float] | None:
+    """What all voxels are clipped to before they are interpolated; None if channels are clipped one by one."""
+    window = preset.intensity
+    return (window.lower, window.upper) if isinstance(window, Window) and not preset.channels else None
 
-    A CT with the full range of Hounsfield units and the same CT stored with clipped values then give the same input: if
-    voxels were interpolated first, the border between air and skin would move.
-    """
-    if preset.channels:
-        return [
-            EachChannel(IMAGE, [_clipping_to(channel.intensity or preset.intensity) for channel in preset.channels])
-        ]
-    return _clipping_to(preset.intensity)
+
+def _clipping_of_channels(preset: Preset) -> list[Transform]:
+    """Clip each channel to its own window."""
+    if not preset.channels:
+        return []
+    windows = [channel.intensity or preset.intensity for channel in preset.channels]
+    chains = [[Clipped((IMAGE,), w.lower, w.upper)] if isinstance(w, Window) else [] for w in windows]
+    return [EachChannel(IMAGE, chains)] if any(chains) else []
 
 
 def _intensity(preset: Preset) -> list[Transform]:
     if preset.channels:
         return [EachChannel(IMAGE, [_scaled_by(channel.intensity or preset.intensity) for channel in preset.channels])]
     return _scaled_by(preset.intensity)
-
-
-def _clipping_to(intensity: Window | ZScore) -> list[Transform]:
-    return [Clipped((IMAGE,), intensity.lower, intensity.upper)] if isinstance(intensity, Window) else []
 
 
 def _scaled_by(intensity: Window | ZScore) -> list[Transform]:

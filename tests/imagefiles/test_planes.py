@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lib.errors import ImageError
+from lib.imagefiles.payload import BLOCK_BYTES
 from lib.imagefiles.reading import read_planes, read_voxels
 
 
@@ -52,3 +54,21 @@ def test_planes_of_a_file_that_was_cut_off_are_refused(tmp_path: Path, name: str
     (tmp_path / f"cut-{name}").write_bytes((tmp_path / name).read_bytes()[:-9])
     with pytest.raises(ImageError, match="damaged"):
         list(read_planes(tmp_path / f"cut-{name}"))
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii"])
+@pytest.mark.parametrize("slope", [1.0, 0.25])
+def test_whole_file_is_read_without_a_second_copy_of_its_voxels(tmp_path: Path, name: str, slope: float) -> None:
+    stored = np.random.default_rng(0).integers(-1000, 1000, (160, 160, 401), dtype=np.int16)
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(slope, -3)
+    nib.save(image, tmp_path / name)
+    assert stored.nbytes > 16 * BLOCK_BYTES and stored.nbytes % BLOCK_BYTES, "many blocks, the last of them smaller"
+    tracemalloc.start()
+    try:
+        voxels = read_voxels(tmp_path / name)[1]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(voxels, stored.astype(np.float32) * np.float32(slope) - 3)
+    assert peak < voxels.nbytes + stored.nbytes / 2, "as stored, the voxels would take half as much again"

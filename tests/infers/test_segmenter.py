@@ -123,6 +123,21 @@ def test_structure_of_which_the_network_is_nowhere_certain_is_left_out() -> None
     assert int((careful.segment(volume, largest_component=False).labels == 2).sum()) == 1600
 
 
+@pytest.mark.parametrize("restore", ["nearest", "linear"])
+def test_boxes_hold_each_label_after_components_were_removed(restore: str) -> None:
+    image = np.zeros((45, 30, 30), dtype=np.float32)
+    image[3:15, 6:18, 9:21], image[39:42, 24:27, 3:6] = 100, 100
+    preset = tiny_preset(
+        intensity=HALVES, spacing_mm=[1.5] * 3, inference={"largest_component": True, "restore": restore}
+    )
+    found = Segmenter(Steep(), preset, CPU, "fp32").segment(Volume(image, np.eye(4)))
+    assert found.boxes is not None
+    one, two = found.boxes
+    assert one is not None and two is None
+    assert (found.labels == 1).sum() == (found.labels[one] == 1).sum() > 1000
+    assert all(part.stop <= edge for part, edge in zip(one, (18, 21, 24), strict=True)), "the small part is not in it"
+
+
 def test_latencies_are_told_for_each_stage() -> None:
     found = _segmenter().segment(Volume(boxes()[0], np.eye(4)))
     assert list(found.latencies_ms) == ["plan", "preprocess", "network", "postprocess", "restore"]

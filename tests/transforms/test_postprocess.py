@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from lib.transforms.postprocess import (
     FULL_WEIGHT,
     SecondLabels,
+    boxes_after_restoring,
     drop_uncertain_components,
     interpolate_to_grid,
     keep_largest_components,
@@ -308,3 +310,41 @@ def test_second_label_far_from_its_structure_is_never_drawn() -> None:
     fine = np.diag([0.5, 0.5, 0.5, 1])
     found = restore_by_interpolation(labels, np.eye(4), (24, 24, 24), fine, second)
     assert not found[10:].any() and found[4:9, 4:9, 4:9].all()
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize("spacing_mm", [(3.0, 3.0, 3.0), (0.8, 0.8, 5.0), (4.0, 0.7, 1.0)])
+@pytest.mark.parametrize("restore", [restore_to_grid, restore_by_interpolation])
+def test_measures_within_boxes_of_the_coarse_grid_are_those_of_the_whole_mask(
+    axcodes: str, spacing_mm: tuple[float, float, float], restore: Callable[..., np.ndarray]
+) -> None:
+    preset = tiny_preset()
+    labels = np.zeros((14, 16, 12), dtype=np.uint8)
+    labels[2:5, 3:9, 1:4] = labels[10, 12, 9] = 1  # one part far away from the other
+    labels[13, 15, 11] = labels[6:8, 4:6, 4:9] = 2  # at the far corner of the grid
+    coarse, fine = axis_affine("RAS", (3, 3, 3), (5, 6, 7)), axis_affine(axcodes, spacing_mm)
+    corners = _grid((2, 2, 2), coarse @ np.diag([13, 15, 11, 1])).reshape(-1, 3)
+    extent = corners @ np.linalg.inv(fine[:3, :3]).T
+    fine[:3, 3] = fine[:3, :3] @ extent.min(axis=0)
+    shape = tuple(int(edge) for edge in np.rint(np.ptp(extent, axis=0)) + 1)
+    mask = restore(labels, coarse, shape, fine)
+    assert set(np.unique(mask)) == {0, 1, 2}
+    boxes = boxes_after_restoring(labels, coarse, shape, fine, 2)
+    assert boxes is not None
+    assert measure_labels(mask, fine, preset, boxes) == measure_labels(mask, fine, preset)
+    for index, box in enumerate(boxes, start=1):
+        assert box is not None
+        assert (mask[box] == index).sum() == (mask == index).sum()
+
+
+def test_box_of_a_label_without_voxels_or_outside_of_the_image_is_none() -> None:
+    labels = np.zeros((9, 9, 9), dtype=np.uint8)
+    labels[0, 0, 0] = 1
+    labels[8, 8, 8] = 3
+    boxes = boxes_after_restoring(labels, np.eye(4), (4, 4, 4), np.eye(4), 4)
+    assert boxes == [(slice(0, 1),) * 3, None, None, None]
+
+
+def test_boxes_on_a_sheared_grid_are_not_known() -> None:
+    labels = np.ones((4, 4, 4), dtype=np.uint8)
+    assert boxes_after_restoring(labels, np.eye(4), (4, 4, 4), oblique_affine("RAS") @ SHEAR, 1) is None
