@@ -268,7 +268,7 @@ class Training(Model):
         return self
 
 
-EntropyLimit = tuple[str, Annotated[float, Field(gt=0, lt=1)]]
+EntropyLimit = tuple[str, Annotated[float, Field(gt=0, le=1)]]
 
 
 def _as_pairs(value: object) -> object:
@@ -290,7 +290,8 @@ class Inference(Model):
         component_share: size, as a share of the largest component, from which other components are kept too; 1 keeps
             only the largest.
         component_entropy: for each label name, the largest entropy, from 0 (certain) to 1, of the most certain tenth of
-            a component's voxels; a component above it is removed, since it is rarely the structure.
+            a component's voxels; a component above it is removed, since it is rarely the structure. After a training
+            from random weights, limits that the new weights cannot meet are raised; with 1 nothing is removed.
         skip_air: whether windows that contain only air become background without computation. Air is the lowest value
             after clipping; set it to false if a label can lie in air.
         restore: how labels are resampled to the image's grid: ``nearest``, or ``linear``, which interpolates the

@@ -42,6 +42,7 @@ from lib.networks.checkpoint import load_weights, read_checkpoint
 from lib.networks.precision import resolve_device
 from lib.networks.unetr import Builder, build_unetr, parameter_count
 from lib.storage.json_files import read_json, write_json
+from lib.trainers.judging.certainty import suit_limits
 from lib.trainers.judging.evaluate import evaluate
 from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.loop import run_training
@@ -240,7 +241,12 @@ class _Run:
         cpu_seconds = time.process_time() - started
         network = self.build(self.preset, False)
         load_weights(network, result.weights)
-        scores = evaluate(CaseMasks(Segmenter(network, self.preset, self.bench.device)), self.bench.judged)
+
+        def segmenter_of(preset: Preset) -> Segmenter:
+            return Segmenter(network, preset, self.bench.device)
+
+        preset = suit_limits(self.preset, segmenter_of, self.cases)
+        scores = evaluate(CaseMasks(segmenter_of(preset)), self.bench.judged)
         remove_state(run_dir)
         shutil.rmtree(run_dir, ignore_errors=True)
         return Outcome(

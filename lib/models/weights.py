@@ -220,7 +220,8 @@ def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
     """The preset with which weights are run: their training preset, with the configured presentation.
 
     Spacing, window, intensity and network come from the checkpoint; the labels' colours and aliases and the inference
-    options come from the configuration.
+    options come from the configuration. Limits of ``component_entropy`` are those of the configuration, but none is
+    stricter than what the weights were found to be sure of when they were trained.
 
     Raises:
         CheckpointError: if the weights segment other labels, or expect other channels or another order of channels,
@@ -238,5 +239,8 @@ def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
             f"the weights take {', '.join(had) or 'one image'} as channels, in this order, "
             f"but {configured.name!r} has {', '.join(wanted) or 'one image'}"
         )
-    served = {"name": configured.name, "labels": configured.labels, "inference": configured.inference}
+    asked, known = configured.inference.component_entropy, dict(trained.inference.component_entropy)
+    limits = tuple((name, max(limit, known.get(name, 0.0))) for name, limit in asked)
+    inference = configured.inference.model_copy(update={"component_entropy": limits})
+    served = {"name": configured.name, "labels": configured.labels, "inference": inference}
     return trained.model_copy(update=served)

@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from lib.networks.precision import resolve_device
 from lib.networks.unetr import build_unetr, parameter_count
 from lib.storage.files import sha256_of
 from lib.storage.json_files import read_json, without_nan, write_json
+from lib.trainers.judging.certainty import is_sure, suit_limits_of_weights
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.masks import CaseMasks
 from lib.trainers.loop import run_training
@@ -128,10 +129,10 @@ def _split(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     preset = _preset_with_recipe(options.preset, options.set)
-    start = read_checkpoint(options.start).model if options.start else None
-    more = {"start": start, "dataset": options.dataset, "state_seconds": options.state_seconds}
+    start = read_checkpoint(options.start) if options.start else None
+    more = {"dataset": options.dataset, "state_seconds": options.state_seconds}
     run_dir = options.run_dir or Path("runs") / preset.name
-    _train_and_write(options, preset, _cases(options, preset), run_dir, options.resume, **more)
+    _train_and_write(options, preset, _cases(options, preset), run_dir, options.resume, start, **more)
 
 
 def _task(options: argparse.Namespace) -> None:
@@ -153,7 +154,13 @@ def _task(options: argparse.Namespace) -> None:
 
 
 def _train_and_write(
-    options: argparse.Namespace, preset: Preset, sides: Sides, run_dir: Path, resume: bool, **more: Any
+    options: argparse.Namespace,
+    preset: Preset,
+    sides: Sides,
+    run_dir: Path,
+    resume: bool,
+    start: Checkpoint | None = None,
+    **more: Any,
 ) -> None:
     """Train, in as many processes as were started, and write the weights once."""
     with joined_processes(resolve_device(options.device)) as joined:
@@ -163,14 +170,18 @@ def _train_and_write(
             validation_cases=sides[1],
             run_dir=run_dir,
             device=joined.device,
+            start=start.model if start else None,
             encoder=read_checkpoint(options.encoder).model if options.encoder else None,
             max_steps=options.max_steps,
             resume=resume or joined.restarted,
             **more,
         )
         result = run_training(plan)
-        if rank_and_world_size()[0] == 0:
-            _write(options, plan, result)
+        if rank_and_world_size()[0] != 0:
+            return
+        if not is_sure(start.preset if start else None, preset):
+            plan = replace(plan, preset=suit_limits_of_weights(preset, result.weights, plan.train_cases, plan.device))
+        _write(options, plan, result)
 
 
 def _write(options: argparse.Namespace, plan: TrainingJob, result: TrainingResult) -> None:

@@ -21,7 +21,8 @@ Box = tuple[slice, ...]
 EDGE_TOLERANCE_VOXELS = 1e-3
 # weight of a voxel that lies entirely in one label, when weights are interpolated in eight bits
 FULL_WEIGHT = 255
-_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+"""Voxels of a component touch by a face, an edge or a corner."""
 
 
 @dataclass(frozen=True)
@@ -232,14 +233,25 @@ def drop_uncertain_components(
         if box is None or index not in limits:
             continue
         mask = labels[box] == index
-        components, count = ndimage.label(mask, structure=_NEIGHBOURS)
+        components, count = ndimage.label(mask, structure=NEIGHBOURS)
         numbers, values = components[mask], entropy[box][mask]
         values = values[np.lexsort((values, numbers))]
         sizes = np.bincount(numbers, minlength=count + 1)[1:]
         firsts = np.cumsum(sizes) - sizes
-        uncertain = np.concatenate([[False], values[firsts + (sizes - 1) // 10] > limits[index]])
+        uncertain = np.concatenate([[False], values[firsts + _tenth(sizes)] > limits[index]])
         result[box][uncertain[components]] = 0
     return result
+
+
+def certain_tenth(entropy: npt.NDArray[np.floating[Any]]) -> float:
+    """The largest entropy among the most certain tenth of a component's voxels, of any shape but not empty."""
+    place = int(_tenth(np.array(entropy.size)))
+    return float(np.partition(entropy.ravel(), place)[place])
+
+
+def _tenth(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Place of the last voxel of the most certain tenth, in order of entropy, in components of these sizes."""
+    return (sizes - 1) // 10
 
 
 def keep_largest_components(
@@ -258,7 +270,7 @@ def keep_largest_components(
         if box is None or (indices is not None and index not in indices):
             continue
         mask = labels[box] == index
-        components, count = ndimage.label(mask, structure=_NEIGHBOURS)
+        components, count = ndimage.label(mask, structure=NEIGHBOURS)
         if count > 1:
             sizes = np.bincount(components.ravel())
             sizes[0] = 0

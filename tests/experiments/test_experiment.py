@@ -78,6 +78,21 @@ def test_arms_train_on_the_same_cases_and_are_judged_on_the_same(bench: Bench, t
     assert all(o.cpu_seconds > 0 for o in outcomes)
 
 
+def test_networks_of_any_kind_are_judged_with_limits_of_certainty_that_they_can_meet(
+    bench: Bench, tmp_path: Path
+) -> None:
+    recipe = {"batch_size": 2, "learning_rate": 8e-3, "warmup_fraction": 0.1}
+    strict = {"component_entropy": {"Left Box": 1e-6, "core": 1e-6}}
+    arms = {
+        name: {"dynunet": [4, 8, 8], "preset": {"training": recipe, "inference": inference}}
+        for name, inference in (("free", {}), ("strict", strict))
+    }
+    data = _data(tmp_path, arms=arms, baseline="free", labels=[4], budget={"steps": 60})
+    free, limited = run_experiment(Experiment.model_validate(data), bench)
+    assert free.dice_by_label["Left Box"] > 0.3
+    assert limited.dice_by_label["Left Box"] > 0.3, "with the limits as they are its mask is empty"
+
+
 def test_run_that_has_ended_is_not_repeated_and_a_changed_arm_is(bench: Bench, tmp_path: Path) -> None:
     first = run_experiment(Experiment.model_validate(_data(tmp_path)), bench)
     bench, plans = _spied(bench)

@@ -246,6 +246,22 @@ def test_preset_for_runs_weights_as_they_were_trained_and_serves_them_as_configu
 
 
 @pytest.mark.parametrize(
+    ("trained", "configured", "served"),
+    [
+        ({"core": 0.2, "Left Box": 0.5}, {"core": 0.03}, {"core": 0.2}),
+        ({"core": 0.01}, {"core": 0.03}, {"core": 0.03}),
+        ({}, {"core": 0.03}, {"core": 0.03}),
+        ({"core": 0.2}, {}, {}),
+    ],
+)
+def test_limits_of_certainty_are_never_stricter_than_the_weights_can_meet(
+    trained: dict[str, float], configured: dict[str, float], served: dict[str, float]
+) -> None:
+    of_weights, wanted = (tiny_preset(inference={"component_entropy": given}) for given in (trained, configured))
+    assert dict(preset_for(Checkpoint({}, of_weights), wanted).inference.component_entropy) == served
+
+
+@pytest.mark.parametrize(
     "labels",
     [
         [{"index": 1, "name": "core"}, {"index": 2, "name": "Left Box"}],  # the same names in another order

@@ -70,6 +70,30 @@ def test_split_train_evaluate_end_to_end(
     assert json.loads(capsys.readouterr().out)["cases"] == 6, "without a split, all cases"
 
 
+def test_weights_from_nothing_are_scored_and_written_with_limits_that_they_can_meet(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset_file, weights = tmp_path / "strict.yaml", tmp_path / "strict.pt"
+    recipe = {"max_epochs": 40, "batch_size": 2, "learning_rate": 8e-3, "augmentation": QUIET_AUGMENTATION}
+    limits = {"component_entropy": {"core": 1e-6, "Left Box": 1e-6}}
+    text = yaml.safe_dump(preset_data(training=recipe | {"warmup_fraction": 0.1}, inference=limits))
+    preset_file.write_text(text, encoding="utf-8")
+    split = tmp_path / "split.json"
+    assert main(["split", *data, "--out", str(split), "--validation-share", "0.3"]) == 0
+    capsys.readouterr()
+    common = [*data, "--split", str(split), "--device", "cpu", "--preset", str(preset_file)]
+    assert main(["train", *common, "--out", str(weights), "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_dice"] > 0.5, "with the limits as they are all masks are empty"
+    preset = read_checkpoint(weights).preset
+    assert preset is not None and min(preset.component_entropies.values()) > 1e-6
+
+    on = ["--start", str(weights), "--max-steps", "1", "--out", str(tmp_path / "on.pt")]
+    assert main(["train", *common, *on, "--run-dir", str(tmp_path / "second")]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_dice"] > 0.5
+    preset = read_checkpoint(tmp_path / "on.pt").preset
+    assert preset is not None and min(preset.component_entropies.values()) > 1e-6
+
+
 def test_train_on_label_files_of_other_numbers(
     data: list[str], preset_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

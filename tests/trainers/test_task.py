@@ -112,6 +112,26 @@ def _served(locator: WeightsLocator) -> Path:
     return file.path
 
 
+def test_limits_of_certainty_are_raised_for_weights_from_nothing_and_kept_for_those_of_sure_weights(
+    locator: WeightsLocator, make_cases: MakeCases
+) -> None:
+    """Two steps teach nothing, so that limits stay only where the weights that were gone on from met them."""
+    strict, datastore = 1e-6, FakeDatastore(make_cases(5))
+    preset = tiny_preset(training=RECIPE, inference={"component_entropy": {"core": strict}})
+    task, limits = UnetrTrainTask(preset, locator, "cpu"), []
+    for start in (None, "young", "sure"):
+        if start == "sure":
+            _publish_random(locator, inference={"component_entropy": {"core": strict}})
+        known = {version.name for version in task.versions.list()}
+        task(QUICK | {"pretrained": start is not None, "val_split": 0}, datastore)
+        (made,) = (version for version in task.versions.list() if version.name not in known)
+        trained = read_checkpoint(made.weights).preset
+        assert trained is not None
+        limits.append(trained.component_entropies[2])
+    assert limits[0] > strict and limits[1] > strict, "of weights that are not sure it is measured each time"
+    assert limits[2] == strict
+
+
 @pytest.mark.parametrize(
     ("request_fields", "name", "value"),
     [

@@ -6,6 +6,7 @@ import datetime
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from lib.models.weights import WeightsLocator, preset_for
 from lib.networks.checkpoint import Checkpoint, check_finite
 from lib.storage.json_files import read_json, write_json
 from lib.trainers.completion import COMPLETED_FOLDER
+from lib.trainers.judging.certainty import is_sure, suit_limits_of_weights
 from lib.trainers.judging.champion import ServedWeights, read_served
 from lib.trainers.judging.evaluate import Evaluation, evaluate
 from lib.trainers.judging.gate import Champion, Rules, Verdict, judge
@@ -98,6 +100,7 @@ class Publisher:
             started: start time, in seconds since 1970.
         """
         check_finite(result.weights)
+        job = self._with_suited_limits(job, result)
         checkpoint = Checkpoint(result.weights, job.preset)
         new = self.masks(checkpoint, job.preset, job.device)
         scores = evaluate(new, job.validation_cases)
@@ -142,6 +145,17 @@ class Publisher:
     def masks(self, checkpoint: Checkpoint, preset: Preset, device: torch.device) -> CaseMasks:
         """A model's masks of cases, stored for later use in this training or the next one."""
         return CaseMasks.of_weights(checkpoint, preset, device, self._planner, self._masks_folder)
+
+    def _with_suited_limits(self, job: TrainingJob, result: TrainingResult) -> TrainingJob:
+        """The job with limits of certainty that its weights can meet, if those that it started from could not."""
+        if is_sure(None if job.start is None else job.preset, self._preset):
+            return job
+        asked = self._preset.inference.component_entropy
+        inference = job.preset.inference.model_copy(update={"component_entropy": asked})
+        preset = job.preset.model_copy(update={"inference": inference})
+        return replace(
+            job, preset=suit_limits_of_weights(preset, result.weights, job.train_cases, job.device, self._planner)
+        )
 
     def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
         """Store the figures for clients, and remove old versions and runs."""
