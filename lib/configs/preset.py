@@ -268,7 +268,7 @@ class Training(Model):
         return self
 
 
-EntropyLimit = tuple[str, Annotated[float, Field(gt=0, le=1)]]
+EntropyLimit = tuple[str, Annotated[float, Field(gt=0, lt=1)]]
 
 
 def _as_pairs(value: object) -> object:
@@ -291,7 +291,7 @@ class Inference(Model):
             only the largest.
         component_entropy: for each label name, the largest entropy, from 0 (certain) to 1, of the most certain tenth of
             a component's voxels; a component above it is removed, since it is rarely the structure. After a training
-            from random weights, limits that the new weights cannot meet are raised; with 1 nothing is removed.
+            from random weights, limits that the new weights cannot meet are raised.
         skip_air: whether windows that contain only air become background without computation. Air is the lowest value
             after clipping; set it to false if a label can lie in air.
         restore: how labels are resampled to the image's grid: ``nearest``, or ``linear``, which interpolates the
@@ -467,6 +467,11 @@ class Preset(Model):
         """Return the label with this name or alias; case, spaces and ``_`` are ignored."""
         wanted = canonical_name(name)
         return next((label for label in self.labels if wanted in label.names()), None)
+
+    def with_component_entropy(self, limits: Mapping[str, float]) -> Preset:
+        """Return this preset with other limits of ``inference.component_entropy``, by label name."""
+        inference = self.inference.model_copy(update={"component_entropy": tuple(limits.items())})
+        return self.model_copy(update={"inference": inference})
 
     def with_labels(self, names: list[str]) -> Preset:
         """Return this preset for other structures: ``names`` become 1 to n; known names keep colour and aliases.

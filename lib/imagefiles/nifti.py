@@ -15,7 +15,7 @@ from lib.errors import ImageError
 from lib.imagefiles.geometry import itk_affine_ras, nibabel_affine_ras
 from lib.imagefiles.header import ImageHeader
 from lib.imagefiles.kinds import Kind
-from lib.imagefiles.payload import BROKEN_STREAM, check_end, check_promise, open_stream, read_blocks, read_exactly
+from lib.imagefiles.payload import BLOCK_BYTES, BROKEN_STREAM, check_end, check_promise, open_stream, read_blocks
 
 _SECOND_VERSION_BYTES = 540
 # Header extensions precede the voxels; a compressed file has to be unpacked up to there.
@@ -63,20 +63,16 @@ def read_nifti_header(file: BinaryIO, kind: Kind, name: str) -> ImageHeader:
 def read_nifti_voxels(file: BinaryIO, size: int, header: ImageHeader, name: str) -> npt.NDArray[np.float32]:
     """The scaled voxels of an open file of ``size`` bytes; shape as in the header.
 
+    As they are stored, only a block of the voxels is in memory.
+
     Raises:
         ImageError: if they are damaged or cut off, or if their checksum is wrong.
     """
-    packed = size if header.encoding == "gzip" else size - header.offset
-    check_promise(header.size_bytes, packed, header.encoding, name)
-    file.seek(0)
-    try:
-        stream = open_stream(file, header.encoding)
-        stream.seek(header.offset)
-        voxels = _read_scaled(stream, header, name)
-        if header.encoding != "raw":
-            check_end(stream, name)
-    except (OSError, *BROKEN_STREAM) as error:
-        raise ImageError(f"image {name!r} is damaged or not NIfTI: {_last_line(error)}") from error
+    voxels = np.empty(header.voxel_count, dtype=np.float32)
+    done = 0
+    for numbers in _scaled_blocks(file, size, header, BLOCK_BYTES // header.dtype.itemsize, name):
+        voxels[done : done + len(numbers)] = numbers
+        done += len(numbers)
     return voxels.reshape(header.sizes, order="F")
 
 
@@ -86,18 +82,23 @@ def read_nifti_planes(file: BinaryIO, size: int, header: ImageHeader, name: str)
     Raises:
         ImageError: see :func:`read_nifti_voxels`; damage is detected with the last plane at the latest.
     """
+    plane = header.sizes[:2]
+    for numbers in _scaled_blocks(file, size, header, int(np.prod(plane)), name):
+        yield numbers.reshape(plane, order="F")
+
+
+def _scaled_blocks(
+    file: BinaryIO, size: int, header: ImageHeader, at_once: int, name: str
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The scaled voxels in the file's order, ``at_once`` of them at a time."""
     packed = size if header.encoding == "gzip" else size - header.offset
     check_promise(header.size_bytes, packed, header.encoding, name)
-    plane = header.sizes[:2]
-    count = int(np.prod(plane))
     file.seek(0)
     try:
         stream = open_stream(file, header.encoding)
         stream.seek(header.offset)
-        for _ in range(header.voxel_count // count):
-            content = read_exactly(stream, count * header.dtype.itemsize, name)
-            numbers = content.view(header.dtype).reshape(plane, order="F")
-            yield _scale(numbers, header.slope, header.intercept)
+        for block in read_blocks(stream, header.size_bytes, at_once * header.dtype.itemsize, name):
+            yield _scale(block.view(header.dtype), header.slope, header.intercept)
         if header.encoding != "raw":
             check_end(stream, name)
     except (OSError, *BROKEN_STREAM) as error:
@@ -109,17 +110,6 @@ def _parse(block: bytes, mend: bool = True) -> Any:
     kinds = (nib.Nifti2Header, nib.Nifti1Header)
     kind = next(k for k in kinds if k.sizeof_hdr == _SECOND_VERSION_BYTES) if block[4:8] == b"n+2\0" else kinds[1]
     return kind(block[: kind.sizeof_hdr], check=mend)
-
-
-def _read_scaled(stream: BinaryIO, header: ImageHeader, name: str) -> npt.NDArray[np.float32]:
-    """All scaled voxels, in the file's order; as they are stored, only a block of them is in memory."""
-    voxels = np.empty(header.voxel_count, dtype=np.float32)
-    done = 0
-    for block in read_blocks(stream, header.size_bytes, name):
-        numbers = _scale(block.view(header.dtype), header.slope, header.intercept)
-        voxels[done : done + len(numbers)] = numbers
-        done += len(numbers)
-    return voxels
 
 
 def _scale(numbers: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.float32]:

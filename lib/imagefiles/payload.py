@@ -60,28 +60,20 @@ def read_exactly(stream: BinaryIO, size: int, name: str) -> Bytes:
     Raises:
         ImageError: if there are fewer.
     """
-    content: Bytes = np.empty(size, dtype=np.uint8)
-    done = 0
-    for block in read_blocks(stream, size, name):
-        content[done : done + len(block)] = block
-        done += len(block)
-    return content
+    return next(read_blocks(stream, size, max(1, size), name), np.empty(0, dtype=np.uint8))
 
 
-def read_blocks(stream: BinaryIO, size: int, name: str) -> Iterator[Bytes]:
-    """The next ``size`` bytes in blocks of :data:`BLOCK_BYTES`, of which the last may be smaller.
-
-    A block is overwritten by the next one.
+def read_blocks(stream: BinaryIO, size: int, at_once: int, name: str) -> Iterator[Bytes]:
+    """The next ``size`` bytes in blocks of ``at_once``, of which the last may be smaller.
 
     Raises:
         ImageError: if there are fewer.
     """
-    buffer: Bytes = np.empty(min(size, BLOCK_BYTES), dtype=np.uint8)
-    for first in range(0, size, BLOCK_BYTES):
-        block = buffer[: size - first]
+    for first in range(0, size, at_once):
+        block: Bytes = np.empty(min(at_once, size - first), dtype=np.uint8)
         done = 0
         while done < len(block):
-            arrived = stream.read(len(block) - done)
+            arrived = stream.read(min(BLOCK_BYTES, len(block) - done))
             if not arrived:
                 raise ImageError(f"image {name!r} is damaged: it ends after {first + done} of {size} bytes of voxels")
             block[done : done + len(arrived)] = np.frombuffer(arrived, dtype=np.uint8)

@@ -240,7 +240,6 @@ def preset_for(checkpoint: Checkpoint, configured: Preset) -> Preset:
             f"but {configured.name!r} has {', '.join(wanted) or 'one image'}"
         )
     asked, known = configured.inference.component_entropy, dict(trained.inference.component_entropy)
-    limits = tuple((name, max(limit, known.get(name, 0.0))) for name, limit in asked)
-    inference = configured.inference.model_copy(update={"component_entropy": limits})
-    served = {"name": configured.name, "labels": configured.labels, "inference": inference}
-    return trained.model_copy(update=served)
+    limits = {name: max(limit, known.get(name, 0.0)) for name, limit in asked}
+    served = {"name": configured.name, "labels": configured.labels, "inference": configured.inference}
+    return trained.model_copy(update=served).with_component_entropy(limits)

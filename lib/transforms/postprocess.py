@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from lib.transforms.volume import Affine, FloatArray
 
 LabelArray = npt.NDArray[np.uint8]
 Box = tuple[slice, ...]
+_Sizes = TypeVar("_Sizes", int, npt.NDArray[np.int64])
 
 EDGE_TOLERANCE_VOXELS = 1e-3
 # weight of a voxel that lies entirely in one label, when weights are interpolated in eight bits
@@ -245,11 +246,11 @@ def drop_uncertain_components(
 
 def certain_tenth(entropy: npt.NDArray[np.floating[Any]]) -> float:
     """The largest entropy among the most certain tenth of a component's voxels, of any shape but not empty."""
-    place = int(_tenth(np.array(entropy.size)))
+    place = _tenth(entropy.size)
     return float(np.partition(entropy.ravel(), place)[place])
 
 
-def _tenth(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _tenth(sizes: _Sizes) -> _Sizes:
     """Place of the last voxel of the most certain tenth, in order of entropy, in components of these sizes."""
     return (sizes - 1) // 10
 

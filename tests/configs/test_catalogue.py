@@ -116,10 +116,10 @@ def test_entropy_of_components_is_limited_for_labels_of_the_preset_only() -> Non
     data["inference"]["component_entropy"] = {"spleen": 0.03, "tail": 0.1}
     with pytest.raises(ConfigError, match=r"component_entropy' names 'tail'; valid: some of spleen, right_kidney"):
         parse_preset(data, "test")
-    data["inference"]["component_entropy"] = {"spleen": 1.1}
+    data["inference"]["component_entropy"] = {"spleen": 1.0}
     with pytest.raises(ConfigError, match=r"inference\.component_entropy\.0\.1"):
         parse_preset(data, "test")
-    data["inference"]["component_entropy"] = {"spleen": 0.03, "liver": 1}
+    data["inference"]["component_entropy"] = {"spleen": 0.03, "liver": 0.04}
     preset = parse_preset(data, "test").with_labels(["pancreas", "spleen", "tumour"])
     assert preset.component_entropies == {2: 0.03}
 

@@ -30,7 +30,8 @@ logger = logging.getLogger("unetr.train")
 MOST_CASES = 4
 # Times the entropy of the least certain organ that is right, as the preset's own limits were chosen.
 MARGIN = 3.0
-NO_LIMIT = 1.0
+# The largest limit that a preset may have, which no component exceeds.
+NO_LIMIT = math.nextafter(1.0, 0.0)
 
 
 def suit_limits(preset: Preset, segmenter_of: Callable[[Preset], Segmenter], cases: Sequence[Case]) -> Preset:
@@ -49,7 +50,7 @@ def suit_limits(preset: Preset, segmenter_of: Callable[[Preset], Segmenter], cas
     limits = dict(preset.inference.component_entropy)
     if not limits:
         return preset
-    segmenter = segmenter_of(_with_limits(preset, {}))
+    segmenter = segmenter_of(preset.with_component_entropy({}))
     doubts: dict[str, list[float]] = {name: [] for name in limits}
     for case in _some(cases):
         volume, label = read_case(case, preset)
@@ -62,20 +63,15 @@ def suit_limits(preset: Preset, segmenter_of: Callable[[Preset], Segmenter], cas
         boxes = find_boxes(segmentation.labels, len(preset.labels))
         for name, of_name in doubts.items():
             index = preset.label_indices[name]
-            box = boxes[index - 1]
-            if not (label == index).any():
-                continue
-            if box is None:
-                of_name.append(math.inf)
-            else:
-                of_name.append(
-                    doubt_of(segmentation.labels[box] == index, label[box] == index, segmentation.entropy[box])
-                )
+            if (label == index).any():
+                box = boxes[index - 1] or (slice(0),) * 3
+                mask, truth = segmentation.labels[box] == index, label[box] == index
+                of_name.append(doubt_of(mask, truth, segmentation.entropy[box]))
     suited = {name: _limit(limits[name], of_name) for name, of_name in doubts.items()}
     raised = [f"{name} {limits[name]:g} to {limit:.3g}" for name, limit in suited.items() if limit > limits[name]]
     if raised:
         logger.info("the weights are less certain than component_entropy asks; raised: %s", ", ".join(raised))
-    return _with_limits(preset, suited)
+    return preset.with_component_entropy(suited)
 
 
 def suit_limits_of_weights(
@@ -137,8 +133,3 @@ def _some(cases: Sequence[Case]) -> list[Case]:
     """A few of the cases at even distances; each of an oversampled one once."""
     single = list({case.case_id: case for case in cases}.values())
     return single[:: math.ceil(len(single) / MOST_CASES)] if single else []
-
-
-def _with_limits(preset: Preset, limits: dict[str, float]) -> Preset:
-    inference = preset.inference.model_copy(update={"component_entropy": tuple(limits.items())})
-    return preset.model_copy(update={"inference": inference})

@@ -150,12 +150,9 @@ class Publisher:
         """The job with limits of certainty that its weights can meet, if those that it started from could not."""
         if is_sure(None if job.start is None else job.preset, self._preset):
             return job
-        asked = self._preset.inference.component_entropy
-        inference = job.preset.inference.model_copy(update={"component_entropy": asked})
-        preset = job.preset.model_copy(update={"inference": inference})
-        return replace(
-            job, preset=suit_limits_of_weights(preset, result.weights, job.train_cases, job.device, self._planner)
-        )
+        asked = job.preset.with_component_entropy(dict(self._preset.inference.component_entropy))
+        suited = suit_limits_of_weights(asked, result.weights, job.train_cases, job.device, self._planner)
+        return replace(job, preset=suited)
 
     def _tidy(self, job: TrainingJob, figures: dict[str, Any], stock: dict[str, Any]) -> None:
         """Store the figures for clients, and remove old versions and runs."""
