@@ -51,7 +51,7 @@ def suit_limits(preset: Preset, segmenter_of: Callable[[Preset], Segmenter], cas
     if not limits:
         return preset
     segmenter = segmenter_of(preset.with_component_entropy({}))
-    doubts: dict[str, list[float]] = {name: [] for name in limits}
+    entropies: dict[str, list[float]] = {name: [] for name in limits}
     for case in _some(cases):
         volume, label = read_case(case, preset)
         try:
@@ -61,13 +61,13 @@ def suit_limits(preset: Preset, segmenter_of: Callable[[Preset], Segmenter], cas
             continue
         assert segmentation.entropy is not None
         boxes = find_boxes(segmentation.labels, len(preset.labels))
-        for name, of_name in doubts.items():
+        for name, of_name in entropies.items():
             index = preset.label_indices[name]
             if (label == index).any():
                 box = boxes[index - 1] or (slice(0),) * 3
                 mask, truth = segmentation.labels[box] == index, label[box] == index
-                of_name.append(doubt_of(mask, truth, segmentation.entropy[box]))
-    suited = {name: _limit(limits[name], of_name) for name, of_name in doubts.items()}
+                of_name.append(entropy_of_right_component(mask, truth, segmentation.entropy[box]))
+    suited = {name: _limit(limits[name], of_name) for name, of_name in entropies.items()}
     raised = [f"{name} {limits[name]:g} to {limit:.3g}" for name, limit in suited.items() if limit > limits[name]]
     if raised:
         logger.info("the weights are less certain than component_entropy asks; raised: %s", ", ".join(raised))
@@ -107,7 +107,9 @@ def is_sure(start: Preset | None, preset: Preset) -> bool:
     return start is not None and all(limits.get(n, 1) >= limit for n, limit in start.inference.component_entropy)
 
 
-def doubt_of(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], entropy: npt.NDArray[np.float32]) -> float:
+def entropy_of_right_component(
+    mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], entropy: npt.NDArray[np.float32]
+) -> float:
     """Entropy of the most certain tenth of the largest component that lies in the truth by half; infinity if none does.
 
     Args:
@@ -123,9 +125,9 @@ def doubt_of(mask: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_], entropy:
     return certain_tenth(entropy[components == right.argmax()]) if right.any() else math.inf
 
 
-def _limit(configured: float, doubts: Sequence[float]) -> float:
+def _limit(configured: float, entropies: Sequence[float]) -> float:
     """The limit of a label that is within :data:`MARGIN` of what was seen."""
-    seen = [doubt for doubt in doubts if math.isfinite(doubt)]
+    seen = [entropy for entropy in entropies if math.isfinite(entropy)]
     return min(NO_LIMIT, max(configured, MARGIN * max(seen))) if seen else NO_LIMIT
 
 

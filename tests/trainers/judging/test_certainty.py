@@ -18,7 +18,7 @@ from lib.infers.segmenter import Segmenter
 from lib.networks.checkpoint import Checkpoint
 from lib.networks.layouts import StateDict
 from lib.networks.unetr import build_unetr
-from lib.trainers.judging.certainty import MARGIN, NO_LIMIT, doubt_of, is_sure, suit_limits_of_weights
+from lib.trainers.judging.certainty import MARGIN, NO_LIMIT, entropy_of_right_component, is_sure, suit_limits_of_weights
 from lib.trainers.loop import run_training
 from lib.trainers.run.job import TrainingJob
 from tests.tiny import QUIET_AUGMENTATION, tiny_preset, write_cases
@@ -74,7 +74,7 @@ def test_limit_is_a_multiple_of_the_least_certain_right_structure(
         volume, label = read_case(case, _preset({}))
         found = _segmenter(weights, _preset({})).segment(volume, entropy=True)
         assert found.entropy is not None
-        seen.append(doubt_of(found.labels == 2, label == 2, found.entropy))
+        seen.append(entropy_of_right_component(found.labels == 2, label == 2, found.entropy))
     suited = suit_limits_of_weights(_preset({"core": STRICT}), weights, cases[:2], CPU)
     assert suited.component_entropies[2] == pytest.approx(MARGIN * max(seen), rel=1e-6)
     easy = 0.9
@@ -130,17 +130,17 @@ ENTROPY = np.linspace(0, 0.99, 100, dtype=np.float32).reshape(1, 1, 100)
         (slice(0, 0), slice(0, 100), math.inf),
     ],
 )
-def test_doubt_is_of_the_most_certain_tenth_of_what_is_right(found: slice, truth: slice, expected: float) -> None:
+def test_entropy_is_of_the_most_certain_tenth_of_what_is_right(found: slice, truth: slice, expected: float) -> None:
     masks = [np.zeros(ENTROPY.shape, dtype=bool) for _ in range(2)]
     masks[0][..., found], masks[1][..., truth] = True, True
-    assert doubt_of(masks[0], masks[1], ENTROPY) == pytest.approx(expected)
+    assert entropy_of_right_component(masks[0], masks[1], ENTROPY) == pytest.approx(expected)
 
 
-def test_doubt_is_of_the_largest_right_component() -> None:
+def test_entropy_is_of_the_largest_right_component() -> None:
     found, truth = np.zeros(ENTROPY.shape, dtype=bool), np.zeros(ENTROPY.shape, dtype=bool)
     found[..., :40], found[..., 50:61], found[..., 70:75] = True, True, True
     truth[..., 50:80] = True
-    assert doubt_of(found, truth, ENTROPY) == pytest.approx(0.51)
+    assert entropy_of_right_component(found, truth, ENTROPY) == pytest.approx(0.51)
 
 
 @pytest.mark.parametrize(
