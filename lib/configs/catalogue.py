@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from lib.configs.preset import Preset, parse_preset, without_drawing
+from lib.configs.preset import Preset, parse_preset, without_own_anatomy
 from lib.configs.yaml_files import read_yaml
 from lib.errors import ConfigError
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
-OF_THE_DRAWN = frozenset({"labels", "channels", "modality", "intensity"})
-"""Keys with which a preset may be about something that drawn body parts show, or that cannot be drawn."""
+OF_OTHER_ANATOMY = frozenset({"labels", "channels", "modality", "intensity"})
+"""Keys with which a preset may be about something that drawn body parts show, or that has no HU."""
 
 
 def shipped_preset_names() -> list[str]:
@@ -43,15 +43,15 @@ def read_preset(path: Path) -> Preset:
     """Read a preset from a YAML file; by default its name is the stem of the file name.
 
     With ``extends: NAME``, missing keys are taken from the shipped preset with that name; its recipe without drawn body
-    parts if the file has labels or images of its own.
+    parts and without changed organs if the file has labels or images of its own.
 
     Raises:
         ConfigError: if the file cannot be read, is not YAML, or describes an invalid preset.
     """
     data = _read_mapping(path)
     base = _read_mapping(_shipped_path(str(data.pop("extends")))) if "extends" in data else {}
-    if "training" in base and OF_THE_DRAWN & data.keys():
-        base["training"] = without_drawing(base["training"])
+    if "training" in base and OF_OTHER_ANATOMY & data.keys():
+        base["training"] = without_own_anatomy(base["training"])
     return parse_preset(base | {"name": path.stem} | data, source=f"preset file {str(path)!r}")
 
 

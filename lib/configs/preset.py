@@ -194,6 +194,13 @@ class Network(Model):
 
 DRAWING = ("phantom_probability", "arm_probability")
 """Augmentations that draw body parts without any label."""
+IN_HU = (*DRAWING, "unenhanced_probability")
+"""Augmentations that compute in Hounsfield units."""
+
+
+def _as_pairs(value: object) -> object:
+    """A mapping as hashable pairs."""
+    return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
 class Augmentation(Model):
@@ -202,7 +209,8 @@ class Augmentation(Model):
     ``slab_probability`` is the probability of keeping only ``slab_planes`` (smallest and largest number) planes of the
     third axis, as in a scan with few slices; the rest becomes 0, like padding. ``phantom_probability`` is the
     probability of drawing a limb, a head or a chest in place of the crop, with nothing labelled; ``arm_probability``
-    that of laying drawn arms beside the body of a case. Both for CT only.
+    that of laying drawn arms beside the body of a case. ``unenhanced_probability`` is that of taking contrast medium
+    out of the labels in ``unenhanced_hu``, which gives the density of each without any. All three are for CT only.
     """
 
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
@@ -221,6 +229,8 @@ class Augmentation(Model):
     slab_planes: tuple[PositiveInt, PositiveInt] = (12, 32)
     phantom_probability: Fraction = 0.0
     arm_probability: Fraction = 0.0
+    unenhanced_probability: Fraction = 0.0
+    unenhanced_hu: Annotated[tuple[tuple[str, float], ...], BeforeValidator(_as_pairs)] = ()
 
     @model_validator(mode="after")
     def _check_slab(self) -> Augmentation:
@@ -269,11 +279,6 @@ class Training(Model):
 
 
 EntropyLimit = tuple[str, Annotated[float, Field(gt=0, lt=1)]]
-
-
-def _as_pairs(value: object) -> object:
-    """A mapping as hashable pairs."""
-    return tuple(value.items()) if isinstance(value, Mapping) else value
 
 
 class Inference(Model):
@@ -364,12 +369,12 @@ class Preset(Model):
         return self
 
     @model_validator(mode="after")
-    def _check_phantoms(self) -> Preset:
+    def _check_augmentations_in_hu(self) -> Preset:
         change = self.training.augmentation
-        drawn = [name for name in DRAWING if getattr(change, name)]
-        if drawn and (self.modality != "CT" or not isinstance(self.intensity, Window) or self.channels):
+        used = [name for name in IN_HU if getattr(change, name)]
+        if used and (self.modality != "CT" or not isinstance(self.intensity, Window) or self.channels):
             raise ValueError(
-                f"{' and '.join(drawn)} above 0 draw in HU; valid: 0, or modality CT with intensity kind window and no "
+                f"{' and '.join(used)} above 0 need HU; valid: 0, or modality CT with intensity kind window and no "
                 "channels"
             )
         return self
@@ -417,15 +422,16 @@ class Preset(Model):
         return self
 
     @model_validator(mode="after")
-    def _check_names_in_inference(self) -> Preset:
-        chosen = self.inference.largest_component
+    def _check_label_names(self) -> Preset:
+        chosen, unenhanced = self.inference.largest_component, self.training.augmentation.unenhanced_hu
         for key, names, others in (
-            ("largest_component", () if isinstance(chosen, bool) else chosen, "true, false, or "),
-            ("component_entropy", tuple(name for name, _ in self.inference.component_entropy), ""),
+            ("inference.largest_component", () if isinstance(chosen, bool) else chosen, "true, false, or "),
+            ("inference.component_entropy", tuple(name for name, _ in self.inference.component_entropy), ""),
+            ("training.augmentation.unenhanced_hu", tuple(name for name, _ in unenhanced), ""),
         ):
             if unknown := [name for name in names if name not in self.label_indices]:
                 raise ValueError(
-                    f"'inference.{key}' names {', '.join(map(repr, unknown))}; "
+                    f"'{key}' names {', '.join(map(repr, unknown))}; "
                     f"valid: {others}some of {', '.join(self.label_indices)}"
                 )
         return self
@@ -489,19 +495,23 @@ class Preset(Model):
         if not isinstance(self.inference.largest_component, bool):
             inference["largest_component"] = sorted(left & set(self.inference.largest_component))
         inference["component_entropy"] = [pair for pair in self.inference.component_entropy if pair[0] in left]
-        changes = {"labels": labels, "mirror_axes": (), "inference": inference}
+        training = self.training.model_dump()
+        change = training["augmentation"]
+        change["unenhanced_hu"] = [pair for pair in self.training.augmentation.unenhanced_hu if pair[0] in left]
         if None in known:
-            changes["training"] = without_drawing(self.training.model_dump())
+            change |= dict.fromkeys(DRAWING, 0.0)
+        changes = {"labels": labels, "mirror_axes": (), "inference": inference, "training": training}
         return parse_preset(self.model_dump() | changes, source=f"labels {names}")
 
 
-def without_drawing(training: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without drawn limbs, heads and chests, in which other labels might lie.
+def without_own_anatomy(training: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what is about a preset's own labels in CT: drawn body parts, and organs without contrast medium.
 
     Args:
         training: plain data of :class:`Training`.
     """
-    return {**training, "augmentation": {**training.get("augmentation", {}), **dict.fromkeys(DRAWING, 0.0)}}
+    nothing = {**dict.fromkeys(IN_HU, 0.0), "unenhanced_hu": {}}
+    return {**training, "augmentation": {**training.get("augmentation", {}), **nothing}}
 
 
 def parse_preset(data: Mapping[str, Any], source: str) -> Preset:

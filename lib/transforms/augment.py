@@ -26,6 +26,7 @@ from monai.transforms import (
 
 from lib.configs.preset import Augmentation, Preset, Window
 from lib.transforms.deform import RandDeformd
+from lib.transforms.enhancement import RandUnenhancedd
 from lib.transforms.phantom import RandArmsd, RandPhantomd
 from lib.transforms.preprocess import IMAGE, LABEL
 
@@ -196,7 +197,7 @@ def _drawing(preset: Preset, doubts: Sequence[str]) -> tuple[list[Transform], li
 
 
 def build_changes(preset: Preset) -> Compose:
-    """Build the random augmentations of one crop, spatial ones first, which run on the device of the crop.
+    """Build the random augmentations of one crop, which run on its device: first what needs labels that fit exactly.
 
     Flips are applied only along the axes that the preset allows, since a flipped right kidney is a left one.
 
@@ -215,7 +216,16 @@ def build_changes(preset: Preset) -> Compose:
     slab = [RandSlabd((IMAGE, LABEL), change.slab_probability, change.slab_planes)] if change.slab_probability else []
     dropped = [place for place, channel in enumerate(preset.channels) if channel.optional]
     drop = [RandDropChannelsd(IMAGE, dropped)] if dropped else []
-    return Compose([*mirror, *_spatial(change), *_intensity(change), *slab, *drop, *typed])
+    return Compose([*_unenhanced(preset), *mirror, *_spatial(change), *_intensity(change), *slab, *drop, *typed])
+
+
+def _unenhanced(preset: Preset) -> list[Transform]:
+    """What takes contrast medium out of organs."""
+    change, window = preset.training.augmentation, preset.intensity
+    if not (change.unenhanced_probability and isinstance(window, Window)):
+        return []
+    hu = {preset.label_indices[name]: value for name, value in change.unenhanced_hu}
+    return [RandUnenhancedd(IMAGE, LABEL, change.unenhanced_probability, hu, (window.lower, window.upper))]
 
 
 def _spatial(change: Augmentation) -> list[Transform]:

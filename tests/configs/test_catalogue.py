@@ -82,11 +82,14 @@ def test_preset_file_that_extends_a_shipped_preset_takes_what_it_does_not_give(t
         ("channels: [{name: native}, {name: late, optional: true}]", False),
     ],
 )
-def test_preset_about_something_else_draws_no_body_parts_as_background(tmp_path: Path, own: str, drawn: bool) -> None:
+def test_preset_about_something_else_draws_no_body_parts_and_changes_no_organ(
+    tmp_path: Path, own: str, drawn: bool
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"extends: abdomen_ct\n{own}\n", encoding="utf-8")
     change, shipped = read_preset(path).training.augmentation, load_preset("abdomen_ct").training.augmentation
     assert (change.phantom_probability, change.arm_probability) == ((0.1, 0.2) if drawn else (0, 0))
+    assert (change.unenhanced_probability > 0, bool(change.unenhanced_hu)) == (drawn, drawn)
     assert change.slab_probability == shipped.slab_probability
 
 
@@ -94,6 +97,8 @@ def test_preset_about_something_else_draws_no_body_parts_as_background(tmp_path:
 def test_preset_with_labels_that_it_did_not_know_draws_no_body_parts(labels: list[str], drawn: bool) -> None:
     change = load_preset("abdomen_ct").with_labels(labels).training.augmentation
     assert (change.phantom_probability > 0, change.arm_probability > 0) == (drawn, drawn)
+    assert [name for name, _ in change.unenhanced_hu] == [name for name in labels if name != "femur"]
+    assert change.unenhanced_probability > 0
 
 
 def test_preset_file_that_extends_nothing_known_says_what_there_is(tmp_path: Path) -> None:

@@ -147,5 +147,5 @@ def test_crops_of_a_case_with_arms_have_the_size_of_the_window() -> None:
     ],
 )
 def test_drawing_for_a_preset_without_hu_is_refused(changes: dict[str, Any], kind: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{kind} above 0 draw in HU; valid: 0, or modality CT"):
+    with pytest.raises(ConfigError, match=rf"{kind} above 0 need HU; valid: 0, or modality CT"):
         _preset(0.1, kind, **changes)
