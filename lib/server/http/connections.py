@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterable
@@ -41,7 +42,7 @@ class Limits:
     Attributes:
         connections: largest number at a time.
         per_client: largest number from one address at a time.
-        header_seconds: time limit until a request's header is complete.
+        header_seconds: time limit until a request's header is complete; an idle connection is kept as long.
         body_seconds: time limit for a body, plus one second for each KiB received; also the time limit in which a
             client must accept a part of its response.
         proxies: addresses and networks that represent many clients, and have no limit of their own.
@@ -71,6 +72,8 @@ class LimitedProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        # after uvicorn's 5 seconds, a client that asks every 5 seconds meets a connection that is being closed
+        self.timeout_keep_alive = max(config.timeout_keep_alive, math.ceil(crowd.limits.header_seconds))
         self._crowd = crowd
         self._refused = False
         self._phase: object = h11.IDLE

@@ -39,10 +39,14 @@ async def large(request: Request) -> StreamingResponse:
 
 
 @contextmanager
-def serving(limits: Limits, encrypted: tuple[Path, Path] | None = None) -> Iterator[tuple[int, Crowd]]:
+def serving(
+    limits: Limits, encrypted: tuple[Path, Path] | None = None, keep_alive: int = 60
+) -> Iterator[tuple[int, Crowd]]:
     """Its port and connections; with a key and a certificate, encrypted ones."""
     app = Starlette(routes=[Route("/", hello, methods=["GET", "POST"]), Route("/large", large)])
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=60)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="error", lifespan="off", timeout_keep_alive=keep_alive
+    )
     server, crowd = uvicorn.Server(config), Crowd(limits, CHECK_SECONDS)
     config.load()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if encrypted else None
@@ -95,6 +99,15 @@ def test_the_second_header_of_a_connection_has_its_time_too() -> None:
         assert answer(made).startswith(b"HTTP/1.1 200")
         made.sendall(HALF_A_HEADER)
         assert made.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_an_idle_connection_is_kept_as_long_as_a_header_may_take() -> None:
+    """Uvicorn closes it after 5 seconds, in which a client that asks every 5 seconds sends its next question."""
+    with serving(Limits(64, 64, 5, 5), keep_alive=0) as (port, _), connect(port, GET) as made:
+        assert answer(made).startswith(b"HTTP/1.1 200")
+        time.sleep(0.2)
+        made.sendall(GET)
+        assert answer(made).startswith(b"HTTP/1.1 200")
 
 
 def test_a_header_that_drips_is_closed_all_the_same() -> None:
