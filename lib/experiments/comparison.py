@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,10 @@ MIN_SEEDS = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one run; ``dice`` is the mean over the labels for each judged case."""
+    """The result of one run; ``dice`` is the mean over the labels for each judged case.
+
+    NaN stands for what has no value: Dice of a label that no mask has, the distance to one that was never found.
+    """
 
     arm: str
     labels: int
@@ -61,6 +65,18 @@ class Row:
     low: float | None = None
     high: float | None = None
     verdict: str = ""
+
+
+def outcome_of(data: Mapping[str, Any]) -> Outcome:
+    """The outcome of stored data, in which null stands for NaN."""
+    with_nan: dict[str, Any] = {
+        k: _with_nan(value) if isinstance(value, Mapping) else value for k, value in data.items()
+    }
+    return Outcome(**with_nan)
+
+
+def _with_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def compare(outcomes: Sequence[Outcome], baseline: str, subject_of: Callable[[str], str]) -> list[Row]:
@@ -158,7 +174,10 @@ def _row(runs: Mapping[int, Outcome], baseline: Mapping[int, Outcome], subject_o
     both = sorted(set(runs) & set(baseline))
     if not both:
         return Row(**row)  # type: ignore[arg-type]
-    cases = sorted(set.intersection(*(set(run.dice) for seed in both for run in (runs[seed], baseline[seed]))))
+    paired = [run for seed in both for run in (runs[seed], baseline[seed])]
+    cases = sorted(set.intersection(*({c for c, dice in run.dice.items() if not math.isnan(dice)} for run in paired)))
+    if not cases:
+        return Row(**row)  # type: ignore[arg-type]
     apart = np.array([[runs[s].dice[case] - baseline[s].dice[case] for case in cases] for s in both])
     low, high = interval(apart, [subject_of(case) for case in cases])
     return Row(**row, difference=float(apart.mean()), low=low, high=high, verdict=_verdict(len(both), low, high))  # type: ignore[arg-type]

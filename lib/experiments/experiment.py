@@ -30,12 +30,13 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from lib.cases.labelled import Case, find_cases
+from lib.cases.metrics import mean_known
 from lib.cases.split import SUBJECT_RULES, Split, extend_split, read_split
 from lib.commandline import run_command
 from lib.configs.catalogue import find_preset
 from lib.configs.preset import Model, PositiveFloat, PositiveInt, Preset, describe_validation_error, parse_preset
 from lib.errors import ConfigError, TrainingError
-from lib.experiments.comparison import Outcome, write_report
+from lib.experiments.comparison import Outcome, outcome_of, write_report
 from lib.experiments.dynunet import build_dynunet
 from lib.infers.segmenter import Segmenter
 from lib.networks.checkpoint import load_weights, read_checkpoint
@@ -233,7 +234,7 @@ class _Run:
             if not kept.is_file():
                 logger.info("%s, %d labels, seed %d", self.name, self.count, self.seed)
                 write_json(kept, self._train(kept.with_suffix(".run"), self._steps()).__dict__)
-            return Outcome(**read_json(kept))
+            return outcome_of(read_json(kept))
 
     def _train(self, run_dir: Path, steps: int) -> Outcome:
         started = time.process_time()
@@ -256,7 +257,7 @@ class _Run:
             steps=len(result.losses),
             cpu_seconds=round(cpu_seconds, 1),
             parameters=parameter_count(network),
-            dice={case.case_id: sum(case.dice.values()) / len(case.dice) for case in scores.cases},
+            dice={case.case_id: mean_known(case.dice.values()) for case in scores.cases},
             dice_by_label=scores.dice,
             hd95_mm=scores.hd95_mm,
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.experiments.comparison import Outcome, compare, interval, write_report
+from lib.experiments.comparison import Outcome, compare, interval, outcome_of, write_report
+from lib.storage.json_files import read_json, write_json
 
 
 def _outcome(arm: str, seed: int, dice: list[float], labels: int = 8) -> Outcome:
@@ -62,6 +63,27 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     runs = _runs(0.02, seeds=3)
     runs = [run for run in runs if not (run.arm == "cnn" and run.seed == 2)]
     assert _row(runs).verdict == "nothing claimed of 2 seeds"
+
+
+def test_case_without_a_value_is_left_out_on_both_sides() -> None:
+    """As a CT in which neither a mask nor the label has any of the structures."""
+    runs = [_outcome("cnn", 0, [0.5, math.nan, 0.7, 0.2]), _outcome("unetr", 0, [0.6, 0.9, 0.8, math.nan])]
+    row = _row(runs)
+    assert row.difference == pytest.approx(0.1)
+    assert row.dice == pytest.approx((0.6 + 0.9 + 0.8) / 3)
+    nothing = [_outcome("cnn", 0, [0.5, math.nan]), _outcome("unetr", 0, [math.nan, 0.9])]
+    assert (_row(nothing).difference, _row(nothing).verdict) == (None, "")
+
+
+def test_stored_outcome_without_some_values_is_read_and_reported(tmp_path: Path) -> None:
+    """A gallbladder that was taken out has no Dice, and one that was not found no distance."""
+    for arm in ("cnn", "unetr"):
+        run = Outcome(arm, 8, 0, 10, 60.0, 1000, {"a": 0.5, "b": math.nan}, {"core": math.nan}, {"core": math.nan})
+        write_json(tmp_path / f"{arm}.json", run.__dict__)
+    runs = [outcome_of(read_json(tmp_path / f"{arm}.json")) for arm in ("cnn", "unetr")]
+    assert math.isnan(runs[0].dice["b"]) and math.isnan(runs[0].hd95_mm["core"]) and runs[0].dice["a"] == 0.5
+    text = write_report(tmp_path / "x", "Which?", "cnn", runs, lambda case: case)
+    assert "| 8 | unetr | 1 | 10 | 1.0 | 0.500 | nan | +0.0000 [+0.0000, +0.0000] | nothing claimed of 1 seed |" in text
 
 
 def test_interval_of_a_constant_difference_has_no_width() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -91,6 +94,23 @@ def test_networks_of_any_kind_are_judged_with_limits_of_certainty_that_they_can_
     free, limited = run_experiment(Experiment.model_validate(data), bench)
     assert free.dice_by_label["Left Box"] > 0.3
     assert limited.dice_by_label["Left Box"] > 0.3, "with the limits as they are its mask is empty"
+
+
+def test_case_without_one_of_the_structures_is_judged_by_the_others(bench: Bench, tmp_path: Path) -> None:
+    """As a CT of someone whose gallbladder was taken out, in which none is found."""
+    judged = bench.judged[0]
+    label = nib.load(judged.label)
+    box_alone = (np.asarray(label.dataobj) == 1).astype(np.uint8)
+    nib.save(nib.Nifti1Image(box_alone, label.affine), judged.label)
+
+    def find_nothing(plan: TrainingJob, on_step: Callable[[int], None] | None) -> TrainingResult:
+        result = run_training(plan, on_step)
+        return replace(result, weights={name: torch.zeros_like(tensor) for name, tensor in result.weights.items()})
+
+    data = _data(tmp_path, arms={"cnn": {"dynunet": [4, 8, 8]}}, baseline="cnn")
+    outcome = run_experiment(Experiment.model_validate(data), replace(bench, run=find_nothing))[0]
+    assert (outcome.dice_by_label["Left Box"], outcome.dice[judged.case_id]) == (0, 0)
+    assert math.isnan(outcome.dice_by_label["core"]) and math.isnan(outcome.hd95_mm["core"])
 
 
 def test_run_that_has_ended_is_not_repeated_and_a_changed_arm_is(bench: Bench, tmp_path: Path) -> None:
