@@ -42,26 +42,24 @@ class RandUnenhancedd(MapTransform, Randomizable):
         changed = dict(data)
         if self.R.random() >= self.probability:
             return changed
-        removed = self.R.uniform(0, 2)
+        common = self.R.uniform(0, 2)
         image, label = (torch.as_tensor(changed[key]).as_subclass(torch.Tensor) for key in (self.image, self.label))
         lower, upper = self.window
-        fat = (FAT_HU - lower) / (upper - lower)
-        factors = torch.ones_like(image, dtype=torch.float32)
+        above_fat = (image * (upper - lower) + (lower - FAT_HU)).clamp(min=0)
+        removed = torch.zeros_like(above_fat)
         for value, usual in self.hu.items():
-            share, hu = min(1.0, removed * self.R.uniform(0.8, 1.2)), self.R.normal(usual, VARIATION_HU)
+            share, hu = min(1.0, common * self.R.uniform(0.8, 1.2)), self.R.normal(usual, VARIATION_HU)
             organ = label == value
             if int(organ.sum()) < LEAST_VOXELS:
                 continue
-            above_fat = float(image[organ].median()) * (upper - lower) + lower - FAT_HU
-            if above_fat > hu - FAT_HU > 0:
-                factors[organ] = 1 - share * (1 - (hu - FAT_HU) / above_fat)
-        if bool((factors < 1).any()):
-            factors = _spread(factors)
-            changed[self.image] = torch.where(image > fat, fat + (image - fat) * factors, image)
+            density = float(above_fat[organ].median())
+            if density > hu - FAT_HU > 0:
+                removed[organ] = share * (1 - (hu - FAT_HU) / density)
+        changed[self.image] = image - _spread(removed) * above_fat / (upper - lower)
         return changed
 
 
-def _spread(factors: torch.Tensor) -> torch.Tensor:
-    """Factors that reach one voxel beyond each organ and then fade, since its blurred border does."""
-    padded = functional.pad(factors[None], (2,) * 6, mode="replicate")
-    return functional.avg_pool3d(-functional.max_pool3d(-padded, 3, 1), 3, 1)[0]
+def _spread(removed: torch.Tensor) -> torch.Tensor:
+    """Shares that reach one voxel beyond each organ and then fade, since its blurred border does."""
+    padded = functional.pad(removed[None], (2,) * 6, mode="replicate")
+    return functional.avg_pool3d(functional.max_pool3d(padded, 3, 1), 3, 1)[0]
