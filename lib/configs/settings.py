@@ -60,7 +60,7 @@ class Settings(Retraining):
         connection_limit: largest number of connections at a time.
         client_connection_limit: largest number of connections from one address; those of ``trusted_proxies`` are not
             limited.
-        header_seconds: time limit in seconds until a request's header is complete.
+        header_seconds: time limit in seconds until a request's header is complete; an idle connection is kept as long.
         body_seconds: time limit in seconds for a request's body, plus one second for each KiB received; also the time
             limit in which a client must accept a part of its response.
         trusted_proxies: addresses or networks of reverse proxies whose ``X-Forwarded-For`` and ``-Proto`` are trusted.
